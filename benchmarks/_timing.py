@@ -1,0 +1,103 @@
+"""Timing and result rows shared by the microbenchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+SHAPES = {
+    "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
+    "llama2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
+}
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=doc)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine's description")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def interleaved(candidates: dict[str, Callable[[int], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike.
+
+    A candidate gets the repetition's number, to rotate buffers larger than the cache.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repetition in range(-1, repetitions):
+        for name, run in candidates.items():
+            _wait(device)
+            start = time.perf_counter()
+            run(repetition)
+            _wait(device)
+            if repetition >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device: str, megabytes: int = 256) -> float:
+    """Bytes per second of a large copy (read + write), the limit of memory-bound kernels on this machine."""
+    source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda _: target.copy_(source)}, 7, device)["copy"]
+    return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def rows(times: dict[str, list[float]], baseline: str, **fields) -> list[dict]:
+    base = statistics.median(times[baseline])
+    return [
+        {
+            **fields,
+            "implementation": name,
+            "median_ms": 1e3 * statistics.median(values),
+            "min_ms": 1e3 * min(values),
+            f"speedup_over_{baseline}": base / statistics.median(values),
+        }
+        for name, values in times.items()
+    ]
+
+
+def report(name: str, results: Sequence[dict], path: Path | None, device: str) -> None:
+    """Print the rows as a table; write them with the machine's description as JSON."""
+    columns = list(dict.fromkeys(key for row in results for key in row))
+    table = Table(*columns, title=name)
+    for row in results:
+        cells = (row.get(c, "") for c in columns)
+        table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+    Console(width=200).print(table)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        description = {"benchmark": name, "machine": machine(device), "rows": list(results)}
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
+        temporary.replace(path)
+
+
+def machine(device: str) -> dict:
+    cpu = platform.processor() or platform.machine()
+    try:
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }

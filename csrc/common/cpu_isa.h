@@ -1,0 +1,39 @@
+// Which CPU instruction set to run. One build holds all of them (ISA flags per file) and chooses at run time.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace losa {
+
+enum class CpuIsa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline const char* isa_name(CpuIsa isa) {
+  return isa == CpuIsa::kAvx512 ? "avx512" : isa == CpuIsa::kAvx2 ? "avx2" : "scalar";
+}
+
+inline CpuIsa detect_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2");
+  return avx512 ? CpuIsa::kAvx512 : avx2 ? CpuIsa::kAvx2 : CpuIsa::kScalar;
+#else
+  return CpuIsa::kScalar;
+#endif
+}
+
+// The best set this CPU has, or less if the environment variable LOSA_CPU_ISA = scalar | avx2 | avx512 asks for less.
+inline CpuIsa selected_isa() {
+  static const CpuIsa best = detect_isa();
+  const char* wanted = std::getenv("LOSA_CPU_ISA");
+  if (wanted == nullptr) return best;
+  for (CpuIsa isa : {CpuIsa::kScalar, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
+  }
+  return best;
+}
+
+}  // namespace losa

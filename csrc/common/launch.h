@@ -1,0 +1,35 @@
+// How a .cu file starts a kernel. A CPU emulator that defines LOSA_EMULATOR supplies its own LOSA_LAUNCH and CUDA vocabulary in
+// emulator.h; kernels and raw-pointer launchers then compile as plain C++, and the torch part of the file is left out.
+#pragma once
+
+#if defined(LOSA_EMULATOR)
+
+#include "emulator.h"
+
+#else
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+// LOSA_LAUNCH((kernel<A, B>), grid, block, shared_bytes, stream, arguments...)
+#define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)     \
+  do {                                                                  \
+    (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                     \
+  } while (0)
+
+namespace losa {
+
+inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace losa
+
+#endif

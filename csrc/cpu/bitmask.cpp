@@ -1,0 +1,86 @@
+// pack_mask and unpack_mask on the CPU: rows in parallel, 8 columns at a time in a 64-bit register (scalar) or 32 (AVX2).
+#include "cpu/bitmask.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/bits.h"
+#include "common/cpu_isa.h"
+
+namespace losa::bitmask {
+
+void pack_row_scalar(const uint8_t* bools, int64_t columns, uint8_t* packed) {
+  for (; columns > 0; columns -= 8, bools += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, bools, std::min<int64_t>(columns, 8));
+    *packed++ = pack_byte(eight);
+  }
+}
+
+void unpack_row_scalar(const uint8_t* packed, int64_t columns, uint8_t* bools) {
+  for (; columns > 0; columns -= 8, bools += 8) {
+    const uint64_t eight = unpack_byte(*packed++);
+    std::memcpy(bools, &eight, std::min<int64_t>(columns, 8));
+  }
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many columns of work a second thread costs more than it saves.
+constexpr int64_t kColumnsPerTask = 1 << 16;
+
+Tensor with_dense_rows(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+template <class Body>
+void for_each_row(int64_t rows, int64_t columns, const Body& body) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, columns)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t row = begin; row < end; ++row) body(row);
+                              });
+}
+
+Tensor pack_mask(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "mask: expected a bool tensor (out, in)");
+  const Tensor source = with_dense_rows(mask);
+  const int64_t rows = mask.size(0), columns = mask.size(1), stride = source.stride(0), width = packed_width(columns);
+  Tensor packed = torch::stable::new_empty(source, {rows, width}, ScalarType::Byte);
+
+  const PackRow pack_row = selected_isa() >= CpuIsa::kAvx2 ? pack_row_avx2 : pack_row_scalar;
+  const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  for_each_row(rows, columns, [&](int64_t row) { pack_row(from + row * stride, columns, to + row * width); });
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
+  STD_TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == ScalarType::Byte,
+                  "packed: expected a uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(in_features >= 0 && packed.size(1) == packed_width(in_features), "in_features: ", in_features,
+                  " columns do not fit packed rows of ", packed.size(1), " bytes");
+  const Tensor source = with_dense_rows(packed);
+  const int64_t rows = packed.size(0), stride = source.stride(0);
+  Tensor mask = torch::stable::new_empty(source, {rows, in_features}, ScalarType::Bool);
+
+  const UnpackRow unpack_row = selected_isa() >= CpuIsa::kAvx2 ? unpack_row_avx2 : unpack_row_scalar;
+  const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  for_each_row(rows, in_features, [&](int64_t row) { unpack_row(from + row * stride, in_features, to + row * in_features); });
+  return mask;
+}
+
+}  // namespace
+}  // namespace losa::bitmask
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
+  library.impl("pack_mask", TORCH_BOX(&losa::bitmask::pack_mask));
+  library.impl("unpack_mask", TORCH_BOX(&losa::bitmask::unpack_mask));
+}

@@ -1,0 +1,394 @@
+"""Finding, wrapping, merging and loading: everything that depends on how a Hugging Face model is built.
+
+Structure is discovered from the modules themselves; no model's name appears here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from losa.errors import ModelError
+from losa.modules import MaskedLoRALinear
+
+logger = logging.getLogger("losa")
+
+Targets = list[str] | str | None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's repeated blocks: the ``nn.ModuleList`` of one class that holds the most linear weights.
+
+    Returns:
+        its name in ``model`` and the list itself.
+
+    Raises:
+        ModelError: an encoder-decoder; no such list; or a second list at least half as large. Says what was seen.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError("model: expected a decoder-only language model, got an encoder-decoder")
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    # Lists inside a list (experts of a block) are parts of blocks.
+    lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    sizes = {n: sum(x.weight.numel() for x in m.modules() if _is_linear(x)) for n, m in lists.items()}
+    ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
+    seen = "; ".join(_describe(n, blocks, sizes[n]) for n, blocks in lists.items()) or "no nn.ModuleList at all"
+    if not ranked:
+        raise ModelError(f"model: found no repeated blocks with nn.Linear layers; saw {seen}")
+    if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
+        raise ModelError(f"model: cannot tell which list holds the decoder's blocks; saw {seen}")
+    best = lists[ranked[0]]
+    if len({type(block) for block in best}) > 1 or any(_is_linear(block) for block in best):
+        raise ModelError(f"model: expected decoder blocks of one class; saw {seen}")
+    return ranked[0], best
+
+
+def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
+    kinds = Counter(type(block).__name__ for block in blocks)
+    text = f"{name!r} ({', '.join(f'{count} x {kind}' for kind, count in kinds.items())}) with "
+    if weights:
+        return text + f"{weights} weights in nn.Linear"
+    others = {type(m).__name__ for m in blocks.modules() for p in m.parameters(recurse=False) if p.ndim >= 2}
+    return text + "no nn.Linear" + (f" (weights live in {', '.join(sorted(others))})" if others else "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A layer that computes x W^T + bias from ``weight``: not its subclasses with another forward (quantised ones)
+    and not the one inside ``nn.MultiheadAttention``, whose forward is never called."""
+    if isinstance(module, MaskedLoRALinear):
+        return True
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it.
+
+    Left out: weights that occur twice within ``model`` (default: within the block), and routers of a mixture of experts
+    (beside a collection of n experts, linears with n outputs or with one).
+
+    Args:
+        targets: names: a linear's last component ("q_proj") or a longer end of its name; or "re:<regex>", searched
+            in the name; or a list of both. None takes all. May match nothing here: blocks can differ.
+
+    Raises:
+        ModelError: a regular expression that does not compile.
+    """
+    return _linears(block, _uses(model or block), _as_targets(targets))
+
+
+def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
+    routers = _routers(block)
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if _is_linear(module)
+        and uses[id(module.weight)] == 1
+        and module not in routers
+        and (not targets or any(_matches(target, name) for target in targets))
+    }
+
+
+def _uses(model: nn.Module) -> Counter:
+    """How often each parameter occurs, by id: a module reached by two names counts twice."""
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _as_targets(targets: Targets) -> list[str]:
+    targets = [targets] if isinstance(targets, str) else list(targets or [])
+    for target in targets:
+        if target.startswith("re:"):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise ModelError(f"targets: {target!r} is not a regular expression: {error}") from error
+    return targets
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.search(target[3:], name) is not None
+    return f".{name}".endswith(f".{target}")
+
+
+def _fused(module: nn.Module) -> list[str]:
+    """Names of a module's own stacked expert weights: Parameters (experts, ., .)."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    return [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
+
+
+def _expert_count(collection: nn.Module) -> int | None:
+    """The number of experts in a list of like modules or in stacked weights; None for anything else."""
+    if fused := _fused(collection):
+        return getattr(collection, fused[0]).shape[0]
+    if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:
+        inside = any(_is_linear(m) for m in collection.modules())
+        return len(collection) if inside and not _is_linear(collection[0]) else None
+    return None
+
+
+def _routers(block: nn.Module) -> set[nn.Module]:
+    routers = set()
+    for parent in block.modules():
+        for collection in parent.children():
+            count = _expert_count(collection)
+            if count is not None:
+                beside = set(parent.modules()) - set(collection.modules())
+                routers |= {m for m in beside if _is_linear(m) and m.out_features in (1, count)}
+    return routers
+
+
+def wrap_model(
+    model: nn.Module,
+    *,
+    layer: type[MaskedLoRALinear] = MaskedLoRALinear,
+    rank: int,
+    scaling: float,
+    dropout_p: float = 0.0,
+    targets: Targets = None,
+    seed: int = 0,
+) -> dict[str, MaskedLoRALinear]:
+    """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
+
+    The weights stay where they are in memory. Adapters are seeded by (seed, full name): another choice of targets
+    changes none of them. Stacked expert weights stay dense, with a warning.
+
+    Returns:
+        the new layers by full name, in model order.
+
+    Raises:
+        ModelError: no blocks, already wrapped, a target that matches nothing, or a rank that does not fit a linear.
+            The model is unchanged then.
+    """
+    if wrapped_linears(model):
+        raise ModelError("model: already wrapped; merge_model or unwrap_model first")
+    prefix, blocks = find_blocks(model)
+    uses, wanted = _uses(model), _as_targets(targets)
+    every = {f"{prefix}.{i}": _linears(block, uses, []) for i, block in enumerate(blocks)}
+    names = list(dict.fromkeys(name for linears in every.values() for name in linears))
+    for target in wanted:
+        if not any(_matches(target, name) for name in names):
+            raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
+    wrapped = {}
+    for block_name, linears in every.items():
+        for name, linear in linears.items():
+            if wanted and not any(_matches(target, name) for target in wanted):
+                continue
+            full = f"{block_name}.{name}"
+            generator = torch.Generator().manual_seed(_seed_for(seed, full))
+            try:
+                wrapped[full] = layer.from_linear(
+                    linear, rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+                )
+            except ValueError as error:
+                raise ModelError(f"{full}: {error}") from error
+    if not wrapped:
+        raise ModelError(f"model: every nn.Linear of {prefix!r} is shared or a router; nothing can be pruned")
+    _warn_left_dense(prefix, blocks, uses)
+    model.requires_grad_(False)
+    for name, new in wrapped.items():
+        model.set_submodule(name, new)
+    return wrapped
+
+
+def _seed_for(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def _warn_left_dense(prefix: str, blocks: nn.ModuleList, uses: Counter) -> None:
+    fused = [f"{name}.{p}" for name, module in blocks[0].named_modules() for p in _fused(module)]
+    if not fused:
+        fused = [f"{name}.{p}" for name, module in blocks.named_modules() for p in _fused(module)]
+    if fused:
+        logger.warning("stacked expert weights of %r stay dense: %s", prefix, ", ".join(fused))
+    shared = [n for n, m in blocks.named_modules() if _is_linear(m) and uses[id(m.weight)] > 1]
+    if shared:
+        logger.warning("linears of %r with a shared weight stay dense: %s", prefix, ", ".join(shared))
+
+
+def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
+    """All wrapped layers by full name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)}
+
+
+def merge_model(model: nn.Module) -> nn.Module:
+    """Turn every wrapped layer into a plain linear with weight M * (W + s B A), in place. Parameters stay frozen."""
+    for name, layer in wrapped_linears(model).items():
+        model.set_submodule(name, layer.merge())
+    return model
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Drop masks and adapters: plain linears with the layers' dense weights, in place. Parameters stay frozen."""
+    for name, layer in wrapped_linears(model).items():
+        model.set_submodule(name, layer.unwrap())
+    return model
+
+
+def sparsity_of(model: nn.Module) -> tuple[int, int]:
+    """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain linear, exact zeros."""
+    zeros = total = 0
+    uses = _uses(model)
+    for block in find_blocks(model)[1]:
+        for linear in _linears(block, uses, []).values():
+            kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
+            total += kept.numel()
+            zeros += kept.numel() - int(torch.count_nonzero(kept))
+    return zeros, total
+
+
+@contextmanager
+def cache_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model keeps no key-value cache: training and calibration read every token once."""
+    config = model.config
+    configs = {id(c): c for c in (config, config.get_text_config())}.values()
+    before = [(c, c.use_cache) for c in configs if hasattr(c, "use_cache")]
+    for c, _ in before:
+        c.use_cache = False
+    try:
+        yield model
+    finally:
+        for c, value in before:
+            c.use_cache = value
+
+
+def load_model(
+    model: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, object]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        model: Hugging Face id, local directory, .gguf file, or "package:NAME": the one .gguf file inside the installed
+            Python package NAME, which is not imported.
+        gguf_file: which GGUF file of the directory, repository or package; its weights are expanded to ``dtype``.
+        dtype: "auto" (the checkpoint's own; GGUF: float32), "float32", "bfloat16" or "float16".
+        device: "auto" (cuda if there is one, else cpu) or a torch device.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ModelError: not found, offline, quantised, not a decoder-only model, incomplete weights, or no such device.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    target = _device(device)
+    source, gguf_file = _locate(model, gguf_file)
+    trust = {"trust_remote_code": trust_remote_code}
+    # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
+    try:
+        if gguf_file is None:
+            config = AutoConfig.from_pretrained(source, **trust)
+            _check_config(model, config)
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+            options = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), **trust}
+        else:
+            # A GGUF file describes its tokenizer in full; AutoTokenizer would parse the file's metadata twice.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=gguf_file)
+            options = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
+            if hasattr(transformers, "GgufConfig"):
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model {model!r}: {_explain(source, error)}") from error
+    if absent := sorted(info["missing_keys"]):
+        shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
+    if gguf_file is not None:
+        _forget_quantization(loaded)
+    return loaded.to(target).eval(), tokenizer
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
+    return torch.device(device)
+
+
+def _locate(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The directory or Hugging Face id to load from, and the GGUF file's name in it."""
+    if model.startswith("package:"):
+        return _locate_package(model, gguf_file)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is not None and not (path / gguf_file).is_file():
+            found = _names(path.glob("*.gguf"))
+            raise ModelError(f"gguf_file {gguf_file!r}: no such file in {model!r}; found {found}")
+        return str(path), gguf_file
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model!r}: no such directory")
+    return model, gguf_file
+
+
+def _locate_package(model: str, gguf_file: str | None) -> tuple[str, str]:
+    name = model.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model {model!r}: no Python package {name!r} is installed (give its import name)")
+    files = sorted(f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf"))
+    chosen = [f for f in files if gguf_file in (None, f.name)]
+    if len(chosen) != 1:
+        expected = "exactly one .gguf file (else set gguf_file)" if gguf_file is None else repr(gguf_file)
+        raise ModelError(f"model {model!r}: expected {expected} in the package, found {_names(files)}")
+    return str(chosen[0].parent), chosen[0].name
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(sorted(f.name for f in files)) or "none"
+
+
+def _check_config(model: str, config) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {model!r}: expected a decoder-only language model, got an encoder-decoder")
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            settings = settings if isinstance(settings, dict) else settings.to_dict()
+            method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+            raise ModelError(f"model {model!r}: quantised ({method}); give the checkpoint with floating-point weights")
+
+
+def _explain(source: str, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "needs its own code; if you trust it, set trust_remote_code: true"
+    if Path(source).is_dir():
+        return f"cannot be loaded from {source} ({reason})"
+    return (
+        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "
+        "network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
+    )
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """The weights are dense now; while transformers remembers a quantizer, it refuses to save the model."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,240 @@
+"""Recipes: YAML in, validated settings out. Every knob of a run lives here and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from losa.errors import RecipeError
+
+Method = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+MAX_SPARSITY = 0.95
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class DataSource(_Section):
+    """One text source.
+
+    ``path`` is a local file or directory (.jsonl, .json, .parquet, .txt, .raw), a Hugging Face dataset name,
+    or ``builtin:pydoc/{calibration,train,heldout}``, text that every Python carries.
+    """
+
+    path: str
+    format: Literal["auto", "alpaca", "messages", "text"] = "auto"
+    split: str = "train"
+    subset: str | None = None
+    text_field: str = "text"
+    limit: int | None = Field(None, gt=0, description="use at most this many rows")
+
+
+def _as_sources(value):
+    if isinstance(value, (str, dict, DataSource)):
+        value = [value]
+    return [{"path": v} if isinstance(v, str) else v for v in value]
+
+
+def _as_source(value):
+    return {"path": value} if isinstance(value, str) else value
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_as_sources), Field(min_length=1)]
+Source = Annotated[DataSource, BeforeValidator(_as_source)]
+
+
+class PruneConfig(_Section):
+    """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
+
+    pruner: str = "wanda"
+    sparsity: float | None = Field(None, gt=0, le=MAX_SPARSITY)
+    pattern: Annotated[str | None, Field(pattern=r"^\d+:\d+$")] = None
+    mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
+    targets: list[str] | str | None = Field(None, description="linear names, or 're:<regex>'; default: all")
+    regrow: bool = Field(False, description="later rounds may bring pruned weights back")
+    damping: float = Field(0.01, gt=0)
+    block_size: int = Field(128, gt=0)
+    on_singular: Literal["error", "wanda"] = "error"
+
+    @model_validator(mode="after")
+    def _one_goal(self):
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give exactly one of prune.sparsity and prune.pattern")
+        if self.pattern is not None:
+            keep_n, m = self.keep_n_m
+            if not 0 < keep_n < m:
+                raise ValueError(f"prune.pattern: expected keep_n:m with 0 < keep_n < m, got {self.pattern!r}")
+            if 1 - keep_n / m > MAX_SPARSITY:
+                raise ValueError(f"prune.pattern: {self.pattern!r} exceeds sparsity {MAX_SPARSITY}")
+        if self.mixed and self.pattern is None:
+            raise ValueError("prune.mixed needs prune.pattern")
+        return self
+
+    @property
+    def keep_n_m(self) -> tuple[int, int] | None:
+        if self.pattern is None:
+            return None
+        keep_n, m = self.pattern.split(":")
+        return int(keep_n), int(m)
+
+    @property
+    def final_sparsity(self) -> float:
+        if self.sparsity is not None:
+            return self.sparsity
+        keep_n, m = self.keep_n_m
+        return 1 - keep_n / m
+
+
+class RoundsConfig(_Section):
+    """T rounds; cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
+
+    count: int = Field(5, ge=1)
+    schedule: Literal["cubic", "linear", "oneshot"] = "cubic"
+
+
+class AllocationConfig(_Section):
+    """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
+
+    rates: Literal["cka", "uniform"] = "cka"
+    delta: float | None = Field(None, ge=0, lt=0.5, description="half width of the box around theta_t; default: rule")
+    ranks: Literal["error", "uniform", "sparsity"] = "error"
+    error: Literal["relative", "frobenius"] = Field("relative", description="E_l of Eq. 7: per-channel or Eq. 1's")
+    mean_rank: int = Field(6, ge=1, le=128, description="Omega_0, mean rank of the first round")
+    rank_growth: int = Field(1, ge=0)
+    rank_min: int = Field(1, ge=1)
+    rank_max: int = Field(16, ge=1, le=128)
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        if not self.rank_min <= self.mean_rank <= self.rank_max:
+            raise ValueError(
+                "allocation: expected rank_min <= mean_rank <= rank_max, got "
+                f"{self.rank_min}, {self.mean_rank}, {self.rank_max}"
+            )
+        return self
+
+
+class LoraConfig(_Section):
+    """Adapters. ``scaling`` is alpha / r held constant whatever the rank; ``rank`` serves the fixed-rank baselines."""
+
+    scaling: float = Field(2.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(8, ge=1, le=128)
+
+
+class CalibrationConfig(_Section):
+    data: Sources
+    samples: int = Field(128, ge=1)
+    length: int = Field(2048, ge=8)
+    cka_samples: int = Field(64, ge=2)
+    batch_size: int = Field(1, ge=1)
+
+
+class TrainConfig(_Section):
+    data: Sources
+    length: int = Field(1024, ge=8)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    max_tokens: int | None = Field(None, gt=0, description="packed tokens over all rounds; default: the data once")
+    round_share: float = Field(0.1, gt=0, le=1, description="share of the data per round; the last takes the rest")
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_schedule: Literal["per_round", "global"] = "per_round"
+    warmup: float = Field(0.3, ge=0, lt=1)
+    weight_decay: float = Field(1e-3, ge=0)
+    max_grad_norm: float = Field(0.3, gt=0)
+    train_on: Literal["response", "all"] = "response"
+    activation_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    tensorboard: bool = False
+
+
+class EvaluateConfig(_Section):
+    data: Source
+    length: int = Field(2048, ge=8)
+    max_windows: int | None = Field(None, gt=0)
+    batch_size: int = Field(1, ge=1)
+    each_round: bool = True
+
+
+class Recipe(_Section):
+    """One run. See ``examples/`` for complete files."""
+
+    model: str = Field(description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)")
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    output: Path
+    seed: int = 0
+    deterministic: bool = False
+    method: Method = "losa"
+    compare: list[Method] = Field([], description="further methods run in the same harness, for the final table")
+    prune: PruneConfig
+    rounds: RoundsConfig = RoundsConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    lora: LoraConfig = LoraConfig()
+    calibration: CalibrationConfig
+    train: TrainConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _needs_training_data(self):
+        trains = [m for m in (self.method, *self.compare) if m != "prune_only"]
+        if trains and self.train is None:
+            raise ValueError(f"train: method {trains[0]!r} needs a train section with data")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: dict | None = None) -> Recipe:
+    """Read and validate a YAML recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: values that replace the file's, keyed by dotted name (``{"prune.sparsity": 0.5}``).
+
+    Raises:
+        RecipeError: missing file, broken YAML, unknown key or bad value; the message names each key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise RecipeError(f"recipe {str(path)!r}: cannot be read ({error.strerror})") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {str(path)!r}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {str(path)!r}: expected a mapping of settings, got {type(data).__name__}")
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        section = data
+        for name in parents:
+            if section.get(name) is None:
+                section[name] = {}
+            section = section[name]
+            if not isinstance(section, dict):
+                raise RecipeError(f"override {dotted!r}: {name!r} is not a section")
+        section[leaf] = value
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
+    """Validate a mapping. Raises RecipeError naming each offending key, what was expected and what came."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{where}: {error.error_count()} problem(s)"]
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "recipe"
+            if item["type"] == "extra_forbidden":
+                lines.append(f"  {key}: unknown key")
+            elif item["type"] == "value_error":
+                lines.append(f"  {key}: {item['ctx']['error']}")
+            else:
+                lines.append(f"  {key}: {item['msg']}, got {item['input']!r}")
+        raise RecipeError("\n".join(lines)) from error

@@ -1,0 +1,41 @@
+"""Kernels for sparse low-rank adaptation of LLMs: masked LoRA, CKA, pruning sweeps, sparse packing and sparse linear layers.
+
+Needs torch and numpy only; importable without CUDA, Triton or the compiled extension, in which case every op runs its plain
+PyTorch reference. Each public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "pack_mask": "bitmask",
+    "unpack_mask": "bitmask",
+    "masked_lora_linear": "masked_lora",
+    "merge_masked_lora": "masked_lora",
+    "gram": "cka",
+    "cka_similarity": "cka",
+    "SweepResult": "column_sweep",
+    "sparsegpt_prune": "column_sweep",
+    "wanda_mask": "column_sweep",
+    "pack_bitmask": "packing",
+    "pack_nm": "packing",
+    "pack_24": "packing",
+    "sparse_linear": "sparse_linear",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

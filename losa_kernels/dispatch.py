@@ -1,0 +1,100 @@
+"""Which implementation of an op runs: one table, one environment variable, one log line per choice.
+
+``LOSA_BACKEND`` = ``auto`` (default) | ``reference`` | ``triton`` | ``cuda`` | ``cpu``. It is read at every call, so a test may change it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+logger = logging.getLogger("losa_kernels")
+
+BACKENDS = ("reference", "triton", "cuda", "cpu")
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+TABLE: dict[str, dict[str, str]] = {
+    "pack_mask": {
+        "reference": "losa_kernels.bitmask:pack_reference",
+        "cpu": "losa_kernels.bitmask:pack_native",
+        "cuda": "losa_kernels.bitmask:pack_native",
+    },
+    "unpack_mask": {
+        "reference": "losa_kernels.bitmask:unpack_reference",
+        "cpu": "losa_kernels.bitmask:unpack_native",
+        "cuda": "losa_kernels.bitmask:unpack_native",
+    },
+    "masked_lora_forward": {"reference": "losa_kernels.masked_lora.reference:forward"},
+    "masked_lora_backward": {"reference": "losa_kernels.masked_lora.reference:backward"},
+    "merge_masked_lora": {"reference": "losa_kernels.masked_lora.reference:merge"},
+    "gram": {"reference": "losa_kernels.cka.reference:gram"},
+    "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
+    "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},
+    "wanda_mask": {"reference": "losa_kernels.column_sweep.reference:wanda_mask"},
+    "pack_bitmask": {"reference": "losa_kernels.packing.reference:pack_bitmask"},
+    "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm"},
+    "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
+    "sparse_linear": {"reference": "losa_kernels.sparse_linear.reference:sparse_linear"},
+}
+
+
+def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
+    """The callable that runs ``op`` on ``device`` (a device, its name, or a tensor that lies on it).
+
+    CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row for the
+    op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and device the order
+    above decides.
+
+    Raises ValueError for an unknown op or backend name; RuntimeError when the forced backend cannot load at all.
+    """
+    if isinstance(device, torch.Tensor):
+        device = device.device
+    device_type = device.type if isinstance(device, torch.device) else str(device).partition(":")[0]
+    return _choose(op, device_type, os.environ.get("LOSA_BACKEND", "auto").strip().lower() or "auto")
+
+
+@cache
+def _choose(op: str, device_type: str, forced: str) -> Callable:
+    if op not in TABLE:
+        raise ValueError(f"op: expected one of {', '.join(TABLE)}; got {op!r}")
+    if forced != "auto" and forced not in BACKENDS:
+        raise ValueError(f"LOSA_BACKEND: expected auto, {', '.join(BACKENDS)}; got {forced!r}")
+
+    order = ORDER.get(device_type, ("reference",))
+    if forced != "auto":
+        reason = unavailable(forced)
+        if reason:
+            raise RuntimeError(f"LOSA_BACKEND={forced} cannot be used: {reason}")
+        if forced in order or forced == "reference" or _interpreted(forced):
+            order = (forced, *(name for name in order if name != forced))
+
+    for backend in order:
+        target = TABLE[op].get(backend)
+        if target and not unavailable(backend):
+            module, _, name = target.partition(":")
+            function = getattr(importlib.import_module(module), name)
+            logger.info("%s on %s: %s (%s)", op, device_type, backend, target)
+            return function
+    raise RuntimeError(f"{op} has no implementation for device type {device_type!r}")
+
+
+def _interpreted(backend: str) -> bool:
+    """Under TRITON_INTERPRET the Triton kernels also run on CPU tensors."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot run in this process; None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "the package 'triton' is not installed"
+    from . import native
+
+    return native.missing(backend)

@@ -1,0 +1,85 @@
+"""Loads the compiled halves of the package and says what is missing.
+
+``losa_cpu`` defines the schema of every native op and implements them for the CPU; ``losa_cuda`` adds CUDA kernels to those schemas,
+so it is loaded second, and only into a torch that was built with CUDA. Neither is needed to import ``losa_kernels``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("losa_kernels")
+
+LIBRARY_FOLDER = Path(__file__).parent
+LIBRARIES = {"cpu": "losa_cpu.so", "cuda": "losa_cuda.so"}
+OLDEST_TORCH = (2, 11)
+
+_missing: dict[str, str | None] = {}
+
+
+def _load(backend: str) -> str | None:
+    """Load one library; None on success, else the reason."""
+    path = LIBRARY_FOLDER / LIBRARIES[backend]
+    if backend == "cuda":
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if _missing["cpu"]:
+            return f"{LIBRARIES['cuda']} needs the op schemas of {LIBRARIES['cpu']}: {_missing['cpu']}"
+    if not path.exists():
+        return f"{path.name} is not built (installed with LOSA_NO_EXT=1{', or without nvcc' if backend == 'cuda' else ''})"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        return f"{path.name} needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; this is torch {torch.__version__}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        logger.warning("%s exists but cannot be loaded: %s", path.name, error)
+        return f"{path.name} cannot be loaded: {error}"
+    return None
+
+
+for _backend in LIBRARIES:
+    _missing[_backend] = _load(_backend)
+
+
+def missing(backend: str) -> str | None:
+    """Why the native ``backend`` ("cpu" or "cuda") is not loaded in this process; None when it is."""
+    return _missing[backend]
+
+
+def build_info() -> dict | None:
+    """What the extension was compiled with and which CPU instruction set it selects here; None when it is not built.
+
+    Keys: version, torch_headers, torch_target, compiler, cuda (compiler version or None), cuda_archs, cuda_built,
+    cpu_isa_compiled, cpu_isa_selected.
+    """
+    try:
+        from . import _build_info
+    except ImportError:
+        return None
+    return {
+        "version": _build_info.version,
+        "torch_headers": _build_info.torch_headers,
+        "torch_target": _build_info.torch_target,
+        "compiler": _build_info.compiler,
+        "cuda": _build_info.cuda,
+        "cuda_archs": list(_build_info.cuda_archs),
+        "cuda_built": _build_info.cuda_built,
+        "cpu_isa_compiled": list(_build_info.cpu_isa_compiled),
+        "cpu_isa_selected": _build_info.cpu_isa_selected(),
+    }
+
+
+def status() -> dict[str, str]:
+    """One line per native library: "loaded (...)" or "not loaded: why"."""
+    info = build_info() or {}
+    details = {
+        "cpu": f"instruction set {info.get('cpu_isa_selected')}",
+        "cuda": f"CUDA {info.get('cuda')}, archs {', '.join(info.get('cuda_archs', ()))}",
+    }
+    return {
+        Path(name).stem: f"not loaded: {_missing[backend]}" if _missing[backend] else f"loaded ({details[backend]})"
+        for backend, name in LIBRARIES.items()
+    }
