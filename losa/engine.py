@@ -91,9 +91,10 @@ class Engine:
             grams = []
             for index in range(len(self.blocks)):
                 stream.advance(index)
-                grams.append(stream.gram())
-                if not torch.isfinite(grams[-1]).all():
-                    raise NumericsError(f"calibration: non-finite output of {self.name}.{index}")
+                try:
+                    grams.append(stream.gram())
+                except ValueError as error:
+                    raise NumericsError(f"calibration: output of {self.name}.{index}: {error}") from error
         return _from_rank_zero(cka_similarity(torch.stack(grams)).double())
 
     def run_round(self, plan: RoundPlan) -> RoundRecord:
@@ -158,11 +159,12 @@ class Engine:
             if not self.prune_config.regrow:
                 kept = 1 - torch.tensor(self.block_sparsity(), dtype=torch.float64)
                 ceiling = (kept * m).round().long()
-            if importance is None:
-                importance = torch.zeros(count, dtype=torch.float64)
-            lowest = 1 if self.prune_config.mixed else keep_n
             mean_keep = m * (1 - plan.sparsity)
-            counts = allocation.allocate_keep_n(importance, mean_keep, m, lo=lowest, ceiling=ceiling).tolist()
+            delta = self.allocation.delta
+            if importance is None:
+                importance, delta = torch.zeros(count, dtype=torch.float64), 0.0
+            lowest = 1 if self.prune_config.mixed else keep_n
+            counts = allocation.allocate_keep_n(importance, mean_keep, m, delta, lo=lowest, ceiling=ceiling).tolist()
         record.keep_n, record.m = counts, m
         return [Pattern(keep_n=n, m=m) for n in counts]
 
@@ -238,7 +240,7 @@ class Engine:
             adapter = layer.dense_weight() - layer.weight.float()
             kept = unpack_mask(mask, layer.in_features)
             base = torch.where(kept, swept - adapter, layer.weight.float())
-            layer.weight.data = base.to(layer.weight.dtype)
+            layer.replace_weight(base)
         layer.set_mask(mask)
 
     @contextmanager

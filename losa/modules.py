@@ -64,6 +64,7 @@ class MaskedLoRALinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._shares_storage = True
+        self.weight_replaced = False
         packed = torch.full((self.out_features, -(-self.in_features // 8)), 255, dtype=torch.uint8)
         packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
         self.mask = nn.Parameter(packed.to(weight.device), requires_grad=False)
@@ -158,6 +159,17 @@ class MaskedLoRALinear(nn.Module):
         size = a.float().norm(dim=1) * b.float().norm(dim=0)
         kept = size.argsort(descending=True, stable=True)[:rank].sort().values
         self._set_adapter(a[kept], b[:, kept].contiguous())
+
+    def replace_weight(self, weight: Tensor) -> None:
+        """Take another frozen weight (out, in), as pruners that compensate do; the wrapped linear keeps its own.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"weight: expected {tuple(self.weight.shape)}, got {tuple(weight.shape)}")
+        self.weight.data = weight.to(self.weight.dtype)
+        self.weight_replaced = True
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

@@ -87,7 +87,7 @@ def run_recipe(
         write_json(saved, vars(outcome.result))
         _log_result(console, outcome.result)
     record.rounds = outcome.rounds
-    record.masks = mask_records(outcome.masks)
+    record.masks = mask_records(outcome.masks, {name: linear.in_features for name, linear in originals.items()})
     record.seconds = time.perf_counter() - start
     metrics = [p for m in methods if (p := work_dir / m / "metrics.jsonl").exists()]
     with console.status("exporting and checking"):

@@ -1,0 +1,40 @@
+"""Pruning methods by name; ``register`` adds one of your own."""
+
+from __future__ import annotations
+
+from losa.errors import RecipeError
+from losa.pruners.base import Pattern, Pruned, Pruner, Statistic
+from losa.pruners.magnitude import Magnitude
+from losa.pruners.sparsegpt import SparseGPT
+from losa.pruners.wanda import Wanda
+from losa.recipe import PruneConfig
+
+__all__ = ["Pattern", "Pruned", "Pruner", "Statistic", "get_pruner", "register"]
+
+_REGISTRY: dict[str, type] = {}
+
+
+def register(name: str, pruner: type) -> None:
+    """Make ``pruner`` available to recipes as ``prune.pruner: name``. It is built from the recipe's PruneConfig.
+
+    Raises ValueError when the class does not fit the ``Pruner`` protocol or the name is taken by another.
+    """
+    missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
+    if missing:
+        raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
+    if _REGISTRY.get(name, pruner) is not pruner:
+        raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
+    _REGISTRY[name] = pruner
+
+
+def get_pruner(config: PruneConfig) -> Pruner:
+    """The recipe's pruner. Raises RecipeError for an unknown name, listing the known ones."""
+    if config.pruner not in _REGISTRY:
+        known = ", ".join(sorted(_REGISTRY))
+        raise RecipeError(f"prune.pruner: unknown {config.pruner!r}; expected one of {known}")
+    return _REGISTRY[config.pruner](config)
+
+
+register("magnitude", Magnitude)
+register("wanda", Wanda)
+register("sparsegpt", SparseGPT)

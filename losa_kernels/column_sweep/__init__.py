@@ -1,0 +1,135 @@
+"""Pruning one linear: SparseGPT's Hessian-aware column sweep, and Wanda's score."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_kernels import dispatch
+from losa_kernels.bitmask import pack_mask
+from losa_kernels.column_sweep.reference import SingularHessianError
+
+__all__ = ["SingularHessianError", "SweepResult", "sparsegpt_prune", "wanda_mask"]
+
+
+class SweepResult(NamedTuple):
+    """``weight`` (out, in) fp32 (fp64 for fp64 input), +0.0 where pruned; ``mask`` packed uint8; ``loss`` (out,) the
+    sum of e^2 / 2 over a row's pruned entries; ``damping`` the share of the mean diagonal that the factor needed."""
+
+    weight: Tensor
+    mask: Tensor
+    loss: Tensor
+    damping: float
+
+
+def sparsegpt_prune(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    sparsity: float | None = None,
+    keep_n: int | None = None,
+    m: int | None = None,
+    damping: float = 0.01,
+    block_size: int = 128,
+    mask: Tensor | None = None,
+) -> SweepResult:
+    """Prune and compensate (SparseGPT, Frantar and Alistarh 2023).
+
+    With U the upper Cholesky factor of H^-1, columns in order: score w^2 / U_jj^2 from the current weights picks what
+    goes; e = (w_i - q_i) / U_ii; W_{:, i:} -= e U_{i, i:}. Unstructured: over all rows of each column block, exactly
+    floor(sparsity * out * in) in all. keep_n:m: chosen inside the sweep from updated weights. Ties: lowest column
+    first, then lowest row.
+
+    Args:
+        weight: (out, in) floating point, not changed; computed in fp32 (fp64 for fp64).
+        hessian: (in, in) X^T X, same device. Columns never active (H_jj = 0) are pruned to zero at no loss where the
+            pattern lets them go, and are zero in any case.
+        sparsity: 0 <= s < 1; or keep_n of every m kept.
+        damping: share of the mean diagonal added; grows tenfold, up to 1, until the factor exists.
+        block_size: columns per block, a multiple of m for keep_n:m.
+        mask: packed; weights already pruned stay pruned and count.
+
+    Raises:
+        ValueError: a bad argument, or a non-finite Hessian or weight.
+        SingularHessianError: no damping up to 1 gives a factor.
+    """
+    _check(weight, sparsity, keep_n, m, mask)
+    columns = weight.shape[1]
+    if tuple(hessian.shape) != (columns, columns):
+        raise ValueError(f"hessian: expected ({columns}, {columns}), got {tuple(hessian.shape)}")
+    if not torch.isfinite(hessian).all():
+        raise ValueError("hessian: expected finite values, got nan or inf")
+    if damping <= 0:
+        raise ValueError(f"damping: expected > 0, got {damping}")
+    if block_size < 1 or (m is not None and block_size % m):
+        raise ValueError(f"block_size: expected a positive multiple of m={m}, got {block_size}")
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    work = weight.to(wide, copy=True)
+    if not torch.isfinite(work).all():
+        raise ValueError("weight: expected finite values, got nan or inf")
+    hessian = hessian.to(wide, copy=True)
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    work[:, dead] = 0
+    if mask is not None:
+        from losa_kernels.bitmask import unpack_mask
+
+        work.masked_fill_(~unpack_mask(mask, columns), 0)
+    factor, used = dispatch.implementation("inverse_factor", weight.device)(hessian, damping)
+    sweep = dispatch.implementation("column_sweep", weight.device)
+    swept, kept, loss = sweep(work, factor, sparsity, keep_n, m, block_size, mask)
+    return SweepResult(swept, pack_mask(kept), loss, used)
+
+
+def wanda_mask(
+    weight: Tensor,
+    input_norms: Tensor,
+    *,
+    sparsity: float | None = None,
+    keep_n: int | None = None,
+    m: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Packed mask by Wanda's score |W_ij| ||X_j|| (Sun et al. 2023).
+
+    Exactly floor(sparsity * in) entries go per row, or m - keep_n of every m; ties lowest column first.
+
+    Args:
+        weight: (out, in); input_norms: (in,) non-negative, same device.
+        sparsity: 0 <= s < 1; or keep_n of every m kept.
+        mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.
+
+    Returns:
+        packed uint8 (out, ceil(in/8)).
+
+    Raises:
+        ValueError: a bad argument or non-finite scores; names it.
+    """
+    _check(weight, sparsity, keep_n, m, mask)
+    if tuple(input_norms.shape) != (weight.shape[1],):
+        raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
+    if not torch.isfinite(input_norms).all() or bool((input_norms < 0).any()):
+        raise ValueError("input_norms: expected finite values >= 0")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight: expected finite values, got nan or inf")
+    run = dispatch.implementation("wanda_mask", weight.device)
+    return run(weight, input_norms, sparsity, keep_n, m, mask)
+
+
+def _check(weight: Tensor, sparsity: float | None, keep_n: int | None, m: int | None, mask: Tensor | None) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
+    if (sparsity is None) == (keep_n is None) or (keep_n is None) != (m is None):
+        raise ValueError(f"sparsity: give sparsity, or keep_n and m; got sparsity={sparsity}, keep_n={keep_n}, m={m}")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+    if keep_n is not None:
+        if not 0 < keep_n <= m:
+            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
+        if weight.shape[1] % m:
+            raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
+    expected = (weight.shape[0], -(-weight.shape[1] // 8))
+    if mask is not None and (mask.dtype != torch.uint8 or tuple(mask.shape) != expected):
+        raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")

@@ -1,0 +1,102 @@
+"""Masked-LoRA linear in plain PyTorch: compose W_eff, then one product per result. Ground truth of the fast kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losa_kernels.bitmask import unpack_mask
+
+
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Bool (out, in): the packed mask, or W != 0."""
+    return weight != 0 if mask is None else unpack_mask(mask, weight.shape[1])
+
+
+def effective_weight(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """M * (W + s B A) in fp32 (fp64 for fp64 input), a new tensor; +0.0 wherever the mask prunes."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    composed = torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling)
+    return composed.masked_fill_(~kept(weight, mask), 0)
+
+
+def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return effective_weight(weight, mask, lora_A, lora_B, scaling).to(weight.dtype)
+
+
+def _dropout_keep(x: Tensor, p: float, seed: int) -> Tensor:
+    """The replayable dropout mask, scaled by 1/(1-p), in x's dtype."""
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    return (uniform >= p).to(x.dtype) / (1 - p)
+
+
+def _split_weights(weight, mask, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
+    """Base M * W and adapter M * (s B A), each rounded once to the product's dtype."""
+    pruned = ~kept(weight, mask)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    adapter = (scaling * (lora_B.to(wide) @ lora_A.to(wide))).masked_fill_(pruned, 0).to(dtype)
+    return weight.masked_fill(pruned, 0).to(dtype), adapter
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> Tensor:
+    """y (..., out) in x's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if dropout_p > 0:
+        base, adapter = _split_weights(weight, mask, lora_A, lora_B, scaling, x.dtype)
+        y = rows @ base.T + (rows * _dropout_keep(rows, dropout_p, seed)) @ adapter.T
+        y = y if bias is None else y + bias.to(x.dtype)
+    else:
+        composed = effective_weight(weight, mask, lora_A, lora_B, scaling).to(x.dtype)
+        y = torch.nn.functional.linear(rows, composed, None if bias is None else bias.to(x.dtype))
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, lora_A, lora_B and bias; ``needs`` says which, the others are None.
+
+    dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),  dB = s (M * G) A^T.
+    """
+    needs_x, needs_A, needs_B, needs_bias = needs
+    rows, dy = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, weight.shape[0])
+    keep = _dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
+    dx = dA = dB = dbias = None
+    if needs_x:
+        if keep is None:
+            dx = dy @ effective_weight(weight, mask, lora_A, lora_B, scaling).to(x.dtype)
+        else:
+            base, adapter = _split_weights(weight, mask, lora_A, lora_B, scaling, x.dtype)
+            dx = dy @ base + (dy @ adapter) * keep
+        dx = dx.reshape(x.shape)
+    if needs_A or needs_B:
+        wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
+        projected = (dy.T @ (rows if keep is None else rows * keep)).to(wide)
+        projected.masked_fill_(~kept(weight, mask), 0)
+        if needs_A:
+            dA = (scaling * (lora_B.to(wide).T @ projected)).to(lora_A.dtype)
+        if needs_B:
+            dB = (scaling * (projected @ lora_A.to(wide).T)).to(lora_B.dtype)
+    if needs_bias:
+        dbias = dy.sum(0)
+    return dx, dA, dB, dbias
