@@ -1,23 +1,60 @@
-"""Text that every Python carries: the language reference of ``pydoc_data.topics``, in three disjoint parts."""
+"""Text that every Python carries: the language reference of ``pydoc_data.topics``, in three disjoint parts.
+
+Meant for demonstrations and tests without a network. The text, and with it the parts, differs between Python versions.
+"""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pydoc_data.topics import topics
 
 SHARES = {"calibration": 0.15, "train": 0.6, "heldout": 0.25}
+SHORTEST = 500
 
 
 def documents(part: str) -> list[str]:
-    """Topics of ``part`` ("calibration", "train" or "heldout").
+    """Topics of ``part``: "calibration" (15 % of the characters), "train" (60 %) or "heldout" (25 %).
 
-    Whole topics are dealt out by size, each to the part that is furthest below its share, so that the parts differ in
-    subject, not in kind. Raises KeyError for another part.
+    Raises:
+        KeyError: another part.
     """
-    total = sum(map(len, topics.values()))
-    dealt: dict[str, list[str]] = {name: [] for name in SHARES}
+    texts = _topics()
+    return [texts[name] for name in split()[part]]
+
+
+@cache
+def split() -> dict[str, list[str]]:
+    """Names of the topics in each part.
+
+    Whole topics are dealt out, the longest first, each to the part that is furthest below its share: every part gets
+    some of the long ones.
+    """
+    texts = _topics()
+    total = sum(map(len, texts.values()))
+    dealt: dict[str, list[str]] = {part: [] for part in SHARES}
     filled = dict.fromkeys(SHARES, 0)
+    for name in sorted(texts, key=lambda n: (-len(texts[n]), n)):
+        part = max(SHARES, key=lambda p: SHARES[p] - filled[p] / total)
+        dealt[part].append(name)
+        filled[part] += len(texts[name])
+    return dealt
+
+
+@cache
+def _topics() -> dict[str, str]:
+    """Each paragraph once: many topics are sections of a longer one ("while" of "compound"), which would put the same
+    text into two parts. The longest topic keeps a shared paragraph; topics with next to nothing left are dropped."""
+    seen: set[str] = set()
+    texts = {}
     for name in sorted(topics, key=lambda n: (-len(topics[n]), n)):
-        target = max(SHARES, key=lambda p: SHARES[p] - filled[p] / total)
-        dealt[target].append(topics[name])
-        filled[target] += len(topics[name])
-    return dealt[part]
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", topics[name].strip("\n")):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                kept.append(paragraph)
+        text = "\n\n".join(kept) + "\n"
+        if len(text) >= SHORTEST:
+            texts[name] = text
+    return texts

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from accelerate import PartialState
+
 from losa.checkpoint import load_checkpoint, save_checkpoint
 from losa.data import PackedData
 from losa.engine import Engine
+from losa.errors import RecipeError
 from losa.model import merge_model, sparsity_of, wrap_model, wrapped_linears
 from losa.modules import LoRALinear, MaskedLoRALinear
 from losa.recipe import AllocationConfig, Method, Recipe
@@ -91,7 +94,7 @@ class MethodRun:
         result = MethodResult(
             method=method,
             perplexity=perplexity,
-            sparsity=1 - sum(_kept(layer) for layer in layers.values()) / prunable,
+            sparsity=1 - sum(_kept(layer) for layer in layers.values()) / sum(m.weight.numel() for m in layers.values()),
             zeros=zeros,
             prunable=prunable,
             seconds=time.perf_counter() - start,
@@ -119,7 +122,10 @@ class MethodRun:
 
     def _wrap(self, layer: type[MaskedLoRALinear]) -> None:
         recipe = self.recipe
-        wrap_model(
+        highest, key = recipe.lora.rank, "lora.rank"
+        if self.dynamic:
+            highest, key = recipe.allocation.rank_max, "allocation.rank_max"
+        wrapped = wrap_model(
             self.model,
             layer=layer,
             rank=recipe.allocation.mean_rank if self.dynamic else recipe.lora.rank,
@@ -128,6 +134,9 @@ class MethodRun:
             targets=recipe.prune.targets,
             seed=recipe.seed,
         )
+        limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
+        if highest > limit:
+            raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
 
     def _trainer(self) -> Trainer:
         return Trainer(
@@ -179,7 +188,9 @@ class MethodRun:
             if len(plans) > 1:
                 step = trainer.global_step if trainer is not None else 0
                 state = {"rounds": [vars(r) for r in done], "global_step": step}
-                save_checkpoint(checkpoints, self.model, recipe=recipe, completed_round=plan.index, state=state)
+                if PartialState().is_main_process:
+                    save_checkpoint(checkpoints, self.model, recipe=recipe, completed_round=plan.index, state=state)
+                PartialState().wait_for_everyone()
         return done
 
 

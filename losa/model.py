@@ -286,8 +286,7 @@ def load_model(
     Raises:
         ModelError: not found, offline, quantised, not a decoder-only model, incomplete weights, or no such device.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
     target = _device(device)
     source, gguf_file = _locate(model, gguf_file)
@@ -303,8 +302,8 @@ def load_model(
             # A GGUF file describes its tokenizer in full; AutoTokenizer would parse the file's metadata twice.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=gguf_file)
             options = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
-            if hasattr(transformers, "GgufConfig"):
-                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            # Without this the model counts as quantised: it may keep packed weights, and cannot be saved.
+            options["quantization_config"] = GgufConfig(dequantize=True)
         loaded, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except ModelError:
         raise
@@ -313,8 +312,6 @@ def load_model(
     if absent := sorted(info["missing_keys"]):
         shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
-    if gguf_file is not None:
-        _forget_quantization(loaded)
     return loaded.to(target).eval(), tokenizer
 
 
@@ -384,11 +381,3 @@ def _explain(source: str, error: Exception) -> str:
         f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "
         "network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
     )
-
-
-def _forget_quantization(model: nn.Module) -> None:
-    """The weights are dense now; while transformers remembers a quantizer, it refuses to save the model."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        vars(model).pop(name, None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

@@ -63,7 +63,6 @@ class MaskedLoRALinear(nn.Module):
         # New Parameters over the same storage: assigning to their .data leaves the source module as it was.
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._shares_storage = True
         self.weight_replaced = False
         packed = torch.full((self.out_features, -(-self.in_features // 8)), 255, dtype=torch.uint8)
         packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
@@ -228,12 +227,10 @@ class MaskedLoRALinear(nn.Module):
             self._set_adapter(
                 self.lora_A.new_zeros(rank, self.in_features), self.lora_B.new_zeros(self.out_features, rank)
             )
-        if self._shares_storage:
-            # Loading copies in place, which must not reach the module that was wrapped.
-            for name in ("weight", "bias"):
-                if f"{prefix}{name}" in state_dict and getattr(self, name) is not None:
-                    getattr(self, name).data = getattr(self, name).data.clone()
-            self._shares_storage = False
+        # Loading copies in place, which must not reach the module that was wrapped.
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if f"{prefix}{name}" in state_dict and parameter is not None:
+                parameter.data = parameter.data.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -44,10 +45,16 @@ def run_recipe(
     Raises:
         LosaError: bad input, failed numerics or an output that fails its check; nothing half-written stays.
     """
+    process = PartialState(cpu=recipe.device == "cpu" or not torch.cuda.is_available())
+    if not process.is_main_process:
+        console = Console(quiet=True)
     console = console or Console()
     start = time.perf_counter()
-    check_output(recipe.output, overwrite)
-    work_dir = _work_directory(recipe, resume, overwrite)
+    work_dir = _work_directory(recipe)
+    if process.is_main_process:
+        check_output(recipe.output, overwrite)
+        _start_work(work_dir, resume, overwrite)
+    process.wait_for_everyone()
     _seed_everything(recipe)
 
     with console.status("loading model and data"):
@@ -55,7 +62,7 @@ def run_recipe(
             recipe.model,
             gguf_file=recipe.gguf_file,
             dtype=recipe.dtype,
-            device=recipe.device,
+            device=str(process.device) if recipe.device == "auto" and process.num_processes > 1 else recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
         inputs, evaluation = _inputs(recipe, tokenizer)
@@ -84,11 +91,15 @@ def run_recipe(
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(method, model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         record.results.append(outcome.result)
-        write_json(saved, vars(outcome.result))
+        if process.is_main_process:
+            write_json(saved, vars(outcome.result))
         _log_result(console, outcome.result)
     record.rounds = outcome.rounds
     record.masks = mask_records(outcome.masks, {name: linear.in_features for name, linear in originals.items()})
     record.seconds = time.perf_counter() - start
+    if not process.is_main_process:
+        process.wait_for_everyone()
+        return record
     metrics = [p for m in methods if (p := work_dir / m / "metrics.jsonl").exists()]
     with console.status("exporting and checking"):
         export_model(
@@ -102,13 +113,17 @@ def run_recipe(
             extra_files={f"metrics-{p.parent.name}.jsonl": p for p in metrics},
         )
     shutil.rmtree(work_dir, ignore_errors=True)
+    process.wait_for_everyone()
     console.print(results_table(record))
     console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
     return record
 
 
-def _work_directory(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
-    work = recipe.output.parent / f"{recipe.output.name}.work"
+def _work_directory(recipe: Recipe) -> Path:
+    return recipe.output.parent / f"{recipe.output.name}.work"
+
+
+def _start_work(work: Path, resume: bool, overwrite: bool) -> None:
     if work.exists() and not resume:
         if not overwrite:
             raise OutputError(f"output: unfinished work in {work}; continue it with --resume or discard with --overwrite")
@@ -117,7 +132,6 @@ def _work_directory(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"output: cannot create {work} ({error.strerror})") from error
-    return work
 
 
 def _seed_everything(recipe: Recipe) -> None:

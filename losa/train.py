@@ -1,48 +1,64 @@
-"""The fine-tuning loop: lean, on accelerate; one optimiser and one learning-rate cycle per round, or one cycle for all."""
+"""The fine-tuning loop: lean, on accelerate; a fresh optimiser each round."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
+import logging
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from losa.data import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
+from losa.loss import TokenLoss
 from losa.recipe import TrainConfig
+
+logger = logging.getLogger("losa")
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """``loss``: mean over the round's label tokens; ``tokens``: input tokens over all processes."""
+    """``steps``: optimiser steps; ``tokens``: input tokens over all processes; ``loss``: mean over the round's label
+    tokens in nats, None without any; ``seconds``: wall time."""
 
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     seconds: float
 
 
 class Trainer:
-    """Trains what requires a gradient (the adapters), round after round.
+    """Trains the parameters that require a gradient (the adapters), round after round.
+
+    One process, or several under ``accelerate launch`` (DDP): sequences are then dealt out to the processes, and
+    ``batch_size`` counts each process's.
+
+    ``global_step`` counts optimiser steps over all rounds; set it to go on after a checkpoint.
 
     Args:
-        model: causal LM on its device.
+        model: causal LM, left on its device (with several processes: moved to this process's device).
         config: the recipe's train section.
-        output_dir: takes metrics.jsonl (and TensorBoard files).
-        total_sequences: of all rounds, for the global learning-rate cycle.
+        seed: for dropout.
+        output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: neither.
+        total_sequences: of all rounds, the length of the global learning-rate cycle.
+        device: the model's.
 
     Raises:
-        LosaError: under DeepSpeed ZeRO-3, which shards what pruning must see whole.
+        LosaError: under DeepSpeed or FSDP, or TensorBoard is asked for and missing.
     """
 
     def __init__(
@@ -53,183 +69,242 @@ class Trainer:
         seed: int,
         output_dir: Path | None,
         total_sequences: int,
-        device: torch.device,
+        device: torch.device | str,
     ):
         self.model = model
         self.config = config
         self.seed = seed
-        self.device = device
-        self.global_step = 0
-        precision = "bf16" if _uses_bf16(config, model, device) else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-        plugin = self.accelerator.state.deepspeed_plugin
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3:
-            raise LosaError("DeepSpeed ZeRO-3 is not supported: pruning needs whole weights; use DDP")
+        # accelerate deals out data and synchronises gradients. Device and precision are set here: its own settings
+        # belong to the process and cannot differ between two trainers.
+        self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
+        kind = self.accelerator.distributed_type
+        if kind == DistributedType.DEEPSPEED:
+            raise LosaError(
+                "train: DeepSpeed is not supported: pruning needs whole weights, which ZeRO-3 shards, and the "
+                "adapters' optimiser state is small; launch plain DDP (accelerate launch --multi_gpu)"
+            )
+        if kind not in SUPPORTED:
+            raise LosaError(f"train: {kind.value} is not supported; launch plain DDP (accelerate launch --multi_gpu)")
         self.processes = self.accelerator.num_processes
+        self.device = torch.device(device) if self.processes == 1 else self.accelerator.device
+        self.autocast = autocast_dtype(config.precision, self.device)
+        self.global_step = 0
         self.total_steps = self._steps(total_sequences)
-        self.metrics = Metrics(output_dir if self.accelerator.is_main_process else None, config.tensorboard)
-
-    def _steps(self, sequences: int) -> int:
-        per_step = self.config.batch_size * self.config.gradient_accumulation * self.processes
-        return math.ceil(sequences / per_step)
-
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Linear warm-up over the first ``warmup`` share of ``steps``, then linear decay that ends one step after the
-        last; ``step`` counts from 0."""
-        warm = max(1, round(self.config.warmup * steps)) if self.config.warmup > 0 else 0
-        if step < warm:
-            return self.config.learning_rate * (step + 1) / (warm + 1)
-        return self.config.learning_rate * (steps - step) / (steps - warm)
+        self._metrics = _Metrics(output_dir if self.accelerator.is_main_process else None, config.tensorboard)
 
     def train(self, data: PackedData, *, round_index: int, stage_name: str = "round") -> TrainOutcome:
-        """One pass over ``data`` in its own order (it is shuffled already); a last partial batch is used.
+        """One pass over ``data``, in its order; a last, smaller batch is used too. Leaves the model in evaluation mode.
+
+        A step's loss is the mean over the label tokens of all its batches and processes, each token weighing the same.
+        Steps without any label token change nothing.
+
+        Args:
+            round_index: from 1; names the round in messages and metrics, and seeds dropout.
+            stage_name: the progress bar's.
 
         Raises:
-            NumericsError: non-finite loss or gradient, before the weights are touched; names round and step.
+            NumericsError: non-finite loss or gradient norm, before the weights are touched; names round and step.
         """
-        config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        torch.manual_seed(self.seed * 1000 + round_index)
+        torch.manual_seed(1_000_003 * self.seed + 1_009 * round_index + self.accelerator.process_index)
+        self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            parameters,
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
-        loader = DataLoader(TensorDataset(data.input_ids, data.labels), batch_size=config.batch_size)
-        model, optimizer, loader = accelerator.prepare(self.model, optimizer, loader)
-        steps = self._steps(len(data))
-        losses = Average()
-        model.train()
-        with self._checkpointing():
-            groups = list(_groups(loader, config.gradient_accumulation))
-            bar = tqdm(groups, desc=stage_name, leave=False, disable=None if accelerator.is_main_process else True)
-            for step, group in enumerate(bar):
-                began = time.perf_counter()
-                if config.lr_schedule == "global":
-                    rate = self.learning_rate(self.global_step, max(self.total_steps, self.global_step + 1))
-                else:
-                    rate = self.learning_rate(step, steps)
-                for settings in optimizer.param_groups:
-                    settings["lr"] = rate
-                where = f"round {round_index}, step {step + 1}"
-                loss, labels, norm = self._step(model, optimizer, parameters, group, where)
-                self.global_step += 1
-                losses.add(loss, labels)
-                tokens = sum(ids.numel() for ids, _ in group) * self.processes
-                bar.set_postfix(loss=f"{loss:.3f}")
-                self.metrics.write(
-                    step=self.global_step,
-                    round=round_index,
-                    loss=loss,
-                    lr=rate,
-                    grad_norm=norm,
-                    tokens=tokens,
-                    tokens_per_s=tokens / (time.perf_counter() - began),
-                )
-        self.model = accelerator.unwrap_model(model)
-        self.model.eval()
-        accelerator.free_memory()
-        return TrainOutcome(steps, data.input_ids.numel(), losses.value, time.perf_counter() - start)
-
-    def _step(self, model, optimizer, parameters, group, where: str) -> tuple[float, int, float]:
-        """One optimiser step over the batches of ``group``, each label token of all processes weighing the same."""
-        accelerator = self.accelerator
-        labels = torch.tensor(sum(int((y[:, 1:] != IGNORED).sum()) for _, y in group), device=self.device)
-        everywhere = int(accelerator.reduce(labels, "sum"))
-        optimizer.zero_grad(set_to_none=True)
-        if everywhere == 0:
-            return 0.0, 0, 0.0
-        total = torch.zeros((), device=self.device)
-        for position, (ids, targets) in enumerate(group):
-            last = position == len(group) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    summed = _summed_loss(model, ids, targets)
-                # DDP averages gradients over processes; the sum over all tokens is wanted.
-                accelerator.backward(summed * (self.processes / everywhere))
-                total += summed.detach()
-        loss = float(accelerator.reduce(total, "sum")) / everywhere
-        if not math.isfinite(loss):
-            raise NumericsError(f"training: loss is {loss} in {where}; lower train.learning_rate")
-        norm = float(accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        if not math.isfinite(norm):
-            raise NumericsError(f"training: gradient norm is {norm} in {where}; lower train.learning_rate")
-        optimizer.step()
-        return loss, everywhere, norm
-
-    @contextlib.contextmanager
-    def _checkpointing(self):
-        if not self.config.activation_checkpointing:
-            yield
-            return
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss_module = TokenLoss(self.model.eval(), self.autocast)
+        loader = DataLoader(self._padded(data), batch_size=self.config.batch_size)
         try:
-            yield
+            self.model.train()
+            with _checkpointing(self.model, self.config.activation_checkpointing), self._metrics.open(self.global_step):
+                prepared, loader = self.accelerator.prepare(loss_module, loader)
+                steps, loss = self._round(prepared, optimizer, parameters, loader, data, round_index, stage_name)
         finally:
-            self.model.gradient_checkpointing_disable()
+            # DDP's wrapper goes with this list and the local names; the model itself was never replaced.
+            self.accelerator.free_memory()
+            self.model.eval()
+        return TrainOutcome(steps, data.input_ids.numel(), loss, time.perf_counter() - start)
+
+    def _round(
+        self, loss_module, optimizer, parameters, loader, data: PackedData, round_index: int, stage_name: str
+    ) -> tuple[int, float | None]:
+        config = self.config
+        count = self._steps(len(data))
+        per_step = self._sequences_per_step()
+        batches = iter(loader)
+        total_loss, total_labels, taken = 0.0, 0, 0
+        show = None if self.accelerator.is_main_process else True
+        bar = tqdm(range(count), desc=stage_name, leave=False, disable=show)
+        for step in bar:
+            began = time.perf_counter()
+            group = list(itertools.islice(batches, config.gradient_accumulation))
+            if config.lr_schedule == "global":
+                # Rounds end with smaller steps, so there may be a few more than planned: they keep the last rate.
+                factor = lr_factor(min(self.global_step, self.total_steps - 1), self.total_steps, config.warmup)
+            else:
+                factor = lr_factor(step, count, config.warmup)
+            for settings in optimizer.param_groups:
+                settings["lr"] = factor * config.learning_rate
+            where = f"round {round_index}, step {step + 1} of {count}"
+            loss, labels, norm = self._step(loss_module, optimizer, parameters, group, where)
+            self.global_step += 1
+            if labels == 0:
+                continue
+            taken += 1
+            total_loss += loss * labels
+            total_labels += labels
+            tokens = min(per_step, len(data) - step * per_step) * data.input_ids.shape[1]
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self._metrics.write(
+                step=self.global_step,
+                round=round_index,
+                loss=loss,
+                lr=factor * config.learning_rate,
+                grad_norm=norm,
+                tokens=tokens,
+                tokens_per_s=tokens / (time.perf_counter() - began),
+            )
+        return taken, total_loss / total_labels if total_labels else None
+
+    def _step(self, loss_module, optimizer, parameters, group: list, where: str) -> tuple[float, int, float]:
+        """One optimiser step over the batches of ``group``: (mean loss, label tokens, gradient norm) over processes."""
+        accelerator = self.accelerator
+        own = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in group)
+        labels = int(accelerator.reduce(torch.tensor(own, device=self.device), "sum"))
+        if labels == 0:
+            return 0.0, 0, 0.0
+        optimizer.zero_grad(set_to_none=True)
+        summed = torch.zeros((), device=self.device)
+        for position, batch in enumerate(group):
+            ids, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            last = position == len(group) - 1
+            with nullcontext() if last else accelerator.no_sync(loss_module):
+                part = loss_module(ids, targets)
+                # DDP takes the mean of the processes' gradients, where the sum is wanted.
+                (part * (self.processes / labels)).backward()
+            summed += part.detach()
+        loss = float(accelerator.reduce(summed, "sum")) / labels
+        if not math.isfinite(loss):
+            raise NumericsError(f"training: the loss is {loss} in {where}; lower train.learning_rate")
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise NumericsError(f"training: the gradient norm is {norm} in {where}; lower train.learning_rate")
+        optimizer.step()
+        return loss, labels, norm
+
+    def _sequences_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation * self.processes
+
+    def _steps(self, sequences: int) -> int:
+        return math.ceil(sequences / self._sequences_per_step())
+
+    def _padded(self, data: PackedData) -> TensorDataset:
+        """With several processes, sequences without labels fill up the last batches: accelerate would repeat some."""
+        missing = -len(data) % (self.config.batch_size * self.processes) if self.processes > 1 else 0
+        ids, labels = data.input_ids, data.labels
+        if missing:
+            ids = torch.cat([ids, ids[:1].expand(missing, -1)])
+            labels = torch.cat([labels, labels.new_full((missing, labels.shape[1]), IGNORED)])
+        return TensorDataset(ids, labels)
 
 
-def _uses_bf16(config: TrainConfig, model: nn.Module, device: torch.device) -> bool:
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the full learning rate in ``step`` (from 0) of ``steps``.
+
+    Linear warm-up over the first round(warmup * steps) steps, full at the step after them, then linear decay that would
+    reach zero one step after the last: no step is wasted on a rate of zero.
+    """
+    warm = min(round(warmup * steps), steps - 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return (steps - step) / (steps - warm)
 
 
-def _groups(loader, size: int):
-    group = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _summed_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the next-token loss over label tokens, in fp32."""
-    wanted = labels[:, 1:]
-    # Positions that predict no label token in any row of the batch need no logits.
-    columns = (wanted != IGNORED).any(0).nonzero().flatten()
-    logits = model(input_ids, use_cache=False, logits_to_keep=columns).logits
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), wanted[:, columns].flatten(), ignore_index=IGNORED, reduction="sum"
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None for ``TrainConfig.precision``: "auto" is bfloat16 on GPUs that support it. A CPU without bf16
+    instructions would emulate them many times slower than fp32, so it computes in fp32, with a warning."""
+    if device.type == "cpu":
+        if precision != "bfloat16":
+            return None
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if any(getattr(torch.cpu, probe, bool)() for probe in probes):
+            return torch.bfloat16
+        logger.warning("train.precision: this CPU has no bfloat16 instructions; training in float32")
+        return None
+    wanted = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
+    return torch.bfloat16 if wanted else None
 
 
-class Average:
-    def __init__(self):
-        self.total, self.count = 0.0, 0
+@contextmanager
+def _checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Activations recomputed in the backward pass, within the context."""
+    if not enabled:
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
-    def add(self, value: float, count: int) -> None:
-        self.total += value * count
-        self.count += count
 
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-
-class Metrics:
-    """metrics.jsonl, a line per step, and TensorBoard scalars where asked for. Without a directory: nothing."""
+class _Metrics:
+    """metrics.jsonl, one whole line per step, and TensorBoard scalars where asked for. Without a directory: nothing."""
 
     def __init__(self, directory: Path | None, tensorboard: bool):
-        self.path = None
-        self.writer = None
+        self.directory = directory
+        self._writer_class = None
+        self._file = None
+        self._writer = None
         if directory is None:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise LosaError("train.tensorboard: not installed; pip install 'losa[tensorboard]'") from error
-            self.writer = SummaryWriter(directory / "tensorboard")
+                message = "train.tensorboard: TensorBoard is not installed; pip install tensorboard, or set it to false"
+                raise LosaError(message) from error
+            self._writer_class = SummaryWriter
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def write(self, step: int, **values) -> None:
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.writer is not None:
+    @contextmanager
+    def open(self, global_step: int) -> Iterator[None]:
+        """Within the context files are open, and hold no step after ``global_step`` but the ones written."""
+        if self.directory is None:
+            yield
+            return
+        path = self.directory / "metrics.jsonl"
+        _drop_later_steps(path, global_step)
+        with path.open("a", buffering=1, encoding="utf-8") as self._file:
+            if self._writer_class is not None:
+                self._writer = self._writer_class(str(self.directory / "tensorboard"), purge_step=global_step + 1)
+            try:
+                yield
+            finally:
+                if self._writer is not None:
+                    self._writer.close()
+                self._file = self._writer = None
+
+    def write(self, *, step: int, **values) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self._writer.add_scalar(f"train/{name}", value, step)
+
+
+def _drop_later_steps(path: Path, global_step: int) -> None:
+    """Of an interrupted round that is about to be repeated, remove the lines (and one that was cut off)."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= global_step]
+    if len(kept) < len(lines):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)

@@ -267,6 +267,18 @@ def test_unwrap_gives_the_original_bits():
     assert torch.equal(back.bias, linear.bias)
 
 
+def test_replacing_the_weight_leaves_the_wrapped_linear():
+    layer, linear = make(dtype=torch.bfloat16)
+    before, new = linear.weight.detach().clone(), torch.randn(OUT, IN)
+    assert not layer.weight_replaced
+    layer.replace_weight(new)
+    assert layer.weight_replaced and layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
+    assert torch.equal(layer.unwrap().weight, new.bfloat16()) and torch.equal(linear.weight, before)
+    with pytest.raises(ValueError, match=r"^weight: expected \(24, 43\), got \(43, 24\)"):
+        layer.replace_weight(new.T)
+    assert torch.equal(layer.weight, new.bfloat16())
+
+
 def test_training_flag_follows():
     linear = nn.Linear(IN, OUT).eval()
     layer = MaskedLoRALinear.from_linear(linear, RANK)
@@ -328,8 +340,9 @@ def test_state_dict_of_any_rank_loads(stored_rank, assign):
 
 def test_loading_does_not_reach_the_wrapped_linear():
     layer, linear = make(seed=1)
-    before = copy.deepcopy(linear.state_dict())
-    layer.load_state_dict(make(seed=2)[0].state_dict())
+    before, stored = copy.deepcopy(linear.state_dict()), make(seed=2)[0].state_dict()
+    layer.load_state_dict({"lora_A": stored["lora_A"]}, strict=False)
+    layer.load_state_dict(stored)
     assert not torch.equal(layer.weight, linear.weight)
     assert all(torch.equal(v, before[k]) for k, v in linear.state_dict().items())
 

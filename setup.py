@@ -1,0 +1,42 @@
+"""Builds the native libraries by CMakeLists.txt. LOSA_NO_EXT=1: Python and Triton only. LOSA_CUDA=OFF: no CUDA half."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "losa_kernels/__init__.py").read_text()).group(1)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        target = Path(self.build_lib).resolve() / "losa_kernels"
+        build = ROOT / "build" / f"cmake-{sys.version_info.major}.{sys.version_info.minor}"
+        build.mkdir(parents=True, exist_ok=True)
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DLOSA_VERSION={VERSION}",
+            f"-DLOSA_OUTPUT={target}",
+            f"-DLOSA_CUDA={os.environ.get('LOSA_CUDA', 'ON')}",
+        ]
+        if archs := os.environ.get("LOSA_CUDA_ARCHS"):
+            options.append(f"-DLOSA_CUDA_ARCHS={archs.replace(',', ';')}")
+        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+    def copy_extensions_to_source(self):
+        for library in (Path(self.build_lib) / "losa_kernels").glob("*.so"):
+            self.copy_file(library, ROOT / "losa_kernels" / library.name)
+
+
+skip = os.environ.get("LOSA_NO_EXT", "0") not in ("", "0")
+setup(
+    version=VERSION,
+    ext_modules=[] if skip else [Extension("losa_kernels._build_info", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
