@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,15 +24,23 @@ class CMakeBuild(build_ext):
             f"-DLOSA_VERSION={VERSION}",
             f"-DLOSA_OUTPUT={target}",
             f"-DLOSA_CUDA={os.environ.get('LOSA_CUDA', 'ON')}",
+            f"-DLOSA_CUDA_ARCHS={os.environ.get('LOSA_CUDA_ARCHS', '').replace(',', ';')}",
         ]
-        if archs := os.environ.get("LOSA_CUDA_ARCHS"):
-            options.append(f"-DLOSA_CUDA_ARCHS={archs.replace(',', ';')}")
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # The cmake and ninja of this environment first, activated or not.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        self.remove_libraries(target)  # an earlier build may have had a CUDA half that this one has not
+        for command in (["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options], ["cmake", "--build", build]):
+            subprocess.run(["env", f"PATH={path}", *map(str, command)], check=True)
 
     def copy_extensions_to_source(self):
+        self.remove_libraries(ROOT / "losa_kernels")
         for library in (Path(self.build_lib) / "losa_kernels").glob("*.so"):
             self.copy_file(library, ROOT / "losa_kernels" / library.name)
+
+    @staticmethod
+    def remove_libraries(folder):
+        for library in folder.glob("*.so"):
+            library.unlink()
 
 
 skip = os.environ.get("LOSA_NO_EXT", "0") not in ("", "0")

@@ -28,7 +28,9 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def interleaved(candidates: dict[str, Callable[[int], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+def interleaved(
+    candidates: dict[str, Callable[[int], object]], repetitions: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike.
 
     A candidate gets the repetition's number, to rotate buffers larger than the cache.

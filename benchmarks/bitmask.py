@@ -36,7 +36,10 @@ def main(argv: list[str]) -> int:
         }
         for direction, runs in candidates.items():
             found = rows(
-                interleaved(runs, 5 if args.quick else 25, device), "reference", op=direction, shape=f"{out_features}x{in_features}"
+                interleaved(runs, 5 if args.quick else 25, device),
+                "reference",
+                op=direction,
+                shape=f"{out_features}x{in_features}",
             )
             for row in found:
                 moved = out_features * in_features * 1.125

@@ -109,7 +109,10 @@ class Harness:
                 "learning_rate": learning_rate,
             },
             "evaluate": {
-                "data": str(self.data / ("dev/wikitext2/wiki.test.even-articles.raw" if job.tuning else "dev/wikitext2/wiki.valid.raw")),
+                "data": str(
+                    self.data
+                    / ("dev/wikitext2/wiki.test.even-articles.raw" if job.tuning else "dev/wikitext2/wiki.valid.raw")
+                ),
                 "length": 512,
                 "max_windows": self.windows // 3 if job.tuning else self.windows,
                 "each_round": False,

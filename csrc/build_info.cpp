@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -42,5 +43,9 @@ PYBIND11_MODULE(_build_info, module) {
   module.attr("cuda") = cuda.empty() ? std::nullopt : std::optional<std::string>(cuda);
   module.attr("cuda_archs") = split(LOSA_CUDA_ARCHS);
   module.attr("cpu_isa_compiled") = split(LOSA_CPU_ISAS);
-  module.def("cpu_isa_selected", [] { return losa::isa_name(losa::selected_isa()); });
+  // What this CPU and LOSA_CPU_ISA allow, of what is compiled in (listed from the least to the best).
+  module.def("cpu_isa_selected", [compiled = split(LOSA_CPU_ISAS)] {
+    const auto allowed = static_cast<std::size_t>(losa::selected_isa());
+    return compiled[std::min(allowed, compiled.size() - 1)];
+  });
 }

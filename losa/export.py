@@ -80,7 +80,9 @@ def check_zeros(directory: Path, masks: Mapping[str, Tensor], record: RunRecord)
                 left.remove(name)
                 kept = unpack_mask(masks[name], tensor.shape[1])
                 if int(kept.sum()) != record.masks[name].kept:
-                    raise OutputError(f"export: {key}: mask keeps {int(kept.sum())}, record says {record.masks[name].kept}")
+                    raise OutputError(
+                        f"export: {key}: mask keeps {int(kept.sum())}, record says {record.masks[name].kept}"
+                    )
                 bits = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
                 wrong = int((bits[~kept] != 0).sum())
                 if wrong:

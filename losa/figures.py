@@ -88,7 +88,9 @@ def _block_figure(path: Path, title: str, unit: str, columns: dict[str, list], l
         axis.set_yscale("log")
     axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=min(len(columns), 5), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axis.legend(
+        frameon=False, ncols=min(len(columns), 5), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16)
+    )
     rows = [[block, *(values[block] for values in columns.values())] for block in blocks]
     return [_save(figure, path), _write_csv(path, ["block", *columns], rows)]
 

@@ -94,7 +94,8 @@ class MethodRun:
         result = MethodResult(
             method=method,
             perplexity=perplexity,
-            sparsity=1 - sum(_kept(layer) for layer in layers.values()) / sum(m.weight.numel() for m in layers.values()),
+            sparsity=1
+            - sum(_kept(layer) for layer in layers.values()) / sum(m.weight.numel() for m in layers.values()),
             zeros=zeros,
             prunable=prunable,
             seconds=time.perf_counter() - start,

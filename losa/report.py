@@ -151,7 +151,9 @@ def zeros_table(inspection: Inspection) -> Table:
     blocks: dict[str, list[TensorSparsity]] = {}
     for tensor in inspection.tensors:
         blocks.setdefault(re.match(r".*?\.\d+(?=\.)", tensor.name).group(), []).append(tensor)
-    table = Table("block", "matrices", "weights", "zeros", "sparsity", title=f"measured: {inspection.sparsity:.4f} zeros")
+    table = Table(
+        "block", "matrices", "weights", "zeros", "sparsity", title=f"measured: {inspection.sparsity:.4f} zeros"
+    )
     for name, parts in sorted(blocks.items(), key=lambda item: int(item[0].rpartition(".")[2])):
         zeros, total = sum(t.zeros for t in parts), sum(t.total for t in parts)
         table.add_row(name, str(len(parts)), f"{total:,}", f"{zeros:,}", f"{zeros / total:.4f}")

@@ -126,7 +126,9 @@ def _work_directory(recipe: Recipe) -> Path:
 def _start_work(work: Path, resume: bool, overwrite: bool) -> None:
     if work.exists() and not resume:
         if not overwrite:
-            raise OutputError(f"output: unfinished work in {work}; continue it with --resume or discard with --overwrite")
+            raise OutputError(
+                f"output: unfinished work in {work}; continue it with --resume or discard with --overwrite"
+            )
         shutil.rmtree(work)
     try:
         work.mkdir(parents=True, exist_ok=True)

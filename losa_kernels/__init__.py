@@ -7,6 +7,7 @@ PyTorch reference. Each public name is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 __version__ = "0.1.0"
 
@@ -39,3 +40,9 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# A function named like its subpackage must be bound first: importing the subpackage later would put the module in its place.
+for _name, _module in _EXPORTS.items():
+    if _name == _module and importlib.util.find_spec(f"{__name__}.{_module}"):
+        __getattr__(_name)

@@ -29,7 +29,8 @@ def _load(backend: str) -> str | None:
         if _missing["cpu"]:
             return f"{LIBRARIES['cuda']} needs the op schemas of {LIBRARIES['cpu']}: {_missing['cpu']}"
     if not path.exists():
-        return f"{path.name} is not built (installed with LOSA_NO_EXT=1{', or without nvcc' if backend == 'cuda' else ''})"
+        reasons = "LOSA_NO_EXT=1, or build_ext has not run" + (", or there was no nvcc" if backend == "cuda" else "")
+        return f"{path.name} is not built ({reasons})"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"{path.name} needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; this is torch {torch.__version__}"
     try:

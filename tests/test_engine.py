@@ -108,7 +108,9 @@ def test_sparsegpt_sees_the_adapter():
         assert (merged - result.weight).abs().max() <= 8 * eps * result.weight.abs().max()
 
 
-@pytest.mark.parametrize("switch", [{"rates": "uniform"}, {"ranks": "uniform"}, {"ranks": "sparsity"}, {"error": "frobenius"}])
+@pytest.mark.parametrize(
+    "switch", [{"rates": "uniform"}, {"ranks": "uniform"}, {"ranks": "sparsity"}, {"error": "frobenius"}]
+)
 def test_ablations_keep_the_budget(switch):
     model, engine = build(allocation=switch)
     plans, records, _ = run_all(engine)

@@ -38,7 +38,9 @@ class SparseGPT:
             )
         except SingularHessianError as error:
             if self.on_singular == "error":
-                raise NumericsError(f"{error}; more calibration samples help, or set prune.on_singular: wanda") from error
+                raise NumericsError(
+                    f"{error}; more calibration samples help, or set prune.on_singular: wanda"
+                ) from error
             norms = statistic.diagonal().clamp_min(0).sqrt()
             return Pruned(wanda_mask(weight, norms, mask=mask, **pattern.as_kwargs()), damping=float("inf"))
         return Pruned(result.mask, result.weight, float(result.loss.sum()), result.damping)

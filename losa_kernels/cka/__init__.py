@@ -36,7 +36,9 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
     expected = (*features.shape[:-1], samples)
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     if out is not None and (tuple(out.shape) != expected or out.dtype != wide or out.device != features.device):
-        raise ValueError(f"out: expected {wide} {expected} on {features.device}, got {out.dtype} {tuple(out.shape)} on {out.device}")
+        raise ValueError(
+            f"out: expected {wide} {expected} on {features.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
     batched = features if features.dim() == 3 else features[None]
     into = None if out is None else out.view(batched.shape[0], samples, samples)
     result = dispatch.implementation("gram", features.device)(batched, into)

@@ -68,9 +68,7 @@ def masked_lora_linear(
     return _forward(x, weight, mask, lora_A, lora_B, float(scaling), bias, float(dropout_p), seed)
 
 
-def merge_masked_lora(
-    weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
+def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """M * (W + s B A) in fp32 (fp64 for fp64 weights) with one rounding to the weight's dtype; (out, in), a new tensor.
 
     Pruned entries are exactly +0.0, whatever W holds there. Arguments and errors: see ``masked_lora_linear``.

@@ -1,0 +1,152 @@
+"""Sparse storage formats: bitmask, N:M with fixed rows, and 2:4 in CUTLASS's layout. Bytes: see FORMAT.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from losa_kernels import dispatch
+from losa_kernels.bitmask import unpack_mask
+from losa_kernels.packing import reference
+
+__all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the formats share: ``shape`` (out, in) and ``values``, whose dtype is the weight's."""
+
+    shape: tuple[int, int]
+    values: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on another device."""
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+
+    def unpack(self) -> Tensor:
+        """The dense weight (out, in): kept values to the bit, +0.0 elsewhere."""
+        raise TypeError(f"{type(self).__name__} cannot be unpacked")
+
+
+@dataclass(frozen=True)
+class PackedBitmask(Packed):
+    """Kept values row by row, the packed mask (out, ceil(in/8)) uint8, and each row's first value (out,) int64."""
+
+    bitmask: Tensor
+    row_offsets: Tensor
+
+    def unpack(self) -> Tensor:
+        return reference.unpack_bitmask(self.values, self.bitmask, self.shape)
+
+    def mask(self) -> Tensor:
+        """Packed mask of kept weights."""
+        return self.bitmask
+
+
+@dataclass(frozen=True)
+class PackedNM(Packed):
+    """``keep_n`` values of every ``m``: values (out, in / m * keep_n), and the packed mask of stored positions."""
+
+    bitmask: Tensor
+    keep_n: int
+    m: int
+
+    def unpack(self) -> Tensor:
+        return reference.unpack_bitmask(self.values.reshape(-1), self.bitmask, self.shape)
+
+    def mask(self) -> Tensor:
+        """Packed mask of stored positions (pruned ones that fill a group included)."""
+        return self.bitmask
+
+
+@dataclass(frozen=True)
+class Packed24(Packed):
+    """2:4 of 16-bit weights as torch's SparseSemiStructuredTensorCUTLASS stores it: values (out, in / 2) and ``meta``
+    int16 (out, in / 16)."""
+
+    meta: Tensor
+
+    def unpack(self) -> Tensor:
+        return reference.unpack_24(self.values, self.meta)
+
+
+def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
+    """Store kept values only, whatever the pattern (compressed-tensors' sparse-bitmask).
+
+    Args:
+        weight: (out, in) floating point; values at pruned places are dropped.
+        mask: packed uint8 (out, ceil(in/8)), 1 = kept. A kept 0.0 or -0.0 is stored.
+
+    Raises:
+        ValueError: a wrong shape or dtype; names the argument.
+    """
+    _check(weight, mask)
+    values, offsets = dispatch.implementation("pack_bitmask", weight.device)(weight, mask)
+    return PackedBitmask(tuple(weight.shape), values, mask.clone(), offsets)
+
+
+def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
+    """Store exactly ``keep_n`` of every ``m`` weights of a row: rows of fixed length, no offsets.
+
+    A group that keeps fewer weights also stores its first pruned positions, as +0.0.
+
+    Raises:
+        ValueError: in is no multiple of m, or a group keeps more than keep_n.
+    """
+    _check(weight, mask)
+    if not 0 < keep_n <= m:
+        raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
+    if weight.shape[1] % m:
+        raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
+    most = unpack_mask(mask, weight.shape[1]).reshape(-1, m).sum(1).max() if weight.numel() else 0
+    if most > keep_n:
+        raise ValueError(f"mask: expected at most {keep_n} kept of every {m}, got a group with {int(most)}")
+    values, stored = dispatch.implementation("pack_nm", weight.device)(weight, mask, keep_n, m)
+    return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
+
+
+def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
+    """2:4 in the layout that torch's semi-structured (CUTLASS) products read.
+
+    Raises:
+        ValueError: not 16-bit, sides that are no multiples of 32 and 64, or a group of 4 that keeps more than 2.
+    """
+    _check(weight, mask)
+    if weight.element_size() != 2:
+        raise ValueError(f"weight: expected bfloat16 or float16, got {weight.dtype}")
+    rows, columns = weight.shape
+    if rows % 32 or columns % 64:
+        raise ValueError(f"weight: expected out a multiple of 32 and in of 64, got {tuple(weight.shape)}")
+    most = unpack_mask(mask, columns).reshape(-1, 4).sum(1).max()
+    if most > 2:
+        raise ValueError(f"mask: expected at most 2 kept of every 4, got a group with {int(most)}")
+    values, meta = dispatch.implementation("pack_24", weight.device)(weight, mask)
+    return Packed24((rows, columns), values, meta)
+
+
+def _check(weight: Tensor, mask: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
+    expected = (weight.shape[0], -(-weight.shape[1] // 8))
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
+        raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
+    if mask.device != weight.device:
+        raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")

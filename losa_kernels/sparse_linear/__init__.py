@@ -1,0 +1,38 @@
+"""Linear layers on packed weights, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losa_kernels import dispatch
+from losa_kernels.packing import Packed
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias with W in a packed format.
+
+    Args:
+        x: (..., in) floating point on the packed weight's device; the product runs in its dtype.
+        packed: what ``pack_bitmask``, ``pack_nm`` or ``pack_24`` returned.
+        bias: (out,) or None.
+
+    Returns:
+        (..., out) in x's dtype. There is no backward pass.
+
+    Raises:
+        ValueError: a wrong shape or device; names the argument.
+        RuntimeError: x requires a gradient.
+    """
+    if not isinstance(packed, Packed):
+        raise ValueError(f"packed: expected a packed weight, got {type(packed).__name__}")
+    out_features, in_features = packed.shape
+    if x.dim() < 1 or x.shape[-1] != in_features or not x.is_floating_point():
+        raise ValueError(f"x: expected floating point (..., {in_features}), got {x.dtype} {tuple(x.shape)}")
+    if x.device != packed.device:
+        raise ValueError(f"x: expected on {packed.device} as packed, got {x.device}")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias: expected ({out_features},), got {tuple(bias.shape)}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("sparse_linear: x requires a gradient, but packed weights are for inference only")
+    return dispatch.implementation("sparse_linear", x.device)(x, packed, bias)
