@@ -1,132 +1,261 @@
-"""Pictures of a run: PNG for people, CSV with the same numbers for everything else."""
+"""Pictures of a run: PNG for people, CSV with the record's own numbers for everything else."""
 
 from __future__ import annotations
 
 import csv
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from losa.record import RunRecord
+from losa.errors import OutputError
+from losa.files import reason, write_bytes, write_text
+from losa.record import RoundRecord, RunRecord
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+STYLES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+# Ordered values: light to dark in any print, the same for colour-blind readers.
+ORDERED = "viridis"
+ANNOTATED_BLOCKS = 48
+NAMES = {
+    "dense": "dense",
+    "prune_only": "pruned only",
+    "lora": "pruned + LoRA (not mergeable)",
+    "sparse_lora": "pruned + sparse LoRA",
+    "losa": "LoSA",
+    "finetune_then_prune": "LoRA, then pruned",
+}
+ERRORS = {
+    "relative": "relative error E (per-channel)",
+    "frobenius": "error E (Frobenius norm)",
+}
 
 
 def write_figures(record: RunRecord, directory: Path) -> list[Path]:
-    """Write every figure that the record has numbers for; the paths written, PNG and CSV.
+    """Write every figure that the record has numbers for.
 
-    sparsity: rate per block and round; ranks: rank per block and round; errors: reconstruction error per block and
-    round; cka: similarity between blocks, first and last round; perplexity: over rounds, with the baselines.
+    sparsity: share of pruned weights per block and round; ranks: adapter rank per block and round; errors:
+    reconstruction error per block and round; cka: similarity between block outputs, first and last round; perplexity:
+    after each round, beside the other methods.
+
+    Returns:
+        the paths written, PNG and CSV.
+
+    Raises:
+        OutputError: the directory cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {directory}: {reason(error)}") from error
     rounds = record.rounds
     written: list[Path] = []
     if not rounds:
         return written
-    labels = [f"round {r.index}" for r in rounds]
-    per_block = {
-        "sparsity": ("Sparsity per block", "pruned weights (%)", [[100 * s for s in r.sparsity] for r in rounds]),
-        "ranks": ("Adapter rank per block", "rank", [r.ranks for r in rounds]),
-        "errors": ("Reconstruction error per block", "relative error E", [r.errors for r in rounds]),
-    }
-    for name, (title, unit, series) in per_block.items():
-        if all(series) and not (name == "ranks" and record.method == "prune_only"):
-            columns = dict(zip(labels, series, strict=True))
-            written += _block_figure(directory / name, title, unit, columns, logarithmic=name == "errors")
-    similarities = [(r.index, r.similarity) for r in rounds if r.similarity is not None]
-    if similarities:
-        written += _cka_figure(directory / "cka", [similarities[0], similarities[-1]][: len(similarities)])
+    written += _sparsity(directory / "sparsity", rounds)
+    if record.method not in ("prune_only", "finetune_then_prune"):
+        written += _ranks(directory / "ranks", rounds)
+    if any(r.errors for r in rounds):
+        kind = record.recipe.get("allocation", {}).get("error", "relative")
+        written += _errors(directory / "errors", [r for r in rounds if r.errors], ERRORS.get(kind, "error E"))
+    with_similarity = [r for r in rounds if r.similarity]
+    if with_similarity:
+        written += _cka(directory / "cka", with_similarity)
     if any(r.perplexity is not None for r in rounds):
-        written += _perplexity_figure(directory / "perplexity", record)
+        written += _perplexity(directory / "perplexity", record)
     return written
 
 
-def _plot(width: float = 7.0, height: float = 3.8, columns: int = 1):
-    import matplotlib
+def _figure(width: float = 7.0, height: float = 3.8, columns: int = 1):
+    """Without pyplot: drawing a report must not change the caller's backend or open figures."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
-
-
-def _save(figure, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
-    return target
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
-def _write_csv(path: Path, header: Sequence[str], rows) -> Path:
-    target = path.with_suffix(".csv")
-    with target.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return target
+def _whole_ticks(*axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
 
 
-def _block_figure(path: Path, title: str, unit: str, columns: dict[str, list], logarithmic: bool) -> list[Path]:
-    figure, (axis,) = _plot()
-    blocks = range(len(next(iter(columns.values()))))
-    for position, (label, values) in enumerate(columns.items()):
-        last = position == len(columns) - 1
-        axis.step(
-            blocks,
+def _save(figure, path: Path, header: Sequence[str], rows) -> list[Path]:
+    # Appended, not replaced: a name may hold a dot.
+    picture, table = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.csv")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(picture, buffer.getvalue())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(table, text.getvalue())
+    return [picture, table]
+
+
+def _by_block(rounds: list[RoundRecord], series: list[list]) -> tuple[list[str], list[list]]:
+    """CSV header and rows: a row per block, a column per round."""
+    header = ["block", *(f"round {r.index}" for r in rounds)]
+    return header, [[block, *values] for block, values in enumerate(zip(*series, strict=True))]
+
+
+def _round_label(r: RoundRecord) -> str:
+    return f"round {r.index}: {100 * r.target_sparsity:.0f} %"
+
+
+def _lines(axis, rounds: list[RoundRecord], series: list[list[float]]) -> None:
+    from matplotlib import colormaps
+
+    count = len(rounds)
+    for position, (r, values) in enumerate(zip(rounds, series, strict=True)):
+        last = position == count - 1
+        # The map's yellow end is too pale for lines.
+        colour = colormaps[ORDERED](0.85 * (1 - position / max(1, count - 1)))
+        axis.plot(
+            range(len(values)),
             values,
-            where="mid",
-            label=label,
-            color=COLOURS[position % len(COLOURS)],
-            linewidth=2.2 if last else 1.2,
-            alpha=1 if last else 0.75,
+            color=colour,
+            linewidth=2.2 if last else 1.4,
+            marker="o",
+            markersize=4 if last else 2.5,
+            label=_round_label(r),
         )
-    axis.set(title=title, xlabel="decoder block", ylabel=unit)
-    if logarithmic:
-        axis.set_yscale("log")
     axis.grid(axis="y", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("decoder block")
+    _whole_ticks(axis.xaxis)
+    handles, labels = axis.get_legend_handles_labels()
     axis.legend(
-        frameon=False, ncols=min(len(columns), 5), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        handles[::-1], labels[::-1], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
-    rows = [[block, *(values[block] for values in columns.values())] for block in blocks]
-    return [_save(figure, path), _write_csv(path, ["block", *columns], rows)]
 
 
-def _cka_figure(path: Path, matrices: list[tuple[int, list[list[float]]]]) -> list[Path]:
-    figure, axes = _plot(width=4.2 * len(matrices) + 0.8, columns=len(matrices))
-    rows = []
-    for axis, (index, matrix) in zip(axes, matrices, strict=True):
-        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
-        axis.set(title=f"CKA before round {index}", xlabel="decoder block", ylabel="decoder block")
-        rows += [[index, i, j, value] for i, line in enumerate(matrix) for j, value in enumerate(line)]
-    figure.colorbar(image, ax=list(axes), label="similarity of block outputs", shrink=0.9)
-    return [_save(figure, path), _write_csv(path, ["round", "block_i", "block_j", "cka"], rows)]
+def _sparsity(path: Path, rounds: list[RoundRecord]) -> list[Path]:
+    figure, (axis,) = _figure(width=8)
+    _lines(axis, rounds, [[100 * rate for rate in r.sparsity] for r in rounds])
+    axis.set(title="Sparsity per block, after each round", ylabel="pruned weights (%)")
+    if axis.get_ylim()[1] - axis.get_ylim()[0] < 5:
+        middle = sum(axis.get_ylim()) / 2
+        axis.set_ylim(middle - 2.5, middle + 2.5)
+    return _save(figure, path, *_by_block(rounds, [r.sparsity for r in rounds]))
 
 
-def _perplexity_figure(path: Path, record: RunRecord) -> list[Path]:
-    figure, (axis,) = _plot()
+def _errors(path: Path, rounds: list[RoundRecord], unit: str) -> list[Path]:
+    figure, (axis,) = _figure(width=8)
+    _lines(axis, rounds, [[value if value > 0 else math.nan for value in r.errors] for r in rounds])
+    axis.set(title="Reconstruction error of block outputs, before each round's training", ylabel=unit)
+    if any(value > 0 for r in rounds for value in r.errors):
+        axis.set_yscale("log")
+        _plain_log_ticks(axis.yaxis)
+    return _save(figure, path, *_by_block(rounds, [r.errors for r in rounds]))
+
+
+def _plain_log_ticks(axis) -> None:
+    """1, 2, 5, 10, ... written out: ranges are often shorter than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high / max(low, 1e-300) < 1e3 else (1.0,)
+    if high / max(low, 1e-300) < 4:
+        steps = tuple(1 + 0.5 * i for i in range(18))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ranks(path: Path, rounds: list[RoundRecord]) -> list[Path]:
+    blocks = len(rounds[0].ranks)
+    width = min(14.0, max(5.0, 1.8 + 0.27 * blocks))
+    figure, (axis,) = _figure(width=width, height=1.5 + 0.36 * len(rounds))
+    matrix = [r.ranks for r in rounds]
+    low, high = min(map(min, matrix)), max(map(max, matrix))
+    image = axis.imshow(
+        matrix, aspect="auto", cmap=ORDERED, vmin=low, vmax=max(high, low + 1), interpolation="nearest"
+    )
+    if blocks <= ANNOTATED_BLOCKS:
+        for row, ranks in enumerate(matrix):
+            for block, rank in enumerate(ranks):
+                bright = rank - low > 0.6 * (high - low)
+                axis.text(block, row, rank, ha="center", va="center", size=7, color="black" if bright else "white")
+    axis.set(title="Adapter rank per block and round", xlabel="decoder block")
+    axis.set_yticks(range(len(rounds)), [f"round {r.index} (mean {sum(r.ranks) / blocks:.2g})" for r in rounds])
+    _whole_ticks(axis.xaxis)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axis, label="rank", pad=0.01)
+    _whole_ticks(bar.ax.yaxis)
+    return _save(figure, path, *_by_block(rounds, matrix))
+
+
+def _cka(path: Path, rounds: list[RoundRecord]) -> list[Path]:
+    shown = [rounds[0], rounds[-1]] if len(rounds) > 1 else [rounds[0]]
+    figure, axes = _figure(width=4.1 * len(shown) + 0.9, height=4.1, columns=len(shown))
+    lowest = min(value for r in shown for line in r.similarity for value in line)
+    lowest = max(0.0, min(0.9, math.floor(10 * lowest) / 10))
+    for axis, r in zip(axes, shown, strict=True):
+        image = axis.imshow(
+            r.similarity, vmin=lowest, vmax=1, cmap=ORDERED, origin="lower", interpolation="nearest"
+        )
+        axis.set(title=f"before round {r.index}", xlabel="decoder block")
+        _whole_ticks(axis.xaxis, axis.yaxis)
+    axes[0].set_ylabel("decoder block")
+    figure.suptitle("Similarity of block outputs")
+    figure.colorbar(image, ax=list(axes), label="linear CKA", shrink=0.85)
+    rows = [
+        [r.index, i, j, value]
+        for r in shown
+        for i, line in enumerate(r.similarity)
+        for j, value in enumerate(line)
+    ]
+    return _save(figure, path, ["round", "block_i", "block_j", "cka"], rows)
+
+
+def _perplexity(path: Path, record: RunRecord) -> list[Path]:
+    figure, (axis,) = _figure(width=8)
     rounds = [r for r in record.rounds if r.perplexity is not None]
+    own = NAMES.get(record.method, record.method)
     axis.plot(
-        [100 * r.target_sparsity for r in rounds],
+        [r.index for r in rounds],
         [r.perplexity for r in rounds],
         marker="o",
+        linewidth=2.2,
         color=COLOURS[0],
-        label=f"{record.method}, after each round",
+        label=f"{own}, after each round",
     )
-    styles = ("--", ":", "-.", (0, (1, 1)), (0, (5, 1)))
-    others = [r for r in record.results if r.method != record.method and r.perplexity is not None]
-    for position, result in enumerate(others):
-        value = result.perplexity_unmerged or result.perplexity
-        name = result.method.replace("_", " ") + (" (not merged)" if result.perplexity_unmerged else "")
-        colour, style = COLOURS[(position + 1) % len(COLOURS)], styles[position % len(styles)]
-        axis.axhline(value, linestyle=style, color=colour, label=name)
-    axis.set(title="Perplexity over rounds", xlabel="target sparsity of the round (%)", ylabel="perplexity")
+    for r in rounds:
+        if math.isfinite(r.perplexity):
+            axis.annotate(
+                f"{r.perplexity:,.4g}", (r.index, r.perplexity), (0, 7), textcoords="offset points", ha="center", size=8
+            )
+    others = []
+    for r in record.results:
+        value = r.perplexity if r.perplexity_unmerged is None else r.perplexity_unmerged
+        if r.method != record.method and value is not None and math.isfinite(value):
+            others.append((r, value))
+    others.sort(key=lambda item: -item[1])
+    for position, (r, value) in enumerate(others):
+        colour = "black" if r.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
+        label = f"{NAMES.get(r.method, r.method)}: {value:,.4g}"
+        axis.axhline(value, linestyle=STYLES[position % len(STYLES)], linewidth=1.4, color=colour, label=label)
+    axis.set(title="Perplexity over rounds", xlabel="round: target sparsity", ylabel=_perplexity_unit(record))
+    axis.set_xticks([r.index for r in rounds], [f"{r.index}: {100 * r.target_sparsity:.0f} %" for r in rounds])
+    axis.margins(x=0.08, y=0.1)
     axis.set_yscale("log")
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    _plain_log_ticks(axis.yaxis)
+    axis.grid(axis="y", alpha=0.3)
     axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    rows = [[r.index, r.target_sparsity, r.perplexity] for r in rounds]
-    return [_save(figure, path), _write_csv(path, ["round", "target_sparsity", "perplexity"], rows)]
+    rows = [[record.method, r.index, r.target_sparsity, r.perplexity] for r in rounds]
+    rows += [[r.method, "", r.sparsity, value] for r, value in others]
+    return _save(figure, path, ["method", "round", "sparsity", "perplexity"], rows)
+
+
+def _perplexity_unit(record: RunRecord) -> str:
+    length = (record.evaluation or {}).get("length")
+    return "perplexity" if length is None else f"perplexity (length {length} tokens)"

@@ -35,7 +35,8 @@ class TokenLoss(nn.Module):
         self.plain = _head_gives_logits(model)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats, an fp32 scalar."""
+        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats: a scalar, fp32 (fp64 for
+        an fp64 model)."""
         following = labels[:, 1:]
         rows, columns = (following != IGNORED).nonzero(as_tuple=True)
         targets = following[rows, columns]
@@ -53,7 +54,7 @@ class TokenLoss(nn.Module):
                     bias = None if bias is None else bias.to(self.autocast)
                 return _ChunkedLoss.apply(hidden, weight, bias, targets)
             logits = self._logits(head, input_ids, positions)
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
+            return F.cross_entropy(_wide(logits), targets, reduction="sum")
 
     def _hidden(self, head: nn.Module, input_ids: Tensor) -> Tensor:
         """The output layer's input; the layer itself runs on no token."""
@@ -97,13 +98,13 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_grad else None
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 target = targets[part, None]
-                logits = F.linear(hidden[part], weight, bias).float()
+                logits = _wide(F.linear(hidden[part], weight, bias))
                 chosen = logits.gather(1, target)
                 largest = logits.amax(1, keepdim=True)
                 share = logits.sub_(largest).exp_()
@@ -121,6 +122,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ class Trainer:
         if labels == 0:
             return 0.0, 0, 0.0
         optimizer.zero_grad(set_to_none=True)
-        summed = torch.zeros((), device=self.device)
+        summed = 0.0
         for position, batch in enumerate(group):
             ids, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             last = position == len(group) - 1
@@ -185,7 +185,7 @@ class Trainer:
                 part = loss_module(ids, targets)
                 # DDP takes the mean of the processes' gradients, where the sum is wanted.
                 (part * (self.processes / labels)).backward()
-            summed += part.detach()
+            summed = summed + part.detach()
         loss = float(accelerator.reduce(summed, "sum")) / labels
         if not math.isfinite(loss):
             raise NumericsError(f"training: the loss is {loss} in {where}; lower train.learning_rate")

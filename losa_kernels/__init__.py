@@ -1,7 +1,7 @@
-"""Kernels for sparse low-rank adaptation of LLMs: masked LoRA, CKA, pruning sweeps, sparse packing and sparse linear layers.
+"""Kernels for sparse low-rank adaptation of LLMs: masked LoRA, CKA, pruning sweeps, sparse packing and linear layers.
 
-Needs torch and numpy only; importable without CUDA, Triton or the compiled extension, in which case every op runs its plain
-PyTorch reference. Each public name is imported when it is first used.
+Needs torch and numpy only; importable without CUDA, Triton or the compiled extension, in which case every op runs its
+plain PyTorch reference. Each public name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# A function named like its subpackage must be bound first: importing the subpackage later would put the module in its place.
+# A function named like its subpackage is bound now: importing the subpackage later would put the module in its place.
 for _name, _module in _EXPORTS.items():
     if _name == _module and importlib.util.find_spec(f"{__name__}.{_module}"):
         __getattr__(_name)

@@ -1,4 +1,7 @@
-"""The one mask format: uint8 (out, ceil(in / 8)), bit b of byte j (little-endian) is column 8j + b, 1 = kept, padding bits zero."""
+"""The one mask format: uint8 (out, ceil(in / 8)), bit b of byte j (little-endian) is column 8j + b, 1 = kept.
+
+Padding bits are zero.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from .dispatch import implementation
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a bool mask (out, in) into bits.
 
-    Returns uint8 (out, ceil(in / 8)) on the mask's device, contiguous. Same bit order as ``numpy.packbits(bitorder="little")``.
-    The mask may be strided. Raises ValueError if it is not 2-D or not bool.
+    Returns uint8 (out, ceil(in / 8)) on the mask's device, contiguous, in the bit order of
+    ``numpy.packbits(bitorder="little")``. The mask may be strided. Raises ValueError if it is not 2-D or not bool.
     """
     if mask.dim() != 2:
         raise ValueError(f"mask: expected 2 dimensions (out, in), got shape {tuple(mask.shape)}")
@@ -28,7 +31,8 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """Undo :func:`pack_mask`: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features), contiguous.
 
-    Padding bits are ignored. Raises ValueError if ``packed`` is not a 2-D uint8 tensor or its width does not fit ``in_features``.
+    Padding bits are ignored. Raises ValueError if ``packed`` is not a 2-D uint8 tensor or its width does not fit
+    ``in_features``.
     """
     if packed.dim() != 2:
         raise ValueError(f"packed: expected 2 dimensions (out, ceil(in / 8)), got shape {tuple(packed.shape)}")
@@ -36,10 +40,9 @@ def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
         raise ValueError(f"packed: expected dtype torch.uint8, got {packed.dtype}")
     if in_features < 0:
         raise ValueError(f"in_features: expected a count >= 0, got {in_features}")
-    if packed.shape[1] != packed_width(in_features):
-        raise ValueError(
-            f"in_features: {in_features} columns need {packed_width(in_features)} bytes per row, packed has {packed.shape[1]}"
-        )
+    width = packed_width(in_features)
+    if packed.shape[1] != width:
+        raise ValueError(f"in_features: {in_features} columns need {width} bytes per row, packed has {packed.shape[1]}")
     if torch.compiler.is_compiling():
         run = unpack_native if _native_in_graph(packed.device) else unpack_reference
         return run(packed, in_features)

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: one table, one environment variable, one log line per choice.
 
-``LOSA_BACKEND`` = ``auto`` (default) | ``reference`` | ``triton`` | ``cuda`` | ``cpu``. It is read at every call, so a test may change it.
+``LOSA_BACKEND`` = ``auto`` (default) | ``reference`` | ``triton`` | ``cuda`` | ``cpu``. It is read at every call, so a
+test may change it.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ TABLE: dict[str, dict[str, str]] = {
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
     """The callable that runs ``op`` on ``device`` (a device, its name, or a tensor that lies on it).
 
-    CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row for the
-    op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and device the order
-    above decides.
+    CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row
+    for the op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and
+    device the order above decides.
 
     Raises ValueError for an unknown op or backend name; RuntimeError when the forced backend cannot load at all.
     """

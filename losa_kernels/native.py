@@ -1,7 +1,8 @@
 """Loads the compiled halves of the package and says what is missing.
 
-``losa_cpu`` defines the schema of every native op and implements them for the CPU; ``losa_cuda`` adds CUDA kernels to those schemas,
-so it is loaded second, and only into a torch that was built with CUDA. Neither is needed to import ``losa_kernels``.
+``losa_cpu`` defines the schema of every native op and implements them for the CPU; ``losa_cuda`` adds CUDA kernels to
+those schemas, so it is loaded second, and only into a torch that was built with CUDA. Neither is needed to import
+``losa_kernels``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// How a .cu file starts a kernel. A CPU emulator that defines LOSA_EMULATOR supplies its own LOSA_LAUNCH and CUDA vocabulary in
-// emulator.h; kernels and raw-pointer launchers then compile as plain C++, and the torch part of the file is left out.
+// How a .cu file starts a kernel. A CPU emulator that defines LOSA_EMULATOR supplies its own LOSA_LAUNCH and CUDA
+// vocabulary in emulator.h; kernels and raw-pointer launchers then compile as plain C++, without the torch part.
 #pragma once
 
 #if defined(LOSA_EMULATOR)

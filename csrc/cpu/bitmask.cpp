@@ -1,4 +1,4 @@
-// pack_mask and unpack_mask on the CPU: rows in parallel, 8 columns at a time in a 64-bit register (scalar) or 32 (AVX2).
+// pack_mask and unpack_mask on the CPU: rows in parallel, 8 columns at a time in a 64-bit register, or 32 with AVX2.
 #include "cpu/bitmask.h"
 
 #include <torch/csrc/stable/library.h>
@@ -73,7 +73,8 @@ Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
   const UnpackRow unpack_row = selected_isa() >= CpuIsa::kAvx2 ? unpack_row_avx2 : unpack_row_scalar;
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  for_each_row(rows, in_features, [&](int64_t row) { unpack_row(from + row * stride, in_features, to + row * in_features); });
+  for_each_row(rows, in_features,
+               [&](int64_t row) { unpack_row(from + row * stride, in_features, to + row * in_features); });
   return mask;
 }
 

@@ -1,5 +1,5 @@
-// pack_mask and unpack_mask on CUDA: one thread per packed byte. With aligned rows the 8 columns of a byte are one 64-bit access, so
-// a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes per packed byte).
+// pack_mask and unpack_mask on CUDA: one thread per packed byte. With aligned rows the 8 columns of a byte are one
+// 64-bit access, so a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes per packed byte).
 #include "common/bits.h"
 #include "common/launch.h"
 
@@ -57,24 +57,28 @@ inline unsigned grid_size(int64_t rows, int64_t columns) {
 }
 
 // bools: rows x columns bytes, row_stride bytes apart; packed: rows x packed_width(columns), dense.
-void launch_pack(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* packed, cudaStream_t stream) {
+void launch_pack(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* packed,
+                 cudaStream_t stream) {
   if (rows * columns == 0) return;
+  const unsigned grid = grid_size(rows, columns);
   const bool aligned = columns % 8 == 0 && row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(bools) % 8 == 0;
   if (aligned) {
-    LOSA_LAUNCH(pack_kernel<true>, grid_size(rows, columns), kThreads, 0, stream, bools, row_stride, rows, columns, packed);
+    LOSA_LAUNCH(pack_kernel<true>, grid, kThreads, 0, stream, bools, row_stride, rows, columns, packed);
   } else {
-    LOSA_LAUNCH(pack_kernel<false>, grid_size(rows, columns), kThreads, 0, stream, bools, row_stride, rows, columns, packed);
+    LOSA_LAUNCH(pack_kernel<false>, grid, kThreads, 0, stream, bools, row_stride, rows, columns, packed);
   }
 }
 
 // packed: rows x packed_width(columns) bytes, row_stride bytes apart; bools: rows x columns bytes, dense.
-void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* bools, cudaStream_t stream) {
+void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* bools,
+                   cudaStream_t stream) {
   if (rows * columns == 0) return;
+  const unsigned grid = grid_size(rows, columns);
   const bool aligned = columns % 8 == 0 && reinterpret_cast<uintptr_t>(bools) % 8 == 0;
   if (aligned) {
-    LOSA_LAUNCH(unpack_kernel<true>, grid_size(rows, columns), kThreads, 0, stream, packed, row_stride, rows, columns, bools);
+    LOSA_LAUNCH(unpack_kernel<true>, grid, kThreads, 0, stream, packed, row_stride, rows, columns, bools);
   } else {
-    LOSA_LAUNCH(unpack_kernel<false>, grid_size(rows, columns), kThreads, 0, stream, packed, row_stride, rows, columns, bools);
+    LOSA_LAUNCH(unpack_kernel<false>, grid, kThreads, 0, stream, packed, row_stride, rows, columns, bools);
   }
 }
 

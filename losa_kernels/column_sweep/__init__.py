@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import pack_mask
+from losa_kernels.bitmask import pack_mask, unpack_mask
 from losa_kernels.column_sweep.reference import SingularHessianError
 
-__all__ = ["SingularHessianError", "SweepResult", "sparsegpt_prune", "wanda_mask"]
+__all__ = ["SingularHessianError", "SweepResult", "inverse_factor", "sparsegpt_prune", "wanda_mask"]
 
 
 class SweepResult(NamedTuple):
@@ -22,6 +22,19 @@ class SweepResult(NamedTuple):
     mask: Tensor
     loss: Tensor
     damping: float
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular U with U^T U = (H + d mean(diag H) I)^-1, and the damping d that was needed.
+
+    Args:
+        hessian: (in, in) fp32 or fp64, symmetric, no zero on its diagonal.
+        damping: first d tried; grows tenfold up to 1.
+
+    Raises:
+        SingularHessianError: no damping up to 1 makes it positive definite.
+    """
+    return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
 
 
 def sparsegpt_prune(
@@ -74,10 +87,8 @@ def sparsegpt_prune(
     hessian.diagonal()[dead] = 1
     work[:, dead] = 0
     if mask is not None:
-        from losa_kernels.bitmask import unpack_mask
-
         work.masked_fill_(~unpack_mask(mask, columns), 0)
-    factor, used = dispatch.implementation("inverse_factor", weight.device)(hessian, damping)
+    factor, used = inverse_factor(hessian, damping)
     sweep = dispatch.implementation("column_sweep", weight.device)
     swept, kept, loss = sweep(work, factor, sparsity, keep_n, m, block_size, mask)
     return SweepResult(swept, pack_mask(kept), loss, used)

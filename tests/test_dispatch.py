@@ -1,0 +1,109 @@
+"""The op table and the choice of a backend."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+import losa_kernels
+from losa_kernels import bitmask, dispatch, native
+
+ROWS = [(op, backend) for op, row in dispatch.TABLE.items() for backend in row]
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch):
+    monkeypatch.delenv("LOSA_BACKEND", raising=False)
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize(("op", "backend"), ROWS)
+def test_every_row_leads_to_a_function(op, backend):
+    module, _, name = dispatch.TABLE[op][backend].partition(":")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_every_op_has_a_reference():
+    assert all("reference" in row and set(row) <= set(dispatch.BACKENDS) for row in dispatch.TABLE.values())
+
+
+@pytest.mark.parametrize("name", losa_kernels.__all__)
+def test_public_names_import(name):
+    assert getattr(losa_kernels, name) is not None and name in dir(losa_kernels)
+
+
+def test_unknown_public_name():
+    with pytest.raises(AttributeError, match="no attribute 'pack_everything'"):
+        losa_kernels.pack_everything  # noqa: B018
+
+
+@pytest.mark.skipif(native.missing("cpu") is not None, reason="losa_cpu is not loaded")
+def test_auto_prefers_native_on_cpu():
+    for device in (torch.device("cpu"), "cpu", torch.zeros(1)):
+        assert dispatch.implementation("pack_mask", device) is bitmask.pack_native
+
+
+def test_reference_can_be_forced(monkeypatch):
+    monkeypatch.setenv("LOSA_BACKEND", " Reference ")
+    assert dispatch.implementation("pack_mask", "cpu") is bitmask.pack_reference
+
+
+def test_other_devices_take_the_reference():
+    assert dispatch.implementation("pack_mask", torch.zeros(1, device="meta")) is bitmask.pack_reference
+
+
+def test_order_without_native_code(monkeypatch):
+    """What is not loaded is passed over: cuda, then triton, then reference; on the CPU the reference."""
+    table = {"op": {b: f"losa_kernels.dispatch:{n}" for b, n in zip(dispatch.BACKENDS, "RTCP", strict=True)}}
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    for name in "RTCP":
+        monkeypatch.setattr(dispatch, name, name, raising=False)
+    for absent, cuda, cpu in [((), "C", "P"), (("cuda",), "T", "P"), (("cuda", "triton", "cpu"), "R", "R")]:
+        monkeypatch.setattr(dispatch, "unavailable", lambda backend, a=absent: "absent" if backend in a else None)
+        dispatch._choose.cache_clear()
+        assert dispatch.implementation("op", "cuda:0") == cuda
+        assert dispatch.implementation("op", "cpu") == cpu
+
+
+def test_a_forced_backend_without_a_row_for_the_device_falls_through(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None if backend in ("reference", "cuda") else "absent")
+    monkeypatch.setenv("LOSA_BACKEND", "cuda")
+    assert dispatch.implementation("pack_mask", "cpu") is bitmask.pack_reference
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_forced_backend_that_cannot_load_is_an_error(monkeypatch):
+    monkeypatch.setenv("LOSA_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="LOSA_BACKEND=cuda cannot be used: .*without CUDA"):
+        dispatch.implementation("pack_mask", "cpu")
+
+
+def test_forced_triton_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("LOSA_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="'triton' is not installed"):
+        dispatch.implementation("pack_mask", "cpu")
+
+
+def test_names_are_checked(monkeypatch):
+    with pytest.raises(ValueError, match="op: expected one of pack_mask.*'pack'"):
+        dispatch.implementation("pack", "cpu")
+    monkeypatch.setenv("LOSA_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="LOSA_BACKEND: expected auto.*'gpu'"):
+        dispatch.implementation("pack_mask", "cpu")
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setenv("LOSA_BACKEND", "reference")
+    with caplog.at_level(logging.INFO, logger="losa_kernels"):
+        for _ in range(3):
+            dispatch.implementation("pack_mask", torch.zeros(1))
+    assert caplog.messages == ["pack_mask on cpu: reference (losa_kernels.bitmask:pack_reference)"]
