@@ -5,6 +5,7 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,7 +218,7 @@ class Engine:
         except NumericsError as error:
             raise NumericsError(f"{where}: {error}") from error
         if pruned.damping is not None:
-            record.damping[where] = pruned.damping
+            record.damping[where] = pruned.damping if math.isfinite(pruned.damping) else None
         self._install(where, layer, pruned)
 
     def _values_to_prune(self, layer: MaskedLoRALinear, nested: bool) -> Tensor:

@@ -80,11 +80,11 @@ def _figure(width: float = 7.0, height: float = 3.8, columns: int = 1):
     return figure, axes
 
 
-def _whole_ticks(*axes) -> None:
+def _whole_ticks(*axes, most: int = 12) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
 
 
 def _save(figure, path: Path, header: Sequence[str], rows) -> list[Path]:
@@ -118,14 +118,14 @@ def _lines(axis, rounds: list[RoundRecord], series: list[list[float]]) -> None:
     for position, (r, values) in enumerate(zip(rounds, series, strict=True)):
         last = position == count - 1
         # The map's yellow end is too pale for lines.
-        colour = colormaps[ORDERED](0.85 * (1 - position / max(1, count - 1)))
+        colour = colormaps[ORDERED](0.85 * (count - 1 - position) / max(1, count - 1))
         axis.plot(
             range(len(values)),
             values,
             color=colour,
             linewidth=2.2 if last else 1.4,
             marker="o",
-            markersize=4 if last else 2.5,
+            markersize=(4 if last else 2.5) if len(values) <= ANNOTATED_BLOCKS else 0,
             label=_round_label(r),
         )
     axis.grid(axis="y", alpha=0.3)
@@ -150,7 +150,7 @@ def _sparsity(path: Path, rounds: list[RoundRecord]) -> list[Path]:
 def _errors(path: Path, rounds: list[RoundRecord], unit: str) -> list[Path]:
     figure, (axis,) = _figure(width=8)
     _lines(axis, rounds, [[value if value > 0 else math.nan for value in r.errors] for r in rounds])
-    axis.set(title="Reconstruction error of block outputs, before each round's training", ylabel=unit)
+    axis.set(title="Reconstruction error of block outputs, after each round's pruning", ylabel=unit)
     if any(value > 0 for r in rounds for value in r.errors):
         axis.set_yscale("log")
         _plain_log_ticks(axis.yaxis)
@@ -162,9 +162,14 @@ def _plain_log_ticks(axis) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    steps = (1.0, 2.0, 5.0) if high / max(low, 1e-300) < 1e3 else (1.0,)
-    if high / max(low, 1e-300) < 4:
-        steps = tuple(1 + 0.5 * i for i in range(18))
+    span = high / max(low, 1e-300)
+    steps = [1, 2, 5]
+    if span < 3:
+        steps = [1 + 0.5 * i for i in range(18)]
+    elif span < 30:
+        steps = [1, 1.5, 2, 3, 5, 7]
+    elif span > 1e3:
+        steps = [1]
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -176,21 +181,19 @@ def _ranks(path: Path, rounds: list[RoundRecord]) -> list[Path]:
     figure, (axis,) = _figure(width=width, height=1.5 + 0.36 * len(rounds))
     matrix = [r.ranks for r in rounds]
     low, high = min(map(min, matrix)), max(map(max, matrix))
-    image = axis.imshow(
-        matrix, aspect="auto", cmap=ORDERED, vmin=low, vmax=max(high, low + 1), interpolation="nearest"
-    )
+    image = axis.imshow(matrix, aspect="auto", cmap=ORDERED, vmin=low, vmax=max(high, low + 1), interpolation="nearest")
     if blocks <= ANNOTATED_BLOCKS:
         for row, ranks in enumerate(matrix):
             for block, rank in enumerate(ranks):
                 bright = rank - low > 0.6 * (high - low)
                 axis.text(block, row, rank, ha="center", va="center", size=7, color="black" if bright else "white")
     axis.set(title="Adapter rank per block and round", xlabel="decoder block")
-    axis.set_yticks(range(len(rounds)), [f"round {r.index} (mean {sum(r.ranks) / blocks:.2g})" for r in rounds])
+    axis.set_yticks(range(len(rounds)), [f"round {r.index} (mean {sum(r.ranks) / blocks:.1f})" for r in rounds])
     _whole_ticks(axis.xaxis)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axis, label="rank", pad=0.01)
-    _whole_ticks(bar.ax.yaxis)
+    _whole_ticks(bar.ax.yaxis, most=6)
     return _save(figure, path, *_by_block(rounds, matrix))
 
 
@@ -200,25 +203,22 @@ def _cka(path: Path, rounds: list[RoundRecord]) -> list[Path]:
     lowest = min(value for r in shown for line in r.similarity for value in line)
     lowest = max(0.0, min(0.9, math.floor(10 * lowest) / 10))
     for axis, r in zip(axes, shown, strict=True):
-        image = axis.imshow(
-            r.similarity, vmin=lowest, vmax=1, cmap=ORDERED, origin="lower", interpolation="nearest"
-        )
+        image = axis.imshow(r.similarity, vmin=lowest, vmax=1, cmap=ORDERED, origin="lower", interpolation="nearest")
         axis.set(title=f"before round {r.index}", xlabel="decoder block")
         _whole_ticks(axis.xaxis, axis.yaxis)
     axes[0].set_ylabel("decoder block")
     figure.suptitle("Similarity of block outputs")
     figure.colorbar(image, ax=list(axes), label="linear CKA", shrink=0.85)
     rows = [
-        [r.index, i, j, value]
-        for r in shown
-        for i, line in enumerate(r.similarity)
-        for j, value in enumerate(line)
+        [r.index, i, j, value] for r in shown for i, line in enumerate(r.similarity) for j, value in enumerate(line)
     ]
     return _save(figure, path, ["round", "block_i", "block_j", "cka"], rows)
 
 
 def _perplexity(path: Path, record: RunRecord) -> list[Path]:
-    figure, (axis,) = _figure(width=8)
+    from matplotlib import patheffects
+
+    figure, (axis,) = _figure(width=9)
     rounds = [r for r in record.rounds if r.perplexity is not None]
     own = NAMES.get(record.method, record.method)
     axis.plot(
@@ -229,11 +229,12 @@ def _perplexity(path: Path, record: RunRecord) -> list[Path]:
         color=COLOURS[0],
         label=f"{own}, after each round",
     )
+    halo = [patheffects.withStroke(linewidth=3, foreground="white")]
     for r in rounds:
         if math.isfinite(r.perplexity):
-            axis.annotate(
-                f"{r.perplexity:,.4g}", (r.index, r.perplexity), (0, 7), textcoords="offset points", ha="center", size=8
-            )
+            where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "zorder": 5}
+            text = axis.annotate(f"{r.perplexity:,.4g}", (r.index, r.perplexity), size=8, **where)
+            text.set_path_effects(halo)
     others = []
     for r in record.results:
         value = r.perplexity if r.perplexity_unmerged is None else r.perplexity_unmerged
@@ -244,8 +245,8 @@ def _perplexity(path: Path, record: RunRecord) -> list[Path]:
         colour = "black" if r.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
         label = f"{NAMES.get(r.method, r.method)}: {value:,.4g}"
         axis.axhline(value, linestyle=STYLES[position % len(STYLES)], linewidth=1.4, color=colour, label=label)
-    axis.set(title="Perplexity over rounds", xlabel="round: target sparsity", ylabel=_perplexity_unit(record))
-    axis.set_xticks([r.index for r in rounds], [f"{r.index}: {100 * r.target_sparsity:.0f} %" for r in rounds])
+    axis.set(title="Perplexity over rounds", xlabel="round and its target sparsity", ylabel=_perplexity_unit(record))
+    axis.set_xticks([r.index for r in rounds], [f"{r.index}\n{100 * r.target_sparsity:.0f} %" for r in rounds])
     axis.margins(x=0.08, y=0.1)
     axis.set_yscale("log")
     _plain_log_ticks(axis.yaxis)

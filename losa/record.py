@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class RoundRecord:
-    """One LoSA round. Per-block lists are ordered as ``RunRecord.blocks``."""
+    """One LoSA round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian
+    needed, None where it stayed singular and Wanda's mask was taken."""
 
     index: int
     target_sparsity: float
@@ -19,7 +20,7 @@ class RoundRecord:
     m: int | None = None
     importance: list[float] | None = None
     similarity: list[list[float]] | None = None
-    damping: dict[str, float] = field(default_factory=dict)
+    damping: dict[str, float | None] = field(default_factory=dict)
     train_steps: int = 0
     train_tokens: int = 0
     train_loss: float | None = None

@@ -27,7 +27,9 @@ def similarity(count, seed):
     return matrix.fill_diagonal_(1)
 
 
-@pytest.mark.parametrize("target, delta", [(0.3, 0.01), (0.5, 0.01), (0.6, 0.02), (0.7, 0.03), (0.8, 0.02), (0.95, 0.005)])
+@pytest.mark.parametrize(
+    "target, delta", [(0.3, 0.01), (0.5, 0.01), (0.6, 0.02), (0.7, 0.03), (0.8, 0.02), (0.95, 0.005)]
+)
 def test_delta_rule(target, delta):
     assert default_delta(target) == pytest.approx(delta)
 
@@ -36,7 +38,9 @@ def test_delta_keeps_every_rate_below_one_and_lets_rounds_nest():
     targets = np.linspace(0, 0.95, 400)
     upper = [t + default_delta(t) for t in targets]
     assert max(upper) < 1
-    assert all(a <= b + 1e-12 for a, b in zip(upper, upper[1:], strict=False)), "a later round's box must hold the earlier's"
+    assert all(a <= b + 1e-12 for a, b in zip(upper, upper[1:], strict=False)), (
+        "a later round's box must hold the earlier's"
+    )
     with pytest.raises(ValueError, match="target"):
         default_delta(0.96)
 
@@ -57,7 +61,9 @@ def test_rates_are_the_optimum(count, target, delta, seed):
     low, high = max(target - width, 0), min(target + width, 0.99)
     assert bool(((rates >= low - 1e-12) & (rates <= high + 1e-12)).all())
     cost = cka_importance(matrix)
-    oracle = linprog(cost, A_eq=np.ones((1, count)), b_eq=[target * count], bounds=[(low, high)] * count, method="highs")
+    oracle = linprog(
+        cost.numpy(), A_eq=np.ones((1, count)), b_eq=[target * count], bounds=[(low, high)] * count, method="highs"
+    )
     assert float(cost @ rates) == pytest.approx(oracle.fun, rel=1e-9)
 
 
@@ -109,7 +115,9 @@ def test_ranks_are_proportional_where_nothing_is_clipped():
     assert uniform_ranks(3, 4).tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([-1.0, 1.0]), torch.zeros(2, 2), torch.zeros(0)])
+@pytest.mark.parametrize(
+    "bad", [torch.tensor([1.0, float("nan")]), torch.tensor([-1.0, 1.0]), torch.zeros(2, 2), torch.zeros(0)]
+)
 def test_bad_errors_are_refused(bad):
     with pytest.raises(ValueError, match="errors"):
         allocate_ranks(bad, 4, 1, 16)

@@ -85,7 +85,9 @@ def test_compensation_beats_masking():
 @given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 0.95), st.sampled_from([4, 16, 128]))
 def test_unstructured_count_is_exact(rows, columns, sparsity, block_size):
     torch.manual_seed(rows * columns)
-    result = sparsegpt_prune(torch.randn(rows, columns), hessian(columns, 80).float(), sparsity=sparsity, block_size=block_size)
+    result = sparsegpt_prune(
+        torch.randn(rows, columns), hessian(columns, 80).float(), sparsity=sparsity, block_size=block_size
+    )
     assert int((~unpack_mask(result.mask, columns)).sum()) == int(sparsity * rows * columns + 1e-6)
 
 
@@ -121,7 +123,9 @@ def test_floor_of_a_decimal_sparsity():
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("first, then", [({"sparsity": 0.3}, {"sparsity": 0.6}), ({"keep_n": 6, "m": 8}, {"keep_n": 2, "m": 8})])
+@pytest.mark.parametrize(
+    "first, then", [({"sparsity": 0.3}, {"sparsity": 0.6}), ({"keep_n": 6, "m": 8}, {"keep_n": 2, "m": 8})]
+)
 def test_masks_are_nested(method, first, then):
     torch.manual_seed(0)
     weight, h = torch.randn(12, 64), hessian(64).float()
@@ -135,7 +139,9 @@ def test_masks_are_nested(method, first, then):
     late = prune(torch.randn(12, 64), then, early)
     early_kept, late_kept = unpack_mask(early, 64), unpack_mask(late, 64)
     assert not bool((late_kept & ~early_kept).any())
-    assert int(late_kept.sum()) == (12 * 16 if "m" in then else 12 * 64 - (12 * int(0.6 * 64) if method == "wanda" else int(0.6 * 12 * 64)))
+    assert int(late_kept.sum()) == (
+        12 * 16 if "m" in then else 12 * 64 - (12 * int(0.6 * 64) if method == "wanda" else int(0.6 * 12 * 64))
+    )
     same = prune(weight, {"sparsity": 0.1}, early)
     assert torch.equal(same, early) or int(unpack_mask(same, 64).sum()) <= int(early_kept.sum())
 
@@ -197,7 +203,10 @@ def test_sweep_errors_name_the_argument(change, message):
         sparsegpt_prune(**arguments)
 
 
-@pytest.mark.parametrize("norms, message", [(torch.ones(7), "input_norms"), (-torch.ones(8), "input_norms"), (torch.full((8,), float("nan")), "input_norms")])
+@pytest.mark.parametrize(
+    "norms, message",
+    [(torch.ones(7), "input_norms"), (-torch.ones(8), "input_norms"), (torch.full((8,), float("nan")), "input_norms")],
+)
 def test_wanda_errors_name_the_argument(norms, message):
     with pytest.raises(ValueError, match=message):
         wanda_mask(torch.randn(4, 8), norms, sparsity=0.5)

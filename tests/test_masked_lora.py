@@ -148,12 +148,17 @@ def test_merge_is_exact_and_safe():
     args = problem(dtype=torch.bfloat16)
     kept = unpack_mask(args["mask"], 20)
     weight = args["weight"].clone()
-    weight[~kept] = torch.tensor([float("nan"), float("inf"), -0.0, -1.0])[torch.arange(int((~kept).sum())) % 4].bfloat16()
+    weight[~kept] = torch.tensor([float("nan"), float("inf"), -0.0, -1.0])[
+        torch.arange(int((~kept).sum())) % 4
+    ].bfloat16()
     merged = merge_masked_lora(weight, args["mask"], args["lora_A"], args["lora_B"], 2.0)
     assert bool((merged.view(torch.int16)[~kept] == 0).all()), "pruned weights must be +0.0 to the bit"
     exact = weight.double() + 2.0 * args["lora_B"].double() @ args["lora_A"].double()
     # One rounding to bf16 (half a unit in the last place), and fp32 sums over the rank before it.
-    allowed = exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 16 * torch.finfo(torch.float32).eps * exact[kept].abs().max()
+    allowed = (
+        exact.abs() * torch.finfo(torch.bfloat16).eps / 2
+        + 16 * torch.finfo(torch.float32).eps * exact[kept].abs().max()
+    )
     assert bool(((merged.double() - exact).abs() <= allowed)[kept].all())
 
 

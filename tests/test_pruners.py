@@ -42,7 +42,9 @@ def test_protocol_and_nesting(name):
 @given(st.integers(1, 8), st.integers(1, 30), st.floats(0, 0.95), st.integers(0, 99))
 def test_magnitude_is_one_threshold_over_the_matrix(rows, columns, sparsity, seed):
     weight = torch.randint(-5, 6, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
-    pruned = get_pruner(PruneConfig(pruner="magnitude", sparsity=0.5)).prune(weight, None, Pattern(sparsity=sparsity), None)
+    pruned = get_pruner(PruneConfig(pruner="magnitude", sparsity=0.5)).prune(
+        weight, None, Pattern(sparsity=sparsity), None
+    )
     count = int(sparsity * rows * columns + 1e-6)
     order = weight.abs().flatten().argsort(dim=0, stable=True)
     expected = torch.ones(rows * columns, dtype=torch.bool)
@@ -87,7 +89,9 @@ def test_unknown_pruner_lists_the_known():
         get_pruner(PruneConfig(pruner="wandaa", sparsity=0.5))
 
 
-@pytest.mark.parametrize("bad", [{}, {"sparsity": 0.5, "keep_n": 2, "m": 4}, {"keep_n": 2}, {"sparsity": 1.0}, {"keep_n": 5, "m": 4}])
+@pytest.mark.parametrize(
+    "bad", [{}, {"sparsity": 0.5, "keep_n": 2, "m": 4}, {"keep_n": 2}, {"sparsity": 1.0}, {"keep_n": 5, "m": 4}]
+)
 def test_bad_patterns(bad):
     with pytest.raises(ValueError, match="Pattern|sparsity|keep_n"):
         Pattern(**bad)

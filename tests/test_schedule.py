@@ -11,7 +11,9 @@ from losa.schedule import plan_rounds
 
 
 def plans(count=5, schedule="cubic", final=0.7, sequences=100, share=0.1, **allocation):
-    return plan_rounds(RoundsConfig(count=count, schedule=schedule), AllocationConfig(**allocation), final, sequences, share)
+    return plan_rounds(
+        RoundsConfig(count=count, schedule=schedule), AllocationConfig(**allocation), final, sequences, share
+    )
 
 
 def test_the_papers_five_rounds():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from losa.errors import RecipeError
 from losa.pruners.base import Pattern, Pruned, Pruner, Statistic
 from losa.pruners.magnitude import Magnitude
@@ -11,20 +14,26 @@ from losa.recipe import PruneConfig
 
 __all__ = ["Pattern", "Pruned", "Pruner", "Statistic", "get_pruner", "register"]
 
+_Class = TypeVar("_Class", bound=type)
 _REGISTRY: dict[str, type] = {}
 
 
-def register(name: str, pruner: type) -> None:
-    """Make ``pruner`` available to recipes as ``prune.pruner: name``. It is built from the recipe's PruneConfig.
+def register(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator: recipes get the class as ``prune.pruner: name``, built as ``cls(config: PruneConfig)``.
 
-    Raises ValueError when the class does not fit the ``Pruner`` protocol or the name is taken by another.
+    Raises ValueError when the class does not fit the ``Pruner`` protocol or the name belongs to another class.
     """
-    missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
-    if missing:
-        raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
-    if _REGISTRY.get(name, pruner) is not pruner:
-        raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
-    _REGISTRY[name] = pruner
+
+    def add(pruner: _Class) -> _Class:
+        missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
+        if missing:
+            raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
+        if _REGISTRY.get(name, pruner) is not pruner:
+            raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
+        _REGISTRY[name] = pruner
+        return pruner
+
+    return add
 
 
 def get_pruner(config: PruneConfig) -> Pruner:
@@ -35,6 +44,6 @@ def get_pruner(config: PruneConfig) -> Pruner:
     return _REGISTRY[config.pruner](config)
 
 
-register("magnitude", Magnitude)
-register("wanda", Wanda)
-register("sparsegpt", SparseGPT)
+register("magnitude")(Magnitude)
+register("wanda")(Wanda)
+register("sparsegpt")(SparseGPT)

@@ -40,7 +40,8 @@ class Pattern:
 @dataclass
 class Pruned:
     """One linear's outcome: packed ``mask`` (out, ceil(in/8)) uint8; ``weight`` (out, in) fp32 where the method
-    updates kept weights, else None; ``loss`` the method's own estimate; ``damping`` what the Hessian needed."""
+    updates kept weights, else None; ``loss`` the method's own estimate; ``damping`` what the Hessian needed, infinite
+    where none was enough and the method fell back to a mask without updates, None where no Hessian is used."""
 
     mask: Tensor
     weight: Tensor | None = None
@@ -52,8 +53,10 @@ class Pruned:
 class Pruner(Protocol):
     """``statistic`` names what calibration collects for each linear; ``prune`` gets it as a tensor.
 
-    ``weight`` (out, in) fp32: dense values, the adapter included. ``statistic``: None, input norms (in,) fp32
-    (``||X_j||_2``), or the Hessian ``X^T X`` (in, in) fp32. ``mask``: packed, weights already pruned stay pruned.
+    ``weight`` (out, in) fp32, not to be changed: dense values, the adapter included. ``statistic``: None, input norms
+    (in,) fp32 (``||X_j||_2``), or the Hessian ``X^T X`` (in, in) fp32. ``mask``: packed or None; weights already pruned
+    stay pruned and count towards the pattern, and a row, group or matrix that has lost more than asked keeps its zeros.
+    ``prune`` raises NumericsError for values it cannot work on.
     """
 
     statistic: Statistic

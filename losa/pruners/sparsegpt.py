@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losa.errors import NumericsError
+from losa.errors import NumericsError, RecipeError
 from losa.pruners.base import Pattern, Pruned
 from losa.recipe import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
@@ -12,21 +12,31 @@ from losa_kernels.column_sweep import SingularHessianError
 
 
 class SparseGPT:
-    """Kept weights are updated; ``Pruned.damping`` is what the Hessian needed.
+    """Kept weights are updated; ``Pruned.damping`` is what the Hessian needed, as a share of its mean diagonal.
 
-    A Hessian that stays singular raises NumericsError, or, with ``on_singular: wanda``, falls back to Wanda's mask from
-    the Hessian's diagonal without changing a weight; the infinite ``damping`` then records it.
+    A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` it gives Wanda's mask instead, from
+    the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping`` infinite, which
+    records that no damping was enough.
+
+    Raises RecipeError when N:M groups would straddle column blocks (``prune.block_size`` no multiple of M).
     """
 
     statistic = "hessian"
     updates_weight = True
 
     def __init__(self, config: PruneConfig):
+        if config.keep_n_m is not None and config.block_size % config.keep_n_m[1]:
+            raise RecipeError(
+                f"prune.block_size: expected a multiple of {config.keep_n_m[1]} for the pattern "
+                f"{config.pattern!r}, got {config.block_size}"
+            )
         self.damping = config.damping
         self.block_size = config.block_size
         self.on_singular = config.on_singular
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        if not weight.isfinite().all():
+            raise NumericsError("weight: expected finite values, got nan or inf")
         try:
             result = sparsegpt_prune(
                 weight,
