@@ -83,19 +83,23 @@ def report(name: str, results: Sequence[dict], path: Path | None, device: str) -
         table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
     Console(width=200).print(table)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        description = {"benchmark": name, "machine": machine(device), "rows": list(results)}
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(description, indent=1) + "\n")
-        temporary.replace(path)
+        write_rows(path, {"benchmark": name, "machine": machine(device), "rows": list(results)})
+
+
+def write_rows(path: Path, document: dict) -> None:
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def machine(device: str) -> dict:
-    cpu = platform.processor() or platform.machine()
-    try:
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    cpu = platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        cpu = next(
+            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), cpu
+        )
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
         "threads": torch.get_num_threads(),

@@ -172,9 +172,8 @@ def evaluate(
         tokens = evaluation_tokens(DataSource(path=data), tokenizer)
         found = perplexity(loaded, tokens, length, batch_size, max_windows, progress=sys.stderr.isatty())
         numbers["perplexity"] = vars(found) | {"data": data}
-        print(
-            f"perplexity {found.value:.3f} on {data} (length {length}, {found.windows} windows, {found.tokens:,} tokens)"
-        )
+        protocol = f"length {length}, {found.windows} windows, {found.tokens:,} tokens"
+        print(f"perplexity {found.value:.3f} on {data} ({protocol})")
     if tasks is not None:
         numbers["tasks"] = evaluate_tasks(loaded, tokenizer, tasks.split(","), [str(p) for p in task_path or []])
         for task, metrics in numbers["tasks"].items():

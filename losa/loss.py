@@ -35,8 +35,8 @@ class TokenLoss(nn.Module):
         self.plain = _head_gives_logits(model)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats: a scalar, fp32 (fp64 for
-        an fp64 model)."""
+        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats: a scalar, fp32
+        (fp64 for an fp64 model)."""
         following = labels[:, 1:]
         rows, columns = (following != IGNORED).nonzero(as_tuple=True)
         targets = following[rows, columns]

@@ -1,4 +1,4 @@
-"""The methods one harness compares: LoSA and its baselines, each a sequence of rounds on the same engine and trainer."""
+"""The methods that one harness compares: LoSA and its baselines, as rounds on the same engine and trainer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from accelerate import PartialState
+from torch import Tensor, nn
 
 from losa.checkpoint import load_checkpoint, save_checkpoint
 from losa.data import PackedData

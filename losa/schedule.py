@@ -29,6 +29,20 @@ def mean_rank_at(t: int, allocation: AllocationConfig) -> int:
     return min(allocation.mean_rank + allocation.rank_growth * (t - 1), allocation.rank_max)
 
 
+def sequences_per_round(rounds: int, total: int, share: float) -> list[int]:
+    """``share`` of ``total`` for every round but the last, which takes the rest; the sum is ``total``.
+
+    A share above 1 / rounds would starve the last and sparsest round, so it counts as 1 / rounds. Every round gets at
+    least one sequence; where there are fewer sequences than rounds, the last rounds get them.
+    """
+    wanted = max(1, round(min(share, 1 / rounds) * total))
+    counts, left = [], total
+    for later in range(rounds - 1, -1, -1):
+        counts.append(left if later == 0 else min(wanted, max(left - later, 0)))
+        left -= counts[-1]
+    return counts
+
+
 def plan_rounds(
     rounds: RoundsConfig,
     allocation: AllocationConfig,
@@ -36,23 +50,21 @@ def plan_rounds(
     total_sequences: int,
     round_share: float,
 ) -> list[RoundPlan]:
-    """All rounds of a run.
+    """All rounds of a run, the data shared out by ``sequences_per_round``.
 
-    Every round trains on ``round_share`` of the sequences (at least one while the data suffices), the last on what is
-    left. ``oneshot`` is one round with the last round's sparsity and mean rank and all the data, so that schedules are
+    ``oneshot`` is one round with the last round's sparsity and mean rank and all the data, so that schedules are
     compared at one budget.
+
+    Raises:
+        ValueError: a negative number of sequences, or a share outside (0, 1].
     """
     if total_sequences < 0:
         raise ValueError(f"total_sequences: expected >= 0, got {total_sequences}")
     if not 0 < round_share <= 1:
         raise ValueError(f"round_share: expected 0 < round_share <= 1, got {round_share}")
-    last = mean_rank_at(rounds.count, allocation)
     if rounds.schedule == "oneshot":
-        return [RoundPlan(1, final_sparsity, last, total_sequences)]
-    plans, left = [], total_sequences
-    for t in range(1, rounds.count + 1):
-        share = left if t == rounds.count else min(left, max(1, round(round_share * total_sequences)))
-        left -= share
-        sparsity = sparsity_at(t, rounds.count, final_sparsity, rounds.schedule)
-        plans.append(RoundPlan(t, sparsity, mean_rank_at(t, allocation), share))
-    return plans
+        return [RoundPlan(1, final_sparsity, mean_rank_at(rounds.count, allocation), total_sequences)]
+    return [
+        RoundPlan(t, sparsity_at(t, rounds.count, final_sparsity, rounds.schedule), mean_rank_at(t, allocation), share)
+        for t, share in enumerate(sequences_per_round(rounds.count, total_sequences, round_share), start=1)
+    ]

@@ -21,8 +21,8 @@ from tests.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
 
 VOCABULARY = len(CHARACTERS) + 2
 SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 TOKENS = torch.randint(0, VOCABULARY, (203,), generator=torch.Generator().manual_seed(0))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 from losa.errors import RecipeError
 from losa.pruners.base import Pattern, Pruned, Pruner, Statistic
@@ -14,26 +14,24 @@ from losa.recipe import PruneConfig
 
 __all__ = ["Pattern", "Pruned", "Pruner", "Statistic", "get_pruner", "register"]
 
-_Class = TypeVar("_Class", bound=type)
 _REGISTRY: dict[str, type] = {}
 
 
-def register(name: str) -> Callable[[_Class], _Class]:
-    """Class decorator: recipes get the class as ``prune.pruner: name``, built as ``cls(config: PruneConfig)``.
+def register(name: str, pruner: type | None = None) -> Callable[[type], type] | type:
+    """Let recipes name a class as ``prune.pruner: name``: ``@register(name)`` above it, or ``register(name, cls)``.
 
-    Raises ValueError when the class does not fit the ``Pruner`` protocol or the name belongs to another class.
+    It is built as ``cls(config: PruneConfig)``. Raises ValueError when it does not fit the ``Pruner`` protocol or the
+    name belongs to another class.
     """
-
-    def add(pruner: _Class) -> _Class:
-        missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
-        if missing:
-            raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
-        if _REGISTRY.get(name, pruner) is not pruner:
-            raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
-        _REGISTRY[name] = pruner
-        return pruner
-
-    return add
+    if pruner is None:
+        return partial(register, name)
+    missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
+    if missing:
+        raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
+    if _REGISTRY.get(name, pruner) is not pruner:
+        raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
+    _REGISTRY[name] = pruner
+    return pruner
 
 
 def get_pruner(config: PruneConfig) -> Pruner:
@@ -44,6 +42,6 @@ def get_pruner(config: PruneConfig) -> Pruner:
     return _REGISTRY[config.pruner](config)
 
 
-register("magnitude")(Magnitude)
-register("wanda")(Wanda)
-register("sparsegpt")(SparseGPT)
+register("magnitude", Magnitude)
+register("wanda", Wanda)
+register("sparsegpt", SparseGPT)
