@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,10 @@ class CMakeBuild(build_ext):
         ]
         # The cmake and ninja of this environment first, activated or not.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        ninja = shutil.which("ninja", path=path)
+        if ninja is None or shutil.which("cmake", path=path) is None:
+            raise SystemExit("losa: cmake and ninja are needed to build the native code; LOSA_NO_EXT=1 leaves it out")
+        options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")  # the one in CMake's cache may be of an environment now gone
         self.remove_libraries(target)  # an earlier build may have had a CUDA half that this one has not
         for command in (["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options], ["cmake", "--build", build]):
             subprocess.run(["env", f"PATH={path}", *map(str, command)], check=True)

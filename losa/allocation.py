@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 MAX_RATE = 0.99
-# Targets come from arithmetic such as 1 - keep_n / m; counted floors may overshoot their round by a weight here or there.
+# Targets come from arithmetic such as 1 - keep_n / m.
 ROUNDING = 1e-9
+# Counted masks may overshoot their round by a weight here and there.
 FLOOR_OVERSHOOT = 1e-3
 
 
@@ -161,7 +162,7 @@ def _clipped_shares(errors: Tensor, budget: int, low: int, high: int) -> Tensor:
 
 
 def ranks_by_sparsity(rates: Tensor, mean_rank: int, r_min: int, r_max: int) -> Tensor:
-    """The ablation that gives sparser blocks higher ranks: ``allocate_ranks`` with the rates (L,) in place of errors."""
+    """The ablation that gives sparser blocks higher ranks: ``allocate_ranks`` on the rates (L,) as errors."""
     return allocate_ranks(rates, mean_rank, r_min, r_max)
 
 

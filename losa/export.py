@@ -86,7 +86,9 @@ def _save(model: nn.Module, tokenizer, directory: Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if any(part.pop(key, None) is not None for part in parts for key in STORAGE_KEYS):
+    if stated := [(part, key) for part in parts for key in STORAGE_KEYS if key in part]:
+        for part, key in stated:
+            del part[key]
         write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

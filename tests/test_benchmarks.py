@@ -41,7 +41,7 @@ def test_quality_runs_what_is_asked_for():
 def test_quality_table_and_tuning():
     rate = quality.GRID["lora"][1]
     runs = {
-        quality.Job("lora", learning_rate=lr, tuning=True).key: {"perplexity": 1.0, "perplexity_unmerged": abs(lr - rate)}
+        quality.Job("lora", learning_rate=lr, tuning=True).key: {"perplexity": 1, "perplexity_unmerged": abs(lr - rate)}
         for lr in quality.GRID["lora"]
     }
     assert quality.tuned_rate(runs, "lora") == rate
