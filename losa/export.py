@@ -84,6 +84,8 @@ def _save(model: nn.Module, tokenizer, directory: Path) -> None:
     except Exception as error:  # transformers raises errors of many kinds
         raise OutputError(f"export: transformers cannot save this model: {error}") from error
     path = directory / "config.json"
+    for file in directory.glob("*.safetensors"):
+        file.chmod(path.stat().st_mode)  # safetensors writes for the owner only, whatever the umask
     config = json.loads(path.read_text(encoding="utf-8"))
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if stated := [(part, key) for part in parts for key in STORAGE_KEYS if key in part]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from losa.errors import OutputError
 from losa.files import reason, write_bytes, write_text
-from losa.record import RoundRecord, RunRecord
+from losa.record import MethodResult, RoundRecord, RunRecord
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
@@ -37,7 +37,7 @@ def write_figures(record: RunRecord, directory: Path) -> list[Path]:
 
     sparsity: share of pruned weights per block and round; ranks: adapter rank per block and round; errors:
     reconstruction error per block and round; cka: similarity between block outputs, first and last round; perplexity:
-    after each round, beside the other methods.
+    after each round, beside the other methods; methods: the final perplexity of each.
 
     Returns:
         the paths written, PNG and CSV.
@@ -52,6 +52,9 @@ def write_figures(record: RunRecord, directory: Path) -> list[Path]:
         raise OutputError(f"cannot write {directory}: {reason(error)}") from error
     rounds = record.rounds
     written: list[Path] = []
+    finals = _final_perplexities(record)
+    if len(finals) > 1:
+        written += _methods(directory / "methods", record, finals)
     if not rounds:
         return written
     written += _sparsity(directory / "sparsity", rounds)
@@ -64,7 +67,7 @@ def write_figures(record: RunRecord, directory: Path) -> list[Path]:
     if with_similarity:
         written += _cka(directory / "cka", with_similarity)
     if any(r.perplexity is not None for r in rounds):
-        written += _perplexity(directory / "perplexity", record)
+        written += _perplexity(directory / "perplexity", record, finals)
     return written
 
 
@@ -215,7 +218,38 @@ def _cka(path: Path, rounds: list[RoundRecord]) -> list[Path]:
     return _save(figure, path, ["round", "block_i", "block_j", "cka"], rows)
 
 
-def _perplexity(path: Path, record: RunRecord) -> list[Path]:
+def _final_perplexities(record: RunRecord) -> list[tuple[MethodResult, float]]:
+    """Finite ones, the worst first; LoRA's is the unmerged model's."""
+    found = []
+    for r in record.results:
+        value = r.perplexity if r.perplexity_unmerged is None else r.perplexity_unmerged
+        if value is not None and math.isfinite(value):
+            found.append((r, value))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def _methods(path: Path, record: RunRecord, finals: list[tuple[MethodResult, float]]) -> list[Path]:
+    figure, (axis,) = _figure(width=8, height=1.1 + 0.4 * len(finals))
+    own = [r.method == record.method for r, _ in finals]
+    values = [value for _, value in finals]
+    colours = [COLOURS[0] if mine else "#888888" for mine in own]
+    axis.hlines(range(len(finals)), min(values), values, color=colours, linewidth=2)
+    axis.scatter(values, range(len(finals)), color=colours, s=45, zorder=3)
+    for row, value in enumerate(values):
+        axis.annotate(f"{value:,.4g}", (value, row), (8, 0), textcoords="offset points", va="center", size=9)
+    axis.set_yticks(
+        range(len(finals)), [f"{NAMES.get(r.method, r.method)}, {100 * r.sparsity:.0f} % zeros" for r, _ in finals]
+    )
+    axis.set(title="Perplexity by method (lower is better)", xlabel=_perplexity_unit(record))
+    axis.set_ylim(len(finals) - 0.5, -0.5)
+    axis.margins(x=0.12)
+    axis.set_xscale("log")
+    _plain_log_ticks(axis.xaxis)
+    axis.grid(axis="x", alpha=0.3)
+    return _save(figure, path, ["method", "sparsity", "perplexity"], [[r.method, r.sparsity, v] for r, v in finals])
+
+
+def _perplexity(path: Path, record: RunRecord, finals: list[tuple[MethodResult, float]]) -> list[Path]:
     from matplotlib import patheffects
 
     figure, (axis,) = _figure(width=9)
@@ -235,12 +269,7 @@ def _perplexity(path: Path, record: RunRecord) -> list[Path]:
             where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "zorder": 5}
             text = axis.annotate(f"{r.perplexity:,.4g}", (r.index, r.perplexity), size=8, **where)
             text.set_path_effects(halo)
-    others = []
-    for r in record.results:
-        value = r.perplexity if r.perplexity_unmerged is None else r.perplexity_unmerged
-        if r.method != record.method and value is not None and math.isfinite(value):
-            others.append((r, value))
-    others.sort(key=lambda item: -item[1])
+    others = [(r, value) for r, value in finals if r.method != record.method]
     for position, (r, value) in enumerate(others):
         colour = "black" if r.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
         label = f"{NAMES.get(r.method, r.method)}: {value:,.4g}"

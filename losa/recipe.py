@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from losa.errors import RecipeError
 
@@ -15,7 +19,7 @@ MAX_SPARSITY = 0.95
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class DataSource(_Section):
@@ -36,7 +40,9 @@ class DataSource(_Section):
 def _as_sources(value):
     if isinstance(value, (str, dict, DataSource)):
         value = [value]
-    return [{"path": v} if isinstance(v, str) else v for v in value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a path, a mapping with a path, or a list of those; got {value!r}")
+    return [_as_source(v) for v in value]
 
 
 def _as_source(value):
@@ -47,6 +53,17 @@ Sources = Annotated[list[DataSource], BeforeValidator(_as_sources), Field(min_le
 Source = Annotated[DataSource, BeforeValidator(_as_source)]
 
 
+def _targets(value):
+    """One message for the union of text and list, instead of pydantic's one for each."""
+    names = [value] if isinstance(value, str) else value
+    if value is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
+        raise ValueError(f"expected names of linears, such as [q_proj, v_proj], or 're:<regex>'; got {value!r}")
+    return value
+
+
+Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
+
+
 class PruneConfig(_Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
@@ -54,7 +71,7 @@ class PruneConfig(_Section):
     sparsity: float | None = Field(None, gt=0, le=MAX_SPARSITY)
     pattern: Annotated[str | None, Field(pattern=r"^\d+:\d+$")] = None
     mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
-    targets: list[str] | str | None = Field(None, description="linear names, or 're:<regex>'; default: all")
+    targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
     regrow: bool = Field(False, description="later rounds may bring pruned weights back")
     damping: float = Field(0.01, gt=0)
     block_size: int = Field(128, gt=0)
@@ -130,7 +147,7 @@ class CalibrationConfig(_Section):
     data: Sources
     samples: int = Field(128, ge=1)
     length: int = Field(2048, ge=8)
-    cka_samples: int = Field(64, ge=2)
+    cka_samples: int = Field(64, ge=2, le=256)
     batch_size: int = Field(1, ge=1)
 
 
@@ -163,13 +180,15 @@ class EvaluateConfig(_Section):
 class Recipe(_Section):
     """One run. See ``examples/`` for complete files."""
 
-    model: str = Field(description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)")
+    model: str = Field(
+        min_length=1, description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)"
+    )
     gguf_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    output: Path
-    seed: int = 0
+    output: Annotated[Path, AfterValidator(Path.expanduser)]
+    seed: int = Field(0, ge=0, lt=2**32)
     deterministic: bool = False
     method: Method = "losa"
     compare: list[Method] = Field([], description="further methods run in the same harness, for the final table")
@@ -188,29 +207,93 @@ class Recipe(_Section):
             raise ValueError(f"train: method {trains[0]!r} needs a train section with data")
         return self
 
+    @model_validator(mode="after")
+    def _enough_for_similarity(self):
+        dynamic = "losa" in (self.method, *self.compare)
+        if dynamic and self.allocation.rates == "cka" and self.calibration.samples < 2:
+            raise ValueError("calibration.samples: allocation.rates 'cka' compares samples and needs at least 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _output_apart_from_inputs(self):
+        sources = {"calibration.data": self.calibration.data, "train.data": self.train.data if self.train else []}
+        inputs = [("model", self.model), *((key, source.path) for key, part in sources.items() for source in part)]
+        if self.evaluate is not None:
+            inputs.append(("evaluate.data", self.evaluate.data.path))
+        for key, name in inputs:
+            path = os.path.expanduser(name)
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(self.output.resolve()):
+                raise ValueError(f"output: {str(self.output)!r} holds {key} {name!r}, which overwriting would destroy")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 2:4 and 2026-01-01 as text and 1e-3 as a number, unlike YAML 1.1 (124, a date and text), and
+    refuses repeated keys."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"repeated key {key.value!r}", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def read_yaml(text: str):
+    """One YAML document, as recipes are read. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
 
 def load_recipe(path: str | Path, overrides: dict | None = None) -> Recipe:
     """Read and validate a YAML recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; paths in it are relative to the current directory.
         overrides: values that replace the file's, keyed by dotted name (``{"prune.sparsity": 0.5}``).
 
     Raises:
         RecipeError: missing file, broken YAML, unknown key or bad value; the message names each key.
     """
+    return parse_recipe(override(read_settings(path), overrides or {}), where=str(path))
+
+
+def read_settings(path: str | Path) -> dict:
+    """A recipe file's mapping, not validated yet. Raises RecipeError: missing file, broken YAML."""
     path = Path(path)
     try:
-        text = path.read_text()
+        data = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"recipe {str(path)!r}: cannot be read ({error.strerror})") from error
-    try:
-        data = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {str(path)!r}: not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {str(path)!r}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {str(path)!r}: expected a mapping of settings, got {type(data).__name__}")
-    for dotted, value in (overrides or {}).items():
+    return data
+
+
+def override(data: dict, overrides: dict) -> dict:
+    """``data`` with values set by dotted name, in place; absent sections are made. Raises RecipeError."""
+    for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
         section = data
         for name in parents:
@@ -220,7 +303,7 @@ def load_recipe(path: str | Path, overrides: dict | None = None) -> Recipe:
             if not isinstance(section, dict):
                 raise RecipeError(f"override {dotted!r}: {name!r} is not a section")
         section[leaf] = value
-    return parse_recipe(data, where=str(path))
+    return data
 
 
 def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
@@ -229,12 +312,37 @@ def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"{where}: {error.error_count()} problem(s)"]
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "recipe"
-            if item["type"] == "extra_forbidden":
-                lines.append(f"  {key}: unknown key")
-            elif item["type"] == "value_error":
-                lines.append(f"  {key}: {item['ctx']['error']}")
-            else:
-                lines.append(f"  {key}: {item['msg']}, got {item['input']!r}")
+        lines += [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {_reason(item)}" for item in error.errors()]
         raise RecipeError("\n".join(lines)) from error
+
+
+def _reason(item: dict) -> str:
+    if item["type"] == "extra_forbidden":
+        near = _nearest([str(part) for part in item["loc"]])
+        return f"unknown key; did you mean {near}?" if near else "unknown key"
+    if item["type"] == "missing":
+        return "missing"
+    if item["type"] == "model_type":
+        return f"expected a section of settings (key: value), got {item['input']!r}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    came = repr(item["input"])
+    return f"{item['msg']}, got {came if len(came) <= 80 else came[:77] + '...'}"
+
+
+def _nearest(location: list[str]) -> str | None:
+    """The key that was probably meant: spelt alike in the same section, or the same name in another one."""
+    section = ".".join(location[:-1])
+    keys = list(_keys(Recipe))
+    here = [key for key in keys if key.rpartition(".")[0] == section]
+    alike = difflib.get_close_matches(".".join(location), here, n=1, cutoff=0.8)
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == location[-1]]
+    return next(iter(alike or elsewhere), None)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, _Section):
+                yield from _keys(kind, f"{prefix}{name}.")

@@ -143,6 +143,11 @@ def test_uniform_rates():
     assert rates.dtype == torch.float64 and rates.tolist() == [0.4] * 3
 
 
+def test_no_rate_exceeds_the_cap():
+    rates = cka_rates(similarity(6, 0), 0.98, 0.05)
+    assert rates.max().item() == pytest.approx(0.99, abs=1e-12) and rates.mean().item() == pytest.approx(0.98)
+
+
 def test_less_important_blocks_are_sparser():
     matrix = torch.full((4, 4), 0.2, dtype=torch.float64).fill_diagonal_(1)
     matrix[0, 1] = matrix[1, 0] = 0.9
@@ -317,6 +322,12 @@ def test_keep_counts_of_successive_rounds_nest(count, m, final, seed):
         assert int(counts.sum()) == int(mean * count + 0.5)
         assert bool((counts >= 1).all()) and (ceiling is None or bool((counts <= ceiling).all()))
         ceiling = counts
+
+
+def test_keep_counts_leave_the_mean_only_where_ceilings_force_them():
+    importance = torch.arange(6, 0, -1).double()
+    ceiling = torch.tensor([8, 8, 8, 8, 1, 1])
+    assert allocate_keep_n(importance, 3.0, 8, delta=0.4, ceiling=ceiling).tolist() == [4, 4, 4, 4, 1, 1]
 
 
 @pytest.mark.parametrize("keep_n, m", [(1, 20), (2, 40), (3, 60)])

@@ -96,6 +96,7 @@ def test_roundtrip(tmp_path, dtype):
     assert (output / "metrics.jsonl").read_text() == "{}"
     assert (output / "README.md").exists() and (output / "figures" / "sparsity.png").exists()
     assert leftovers(tmp_path) == ["metrics", "out"]
+    assert len({path.stat().st_mode for path in output.iterdir() if path.is_file()}) == 1
 
 
 @pytest.mark.parametrize("length", range(4))

@@ -96,13 +96,13 @@ def read_csv(path) -> list[dict[str, str]]:
 def test_figures_and_their_numbers(tmp_path):
     record = make_record()
     written = write_figures(record, tmp_path / "figures")
-    expected = ["sparsity", "ranks", "errors", "cka", "perplexity"]
+    expected = ["sparsity", "ranks", "errors", "cka", "perplexity", "methods"]
     assert sorted(p.name for p in written) == sorted(f"{name}.{kind}" for name in expected for kind in ("png", "csv"))
     assert sorted(written) == sorted((tmp_path / "figures").iterdir())
     for name in expected:
         with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
             grey = picture.convert("L")
-            assert min(grey.size) > 200 and grey.getextrema()[0] < 60 and grey.getextrema()[1] == 255
+            assert min(grey.size) > 150 and grey.getextrema()[0] < 60 and grey.getextrema()[1] == 255
 
     for name, field in (("sparsity", "sparsity"), ("ranks", "ranks"), ("errors", "errors")):
         rows = read_csv(tmp_path / "figures" / f"{name}.csv")
@@ -119,12 +119,14 @@ def test_figures_and_their_numbers(tmp_path):
     assert own == [(r.index, r.target_sparsity, r.perplexity) for r in record.rounds]
     others = {x["method"]: float(x["perplexity"]) for x in rows if x["method"] != "losa"}
     assert others == {"dense": 22.75, "lora": 113.25}
+    rows = [(x["method"], float(x["perplexity"])) for x in read_csv(tmp_path / "figures" / "methods.csv")]
+    assert rows == [("lora", 113.25), ("losa", 104.75), ("dense", 22.75)]
 
 
 def test_figures_only_of_what_was_measured(tmp_path):
     bare = [RoundRecord(1, 0.5, 8.0, [0.5, 0.5], [8, 8])]
     record = make_record(method="prune_only", rounds=1, blocks=2)
-    record.rounds = bare
+    record.rounds, record.results = bare, [MethodResult("prune_only", 30.0, 0.5, 5, 10, 1.0)]
     assert [p.name for p in write_figures(record, tmp_path / "a")] == ["sparsity.png", "sparsity.csv"]
     record.rounds = []
     assert write_figures(record, tmp_path / "b") == []
@@ -135,7 +137,7 @@ def test_figures_of_odd_sizes(tmp_path, rounds, blocks):
     record = make_record(rounds=rounds, blocks=blocks)
     record.rounds[0].errors = [0.0] * blocks
     record.rounds[-1].perplexity = float("inf")
-    assert len(write_figures(record, tmp_path)) == 10
+    assert len(write_figures(record, tmp_path)) == 12
 
 
 def test_drawing_leaves_the_callers_matplotlib_alone(tmp_path):
