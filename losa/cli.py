@@ -2,111 +2,168 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
+from typer.core import TyperGroup
 
 from losa.errors import LosaError, RecipeError
 
+if TYPE_CHECKING:
+    from losa.recipe import Recipe
+
+DEBUG = "LOSA_DEBUG"
+MEMORY_HINT = (
+    "lower train.batch_size or train.length, or set train.activation_checkpointing: true; "
+    "`losa plan` shows where memory goes"
+)
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can act on into one message on stderr: errors of losa's own (exit code 1) and Ctrl-C (130)."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            resume = "; --resume goes on after the last finished round" if ctx.invoked_subcommand == "run" else ""
+            typer.echo(f"losa: interrupted{resume}", err=True)
+            raise typer.Exit(130) from error
+        except Exception as error:
+            # By name: torch is not to be imported for this.
+            out_of_memory = type(error).__name__ == "OutOfMemoryError"
+            if not (isinstance(error, LosaError) or out_of_memory) or _debugging(ctx.params["debug"]):
+                raise
+            message = f"out of GPU memory; {MEMORY_HINT}" if out_of_memory else str(error)
+            typer.echo(f"losa: {message}", err=True)
+            raise typer.Exit(1) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Prune a language model round by round while LoRA fine-tunes it under the same mask.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
-DEBUG = "LOSA_DEBUG"
-
 
 def main() -> None:
-    """Console entry point: a LosaError becomes one message and exit code 1, Ctrl-C exit code 130."""
-    try:
-        app()
-    except LosaError as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
-            raise
-        print(f"losa: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("losa: interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Console entry point."""
+    app(prog_name="losa")
+
+
+def _debugging(option: bool) -> bool:
+    return option or os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def _version(value: bool) -> None:
     if value:
         from losa import __version__
 
-        print(f"losa {__version__}")
+        typer.echo(f"losa {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks (also {DEBUG}=1).")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Tracebacks, and what losa logs (also {DEBUG}=1). Before the command.")
+    ] = False,
 ) -> None:
-    import logging
-
+    if not sys.stderr.isatty():
+        # Progress bars, our libraries' too, are for terminals: log files would get a line each time they move.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    if debug:
-        os.environ[DEBUG] = "1"
+    if _debugging(debug):
+        for name in ("losa", "losa_kernels"):
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 def parse_settings(settings: list[str]) -> dict:
     """``["prune.sparsity=0.5"]`` -> ``{"prune.sparsity": 0.5}``; values are YAML. Raises RecipeError."""
+    import yaml
+
+    from losa.recipe import read_yaml
+
     overrides = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise RecipeError(f"--set {setting!r}: expected key=value, for instance prune.sparsity=0.5")
         try:
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = read_yaml(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {setting!r}: the value is not YAML") from error
     return overrides
 
 
-def data_overrides(data: Path) -> dict:
-    """Recipe settings that take all text from ``data``: a directory with calibration, train and heldout (files of any
-    known kind, or subdirectories). Raises RecipeError."""
-    overrides = {}
-    if not data.is_dir():
-        raise RecipeError(f"--data {data}: expected a directory with calibration, train and heldout text")
-    for part, key in (("calibration", "calibration.data"), ("train", "train.data"), ("heldout", "evaluate.data")):
-        found = sorted(p for p in data.iterdir() if p.stem == part)
-        if len(found) != 1:
-            names = ", ".join(p.name for p in found) or "none"
-            raise RecipeError(f"--data {data}: expected one file or directory named {part}.*, found {names}")
-        overrides[key] = str(found[0])
-    return overrides
+def _load(path: Path, settings: list[str] | None, data: Path | None = None, output: Path | None = None) -> Recipe:
+    """The recipe with the command line's changes: --output and --data go before --set."""
+    from losa.recipe import override, parse_recipe, read_settings
+
+    recipe, overrides = read_settings(path), parse_settings(settings or [])
+    if output is not None:
+        recipe["output"] = str(output)
+    target = overrides.get("output", recipe.get("output"))
+    if data is not None and target:
+        override(recipe, _own_text(recipe | overrides, data, Path(str(target)).expanduser()))
+    return parse_recipe(override(recipe, overrides), where=str(path))
 
 
-RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see examples/.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value, replacing a recipe's setting.")]
+def _own_text(recipe: dict, data: Path, output: Path) -> dict:
+    """Settings that make ``data`` the text of every section that the recipe has (`--set evaluate=` drops one)."""
+    from losa.split import named_parts, split
+
+    sections = {"calibration": "calibration", "train": "train", "heldout": "evaluate"}
+    wanted = [part for part, section in sections.items() if part == "calibration" or recipe.get(section) is not None]
+    parts = named_parts(data)
+    if not parts:
+        parts, message = split(data, output.with_name(f"{output.name}.data"))
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(message)
+    if missing := [part for part in wanted if part not in parts]:
+        there = ", ".join(path.name for path in parts.values())
+        raise RecipeError(f"--data {data}: {' and '.join(missing)} text is missing (files or directories); has {there}")
+    return {f"{sections[part]}.data": {"path": str(parts[part])} for part in wanted}
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see examples/.", metavar="RECIPE")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as prune.sparsity=0.5; may be repeated."),
+]
+Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; drop unfinished work.")]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     set_: Settings = None,
-    data: Annotated[Path | None, typer.Option(help="Directory with calibration, train and heldout text.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Instead of the recipe's output directory.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on after the last finished round.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text of your own in place of the recipe's: a directory with calibration.*, train.* and heldout.* "
+            "(files or directories); any other file or directory is split by rows, 15 % calibration, 60 % training and "
+            "25 % held out, into OUTPUT.data. Kinds: .jsonl, .json, .parquet, .txt, .raw."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="In place of the recipe's output directory.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
-    from losa.recipe import load_recipe
-
-    overrides = parse_settings(set_ or [])
-    if data is not None:
-        overrides |= data_overrides(data)
-    if output is not None:
-        overrides["output"] = str(output)
-    loaded = load_recipe(recipe, overrides)
+    loaded = _load(recipe, set_, data, output)
     from losa.run import run_recipe
 
     run_recipe(loaded, resume=resume, overwrite=overwrite)
@@ -114,24 +171,30 @@ def run(
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face id, local directory or package:NAME.")],
+    model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write.")],
-    data: Annotated[str, typer.Option(help="Calibration text: a file, directory or data set.")],
-    pruner: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
-    sparsity: Annotated[float | None, typer.Option(help="Share of weights to remove.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="keep_n:m, for instance 2:4.")] = None,
+    data: Annotated[str, typer.Option(help="Calibration text: a file, a directory or a data set's name.")],
+    pruner: Annotated[str, typer.Option(help="wanda, sparsegpt or magnitude.")] = "wanda",
+    sparsity: Annotated[float | None, typer.Option(help="Share of weights to remove, above 0, at most 0.95.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Instead: N:M, N weights kept of every M, such as 2:4.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
-    eval_data: Annotated[str | None, typer.Option(help="Text to measure perplexity on.")] = None,
-    eval_length: Annotated[int, typer.Option(help="Window length of the perplexity.")] = 2048,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 2048,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure perplexity on, before and after.")] = None,
+    eval_length: Annotated[int, typer.Option(help="Window length of the perplexity, in tokens.")] = 2048,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Prune once, without any training."""
+    """Prune at once, without training."""
     from losa.recipe import parse_recipe
 
     settings = {
         "model": model,
         "output": str(output),
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
         "method": "prune_only",
         "prune": {"pruner": pruner, "sparsity": sparsity, "pattern": pattern},
         "calibration": {"data": data, "samples": samples, "length": length},
@@ -146,16 +209,20 @@ def prune(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Directory, Hugging Face id or package:NAME.")],
-    data: Annotated[str | None, typer.Option(help="Text to measure perplexity on.")] = None,
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Text to measure perplexity on: file, directory, data set.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset of a data set, such as wikitext-2-raw-v1.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "test",
     length: Annotated[int, typer.Option(min=2, help="Window length in tokens.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     task_path: Annotated[list[Path] | None, typer.Option(help="Directory with task files of your own.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model."""
+    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
     from losa.data import evaluation_tokens
@@ -164,30 +231,33 @@ def evaluate(
     from losa.model import load_model, sparsity_of
     from losa.recipe import DataSource
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     zeros, prunable = sparsity_of(loaded)
     numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
-    print(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
+    typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
     if data is not None:
-        tokens = evaluation_tokens(DataSource(path=data), tokenizer)
-        found = perplexity(loaded, tokens, length, batch_size, max_windows, progress=sys.stderr.isatty())
-        numbers["perplexity"] = vars(found) | {"data": data}
-        protocol = f"length {length}, {found.windows} windows, {found.tokens:,} tokens"
-        print(f"perplexity {found.value:.3f} on {data} ({protocol})")
+        source = DataSource(path=data, subset=subset, split=split)
+        found = perplexity(
+            loaded, evaluation_tokens(source, tokenizer), length, batch_size, max_windows, progress=sys.stderr.isatty()
+        )
+        numbers["perplexity"] = vars(found) | {"data": source.model_dump()}
+        protocol = f"{found.windows} non-overlapping windows of {length} tokens, {found.tokens:,} in all"
+        typer.echo(f"perplexity {found.value:.3f} on {data} ({protocol})")
     if tasks is not None:
-        numbers["tasks"] = evaluate_tasks(loaded, tokenizer, tasks.split(","), [str(p) for p in task_path or []])
+        names = [name for task in tasks.split(",") if (name := task.strip())]
+        numbers["tasks"] = evaluate_tasks(loaded, tokenizer, names, task_path or [])
         for task, metrics in numbers["tasks"].items():
-            print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if json_file is not None:
         write_json(json_file, numbers)
 
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint directory, losa's or any other.")],
-    figures: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    directory: Annotated[Path, typer.Argument(help="A checkpoint, losa's or any other with safetensors.")],
+    figures: Annotated[Path | None, typer.Option(help="Also write figures and their numbers to this folder.")] = None,
 ) -> None:
-    """Tables of a checkpoint: zeros per block, rounds, ranks, results."""
+    """Tables of a checkpoint: zeros per block, and of one that losa wrote its rounds, ranks and results."""
     from rich.console import Console
 
     from losa import report
@@ -195,29 +265,36 @@ def inspect(
 
     found = report.inspect_directory(directory)
     console = Console()
-    console.print(report.zeros_table(found))
+    report.show_table(report.zeros_table(found), console)
     if found.record is not None:
         for table in (report.blocks_table, report.rounds_table, report.results_table):
-            console.print(table(found.record))
+            report.show_table(table(found.record), console)
     if figures is not None:
         if found.record is None:
-            raise LosaError(f"{directory}: no losa_config.json, so there is nothing to draw")
+            raise LosaError(f"{directory}: no {report.RECORD}, so there is nothing to draw")
         written = write_figures(found.record, figures)
-        console.print(f"wrote {len(written)} files to {figures}")
+        typer.echo(f"wrote {len(written)} files to {figures}")
 
 
 @app.command()
 def plan(
     recipe: RecipeFile,
     set_: Settings = None,
-    probe: Annotated[bool, typer.Option(help="Measure this machine's matrix rate for the time estimate.")] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Time matrix products on this machine, for about a second.")
+    ] = True,
 ) -> None:
-    """Memory and time estimate of a recipe, without loading weights."""
+    """Estimate a recipe's memory and time from the model's configuration, without loading weights.
+
+    To plan for a GPU on a machine without one: --set device=cuda --no-probe.
+    """
+    loaded = _load(recipe, set_)
     from rich.console import Console
 
-    from losa.plan import make_plan, plan_tables
-    from losa.recipe import load_recipe
+    from losa.plan import plan as estimate
+    from losa.plan_tables import plan_tables
+    from losa.report import show_table
 
-    made = make_plan(load_recipe(recipe, parse_settings(set_ or [])), probe=probe)
-    for table in plan_tables(made):
-        Console().print(table)
+    console = Console()
+    for table in plan_tables(estimate(loaded, probe=probe)):
+        show_table(table, console)

@@ -215,7 +215,7 @@ class Engine:
         values = self._values_to_prune(layer, nested)
         try:
             pruned = self.pruner.prune(values, statistic, pattern, layer.mask.data if nested else None)
-        except NumericsError as error:
+        except (NumericsError, ValueError) as error:
             raise NumericsError(f"{where}: {error}") from error
         if pruned.damping is not None:
             record.damping[where] = pruned.damping if math.isfinite(pruned.damping) else None

@@ -312,8 +312,13 @@ def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"{where}: {error.error_count()} problem(s)"]
-        lines += [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {_reason(item)}" for item in error.errors()]
+        # Checks across sections have no location; their messages name the keys.
+        lines += ["  " + ": ".join([*_location(item), _reason(item)]) for item in error.errors()]
         raise RecipeError("\n".join(lines)) from error
+
+
+def _location(item: dict) -> list[str]:
+    return [".".join(map(str, item["loc"]))] if item["loc"] else []
 
 
 def _reason(item: dict) -> str:

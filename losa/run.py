@@ -27,7 +27,7 @@ from losa.methods import Inputs, MethodRun, Outcome
 from losa.model import find_blocks, find_linears, load_model, sparsity_of
 from losa.recipe import Recipe
 from losa.record import MethodResult, RunRecord
-from losa.report import results_table
+from losa.report import results_table, show_table
 
 
 def run_recipe(
@@ -114,7 +114,7 @@ def run_recipe(
         )
     shutil.rmtree(work_dir, ignore_errors=True)
     process.wait_for_everyone()
-    console.print(results_table(record))
+    show_table(results_table(record), console)
     console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
     return record
 

@@ -21,6 +21,11 @@ ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
 NOT_ON_EVERY_GPU_MACHINE = ("pydantic", "datasets", "gguf", "hypothesis", "typer", "peft")
 
 
+# torch lists its factory functions when a device context is first used; it must list the real ones, not our wrappers.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
 def junk(tensor: torch.Tensor) -> torch.Tensor:
     """Fill with what no result may contain: NaN, or a bit pattern that is wrong as mask, index and count."""
     if tensor.is_floating_point() or tensor.is_complex():

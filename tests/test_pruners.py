@@ -135,7 +135,7 @@ def test_sparsegpt_refuses_blocks_that_split_groups():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pattern", [Pattern(sparsity=0.5), Pattern(keep_n=2, m=4)])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_weights_are_refused(name, pattern, bad):
     pruner = get_pruner(PruneConfig(pruner=name, sparsity=0.5))
     weight = torch.randn(4, 8)

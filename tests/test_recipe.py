@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from losa.errors import RecipeError
-from losa.recipe import load_recipe, parse_recipe
+from losa.recipe import load_recipe, parse_recipe, read_yaml
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 
@@ -36,18 +36,35 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_are_valid(path):
-    assert load_recipe(path).method == "losa"
+    recipe = load_recipe(path)
+    assert recipe.method == "losa" and recipe.evaluate is not None
+    assert recipe.output == Path("runs") / recipe.output.name
 
 
-def test_there_are_examples():
+def test_examples_are_listed():
     assert {"smollm2-cpu", "llama2-7b-wanda70", "opt-13b-wanda50"} <= {p.stem for p in EXAMPLES}
+    listed = (EXAMPLES[0].parent / "README.md").read_text()
+    assert all(f"({path.name})" in listed for path in EXAMPLES)
+
+
+def test_the_7b_example_has_the_papers_settings():
+    recipe = load_recipe(next(path for path in EXAMPLES if path.stem == "llama2-7b-wanda70"))
+    assert (recipe.prune.pruner, recipe.prune.sparsity, recipe.rounds.count) == ("wanda", 0.7, 5)
+    assert (recipe.allocation.mean_rank, recipe.allocation.rank_growth, recipe.allocation.rank_max) == (6, 1, 16)
+    assert (recipe.lora.scaling, recipe.lora.dropout, recipe.lora.rank) == (2.0, 0.1, 8)
+    assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.cka_samples) == (128, 2048, 64)
+    train = recipe.train
+    assert (train.data[0].limit, train.round_share, train.batch_size, train.length) == (10_000, 0.1, 8, 1024)
+    assert (train.learning_rate, train.warmup, train.weight_decay, train.max_grad_norm) == (2e-4, 0.3, 1e-3, 0.3)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"sparsity": 0.5}, "sparsity: unknown key"),
-        ({"prune": {"sparsity": 0.5, "prunner": "wanda"}}, "prune.prunner: unknown key"),
+        ({"prune": {"sparsity": 0.5, "prunner": "wanda"}}, "prune.prunner: unknown key; did you mean prune.pruner?"),
+        ({"sparsity": 0.5}, "sparsity: unknown key; did you mean prune.sparsity?"),
+        ({"nothing_like_it": 0.5}, "nothing_like_it: unknown key$"),
         ({"prune": {"sparsity": 0}}, "prune.sparsity: .*greater than 0, got 0"),
         ({"prune": {"sparsity": 0.96}}, "prune.sparsity: .*0.95, got 0.96"),
         ({"prune": {"sparsity": 1}}, "prune.sparsity"),
@@ -63,6 +80,19 @@ def test_there_are_examples():
         ({"train": None}, "train: method 'losa' needs"),
         ({"method": "prune_only", "compare": ["lora"], "train": None}, "method 'lora' needs"),
         ({"calibration": {"data": []}}, "calibration.data"),
+        ({"calibration": {"data": None}}, "calibration.data: expected a path"),
+        ({"calibration": {"data": 5}}, "calibration.data: expected a path.*got 5"),
+        ({"calibration": {"data": [{"path": "x", "txt": 1}]}}, "calibration.data.0.txt: unknown key"),
+        ({"calibration": {}}, "calibration.data: missing"),
+        ({"calibration": "c.txt"}, "calibration: expected a section of settings .*got 'c.txt'"),
+        ({"calibration": {"data": "c.txt", "samples": 1}}, "calibration.samples: .*at least 2, got 1"),
+        ({"calibration": {"data": "c.txt", "cka_samples": 257}}, "calibration.cka_samples: .*256, got 257"),
+        ({"train": {"data": "t", "learning_rate": float("inf")}}, "train.learning_rate: .*finite"),
+        ({"prune": {"sparsity": float("nan")}}, "prune.sparsity"),
+        ({"prune": {"sparsity": 0.5, "targets": []}}, r"prune.targets: expected names.*got \[\]"),
+        ({"prune": {"sparsity": 0.5, "targets": [3]}}, "prune.targets: expected names"),
+        ({"seed": -1}, "seed: .*got -1"),
+        ({"model": ""}, "model"),
         ({"rounds": {"count": 0}}, "rounds.count"),
     ],
 )
@@ -77,6 +107,55 @@ def test_several_problems_are_all_named():
     assert "prune.sparsity" in str(caught.value) and "typo" in str(caught.value)
 
 
+def test_long_values_are_cut_short():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(settings(model=list(range(1000))))
+    assert len(str(caught.value)) < 200
+
+
+def test_targets_and_output():
+    recipe = parse_recipe(settings(prune={"sparsity": 0.5, "targets": "re:mlp"}, output="~/x"))
+    assert recipe.prune.targets == "re:mlp" and recipe.output == Path.home() / "x"
+    assert parse_recipe(settings(prune={"sparsity": 0.5, "targets": ["up_proj"]})).prune.targets == ["up_proj"]
+
+
+def test_one_sample_is_enough_without_similarity():
+    calibration = {"data": "c.txt", "samples": 1}
+    assert parse_recipe(settings(calibration=calibration, method="lora")).calibration.samples == 1
+    assert parse_recipe(settings(calibration=calibration, allocation={"rates": "uniform"})).calibration.samples == 1
+
+
+@pytest.mark.parametrize("key", ["model", "calibration.data", "train.data", "evaluate.data"])
+def test_output_must_not_hold_what_the_run_reads(tmp_path, key):
+    (tmp_path / "inputs").mkdir()
+    inside = str(tmp_path / "inputs")
+    section, _, leaf = key.partition(".")
+    change = {section: {leaf: inside} if leaf else inside}
+    with pytest.raises(RecipeError, match=f"output: .* holds {key} "):
+        parse_recipe(settings(**change, output=str(tmp_path)))
+    with pytest.raises(RecipeError, match=f"output: .* holds {key} "):
+        parse_recipe(settings(**change, output=str(tmp_path / "x" / ".." / "inputs")))
+    assert parse_recipe(settings(**change, output=str(tmp_path / "inputs" / "new"))).output.name == "new"
+
+
+def test_yaml_reads_what_people_mean():
+    text = (
+        "{pattern: 2:4, rate: 1e-3, share: 0.7, count: 16, hex: 0x10, big: 10_000, date: 2026-01-01, none: , yes: true}"
+    )
+    assert read_yaml(text) == {
+        "pattern": "2:4",
+        "rate": 0.001,
+        "share": 0.7,
+        "count": 16,
+        "hex": 16,
+        "big": 10000,
+        "date": "2026-01-01",
+        "none": None,
+        True: True,
+    }
+    assert read_yaml("2:4") == "2:4" and read_yaml("-1.5e+3") == -1500.0
+
+
 def test_overrides(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(settings()))
@@ -87,7 +166,17 @@ def test_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [(None, "cannot be read"), ("a: [", "not valid YAML"), ("- 1", "expected a mapping")]
+    "text, message",
+    [
+        (None, "cannot be read"),
+        ("a: [", "not valid YAML"),
+        ("- 1", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("seed: 1\nseed: 2", "not valid YAML: repeated key 'seed'"),
+        ("prune: {sparsity: 0.5, sparsity: 0.7}", "repeated key 'sparsity'"),
+        ("? [a, b]\n: 1", "not valid YAML"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+    ],
 )
 def test_broken_files(tmp_path, text, message):
     path = tmp_path / "r.yaml"
@@ -95,3 +184,12 @@ def test_broken_files(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)

@@ -342,6 +342,7 @@ torch.save(result, f"{sys.argv[1]}/{run.accelerator.process_index}.pt")
 """
 
 
+@pytest.mark.subprocess
 def test_two_processes_train_as_one(tmp_path):
     """Two rounds under DDP give what one process gives with the doubled batch; 11 sequences do not divide evenly."""
     with socket.socket() as probe:
@@ -350,7 +351,7 @@ def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     root = str(Path(__file__).parents[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     workers = [
         subprocess.Popen(
             [sys.executable, tmp_path / "worker.py", str(tmp_path)],

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from losa.errors import NumericsError
 
 Statistic = Literal["none", "input_norms", "hessian"]
 
@@ -63,3 +66,10 @@ class Pruner(Protocol):
     updates_weight: bool
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned: ...
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise NumericsError if ``weight`` (not empty) holds nan or inf."""
+    # Extremes carry nan and inf along: one pass without a temporary, which isfinite() of every element would need.
+    if not torch.stack(weight.aminmax()).isfinite().all():
+        raise NumericsError("weight: expected finite values, got nan or inf")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa.errors import NumericsError
-from losa.pruners.base import Pattern, Pruned
+from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe import PruneConfig
 from losa_kernels import pack_mask, unpack_mask, wanda_mask
 
@@ -22,8 +21,7 @@ class Magnitude:
         del config
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
-        if not weight.isfinite().all():
-            raise NumericsError("weight: expected finite values, got nan or inf")
+        check_finite(weight)
         if pattern.sparsity is None:
             # With equal input norms Wanda's score orders a group by magnitude.
             flat = weight.new_ones(weight.shape[1])
@@ -34,7 +32,7 @@ class Magnitude:
         if mask is not None:
             gone = ~unpack_mask(mask, weight.shape[1])
             scores.masked_fill_(gone, -1)
-            count = max(count, int(gone.sum()))
+            count = max(count, int(gone.count_nonzero()))
         return Pruned(pack_mask(~_smallest(scores, count)))
 
 
@@ -46,5 +44,5 @@ def _smallest(scores: Tensor, count: int) -> Tensor:
     threshold = flat.kthvalue(count).values
     chosen = flat < threshold
     tied = (flat == threshold).nonzero().squeeze(1)
-    chosen[tied[: count - int(chosen.sum())]] = True
+    chosen[tied[: count - int(chosen.count_nonzero())]] = True
     return chosen.reshape(scores.shape)

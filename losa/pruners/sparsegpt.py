@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from losa.errors import NumericsError, RecipeError
-from losa.pruners.base import Pattern, Pruned
+from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.column_sweep import SingularHessianError
@@ -35,8 +35,7 @@ class SparseGPT:
         self.on_singular = config.on_singular
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
-        if not weight.isfinite().all():
-            raise NumericsError("weight: expected finite values, got nan or inf")
+        check_finite(weight)
         try:
             result = sparsegpt_prune(
                 weight,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losa.errors import NumericsError
-from losa.pruners.base import Pattern, Pruned
+from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe import PruneConfig
 from losa_kernels import wanda_mask
 
@@ -20,6 +19,5 @@ class Wanda:
         del config
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
-        if not weight.isfinite().all():
-            raise NumericsError("weight: expected finite values, got nan or inf")
+        check_finite(weight)
         return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
