@@ -65,23 +65,33 @@ class BlockStream:
         input_ids: (samples, length) int64.
         batch_size: samples per block call.
         storage: device where hidden states wait between blocks; default: host memory.
+        calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
+            takes a whole forward pass to find out.
 
     Raises:
         ModelError: a block's other arguments depend on the tokens, so that they cannot be replayed.
     """
 
-    def __init__(self, model, blocks: nn.ModuleList, input_ids: Tensor, batch_size: int = 1, storage="cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        input_ids: Tensor,
+        batch_size: int = 1,
+        storage: torch.device | str = "cpu",
+        calls: dict[tuple[int, int], list[_Call]] | None = None,
+    ):
         self.blocks = blocks
         self.device = next(blocks.parameters()).device
         self.storage = torch.device(storage)
         self.hidden: list[Tensor] = []
         self.position = ""
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls = {} if calls is None else calls
         batches = input_ids.split(batch_size)
         with torch.no_grad():
             for batch in batches:
-                if len(batch) not in self._calls:
-                    self._calls[len(batch)] = self._capture_all(model, batch)
+                if tuple(batch.shape) not in self._calls:
+                    self._calls[tuple(batch.shape)] = self._capture_all(model, batch)
                 self.hidden.append(self._capture_first(model, batch).to(self.storage))
 
     def _capture_all(self, model, batch: Tensor) -> list[_Call]:
@@ -118,7 +128,7 @@ class BlockStream:
         finally:
             handle.remove()
         hidden, call = seen[0]
-        known = self._calls[len(batch)][0]
+        known = self._calls[tuple(batch.shape)][0]
         if not (_same(call.args, known.args) and _same(call.kwargs, known.kwargs)):
             raise ModelError("decoder block: arguments besides hidden states depend on the tokens; cannot be replayed")
         return hidden
@@ -135,7 +145,7 @@ class BlockStream:
         """Yield block ``index``'s output for each batch, (batch, length, hidden), on the model's device."""
         start = 0
         for hidden in self.hidden:
-            call = self._calls[len(hidden)][index]
+            call = self._calls[tuple(hidden.shape[:2])][index]
             self.position = f"samples {start}..{start + len(hidden) - 1}"
             start += len(hidden)
             yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True))

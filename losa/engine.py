@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from losa import allocation
 from losa.calibration import BlockStream, ErrorMeter, collect
-from losa.errors import ModelError, NumericsError
+from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model import find_blocks
 from losa.modules import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
@@ -67,6 +67,14 @@ class Engine:
         empty = [i for i, layers in enumerate(self.layers) if not layers]
         if empty:
             raise ModelError(f"blocks {empty} have no wrapped linear; wrap the model first")
+        if prune.pattern is not None:
+            m = prune.keep_n_m[1]
+            odd = [
+                f"{i}.{name}" for i, block in enumerate(self.layers) for name in block if block[name].in_features % m
+            ]
+            if odd:
+                raise RecipeError(f"prune.pattern: {odd[0]} has in_features that are no multiple of {m}")
+        self._calls: dict = {}
         # References, not copies, until a weight is first replaced; then the original moves to host memory.
         self._originals: dict[MaskedLoRALinear, Tensor] = {}
         if self.pruner.updates_weight:
@@ -128,7 +136,7 @@ class Engine:
         return record
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
-        return BlockStream(self.model, self.blocks, input_ids, self.calibration.batch_size)
+        return BlockStream(self.model, self.blocks, input_ids, self.calibration.batch_size, calls=self._calls)
 
     def _patterns(self, plan: RoundPlan, record: RoundRecord) -> list[Pattern]:
         """What each block keeps in this round."""

@@ -25,6 +25,7 @@ from losa.export import export_model, mask_records
 from losa.files import check_output, write_json
 from losa.methods import Inputs, MethodRun, Outcome
 from losa.model import find_blocks, find_linears, load_model, sparsity_of
+from losa.pruners import get_pruner
 from losa.recipe import Recipe
 from losa.record import MethodResult, RunRecord
 from losa.report import results_table, show_table
@@ -50,6 +51,7 @@ def run_recipe(
         console = Console(quiet=True)
     console = console or Console()
     start = time.perf_counter()
+    get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
     work_dir = _work_directory(recipe)
     if process.is_main_process:
         check_output(recipe.output, overwrite)
