@@ -31,9 +31,18 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.bitmask:unpack_native",
         "cuda": "losa_kernels.bitmask:unpack_native",
     },
-    "masked_lora_forward": {"reference": "losa_kernels.masked_lora.reference:forward"},
-    "masked_lora_backward": {"reference": "losa_kernels.masked_lora.reference:backward"},
-    "merge_masked_lora": {"reference": "losa_kernels.masked_lora.reference:merge"},
+    "masked_lora_forward": {
+        "reference": "losa_kernels.masked_lora.reference:forward",
+        "cpu": "losa_kernels.masked_lora.cpu:forward",
+    },
+    "masked_lora_backward": {
+        "reference": "losa_kernels.masked_lora.reference:backward",
+        "cpu": "losa_kernels.masked_lora.cpu:backward",
+    },
+    "merge_masked_lora": {
+        "reference": "losa_kernels.masked_lora.reference:merge",
+        "cpu": "losa_kernels.masked_lora.cpu:merge",
+    },
     "gram": {"reference": "losa_kernels.cka.reference:gram"},
     "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
     "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},

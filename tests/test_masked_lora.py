@@ -9,10 +9,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from losa_kernels import masked_lora, masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
-from losa_kernels.masked_lora.reference import _dropout_keep
+from losa_kernels.masked_lora.reference import dropout_keep
 
 SHAPES = [(17, 33, 1), (33, 17, 3), (64, 40, 8), (130, 129, 128)]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test runs on the implementation a user gets and on the reference."""
+    monkeypatch.setenv("LOSA_BACKEND", request.param)
 
 
 def problem(out_features=24, in_features=20, rank=4, tokens=7, dtype=torch.float64, bias=True, seed=0):
@@ -178,7 +184,7 @@ def test_dropout_is_on_the_adapters_input_and_replays():
     args = problem(tokens=50)
     torch.manual_seed(5)
     seed = int(torch.randint(0, 2**31 - 1, ()).item())
-    keep = _dropout_keep(args["x"], 0.3, seed)
+    keep = dropout_keep(args["x"], 0.3, seed)
     expected = run(lambda **a: dropout_formula(**a, keep=keep), args, torch.ones(50, 24, dtype=torch.float64))
     torch.manual_seed(5)
     ours = run(lambda **a: masked_lora_linear(**a, dropout_p=0.3), args, torch.ones(50, 24, dtype=torch.float64))

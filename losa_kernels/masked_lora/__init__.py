@@ -1,7 +1,7 @@
 """Masked-LoRA linear: y = x (M * (W + s B A))^T + bias, without keeping anything of size out x in.
 
-The official formula forms BA, the mask and their product in every forward, recompute and backward pass; this op needs
-three large products a step (Y, dX, G) and saves x and references only.
+Eager LoSA forms BA, the mask and their product in every forward, recompute and backward pass, next to a separate
+product with W. This op needs three large products per step (Y, dX, G) and saves x and references only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from losa_kernels import dispatch
 
@@ -29,52 +30,50 @@ def masked_lora_linear(
 ) -> Tensor:
     """y = x (M * (W + s B A))^T + bias (the bracket of LoSA's Eq. 1), differentiable in x, lora_A, lora_B and bias.
 
-    With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. The backward pass saves x
-    and references to the other arguments.
+    With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. W_eff is formed in fp32
+    (fp64 for fp64) and rounded once to x's dtype. The backward pass saves x and references to the other arguments, and
+    computes only the gradients that are asked for.
 
     Args:
-        x: (..., in), any strides, an empty batch allowed; bf16, fp16, fp32 or fp64. Under autocast it is cast.
-        weight: (out, in), floating point, not differentiated; products run in x's dtype.
+        x: (..., in), any strides, an empty batch allowed; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
+            autocast dtype, as in ``nn.Linear``; the other arguments are left as they are.
+        weight: (out, in) in x's dtype (under autocast in any floating-point dtype); never differentiated.
         mask: packed uint8 (out, ceil(in/8)), bit b of byte j = column 8j+b, 1 = kept; None means W != 0.
-        lora_A: (r, in) and lora_B: (out, r), 1 <= r <= 128, fp32 or x's dtype.
+        lora_A: (r, in) and lora_B: (out, r), 1 <= r <= 128, in fp32 or in x's or the weight's dtype.
         scaling: s, finite.
-        bias: (out,) or None.
-        dropout_p: 0 <= p < 1, on the adapter's input only: y = x (M * W)^T + s drop(x) (M * BA)^T + bias, with a
-            mask that the backward pass replays from a seed drawn from torch's default generator.
+        bias: (out,) or None, floating point.
+        dropout_p: 0 <= p < 1, on the adapter's input only: y = x (M * W)^T + s drop(x) (M * BA)^T + bias. The
+            backward pass replays the dropout mask from a seed drawn here from torch's default generator.
 
     Returns:
-        (..., out) in x's dtype.
+        (..., out) in x's dtype, contiguous.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     _check(weight, mask, lora_A, lora_B, scaling)
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected (..., {weight.shape[1]}), got {tuple(x.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}")
-    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if factor.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{name}: expected float32 or x's {x.dtype}, got {factor.dtype}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
+    x = _check_input(x, weight, lora_A, lora_B, bias)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    seed = int(torch.randint(0, 2**31 - 1, ()).item()) if dropout_p > 0 else 0
-    return _forward(x, weight, mask, lora_A, lora_B, float(scaling), bias, float(dropout_p), seed)
+    # A tensor, because a compiled graph cannot turn it into an int; it is drawn on the CPU, so reading it waits for
+    # no device.
+    seed = torch.randint(2**31 - 1, (), device="cpu") if dropout_p > 0 else None
+    # torch.compile needs an operator; eager mode saves its overhead. Both call the same three functions.
+    call = _forward_op if torch.compiler.is_compiling() else _MaskedLoRALinear.apply
+    return call(x, weight, mask, lora_A, lora_B, float(scaling), bias, float(dropout_p), seed)
 
 
 def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """M * (W + s B A) in fp32 (fp64 for fp64 weights) with one rounding to the weight's dtype; (out, in), a new tensor.
 
-    Pruned entries are exactly +0.0, whatever W holds there. Arguments and errors: see ``masked_lora_linear``.
+    Pruned entries are exactly +0.0, whatever W holds there (NaN, inf, -0.0). Not differentiable. Arguments and errors:
+    see ``masked_lora_linear``.
     """
     _check(weight, mask, lora_A, lora_B, scaling)
-    return dispatch.implementation("merge_masked_lora", weight.device)(weight, mask, lora_A, lora_B, float(scaling))
+    adapter_dtypes = (torch.float32, weight.dtype)
+    _check_adapter_dtype(lora_A, lora_B, adapter_dtypes, "the weight's")
+    with torch.no_grad():
+        return _run("merge_masked_lora", weight.device, weight, mask, lora_A, lora_B, float(scaling))
 
 
 def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
@@ -96,7 +95,45 @@ def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, 
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 
-@torch.library.custom_op("losa::masked_lora_forward", mutates_args=())
+def _check_input(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+    """x, cast where autocast asks for it."""
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"x: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}")
+    if _autocast_is_on(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
+    _check_adapter_dtype(lora_A, lora_B, (torch.float32, x.dtype, weight.dtype), "x's")
+    if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype not in _FLOATS):
+        raise ValueError(f"bias: expected floating point ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
+    if bias is not None and bias.device != weight.device:
+        raise ValueError(f"bias: expected on {weight.device} as weight, got {bias.device}")
+    return x
+
+
+def _check_adapter_dtype(lora_A: Tensor, lora_B: Tensor, allowed: tuple[torch.dtype, ...], whose: str) -> None:
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor.dtype not in allowed:
+            raise ValueError(f"{name}: expected float32 or {whose} {allowed[1]}, got {factor.dtype}")
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _run(op: str, device: torch.device, *arguments):
+    """The implementation for the device, with autocast off: it would round W + s B A and G to low precision."""
+    run = dispatch.implementation(op, device)
+    if _autocast_is_on(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -106,56 +143,71 @@ def _forward(
     scaling: float,
     bias: Tensor | None,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
-    run = dispatch.implementation("masked_lora_forward", x.device)
-    return run(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    number = 0 if seed is None else int(seed)
+    return _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
 
 
-@_forward.register_fake
-def _(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("losa::masked_lora_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     mask: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    run = dispatch.implementation("masked_lora_backward", x.device)
-    grads = run(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    return [grad for grad in grads if grad is not None]
+    """The gradients of x, lora_A, lora_B and bias that ``needs`` asks for, in this order."""
+    number = 0 if seed is None else int(seed)
+    arguments = (grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, number, needs)
+    return [grad for grad in _run("masked_lora_backward", grad_y.device, *arguments) if grad is not None]
 
 
-@_backward.register_fake
-def _(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs):
-    like = (x, lora_A, lora_B)
-    grads = [t.new_empty(t.shape) for t, needed in zip(like, needs, strict=False) if needed]
-    return grads + [grad_y.new_empty(weight.shape[0])] * needs[3]
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, mask, lora_A, lora_B, ctx.scaling, bias, ctx.dropout_p, ctx.seed = inputs
-    ctx.save_for_backward(x, weight, mask, lora_A, lora_B)
+def _save(ctx, inputs, output) -> None:
+    x, weight, mask, lora_A, lora_B, ctx.scaling, bias, ctx.dropout_p, seed = inputs
+    ctx.needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 6)]
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x if ctx.needs[1] or ctx.needs[2] else None, weight, mask, lora_A, lora_B, seed)
 
 
-def _differentiate(ctx, grad_y):
-    x, weight, mask, lora_A, lora_B = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 6)]
-    grads = iter(_backward(grad_y, x, weight, mask, lora_A, lora_B, ctx.scaling, ctx.dropout_p, ctx.seed, needs))
-    dx, dA, dB, dbias = (next(grads) if needed else None for needed in needs)
-    if dbias is not None:
-        dbias = dbias.to(ctx.bias_dtype)
-    return dx, None, None, dA, dB, None, dbias, None, None
+def _differentiate(ctx, grad_y: Tensor, backward) -> tuple[Tensor | None, ...]:
+    x, weight, mask, lora_A, lora_B, seed = ctx.saved_tensors
+    grads = iter(backward(grad_y, x, weight, mask, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.needs))
+    dx, dA, dB, dbias = (next(grads) if needed else None for needed in ctx.needs)
+    return dx, None, None, dA, dB, None, None if dbias is None else dbias.to(ctx.bias_dtype), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+class _MaskedLoRALinear(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        return _differentiate(ctx, grad_y, _backward)
+
+
+_forward_op = torch.library.custom_op("losa::masked_lora_forward", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("losa::masked_lora_backward", _backward, mutates_args=())
+_forward_op.register_autograd(lambda ctx, grad_y: _differentiate(ctx, grad_y, _backward_op), setup_context=_save)
+
+
+@_forward_op.register_fake
+def _(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_backward_op.register_fake
+def _(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    like = (
+        grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1]),
+        lora_A.new_empty(lora_A.shape),
+        lora_B.new_empty(lora_B.shape),
+        grad_y.new_empty(weight.shape[0], dtype=wide),
+    )
+    return [grad for grad, needed in zip(like, needs, strict=True) if needed]
