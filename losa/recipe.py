@@ -73,7 +73,7 @@ class PruneConfig(_Section):
     mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
     targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
     regrow: bool = Field(False, description="later rounds may bring pruned weights back")
-    damping: float = Field(0.01, gt=0)
+    damping: float = Field(0.01, gt=0, le=1)
     block_size: int = Field(128, gt=0)
     on_singular: Literal["error", "wanda"] = "error"
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from losa_kernels import masked_lora, masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
+from losa_kernels.masked_lora import cpu
 from losa_kernels.masked_lora.reference import dropout_keep
 
 SHAPES = [(17, 33, 1), (33, 17, 3), (64, 40, 8), (130, 129, 128)]
@@ -57,8 +61,21 @@ def run(function, args, grad_y):
     return {"y": y.detach(), **{k: v.grad for k, v in inputs.items()}}
 
 
+def tensors(args, change):
+    return {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+
+
 def double(args):
-    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in args.items()}
+    return tensors(args, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def assert_error_model(ours, plain, truth, dtype):
+    """At most twice plain torch's error in the same precision, plus one rounding of the largest value."""
+    for name, value in truth.items():
+        error = (ours[name].double() - value).abs().max()
+        allowed = 2 * (plain[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
+        assert error <= allowed, (name, error, allowed)
+        assert ours[name].dtype == (dtype if name in ("y", "x", "bias") else torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,17 +93,52 @@ def test_fp64_is_the_formula(shape, masked):
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_low_precision_error_model(dtype, shape):
-    """At most twice plain torch's error in the same precision, plus one rounding of the largest value."""
-    args = problem(*shape, tokens=16, dtype=dtype)
-    grad_y = torch.randn(16, shape[0]).to(dtype)
+def test_low_precision_error_model(dtype, shape, device):
+    args = tensors(problem(*shape, tokens=16, dtype=dtype), lambda t: t.to(device))
+    grad_y = torch.randn(16, shape[0], device=device).to(dtype)
     truth = run(formula, double(args), grad_y.double())
-    ours, plain = run(masked_lora_linear, args, grad_y), run(formula, args, grad_y)
-    for name, value in truth.items():
-        error = (ours[name].double() - value).abs().max()
-        allowed = 2 * (plain[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
-        assert error <= allowed, (name, error, allowed)
-        assert ours[name].dtype == (dtype if name in ("y", "x", "bias") else torch.float32)
+    assert_error_model(run(masked_lora_linear, args, grad_y), run(formula, args, grad_y), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype, product", [(d, p) for d in LOW for p in (d, torch.float32)][1:])
+def test_cpu_products_in_their_own_or_a_wider_dtype(dtype, product, monkeypatch):
+    """Which of the two a CPU gets depends on its instruction set."""
+    monkeypatch.setattr(cpu, "product_dtype", lambda _: product)
+    args = problem(70, 50, 8, tokens=16, dtype=dtype)
+    grad_y = torch.randn(16, 70).to(dtype)
+    truth = run(formula, double(args), grad_y.double())
+    assert_error_model(run(masked_lora_linear, args, grad_y), run(formula, args, grad_y), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("change", [{}, {"bias": None}, {"dropout_p": 0.3}, {"mask": None}])
+def test_panels(dtype, change, monkeypatch):
+    """Panels and blocks of 64 rows or columns, the last one partial, against one panel."""
+    args = problem(150, 205, 5, dtype=dtype) | change
+    grad_y = torch.randn(7, 150).to(dtype)
+    torch.manual_seed(0)
+    whole, merged = run(masked_lora_linear, args, grad_y), merge(args)
+    monkeypatch.setattr(cpu, "PANEL", 1)
+    monkeypatch.setattr(cpu, "BLOCK", 1)
+    torch.manual_seed(0)
+    for name, value in run(masked_lora_linear, args, grad_y).items():
+        allowed = torch.finfo(dtype if name in ("y", "x") else value.dtype).eps * 8 * value.abs().max()
+        assert (value - whole[name]).abs().max() <= allowed, name
+    assert torch.equal(merge(args), merged)
+
+
+def merge(args):
+    return merge_masked_lora(*(args[k] for k in ("weight", "mask", "lora_A", "lora_B", "scaling")))
+
+
+def test_adapter_in_the_dtype_of_x():
+    args = problem(dtype=torch.bfloat16)
+    args |= {k: args[k].bfloat16() for k in ("lora_A", "lora_B")}
+    grad_y = torch.randn(7, 24).bfloat16()
+    wide = args | {k: args[k].float() for k in ("lora_A", "lora_B")}
+    ours, expected = run(masked_lora_linear, args, grad_y), run(masked_lora_linear, wide, grad_y)
+    for name, value in expected.items():
+        assert ours[name].dtype == torch.bfloat16 and torch.equal(ours[name], value.bfloat16()), name
 
 
 def test_gradcheck():
@@ -139,15 +191,78 @@ def test_strided_inputs():
         assert torch.allclose(leaf.grad, expected[name]), name
 
 
-def test_backward_saves_x_once_and_references():
-    args = problem(96, 80, 8, tokens=32, dtype=torch.float32) | {"dropout_p": 0.1}
-    inputs = leaves(args)
-    known = {v.data_ptr() for v in (args | inputs).values() if isinstance(v, torch.Tensor)}
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("wanted", [("x", "lora_A", "lora_B", "bias"), ("lora_B",), ("x",), ("bias",)])
+def test_backward_saves_x_once_and_references(wanted, dropout_p):
+    args = problem(96, 80, 8, tokens=32, dtype=torch.float32) | {"dropout_p": dropout_p}
+    inputs = args | leaves(args, wanted)
+    known = {v.data_ptr() for v in inputs.values() if isinstance(v, torch.Tensor)}
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        masked_lora_linear(**(args | inputs))
-    assert [t.data_ptr() for t in saved].count(inputs["x"].data_ptr()) == 1
-    assert all(t.data_ptr() in known for t in saved), "something new is kept for the backward pass"
+        masked_lora_linear(**inputs)
+    needs_x = "lora_A" in wanted or "lora_B" in wanted
+    assert [t.data_ptr() for t in saved].count(inputs["x"].data_ptr()) == needs_x, "x: once, and only if it is needed"
+    new = [t for t in saved if t.data_ptr() not in known]
+    assert [t.shape for t in new] == ([torch.Size()] if dropout_p else []), "only the seed is kept besides references"
+
+
+class Products(TorchDispatchMode):
+    """Multiply-adds of all matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            left, right = args[-2:]
+            self.count += left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wanted, forms, large, small",
+    [
+        # Large: x W_eff^T, dX, G. Small, one rank wide: B A for each W_eff, then dA, dB.
+        (("x", "lora_A", "lora_B", "bias"), 2, 3, 2),
+        (("lora_A", "lora_B"), 1, 2, 2),
+        (("x", "lora_A"), 2, 3, 1),
+        (("lora_B",), 1, 2, 1),
+        (("x",), 2, 2, 0),
+        (("bias",), 1, 1, 0),
+    ],
+)
+def test_no_product_is_wasted(wanted, forms, large, small):
+    args = problem(64, 48, 3, tokens=40, dtype=torch.float32)
+    inputs = args | leaves(args, wanted)
+    with Products() as products:
+        masked_lora_linear(**inputs).sum().backward()
+    assert products.count == 64 * 48 * (40 * large + 3 * (forms + small))
+
+
+def test_dropout_costs_two_more_products():
+    args = problem(64, 48, 3, tokens=40, dtype=torch.float32) | {"dropout_p": 0.5}
+    inputs = args | leaves(args)
+    with Products() as products:
+        masked_lora_linear(**inputs).sum().backward()
+    assert products.count == 64 * 48 * (40 * 5 + 3 * (2 + 2))
+
+
+def test_nothing_given_is_written_to():
+    args = problem() | {"dropout_p": 0.2}
+    before = tensors(args, torch.clone)
+    run(masked_lora_linear, args, torch.randn(7, 24))
+    merge(args)
+    assert all(torch.equal(args[k], v) for k, v in before.items() if isinstance(v, torch.Tensor))
+
+
+def test_products_wider_than_fp16():
+    """G beyond 65504, as under loss scaling, where A and B and their gradients are fp32."""
+    args = problem(dtype=torch.float16) | {"x": torch.full((7, 20), 100.0).half()}
+    grad_y = torch.full((7, 24), 300.0)
+    expected = run(formula, double(args), grad_y.double())
+    ours = run(masked_lora_linear, args, grad_y)
+    for name in ("lora_A", "lora_B"):
+        assert torch.allclose(ours[name].double(), expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max())
 
 
 def test_merge_is_exact_and_safe():
@@ -157,7 +272,7 @@ def test_merge_is_exact_and_safe():
     weight[~kept] = torch.tensor([float("nan"), float("inf"), -0.0, -1.0])[
         torch.arange(int((~kept).sum())) % 4
     ].bfloat16()
-    merged = merge_masked_lora(weight, args["mask"], args["lora_A"], args["lora_B"], 2.0)
+    merged = merge(args | {"weight": weight})
     assert bool((merged.view(torch.int16)[~kept] == 0).all()), "pruned weights must be +0.0 to the bit"
     exact = weight.double() + 2.0 * args["lora_B"].double() @ args["lora_A"].double()
     # One rounding to bf16 (half a unit in the last place), and fp32 sums over the rank before it.
@@ -168,11 +283,29 @@ def test_merge_is_exact_and_safe():
     assert bool(((merged.double() - exact).abs() <= allowed)[kept].all())
 
 
-def test_pruned_values_never_reach_the_output():
-    args = problem()
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_pruned_values_reach_no_result(dropout_p):
+    args = problem() | {"dropout_p": dropout_p}
     kept = unpack_mask(args["mask"], 20)
-    hostile = torch.where(kept, args["weight"], torch.full_like(args["weight"], float("nan")))
-    assert torch.equal(masked_lora_linear(**(args | {"weight": hostile})), masked_lora_linear(**args))
+    hostile = args["weight"].masked_fill(~kept, float("nan"))
+    grad_y = torch.randn(7, 24, dtype=torch.float64)
+    torch.manual_seed(0)
+    expected = run(masked_lora_linear, args, grad_y)
+    torch.manual_seed(0)
+    for name, value in run(masked_lora_linear, args | {"weight": hostile}, grad_y).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_zeros_of_a_kept_weight_adapt_and_of_a_pruned_one_do_not():
+    args = problem()
+    weight = args["weight"].clone()
+    weight[0, :4] = torch.tensor([0.0, -0.0, 0.0, -0.0])
+    full = pack_mask(torch.ones(24, 20, dtype=torch.bool))
+    dense = merge(args | {"weight": weight, "mask": full})
+    assert bool((dense[0, :4] != 0).all()), "an explicit mask keeps what happens to be zero"
+    derived = merge(args | {"weight": weight, "mask": None})
+    assert bool((derived[0, :4].view(torch.int64) == 0).all()), "mask None prunes W == 0, -0.0 too, to +0.0"
+    assert torch.equal(derived[1:], dense[1:])
 
 
 def dropout_formula(x, weight, mask, lora_A, lora_B, scaling, bias, keep):
@@ -225,14 +358,53 @@ def test_one_layer_twice_in_a_graph():
         assert torch.allclose(ours[name], value, rtol=1e-10, atol=1e-10), name
 
 
-def test_inference_mode_and_autocast():
+def test_inference_mode():
     args = problem(dtype=torch.float32)
+    expected = masked_lora_linear(**args)
     with torch.inference_mode():
-        assert torch.equal(masked_lora_linear(**args), masked_lora_linear(**args))
+        assert torch.equal(masked_lora_linear(**args), expected)
+
+
+def test_meta_tensors_have_shapes():
+    args = tensors(problem(dtype=torch.bfloat16), lambda t: t.to("meta"))
+    y = masked_lora_linear(**args)
+    assert (y.shape, y.dtype, y.device.type) == ((7, 24), torch.bfloat16, "meta")
+
+
+def test_autocast_casts_x_only():
+    """x = 1 makes y^T the effective weight: composed in fp32 and rounded once, not composed in bf16."""
+    args = problem(dtype=torch.float32, bias=False) | {"x": torch.eye(20)}
+    expected = merge(args).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = masked_lora_linear(**args)
-    assert y.dtype == torch.bfloat16
-    assert (y.double() - formula(**double(args))).abs().max() <= 0.05 * y.abs().max()
+        merged = merge(args)
+        wide = masked_lora_linear(**double(args))
+    assert torch.equal(y.T, expected)
+    assert merged.dtype == torch.float32 and torch.equal(merged.bfloat16(), expected)
+    assert wide.dtype == torch.float64
+
+
+def test_backward_within_autocast():
+    args = problem(dtype=torch.float32)
+    grads = []
+    for inside in (False, True):
+        inputs = leaves(args)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = masked_lora_linear(**(args | inputs))
+            if inside:
+                y.backward(torch.ones_like(y))
+        if not inside:
+            y.backward(torch.ones_like(y))
+        grads.append({k: v.grad for k, v in inputs.items()})
+    for name, value in grads[0].items():
+        assert value.dtype == torch.float32 and torch.equal(grads[1][name], value), name
+
+
+def test_second_derivatives_are_refused():
+    args = problem()
+    inputs = leaves(args)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(masked_lora_linear(**(args | inputs)).sum(), inputs["x"], create_graph=True)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -241,11 +413,20 @@ def test_opcheck(bias, needs_grad):
     args = problem(9, 10, 2, dtype=torch.float32, bias=bias)
     inputs = args | (leaves(args) if needs_grad else {})
     order = ("x", "weight", "mask", "lora_A", "lora_B", "scaling", "bias")
-    torch.library.opcheck(masked_lora._forward, (*(inputs[k] for k in order), 0.0, 0))
+    torch.library.opcheck(masked_lora._forward_op, (*(inputs[k] for k in order), 0.0, None))
+
+
+@pytest.mark.parametrize("needs", [(True, True, True, True), (True, False, False, False), (False, False, True, True)])
+def test_opcheck_backward(needs):
+    args = problem(9, 10, 2, dtype=torch.bfloat16)
+    rest = [args[k] for k in ("weight", "mask", "lora_A", "lora_B", "scaling")]
+    x = args["x"] if needs[1] or needs[2] else None
+    grad_y = torch.randn(7, 9).bfloat16()
+    torch.library.opcheck(masked_lora._backward_op, (grad_y, x, *rest, 0.2, torch.tensor(3), list(needs)))
 
 
 def test_compile_makes_one_graph():
-    args = problem(dtype=torch.float32)
+    args = problem(dtype=torch.float32) | {"dropout_p": 0.1}
     graphs = []
 
     def backend(graph, example_inputs):
@@ -254,19 +435,46 @@ def test_compile_makes_one_graph():
 
     def model(x):
         hidden = masked_lora_linear(**(args | {"x": x}))
-        return hidden.relu().sum()
+        return masked_lora_linear(**(args | {"x": hidden.relu()[:, :20]})).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert torch.equal(compiled(args["x"]), model(args["x"]))
+    torch.manual_seed(0)
+    expected = model(args["x"])
+    torch.manual_seed(0)
+    assert torch.equal(compiled(args["x"]), expected)
     assert len(graphs) == 1
 
 
-def test_compiled_training_gives_the_same_gradients():
+@pytest.mark.parametrize(
+    "change, autocast", [({}, False), ({"dropout_p": 0.3}, False), ({"mask": None, "bias": None}, False), ({}, True)]
+)
+def test_compiled_training_gives_the_same_gradients(change, autocast):
+    args = problem(dtype=torch.float32) | change
+    grad_y = torch.randn(7, 24)
+
+    def model(**inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return masked_lora_linear(**inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    ours = run(compiled, args, grad_y)
+    torch.manual_seed(0)
+    for name, value in run(model, args, grad_y).items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_compiled_checkpointing():
     args = problem(dtype=torch.float32)
     grad_y = torch.randn(7, 24)
     torch._dynamo.reset()
-    compiled = torch.compile(masked_lora_linear, backend="aot_eager", fullgraph=True)
+
+    def model(**inputs):
+        return checkpoint(lambda: masked_lora_linear(**inputs), use_reentrant=False)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     ours, expected = run(compiled, args, grad_y), run(masked_lora_linear, args, grad_y)
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
@@ -284,11 +492,32 @@ def test_compiled_training_gives_the_same_gradients():
         ({"lora_A": torch.randn(4, 21)}, "lora_A: expected"),
         ({"lora_A": torch.randn(4, 20).half()}, "lora_A: expected float32"),
         ({"lora_B": torch.randn(24, 5)}, "lora_B: expected"),
-        ({"scaling": float("nan")}, "scaling: expected"),
+        ({"x": torch.tensor(1.0)}, "x: expected"),
+        ({"x": torch.randn(3, 20).bfloat16()}, "x: expected the weight's dtype"),
+        ({"x": torch.randn(3, 20, device="meta")}, "x: expected on cpu"),
+        ({"weight": torch.ones(24, 20, dtype=torch.int8)}, "weight: expected"),
+        ({"mask": torch.zeros(24, 3, dtype=torch.uint8, device="meta")}, "mask: expected on cpu"),
+        ({"lora_A": torch.randn(0, 20), "lora_B": torch.randn(24, 0)}, "lora_A: expected"),
+        ({"lora_B": torch.randn(24, 4).double()}, "lora_B: expected float32"),
+        ({"scaling": math.nan}, "scaling: expected"),
+        ({"scaling": -math.inf}, "scaling: expected"),
         ({"bias": torch.randn(23)}, "bias: expected"),
+        ({"bias": torch.ones(24, dtype=torch.int32)}, "bias: expected"),
         ({"dropout_p": 1.0}, "dropout_p: expected"),
+        ({"dropout_p": math.nan}, "dropout_p: expected"),
     ],
 )
 def test_errors_name_the_argument(change, message):
     with pytest.raises(ValueError, match=message):
         masked_lora_linear(**(problem(dtype=torch.float32) | change))
+
+
+def test_merge_errors_name_the_argument():
+    args = problem(dtype=torch.bfloat16)
+    for change, message in (
+        ({"mask": args["mask"].bool()}, "mask: expected"),
+        ({"lora_A": args["lora_A"].half()}, "lora_A: expected float32"),
+        ({"scaling": math.inf}, "scaling: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(args | change)

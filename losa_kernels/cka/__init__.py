@@ -10,11 +10,13 @@ from losa_kernels import dispatch
 MAX_SAMPLES = 256
 
 
+@torch.no_grad()
 def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
     """Centred Gram K = (F - mean F)(F - mean F)^T, the dual form of linear CKA (LoSA's Eq. 6).
 
     Each feature column is centred over the samples before products are taken: the most accurate order when columns
-    share a large common component.
+    share a large common component. Features that are the same for all samples give exact zeros. Not differentiable;
+    autocast does not touch it.
 
     Args:
         features: (n, p) or (L, n, p), 2 <= n <= 256 samples of p features; floating point, finite.
@@ -24,7 +26,8 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
         (n, n) or (L, n, n), fp32 (fp64 for fp64 features); ``out`` itself where given.
 
     Raises:
-        ValueError: a wrong shape or dtype, or non-finite features.
+        ValueError: a wrong shape, dtype or device, or features that are not finite or whose squares are not (``out``
+            is spoiled then).
     """
     if features.dim() not in (2, 3) or not features.is_floating_point():
         raise ValueError(
@@ -40,35 +43,49 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
             f"out: expected {wide} {expected} on {features.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
     batched = features if features.dim() == 3 else features[None]
-    into = None if out is None else out.view(batched.shape[0], samples, samples)
-    result = dispatch.implementation("gram", features.device)(batched, into)
+    into = out if out is None or features.dim() == 3 else out[None]
+    run = dispatch.implementation("gram", features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        result = run(batched, into)
     if not torch.isfinite(result).all():
-        raise ValueError("features: expected finite values, got nan or inf (or squares beyond fp32)")
+        raise ValueError(_what_is_not_finite(features))
     return result.view(expected) if out is None else out
 
 
+def _what_is_not_finite(features: Tensor) -> str:
+    places = (~torch.isfinite(features)).nonzero()
+    if len(places) == 0:
+        return "features: too large: their squares, or the values of out, are not finite"
+    *layer, sample, column = places[0].tolist()
+    where = "".join(f"layer {index}, " for index in layer) + f"sample {sample}, column {column}"
+    return f"features: expected finite values, got {features[tuple(places[0])].item()} in {where}"
+
+
+@torch.no_grad()
 def cka_similarity(grams: Tensor) -> Tensor:
-    """Linear CKA of every pair: <K_i, K_j> / (||K_i|| ||K_j||), in one product.
+    """Linear CKA of every pair (LoSA's Eq. 6): <K_i, K_j> / (||K_i|| ||K_j||), in one fp64 product.
 
     Args:
-        grams: (L, n, n) centred Grams.
+        grams: (L, n, n) centred Grams, floating point.
 
     Returns:
-        (L, L) fp64, symmetric, in [0, 1], unit diagonal.
+        (L, L) fp64, exactly symmetric, in [0, 1], diagonal exactly 1.
 
     Raises:
-        ValueError: a wrong shape, non-finite values, or a zero Gram (features that are the same for all samples).
+        ValueError: a wrong shape or dtype, non-finite values, or a zero Gram (features that are the same for all
+            samples); names the Gram's index.
     """
-    if grams.dim() != 3 or grams.shape[1] != grams.shape[2]:
-        raise ValueError(f"grams: expected (L, n, n), got {tuple(grams.shape)}")
+    if grams.dim() != 3 or grams.shape[1] != grams.shape[2] or not grams.is_floating_point():
+        raise ValueError(f"grams: expected floating point (L, n, n), got {grams.dtype} {tuple(grams.shape)}")
     flat = grams.flatten(1).double()
-    norms = flat.norm(dim=1)
-    if not torch.isfinite(norms).all():
-        raise ValueError("grams: expected finite values")
-    if (norms == 0).any():
-        index = int((norms == 0).nonzero()[0])
-        raise ValueError(f"grams: Gram {index} is zero: its features are the same for all samples")
-    flat = flat / norms[:, None]
+    # Scaled first: the squares of tiny and of huge Grams stay within fp64.
+    largest = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
+    for index, value in enumerate(largest.tolist()):
+        if value == 0:
+            raise ValueError(f"grams: Gram {index} is zero: its features are the same for all samples")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"grams: expected finite values, got {value} in Gram {index}")
+    flat = torch.nn.functional.normalize(flat / largest[:, None])
     similarity = flat @ flat.T
     similarity = ((similarity + similarity.T) / 2).clamp(0, 1)
     return similarity.fill_diagonal_(1)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 14
+CHUNK = 1 << 12  # columns at a time: they stay in cache, and fp32 sums stay short
 
 
 def gram(features: Tensor, out: Tensor | None) -> Tensor:
     """features (L, n, p) -> (L, n, n), added to ``out`` where given."""
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    count, samples, columns = features.shape
+    count, samples, _ = features.shape
     total = torch.zeros(count, samples, samples, dtype=torch.float64, device=features.device)
-    for start in range(0, columns, CHUNK):
-        part = features[:, :, start : start + CHUNK].to(wide)
-        part = part - part.mean(1, keepdim=True)
-        total += part @ part.transpose(1, 2)
+    for matrix, accumulated in zip(features, total, strict=True):
+        for part in matrix.split(CHUNK, dim=1):
+            # Subtracting the first sample is exact where a component common to all samples dominates, and leaves
+            # exact zeros of features that are the same for all samples; the mean of what remains rounds little.
+            part = part.to(wide)
+            part = part - part[:1]
+            part -= part.mean(0)
+            accumulated += part @ part.T
     return total.to(wide) if out is None else out.copy_(total + out)

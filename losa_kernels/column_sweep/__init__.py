@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import pack_mask, unpack_mask
-from losa_kernels.column_sweep.reference import SingularHessianError
+from losa_kernels.bitmask import pack_mask
+from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
 
 __all__ = ["SingularHessianError", "SweepResult", "inverse_factor", "sparsegpt_prune", "wanda_mask"]
 
@@ -24,19 +24,34 @@ class SweepResult(NamedTuple):
     damping: float
 
 
+@torch.no_grad()
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + d mean(diag H) I)^-1, and the damping d that was needed.
 
+    A zero on the diagonal (an input that was never active) counts as 1, in the mean too.
+
     Args:
-        hessian: (in, in) fp32 or fp64, symmetric, no zero on its diagonal.
-        damping: first d tried; grows tenfold up to 1.
+        hessian: (in, in) floating point, symmetric (the upper triangle is read), not changed; computed in fp32 (fp64
+            for fp64).
+        damping: first d tried, 0 < d <= 1; grows tenfold, up to 1, until the factor exists and is finite.
 
     Raises:
+        ValueError: a wrong shape or damping, or a non-finite Hessian; names the argument.
         SingularHessianError: no damping up to 1 makes it positive definite.
     """
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
+        raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
+    if not 0 < damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
+    hessian = hessian.to(_wide(hessian), copy=True)
+    if not torch.isfinite(hessian).all():
+        raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
+    diagonal = hessian.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1)
     return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
 
 
+@torch.no_grad()
 def sparsegpt_prune(
     weight: Tensor,
     hessian: Tensor,
@@ -52,17 +67,19 @@ def sparsegpt_prune(
 
     With U the upper Cholesky factor of H^-1, columns in order: score w^2 / U_jj^2 from the current weights picks what
     goes; e = (w_i - q_i) / U_ii; W_{:, i:} -= e U_{i, i:}. Unstructured: over all rows of each column block, exactly
-    floor(sparsity * out * in) in all. keep_n:m: chosen inside the sweep from updated weights. Ties: lowest column
-    first, then lowest row.
+    floor(sparsity * out * in) in all. keep_n:m: chosen inside the sweep from updated weights. Entries are ordered by
+    (score, column, row): ties go lowest column first, then lowest row.
 
     Args:
         weight: (out, in) floating point, not changed; computed in fp32 (fp64 for fp64).
-        hessian: (in, in) X^T X, same device. Columns never active (H_jj = 0) are pruned to zero at no loss where the
-            pattern lets them go, and are zero in any case.
+        hessian: (in, in) X^T X, same device, not changed. Columns never active (H_jj = 0) are pruned to zero at no loss
+            where the pattern lets them go, and are zero in any case.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
-        damping: share of the mean diagonal added; grows tenfold, up to 1, until the factor exists.
+        damping: share of the mean diagonal added, 0 < damping <= 1; grows tenfold, up to 1, until the factor exists.
         block_size: columns per block, a multiple of m for keep_n:m.
-        mask: packed; weights already pruned stay pruned and count.
+        mask: packed; weights already pruned stay pruned and count, and where the matrix (keep_n:m: a group) has lost
+            more than asked, nothing else goes. Their values are compensated for like any other pruned weight's: pass
+            zeros there if that has happened already. With sparsity=0 this is the elimination for a given mask.
 
     Raises:
         ValueError: a bad argument, or a non-finite Hessian or weight.
@@ -72,28 +89,24 @@ def sparsegpt_prune(
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise ValueError(f"hessian: expected ({columns}, {columns}), got {tuple(hessian.shape)}")
-    if not torch.isfinite(hessian).all():
-        raise ValueError("hessian: expected finite values, got nan or inf")
-    if damping <= 0:
-        raise ValueError(f"damping: expected > 0, got {damping}")
+    if hessian.device != weight.device:
+        raise ValueError(f"hessian: expected on {weight.device} as weight, got {hessian.device}")
     if block_size < 1 or (m is not None and block_size % m):
-        raise ValueError(f"block_size: expected a positive multiple of m={m}, got {block_size}")
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        expected = "a positive number" if m is None else f"a positive multiple of m={m}"
+        raise ValueError(f"block_size: expected {expected}, got {block_size}")
+    wide = _wide(weight)
     work = weight.to(wide, copy=True)
     if not torch.isfinite(work).all():
         raise ValueError("weight: expected finite values, got nan or inf")
-    hessian = hessian.to(wide, copy=True)
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    work[:, dead] = 0
-    if mask is not None:
-        work.masked_fill_(~unpack_mask(mask, columns), 0)
+    hessian = hessian.to(wide)
     factor, used = inverse_factor(hessian, damping)
+    work.masked_fill_(hessian.diagonal() == 0, 0)
     sweep = dispatch.implementation("column_sweep", weight.device)
     swept, kept, loss = sweep(work, factor, sparsity, keep_n, m, block_size, mask)
     return SweepResult(swept, pack_mask(kept), loss, used)
 
 
+@torch.no_grad()
 def wanda_mask(
     weight: Tensor,
     input_norms: Tensor,
@@ -108,7 +121,8 @@ def wanda_mask(
     Exactly floor(sparsity * in) entries go per row, or m - keep_n of every m; ties lowest column first.
 
     Args:
-        weight: (out, in); input_norms: (in,) non-negative, same device.
+        weight: (out, in) floating point; scores are taken in fp32 (fp64 for fp64).
+        input_norms: (in,) finite and non-negative, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.
 
@@ -116,11 +130,13 @@ def wanda_mask(
         packed uint8 (out, ceil(in/8)).
 
     Raises:
-        ValueError: a bad argument or non-finite scores; names it.
+        ValueError: a bad argument, or non-finite values; names the argument.
     """
     _check(weight, sparsity, keep_n, m, mask)
     if tuple(input_norms.shape) != (weight.shape[1],):
         raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
+    if input_norms.device != weight.device:
+        raise ValueError(f"input_norms: expected on {weight.device} as weight, got {input_norms.device}")
     if not torch.isfinite(input_norms).all() or bool((input_norms < 0).any()):
         raise ValueError("input_norms: expected finite values >= 0")
     if not torch.isfinite(weight).all():
@@ -144,3 +160,9 @@ def _check(weight: Tensor, sparsity: float | None, keep_n: int | None, m: int | 
     expected = (weight.shape[0], -(-weight.shape[1] // 8))
     if mask is not None and (mask.dtype != torch.uint8 or tuple(mask.shape) != expected):
         raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
+    if mask is not None and mask.device != weight.device:
+        raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -19,26 +19,48 @@ def prune_count(sparsity: float, total: int) -> int:
     return int(sparsity * total + 1e-6)
 
 
-def smallest(scores: Tensor, counts: Tensor) -> Tensor:
-    """Bool (rows, n): in row i exactly ``counts[i]`` entries with the smallest scores, ties lowest column first."""
-    limit = int(counts.max()) if counts.numel() else 0
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    if limit == 0:
-        return chosen
-    low = scores.topk(limit, dim=1, largest=False, sorted=True).values
-    threshold = low.gather(1, (counts.clamp_min(1) - 1)[:, None])
-    below = scores < threshold
-    tied = scores == threshold
-    room = counts[:, None] - below.sum(1, keepdim=True)
-    chosen = below | (tied & (tied.cumsum(1) <= room))
-    return chosen & (counts > 0)[:, None]
+def block_counts(sparsity: float, rows: int, widths: list[int], gone: list[int]) -> list[int]:
+    """How many entries go from each column block, ``gone`` of which are pruned already.
+
+    The budget runs up to each block's end, so that remainders of floor() never add up, and leaves room for what later
+    blocks have lost already. The sum is max(floor(sparsity * rows * sum(widths)), sum(gone)).
+    """
+    total = prune_count(sparsity, rows * sum(widths))
+    later, end, done = sum(gone), 0, 0
+    counts = []
+    for width, lost in zip(widths, gone, strict=True):
+        later -= lost
+        end += width
+        budget = min(prune_count(sparsity, rows * end), total - later)
+        counts.append(max(budget - done, lost))
+        done += counts[-1]
+    return counts
 
 
-def smallest_of_groups(scores: Tensor, prune_n: int, m: int) -> Tensor:
-    """Bool (rows, n): exactly ``prune_n`` of every ``m`` consecutive entries of a row, ties lowest column first."""
-    groups = scores.reshape(-1, m)
-    counts = torch.full((len(groups),), prune_n, device=scores.device)
-    return smallest(groups, counts).reshape(scores.shape)
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Bool (rows, n): exactly ``count`` entries of each row with the smallest scores, ties lowest column first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.device.type == "cpu":
+        threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    else:
+        # Under torch.use_deterministic_algorithms some versions of torch refuse kthvalue on CUDA.
+        threshold = scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    below, tied = scores < threshold, scores == threshold
+    room = count - below.sum(1, keepdim=True, dtype=torch.int32)
+    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+
+
+def smallest_of_groups(scores: Tensor, count: int) -> Tensor:
+    """Bool (m, groups): exactly ``count`` of the m entries of each column of ``scores``, ties lowest row first.
+
+    An entry's rank is the number of entries that go before it.
+    """
+    rank = torch.zeros_like(scores, dtype=torch.int32)
+    for j, score in enumerate(scores):
+        rank[:j] += score < scores[:j]
+        rank[j + 1 :] += score <= scores[j + 1 :]
+    return rank < count
 
 
 def wanda_mask(
@@ -50,17 +72,18 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Score |W_ij| ||X_j||, smallest pruned per row; already pruned entries score below everything."""
-    scores = weight.abs() * input_norms.to(weight.dtype)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows, columns = weight.shape
+    scores = weight.to(wide, copy=True).abs_().mul_(input_norms.to(wide))
     gone = None
     if mask is not None:
-        gone = ~unpack_mask(mask, weight.shape[1])
-        scores = scores.masked_fill_(gone, -1)
-    if keep_n is not None:
-        pruned = smallest_of_groups(scores, m - keep_n, m)
+        gone = ~unpack_mask(mask, columns)
+        scores.masked_fill_(gone, -1)
+    if keep_n is None:
+        pruned = smallest(scores, prune_count(sparsity, columns))
     else:
-        count = prune_count(sparsity, weight.shape[1])
-        counts = torch.full((weight.shape[0],), count, device=weight.device)
-        pruned = smallest(scores, counts)
+        groups = scores.reshape(-1, m).T.contiguous()
+        pruned = smallest_of_groups(groups, m - keep_n).T.reshape(rows, columns)
     if gone is not None:
         pruned |= gone
     return pack_mask(~pruned)
@@ -72,7 +95,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     U = inv(flip(chol(flip(H)))). Every attempt starts from a fresh copy; damping grows tenfold until it succeeds.
     """
     mean = hessian.diagonal().mean()
-    while damping <= MAX_DAMPING:
+    last = damping
+    # The margin admits a last step whose product of tens is 1 but for rounding.
+    while damping <= MAX_DAMPING * (1 + 1e-9):
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
@@ -82,8 +107,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             factor = torch.linalg.solve_triangular(upper, identity, upper=True)
             if torch.isfinite(factor).all():
                 return factor, damping
-        damping *= 10
-    raise SingularHessianError(f"hessian: singular even with damping {damping / 10:g} of its mean diagonal")
+        last, damping = damping, 10 * damping
+    raise SingularHessianError(f"hessian: singular even with damping {last:g} of its mean diagonal")
 
 
 def column_sweep(
@@ -95,57 +120,47 @@ def column_sweep(
     block_size: int,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, kept, loss) after the sweep over column blocks; ``weight`` is changed in place."""
+    """(swept weight (out, in), kept bool (out, in), loss (out,)); ``weight`` is not changed.
+
+    Works on the transposed matrix: a column of W, the unit of the sweep, is then contiguous.
+    """
     rows, columns = weight.shape
-    gone = None if mask is None else ~unpack_mask(mask, columns)
-    kept = torch.ones(rows, columns, dtype=torch.bool, device=weight.device)
+    work = weight.T.clone(memory_format=torch.contiguous_format)
+    pruned = torch.zeros(columns, rows, dtype=torch.bool, device=weight.device)
+    gone = None if mask is None else (~unpack_mask(mask, columns)).T.contiguous()
     loss = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
-    pruned_so_far = 0
-    for start in range(0, columns, block_size):
+    starts = range(0, columns, block_size)
+    counts = []
+    if keep_n is None:
+        widths = [min(block_size, columns - start) for start in starts]
+        lost = [0] * len(widths) if gone is None else [int(part.sum()) for part in gone.split(block_size)]
+        counts = block_counts(sparsity, rows, widths, lost)
+    for index, start in enumerate(starts):
         end = min(start + block_size, columns)
-        block = weight[:, start:end]
+        block, chosen = work[start:end], pruned[start:end]
+        already = None if gone is None else gone[start:end]
         upper = factor[start:end, start:end]
-        diagonal = upper.diagonal()
-        already = None if gone is None else gone[:, start:end]
-        pruned = None
+        diagonal = upper.diagonal()[:, None]
         if keep_n is None:
-            # The budget up to this block's end, so that remainders of floor() never add up.
-            count = prune_count(sparsity, rows * end) - pruned_so_far
-            pruned = _select_block(block, diagonal, count, already)
-            pruned_so_far += int(pruned.sum())
+            # Flattened column by column, so that ties go to the lowest column, then to the lowest row.
+            scores = _scores(block, diagonal, already).reshape(1, -1)
+            chosen.copy_(smallest(scores, counts[index]).reshape(chosen.shape))
         errors = torch.empty_like(block)
-        current = block.T.contiguous()
-        if pruned is None:
-            pruned = torch.zeros_like(block, dtype=torch.bool)
         for i in range(end - start):
             if keep_n is not None and i % m == 0:
-                scores = (current[i : i + m].T / diagonal[i : i + m]).square()
-                if already is not None:
-                    scores.masked_fill_(already[:, i : i + m], -1)
-                chosen = smallest_of_groups(scores.contiguous(), m - keep_n, m)
-                pruned[:, i : i + m] = chosen if already is None else chosen | already[:, i : i + m]
-            column = current[i]
-            error = torch.where(pruned[:, i], column / diagonal[i], 0)
-            if i + 1 < end - start:
-                current[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
-            errors[:, i] = error
-        block.copy_(current.T)
-        block.masked_fill_(pruned, 0)
-        kept[:, start:end] = ~pruned
-        loss += errors.square().sum(1) / 2
-        if end < columns:
-            weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return weight, kept, loss
+                group = slice(i, i + m)
+                taken = None if already is None else already[group]
+                chosen[group] = smallest_of_groups(_scores(block[group], diagonal[group], taken), m - keep_n)
+                if taken is not None:
+                    chosen[group] |= taken
+            errors[i] = torch.where(chosen[i], block[i] / diagonal[i], 0)
+            block[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+        loss += errors.square().sum(0) / 2
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return work.masked_fill_(pruned, 0).T.contiguous(), (~pruned).T.contiguous(), loss
 
 
-def _select_block(block: Tensor, diagonal: Tensor, count: int, already: Tensor | None) -> Tensor:
-    """Exactly ``count`` entries of the whole block (more where more are pruned already): smallest W^2 / U_jj^2, ties
-    by lowest column, then lowest row."""
+def _scores(block: Tensor, diagonal: Tensor, already: Tensor | None) -> Tensor:
+    """W^2 / U_jj^2 of some columns (columns, rows); what is pruned already scores below everything."""
     scores = (block / diagonal).square_()
-    if already is not None:
-        scores.masked_fill_(already, -1)
-        count = max(count, int(already.sum()))
-    by_column = scores.T.reshape(1, -1)
-    count = min(max(count, 0), by_column.shape[1])
-    chosen = smallest(by_column, torch.tensor([count], device=block.device))
-    return chosen.reshape(block.shape[1], block.shape[0]).T.contiguous()
+    return scores if already is None else scores.masked_fill_(already, -1)

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from losa_kernels import dispatch
 
@@ -32,7 +31,7 @@ def masked_lora_linear(
 
     With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. W_eff is formed in fp32
     (fp64 for fp64) and rounded once to x's dtype. The backward pass saves x and references to the other arguments, and
-    computes only the gradients that are asked for.
+    computes only the gradients that are asked for. No second derivatives.
 
     Args:
         x: (..., in), any strides, an empty batch allowed; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
@@ -70,8 +69,7 @@ def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_
     see ``masked_lora_linear``.
     """
     _check(weight, mask, lora_A, lora_B, scaling)
-    adapter_dtypes = (torch.float32, weight.dtype)
-    _check_adapter_dtype(lora_A, lora_B, adapter_dtypes, "the weight's")
+    _check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")
     with torch.no_grad():
         return _run("merge_masked_lora", weight.device, weight, mask, lora_A, lora_B, float(scaling))
 
@@ -186,8 +184,9 @@ class _MaskedLoRALinear(torch.autograd.Function):
     setup_context = staticmethod(_save)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
+        if torch.is_grad_enabled():
+            raise RuntimeError("masked_lora_linear has no second derivatives (create_graph=True)")
         return _differentiate(ctx, grad_y, _backward)
 
 

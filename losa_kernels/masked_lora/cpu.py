@@ -2,7 +2,7 @@
 
 Without dropout a training step is three products of 2 T out in FLOPs (Y, dX and G); all else is elementwise or has the
 rank as one side. What has size out x in passes in panels: a fresh temporary of 64 MB costs as much in page faults as a
-tenth of the product it serves. Other devices get one panel.
+tenth of the product it serves.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from losa_kernels.bitmask import unpack_mask
 from losa_kernels.masked_lora.reference import accumulator, dropout_keep
 
-PANEL = 1 << 21  # elements of W_eff or G that exist at a time on a CPU
-BLOCK = 1 << 18  # elements that elementwise work takes at a time on a CPU, so that its temporaries stay in cache
+PANEL = 1 << 21  # elements of W_eff or G that exist at a time
+BLOCK = 1 << 18  # elements that elementwise work takes at a time, so that its temporaries stay in cache
 _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -42,7 +42,7 @@ def forward(
     With dropout_p > 0: y = x (M * W)^T + drop(x) (M * s B A)^T + bias.
     """
     wide = accumulator(weight.dtype)
-    rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x.device.type, x.dtype))
+    rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x.dtype))
     bias = None if bias is None else bias.to(rows.dtype)
     A, sB = lora_A.to(wide), lora_B.to(wide) * scaling
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
@@ -84,7 +84,7 @@ def backward(
     if not (needs_x or needs_A or needs_B):
         return None, None, None, dbias
 
-    dy = dy.to(product_dtype(dy.device.type, dtype))
+    dy = dy.to(product_dtype(dtype))
     rows = x.reshape(-1, in_features).to(dy.dtype) if needs_A or needs_B else None
     keep_x = None
     if dropout_p > 0:
@@ -105,7 +105,7 @@ def backward(
             base = _compose(W, keep, None, None, dtype).to(dy.dtype)
             _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
         if rows is not None:
-            G = zero_pruned_(_wide_product(dy.T, rows[:, part], wide), keep)
+            G = zero_pruned_((dy.T @ rows[:, part]).to(wide), keep)
             if needs_A:
                 torch.mm(sB.T, G, out=dA[:, part])
             if needs_B:
@@ -125,9 +125,9 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
 
 
 @cache
-def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of ``dtype`` run: fp32 on a CPU that would emulate them, 5 to 40 times slower."""
-    if device_type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16):
         return dtype
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = dtype == torch.bfloat16 and any(getattr(torch.cpu, check, bool)() for check in checks)
@@ -141,7 +141,7 @@ def keep_bits(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def zero_pruned_(matrix: Tensor, keep: Tensor) -> Tensor:
-    """+0.0 at pruned places, in place, whatever stands there; on a CPU 20 times faster than masked_fill_."""
+    """+0.0 at pruned places, in place, whatever stands there; 20 times faster than masked_fill_."""
     bits = matrix.view(_BITS[matrix.dtype])
     for rows in _slices(bits, BLOCK):
         bits[rows].bitwise_and_(keep[rows])
@@ -170,17 +170,10 @@ def _product(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None = No
         torch.addmm(start, left, right, out=out)
 
 
-def _wide_product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """left right in ``wide``, and on a GPU never in less: G may exceed what fp16 holds."""
-    if left.dtype != wide and left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=wide)
-    return (left @ right).to(wide)
-
-
 def _slices(matrix: Tensor, elements: int, dim: int = 0) -> Iterator[slice]:
-    """Slices of ``dim`` that cover the matrix, each with about ``elements``; one slice where it is not on a CPU."""
+    """Slices of ``dim`` that cover the matrix, each with about ``elements``."""
     size, across = matrix.shape[dim], matrix.shape[1 - dim]
     # Multiples of 64: a panel of columns starts at a whole byte of the mask, and no product gets narrower than that.
-    step = max(64, elements // max(1, across) // 64 * 64) if matrix.device.type == "cpu" else max(1, size)
+    step = max(64, elements // max(1, across) // 64 * 64)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

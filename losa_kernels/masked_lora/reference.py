@@ -33,7 +33,7 @@ def dropout_keep(x: Tensor, p: float, seed: int) -> Tensor:
     """The replayable dropout mask, scaled by 1/(1-p), in x's dtype."""
     generator = torch.Generator(device=x.device).manual_seed(seed)
     uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-    return (uniform >= p).to(x.dtype) / (1 - p)
+    return uniform.ge_(p).div_(1 - p).to(x.dtype)
 
 
 def _split_weights(weight, mask, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,13 @@ def _split_weights(weight, mask, lora_A, lora_B, scaling, dtype) -> tuple[Tensor
     wide = accumulator(weight.dtype)
     adapter = (scaling * (lora_B.to(wide) @ lora_A.to(wide))).masked_fill_(pruned, 0).to(dtype)
     return weight.masked_fill(pruned, 0).to(dtype), adapter
+
+
+def _wide_product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """left right in ``wide``: G may exceed what fp16 holds."""
+    if left.device.type == "cuda" and left.dtype != wide:
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)
 
 
 def forward(
@@ -69,7 +76,7 @@ def forward(
 
 def backward(
     grad_y: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     mask: Tensor | None,
     lora_A: Tensor,
@@ -82,27 +89,29 @@ def backward(
     """Gradients of x, lora_A and lora_B in their dtypes, and of bias in ``accumulator(weight.dtype)``; ``needs`` says
     which, the others are None.
 
-    dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),  dB = s (M * G) A^T.
+    dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),  dB = s (M * G) A^T. ``x`` may be None if neither lora_A nor
+    lora_B needs a gradient; ``seed`` is the forward's.
     """
     needs_x, needs_A, needs_B, needs_bias = needs
-    rows, dy = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, weight.shape[0])
-    keep = dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
+    (out_features, in_features), wide, dtype = weight.shape, accumulator(weight.dtype), grad_y.dtype
+    dy = grad_y.reshape(-1, out_features)
+    keep = dropout_keep(dy.new_empty(dy.shape[0], in_features), dropout_p, seed) if dropout_p > 0 else None
     dx = dA = dB = dbias = None
     if needs_x:
         if keep is None:
-            dx = dy @ effective_weight(weight, mask, lora_A, lora_B, scaling).to(x.dtype)
+            dx = dy @ effective_weight(weight, mask, lora_A, lora_B, scaling).to(dtype)
         else:
-            base, adapter = _split_weights(weight, mask, lora_A, lora_B, scaling, x.dtype)
+            base, adapter = _split_weights(weight, mask, lora_A, lora_B, scaling, dtype)
             dx = dy @ base + (dy @ adapter) * keep
-        dx = dx.reshape(x.shape)
+        dx = dx.reshape(*grad_y.shape[:-1], in_features)
     if needs_A or needs_B:
-        wide = accumulator(weight.dtype)
-        projected = (dy.T @ (rows if keep is None else rows * keep)).to(wide)
+        rows = x.reshape(-1, in_features)
+        projected = _wide_product(dy.T, rows if keep is None else rows * keep, wide)
         projected.masked_fill_(~kept(weight, mask), 0)
         if needs_A:
             dA = (scaling * (lora_B.to(wide).T @ projected)).to(lora_A.dtype)
         if needs_B:
             dB = (scaling * (projected @ lora_A.to(wide).T)).to(lora_B.dtype)
     if needs_bias:
-        dbias = dy.sum(0, dtype=accumulator(weight.dtype))
+        dbias = dy.sum(0, dtype=wide)
     return dx, dA, dB, dbias

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import unpack_mask
+from losa_kernels.bitmask import pack_mask, unpack_mask
 from losa_kernels.packing import reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What the formats share: ``shape`` (out, in) and ``values``, whose dtype is the weight's."""
+@dataclass(frozen=True, eq=False)
+class Packed(ABC):
+    """What the formats share: ``shape`` (out, in) and ``values``, whose dtype is the weight's.
+
+    Two objects are equal only if they are the same object: tensors have no single answer to ``==``.
+    """
 
     shape: tuple[int, int]
     values: Tensor
@@ -41,12 +45,16 @@ class Packed:
         """The same on another device."""
         return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
 
+    @abstractmethod
     def unpack(self) -> Tensor:
         """The dense weight (out, in): kept values to the bit, +0.0 elsewhere."""
-        raise TypeError(f"{type(self).__name__} cannot be unpacked")
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """Packed mask (out, ceil(in/8)) uint8 of stored positions: the weight's mask, and what fills short groups."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBitmask(Packed):
     """Kept values row by row, the packed mask (out, ceil(in/8)) uint8, and each row's first value (out,) int64."""
 
@@ -57,11 +65,10 @@ class PackedBitmask(Packed):
         return reference.unpack_bitmask(self.values, self.bitmask, self.shape)
 
     def mask(self) -> Tensor:
-        """Packed mask of kept weights."""
         return self.bitmask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedNM(Packed):
     """``keep_n`` values of every ``m``: values (out, in / m * keep_n), and the packed mask of stored positions."""
 
@@ -73,11 +80,10 @@ class PackedNM(Packed):
         return reference.unpack_bitmask(self.values.reshape(-1), self.bitmask, self.shape)
 
     def mask(self) -> Tensor:
-        """Packed mask of stored positions (pruned ones that fill a group included)."""
         return self.bitmask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed24(Packed):
     """2:4 of 16-bit weights as torch's SparseSemiStructuredTensorCUTLASS stores it: values (out, in / 2) and ``meta``
     int16 (out, in / 16)."""
@@ -86,6 +92,9 @@ class Packed24(Packed):
 
     def unpack(self) -> Tensor:
         return reference.unpack_24(self.values, self.meta)
+
+    def mask(self) -> Tensor:
+        return reference.mask_24(self.meta)
 
 
 def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
@@ -99,14 +108,16 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
         ValueError: a wrong shape or dtype; names the argument.
     """
     _check(weight, mask)
+    # Again, because a set padding bit would be read as one more value.
+    mask = pack_mask(unpack_mask(mask, weight.shape[1]))
     values, offsets = dispatch.implementation("pack_bitmask", weight.device)(weight, mask)
-    return PackedBitmask(tuple(weight.shape), values, mask.clone(), offsets)
+    return PackedBitmask(tuple(weight.shape), values, mask, offsets)
 
 
 def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
     """Store exactly ``keep_n`` of every ``m`` weights of a row: rows of fixed length, no offsets.
 
-    A group that keeps fewer weights also stores its first pruned positions, as +0.0.
+    A group that keeps fewer weights also stores its first pruned positions, as +0.0; ``mask()`` counts them as kept.
 
     Raises:
         ValueError: in is no multiple of m, or a group keeps more than keep_n.
@@ -116,15 +127,13 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
         raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
     if weight.shape[1] % m:
         raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
-    most = unpack_mask(mask, weight.shape[1]).reshape(-1, m).sum(1).max() if weight.numel() else 0
-    if most > keep_n:
-        raise ValueError(f"mask: expected at most {keep_n} kept of every {m}, got a group with {int(most)}")
+    _check_groups(weight, mask, keep_n, m)
     values, stored = dispatch.implementation("pack_nm", weight.device)(weight, mask, keep_n, m)
     return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
 
 
 def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
-    """2:4 in the layout that torch's semi-structured (CUTLASS) products read.
+    """2:4 in the layout that torch's semi-structured (CUTLASS) products read; short groups are filled as in pack_nm.
 
     Raises:
         ValueError: not 16-bit, sides that are no multiples of 32 and 64, or a group of 4 that keeps more than 2.
@@ -135,9 +144,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
     rows, columns = weight.shape
     if rows % 32 or columns % 64:
         raise ValueError(f"weight: expected out a multiple of 32 and in of 64, got {tuple(weight.shape)}")
-    most = unpack_mask(mask, columns).reshape(-1, 4).sum(1).max()
-    if most > 2:
-        raise ValueError(f"mask: expected at most 2 kept of every 4, got a group with {int(most)}")
+    _check_groups(weight, mask, 2, 4)
     values, meta = dispatch.implementation("pack_24", weight.device)(weight, mask)
     return Packed24((rows, columns), values, meta)
 
@@ -150,3 +157,11 @@ def _check(weight: Tensor, mask: Tensor) -> None:
         raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
     if mask.device != weight.device:
         raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")
+
+
+def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:
+    if not weight.numel():
+        return
+    most = int(unpack_mask(mask, weight.shape[1]).reshape(-1, m).sum(1).max())
+    if most > keep_n:
+        raise ValueError(f"mask: expected at most {keep_n} kept of every {m}, got a group with {most}")

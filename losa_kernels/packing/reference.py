@@ -43,7 +43,8 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> tuple[Tensor, 
     spare = ~groups
     stored = groups | (spare & (spare.cumsum(1) <= missing))
     values = as_bits(weight).masked_fill(~kept, 0).reshape(-1, m)[stored]
-    return values.view(weight.dtype).reshape(weight.shape[0], -1), pack_mask(stored.reshape(kept.shape))
+    row = weight.shape[1] // m * keep_n
+    return values.view(weight.dtype).reshape(weight.shape[0], row), pack_mask(stored.reshape(kept.shape))
 
 
 def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +53,10 @@ def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     A group's two stored positions are 2 bits each, four groups fill an int16; the metadata matrix is then reordered as
     the tensor cores read it.
     """
+    rows, columns = weight.shape
     values, stored = pack_nm(weight, mask, 2, 4)
-    columns = torch.arange(4, device=weight.device).expand(stored.shape[0], weight.shape[1] // 4, 4)
-    positions = columns[unpack_mask(stored, weight.shape[1]).reshape(columns.shape)].reshape(weight.shape[0], -1, 4, 2)
+    place = torch.arange(4, device=weight.device).expand(rows, columns // 4, 4)
+    positions = place[unpack_mask(stored, columns).reshape(place.shape)].reshape(rows, columns // 16, 4, 2)
     nibbles = positions[..., 0] | (positions[..., 1] << 2)
     words = (nibbles << torch.tensor([0, 4, 8, 12], device=weight.device)).sum(-1)
     words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
@@ -63,14 +65,26 @@ def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return values, meta.view(words.shape)
 
 
+def positions_24(meta: Tensor) -> Tensor:
+    """int64 (out, in / 4, 2): the two stored positions of each group of 4."""
+    rows, width = meta.shape
+    words = meta.reshape(-1)[metadata_order(rows, width, meta.device)].reshape(rows, width).int() & 0xFFFF
+    nibbles = (words[..., None] >> torch.tensor([0, 4, 8, 12], device=meta.device)) & 15
+    return torch.stack([nibbles & 3, nibbles >> 2], -1).reshape(rows, 4 * width, 2).long()
+
+
 def unpack_24(values: Tensor, meta: Tensor) -> Tensor:
     rows, half = values.shape
-    words = meta.reshape(-1)[metadata_order(*meta.shape, meta.device)].reshape(meta.shape).int() & 0xFFFF
-    nibbles = (words[..., None] >> torch.tensor([0, 4, 8, 12], device=meta.device)) & 15
-    positions = torch.stack([nibbles & 3, nibbles >> 2], -1).reshape(rows, half // 2, 2).long()
     dense = torch.zeros(rows, half // 2, 4, dtype=torch.int16, device=values.device)
-    dense.scatter_(2, positions, as_bits(values).reshape(rows, half // 2, 2))
+    dense.scatter_(2, positions_24(meta), as_bits(values).reshape(rows, half // 2, 2))
     return dense.reshape(rows, 2 * half).view(values.dtype)
+
+
+def mask_24(meta: Tensor) -> Tensor:
+    """Packed mask of the stored positions."""
+    rows, width = meta.shape
+    stored = torch.zeros(rows, 4 * width, 4, dtype=torch.bool, device=meta.device)
+    return pack_mask(stored.scatter_(2, positions_24(meta), True).reshape(rows, 16 * width))
 
 
 def metadata_order(rows: int, words: int, device) -> Tensor:

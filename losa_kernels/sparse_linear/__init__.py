@@ -18,11 +18,11 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
         bias: (out,) or None.
 
     Returns:
-        (..., out) in x's dtype. There is no backward pass.
+        (..., out) in x's dtype. There is no backward pass: the result never requires a gradient.
 
     Raises:
         ValueError: a wrong shape or device; names the argument.
-        RuntimeError: x requires a gradient.
+        RuntimeError: x or bias requires a gradient and gradients are enabled.
     """
     if not isinstance(packed, Packed):
         raise ValueError(f"packed: expected a packed weight, got {type(packed).__name__}")
@@ -33,6 +33,11 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
         raise ValueError(f"x: expected on {packed.device} as packed, got {x.device}")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias: expected ({out_features},), got {tuple(bias.shape)}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError("sparse_linear: x requires a gradient, but packed weights are for inference only")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias: expected on {x.device} as x, got {bias.device}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
+            )
     return dispatch.implementation("sparse_linear", x.device)(x, packed, bias)
