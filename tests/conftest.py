@@ -13,6 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    # CI repeats the same examples; elsewhere every run tries new ones.
+    settings.register_profile("ci", derandomize=True, deadline=None)
+    if os.environ.get("CI"):
+        settings.load_profile("ci")
+
 ROOT = Path(__file__).parents[1]
 OURS = tuple(str(ROOT / package) + os.sep for package in ("losa", "losa_kernels"))
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))

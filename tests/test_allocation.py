@@ -75,8 +75,12 @@ def test_beta_never_changes_the_order_of_importance(count, beta, seed):
     assert torch.equal(cka_importance(matrix, beta).argsort(), cka_importance(matrix).argsort())
 
 
+# HiGHS meets bounds to 1e-7 only, so that it is no oracle for boxes of that width.
+DELTAS = st.one_of(st.none(), st.just(0.0), st.floats(1e-3, 0.04))
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.integers(2, 40), st.floats(0.05, 0.95), st.one_of(st.none(), st.floats(0, 0.04)), st.integers(0, 10**6))
+@given(st.integers(2, 40), st.floats(0.05, 0.95), DELTAS, st.integers(0, 10**6))
 def test_rates_are_the_optimum(count, target, delta, seed):
     matrix = similarity(count, seed)
     rates = cka_rates(matrix, target, delta)
