@@ -228,7 +228,8 @@ def evaluate(
     from losa.data import evaluation_tokens
     from losa.evaluate import evaluate_tasks, perplexity
     from losa.files import write_json
-    from losa.model import load_model, sparsity_of
+    from losa.loading import load_model
+    from losa.model import sparsity_of
     from losa.recipe import DataSource
 
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from losa.errors import ModelError, RecipeError
+from losa.loading import explain_failure, locate_model
 from losa.loss import CHUNK_BYTES
 from losa.model import find_blocks, find_linears
 from losa.pruners import get_pruner
@@ -338,9 +339,7 @@ def _skeleton(recipe: Recipe) -> nn.Module:
     """The model on the meta device, in the dtype that the run would load."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from losa.model import _explain, _locate
-
-    source, gguf_file = _locate(recipe.model, recipe.gguf_file)
+    source, gguf_file = locate_model(recipe.model, recipe.gguf_file)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code, **extra)
@@ -349,7 +348,7 @@ def _skeleton(recipe: Recipe) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"model {recipe.model!r}: {_explain(source, error)}") from error
+        raise ModelError(f"model {recipe.model!r}: {explain_failure(source, error)}") from error
 
 
 def _rate(device: torch.device, shape: _Shape) -> float:

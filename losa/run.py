@@ -23,8 +23,9 @@ from losa.errors import OutputError
 from losa.evaluate import perplexity
 from losa.export import export_model, mask_records
 from losa.files import check_output, write_json
+from losa.loading import load_model
 from losa.methods import Inputs, MethodRun, Outcome
-from losa.model import find_blocks, find_linears, load_model, sparsity_of
+from losa.model import find_blocks, find_linears, sparsity_of
 from losa.pruners import get_pruner
 from losa.recipe import Recipe
 from losa.record import MethodResult, RunRecord

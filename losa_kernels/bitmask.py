@@ -60,6 +60,15 @@ def packed_width(in_features: int) -> int:
     return (in_features + 7) // 8
 
 
+def check_packed(mask: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError unless ``mask`` is a packed mask of ``weight`` (out, in) on the same device."""
+    expected = (weight.shape[0], packed_width(weight.shape[1]))
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
+        raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
+    if mask.device != weight.device:
+        raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")
+
+
 def pack_reference(mask: torch.Tensor) -> torch.Tensor:
     """Plain PyTorch ``pack_mask``; the ground truth of its tests."""
     rows, columns = mask.shape

@@ -19,7 +19,8 @@ from losa import export
 from losa.errors import OutputError
 from losa.export import check_export, export_model, mask_records
 from losa.files import check_output, staged_directory, write_json, write_text
-from losa.model import load_model, merge_model, sparsity_of, wrap_model
+from losa.loading import load_model
+from losa.model import merge_model, sparsity_of, wrap_model
 from losa.record import MethodResult, RoundRecord, RunRecord
 from losa_kernels import unpack_mask
 from tests.tiny import tiny_llama, tiny_tokenizer

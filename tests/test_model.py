@@ -1,4 +1,4 @@
-"""Models: discovery over architectures, wrapping and back, targets, loading. All models are tiny, random and local."""
+"""Models: discovery over architectures, wrapping and back, targets. All models are tiny, random and local."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import EPS, IDS, VOCABULARY, assert_same_function, logits, randomise, tiny_llama, wrap
 from torch import nn
 
 from losa.errors import ModelError
@@ -19,7 +19,6 @@ from losa.model import (
     cache_off,
     find_blocks,
     find_linears,
-    load_model,
     merge_model,
     sparsity_of,
     unwrap_model,
@@ -28,7 +27,7 @@ from losa.model import (
 )
 from losa.modules import LoRALinear, MaskedLoRALinear
 
-LAYERS, VOCABULARY = 3, 97
+LAYERS = 3
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -55,8 +54,6 @@ ARCHITECTURES = {
         [f"self_attn.{n}_proj" for n in "kvq"] + ["self_attn.out_proj", "fc1", "fc2"],
     ),
 }
-IDS = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-EPS = torch.finfo(torch.float32).eps
 
 
 def build(name):
@@ -71,29 +68,6 @@ def random_model(config, seed=0):
         if name.endswith("bias"):  # zero after initialisation, where a lost bias would not show
             nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def wrap(model, **settings):
-    return wrap_model(model, **({"rank": 4, "scaling": 2.0} | settings))
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS, use_cache=False).logits
-
-
-def assert_same_function(ours, truth):
-    """Each of 3 blocks rounds some 10 times; a wrong weight or a lost bias is off by 1e-3 and more."""
-    assert (ours - truth).abs().max() <= 64 * EPS * truth.abs().max()
-
-
-@torch.no_grad()
-def randomise(layers, seed=1):
-    """Random masks, and adapters as if trained."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers.values():
-        layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
-        layer.lora_B.copy_(0.05 * torch.randn(layer.lora_B.shape, generator=generator))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -337,191 +311,6 @@ def test_cache_off_is_temporary():
         assert same is model and model(IDS).past_key_values is None
         raise KeyError
     assert model.config.use_cache and model(IDS).past_key_values is not None
-
-
-def convert(model, dtype):
-    """Unlike model.to(dtype), leaves the rotary frequencies in fp32, as loading in that dtype does."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A checkpoint as the Hugging Face hub holds it: safetensors, config, tokenizer."""
-    model = convert(tiny_llama(layers=2, tie_word_embeddings=True), torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer("{{ messages[0]['content'] }}").save_pretrained(tmp_path / "model")
-    return model, tmp_path / "model"
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_load_roundtrip(saved, dtype, expected):
-    model, path = saved
-    assert (path / "model.safetensors").exists()
-    loaded, tokenizer = load_model(str(path), dtype=dtype, device="cpu")
-    assert {p.dtype for p in loaded.parameters()} == {expected} and not loaded.training
-    assert all(torch.equal(v, model.state_dict()[k].to(expected)) for k, v in loaded.state_dict().items())
-    assert torch.equal(logits(loaded), logits(convert(model, expected)))
-    assert tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
-    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
-
-
-def test_merged_model_saves_and_loads(saved, tmp_path):
-    model, _ = saved
-    randomise(wrap(model))
-    wrapped, zeros = logits(model.float()), sparsity_of(model)
-    merge_model(model).save_pretrained(tmp_path / "merged")
-    tiny_tokenizer().save_pretrained(tmp_path / "merged")
-    loaded, _ = load_model(str(tmp_path / "merged"), device="cpu")
-    assert sparsity_of(loaded) == zeros and loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert_same_function(logits(loaded), wrapped)
-
-
-def test_device_auto(saved):
-    loaded, _ = load_model(str(saved[1]))
-    assert loaded.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("./no/such/directory", "no such directory"),
-        ("/no/such/directory", "no such directory"),
-        ("package:no_such_package", "no Python package 'no_such_package' is installed"),
-        ("package:no-such.package", "no Python package"),
-        ("package:losa", "expected exactly one .gguf file .* found none"),
-    ],
-)
-def test_models_that_are_not_there(model, message):
-    with pytest.raises(ModelError, match=message):
-        load_model(model)
-
-
-def test_no_such_device(saved):
-    with pytest.raises(ModelError, match="^device 'nonsense': not available here"):
-        load_model(str(saved[1]), device="nonsense")
-
-
-def test_offline_and_unknown_names_say_what_to_do(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nand so on")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(
-        ModelError, match="^model 'some/model': not a local directory.*couldn't connect.*give the directory$"
-    ):
-        load_model("some/model")
-
-
-def test_empty_directory(tmp_path):
-    with pytest.raises(ModelError, match=f"cannot be loaded from {tmp_path}"):
-        load_model(str(tmp_path))
-
-
-def edit_config(path, **changes):
-    config = transformers.AutoConfig.from_pretrained(path)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.save_pretrained(path)
-
-
-def test_quantised_checkpoints_are_refused(saved):
-    edit_config(saved[1], quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\)"):
-        load_model(str(saved[1]))
-
-
-def test_encoder_decoder_checkpoints_are_refused(saved):
-    edit_config(saved[1], is_encoder_decoder=True)
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        load_model(str(saved[1]))
-
-
-def test_incomplete_checkpoints_are_refused(saved):
-    edit_config(saved[1], num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"lacks 9 weight\(s\) of its architecture: model\.layers\.2\."):
-        load_model(str(saved[1]))
-
-
-def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
-    package = tmp_path / "some_gguf_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("a.gguf", "b.gguf"):
-        (package / name).write_bytes(b"not a gguf file")
-    with pytest.raises(
-        ModelError, match="exactly one .gguf file .else set gguf_file. in the package, found a.gguf, b.gguf"
-    ):
-        load_model("package:some_gguf_package")
-    with pytest.raises(ModelError, match="expected 'c.gguf' in the package, found a.gguf, b.gguf"):
-        load_model("package:some_gguf_package", gguf_file="c.gguf")
-    with pytest.raises(ModelError, match=f"cannot be loaded from {package}"):
-        load_model("package:some_gguf_package", gguf_file="b.gguf")
-    with pytest.raises(ModelError, match="'c.gguf': no such file in .*; found a.gguf, b.gguf"):
-        load_model(str(package), gguf_file="c.gguf")
-
-
-def write_gguf(path, model):
-    """The model as a GGUF file: llama.cpp's names, and its order of the rotary dimensions in q and k."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = ["<unk>", "<eos>"] + [chr(c) for c in range(33, 125)] + ["ab", "cd"]
-    tokens += [f"extra{i}" for i in range(config.vocab_size - len(tokens))]
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    for name, value in model.state_dict().items():
-        parts = name.split(".")
-        array = value.float().numpy()
-        if "layers" in parts:
-            if parts[-2] in ("q_proj", "k_proj"):
-                heads = config.num_attention_heads if parts[-2] == "q_proj" else config.num_key_value_heads
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-            writer.add_tensor(f"blk.{parts[2]}.{names[parts[-2]]}.weight", array.copy())
-        elif parts[-2] != "lm_head":
-            writer.add_tensor({"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[parts[-2]], array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_gguf_becomes_an_ordinary_dense_model(tmp_path):
-    model = tiny_llama(layers=2, tie_word_embeddings=True)
-    write_gguf(tmp_path / "tiny.gguf", model)
-    loaded, tokenizer = load_model(str(tmp_path), gguf_file="tiny.gguf", device="cpu")
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert_same_function(logits(loaded), logits(model))
-    assert tokenizer.chat_template == "{{ messages[0]['content'] }}" and tokenizer.eos_token == "<eos>"
-    # It forgets where it came from: transformers would not save a model that it takes for quantised.
-    loaded.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    again, _ = load_model(str(tmp_path / "dense"), device="cpu")
-    assert torch.equal(logits(again), logits(loaded))
-    direct, _ = load_model(str(tmp_path / "tiny.gguf"), dtype="bfloat16", device="cpu")
-    assert direct.dtype == torch.bfloat16
 
 
 def test_import_is_light():

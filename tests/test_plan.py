@@ -11,7 +11,7 @@ from losa.plan import plan
 from losa.plan_tables import plan_tables
 from losa.recipe import parse_recipe
 from losa.report import plain_text
-from tests.test_model import write_gguf
+from tests.test_loading import write_gguf
 from tests.tiny import tiny_llama
 
 # tiny_llama: 98 words, hidden 32, MLP 64, 4 heads of 8, 2 of them for keys and values. A block's linears (in, out):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import pack_mask
+from losa_kernels.bitmask import check_packed, pack_mask
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
 
 __all__ = ["SingularHessianError", "SweepResult", "inverse_factor", "sparsegpt_prune", "wanda_mask"]
@@ -157,11 +157,8 @@ def _check(weight: Tensor, sparsity: float | None, keep_n: int | None, m: int | 
             raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
         if weight.shape[1] % m:
             raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
-    expected = (weight.shape[0], -(-weight.shape[1] // 8))
-    if mask is not None and (mask.dtype != torch.uint8 or tuple(mask.shape) != expected):
-        raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
-    if mask is not None and mask.device != weight.device:
-        raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")
+    if mask is not None:
+        check_packed(mask, weight)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
+from losa_kernels.bitmask import check_packed
 
 MAX_RANK = 128
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,11 +84,10 @@ def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, 
         raise ValueError(f"lora_A: expected (r, {in_features}) with 1 <= r <= {MAX_RANK}, got {tuple(lora_A.shape)}")
     if tuple(lora_B.shape) != (out_features, rank):
         raise ValueError(f"lora_B: expected ({out_features}, {rank}), got {tuple(lora_B.shape)}")
-    packed = (out_features, -(-in_features // 8))
-    if mask is not None and (mask.dtype != torch.uint8 or tuple(mask.shape) != packed):
-        raise ValueError(f"mask: expected packed uint8 {packed}, got {mask.dtype} {tuple(mask.shape)}")
-    for name, tensor in (("mask", mask), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor is not None and tensor.device != weight.device:
+    if mask is not None:
+        check_packed(mask, weight)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.device != weight.device:
             raise ValueError(f"{name}: expected on {weight.device} as weight, got {tensor.device}")
     if not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import pack_mask, unpack_mask
+from losa_kernels.bitmask import check_packed, pack_mask, unpack_mask
 from losa_kernels.packing import reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
@@ -152,11 +152,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
 def _check(weight: Tensor, mask: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
-    expected = (weight.shape[0], -(-weight.shape[1] // 8))
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
-        raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")
-    if mask.device != weight.device:
-        raise ValueError(f"mask: expected on {weight.device} as weight, got {mask.device}")
+    check_packed(mask, weight)
 
 
 def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:

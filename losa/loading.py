@@ -1,0 +1,132 @@
+"""Loading a causal language model and its tokenizer from the hub, a directory, a GGUF file or a Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from losa.errors import ModelError
+
+
+def load_model(
+    model: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, object]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        model: Hugging Face id, local directory, .gguf file, or "package:NAME": the one .gguf file inside the installed
+            Python package NAME, which is not imported.
+        gguf_file: which GGUF file of the directory, repository or package; its weights are expanded to ``dtype``.
+        dtype: "auto" (the checkpoint's own; GGUF: float32), "float32", "bfloat16" or "float16".
+        device: "auto" (cuda if there is one, else cpu) or a torch device.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ModelError: not found, offline, quantised, not a decoder-only model, incomplete weights, or no such device.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+
+    target = _device(device)
+    source, gguf_file = locate_model(model, gguf_file)
+    trust = {"trust_remote_code": trust_remote_code}
+    # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
+    try:
+        if gguf_file is None:
+            config = AutoConfig.from_pretrained(source, **trust)
+            _check_config(model, config)
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+            options = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), **trust}
+        else:
+            # A GGUF file describes its tokenizer in full; AutoTokenizer would parse the file's metadata twice.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=gguf_file)
+            options = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
+            # Without this the model counts as quantised: it may keep packed weights, and cannot be saved.
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
+    if absent := sorted(info["missing_keys"]):
+        shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
+    return loaded.to(target).eval(), tokenizer
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
+    return torch.device(device)
+
+
+def locate_model(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """What to load: (directory or Hugging Face id, GGUF file in it or None). Arguments of ``load_model``."""
+    if model.startswith("package:"):
+        return _locate_package(model, gguf_file)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is not None and not (path / gguf_file).is_file():
+            found = _names(path.glob("*.gguf"))
+            raise ModelError(f"gguf_file {gguf_file!r}: no such file in {model!r}; found {found}")
+        return str(path), gguf_file
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model!r}: no such directory")
+    return model, gguf_file
+
+
+def _locate_package(model: str, gguf_file: str | None) -> tuple[str, str]:
+    name = model.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model {model!r}: no Python package {name!r} is installed (give its import name)")
+    files = sorted(f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf"))
+    chosen = [f for f in files if gguf_file in (None, f.name)]
+    if len(chosen) != 1:
+        expected = "exactly one .gguf file (else set gguf_file)" if gguf_file is None else repr(gguf_file)
+        raise ModelError(f"model {model!r}: expected {expected} in the package, found {_names(files)}")
+    return str(chosen[0].parent), chosen[0].name
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(sorted(f.name for f in files)) or "none"
+
+
+def _check_config(model: str, config) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {model!r}: expected a decoder-only language model, got an encoder-decoder")
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            settings = settings if isinstance(settings, dict) else settings.to_dict()
+            method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+            raise ModelError(f"model {model!r}: quantised ({method}); give the checkpoint with floating-point weights")
+
+
+def explain_failure(source: str, error: Exception) -> str:
+    """One sentence for the user on why transformers could not load ``source``."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "needs its own code; if you trust it, set trust_remote_code: true"
+    if Path(source).is_dir():
+        return f"cannot be loaded from {source} ({reason})"
+    return (
+        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "
+        "network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
+    )
