@@ -17,6 +17,7 @@ from rich.table import Table
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "llama2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
+    "llama2-13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
 }
 
 
@@ -58,6 +59,34 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda _: target.copy_(source)}, 7, device)["copy"]
     return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
+    """FLOP/s of a large square product, the limit of compute-bound kernels on this machine."""
+    side = side or (8192 if device.startswith("cuda") else 2048)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    times = interleaved({"product": lambda _: torch.mm(left, right, out=out)}, 7, device)["product"]
+    return 2 * side**3 / statistics.median(times)
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Most bytes that torch's allocator holds during ``run`` above what it held before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def rows(times: dict[str, list[float]], baseline: str, **fields) -> list[dict]:

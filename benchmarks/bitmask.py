@@ -12,7 +12,7 @@ from losa_kernels import bitmask, pack_mask, unpack_mask
 def main(argv: list[str]) -> int:
     args = parser("bitmask", __doc__).parse_args(argv)
     limit = copy_bandwidth(args.device, 64 if args.quick else 256)
-    shapes = SHAPES["smollm2"][:1] + SHAPES["llama2-7b"][:1] if args.quick else sum(SHAPES.values(), [])
+    shapes = SHAPES["smollm2"][:1] + SHAPES["llama2-7b"][:1] if args.quick else SHAPES["smollm2"] + SHAPES["llama2-7b"]
     results = [row for shape in shapes for row in measure(*shape, limit, args)]
     report("bitmask", results, args.json, args.device)
     return 0

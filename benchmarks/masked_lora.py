@@ -1,0 +1,185 @@
+"""The masked-LoRA linear, forward and forward + backward, against plain, PEFT, eager LoSA and composed layers.
+
+Columns: ``times_floor`` is the median over that of the three products that a step cannot do without (forward: over the
+one product), ``losa_speedup`` how many times faster than this row ours is, ``extra_memory_mb`` the peak above what is
+there before the call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks._lora_baselines import (
+    Problem,
+    compiled,
+    compose,
+    eager_losa,
+    eager_losa_checkpointed,
+    losa,
+    peft_lora,
+    plain,
+    step,
+    three_products,
+)
+from benchmarks._timing import SHAPES, interleaved, parser, peak_bytes, product_rate, report
+from losa_kernels.masked_lora import reference
+
+# glibc hands memory of this size back at once and faults it in anew; raised, it keeps what was freed.
+RAISED = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser("masked_lora", __doc__)
+    arguments.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
+    arguments.add_argument("--shape", action="append", metavar="OUTxINxT", help="only these; may be repeated")
+    arguments.add_argument("--rank", action="append", type=int, help="only these")
+    arguments.add_argument("--repetitions", type=int)
+    arguments.add_argument(
+        "--allocator",
+        choices=("default", "raised", "both"),
+        default="default",
+        help="CPU: glibc's thresholds as they are, raised so that large blocks are kept, or one run of each",
+    )
+    args = arguments.parse_args(argv)
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if args.allocator == "both" or (args.allocator == "raised" and not RAISED.items() <= os.environ.items()):
+        results = [
+            row
+            for setting in (("default", "raised") if args.allocator == "both" else ("raised",))
+            for row in _in_process(argv, setting)
+        ]
+    else:
+        limit = product_rate(args.device, DTYPES[args.dtype])
+        results = [row for problem in _grid(args) for row in measure(*problem, limit, args)]
+    report("masked_lora", results, args.json, args.device)
+    return 0
+
+
+def _in_process(argv: list[str], allocator: str) -> list[dict]:
+    """The rows of a process of its own: the allocator reads its settings once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        flags = [*argv, "--allocator", allocator, "--json", str(file)]
+        environment = os.environ | (RAISED if allocator == "raised" else {})
+        subprocess.run([sys.executable, "-m", "benchmarks", "masked_lora", *flags], check=True, env=environment)
+        return json.loads(file.read_text())["rows"]
+
+
+def _grid(args) -> list[tuple[int, int, int, int, float]]:
+    """(out, in, tokens, rank, dropout_p)"""
+    on_gpu = args.device.startswith("cuda")
+    ranks = args.rank or ([8] if args.quick else [8, 16, 64])
+    if args.shape:
+        shapes = [tuple(map(int, s.split("x"))) for s in args.shape]
+    elif on_gpu:
+        sides = SHAPES["llama2-7b"][:2] if args.quick else sum((SHAPES[n] for n in SHAPES), [])
+        lengths = (4096,) if args.quick else (512, 2048, 4096, 16384)
+        shapes = [(*side, t) for side in sides for t in lengths if side[0] >= 1024 or side[1] >= 1024]
+    else:
+        small = [(1536, 576), (576, 1536)]
+        shapes = [(*side, t) for side in small for t in ((2048,) if args.quick else (512, 2048))] + [(4096, 4096, 512)]
+        if not args.quick:
+            shapes += [(11008, 4096, 512), (5120, 5120, 512)]
+    dropouts = (0.0,) if args.quick else (0.0, 0.1)
+    # On a CPU the larger ranks and dropout are shown on one small and one large shape.
+    shown = {(1536, 576, 2048), (4096, 4096, 512)}
+    return [
+        (*shape, rank, p)
+        for shape in shapes
+        for rank in ranks
+        for p in dropouts
+        if on_gpu or args.shape or shape in shown or (rank == ranks[0] and p == 0)
+    ]
+
+
+def measure(out: int, inner: int, tokens: int, rank: int, p: float, limit: float, args) -> list[dict]:
+    dtype = DTYPES[args.dtype]
+    # Several problems, so that no weight is in the cache when its turn comes.
+    size = out * inner * dtype.itemsize
+    count = max(1, min(6, (96 << 20) // size))
+    problems = [Problem.random(out, inner, tokens, rank, dtype, args.device, p) for _ in range(count)]
+    check(problems[0])
+    forwards: dict[str, list[Callable]] = {
+        "losa": [losa] * count,
+        "plain": [plain] * count,
+        "peft": [peft_lora(problem) for problem in problems],
+        "eager_losa": [eager_losa] * count,
+        "eager_losa_checkpointed": [eager_losa_checkpointed] * count,
+        "compose_autograd": [compose] * count,
+        "compose_compiled": [compiled(compose)] * count,
+    }
+    if forwards["peft"][0] is None:
+        del forwards["peft"]
+    repetitions = args.repetitions or (5 if args.quick else 9)
+    fields = {
+        "shape": f"{out}x{inner}",
+        "tokens": tokens,
+        "rank": rank,
+        "dropout_p": p,
+        "dtype": args.dtype,
+        "allocator": "raised" if RAISED.items() <= os.environ.items() else "default",
+    }
+    rows = []
+    for direction, products, floor in (("forward", 1, "plain"), ("forward+backward", 3, "three_products")):
+        runs: dict[str, list[Callable]] = {}
+        for name, each in forwards.items():
+            if direction == "forward":
+                runs[name] = [torch.no_grad()(lambda f=f, q=q: f(q)) for f, q in zip(each, problems, strict=True)]
+            else:
+                runs[name] = [step(f, q) for f, q in zip(each, problems, strict=True)]
+        if direction != "forward":
+            runs["three_products"] = [three_products(problem) for problem in problems]
+        rotating = {name: (lambda i, each=each: each[i % count]()) for name, each in runs.items()}
+        times = interleaved(rotating, repetitions, args.device)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        memory = {name: peak_bytes(each[0], args.device) for name, each in runs.items()}
+        flops = 2.0 * tokens * out * inner * products
+        rows += [
+            {
+                "op": direction,
+                **fields,
+                "implementation": name,
+                "median_ms": 1e3 * medians[name],
+                "min_ms": 1e3 * min(times[name]),
+                "times_floor": medians[name] / medians[floor],
+                "losa_speedup": medians[name] / medians["losa"],
+                "fraction_of_flop_limit": flops / medians[name] / limit,
+                "extra_memory_mb": memory[name] / 2**20,
+                "extra_memory_over_plain_in_w": (memory[name] - memory["plain"]) / size,
+            }
+            for name in runs
+        ]
+    return rows
+
+
+def check(problem: Problem) -> None:
+    """Not timing a wrong kernel: the result against the fp64 reference, a rounding of each product's dtype apart."""
+    if problem.dropout_p:
+        return
+    rows = slice(0, 64)
+    with torch.no_grad():
+        ours = masked_rows(problem, rows)
+        wide = [t.double().cpu() for t in (problem.x[rows], problem.weight, problem.lora_A, problem.lora_B)]
+        truth = reference.forward(*wide[:2], problem.mask.cpu(), *wide[2:], problem.scaling, None, 0.0, 0)
+    error = (ours.double().cpu() - truth).abs().max() / truth.abs().max()
+    if not error <= 8 * torch.finfo(problem.x.dtype).eps:
+        raise SystemExit(f"masked_lora: relative error {error:.2e}; not timing a wrong kernel")
+
+
+def masked_rows(problem: Problem, rows: slice) -> torch.Tensor:
+    part = Problem(**(vars(problem) | {"x": problem.x[rows], "grad": problem.grad[rows]}))
+    return losa(part)
