@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (see the README)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; finished runs in it are kept")
     parser.add_argument("--windows", type=int, default=48, help="evaluation windows of 512 tokens")
-    parser.add_argument("--only", help="run only jobs whose key contains this text")
+    parser.add_argument("--only", action="append", help="run only jobs whose key contains this text, or another's")
     parser.add_argument("--ablations", action="store_true", help="also losa without rates, ranks, rounds")
     parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
     args = parser.parse_args(argv)
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> int:
         write_json(args.out, state)
     jobs = tuning_jobs() + final_jobs() + (ablation_jobs() if args.ablations else [])
     for job in jobs:
-        if job.key in runs or (args.only and args.only not in job.key):
+        if job.key in runs or (args.only and not any(text in job.key for text in args.only)):
             continue
         rate = job.learning_rate or tuned_rate(runs, job.method)
         print(f"== {job.key} at learning rate {rate:g}", flush=True)
