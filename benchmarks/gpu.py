@@ -13,7 +13,7 @@ import torch
 
 from benchmarks._timing import machine, write_rows
 
-MICROBENCHMARKS = ("bitmask", "masked_lora")
+MICROBENCHMARKS = ("bitmask", "masked_lora", "cka")
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,87 @@
+"""CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as the official code does.
+
+``fraction_of_limit`` of Grams: the time to read the features once at copy speed, over the time taken. ``cka_error``:
+the largest difference from fp64 on features whose common component is 100 times their deviation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from losa_kernels import cka_similarity, gram
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser("cka", __doc__)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--samples", type=int, default=64)
+    arguments.add_argument("--features", type=int, help="of one sample; default 73728 (128 tokens x 576)")
+    args = arguments.parse_args(argv)
+    on_gpu = args.device.startswith("cuda")
+    count = args.features or (2048 * 4096 if on_gpu else 73_728) // (16 if args.quick else 1)
+    layers = min(args.layers, 8 if args.quick or (on_gpu and not args.features) else args.layers)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    results = measure(layers, args.samples, count, dtype, args)
+    report("cka", results, args.json, args.device)
+    return 0
+
+
+def measure(layers: int, samples: int, count: int, dtype: torch.dtype, args) -> list[dict]:
+    generator = torch.Generator(args.device).manual_seed(0)
+    shape = (layers, samples, count)
+    features = torch.randn(shape, generator=generator, device=args.device).to(dtype)
+    hard = torch.randn(layers, samples, min(count, 1 << 16), generator=generator, device=args.device)
+    hard += 100 * torch.randn(layers, 1, hard.shape[2], generator=generator, device=args.device)
+    hard = hard.to(dtype)
+    truth = pairwise(hard.double())
+    similarities = {"losa": ours, "gram_once": gram_once, "per_pair": pairwise}
+    errors = {name: float((run(hard).double() - truth).abs().max()) for name, run in similarities.items()}
+    if not errors["losa"] < 1e-6:
+        raise SystemExit(f"cka: error {errors['losa']:.2e}; not timing a wrong kernel")
+    # Copying moves each byte twice, reading once.
+    limit = features.numel() * dtype.itemsize / copy_bandwidth(args.device)
+    found = []
+    fields = {"layers": layers, "samples": samples, "features": count, "dtype": str(dtype).removeprefix("torch.")}
+    repetitions = 3 if args.quick or not args.device.startswith("cuda") else 15
+    whole = {name: (lambda _, run=run: run(features)) for name, run in similarities.items()}
+    for row in rows(interleaved(whole, repetitions, args.device), "per_pair", op="all_pairs", **fields):
+        found.append(row | {"cka_error": errors[row["implementation"]]})
+    alone = {"losa": lambda _: gram(features), "gram_once": lambda _: grams(features)}
+    for row in rows(interleaved(alone, 3 * repetitions, args.device), "gram_once", op="grams", **fields):
+        found.append(row | {"fraction_of_limit": limit / (row["median_ms"] / 1e3)})
+    return found
+
+
+def ours(features: Tensor) -> Tensor:
+    return cka_similarity(gram(features))
+
+
+def grams(features: Tensor) -> Tensor:
+    centred = features.float() - features.float().mean(1, keepdim=True)
+    return centred @ centred.mT
+
+
+def gram_once(features: Tensor) -> Tensor:
+    flat = grams(features).flatten(1)
+    flat = flat / flat.norm(dim=1, keepdim=True)
+    return flat @ flat.T
+
+
+def pairwise(features: Tensor) -> Tensor:
+    """For every ordered pair both Grams anew, centred afterwards: H K H."""
+    count, samples, _ = features.shape
+    wide = torch.promote_types(features.dtype, torch.float32)
+    centring = torch.eye(samples, dtype=wide, device=features.device) - 1 / samples
+
+    def centred_gram(matrix: Tensor) -> Tensor:
+        matrix = matrix.to(wide)
+        return centring @ (matrix @ matrix.T) @ centring
+
+    result = torch.empty(count, count, dtype=wide, device=features.device)
+    for i in range(count):
+        for j in range(count):
+            k, other = centred_gram(features[i]), centred_gram(features[j])
+            result[i, j] = (k * other).sum() / (k.norm() * other.norm())
+    return result
