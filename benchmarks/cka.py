@@ -1,4 +1,4 @@
-"""CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as the official code does.
+"""CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as in the official code.
 
 ``fraction_of_limit`` of Grams: the time to read the features once at copy speed, over the time taken. ``cka_error``:
 the largest difference from fp64 on features whose common component is 100 times their deviation.
