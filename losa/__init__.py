@@ -11,6 +11,10 @@ _LAZY = {
     "MaskedLoRALinear": "losa.modules",
     "wrap_model": "losa.model",
     "merge_model": "losa.model",
+    "SparseLinear": "losa.modules",
+    "sparsify": "losa.sparse",
+    "load": "losa.packed",
+    "generate": "losa.generation",
     "load_recipe": "losa.recipe",
     "run_recipe": "losa.run",
 }

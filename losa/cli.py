@@ -1,4 +1,4 @@
-"""The command line: run, prune, eval, inspect, plan. Heavy imports wait until a command needs them."""
+"""The command line: run, prune, eval, inspect, plan, and what cli_sparse adds. Heavy imports wait until needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from losa import cli_sparse
 from losa.errors import LosaError, RecipeError
 
 if TYPE_CHECKING:
@@ -299,3 +300,6 @@ def plan(
     console = Console()
     for table in plan_tables(estimate(loaded, probe=probe)):
         show_table(table, console)
+
+
+cli_sparse.register(app)

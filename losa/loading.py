@@ -36,7 +36,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
-    target = _device(device)
+    target = torch_device(device)
     source, gguf_file = locate_model(model, gguf_file)
     trust = {"trust_remote_code": trust_remote_code}
     # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
@@ -63,7 +63,8 @@ def load_model(
     return loaded.to(target).eval(), tokenizer
 
 
-def _device(device: str) -> torch.device:
+def torch_device(device: str) -> torch.device:
+    """ "auto" is cuda if there is one, else cpu. Raises ModelError for a device that is not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from losa.errors import ModelError
-from losa.modules import MaskedLoRALinear
+from losa.modules import MaskedLoRALinear, SparseLinear
 
 logger = logging.getLogger("losa")
 
@@ -37,7 +37,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # Lists inside a list (experts of a block) are parts of blocks.
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    sizes = {n: sum(x.weight.numel() for x in m.modules() if _is_linear(x)) for n, m in lists.items()}
+    sizes = {n: sum(_weights(x) for x in m.modules()) for n, m in lists.items()}
     ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
     seen = "; ".join(_describe(n, blocks, sizes[n]) for n, blocks in lists.items()) or "no nn.ModuleList at all"
     if not ranked:
@@ -67,6 +67,12 @@ def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _weights(module: nn.Module) -> int:
+    if isinstance(module, SparseLinear):
+        return module.out_features * module.in_features
+    return module.weight.numel() if _is_linear(module) else 0
 
 
 def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
@@ -236,7 +242,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def sparsity_of(model: nn.Module) -> tuple[int, int]:
-    """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain linear, exact zeros."""
+    """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain or packed
+    linear, exact zeros."""
     zeros = total = 0
     uses = _uses(model)
     for block in find_blocks(model)[1]:
@@ -244,6 +251,10 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
             kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
             total += kept.numel()
             zeros += kept.numel() - int(torch.count_nonzero(kept))
+        for linear in block.modules():
+            if isinstance(linear, SparseLinear):
+                total += _weights(linear)
+                zeros += _weights(linear) - int(torch.count_nonzero(linear.packed.values))
     return zeros, total
 
 

@@ -1,16 +1,19 @@
-"""Drop-in replacements of ``nn.Linear``: a frozen weight under an explicit mask, and a low-rank adapter."""
+"""Drop-in replacements of ``nn.Linear``: a frozen weight under an explicit mask with a low-rank adapter, for training;
+a packed weight, for inference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
+from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, sparse_linear, unpack_mask
+from losa_kernels.packing import Packed
 
 MAX_RANK = 128
 
@@ -258,6 +261,79 @@ class LoRALinear(MaskedLoRALinear):
     def merge_dense(self) -> nn.Linear:
         """A plain, frozen linear with weight (M * W) + s B A, unmasked: the function that was trained."""
         return self._plain(self.dense_weight().to(self.weight.dtype))
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + bias from a packed weight, for inference.
+
+    Buffers: the packed tensors (``values``, ``bitmask``, ...) and ``bias``; ``to`` and state dicts of equal shapes work
+    as in any module.
+
+    ``group``: the packed weight of all linears that read the same input, of which this one's rows are views; or None.
+    Moving the module gives it memory of its own.
+
+    Args:
+        packed: of ``losa_kernels.pack_bitmask``, ``pack_nm`` or ``pack_24``; shared, never written to.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.set_packed(packed)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def packed(self) -> Packed:
+        return self._packed
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that are not stored, 0..1."""
+        return 1 - self._packed.values.numel() / max(1, self.out_features * self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype."""
+        return sparse_linear(x, self._packed, self.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense linear: stored weights to the bit, +0.0 elsewhere."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._packed.unpack(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        kind = type(self._packed).__name__
+        pattern = f", {self._packed.keep_n}:{self._packed.m}" if hasattr(self._packed, "keep_n") else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{kind}{pattern}, sparsity={self.sparsity:.3f}, dtype={self._packed.dtype}"
+        )
+
+    def set_packed(self, packed: Packed, group: Packed | None = None) -> None:
+        """Replace the weight by one of the same shape, which may be part of a ``group``."""
+        if packed.shape != (self.out_features, self.in_features):
+            raise ValueError(f"packed: expected {(self.out_features, self.in_features)}, got {packed.shape}")
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(name, tensor)
+        self._packed, self.group = packed, group
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._refresh()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The packed weight again, after something replaced its buffers."""
+        before = self._packed.tensors()
+        current = {name: getattr(self, name) for name in before}
+        if any(current[name] is not tensor for name, tensor in before.items()):
+            self._packed, self.group = replace(self._packed, **current), None
 
 
 @contextmanager

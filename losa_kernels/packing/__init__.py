@@ -33,17 +33,18 @@ class Packed(ABC):
     def device(self) -> torch.device:
         return self.values.device
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by field."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     @abstractmethod
     def unpack(self) -> Tensor:

@@ -1,0 +1,138 @@
+"""Commands on sparse checkpoints: pack, unpack, generate, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from losa.errors import LosaError, ModelError
+
+Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
+Output = Annotated[Path, typer.Option(help="Directory to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (pack, unpack, generate, bench):
+        app.command()(command)
+
+
+def pack(
+    directory: Directory,
+    output: Output,
+    format: Annotated[str, typer.Option(help="auto, bitmask or nm (N of every 8 or 4).")] = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Store a pruned checkpoint without its zeros; losa.load and the commands here read it."""
+    from losa.packed import pack_directory
+    from losa.sparse import FORMATS
+
+    if format not in FORMATS:
+        raise LosaError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    done = pack_directory(directory, output, format=format, dtype=_dtype(dtype), overwrite=overwrite)
+    typer.echo(
+        f"{output}: {done.packed} linears packed, {done.dense} left dense; "
+        f"{done.packed_bytes:,} bytes of {done.dense_bytes:,} ({done.packed_bytes / done.dense_bytes:.2f})"
+    )
+
+
+def unpack(directory: Directory, output: Output, overwrite: Overwrite = False) -> None:
+    """The ordinary, dense checkpoint of a packed one."""
+    from losa.packed import unpack_directory
+
+    unpack_directory(directory, output, overwrite=overwrite)
+    typer.echo(f"wrote {output}")
+
+
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat the user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability to draw from.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Keep the weights dense, to compare.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: int = 0,
+) -> None:
+    """Continue a prompt on sparse weights and say how fast."""
+    from losa.generation import generate as run
+
+    model, tokenizer = _load(directory, dtype, device, dense)
+    message = [{"role": "user", "content": prompt}] if chat else prompt
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    typer.echo("" if chat else prompt, nl=False)
+    made = run(model, tokenizer, message, on_text=lambda text: typer.echo(text, nl=False), **settings)
+    typer.echo()
+    typer.echo(
+        f"{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s; prompt of {made.prompt_tokens} tokens in "
+        f"{made.prefill_seconds:.2f} s",
+        err=True,
+    )
+
+
+def bench(
+    directory: Directory,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per measurement.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3,
+    short: Annotated[bool, typer.Option("--short", help="One line: the lean loop, dense against packed.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+) -> None:
+    """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from losa.files import write_json
+    from losa.speed import decode_speeds
+
+    model, _ = _load(directory, dtype, device, dense=True)
+    found = decode_speeds(model, tokens=tokens, repetitions=repetitions, transformers_too=not short)
+    if short:
+        base = found[0].tokens_per_second
+        rest = ", ".join(f"{s.name} {s.tokens_per_second:.1f} ({s.tokens_per_second / base:.2f} x)" for s in found[1:])
+        typer.echo(f"decoding, tokens/s: {found[0].name} {base:.1f}, {rest}")
+    else:
+        table = Table("decoding", "tokens/s", "MB a token", "of copy speed")
+        for s in found:
+            table.add_row(
+                s.name, f"{s.tokens_per_second:.1f}", f"{s.bytes_per_token / 1e6:.1f}", f"{s.fraction_of_limit:.0%}"
+            )
+        Console().print(table)
+    if json_file is not None:
+        write_json(json_file, [vars(s) for s in found])
+
+
+def _load(directory: Path, dtype: str, device: str, dense: bool):
+    """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
+    from losa.loading import load_model, torch_device
+    from losa.packed import is_packed, load
+    from losa.sparse import densify, sparsify
+
+    wanted = _dtype(dtype)
+    if is_packed(directory):
+        model, tokenizer = load(directory, torch_device(device))
+        if dense:
+            densify(model)
+        return model if wanted is None else model.to(wanted), tokenizer
+    model, tokenizer = load_model(str(directory), dtype=dtype, device=device)
+    try:
+        return model if dense else sparsify(model), tokenizer
+    except ModelError as error:
+        raise ModelError(f"{error} (--dense runs it as it is)") from error
+
+
+def _dtype(name: str):
+    import torch
+
+    names = ("float32", "bfloat16", "float16")
+    if name != "auto" and name not in names:
+        raise LosaError(f"dtype: expected auto, {', '.join(names)}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)

@@ -1,0 +1,136 @@
+"""Inference from the zeros: packed linears in the place of a merged model's dense ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError
+from losa.model import find_blocks, find_linears
+from losa.modules import SparseLinear
+from losa_kernels import pack_bitmask, pack_mask, pack_nm
+from losa_kernels.packing import Packed
+from losa_kernels.packing.rows import join_rows, take_rows
+
+logger = logging.getLogger("losa")
+
+FORMATS = ("auto", "bitmask", "nm")
+# Below this share of zeros a bitmask saves too little to pay for its decoding.
+MIN_SPARSITY = 0.4
+# N:M with more than this share of padding in its values is stored as a bitmask.
+MAX_PADDING = 0.02
+# Linears that read the same input, by their names' last components: their rows lie together in memory.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def pack_weight(weight: Tensor, format: str = "auto") -> Packed:
+    """Pack what is not zero. Zeros of either sign are dropped and come back as +0.0: models that were pruned by a
+    product with a mask are full of -0.0.
+
+    Args:
+        weight: (out, in) floating point.
+        format: "bitmask"; "nm": the smallest N of every 8 (or of every 4) that holds the weight; "auto": N:M where it
+            wastes nearly nothing, else a bitmask.
+
+    Raises:
+        ValueError: an unknown format, or "nm" for a width that is no multiple of 4.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    kept = weight != 0
+    mask = pack_mask(kept)
+    if format == "bitmask":
+        return pack_bitmask(weight, mask)
+    pattern = _pattern(kept)
+    if format == "nm":
+        if pattern is None:
+            raise ValueError(f"format: nm needs a width that is a multiple of 4, got {weight.shape[1]}")
+        return pack_nm(weight, mask, *pattern)
+    if pattern is not None:
+        keep_n, m = pattern
+        stored = keep_n / m * kept.numel()
+        if stored > 0 and stored - int(kept.sum()) <= MAX_PADDING * stored:
+            return pack_nm(weight, mask, keep_n, m)
+    return pack_bitmask(weight, mask)
+
+
+def _pattern(kept: Tensor) -> tuple[int, int] | None:
+    """The densest group decides: (keep_n, m) with the fewest stored values, 4 before 8 where they are equal."""
+    found = []
+    for m in (4, 8):
+        if kept.numel() and kept.shape[1] % m == 0:
+            keep_n = max(1, int(kept.reshape(-1, m).sum(1, dtype=torch.int32).max()))
+            found.append((keep_n, m))
+    return min(found, key=lambda pattern: pattern[0] / pattern[1], default=None)
+
+
+@torch.no_grad()
+def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_SPARSITY) -> nn.Module:
+    """Replace the block linears of a merged model by packed ones, in place; one layer's dense weight goes at a time.
+
+    Args:
+        model: decoder with plain linears (``merge_model`` first).
+        format: see ``pack_weight``.
+        min_sparsity: linears with a smaller share of zeros stay dense.
+
+    Returns:
+        the model, for inference only.
+
+    Raises:
+        ModelError: adapters are left, or no linear has zeros enough.
+    """
+    replaced, considered = 0, 0
+    for block in find_blocks(model)[1]:
+        for name, linear in find_linears(block).items():
+            if type(linear) is not nn.Linear:
+                raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
+            considered += 1
+            if zero_share(linear.weight) >= min_sparsity:
+                packed = pack_weight(linear.weight.detach(), format)
+                block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
+                replaced += 1
+        group_linears(block)
+    if considered and not replaced:
+        raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
+    logger.info("sparsify: %d of %d linears packed", replaced, considered)
+    return model
+
+
+def zero_share(weight: Tensor) -> float:
+    """Share of zeros, 0..1."""
+    return 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+
+
+@torch.no_grad()
+def densify(model: nn.Module) -> nn.Module:
+    """The inverse of ``sparsify``, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            model.set_submodule(name, module.to_linear())
+    return model
+
+
+def group_linears(block: nn.Module) -> None:
+    """Put linears of a block that read the same input (``TOGETHER``) into one packed weight that they share."""
+    for members in sparse_groups(block):
+        try:
+            whole = join_rows([m.packed for m in members])
+        except ValueError:  # formats or patterns differ: they stay apart
+            continue
+        start = 0
+        for member in members:
+            stop = start + member.out_features
+            member.set_packed(take_rows(whole, start, stop), group=whole)
+            start = stop
+
+
+def sparse_groups(block: nn.Module) -> Iterator[Sequence[SparseLinear]]:
+    """The complete groups of ``TOGETHER`` among siblings, where all members are packed."""
+    for parent in block.modules():
+        for names in TOGETHER:
+            members = [getattr(parent, name, None) for name in names]
+            if all(isinstance(member, SparseLinear) for member in members):
+                yield members

@@ -1,0 +1,139 @@
+"""Decode speed of a checkpoint, dense and packed, side by side, with the bytes each token moves."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from losa.errors import LosaError
+from losa.generation import LeanDecoder, Unsupported
+from losa.model import find_blocks
+from losa.modules import SparseLinear
+from losa.sparse import densify, sparsify
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """``bytes_per_token``: weights read for one token (block linears and output layer); ``fraction_of_limit``: those
+    bytes at the speed of a large copy, over the time taken."""
+
+    name: str
+    tokens_per_second: float
+    bytes_per_token: int
+    fraction_of_limit: float
+
+
+@torch.inference_mode()
+def decode_speeds(
+    model: nn.Module, *, tokens: int = 64, repetitions: int = 3, transformers_too: bool = True
+) -> list[DecodeSpeed]:
+    """Greedy decoding of one sequence, taken in turns: transformers' ``generate`` and the lean loop on dense weights,
+    both on packed ones, and the lean loop on packed bfloat16 weights.
+
+    Args:
+        model: a pruned, merged model, dense or packed; left as it came.
+        tokens: new tokens per measurement.
+        repetitions: measurements of each; the median counts.
+
+    Raises:
+        ModelError: the model is not pruned.
+        LosaError: it is not of the kind that the lean loop computes.
+    """
+    dense = densify(copy.deepcopy(model))
+    variants = {
+        "dense": dense,
+        "packed": sparsify(copy.deepcopy(dense)),
+    }
+    if dense.dtype != torch.bfloat16:
+        variants["packed bfloat16"] = sparsify(copy.deepcopy(dense).bfloat16())
+        if transformers_too:
+            variants["dense bfloat16"] = copy.deepcopy(dense).bfloat16()
+    device = dense.get_input_embeddings().weight.device
+    prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
+    runs: dict[str, tuple[nn.Module, Callable[[], float]]] = {}
+    for name, variant in variants.items():
+        if transformers_too:
+            runs[f"transformers, {name}"] = (variant, lambda m=variant: _transformers(m, prompt, tokens))
+        try:
+            decoder = LeanDecoder(variant, len(prompt) + tokens)
+        except Unsupported as error:
+            raise LosaError(f"bench: {error}") from error
+        runs[f"losa, {name}"] = (variant, lambda d=decoder: _lean(d, prompt, tokens))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(-1, repetitions):
+        for name, (_, run) in runs.items():
+            taken = run()
+            if repetition >= 0:
+                seconds[name].append(taken)
+    bandwidth = copy_bandwidth(device)
+    found = []
+    for name, (variant, _) in runs.items():
+        per_token = statistics.median(seconds[name])
+        moved = bytes_per_token(variant)
+        found.append(DecodeSpeed(name, 1 / per_token, moved, moved / bandwidth / per_token))
+    return found
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
+    total = model.get_output_embeddings().weight.nbytes
+    for block in find_blocks(model)[1]:
+        for module in block.modules():
+            if isinstance(module, SparseLinear):
+                total += module.packed.nbytes
+            elif isinstance(module, nn.Linear):
+                total += module.weight.nbytes
+    return total
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 128) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.ones(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(6):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times[1:])
+
+
+def _lean(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
+    """Seconds a token, the prompt's pass apart."""
+    decoder.reset()
+    token = decoder(prompt).argmax()
+    _wait(prompt.device)
+    start = time.perf_counter()
+    for _ in range(tokens - 1):
+        token = decoder(token[None]).argmax()
+    _wait(prompt.device)
+    return (time.perf_counter() - start) / (tokens - 1)
+
+
+def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
+    """Seconds a token of ``generate``, less those of a run that makes one token."""
+
+    def seconds(count: int) -> float:
+        _wait(prompt.device)
+        start = time.perf_counter()
+        ids = prompt[None]
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
+        _wait(prompt.device)
+        return time.perf_counter() - start
+
+    return (seconds(tokens) - seconds(1)) / (tokens - 1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,350 @@
+"""Packed models: surgery there and back, grouped rows, packed files; the lean generation loop against transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from tiny import assert_same_function, logits, randomise, tiny_llama, tiny_tokenizer, wrap
+from torch import nn
+
+from losa import packed as files
+from losa.errors import LosaError, ModelError, OutputError
+from losa.generation import LeanDecoder, Unsupported, choose, generate
+from losa.model import merge_model, sparsity_of
+from losa.modules import SparseLinear
+from losa.sparse import densify, pack_weight, sparsify
+from losa_kernels.packing import PackedBitmask, PackedNM
+from losa_kernels.packing.rows import join_rows, take_rows
+
+
+@pytest.fixture
+def merged():
+    """As a run leaves it: 60 % zeros and a trained adapter merged in."""
+    model = tiny_llama(layers=2, tie_word_embeddings=True)
+    layers = wrap(model)
+    randomise(layers)
+    for layer in layers.values():
+        layer.set_mask(torch.rand(layer.weight.shape) < 0.4)
+    return merge_model(model).requires_grad_(False)
+
+
+def bits(tensor):
+    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+def test_sparsify_and_back(merged):
+    dense, expected, zeros = copy.deepcopy(merged), logits(merged), sparsity_of(merged)
+    sparsify(merged)
+    packed = [m for m in merged.modules() if isinstance(m, SparseLinear)]
+    assert len(packed) == 14 and not any(isinstance(m, nn.Linear) for m in merged.model.modules())
+    assert_same_function(logits(merged), expected)
+    assert sparsity_of(merged) == zeros
+    densify(merged)
+    for (name, ours), theirs in zip(merged.state_dict().items(), dense.state_dict().values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs)), name
+
+
+def test_groups_share_memory_and_moving_unshares(merged):
+    sparsify(merged)
+    attention = merged.model.layers[0].self_attn
+    group = attention.q_proj.group
+    assert group is attention.k_proj.group is attention.v_proj.group and attention.o_proj.group is None
+    x = torch.randn(3, 32)
+    together = nn.functional.linear(x, group.unpack())
+    apart = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+    assert (together - apart).abs().max() <= 64 * torch.finfo(torch.float32).eps * apart.abs().max()
+    storage = attention.q_proj.packed.values.untyped_storage().data_ptr()
+    assert storage == attention.v_proj.packed.values.untyped_storage().data_ptr() == group.values.data_ptr()
+    merged.to(torch.bfloat16)
+    assert attention.q_proj.group is None and attention.q_proj.packed.dtype == torch.bfloat16
+    assert attention.q_proj(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_zeros_of_either_sign_are_dropped():
+    weight = torch.tensor([[0.0, -0.0, 1.5, 0.0, float("inf"), 0.0, 0.0, -2.0]])
+    packed = pack_weight(weight, "bitmask")
+    assert packed.values.tolist() == [1.5, float("inf"), -2.0]
+    assert torch.equal(bits(packed.unpack()), bits(weight + 0.0))
+
+
+@pytest.mark.parametrize(
+    ("groups", "pattern"),
+    [([0, 1], (2, 4)), ([1], (1, 4)), ([0, 1, 2, 3], (4, 8)), ([2, 3, 7], (3, 8)), ([0, 1, 2, 3, 4], (5, 8))],
+)
+def test_patterns_are_found(groups, pattern):
+    weight = torch.zeros(4, 32)
+    keep_n, m = pattern
+    period = [c for c in range(32) if c % (m if (m == 4 or max(groups) < m) else 8) in groups]
+    weight[:, period] = torch.randn(4, len(period))
+    packed = pack_weight(weight)
+    assert isinstance(packed, PackedNM) and (packed.keep_n, packed.m) == pattern
+    assert torch.equal(packed.unpack(), weight)
+
+
+def test_irregular_weights_take_a_bitmask():
+    weight = torch.randn(16, 64) * (torch.rand(16, 64) > 0.6)
+    assert isinstance(pack_weight(weight), PackedBitmask)
+    assert isinstance(pack_weight(weight, "nm"), PackedNM)
+    with pytest.raises(ValueError, match="format: expected one of auto, bitmask, nm, got 'csr'"):
+        pack_weight(weight, "csr")
+
+
+@pytest.mark.parametrize("format", ["bitmask", "nm"])
+def test_rows_join_and_part(format):
+    weights = [torch.randn(rows, 16) * (torch.rand(rows, 16) > 0.5) for rows in (3, 1, 4)]
+    for weight in weights:
+        weight[0, :8] = 1  # the same pattern for all
+    parts = [pack_weight(weight, format) for weight in weights]
+    whole = join_rows(parts)
+    assert torch.equal(whole.unpack(), torch.cat(weights))
+    assert torch.equal(take_rows(whole, 3, 8).unpack(), torch.cat(weights[1:]))
+    assert take_rows(whole, 8, 8).unpack().shape == (0, 16)
+    with pytest.raises(ValueError, match="start, stop: expected"):
+        take_rows(whole, 3, 9)
+    with pytest.raises(ValueError, match="of one kind, got 2"):
+        join_rows([parts[0], pack_weight(torch.ones(2, 8), format)])
+
+
+def test_dense_and_wrapped_models_are_refused(merged):
+    with pytest.raises(ModelError, match="none of 14 linears has 40% zeros"):
+        sparsify(tiny_llama(layers=2))
+    model = tiny_llama(layers=2)
+    wrap(model)
+    with pytest.raises(ModelError, match="merge_model first"):
+        sparsify(model)
+
+
+def test_state_dict_of_a_packed_layer_loads():
+    weight = torch.randn(8, 16) * (torch.rand(8, 16) > 0.5)
+    layer, other = SparseLinear(pack_weight(weight, "bitmask"), torch.randn(8)), None
+    other = copy.deepcopy(layer)
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 16)
+    assert torch.equal(other(x), layer(x)) and "sparsity=0." in repr(other)
+
+
+@pytest.fixture
+def saved(merged, tmp_path):
+    directory = tmp_path / "merged"
+    merged.save_pretrained(directory)
+    tiny_tokenizer("{{ messages[0]['content'] }}").save_pretrained(directory)
+    (directory / "losa_config.json").write_text("{}")
+    return merged, directory
+
+
+def test_packed_files_round_trip(saved, tmp_path):
+    model, directory = saved
+    report = files.pack_directory(directory, tmp_path / "packed")
+    assert (report.packed, report.dense) == (14, 0) and report.packed_bytes < report.dense_bytes
+    assert files.is_packed(tmp_path / "packed") and (tmp_path / "packed" / "losa_config.json").exists()
+    assert not list((tmp_path / "packed").glob("model*"))
+    loaded, tokenizer = files.load(tmp_path / "packed")
+    assert_same_function(logits(loaded), logits(model))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and tokenizer("ab").input_ids
+    assert sparsity_of(loaded) == sparsity_of(model)
+    files.unpack_directory(tmp_path / "packed", tmp_path / "dense")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs)), name
+
+
+def test_packing_in_another_dtype(saved, tmp_path):
+    model, directory = saved
+    files.pack_directory(directory, tmp_path / "packed", dtype=torch.bfloat16)
+    loaded, _ = files.load(tmp_path / "packed")
+    assert loaded.dtype == torch.bfloat16 and loaded.model.layers[0].mlp.up_proj.packed.dtype == torch.bfloat16
+    expected = copy.deepcopy(model).bfloat16()
+    dense = densify(loaded)
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), expected.parameters(), strict=True))
+
+
+def test_damage_is_found(saved, tmp_path):
+    _, directory = saved
+    files.pack_directory(directory, tmp_path / "packed")
+    target = tmp_path / "packed" / "block-00001.safetensors"
+    data = bytearray(target.read_bytes())
+    data[-1] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(ModelError, match="block-00001.safetensors: the checksum of .* differs"):
+        files.load(tmp_path / "packed")
+    target.unlink()
+    with pytest.raises(ModelError, match="block-00001.safetensors: cannot be read"):
+        files.load(tmp_path / "packed")
+    manifest = tmp_path / "packed" / files.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 9}))
+    with pytest.raises(ModelError, match="expected format version 1, got 9"):
+        files.load(tmp_path / "packed")
+
+
+def test_nothing_to_pack_leaves_nothing(tmp_path):
+    tiny_llama(layers=2).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ModelError, match="none of 14 linears has 40% zeros"):
+        files.pack_directory(tmp_path / "dense", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    with pytest.raises(ModelError, match="no packed checkpoint"):
+        files.load(tmp_path / "dense")
+    with pytest.raises(ModelError, match="no config.json"):
+        files.pack_directory(tmp_path, tmp_path / "packed")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(OutputError, match="exists"):
+        files.pack_directory(tmp_path / "dense", tmp_path / "taken", min_sparsity=0)
+
+
+LLAMA_KIND = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": (transformers.MistralConfig, {"head_dim": 8, "sliding_window": None}),
+}
+OTHERS = {
+    "mistral with a window": (transformers.MistralConfig, {"head_dim": 8, "sliding_window": 4}),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "sliding_window": 64}),
+    "opt": (transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+
+
+def build(config_class, settings):
+    common = {
+        "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(common | settings))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim == 2:
+            parameter.data.mul_(3)  # far from ties
+    return model.requires_grad_(False)
+
+
+def greedy(model, tokenizer, prompt, count):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LLAMA_KIND)
+def test_lean_loop_gives_transformers_tokens(name, packed):
+    model, tokenizer = build(*LLAMA_KIND[name]), tiny_tokenizer()
+    if packed:
+        for module in model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(torch.rand_like(module.weight) > 0.5)
+    expected = greedy(model, tokenizer, "hello there", 30)
+    if packed:
+        sparsify(model, min_sparsity=0.3)
+    LeanDecoder(model, 41)
+    pieces = []
+    found = generate(model, tokenizer, "hello there", max_new_tokens=30, stop_at_eos=False, on_text=pieces.append)
+    assert found.tokens == expected and found.prompt_tokens == 11
+    assert "".join(pieces) == found.text and found.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_go_through_transformers(name):
+    model, tokenizer = build(*OTHERS[name]), tiny_tokenizer()
+    with pytest.raises(Unsupported, match="generate: "):
+        LeanDecoder(model, 32)
+    found = generate(model, tokenizer, "hello", max_new_tokens=8, stop_at_eos=False)
+    assert found.tokens == greedy(model, tokenizer, "hello", 8)
+
+
+def test_a_model_that_computes_something_else_is_found_out():
+    model = build(*LLAMA_KIND["llama"])
+    inner = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: 1.01 * inner(x)
+    with pytest.raises(Unsupported, match="computes something else"):
+        LeanDecoder(model, 32)
+
+
+def test_reading_in_pieces_and_the_caches_end():
+    decoder = LeanDecoder(build(*LLAMA_KIND["llama"]), 12)
+    ids = torch.randint(2, 90, (12,))
+    whole = decoder(ids)
+    decoder.reset()
+    for part in ids.split([5, 1, 4, 2]):
+        pieces = decoder(part)
+    assert (whole - pieces).abs().max() <= 64 * torch.finfo(torch.float32).eps * whole.abs().max()
+    with pytest.raises(LosaError, match="13 tokens are more than max_length, 12"):
+        decoder(ids[:1])
+
+
+def test_choosing():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([0.0, 3.0, 2.0, -5.0])
+    assert choose(scores, 0.0, 1.0, generator) == 1
+    assert {choose(scores, 1.0, 0.5, generator) for _ in range(50)} == {1}
+    drawn = torch.tensor([choose(scores, 1.0, 1.0, generator) for _ in range(4000)])
+    expected = scores.softmax(0)
+    counted = torch.bincount(drawn, minlength=4) / 4000
+    # Five standard deviations of a count.
+    assert ((counted - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt() + 1 / 4000).all()
+
+
+def test_messages_sampling_and_bad_settings():
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer("{{ messages[0]['content'] }}")
+    said = generate(model, tokenizer, [{"role": "user", "content": "hi"}], max_new_tokens=3)
+    assert said.tokens == generate(model, tokenizer, "hi", max_new_tokens=3).tokens
+    drawn = [generate(model, tokenizer, "hi", max_new_tokens=12, temperature=2.0, seed=s).tokens for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for settings in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}):
+        with pytest.raises(LosaError, match="generate: expected max_new_tokens"):
+            generate(model, tokenizer, "hi", **settings)
+    with pytest.raises(LosaError, match="prompt is empty"):
+        generate(model, tokenizer, "")
+
+
+def test_generation_stops_at_the_end_token():
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer()
+    first = generate(model, tokenizer, "abc", max_new_tokens=5, stop_at_eos=False).tokens
+    model.generation_config.eos_token_id = [first[2]]
+    stopped = generate(model, tokenizer, "abc", max_new_tokens=5).tokens
+    assert stopped == first[: first.index(first[2]) + 1]
+
+
+def invoke(*arguments):
+    from typer.testing import CliRunner
+
+    from losa.cli import app
+
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_commands(saved, tmp_path):
+    _, directory = saved
+    for source in (directory, tmp_path / "packed"):
+        if source != directory:
+            done = invoke("pack", directory, "--output", source, "--dtype", "bfloat16")
+            assert done.exit_code == 0 and "packed, 0 left dense" in done.output, done.output
+        said = invoke("generate", source, "--prompt", "hello", "--max-new-tokens", 4)
+        assert said.exit_code == 0 and "4 tokens, " in said.output, said.output
+    done = invoke("unpack", tmp_path / "packed", "--output", tmp_path / "dense")
+    assert done.exit_code == 0 and (tmp_path / "dense" / "model.safetensors.index.json").exists()
+    refused = invoke("pack", directory, "--output", tmp_path / "packed")
+    assert refused.exit_code == 1 and "exists" in refused.output
+    assert invoke("pack", directory, "--output", tmp_path / "x", "--format", "csr").exit_code == 1
+
+
+def test_bench_command(saved, tmp_path):
+    _, directory = saved
+    done = invoke("bench", directory, "--tokens", 3, "--repetitions", 1, "--json", tmp_path / "speed.json")
+    assert done.exit_code == 0, done.output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "speed.json").read_text())}
+    assert set(rows) == {
+        f"{who}, {what}"
+        for who in ("transformers", "losa")
+        for what in ("dense", "packed", "packed bfloat16", "dense bfloat16")
+    }
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert rows["losa, packed"]["bytes_per_token"] < rows["losa, dense"]["bytes_per_token"]
+    short = invoke("bench", directory, "--tokens", 3, "--repetitions", 1, "--short")
+    assert short.exit_code == 0 and "decoding, tokens/s: losa, dense " in short.output
