@@ -47,10 +47,25 @@ TABLE: dict[str, dict[str, str]] = {
     "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
     "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},
     "wanda_mask": {"reference": "losa_kernels.column_sweep.reference:wanda_mask"},
-    "pack_bitmask": {"reference": "losa_kernels.packing.reference:pack_bitmask"},
-    "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm"},
+    "pack_bitmask": {
+        "reference": "losa_kernels.packing.reference:pack_bitmask",
+        "cpu": "losa_kernels.packing.cpu:pack_bitmask",
+    },
+    "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm", "cpu": "losa_kernels.packing.cpu:pack_nm"},
     "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
-    "sparse_linear": {"reference": "losa_kernels.sparse_linear.reference:sparse_linear"},
+    "largest_group": {
+        "reference": "losa_kernels.packing.reference:largest_group",
+        "cpu": "losa_kernels.packing.cpu:largest_group",
+    },
+    "unpack_bitmask": {
+        "reference": "losa_kernels.packing.reference:unpack_bitmask",
+        "cpu": "losa_kernels.packing.cpu:unpack_bitmask",
+    },
+    "unpack_24": {"reference": "losa_kernels.packing.reference:unpack_24"},
+    "sparse_linear": {
+        "reference": "losa_kernels.sparse_linear.reference:sparse_linear",
+        "cpu": "losa_kernels.sparse_linear.cpu:sparse_linear",
+    },
 }
 
 # cpu rows in torch operations: they run without the built extension.

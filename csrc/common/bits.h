@@ -15,6 +15,11 @@ LOSA_HOST_DEVICE constexpr int64_t packed_width(int64_t columns) {
   return (columns + 7) / 8;
 }
 
+// The bits of a mask byte that stand for existing columns, when `left` columns are left at its first one.
+LOSA_HOST_DEVICE constexpr uint8_t column_bits(int64_t left) {
+  return static_cast<uint8_t>(left >= 8 ? 0xff : (1 << left) - 1);
+}
+
 // 8 bool bytes (any nonzero value is true; byte 0 = column 0) -> 8 bits.
 LOSA_HOST_DEVICE constexpr uint8_t pack_byte(uint64_t bools) {
   // Fold every byte onto its lowest bit, then gather the 8 bits in the top byte.

@@ -63,7 +63,7 @@ class PackedBitmask(Packed):
     row_offsets: Tensor
 
     def unpack(self) -> Tensor:
-        return reference.unpack_bitmask(self.values, self.bitmask, self.shape)
+        return _run("unpack_bitmask", self.values)(self.values, self.bitmask, self.row_offsets, self.shape)
 
     def mask(self) -> Tensor:
         return self.bitmask
@@ -78,7 +78,7 @@ class PackedNM(Packed):
     m: int
 
     def unpack(self) -> Tensor:
-        return reference.unpack_bitmask(self.values.reshape(-1), self.bitmask, self.shape)
+        return _run("unpack_bitmask", self.values)(self.values, self.bitmask, None, self.shape)
 
     def mask(self) -> Tensor:
         return self.bitmask
@@ -92,7 +92,7 @@ class Packed24(Packed):
     meta: Tensor
 
     def unpack(self) -> Tensor:
-        return reference.unpack_24(self.values, self.meta)
+        return _run("unpack_24", self.values)(self.values, self.meta)
 
     def mask(self) -> Tensor:
         return reference.mask_24(self.meta)
@@ -109,9 +109,10 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
         ValueError: a wrong shape or dtype; names the argument.
     """
     _check(weight, mask)
-    # Again, because a set padding bit would be read as one more value.
-    mask = pack_mask(unpack_mask(mask, weight.shape[1]))
-    values, offsets = dispatch.implementation("pack_bitmask", weight.device)(weight, mask)
+    mask = mask.clone(memory_format=torch.contiguous_format)
+    if last := weight.shape[1] % 8:
+        mask[:, -1] &= (1 << last) - 1  # a set padding bit would be read as one more value
+    values, offsets = _run("pack_bitmask", weight)(weight.detach(), mask)
     return PackedBitmask(tuple(weight.shape), values, mask, offsets)
 
 
@@ -129,7 +130,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
     if weight.shape[1] % m:
         raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
     _check_groups(weight, mask, keep_n, m)
-    values, stored = dispatch.implementation("pack_nm", weight.device)(weight, mask, keep_n, m)
+    values, stored = _run("pack_nm", weight)(weight.detach(), mask, keep_n, m)
     return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
 
 
@@ -146,7 +147,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
     if rows % 32 or columns % 64:
         raise ValueError(f"weight: expected out a multiple of 32 and in of 64, got {tuple(weight.shape)}")
     _check_groups(weight, mask, 2, 4)
-    values, meta = dispatch.implementation("pack_24", weight.device)(weight, mask)
+    values, meta = _run("pack_24", weight)(weight.detach(), mask)
     return Packed24((rows, columns), values, meta)
 
 
@@ -157,8 +158,10 @@ def _check(weight: Tensor, mask: Tensor) -> None:
 
 
 def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:
-    if not weight.numel():
-        return
-    most = int(unpack_mask(mask, weight.shape[1]).reshape(-1, m).sum(1).max())
+    most = _run("largest_group", weight)(mask, weight.shape[1], m)
     if most > keep_n:
         raise ValueError(f"mask: expected at most {keep_n} kept of every {m}, got a group with {most}")
+
+
+def _run(op: str, tensor: Tensor):
+    return dispatch.implementation(op, tensor.device)

@@ -26,9 +26,10 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return values, counts.cumsum(0) - counts
 
 
-def unpack_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """Dense (out, in). The mask alone says where values go; native code, which takes rows in parallel, needs the offsets."""
     dense = torch.zeros(shape, dtype=INTEGERS[values.element_size()], device=values.device)
-    dense[unpack_mask(mask, shape[1])] = as_bits(values)
+    dense[unpack_mask(mask, shape[1])] = as_bits(values).reshape(-1)
     return dense.view(values.dtype)
 
 
@@ -45,6 +46,12 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> tuple[Tensor, 
     values = as_bits(weight).masked_fill(~kept, 0).reshape(-1, m)[stored]
     row = weight.shape[1] // m * keep_n
     return values.view(weight.dtype).reshape(weight.shape[0], row), pack_mask(stored.reshape(kept.shape))
+
+
+def largest_group(mask: Tensor, in_features: int, m: int) -> int:
+    """The most columns that any group of m keeps."""
+    kept = unpack_mask(mask, in_features)
+    return int(kept.reshape(-1, m).sum(1).max()) if kept.numel() else 0
 
 
 def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

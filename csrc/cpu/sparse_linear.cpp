@@ -1,0 +1,284 @@
+// sparse_linear on the CPU for up to 16 rows of x: lays x out for the kernel, splits the output features over threads by
+// the work that their weights make, adds the bias and rounds once.
+#include "cpu/sparse_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/cpu_isa.h"
+
+namespace losa::sparse_linear {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many (weight, row of x) pairs a second thread costs more than it saves.
+constexpr int64_t kPairsPerTask = 1 << 17;
+
+struct FloatValue {
+  using Stored = float;
+  static float widen(float value) { return value; }
+  static float narrow(float value) { return value; }
+};
+
+struct Bfloat16Value {
+  using Stored = uint16_t;
+  static float widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  static uint16_t narrow(float value) { return c10::BFloat16(value).x; }
+};
+
+struct HalfValue {
+  using Stored = uint16_t;
+  static float widen(uint16_t bits) { return static_cast<float>(c10::Half(bits, c10::Half::from_bits())); }
+  static uint16_t narrow(float value) { return c10::Half(value).x; }
+};
+
+template <class Body>
+void with_value(Value value, const Body& body) {
+  if (value == Value::kFloat) {
+    body(FloatValue{});
+  } else if (value == Value::kBfloat16) {
+    body(Bfloat16Value{});
+  } else {
+    body(HalfValue{});
+  }
+}
+
+// Portable kernel: a product for each kept weight and row of x. Eight sums a row, as precise as vector code.
+template <class V, int kBatch>
+void kept_products(const Task& task, int64_t begin, int64_t end) {
+  const Weight& weight = task.weight;
+  const auto* const values = reinterpret_cast<const typename V::Stored*>(weight.values);
+  const auto* const values_end = reinterpret_cast<const typename V::Stored*>(weight.end);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = weight.offsets != nullptr ? weight.offsets[row] : row * weight.row_length;
+    // Offsets from a damaged file must not lead out of the buffer.
+    const auto* from = values + std::clamp<int64_t>(first, 0, values_end - values);
+    const uint8_t* mask = weight.mask + row * weight.mask_stride;
+    float sums[8][kBatch] = {};
+    for (int64_t column = 0; column < weight.columns; column += 8) {
+      for (unsigned bits = *mask++ & column_bits(weight.columns - column); bits != 0 && from < values_end;
+           bits &= bits - 1) {
+        const int bit = std::countr_zero(bits);
+        const float w = V::widen(*from++);
+        const float* x = task.x + (column + bit) * kBatch;
+        for (int b = 0; b < kBatch; ++b) sums[bit][b] += w * x[b];
+      }
+    }
+    for (int64_t b = 0; b < task.batch; ++b) {
+      const float low = (sums[0][b] + sums[1][b]) + (sums[2][b] + sums[3][b]);
+      const float high = (sums[4][b] + sums[5][b]) + (sums[6][b] + sums[7][b]);
+      task.y[b * task.y_stride + row] = low + high;
+    }
+  }
+}
+
+template <class V>
+Plan plan_kept_products(int64_t batch) {
+  if (batch <= 1) return {kept_products<V, 1>, 1, 1, false};
+  if (batch <= 4) return {kept_products<V, 4>, 4, 1, false};
+  return {kept_products<V, 16>, 16, 1, false};
+}
+
+Plan plan_here(Value value, int64_t batch) {
+  const CpuIsa isa = selected_isa();
+  return isa == CpuIsa::kAvx512 ? plan_avx512(value, batch)
+      : isa == CpuIsa::kAvx2    ? plan_avx2(value, batch)
+                                : plan_scalar(value, batch);
+}
+
+Value value_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  ": expected float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Value::kFloat : type == ScalarType::BFloat16 ? Value::kBfloat16 : Value::kHalf;
+}
+
+// Memory of the calling thread that grows and stays: a call allocates nothing but its result.
+float* scratch(int which, int64_t floats) {
+  static thread_local std::vector<float> buffers[2];
+  std::vector<float>& buffer = buffers[which];
+  constexpr size_t kAlign = 64 / sizeof(float);
+  if (buffer.size() < static_cast<size_t>(floats) + kAlign) buffer.resize(static_cast<size_t>(floats) + kAlign);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
+}
+
+// A matrix of x: rows and columns with strides in elements.
+struct Rows {
+  const void* data;
+  Value value;
+  int64_t batch, columns, row_stride, column_stride;
+};
+
+template <class V>
+void lay_out_as(const Rows& x, const Plan& plan, float* to) {
+  const auto* const data = static_cast<const typename V::Stored*>(x.data);
+  const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock;
+  for (int64_t first = 0; first < x.batch; first += plan.rows) {
+    for (int64_t b = 0; b < plan.rows; ++b) {
+      const bool exists = first + b < x.batch;
+      const auto* const row = data + (first + b) * x.row_stride;
+      for (int64_t group = 0; group < padded; group += plan.lanes) {
+        float* const lanes = to + group * plan.rows + b * plan.lanes;
+        for (int64_t lane = 0; lane < plan.lanes; ++lane) {
+          int64_t column = group + lane;
+          if (plan.even_odd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
+          lanes[lane] = exists && column < x.columns ? V::widen(row[column * x.column_stride]) : 0.0f;
+        }
+      }
+    }
+    to += padded * plan.rows;
+  }
+}
+
+const float* lay_out(const Rows& x, const Plan& plan) {
+  const bool as_it_is = x.value == Value::kFloat && plan.rows == 1 && !plan.even_odd && x.column_stride == 1 &&
+      x.columns % kBlock == 0 && x.batch == 1;
+  if (as_it_is) return static_cast<const float*>(x.data);
+  const int64_t passes = (x.batch + plan.rows - 1) / plan.rows;
+  float* const to = scratch(0, passes * plan.rows * ((x.columns + kBlock - 1) / kBlock * kBlock));
+  with_value(x.value, [&](auto v) { lay_out_as<decltype(v)>(x, plan, to); });
+  return to;
+}
+
+// Output features are cut where an equal share of the work ends. A row's work is its values' bytes and its columns: about
+// as many columns are decoded in a second as bytes are read.
+class Shares {
+ public:
+  Shares(const Weight& weight, int64_t rows, int64_t values, int64_t value_size)
+      : weight_(weight), rows_(rows), values_(values), value_size_(value_size) {}
+
+  int64_t cut(int64_t task, int64_t tasks) const {
+    if (task == 0 || task == tasks) return task == 0 ? 0 : rows_;
+    const double target = static_cast<double>(before(rows_)) * static_cast<double>(task) / static_cast<double>(tasks);
+    int64_t low = 0, high = rows_;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (static_cast<double>(before(middle)) < target) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+ private:
+  int64_t before(int64_t row) const {
+    const int64_t values = row == rows_ ? values_ : weight_.offsets != nullptr ? weight_.offsets[row] : row * weight_.row_length;
+    return values * value_size_ + row * weight_.columns;
+  }
+
+  const Weight& weight_;
+  int64_t rows_, values_, value_size_;
+};
+
+void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_t end, const std::optional<Tensor>& bias,
+            Value value, void* y) {
+  const auto with_bias = [&](auto b) {
+    using B = decltype(b);
+    const auto* add = bias.has_value() ? static_cast<const typename B::Stored*>(bias->const_data_ptr()) : nullptr;
+    with_value(value, [&](auto v) {
+      using V = decltype(v);
+      auto* const to = static_cast<typename V::Stored*>(y);
+      for (int64_t row = 0; row < batch; ++row) {
+        for (int64_t i = row * out + begin, o = begin; o < end; ++i, ++o) {
+          to[i] = V::narrow(add != nullptr ? sums[i] + B::widen(add[o]) : sums[i]);
+        }
+      }
+    });
+  };
+  with_value(bias.has_value() ? value_of(*bias, "bias") : Value::kFloat, with_bias);
+}
+
+Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
+                     const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
+  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
+                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
+  const Value weight_value = value_of(values, "values"), x_value = value_of(x, "x");
+  const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values.numel();
+  STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
+                  bitmask.size(1), " bytes");
+  STD_TORCH_CHECK(!row_offsets.has_value() ||
+                      (row_offsets->dim() == 1 && row_offsets->size(0) == out &&
+                       row_offsets->scalar_type() == ScalarType::Long && row_offsets->is_contiguous()),
+                  "row_offsets: expected a contiguous int64 tensor (", out, ",)");
+  STD_TORCH_CHECK(row_offsets.has_value() || total == 0 || (out > 0 && total % out == 0),
+                  "values: expected rows of equal length, got ", total, " values for ", out, " rows");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
+                  "bias: expected a contiguous tensor (", out, ",)");
+
+  std::vector<int64_t> sizes(static_cast<size_t>(dims));
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
+  sizes.back() = out;
+  STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  if (batch == 0 || out == 0) return y;
+
+  const bool strided = dims == 2;
+  const Tensor source = strided || x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const Plan plan = plan_here(weight_value, batch);
+  const Rows rows{source.const_data_ptr(), x_value,
+                  batch, columns,
+                  strided ? source.stride(0) : columns, strided ? source.stride(1) : 1};
+  const auto* const data = static_cast<const uint8_t*>(values.const_data_ptr());
+  const auto value_size = static_cast<int64_t>(values.element_size());
+  const Weight weight{data,
+                      data + total * value_size,
+                      static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+                      bitmask.size(1),
+                      row_offsets.has_value() ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                      total / out,
+                      columns};
+  void* const result = y.mutable_data_ptr();
+  float* const sums = x_value == Value::kFloat ? static_cast<float*>(result) : scratch(1, batch * out);
+  const Task task{weight, lay_out(rows, plan), batch, sums, out};
+  const auto run = [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    plan.kernel(task, begin, end);
+    if (x_value != Value::kFloat || bias.has_value()) finish(sums, batch, out, begin, end, bias, x_value, result);
+  };
+
+  const int64_t pairs = out * columns * std::max<int64_t>(1, batch / 2);
+  int64_t tasks = pairs / kPairsPerTask;
+  if (tasks > 1) tasks = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (tasks <= 1) {
+    run(0, out);
+    return y;
+  }
+  const Shares shares(weight, out, total, value_size);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    run(shares.cut(begin, tasks), shares.cut(end, tasks));
+  });
+  return y;
+}
+
+}  // namespace
+
+Plan plan_scalar(Value value, int64_t batch) {
+  Plan plan{};
+  with_value(value, [&](auto v) { plan = plan_kept_products<decltype(v)>(batch); });
+  return plan;
+}
+
+}  // namespace losa::sparse_linear
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
+  library.impl("sparse_linear", TORCH_BOX(&losa::sparse_linear::sparse_linear));
+}

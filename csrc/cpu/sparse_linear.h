@@ -1,0 +1,50 @@
+// What csrc/cpu/sparse_linear.cpp and its kernels, one set per instruction set, agree on.
+#pragma once
+
+#include <cstdint>
+
+namespace losa::sparse_linear {
+
+enum class Value : int { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
+
+// Columns that a kernel takes at a time: one 64-bit word of the mask.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kMostRows = 16;
+
+struct Weight {
+  const uint8_t* values;
+  const uint8_t* end;  // of the buffer of values: nothing is read beyond
+  const uint8_t* mask;
+  int64_t mask_stride;
+  const int64_t* offsets;  // null: row r begins at value r * row_length
+  int64_t row_length;
+  int64_t columns;
+};
+
+struct Task {
+  Weight weight;
+  const float* x;  // as the plan lays it out
+  int64_t batch;   // rows of x
+  float* y;        // (batch, out), rows y_stride apart
+  int64_t y_stride;
+};
+
+// Computes output features begin..end-1. An output depends on nothing but its own row, so that any split over threads
+// gives the same bits.
+using Kernel = void (*)(const Task& task, int64_t begin, int64_t end);
+
+// A kernel and how it wants x: columns padded with zeros to a multiple of kBlock, rows of x in passes of `rows` (padded
+// with zeros too), stored as [pass][column / lanes][row][column % lanes]. even_odd: in every 32 columns the 16 even ones
+// come first.
+struct Plan {
+  Kernel kernel;
+  int64_t rows;
+  int64_t lanes;
+  bool even_odd;
+};
+
+Plan plan_scalar(Value value, int64_t batch);
+Plan plan_avx2(Value value, int64_t batch);
+Plan plan_avx512(Value value, int64_t batch);
+
+}  // namespace losa::sparse_linear

@@ -1,0 +1,139 @@
+// AVX2 kernels of sparse_linear.cpp: a byte of the mask picks a shuffle that moves up to 8 values to their columns.
+#include "cpu/sparse_linear.h"
+
+#if defined(__AVX2__)
+
+#include "cpu/expand_tables.h"
+#include "cpu/sparse_linear_loops.h"
+
+namespace losa::sparse_linear {
+namespace {
+
+constexpr tables::Columns kColumns = tables::make_columns();
+constexpr tables::Expand16<2> kExpand16 = tables::make_expand16<2>();
+constexpr tables::Expand16<4> kWiden16 = tables::make_expand16<4>();
+constexpr tables::Expand32 kExpand32 = tables::make_expand32();
+
+struct Registers {
+  using Vector = __m256;
+  static constexpr int kLanes = 8, kStep = 8, kVectors = 1;
+  static constexpr bool kEvenOdd = false;
+
+  static LOSA_INLINE Vector load(const float* from) { return _mm256_loadu_ps(from); }
+  static LOSA_INLINE void store(float* to, Vector values) { _mm256_storeu_ps(to, values); }
+  static LOSA_INLINE Vector splat(float value) { return _mm256_set1_ps(value); }
+  static LOSA_INLINE Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static LOSA_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static LOSA_INLINE float total(Vector values) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+
+  // A mask byte times 32, the size of a table's row: two instructions, where a byte of its own would take three.
+  static LOSA_INLINE uint64_t byte_times_32(uint64_t word, int step) {
+    return (step == 0 ? word << 5 : word >> (8 * step - 5)) & 0x1fe0;
+  }
+
+  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t bytes, uint16_t* at) {
+    const uint16_t* const begin = at;
+    for (int64_t i = 0; i < bytes; ++i) {
+      const auto mask = static_cast<uint8_t>(words[i / 8] >> (i % 8 * 8));
+      const __m128i columns = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kColumns.of[mask])));
+      const __m128i first = _mm_set1_epi16(static_cast<int16_t>(512 * i));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_add_epi16(_mm_slli_epi16(columns, 6), first));
+      at += _mm_popcnt_u32(mask);
+    }
+    return at - begin;
+  }
+};
+
+struct Float : Registers {
+  static constexpr int kBytes = 4;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+    const uint64_t at = byte_times_32(word, step);
+    const auto* table = reinterpret_cast<const uint8_t*>(kExpand32.of) + at;
+    const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+    const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+    // Without the AND, what lies at pruned places (a neighbour's NaN) would reach the sum.
+    w[0] = _mm256_and_ps(_mm256_permutevar8x32_ps(values, places), _mm256_castsi256_ps(_mm256_srai_epi32(places, 31)));
+    from += kBytes * _mm_popcnt_u64(at);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t, float*) {
+    return reinterpret_cast<const float*>(from);
+  }
+};
+
+struct Bfloat16 : Registers {
+  static constexpr int kBytes = 2;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+    const uint64_t at = byte_times_32(word, step);
+    const auto* table = reinterpret_cast<const uint8_t*>(kWiden16.of) + at;
+    // Each lane of 16 bytes reads all 8 values and writes 4 columns, straight into the upper halves of floats.
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    w[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(values, _mm256_load_si256(reinterpret_cast<const __m256i*>(table))));
+    from += kBytes * _mm_popcnt_u64(at);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
+    for (int64_t i = 0; i < count; i += 8) {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), _mm256_slli_epi32(wide, 16));
+    }
+    return w;
+  }
+};
+
+struct Half : Registers {
+  static constexpr int kBytes = 2;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+    const uint64_t at = byte_times_32(word, step);
+    const auto* table = reinterpret_cast<const uint8_t*>(kExpand16.of) + at / 2;
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    w[0] = _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128(reinterpret_cast<const __m128i*>(table))));
+    from += kBytes * _mm_popcnt_u64(at);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
+    for (int64_t i = 0; i < count; i += 8) {
+      _mm256_storeu_ps(w + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
+    }
+    return w;
+  }
+};
+
+template <class D>
+Plan plan(int64_t batch) {
+  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, false};
+  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, false};
+  // 5 to 8 rows take two passes over a pair of weight rows, the second from cache: 8 rows at once would need more of x
+  // than the first cache holds.
+  if (batch <= 8) return {dot<D, 2, 4, 1>, 4, D::kLanes, false};
+  return {axpy<D>, 16, 1, false};
+}
+
+}  // namespace
+
+Plan plan_avx2(Value value, int64_t batch) {
+  if (value == Value::kFloat) return plan<Float>(batch);
+  return value == Value::kBfloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
+}
+
+}  // namespace losa::sparse_linear
+
+#else  // a target without AVX2 never selects these
+
+namespace losa::sparse_linear {
+
+Plan plan_avx2(Value value, int64_t batch) {
+  return plan_scalar(value, batch);
+}
+
+}  // namespace losa::sparse_linear
+
+#endif

@@ -1,0 +1,123 @@
+// AVX-512 kernels of sparse_linear.cpp: expand instructions move values to their columns, 16 or 32 at a time.
+#include "cpu/sparse_linear.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+
+#include "cpu/sparse_linear_loops.h"
+
+namespace losa::sparse_linear {
+namespace {
+
+struct Registers {
+  using Vector = __m512;
+  static constexpr int kLanes = 16;
+
+  static LOSA_INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
+  static LOSA_INLINE void store(float* to, Vector values) { _mm512_storeu_ps(to, values); }
+  static LOSA_INLINE Vector splat(float value) { return _mm512_set1_ps(value); }
+  static LOSA_INLINE Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+  static LOSA_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static LOSA_INLINE float total(Vector values) { return _mm512_reduce_add_ps(values); }
+
+  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t bytes, uint16_t* at) {
+    const uint16_t* const begin = at;
+    const __m512i counting = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
+                                              12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i offsets = _mm512_slli_epi16(counting, 6);
+    for (int64_t i = 0; i < bytes; i += 4) {
+      const auto mask = static_cast<uint32_t>(words[i / 8] >> (i % 8 * 8));
+      const __m512i here = _mm512_add_epi16(offsets, _mm512_set1_epi16(static_cast<int16_t>(512 * i)));
+      _mm512_storeu_si512(at, _mm512_maskz_compress_epi16(mask, here));
+      at += _mm_popcnt_u32(mask);
+    }
+    return at - begin;
+  }
+};
+
+struct Float : Registers {
+  static constexpr int kBytes = 4, kStep = 16, kVectors = 1;
+  static constexpr bool kEvenOdd = false;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+    const auto mask = static_cast<__mmask16>(word >> (16 * step));
+    w[0] = _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from));
+    from += kBytes * _mm_popcnt_u32(mask);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t, float*) {
+    return reinterpret_cast<const float*>(from);
+  }
+};
+
+struct Bfloat16 : Registers {
+  static constexpr int kBytes = 2, kStep = 32, kVectors = 2;
+  static constexpr bool kEvenOdd = true;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[2]) {
+    const auto mask = static_cast<uint32_t>(word >> (32 * step));
+    const __m512i values = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
+    // Even columns are lower halves of 32 bits, odd ones upper halves: no shuffle is needed to make floats of either.
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(values, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    from += kBytes * _mm_popcnt_u32(mask);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
+      _mm512_storeu_si512(w + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+    }
+    return w;
+  }
+};
+
+struct Half : Registers {
+  static constexpr int kBytes = 2, kStep = 32, kVectors = 2;
+  static constexpr bool kEvenOdd = false;
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[2]) {
+    const auto mask = static_cast<uint32_t>(word >> (32 * step));
+    const __m512i values = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(values));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(values, 1));
+    from += kBytes * _mm_popcnt_u32(mask);
+  }
+
+  static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
+      _mm512_storeu_ps(w + i, _mm512_cvtph_ps(narrow));
+    }
+    return w;
+  }
+};
+
+template <class D>
+Plan plan(int64_t batch) {
+  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, D::kEvenOdd};
+  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, D::kEvenOdd};
+  if (batch <= 4) return {dot<D, 2, 4, 1>, 4, D::kLanes, D::kEvenOdd};
+  if (batch <= 8) return {dot<D, 2, 8, 1>, 8, D::kLanes, D::kEvenOdd};
+  return {axpy<D>, 16, 1, false};
+}
+
+}  // namespace
+
+Plan plan_avx512(Value value, int64_t batch) {
+  if (value == Value::kFloat) return plan<Float>(batch);
+  return value == Value::kBfloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
+}
+
+}  // namespace losa::sparse_linear
+
+#else  // a target without AVX-512 never selects these
+
+namespace losa::sparse_linear {
+
+Plan plan_avx512(Value value, int64_t batch) {
+  return plan_avx2(value, batch);
+}
+
+}  // namespace losa::sparse_linear
+
+#endif

@@ -1,0 +1,104 @@
+"""Few rows of x: csrc/cpu/sparse_linear.cpp, which reads the packed weight once. More: unpack panels, then multiply.
+
+Weights and x in fp32, bf16 or fp16, in any combination; products and sums are fp32. Other dtypes, and the 2:4 format
+of GPUs, take the reference.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from losa_kernels import native
+from losa_kernels.masked_lora.cpu import product_dtype
+from losa_kernels.packing import Packed, PackedBitmask, PackedNM, cpu
+from losa_kernels.sparse_linear import reference
+
+# Rows of x up to which the decode kernels are taken; at most the kernels' own limit of 16.
+DECODE_ROWS = 16
+PANEL = 1 << 19  # weights unpacked at a time: 2 MB in fp32, to stay in cache until they are multiplied
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_local = threading.local()
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if not supported(x, packed, bias):
+        return reference.sparse_linear(x, packed, bias)
+    offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
+    in_features = packed.shape[1]
+    few = x.numel() <= DECODE_ROWS * in_features and in_features > 0
+    run = torch.ops.losa.sparse_linear.default if few else _many_rows()
+    return run(x, packed.values, packed.bitmask, offsets, bias)
+
+
+def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
+    return (
+        isinstance(packed, PackedBitmask | PackedNM)
+        and x.dtype in _FLOATS
+        and packed.values.dtype in _FLOATS
+        and (bias is None or (bias.dtype in _FLOATS and bias.is_contiguous()))
+    )
+
+
+def many_rows(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The same by torch's products, a panel of output features at a time.
+
+    The product runs in x's dtype, or in fp32 on a CPU that would emulate it. The panels' memory is one for all layers.
+    """
+    out_features, in_features = bitmask.shape[0], x.shape[-1]
+    wide = product_dtype(x.dtype)
+    rows = x.reshape(-1, in_features).to(wide)
+    y = x.new_empty(rows.shape[0], out_features)
+    per_row = values.numel() // max(1, out_features)
+    step = max(64, PANEL // max(1, in_features))
+    for start in range(0, out_features, step):
+        part = slice(start, min(start + step, out_features))
+        shape = (part.stop - start, in_features)
+        offsets = None if row_offsets is None else row_offsets[part]
+        stored = values if row_offsets is not None else values.reshape(-1)[per_row * start : per_row * part.stop]
+        panel = cpu.unpack_bitmask(stored, bitmask[part], offsets, shape, out=_scratch(0, shape, values.dtype))
+        if values.dtype != wide:
+            panel = _scratch(1, shape, wide).copy_(panel)
+        if bias is None:
+            product = rows @ panel.T
+        else:
+            product = torch.addmm(bias[part].to(wide), rows, panel.T)
+        y[:, part] = product
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _scratch(which: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of this thread that the next call may overwrite."""
+    key, count = (which, dtype), shape[0] * shape[1]
+    buffers = _local.__dict__
+    if key not in buffers or buffers[key].numel() < count:
+        buffers[key] = torch.empty(max(count, PANEL), dtype=dtype)
+    return buffers[key][:count].view(shape)
+
+
+if native.missing("cpu") is None:
+
+    @torch.library.register_fake("losa::sparse_linear")
+    def _(x, values, bitmask, row_offsets, bias):
+        return x.new_empty(*x.shape[:-1], bitmask.shape[0])
+
+    # An operator for torch.compile only: panels and their memory are nothing to trace.
+    _many_rows_op = torch.library.custom_op(
+        "losa::sparse_linear_many_rows",
+        many_rows,
+        mutates_args=(),
+        schema="(Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? bias) -> Tensor",
+    )
+
+    @_many_rows_op.register_fake
+    def _(x, values, bitmask, row_offsets, bias):
+        return x.new_empty(*x.shape[:-1], bitmask.shape[0])
+
+
+def _many_rows():
+    return _many_rows_op if torch.compiler.is_compiling() else many_rows
