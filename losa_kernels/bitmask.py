@@ -5,8 +5,6 @@ Padding bits are zero.
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from . import native
@@ -24,7 +22,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if torch.compiler.is_compiling():
-        return pack_native(mask) if _native_in_graph(mask.device) else pack_reference(mask)
+        return pack_native(mask) if native.in_graph(mask.device) else pack_reference(mask)
     return implementation("pack_mask", mask)(mask)
 
 
@@ -44,15 +42,9 @@ def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     if packed.shape[1] != width:
         raise ValueError(f"in_features: {in_features} columns need {width} bytes per row, packed has {packed.shape[1]}")
     if torch.compiler.is_compiling():
-        run = unpack_native if _native_in_graph(packed.device) else unpack_reference
+        run = unpack_native if native.in_graph(packed.device) else unpack_reference
         return run(packed, in_features)
     return implementation("unpack_mask", packed)(packed, in_features)
-
-
-def _native_in_graph(device: torch.device) -> bool:
-    """The choice that dispatch would make, in terms that torch.compile can trace (imports and logging are not)."""
-    wanted = os.environ.get("LOSA_BACKEND", "auto") != "reference"
-    return wanted and device.type in native.LIBRARIES and native.missing(device.type) is None
 
 
 def packed_width(in_features: int) -> int:

@@ -8,6 +8,7 @@ those schemas, so it is loaded second, and only into a torch that was built with
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ for _backend in LIBRARIES:
 def missing(backend: str) -> str | None:
     """Why the native ``backend`` ("cpu" or "cuda") is not loaded in this process; None when it is."""
     return _missing[backend]
+
+
+def in_graph(device: torch.device) -> bool:
+    """What dispatch would choose for an op with native code, in terms that torch.compile can trace (its imports and
+    logging are not)."""
+    return (
+        os.environ.get("LOSA_BACKEND", "auto") != "reference" and device.type in LIBRARIES and not _missing[device.type]
+    )
 
 
 def build_info() -> dict | None:

@@ -14,10 +14,22 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from losa_kernels import pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
+from losa_kernels import native, pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
+from losa_kernels.packing import cpu, reference
 from losa_kernels.packing.reference import as_bits, metadata_order
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+WIDTHS = [0, 1, 8, 13, 32, 40, 63, 64, 72, 200]
+needs_native = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Caps the instruction set, so that the code for lesser ones is tested too."""
+    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
+    info = native.build_info()
+    if info is None or info["cpu_isa_selected"] != request.param:
+        pytest.skip(f"this build or CPU does not run {request.param}")
 
 
 def hostile(rows, columns, dtype, seed=0):
@@ -158,6 +170,99 @@ def test_one_byte_weights(dtype):
     weight, kept = torch.randn(8, 24).to(dtype), nm_mask(8, 24, 2, 8)
     for packed in (pack_bitmask(weight, pack_mask(kept)), pack_nm(weight, pack_mask(kept), 2, 8)):
         assert packed.dtype == dtype and torch.equal(as_bits(packed.unpack()), expected_bits(weight, kept))
+
+
+@pytest.mark.parametrize("density", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+def test_native_bitmask_is_the_references(isa, dtype, density, poisoned_native_memory):
+    for columns in WIDTHS:
+        weight, kept = hostile(11, columns, torch.float32).to(dtype), torch.rand(11, columns) < density
+        kept[4] = False
+        for stored in (weight, weight.T.contiguous().T, torch.cat([weight, weight], 1)[:, :columns]):
+            mask = pack_mask(kept)
+            wide = torch.cat([mask, mask], 1)[:, : mask.shape[1]]
+            values, offsets = cpu.pack_bitmask(stored, wide)
+            expected, expected_offsets = reference.pack_bitmask(weight, mask)
+            assert torch.equal(as_bits(values), as_bits(expected)) and values.dtype == dtype
+            assert torch.equal(offsets, expected_offsets)
+            dense = cpu.unpack_bitmask(values, wide, offsets, weight.shape)
+            assert torch.equal(as_bits(dense), expected_bits(weight, kept))
+
+
+@pytest.mark.parametrize("pattern", [(1, 2), (1, 4), (2, 4), (2, 8), (4, 8), (8, 8), (1, 1), (5, 16), (2, 3), (3, 12)])
+def test_native_nm_is_the_references(isa, pattern, poisoned_native_memory):
+    """Groups that end within bytes, and rows whose groups are all full, partly short or empty."""
+    keep_n, m = pattern
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for groups in (0, 1, 2, 7, 24):
+            weight, kept = hostile(9, groups * m, dtype), nm_mask(9, groups * m, keep_n, m)
+            kept[3:6] &= torch.rand(3, groups * m) < 0.5
+            kept[6] = False
+            mask = pack_mask(kept)
+            values, stored = cpu.pack_nm(weight, mask, keep_n, m)
+            expected, expected_stored = reference.pack_nm(weight, mask, keep_n, m)
+            assert torch.equal(as_bits(values), as_bits(expected)) and values.shape == expected.shape
+            assert torch.equal(stored, expected_stored)
+            most = cpu.largest_group(mask, groups * m, m)
+            assert most == reference.largest_group(mask, groups * m, m) == (keep_n if groups else 0)
+            dense = cpu.unpack_bitmask(values, stored, None, weight.shape)
+            assert torch.equal(as_bits(dense), expected_bits(weight, kept))
+
+
+@needs_native
+def test_unpacking_some_rows_into_given_memory():
+    weight, kept = hostile(20, 72, torch.bfloat16), torch.rand(20, 72) < 0.4
+    packed, part = pack_bitmask(weight, pack_mask(kept)), slice(7, 15)
+    out = torch.full((8, 72), 3.0).bfloat16()
+    dense = cpu.unpack_bitmask(packed.values, packed.bitmask[part], packed.row_offsets[part], (8, 72), out=out)
+    assert dense is out and torch.equal(as_bits(out), expected_bits(weight, kept)[part])
+
+
+@needs_native
+def test_more_rows_than_one_task():
+    weight, kept = hostile(300, 600, torch.float16), torch.rand(300, 600) < 0.5
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        packed = pack_bitmask(weight, pack_mask(kept))
+        assert torch.equal(as_bits(packed.unpack()), expected_bits(weight, kept))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_damaged_offsets_stay_in_the_buffer(isa):
+    """Wrong numbers may come out, but nothing beyond the values is read."""
+    weight, mask = torch.ones(4, 64), pack_mask(torch.ones(4, 64, dtype=torch.bool))
+    values, _ = cpu.pack_bitmask(weight, mask)
+    offsets = torch.tensor([-5, 250, 1 << 40, -(1 << 40)])
+    dense = cpu.unpack_bitmask(values, mask, offsets, (4, 64))
+    assert torch.equal(dense.sum(1), torch.tensor([64.0, 6.0, 0.0, 64.0]))
+
+
+@needs_native
+def test_operators_check_what_python_did_not():
+    weight, mask = torch.ones(2, 16), torch.full((2, 2), 255, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="mask: expected at most 2 kept of every 4"):
+        cpu.pack_nm(weight, mask, 2, 4)
+    with pytest.raises(RuntimeError, match="mask: expected a uint8 tensor"):
+        cpu.pack_bitmask(weight, mask[:, :1])
+    with pytest.raises(RuntimeError, match="values: expected rows of equal length"):
+        cpu.unpack_bitmask(torch.ones(31), mask, None, (2, 16))
+    with pytest.raises(RuntimeError, match="row_offsets: expected int64"):
+        cpu.unpack_bitmask(torch.ones(32), mask, torch.zeros(2), (2, 16))
+
+
+@needs_native
+def test_opcheck():
+    weight, mask = torch.randn(5, 24), pack_mask(nm_mask(5, 24, 2, 4))
+    values, offsets = cpu.pack_bitmask(weight, mask)
+    ops = torch.ops.losa
+    torch.library.opcheck(ops.pack_bitmask.default, (weight, mask))
+    torch.library.opcheck(ops.pack_nm.default, (weight, mask, 2, 4))
+    torch.library.opcheck(ops.largest_group.default, (mask, 24, 4))
+    torch.library.opcheck(ops.unpack_bitmask.default, (torch.zeros(5, 24), values, mask, offsets))
+    torch.library.opcheck(ops.unpack_bitmask.default, (torch.zeros(5, 24), values.reshape(5, -1), mask, None))
 
 
 def test_packed_tensors_are_detached_copies_of_any_layout():

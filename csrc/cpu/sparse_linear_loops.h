@@ -24,15 +24,20 @@
 namespace losa::sparse_linear {
 namespace {
 
-LOSA_INLINE uint64_t load_word(const uint8_t* mask, int64_t left) {
+// Apart, so that a full word never goes through memory.
+__attribute__((noinline)) uint64_t load_last_word(const uint8_t* mask, int64_t left) {
   uint64_t word = 0;
-  if (left >= kBlock) {
-    std::memcpy(&word, mask, 8);
-    return word;
-  }
-  if (left <= 0) return 0;
+  if (left <= 0) return word;
   std::memcpy(&word, mask, static_cast<size_t>((left + 7) / 8));
   return word & (~0ull >> (kBlock - left));
+}
+
+// Mask bits of the next kBlock columns, of which `left` exist.
+LOSA_INLINE uint64_t load_word(const uint8_t* mask, int64_t left) {
+  if (left < kBlock) return load_last_word(mask, left);
+  uint64_t word;
+  std::memcpy(&word, mask, 8);
+  return word;
 }
 
 template <class D>
@@ -44,12 +49,14 @@ LOSA_INLINE const uint8_t* first_value(const Weight& weight, int64_t row) {
 }
 
 // `size` readable bytes that begin like those at `from`: near the end of the buffer, a copy.
-LOSA_INLINE const uint8_t* readable(const uint8_t* from, const uint8_t* end, uint8_t* copy, int64_t size) {
-  const int64_t left = end - from;
-  if (left >= size) return from;
+__attribute__((noinline)) const uint8_t* copy_rest(const uint8_t* from, int64_t left, uint8_t* copy, int64_t size) {
   std::memset(copy, 0, static_cast<size_t>(size));
   if (left > 0) std::memcpy(copy, from, static_cast<size_t>(left));
   return copy;
+}
+
+LOSA_INLINE const uint8_t* readable(const uint8_t* from, const uint8_t* end, uint8_t* copy, int64_t size) {
+  return end - from >= size ? from : copy_rest(from, end - from, copy, size);
 }
 
 // y = x W^T by expanding 8 to 32 columns of kRows rows of W at a time against kBatch contiguous rows of x: a decoded

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch
-from losa_kernels.bitmask import check_packed, pack_mask, unpack_mask
-from losa_kernels.packing import reference
+from losa_kernels import dispatch, native
+from losa_kernels.bitmask import check_packed
+from losa_kernels.packing import cpu, reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
 
@@ -164,4 +164,7 @@ def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:
 
 
 def _run(op: str, tensor: Tensor):
+    if torch.compiler.is_compiling():
+        native_op = tensor.device.type == "cpu" and native.in_graph(tensor.device)
+        return getattr(cpu if native_op and hasattr(cpu, op) else reference, op)
     return dispatch.implementation(op, tensor.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch
+from losa_kernels import dispatch, native
 from losa_kernels.packing import Packed
+from losa_kernels.sparse_linear import cpu, reference
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -40,4 +41,7 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
             raise RuntimeError(
                 f"{name}: requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
             )
+    if torch.compiler.is_compiling():
+        run = cpu.sparse_linear if x.device.type == "cpu" and native.in_graph(x.device) else reference.sparse_linear
+        return run(x, packed, bias)
     return dispatch.implementation("sparse_linear", x.device)(x, packed, bias)

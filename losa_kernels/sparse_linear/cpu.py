@@ -36,16 +36,14 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
     return (
-        isinstance(packed, PackedBitmask | PackedNM)
+        isinstance(packed, (PackedBitmask, PackedNM))
         and x.dtype in _FLOATS
         and packed.values.dtype in _FLOATS
         and (bias is None or (bias.dtype in _FLOATS and bias.is_contiguous()))
     )
 
 
-def many_rows(
-    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """The same by torch's products, a panel of output features at a time.
 
     The product runs in x's dtype, or in fp32 on a CPU that would emulate it. The panels' memory is one for all layers.
