@@ -119,19 +119,18 @@ def _lean(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
 
 
 def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds a token of ``generate``, less those of a run that makes one token."""
+    """Seconds a token of ``generate``, from its first new token to its last."""
+    times = []
 
-    def seconds(count: int) -> float:
+    def clock(ids, scores, **_):
         _wait(prompt.device)
-        start = time.perf_counter()
-        ids = prompt[None]
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
-        _wait(prompt.device)
-        return time.perf_counter() - start
+        times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    return (seconds(tokens) - seconds(1)) / (tokens - 1)
+    ids = prompt[None]
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "stopping_criteria": [clock]}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def _wait(device: torch.device) -> None:

@@ -294,7 +294,7 @@ def test_to_moves_every_tensor():
     for packed in (pack_bitmask(weight, mask), pack_nm(weight, mask, 2, 4), pack_24(weight, mask)):
         moved = packed.to("meta")
         assert moved.device.type == "meta" and moved.nbytes == packed.nbytes
-        assert all(t.is_meta for t in moved._tensors().values())
+        assert all(t.is_meta for t in moved.tensors().values())
 
 
 @pytest.mark.parametrize(
