@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmarks import __main__ as entry
-from benchmarks import bitmask, quality
+from benchmarks import _pruning_baselines as baselines
+from benchmarks import bitmask, cka, column_sweep, masked_lora, prune, quality, training_step
 
 
 def test_names_are_listed(monkeypatch, capsys):
@@ -48,3 +49,66 @@ def test_quality_table_and_tuning():
     for seed, value in enumerate((10.0, 14.0)):
         runs[quality.Job("losa", seed=seed).key] = {"perplexity": value, "perplexity_unmerged": None}
     assert "| wanda | 70% | losa | 12.0 (10.0..14.0) | 2 |" in quality.table(runs)
+
+
+@pytest.fixture
+def tiny_directory(tmp_path):
+    from tiny import tiny_llama, tiny_tokenizer
+
+    tiny_llama(layers=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rows_of(benchmark, tmp_path, *flags):
+    file = tmp_path / "rows.json"
+    assert benchmark.main(["--quick", "--device", "cpu", "--json", str(file), *flags]) == 0
+    return json.loads(file.read_text())["rows"]
+
+
+def test_masked_lora_rows(tmp_path):
+    rows = rows_of(masked_lora, tmp_path, "--shape", "48x32x16", "--rank", "4", "--repetitions", "1")
+    assert {r["op"] for r in rows} == {"forward", "forward+backward"}
+    ours = next(r for r in rows if r["implementation"] == "losa")
+    assert ours["losa_speedup"] == 1 and {r["implementation"] for r in rows} >= {"eager_losa", "three_products"}
+
+
+def test_a_wrong_masked_lora_is_not_timed(monkeypatch):
+    monkeypatch.setattr(masked_lora, "losa", lambda p: 1.001 * (p.x @ p.weight.T))
+    with pytest.raises(SystemExit, match="wrong kernel"):
+        masked_lora.main(["--quick", "--device", "cpu", "--shape", "48x32x16"])
+
+
+def test_cka_rows(tmp_path):
+    rows = rows_of(cka, tmp_path, "--layers", "3", "--samples", "4", "--features", "500")
+    assert {r["op"] for r in rows} == {"all_pairs", "grams"}
+    assert next(r["cka_error"] for r in rows if r["implementation"] == "losa") < 1e-6
+
+
+def test_column_sweep_rows(tmp_path):
+    rows = rows_of(column_sweep, tmp_path, "--shape", "24x64", "--repetitions", "1")
+    assert {r["op"] for r in rows} >= {"sparsegpt, whole", "sparsegpt, selection and columns", "wanda mask"}
+    assert all(r["agreement"] > 0.99 for r in rows if r.get("agreement") is not None)
+
+
+def test_official_baselines_prune_what_they_should():
+    weight, hessian = column_sweep.problem(16, 64, "cpu")
+    for sparsity, keep_n, m in ((0.5, None, None), (None, 2, 4)):
+        swept = baselines.official_sweep(weight, baselines.official_factor(hessian), sparsity, keep_n, m)
+        assert abs(float((swept == 0).float().mean()) - 0.5) < 0.01
+        kept = baselines.official_wanda(weight, hessian.diagonal().sqrt(), sparsity, keep_n, m)
+        assert float(kept.float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_prune_rows(tmp_path, tiny_directory, pruner):
+    flags = ["--model", str(tiny_directory), "--samples", "4", "--length", "8", "--pruner", pruner]
+    rows = rows_of(prune, tmp_path, *flags)
+    assert {r["implementation"] for r in rows} == {"losa", "official manner"}
+    assert {"whole", "forward", "engine: prune", "rates"} <= {r["stage"] for r in rows}
+
+
+def test_training_step_rows(tmp_path, tiny_directory):
+    rows = rows_of(training_step, tmp_path, "--model", str(tiny_directory), "--length", "8", "--repetitions", "1")
+    assert {r["implementation"] for r in rows} >= {"losa", "plain", "eager_losa", "eager_losa_checkpointed"}
+    assert all(r["tokens_per_s"] > 0 for r in rows)
