@@ -55,9 +55,8 @@ def missing(backend: str) -> str | None:
 def in_graph(device: torch.device) -> bool:
     """What dispatch would choose for an op with native code, in terms that torch.compile can trace (its imports and
     logging are not)."""
-    return (
-        os.environ.get("LOSA_BACKEND", "auto") != "reference" and device.type in LIBRARIES and not _missing[device.type]
-    )
+    wanted = os.environ.get("LOSA_BACKEND", "auto") != "reference"
+    return wanted and device.type in LIBRARIES and _missing[device.type] is None
 
 
 def build_info() -> dict | None:

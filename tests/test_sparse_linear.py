@@ -98,7 +98,7 @@ def test_the_product_runs_in_the_inputs_dtype():
 @pytest.mark.parametrize("density", [0, 0.2, 0.3, 0.4, 0.5, 1])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_each_instruction_set(isa, dtype, density, poisoned_native_memory):
-    """Rows of x for every kernel, widths around what a register, a mask word and a chunk hold, odd output counts."""
+    """Batches for every kernel; widths around what a register, a mask word and a chunk hold; odd numbers of outputs."""
     for columns, rows in ((1, 3), (7, 1), (16, 5), (40, 7), (64, 33), (100, 6), (130, 19), (256, 4), (523, 18)):
         weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
         packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)

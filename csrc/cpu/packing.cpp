@@ -32,7 +32,7 @@ void unpack_row_scalar(const void* values, int64_t readable, const uint8_t* mask
   const auto* from = static_cast<const Element*>(values);
   const auto* const end = from + readable;
   auto* to = static_cast<Element*>(row);
-  std::memset(to, 0, static_cast<size_t>(columns) * sizeof(Element));
+  std::fill_n(to, columns, Element{0});
   for (; columns > 0; columns -= 8, to += 8, ++mask) {
     for (unsigned bits = *mask & column_bits(columns); bits != 0 && from < end; bits &= bits - 1) {
       to[std::countr_zero(bits)] = *from++;

@@ -27,7 +27,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Dense (out, in). The mask alone says where values go; native code takes rows in parallel, by offsets."""
+    """Dense (out, in). The mask alone says where values go; what takes rows in parallel needs their offsets too."""
     dense = torch.zeros(shape, dtype=INTEGERS[values.element_size()], device=values.device)
     dense[unpack_mask(mask, shape[1])] = as_bits(values).reshape(-1)
     return dense.view(values.dtype)

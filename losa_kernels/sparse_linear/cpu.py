@@ -62,8 +62,7 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
         panel = cpu.unpack_bitmask(stored, bitmask[part], offsets, shape, out=_scratch(0, shape, values.dtype))
         if values.dtype != wide:
             panel = _scratch(1, shape, wide).copy_(panel)
-        product = rows @ panel.T if bias is None else torch.addmm(bias[part].to(wide), rows, panel.T)
-        y[:, part] = product
+        y[:, part] = rows @ panel.T if bias is None else torch.addmm(bias[part].to(wide), rows, panel.T)
     return y.view(*x.shape[:-1], out_features)
 
 
