@@ -28,20 +28,22 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     if not isinstance(packed, Packed):
         raise ValueError(f"packed: expected a packed weight, got {type(packed).__name__}")
     out_features, in_features = packed.shape
+    device = x.device
     if x.dim() < 1 or x.shape[-1] != in_features or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (..., {in_features}), got {x.dtype} {tuple(x.shape)}")
-    if x.device != packed.device:
-        raise ValueError(f"x: expected on {packed.device} as packed, got {x.device}")
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias: expected ({out_features},), got {tuple(bias.shape)}")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias: expected on {x.device} as x, got {bias.device}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"{name}: requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
-            )
+    if device != packed.values.device:
+        raise ValueError(f"x: expected on {packed.device} as packed, got {device}")
+    if bias is not None:
+        if tuple(bias.shape) != (out_features,):
+            raise ValueError(f"bias: expected ({out_features},), got {tuple(bias.shape)}")
+        if bias.device != device:
+            raise ValueError(f"bias: expected on {device} as x, got {bias.device}")
+    if torch.is_grad_enabled():
+        for name, tensor in (("x", x), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                reason = "requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
+                raise RuntimeError(f"{name}: {reason}")
     if torch.compiler.is_compiling():
-        run = cpu.sparse_linear if x.device.type == "cpu" and native.in_graph(x.device) else reference.sparse_linear
+        run = cpu.sparse_linear if device.type == "cpu" and native.in_graph(device) else reference.sparse_linear
         return run(x, packed, bias)
-    return dispatch.implementation("sparse_linear", x.device)(x, packed, bias)
+    return dispatch.implementation("sparse_linear", device)(x, packed, bias)

@@ -1,0 +1,62 @@
+"""Masks, shapes and rotating copies shared by the benchmarks of packed weights."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks._timing import SHAPES
+from losa_kernels import pack_bitmask, pack_mask, pack_nm
+
+PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "4:8", "2:8")
+BEYOND_CACHE = 96 << 20  # bytes that a candidate goes through before it meets the same weight again
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", metavar="OUTxIN,...", help="instead of SmolLM2's and LLaMA-2-7B's")
+    parser.add_argument("--patterns", metavar="P,...", help=f"of {', '.join(PATTERNS)}; N:M keeps N of M")
+
+
+def shapes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
+    if args.shapes:
+        return [tuple(int(side) for side in shape.split("x")) for shape in args.shapes.split(",")]
+    return SHAPES["smollm2"][:1] + SHAPES["llama2-7b"][:1] if args.quick else sum(SHAPES.values(), [])
+
+
+def patterns_of(args: argparse.Namespace) -> list[str]:
+    if args.patterns:
+        return args.patterns.split(",")
+    return ["50%", "2:4"] if args.quick else list(PATTERNS)
+
+
+def kept_mask(shape: tuple[int, int], pattern: str, device: str) -> Tensor:
+    """Random bool mask, 1 = kept: "70%" has 70 % zeros, "2:8" keeps 2 of every 8."""
+    scores = torch.rand(shape, device=device)
+    if pattern.endswith("%"):
+        return scores >= float(pattern[:-1]) / 100
+    keep_n, m = (int(part) for part in pattern.split(":"))
+    groups = scores.reshape(-1, m)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(keep_n, 1).indices, True).reshape(shape)
+
+
+def pack(weight: Tensor, kept: Tensor, pattern: str):
+    if pattern.endswith("%"):
+        return pack_bitmask(weight, pack_mask(kept))
+    return pack_nm(weight, pack_mask(kept), *(int(part) for part in pattern.split(":")))
+
+
+def copies(thing, most: int) -> list:
+    """The tensor or packed weight and clones of it, BEYOND_CACHE bytes in all but no more than ``most``."""
+    count = min(most, max(2, -(-BEYOND_CACHE // max(1, thing.nbytes))))
+    return [thing, *(clone(thing) for _ in range(count - 1))]
+
+
+def clone(thing):
+    if isinstance(thing, Tensor):
+        return thing.clone()
+    return replace(
+        thing, **{f.name: v.clone() for f in fields(thing) if isinstance(v := getattr(thing, f.name), Tensor)}
+    )

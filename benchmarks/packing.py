@@ -1,0 +1,63 @@
+"""Packing and unpacking weights: native and reference, torch's own masked operations, and the copy bandwidth."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks._sparse import add_options, copies, kept_mask, pack, patterns_of, shapes_of
+from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from losa_kernels import dispatch, pack_mask
+from losa_kernels.packing import reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: list[str]) -> int:
+    options = parser("packing", __doc__)
+    add_options(options)
+    args = options.parse_args(argv)
+    limit = copy_bandwidth(args.device, 64 if args.quick else 256)
+    results = [
+        row
+        for shape in shapes_of(args)
+        for pattern in patterns_of(args)
+        for dtype in (["bf16"] if args.quick else DTYPES)
+        for row in measure(shape, pattern, dtype, limit, args)
+    ]
+    report("packing", results, args.json, args.device)
+    return 0
+
+
+def measure(shape: tuple[int, int], pattern: str, dtype: str, limit: float, args) -> list[dict]:
+    repetitions = 5 if args.quick else 15
+    weight = torch.randn(shape, device=args.device).to(DTYPES[dtype])
+    kept = kept_mask(shape, pattern, args.device)
+    packed, mask, dense = pack(weight, kept, pattern), pack_mask(kept), weight.masked_fill(~kept, 0)
+    if not torch.equal(packed.unpack(), dense):
+        raise SystemExit("packing: round trip failed; not timing a wrong kernel")
+    weights, packs = copies(weight, repetitions + 1), copies(packed, repetitions + 1)
+    offsets = getattr(packed, "row_offsets", None)
+    name, pattern_args = ("pack_bitmask", ()) if offsets is not None else ("pack_nm", (packed.keep_n, packed.m))
+    pack_here = dispatch.implementation(name, args.device)
+    pack_reference = getattr(reference, name)
+    candidates = {
+        "pack": {
+            "reference": lambda i: pack_reference(weights[i % len(weights)], mask, *pattern_args),
+            "torch.masked_select": lambda i: torch.masked_select(weights[i % len(weights)], kept),
+            "dispatched": lambda i: pack_here(weights[i % len(weights)], mask, *pattern_args),
+        },
+        "unpack": {
+            "reference": lambda i: reference.unpack_bitmask(packs[i % len(packs)].values, mask, None, shape),
+            "torch.masked_scatter": lambda i: torch.zeros_like(weight).masked_scatter_(
+                kept, packs[i % len(packs)].values
+            ),
+            "dispatched": lambda i: packs[i % len(packs)].unpack(),
+        },
+    }
+    found = []
+    for direction, runs in candidates.items():
+        times = interleaved(runs, repetitions, args.device)
+        found += rows(times, "reference", op=direction, shape=f"{shape[0]}x{shape[1]}", pattern=pattern, dtype=dtype)
+    for row in found:
+        row["fraction_of_copy_bandwidth"] = (weight.nbytes + packed.nbytes) / (row["median_ms"] / 1e3) / limit
+    return found

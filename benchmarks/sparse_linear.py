@@ -1,0 +1,137 @@
+"""Decoding with packed weights: y = x W^T for few rows of x, against dense fp32 and bf16, MKL's CSR and scipy's."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks._sparse import add_options, copies, kept_mask, pack, patterns_of, shapes_of
+from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from losa_kernels import pack_bitmask, pack_mask, sparse_linear
+
+BATCHES = (1, 4, 16)
+BASELINES = ("dense fp32", "dense bf16", "MKL CSR")
+
+
+def main(argv: list[str]) -> int:
+    options = parser("sparse_linear", __doc__)
+    add_options(options)
+    options.add_argument("--batches", metavar="N,...", help="rows of x, instead of 1,4,16")
+    options.add_argument("--repetitions", type=int, metavar="N", help="instead of a number by shape")
+    args = options.parse_args(argv)
+    default = BATCHES[:2] if args.quick else BATCHES
+    batches = [int(n) for n in args.batches.split(",")] if args.batches else default
+    megabytes = 64 if args.quick else 256
+    limits = {"copy": copy_bandwidth(args.device, megabytes), "read": read_bandwidth(args.device, megabytes)}
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]parse CSR.*")
+        results = [
+            row
+            for shape in shapes_of(args)
+            for pattern in patterns_of(args)
+            for row in measure(shape, pattern, batches, limits, args)
+        ]
+    report("sparse_linear", results, args.json, args.device)
+    return 0
+
+
+def read_bandwidth(device: str, megabytes: int) -> float:
+    """Bytes per second of a sum over a large tensor: what a product with one row of x could reach."""
+    source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    return source.nbytes / statistics.median(interleaved({"read": lambda _: source.sum()}, 7, device)["read"])
+
+
+def measure(shape: tuple[int, int], pattern: str, batches, limits: dict[str, float], args) -> list[dict]:
+    small = shape[0] * shape[1] < 1 << 21
+    repetitions = args.repetitions or (5 if args.quick else 200 if small else 25)
+    kept = kept_mask(shape, pattern, args.device)
+    weight = torch.randn(shape, device=args.device).bfloat16().masked_fill_(~kept, 0)
+    weights = stored_weights(weight, kept, pattern, repetitions + 1)
+    found = []
+    for batch in batches:
+        x = torch.randn(batch, shape[1], device=args.device)
+        runs = {name: runner(name, held, x) for name, held in weights.items()}
+        check(runs, x, weight)
+        times = interleaved(runs, repetitions, args.device)
+        described = {"op": "sparse_linear", "shape": f"{shape[0]}x{shape[1]}", "pattern": pattern, "batch": batch}
+        part = rows(times, "dense fp32", **described)
+        medians = {row["implementation"]: row["median_ms"] for row in part}
+        for row in part:
+            held = weights[row["implementation"]][0]
+            for name in BASELINES:
+                if name in medians:
+                    row[f"speedup_over_{name}"] = medians[name] / row["median_ms"]
+            moved = stored_bytes(held) + 4 * batch * sum(shape)
+            for name, limit in limits.items():
+                row[f"fraction_of_{name}_bandwidth"] = moved / (row["median_ms"] / 1e3) / limit
+        found += part
+    return found
+
+
+def stored_weights(weight: Tensor, kept: Tensor, pattern: str, most: int) -> dict[str, list]:
+    """Every way to hold the same weight, each with copies that a run rotates through."""
+    wide = weight.float()
+    stored = {
+        "dense fp32": wide,
+        "dense bf16": weight,
+        "losa fp32": pack(wide, kept, pattern),
+        "losa bf16": pack(weight, kept, pattern),
+    }
+    if not pattern.endswith("%"):
+        stored["losa bf16, as bitmask"] = pack_bitmask(weight, pack_mask(kept))
+    weights = {name: copies(thing, most) for name, thing in stored.items()}
+    weights["losa bf16, x fp32"] = weights["losa bf16"]
+    if weight.device.type == "cpu":
+        csr = wide.to_sparse_csr()
+        values = copies(csr.values(), most)
+        triples = [(csr.crow_indices().int(), csr.col_indices().int(), part) for part in values]
+        weights["MKL CSR"] = [torch.sparse_csr_tensor(*triple, weight.shape) for triple in triples]
+        if importlib.util.find_spec("scipy"):
+            from scipy.sparse import csr_matrix
+
+            weights["scipy CSR"] = [
+                csr_matrix((part.numpy(), columns.numpy(), starts.numpy()), weight.shape)
+                for starts, columns, part in triples
+            ]
+    return weights
+
+
+def stored_bytes(held) -> int:
+    if isinstance(held, Tensor) and held.layout == torch.sparse_csr:
+        return held.crow_indices().nbytes + held.col_indices().nbytes + held.values().nbytes
+    if hasattr(held, "indptr"):
+        return held.indptr.nbytes + held.indices.nbytes + held.data.nbytes
+    return held.nbytes
+
+
+def runner(name: str, held: list, x: Tensor) -> Callable[[int], object]:
+    count = len(held)
+    if name == "scipy CSR":
+        columns = x.numpy().T.copy()
+        return lambda i: held[i % count] @ columns
+    if name == "MKL CSR":
+        # One row by the matrix-vector product: torch's matrix product of the same is more than twice as slow.
+        if x.shape[0] == 1:
+            return lambda i: torch.mv(held[i % count], x[0])
+        columns = x.T.contiguous()
+        return lambda i: held[i % count] @ columns
+    narrow = x.bfloat16() if name in ("dense bf16", "losa bf16", "losa bf16, as bitmask") else x
+    if name.startswith("dense"):
+        return lambda i: linear(narrow, held[i % count])
+    return lambda i: sparse_linear(narrow, held[i % count])
+
+
+def check(runs: dict[str, Callable], x: Tensor, weight: Tensor) -> None:
+    expected = linear(x.double(), weight.double())
+    for name, run in runs.items():
+        result = torch.as_tensor(run(0)).to(expected)
+        result = result if result.shape == expected.shape else result.reshape(expected.T.shape).T
+        allowed = (0.03 if "bf16" in name else 1e-4) * expected.abs().max()
+        if (result - expected).abs().max() > allowed:
+            raise SystemExit(f"sparse_linear: {name} is wrong by more than {allowed:.2g}; not timing a wrong kernel")
