@@ -25,6 +25,26 @@ inline CpuIsa detect_isa() {
 #endif
 }
 
+// AVX-512's products of bfloat16 pairs, which not every CPU of level avx512 has.
+inline bool has_bfloat16_products() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Expanding a register by a mask takes five cycles on AMD's CPUs (Zen 4), one or two on others.
+inline bool has_slow_expand() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // The best set this CPU has, or less if the environment variable LOSA_CPU_ISA = scalar | avx2 | avx512 asks for less.
 inline CpuIsa selected_isa() {
   static const CpuIsa best = detect_isa();

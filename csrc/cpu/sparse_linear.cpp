@@ -10,7 +10,7 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
+#include <cstdlib>
 #include <optional>
 #include <vector>
 
@@ -72,7 +72,7 @@ void kept_products(const Task& task, int64_t begin, int64_t end) {
            bits &= bits - 1) {
         const int bit = std::countr_zero(bits);
         const float w = V::widen(*from++);
-        const float* x = task.x + (column + bit) * kBatch;
+        const float* x = static_cast<const float*>(task.x) + (column + bit) * kBatch;
         for (int b = 0; b < kBatch; ++b) sums[bit][b] += w * x[b];
       }
     }
@@ -86,16 +86,20 @@ void kept_products(const Task& task, int64_t begin, int64_t end) {
 
 template <class V>
 Plan plan_kept_products(int64_t batch) {
-  if (batch <= 1) return {kept_products<V, 1>, 1, 1, false};
-  if (batch <= 4) return {kept_products<V, 4>, 4, 1, false};
-  return {kept_products<V, 16>, 16, 1, false};
+  if (batch <= 1) return {kept_products<V, 1>, 1, 1, Layout::kFloat};
+  if (batch <= 4) return {kept_products<V, 4>, 4, 1, Layout::kFloat};
+  return {kept_products<V, 16>, 16, 1, Layout::kFloat};
 }
 
-Plan plan_here(Value value, int64_t batch) {
+Plan plan_here(Value weight, Value x, int64_t batch) {
   const CpuIsa isa = selected_isa();
-  return isa == CpuIsa::kAvx512 ? plan_avx512(value, batch)
-      : isa == CpuIsa::kAvx2    ? plan_avx2(value, batch)
-                                : plan_scalar(value, batch);
+  if (isa == CpuIsa::kScalar) return plan_scalar(weight, batch);
+  static const bool expand_is_slow = has_slow_expand(), bfloat16_products = has_bfloat16_products();
+  // With so few rows, table and shuffle are faster than a slow expand; a level asked for by name is taken at its word.
+  const bool shuffle = expand_is_slow && batch <= 2 && std::getenv("LOSA_CPU_ISA") == nullptr;
+  if (isa == CpuIsa::kAvx2 || shuffle) return plan_avx2(weight, batch);
+  const bool pairs = bfloat16_products && batch > 2 && weight == Value::kBfloat16 && x == Value::kBfloat16;
+  return pairs ? plan_avx512_bfloat16(batch) : plan_avx512(weight, batch);
 }
 
 Value value_of(const Tensor& tensor, const char* name) {
@@ -122,8 +126,22 @@ struct Rows {
   int64_t batch, columns, row_stride, column_stride;
 };
 
-template <class V>
-void lay_out_as(const Rows& x, const Plan& plan, float* to) {
+struct Unchanged {
+  template <class V>
+  static auto from(typename V::Stored value) {
+    return value;
+  }
+};
+
+struct Widened {
+  template <class V>
+  static float from(typename V::Stored value) {
+    return V::widen(value);
+  }
+};
+
+template <class V, class How, class Element>
+void lay_out_as(const Rows& x, const Plan& plan, Element* to) {
   const auto* const data = static_cast<const typename V::Stored*>(x.data);
   const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock;
   for (int64_t first = 0; first < x.batch; first += plan.rows) {
@@ -131,11 +149,11 @@ void lay_out_as(const Rows& x, const Plan& plan, float* to) {
       const bool exists = first + b < x.batch;
       const auto* const row = data + (first + b) * x.row_stride;
       for (int64_t group = 0; group < padded; group += plan.lanes) {
-        float* const lanes = to + group * plan.rows + b * plan.lanes;
+        Element* const lanes = to + group * plan.rows + b * plan.lanes;
         for (int64_t lane = 0; lane < plan.lanes; ++lane) {
           int64_t column = group + lane;
-          if (plan.even_odd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
-          lanes[lane] = exists && column < x.columns ? V::widen(row[column * x.column_stride]) : 0.0f;
+          if (plan.layout == Layout::kEvenOdd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
+          lanes[lane] = exists && column < x.columns ? How::template from<V>(row[column * x.column_stride]) : Element{0};
         }
       }
     }
@@ -143,13 +161,17 @@ void lay_out_as(const Rows& x, const Plan& plan, float* to) {
   }
 }
 
-const float* lay_out(const Rows& x, const Plan& plan) {
-  const bool as_it_is = x.value == Value::kFloat && plan.rows == 1 && !plan.even_odd && x.column_stride == 1 &&
-      x.columns % kBlock == 0 && x.batch == 1;
-  if (as_it_is) return static_cast<const float*>(x.data);
+const void* lay_out(const Rows& x, const Plan& plan) {
+  const bool as_it_is = x.value == Value::kFloat && plan.rows == 1 && plan.layout == Layout::kFloat &&
+      x.column_stride == 1 && x.columns % kBlock == 0 && x.batch == 1;
+  if (as_it_is) return x.data;
   const int64_t passes = (x.batch + plan.rows - 1) / plan.rows;
   float* const to = scratch(0, passes * plan.rows * ((x.columns + kBlock - 1) / kBlock * kBlock));
-  with_value(x.value, [&](auto v) { lay_out_as<decltype(v)>(x, plan, to); });
+  if (plan.layout == Layout::kBfloat16) {
+    lay_out_as<Bfloat16Value, Unchanged>(x, plan, reinterpret_cast<uint16_t*>(to));
+  } else {
+    with_value(x.value, [&](auto v) { lay_out_as<decltype(v), Widened>(x, plan, to); });
+  }
   return to;
 }
 
@@ -233,7 +255,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
 
   const bool strided = dims == 2;
   const Tensor source = strided || x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const Plan plan = plan_here(weight_value, batch);
+  const Plan plan = plan_here(weight_value, x_value, batch);
   const Rows rows{source.const_data_ptr(), x_value,
                   batch, columns,
                   strided ? source.stride(0) : columns, strided ? source.stride(1) : 1};

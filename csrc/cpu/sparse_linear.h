@@ -23,9 +23,9 @@ struct Weight {
 
 struct Task {
   Weight weight;
-  const float* x;  // as the plan lays it out
-  int64_t batch;   // rows of x
-  float* y;        // (batch, out), rows y_stride apart
+  const void* x;  // as the plan lays it out
+  int64_t batch;  // rows of x
+  float* y;       // (batch, out), rows y_stride apart
   int64_t y_stride;
 };
 
@@ -34,17 +34,24 @@ struct Task {
 using Kernel = void (*)(const Task& task, int64_t begin, int64_t end);
 
 // A kernel and how it wants x: columns padded with zeros to a multiple of kBlock, rows of x in passes of `rows` (padded
-// with zeros too), stored as [pass][column / lanes][row][column % lanes]. even_odd: in every 32 columns the 16 even ones
-// come first.
+// with zeros too), stored as [pass][column / lanes][row][column % lanes].
+enum class Layout : int {
+  kFloat,      // as floats
+  kEvenOdd,    // floats; in every 32 columns the 16 even ones come first
+  kBfloat16,   // as the bfloat16 values that x has
+};
+
 struct Plan {
   Kernel kernel;
   int64_t rows;
   int64_t lanes;
-  bool even_odd;
+  Layout layout;
 };
 
 Plan plan_scalar(Value value, int64_t batch);
 Plan plan_avx2(Value value, int64_t batch);
 Plan plan_avx512(Value value, int64_t batch);
+// For bfloat16 weights and x: products of bfloat16 pairs, sums in fp32.
+Plan plan_avx512_bfloat16(int64_t batch);
 
 }  // namespace losa::sparse_linear

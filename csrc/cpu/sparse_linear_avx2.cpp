@@ -16,8 +16,9 @@ constexpr tables::Expand32 kExpand32 = tables::make_expand32();
 
 struct Registers {
   using Vector = __m256;
+  using Weights = Vector;
+  using Element = float;
   static constexpr int kLanes = 8, kStep = 8, kVectors = 1;
-  static constexpr bool kEvenOdd = false;
 
   static LOSA_INLINE Vector load(const float* from) { return _mm256_loadu_ps(from); }
   static LOSA_INLINE void store(float* to, Vector values) { _mm256_storeu_ps(to, values); }
@@ -109,12 +110,12 @@ struct Half : Registers {
 
 template <class D>
 Plan plan(int64_t batch) {
-  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, false};
-  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, false};
+  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, Layout::kFloat};
+  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, Layout::kFloat};
   // 5 to 8 rows take two passes over a pair of weight rows, the second from cache: 8 rows at once would need more of x
   // than the first cache holds.
-  if (batch <= 8) return {dot<D, 2, 4, 1>, 4, D::kLanes, false};
-  return {axpy<D>, 16, 1, false};
+  if (batch <= 8) return {dot<D, 2, 4, 1>, 4, D::kLanes, Layout::kFloat};
+  return {axpy<D>, 16, 1, Layout::kFloat};
 }
 
 }  // namespace

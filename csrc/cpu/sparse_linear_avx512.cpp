@@ -10,6 +10,8 @@ namespace {
 
 struct Registers {
   using Vector = __m512;
+  using Weights = Vector;
+  using Element = float;
   static constexpr int kLanes = 16;
 
   static LOSA_INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
@@ -36,7 +38,7 @@ struct Registers {
 
 struct Float : Registers {
   static constexpr int kBytes = 4, kStep = 16, kVectors = 1;
-  static constexpr bool kEvenOdd = false;
+  static constexpr Layout kLayout = Layout::kFloat;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
     const auto mask = static_cast<__mmask16>(word >> (16 * step));
@@ -51,7 +53,7 @@ struct Float : Registers {
 
 struct Bfloat16 : Registers {
   static constexpr int kBytes = 2, kStep = 32, kVectors = 2;
-  static constexpr bool kEvenOdd = true;
+  static constexpr Layout kLayout = Layout::kEvenOdd;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[2]) {
     const auto mask = static_cast<uint32_t>(word >> (32 * step));
@@ -73,7 +75,7 @@ struct Bfloat16 : Registers {
 
 struct Half : Registers {
   static constexpr int kBytes = 2, kStep = 32, kVectors = 2;
-  static constexpr bool kEvenOdd = false;
+  static constexpr Layout kLayout = Layout::kFloat;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[2]) {
     const auto mask = static_cast<uint32_t>(word >> (32 * step));
@@ -94,11 +96,11 @@ struct Half : Registers {
 
 template <class D>
 Plan plan(int64_t batch) {
-  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, D::kEvenOdd};
-  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, D::kEvenOdd};
-  if (batch <= 4) return {dot<D, 2, 4, 1>, 4, D::kLanes, D::kEvenOdd};
-  if (batch <= 8) return {dot<D, 2, 8, 1>, 8, D::kLanes, D::kEvenOdd};
-  return {axpy<D>, 16, 1, false};
+  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, D::kLayout};
+  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, D::kLayout};
+  if (batch <= 4) return {dot<D, 2, 4, 1>, 4, D::kLanes, D::kLayout};
+  if (batch <= 8) return {dot<D, 2, 8, 1>, 8, D::kLanes, D::kLayout};
+  return {axpy<D>, 16, 1, Layout::kFloat};
 }
 
 }  // namespace

@@ -2,15 +2,16 @@
 // what is compiled here for one instruction set must not be linked into code for another.
 //
 // A decoder D supplies, for one value type on one instruction set:
-//   Vector, kLanes        floats in a register
+//   Vector                a register of sums
+//   Element, kLanes       how x is stored, and how many columns of it a register holds
 //   kBytes                size of a value
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives
-//   kEvenOdd              expand() gives even columns first
 //   expand(word, step, from, w)   the weights of columns step * kStep.. of a mask word, zeros where pruned; `from`
 //                         moves past the values taken, of which it may read as many as a block of kBlock has columns
 //   columns(words, bytes, at)     byte offsets in x (64 bytes a column) of the set bits; how many
 //   widen(from, count, w)         values as floats, in w or where they are
 //   load, store, splat, multiply_add, add, total
+// Weights and x meet in multiply_add only: what expand() and load() give need not be vectors of floats.
 #pragma once
 
 #include <immintrin.h>
@@ -71,7 +72,7 @@ void dot(const Task& task, int64_t begin, int64_t end) {
 
   for (int64_t row = begin; row < end; row += kRows) {
     for (int64_t pass = 0; pass * kBatch < task.batch; ++pass) {
-      const float* x = task.x + pass * padded * kBatch;
+      const auto* x = static_cast<const typename D::Element*>(task.x) + pass * padded * kBatch;
       const uint8_t* from[kRows];
       const uint8_t* mask[kRows];
       for (int r = 0; r < kRows; ++r) {
@@ -104,7 +105,7 @@ void dot(const Task& task, int64_t begin, int64_t end) {
         }
 #pragma GCC unroll 8
         for (int step = 0; step < kBlock / D::kStep; ++step) {
-          Vector w[kRows][D::kVectors];
+          typename D::Weights w[kRows][D::kVectors];
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) D::expand(word[r], step, place[r], w[r]);
 #pragma GCC unroll 2
@@ -112,7 +113,7 @@ void dot(const Task& task, int64_t begin, int64_t end) {
             const int group = step * D::kVectors + v;
 #pragma GCC unroll 16
             for (int b = 0; b < kBatch; ++b) {
-              const Vector part = D::load(x + (group * kBatch + b) * D::kLanes);
+              const auto part = D::load(x + (group * kBatch + b) * D::kLanes);
 #pragma GCC unroll 4
               for (int r = 0; r < kRows; ++r) {
                 sums[r][b][group % kChains] = D::multiply_add(w[r][v], part, sums[r][b][group % kChains]);
@@ -154,7 +155,7 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) from[r] = first_value<D>(weight, tile + r);
 
     for (int64_t column = 0; column < weight.columns; column += kChunk) {
-      const auto* x = reinterpret_cast<const uint8_t*>(task.x + column * kWide);
+      const auto* x = reinterpret_cast<const uint8_t*>(static_cast<const float*>(task.x) + column * kWide);
       for (int64_t r = 0; r < rows; ++r) {
         const uint8_t* mask = weight.mask + (tile + r) * weight.mask_stride + column / 8;
         const int64_t left = weight.columns - column;
