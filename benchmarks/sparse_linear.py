@@ -82,16 +82,18 @@ def stored_weights(weight: Tensor, kept: Tensor, pattern: str, most: int) -> dic
         "dense bf16": weight,
         "losa fp32": pack(wide, kept, pattern),
         "losa bf16": pack(weight, kept, pattern),
+        "losa bf16, x fp32": pack(weight, kept, pattern),
     }
     if not pattern.endswith("%"):
         stored["losa bf16, as bitmask"] = pack_bitmask(weight, pack_mask(kept))
     weights = {name: copies(thing, most) for name, thing in stored.items()}
-    weights["losa bf16, x fp32"] = weights["losa bf16"]
     if weight.device.type == "cpu":
         csr = wide.to_sparse_csr()
         values = copies(csr.values(), most)
         triples = [(csr.crow_indices().int(), csr.col_indices().int(), part) for part in values]
-        weights["MKL CSR"] = [torch.sparse_csr_tensor(*triple, weight.shape) for triple in triples]
+        weights["MKL CSR"] = [
+            torch.sparse_csr_tensor(*parts, weight.shape, check_invariants=False) for parts in triples
+        ]
         if importlib.util.find_spec("scipy"):
             from scipy.sparse import csr_matrix
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import __main__ as entry
+<<<<<<< HEAD
 from benchmarks import _pruning_baselines as baselines
 from benchmarks import bitmask, cka, column_sweep, masked_lora, prune, quality, training_step
+=======
+from benchmarks import _sparse, bitmask, packing, quality, sparse_linear
+>>>>>>> 7c94bb7 (Prefetch distance; tests of the sparse benchmarks)
 
 
 def test_names_are_listed(monkeypatch, capsys):
@@ -28,6 +33,57 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(bitmask, "unpack_mask", lambda packed, n: packed.new_zeros(packed.shape[0], n).bool())
     with pytest.raises(SystemExit, match="wrong kernel"):
         bitmask.main(["--quick", "--device", "cpu"])
+
+
+TINY = ["--quick", "--device", "cpu", "--shapes", "48x64", "--patterns", "70%,2:4"]
+
+
+def test_packing_rows(tmp_path):
+    packing.main([*TINY, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {(r["op"], r["pattern"]) for r in rows} == {(o, p) for o in ("pack", "unpack") for p in ("70%", "2:4")}
+    assert all(r["median_ms"] > 0 and r["fraction_of_copy_bandwidth"] > 0 for r in rows)
+
+
+def test_sparse_linear_rows(tmp_path):
+    sparse_linear.main([*TINY, "--batches", "1,16", "--repetitions", "2", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    ways = {r["implementation"] for r in rows}
+    assert {"dense fp32", "dense bf16", "MKL CSR", "losa fp32", "losa bf16", "losa bf16, as bitmask"} <= ways
+    assert {(r["pattern"], r["batch"]) for r in rows} == {(p, b) for p in ("70%", "2:4") for b in (1, 16)}
+    for row in rows:
+        assert row["fraction_of_read_bandwidth"] > 0 and row["speedup_over_dense bf16"] > 0
+        assert row["implementation"] != "MKL CSR" or row["speedup_over_MKL CSR"] == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (packing, "pack", lambda weight, kept, pattern: _sparse.pack(weight * 2, kept, pattern)),
+        (sparse_linear, "sparse_linear", lambda x, packed: x.new_zeros(x.shape[0], packed.shape[0])),
+    ],
+)
+def test_a_wrong_sparse_kernel_is_not_timed(monkeypatch, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(SystemExit, match="wrong kernel"):
+        module.main(TINY)
+
+
+@pytest.mark.parametrize("pattern", _sparse.PATTERNS)
+def test_masks_have_the_density_they_say(pattern):
+    kept = _sparse.kept_mask((512, 64), pattern, "cpu")
+    if pattern.endswith("%"):
+        assert abs(float(kept.float().mean()) - (1 - int(pattern[:-1]) / 100)) < 0.02
+    else:
+        keep_n, m = (int(part) for part in pattern.split(":"))
+        assert bool((kept.reshape(-1, m).sum(1) == keep_n).all())
+
+
+def test_copies_exceed_the_cache():
+    weight = torch.ones(1 << 20)
+    held = _sparse.copies(weight, 1000)
+    assert sum(t.nbytes for t in held) >= _sparse.BEYOND_CACHE and len(_sparse.copies(weight, 3)) == 3
+    assert len({t.data_ptr() for t in held}) == len(held)
 
 
 def test_quality_runs_what_is_asked_for():
