@@ -114,6 +114,25 @@ def test_every_number_of_rows(isa, batch):
     assert_close(sparse_linear(x, pack_bitmask(weight, pack_mask(kept))), x, dense, None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_long_rows_are_summed_as_precisely(isa, dtype):
+    weight, dense, kept = random_problem(5, 11008, 0.5, dtype)
+    packed = pack_bitmask(weight, pack_mask(kept))
+    for batch in (1, 2, 4, 8, 16):
+        x = torch.randn(batch, 11008).to(dtype)
+        assert_close(sparse_linear(x, packed), x, dense, None)
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 64), (5, 0), (0, 0)])
+def test_weights_of_nothing(rows, columns):
+    weight, bias = torch.zeros(rows, columns), torch.randn(rows)
+    formats = [pack_bitmask(weight, pack_mask(weight.bool())), pack_nm(weight, pack_mask(weight.bool()), 2, 4)]
+    for packed in formats:
+        for batch in (0, 1, 20):
+            x = torch.randn(batch, columns)
+            assert torch.equal(sparse_linear(x, packed, bias), bias.expand(batch, rows))
+
+
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (2, 8), (3, 5)])
 @pytest.mark.parametrize("batch", [1, 4, 16, 40])
 def test_patterns_of_fixed_rows(isa, pattern, batch):

@@ -28,15 +28,14 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if not supported(x, packed, bias):
         return reference.sparse_linear(x, packed, bias)
     offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
-    in_features = packed.shape[1]
-    few = x.numel() <= DECODE_ROWS * in_features and in_features > 0
-    run = torch.ops.losa.sparse_linear.default if few else _many_rows()
+    run = torch.ops.losa.sparse_linear.default if x.numel() <= DECODE_ROWS * packed.shape[1] else _many_rows()
     return run(x, packed.values, packed.bitmask, offsets, bias)
 
 
 def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
     return (
         isinstance(packed, (PackedBitmask, PackedNM))
+        and packed.shape[1] > 0
         and x.dtype in _FLOATS
         and packed.values.dtype in _FLOATS
         and (bias is None or (bias.dtype in _FLOATS and bias.is_contiguous()))
