@@ -9,16 +9,18 @@ namespace {
 
 constexpr uint8_t kZero = 0x80;  // pshufb writes 0
 
-// columns[m][j]: the column of the j-th set bit of m; 0 beyond the last.
+// of[m][j]: kScale times the column of the j-th set bit of m; 0 beyond the last.
+template <class Integer, int kScale>
 struct Columns {
-  uint8_t of[256][8];
+  alignas(8 * sizeof(Integer)) Integer of[256][8];
 };
 
-constexpr Columns make_columns() {
-  Columns table{};
+template <class Integer, int kScale>
+constexpr Columns<Integer, kScale> make_columns() {
+  Columns<Integer, kScale> table{};
   for (int mask = 0; mask < 256; ++mask) {
     for (int column = 0, rank = 0; column < 8; ++column) {
-      if (mask >> column & 1) table.of[mask][rank++] = static_cast<uint8_t>(column);
+      if (mask >> column & 1) table.of[mask][rank++] = static_cast<Integer>(kScale * column);
     }
   }
   return table;

@@ -11,7 +11,7 @@
 namespace losa::packing {
 namespace {
 
-constexpr tables::Columns kColumns = tables::make_columns();
+constexpr tables::Columns<uint8_t, 1> kColumns = tables::make_columns<uint8_t, 1>();
 constexpr tables::Expand16<2> kExpand16 = tables::make_expand16<2>();
 constexpr tables::Expand32 kExpand32 = tables::make_expand32();
 

@@ -9,7 +9,7 @@
 namespace losa::sparse_linear {
 namespace {
 
-constexpr tables::Columns kColumns = tables::make_columns();
+constexpr tables::Columns<uint16_t, 64> kOffsets = tables::make_columns<uint16_t, 64>();
 constexpr tables::Expand16<2> kExpand16 = tables::make_expand16<2>();
 constexpr tables::Expand16<4> kWiden16 = tables::make_expand16<4>();
 constexpr tables::Expand32 kExpand32 = tables::make_expand32();
@@ -32,19 +32,26 @@ struct Registers {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
 
-  // A mask byte times 32, the size of a table's row: two instructions, where a byte of its own would take three.
-  static LOSA_INLINE uint64_t byte_times_32(uint64_t word, int step) {
-    return (step == 0 ? word << 5 : word >> (8 * step - 5)) & 0x1fe0;
+  // A mask byte times kSize, the size of a table's row: two instructions, where a byte of its own would take three.
+  template <int kSize>
+  static LOSA_INLINE uint64_t byte_times(uint64_t word, int byte) {
+    constexpr int kBits = kSize == 32 ? 5 : 4;
+    return (byte == 0 ? word << kBits : word >> (8 * byte - kBits)) & (255 * kSize);
   }
 
-  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t bytes, uint16_t* at) {
+  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t count, uint16_t* at) {
     const uint16_t* const begin = at;
-    for (int64_t i = 0; i < bytes; ++i) {
-      const auto mask = static_cast<uint8_t>(words[i / 8] >> (i % 8 * 8));
-      const __m128i columns = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kColumns.of[mask])));
-      const __m128i first = _mm_set1_epi16(static_cast<int16_t>(512 * i));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_add_epi16(_mm_slli_epi16(columns, 6), first));
-      at += _mm_popcnt_u32(mask);
+    __m128i first = _mm_setzero_si128();
+    for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (int byte = 0; byte < 8; ++byte) {
+        const uint64_t row = byte_times<16>(words[i], byte);
+        const auto* offsets = reinterpret_cast<const uint8_t*>(kOffsets.of) + row;
+        const __m128i places = _mm_add_epi16(first, _mm_load_si128(reinterpret_cast<const __m128i*>(offsets)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at), places);
+        first = _mm_add_epi16(first, _mm_set1_epi16(8 * 64));
+        at += _mm_popcnt_u64(row);
+      }
     }
     return at - begin;
   }
@@ -54,7 +61,7 @@ struct Float : Registers {
   static constexpr int kBytes = 4;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
-    const uint64_t at = byte_times_32(word, step);
+    const uint64_t at = byte_times<32>(word, step);
     const auto* table = reinterpret_cast<const uint8_t*>(kExpand32.of) + at;
     const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
     const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
@@ -72,7 +79,7 @@ struct Bfloat16 : Registers {
   static constexpr int kBytes = 2;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
-    const uint64_t at = byte_times_32(word, step);
+    const uint64_t at = byte_times<32>(word, step);
     const auto* table = reinterpret_cast<const uint8_t*>(kWiden16.of) + at;
     // Each lane of 16 bytes reads all 8 values and writes 4 columns, straight into the upper halves of floats.
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -93,8 +100,8 @@ struct Half : Registers {
   static constexpr int kBytes = 2;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
-    const uint64_t at = byte_times_32(word, step);
-    const auto* table = reinterpret_cast<const uint8_t*>(kExpand16.of) + at / 2;
+    const uint64_t at = byte_times<16>(word, step);
+    const auto* table = reinterpret_cast<const uint8_t*>(kExpand16.of) + at;
     const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     w[0] = _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128(reinterpret_cast<const __m128i*>(table))));
     from += kBytes * _mm_popcnt_u64(at);

@@ -21,15 +21,15 @@ struct Registers {
   static LOSA_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static LOSA_INLINE float total(Vector values) { return _mm512_reduce_add_ps(values); }
 
-  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t bytes, uint16_t* at) {
+  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t count, uint16_t* at) {
     const uint16_t* const begin = at;
     const __m512i counting = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
                                               12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i offsets = _mm512_slli_epi16(counting, 6);
-    for (int64_t i = 0; i < bytes; i += 4) {
-      const auto mask = static_cast<uint32_t>(words[i / 8] >> (i % 8 * 8));
-      const __m512i here = _mm512_add_epi16(offsets, _mm512_set1_epi16(static_cast<int16_t>(512 * i)));
-      _mm512_storeu_si512(at, _mm512_maskz_compress_epi16(mask, here));
+    __m512i offsets = _mm512_slli_epi16(counting, 6);
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      const auto mask = static_cast<uint32_t>(words[i / 2] >> (i % 2 * 32));
+      _mm512_storeu_si512(at, _mm512_maskz_compress_epi16(mask, offsets));
+      offsets = _mm512_add_epi16(offsets, _mm512_set1_epi16(32 * 64));
       at += _mm_popcnt_u32(mask);
     }
     return at - begin;

@@ -8,7 +8,7 @@
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives
 //   expand(word, step, from, w)   the weights of columns step * kStep.. of a mask word, zeros where pruned; `from`
 //                         moves past the values taken, of which it may read as many as a block of kBlock has columns
-//   columns(words, bytes, at)     byte offsets in x (64 bytes a column) of the set bits; how many
+//   columns(words, count, at)     byte offsets in x (64 bytes a column) of the words' set bits; how many
 //   widen(from, count, w)         values as floats, in w or where they are
 //   load, store, splat, multiply_add, add, total
 // Weights and x meet in multiply_add only: what expand() and load() give need not be vectors of floats.
@@ -161,7 +161,7 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
         const int64_t left = weight.columns - column;
         uint64_t words[kChunk / kBlock];
         for (int i = 0; i < kChunk / kBlock; ++i) words[i] = load_word(mask + 8 * i, left - kBlock * i);
-        const int64_t count = D::columns(words, left < kChunk ? (left + 7) / 8 : kChunk / 8, at);
+        const int64_t count = D::columns(words, left < kChunk ? (left + kBlock - 1) / kBlock : kChunk / kBlock, at);
         const float* w = D::widen(readable(from[r], weight.end, copy, kChunk * D::kBytes), count, widened);
         from[r] += count * D::kBytes;
 
@@ -169,9 +169,9 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
         for (int c = 0; c < kChains; ++c) {
           for (int v = 0; v < kVectors; ++v) sum[c][v] = D::splat(0.0f);
         }
-        const auto use = [&](int64_t i, int chain) __attribute__((always_inline)) {
-          const auto* rows_of_x = reinterpret_cast<const float*>(x + at[i]);
-          const Vector value = D::splat(w[i]);
+        const auto use = [&](float weight_here, uint64_t offset, int chain) __attribute__((always_inline)) {
+          const auto* rows_of_x = reinterpret_cast<const float*>(x + offset);
+          const Vector value = D::splat(weight_here);
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) {
             sum[chain][v] = D::multiply_add(value, D::load(rows_of_x + v * D::kLanes), sum[chain][v]);
@@ -179,10 +179,12 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
         };
         int64_t i = 0;
         for (; i + kChains <= count; i += kChains) {
+          uint64_t offsets;  // four in one load: loads are what this loop waits for
+          std::memcpy(&offsets, at + i, sizeof(offsets));
 #pragma GCC unroll 4
-          for (int c = 0; c < kChains; ++c) use(i + c, c);
+          for (int c = 0; c < kChains; ++c) use(w[i + c], offsets >> (16 * c) & 0xffff, c);
         }
-        for (; i < count; ++i) use(i, 0);
+        for (; i < count; ++i) use(w[i], at[i], 0);
         for (int v = 0; v < kVectors; ++v) {
           float* target = sums[r] + v * D::kLanes;
           const Vector all = D::add(D::add(sum[0][v], sum[1][v]), D::add(sum[2][v], sum[3][v]));
