@@ -23,7 +23,8 @@ void pack_row_scalar(const void* row, const uint8_t* mask, int64_t columns, void
   const auto* from = static_cast<const Element*>(row);
   auto* to = static_cast<Element*>(values);
   for (; columns > 0; columns -= 8, from += 8, ++mask) {
-    for (unsigned bits = *mask & column_bits(columns); bits != 0; bits &= bits - 1) *to++ = from[std::countr_zero(bits)];
+    unsigned bits = *mask & column_bits(columns);
+    for (; bits != 0; bits &= bits - 1) *to++ = from[std::countr_zero(bits)];
   }
 }
 
@@ -67,9 +68,13 @@ PackRow pack_row_of(size_t element_size) {
     case 1:
       return pack_row_scalar<uint8_t>;
     case 2:
-      return isa == CpuIsa::kAvx512 ? pack_row16_avx512 : isa == CpuIsa::kAvx2 ? pack_row16_avx2 : pack_row_scalar<uint16_t>;
+      return isa == CpuIsa::kAvx512 ? pack_row16_avx512
+          : isa == CpuIsa::kAvx2    ? pack_row16_avx2
+                                    : pack_row_scalar<uint16_t>;
     case 4:
-      return isa == CpuIsa::kAvx512 ? pack_row32_avx512 : isa == CpuIsa::kAvx2 ? pack_row32_avx2 : pack_row_scalar<uint32_t>;
+      return isa == CpuIsa::kAvx512 ? pack_row32_avx512
+          : isa == CpuIsa::kAvx2    ? pack_row32_avx2
+                                    : pack_row_scalar<uint32_t>;
     default:
       STD_TORCH_CHECK(element_size == 8, "weight: expected elements of 1, 2, 4 or 8 bytes, got ", element_size);
       return pack_row_scalar<uint64_t>;

@@ -8,7 +8,7 @@ namespace losa::packing {
 // The kept elements of a row, one after another: exactly `count` of them are written, as many as the mask has bits.
 using PackRow = void (*)(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count);
 
-// The inverse, with zeros at pruned places. `readable` elements may be read from `values` (this row's and what follows).
+// The inverse, with zeros at pruned places. `readable` elements may be read from `values`: this row's and what follows.
 using UnpackRow = void (*)(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row);
 
 template <class Element>

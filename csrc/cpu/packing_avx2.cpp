@@ -1,5 +1,5 @@
-// AVX2 rows of packing.cpp: 8 columns, one byte of the mask, at a time. The last values of a row or buffer, where a whole
-// register would reach too far, are left to the scalar code.
+// AVX2 rows of packing.cpp: 8 columns, one byte of the mask, at a time. The last values of a row or buffer, where a
+// whole register would reach too far, are left to the scalar code.
 #include "cpu/packing.h"
 
 #if defined(__AVX2__)

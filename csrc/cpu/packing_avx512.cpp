@@ -40,7 +40,9 @@ struct Bits32 {
   static constexpr int kColumns = 16;
   static __mmask16 narrow(uint32_t which) { return static_cast<__mmask16>(which); }
   static __m512i load(uint32_t which, const Element* from) { return _mm512_maskz_loadu_epi32(narrow(which), from); }
-  static void store(uint32_t which, Element* to, __m512i values) { _mm512_mask_storeu_epi32(to, narrow(which), values); }
+  static void store(uint32_t which, Element* to, __m512i values) {
+    _mm512_mask_storeu_epi32(to, narrow(which), values);
+  }
   static __m512i compress(uint32_t mask, __m512i values) { return _mm512_maskz_compress_epi32(narrow(mask), values); }
   static __m512i expand(uint32_t mask, __m512i values) { return _mm512_maskz_expand_epi32(narrow(mask), values); }
 };

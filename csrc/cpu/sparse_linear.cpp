@@ -1,5 +1,5 @@
-// sparse_linear on the CPU for up to 16 rows of x: lays x out for the kernel, splits the output features over threads by
-// the work that their weights make, adds the bias and rounds once.
+// sparse_linear on the CPU for up to 16 rows of x: lays x out for the kernel, splits the output features over threads
+// by the work that their weights make, adds the bias and rounds once.
 #include "cpu/sparse_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -140,24 +140,64 @@ struct Widened {
   }
 };
 
-template <class V, class How, class Element>
-void lay_out_as(const Rows& x, const Plan& plan, Element* to) {
-  const auto* const data = static_cast<const typename V::Stored*>(x.data);
-  const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock;
+template <class V, class How, int kLanes, class Element>
+void lay_out_lanes(const Rows& x, const Plan& plan, Element* to) {
+  using Stored = typename V::Stored;
+  const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock, stride = x.column_stride;
   for (int64_t first = 0; first < x.batch; first += plan.rows) {
-    for (int64_t b = 0; b < plan.rows; ++b) {
-      const bool exists = first + b < x.batch;
-      const auto* const row = data + (first + b) * x.row_stride;
-      for (int64_t group = 0; group < padded; group += plan.lanes) {
-        Element* const lanes = to + group * plan.rows + b * plan.lanes;
-        for (int64_t lane = 0; lane < plan.lanes; ++lane) {
-          int64_t column = group + lane;
-          if (plan.layout == Layout::kEvenOdd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
-          lanes[lane] = exists && column < x.columns ? How::template from<V>(row[column * x.column_stride]) : Element{0};
+    const auto* const rows = static_cast<const Stored*>(x.data) + first * x.row_stride;
+    const int64_t present = std::min(plan.rows, x.batch - first);
+    for (int64_t group = 0; group < padded; group += kLanes, to += plan.rows * kLanes) {
+      for (int64_t b = 0; b < present; ++b) {
+        const Stored* const row = rows + b * x.row_stride;
+        Element* const lanes = to + b * kLanes;
+        if (plan.layout == Layout::kEvenOdd || group + kLanes > x.columns) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            int64_t column = group + lane;
+            if (plan.layout == Layout::kEvenOdd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
+            lanes[lane] = column < x.columns ? How::template from<V>(row[column * stride]) : Element{0};
+          }
+        } else if (stride == 1) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = How::template from<V>(row[group + lane]);
+        } else {
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            lanes[lane] = How::template from<V>(row[(group + lane) * stride]);
+          }
         }
       }
+      std::fill(to + present * kLanes, to + plan.rows * kLanes, Element{0});
     }
-    to += padded * plan.rows;
+  }
+}
+
+// One column after another, in tiles that stay in cache both where they are read and where they are written.
+template <class V>
+void lay_out_columns(const Rows& x, const Plan& plan, float* to) {
+  const auto* const data = static_cast<const typename V::Stored*>(x.data);
+  const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock;
+  for (int64_t first = 0; first < x.batch; first += plan.rows, to += padded * plan.rows) {
+    const int64_t present = std::min(plan.rows, x.batch - first);
+    if (present < plan.rows) std::fill_n(to, padded * plan.rows, 0.0f);
+    std::fill(to + x.columns * plan.rows, to + padded * plan.rows, 0.0f);
+    for (int64_t tile = 0; tile < x.columns; tile += kBlock) {
+      const int64_t columns = std::min(kBlock, x.columns - tile);
+      for (int64_t b = 0; b < present; ++b) {
+        const auto* const row = data + (first + b) * x.row_stride + tile * x.column_stride;
+        float* const column = to + tile * plan.rows + b;
+        for (int64_t c = 0; c < columns; ++c) column[c * plan.rows] = V::widen(row[c * x.column_stride]);
+      }
+    }
+  }
+}
+
+template <class V>
+void lay_out_floats(const Rows& x, const Plan& plan, float* to) {
+  if (plan.lanes == 1) {
+    lay_out_columns<V>(x, plan, to);
+  } else if (plan.lanes == 8) {
+    lay_out_lanes<V, Widened, 8>(x, plan, to);
+  } else {
+    lay_out_lanes<V, Widened, 16>(x, plan, to);
   }
 }
 
@@ -168,15 +208,15 @@ const void* lay_out(const Rows& x, const Plan& plan) {
   const int64_t passes = (x.batch + plan.rows - 1) / plan.rows;
   float* const to = scratch(0, passes * plan.rows * ((x.columns + kBlock - 1) / kBlock * kBlock));
   if (plan.layout == Layout::kBfloat16) {
-    lay_out_as<Bfloat16Value, Unchanged>(x, plan, reinterpret_cast<uint16_t*>(to));
+    lay_out_lanes<Bfloat16Value, Unchanged, 32>(x, plan, reinterpret_cast<uint16_t*>(to));
   } else {
-    with_value(x.value, [&](auto v) { lay_out_as<decltype(v), Widened>(x, plan, to); });
+    with_value(x.value, [&](auto v) { lay_out_floats<decltype(v)>(x, plan, to); });
   }
   return to;
 }
 
-// Output features are cut where an equal share of the work ends. A row's work is its values' bytes and its columns: about
-// as many columns are decoded in a second as bytes are read.
+// Output features are cut where an equal share of the work ends. A row's work is its values' bytes and its columns:
+// about as many columns are decoded in a second as bytes are read.
 class Shares {
  public:
   Shares(const Weight& weight, int64_t rows, int64_t values, int64_t value_size)
@@ -199,7 +239,8 @@ class Shares {
 
  private:
   int64_t before(int64_t row) const {
-    const int64_t values = row == rows_ ? values_ : weight_.offsets != nullptr ? weight_.offsets[row] : row * weight_.row_length;
+    int64_t values = row * weight_.row_length;
+    if (weight_.offsets != nullptr) values = row == rows_ ? values_ : weight_.offsets[row];
     return values * value_size_ + row * weight_.columns;
   }
 
@@ -207,8 +248,8 @@ class Shares {
   int64_t rows_, values_, value_size_;
 };
 
-void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_t end, const std::optional<Tensor>& bias,
-            Value value, void* y) {
+void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_t end,
+            const std::optional<Tensor>& bias, Value value, void* y) {
   const auto with_bias = [&](auto b) {
     using B = decltype(b);
     const auto* add = bias.has_value() ? static_cast<const typename B::Stored*>(bias->const_data_ptr()) : nullptr;
