@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from benchmarks import __main__ as entry
-<<<<<<< HEAD
 from benchmarks import _pruning_baselines as baselines
-from benchmarks import bitmask, cka, column_sweep, masked_lora, prune, quality, training_step
-=======
-from benchmarks import _sparse, bitmask, packing, quality, sparse_linear
->>>>>>> 7c94bb7 (Prefetch distance; tests of the sparse benchmarks)
+from benchmarks import (
+    _sparse,
+    bitmask,
+    cka,
+    column_sweep,
+    masked_lora,
+    packing,
+    prune,
+    quality,
+    sparse_linear,
+    training_step,
+)
 
 
 def test_names_are_listed(monkeypatch, capsys):
