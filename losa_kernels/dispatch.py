@@ -44,9 +44,18 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
     "gram": {"reference": "losa_kernels.cka.reference:gram"},
-    "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
-    "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},
-    "wanda_mask": {"reference": "losa_kernels.column_sweep.reference:wanda_mask"},
+    "inverse_factor": {
+        "reference": "losa_kernels.column_sweep.reference:inverse_factor",
+        "cpu": "losa_kernels.column_sweep.cpu:inverse_factor",
+    },
+    "column_sweep": {
+        "reference": "losa_kernels.column_sweep.reference:column_sweep",
+        "cpu": "losa_kernels.column_sweep.cpu:column_sweep",
+    },
+    "wanda_mask": {
+        "reference": "losa_kernels.column_sweep.reference:wanda_mask",
+        "cpu": "losa_kernels.column_sweep.cpu:wanda_mask",
+    },
     "pack_bitmask": {"reference": "losa_kernels.packing.reference:pack_bitmask"},
     "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm"},
     "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
