@@ -61,10 +61,11 @@ def test_wanda_equals_the_reference(isa, both, shape, dtype, poisoned_native_mem
     before = torch.rand(shape) < torch.linspace(0.1, 1, rows)[:, None]
     patterns = [(n, m) for n, m in PATTERNS if columns % m == 0]
     goals = [{"sparsity": s} for s in (0, 0.1, 0.5, 0.97)] + [{"keep_n": n, "m": m} for n, m in patterns]
-    for weight in (torch.randn(shape), tied(*shape), 1e-7 * torch.randn(shape), torch.zeros(shape)):
+    for values in (torch.randn(shape), tied(*shape), 1e-7 * torch.randn(shape), torch.zeros(shape)):
+        weight = values.to(dtype)
         for goal in goals:
             for mask in (None, pack_mask(before)):
-                ours, theirs = both(lambda w=weight.to(dtype), g=goal, m=mask: wanda_mask(w, norms, mask=m, **g))
+                ours, theirs = both(lambda w=weight, g=goal, m=mask: wanda_mask(w, norms, mask=m, **g))
                 assert torch.equal(ours, theirs), (goal, mask is None)
 
 

@@ -73,7 +73,6 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
     const Scratch<float> scratch(panel_scratch(width, m));
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t row = panel * kPanelRows, count = std::min(kPanelRows, rows - row);
-      const int64_t tied_rows = bound == nullptr ? 0 : bound[2] - row;
       sweep({.weight = weights + row * columns,
              .weight_stride = columns,
              .errors = errors_out + row * width,
@@ -91,7 +90,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
              .prune = prune,
              .key = bound == nullptr ? -1 : bound[0],
              .tied_columns = bound == nullptr ? 0 : bound[1],
-             .tied_rows = std::clamp<int64_t>(tied_rows, 0, kPanelRows),
+             .tied_rows = bound == nullptr ? 0 : bound[2] - row,
              .scratch = scratch.get()});
     }
   });

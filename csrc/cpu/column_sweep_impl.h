@@ -1,6 +1,6 @@
-// Body of column_sweep_{scalar,avx2,avx512}.cpp. 16 rows lie side by side in a register; a column is brought up to date
-// when its turn comes, by all the errors before it, so that it is loaded and stored once: tiles of kTile columns give
-// the multiply-adds enough independent chains.
+// Body of column_sweep_{scalar,avx2,avx512}.cpp. Rows lie side by side in a register; a column is brought up to date
+// when its turn comes, by all the errors before it, so that it is loaded and stored once. Tiles of columns give the
+// multiply-adds enough independent chains.
 #pragma once
 
 #include "cpu/column_sweep.h"
@@ -13,11 +13,7 @@
 namespace losa::column_sweep {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kTile = 8;  // of 32 registers, each 16 rows
-#else
-constexpr int kTile = 4;  // of 16 registers, two to 16 rows
-#endif
+constexpr int kTile = 8;  // columns; latency of a multiply-add times two units
 
 // The 4 x 4 corner of a matrix of `from_stride` to a transposed one of `to_stride`.
 inline void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -49,7 +45,7 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
-// Column j of the block, for the panel's 16 rows.
+// The block's columns, for as many rows as there are lanes.
 struct Columns {
   Floats* weight;
   Floats* errors;
@@ -144,7 +140,7 @@ inline void store_kept(const Panel& panel, const Ints* chosen) {
   }
 }
 
-void sweep_panel(const Panel& panel) {
+void sweep_rows(const Panel& panel) {
   auto* weight = reinterpret_cast<Floats*>(panel.scratch);
   Floats* errors = weight + panel.width;
   auto* chosen = reinterpret_cast<Ints*>(errors + panel.width);
@@ -159,8 +155,8 @@ void sweep_panel(const Panel& panel) {
   load_pruned(panel, chosen);
 
   if (m == 0) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Ints tied_rows = lane < static_cast<int32_t>(panel.tied_rows);
+    Ints tied_rows;
+    for (int lane = 0; lane < kLanes; ++lane) tied_rows[lane] = lane < panel.tied_rows ? -1 : 0;
     for (int64_t j = 0; j < width; ++j) {
       Ints keys, ties = {};
       columns.keys(j, keys);
@@ -196,6 +192,20 @@ void sweep_panel(const Panel& panel) {
   transpose(panel.scratch, kLanes, width, panel.rows, panel.weight, panel.weight_stride);
   transpose(reinterpret_cast<const float*>(errors), kLanes, width, panel.rows, panel.errors, panel.errors_stride);
   store_kept(panel, chosen);
+}
+
+void sweep_panel(const Panel& panel) {
+  for (int64_t row = 0; row < panel.rows; row += kLanes) {
+    Panel part = panel;
+    part.weight += row * part.weight_stride;
+    part.errors += row * part.errors_stride;
+    part.kept += row * part.kept_stride;
+    if (part.mask != nullptr) part.mask += row * part.mask_stride;
+    part.loss += row;
+    part.rows = panel.rows - row < kLanes ? panel.rows - row : kLanes;
+    part.tied_rows -= row;
+    sweep_rows(part);
+  }
 }
 
 }  // namespace

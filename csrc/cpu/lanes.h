@@ -1,5 +1,5 @@
-// 16 rows (or groups) side by side, for the files that are compiled once per instruction set. Everything here has
-// internal linkage: code built with one file's flags must never serve another.
+// Rows (or groups) side by side in one register, for the files that are compiled once per instruction set. Everything
+// here has internal linkage: code built with one file's flags must never serve another.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,17 @@
 namespace losa {
 namespace {
 
+// One register exactly: the compiler keeps wider vectors in memory.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 // A score's order as an integer: the bits of a float >= 0; -0.0 counts as 0, NaN above everything.
 inline int32_t score_key(float score) {

@@ -1,7 +1,7 @@
 """The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/column_sweep.
 
-Per block: selection, one sweep of all rows, one product that brings the later columns up to date. Nothing is as large as
-the weight but the weight itself, which is swept in place.
+Per block: selection, one sweep of all rows, one product that brings the later columns up to date. Nothing is as large
+as the weight but the weight itself, which is swept in place.
 """
 
 from __future__ import annotations
