@@ -51,10 +51,12 @@ TABLE: dict[str, dict[str, str]] = {
     "column_sweep": {
         "reference": "losa_kernels.column_sweep.reference:column_sweep",
         "cpu": "losa_kernels.column_sweep.cpu:column_sweep",
+        "cuda": "losa_kernels.column_sweep.cuda:column_sweep",
     },
     "wanda_mask": {
         "reference": "losa_kernels.column_sweep.reference:wanda_mask",
         "cpu": "losa_kernels.column_sweep.cpu:wanda_mask",
+        "cuda": "losa_kernels.column_sweep.cuda:wanda_mask",
     },
     "pack_bitmask": {"reference": "losa_kernels.packing.reference:pack_bitmask"},
     "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm"},

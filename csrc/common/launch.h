@@ -1,5 +1,6 @@
-// How a .cu file starts a kernel. A CPU emulator that defines LOSA_EMULATOR supplies its own LOSA_LAUNCH and CUDA
-// vocabulary in emulator.h; kernels and raw-pointer launchers then compile as plain C++, without the torch part.
+// How a .cu file starts a kernel. A CPU emulator that defines LOSA_EMULATOR supplies its own LOSA_LAUNCH,
+// LOSA_DYNAMIC_SHARED and CUDA vocabulary in emulator.h; kernels and raw-pointer launchers then compile as plain C++,
+// without the torch part.
 #pragma once
 
 #if defined(LOSA_EMULATOR)
@@ -22,7 +23,19 @@
     STD_CUDA_KERNEL_LAUNCH_CHECK();                                     \
   } while (0)
 
+// LOSA_DYNAMIC_SHARED(type, name): in a kernel, the shared memory whose size the launch gave, as a type*.
+#define LOSA_DYNAMIC_SHARED(type, name)                              \
+  extern __shared__ __align__(16) unsigned char losa_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(losa_dynamic_shared)
+
 namespace losa {
+
+// Before a launch with more dynamic shared memory than every kernel may have.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  if (bytes <= 32 << 10) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   void* stream = nullptr;
