@@ -9,7 +9,12 @@ namespace losa::selection {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 2048;
-constexpr int kMaxBlocks = 1024;
+// Beyond these a block takes several shares; tests set few, so that it does.
+#if defined(LOSA_MAX_BLOCKS)
+constexpr int64_t kMaxBlocks = LOSA_MAX_BLOCKS, kMaxRowBlocks = LOSA_MAX_BLOCKS;
+#else
+constexpr int64_t kMaxBlocks = 1024, kMaxRowBlocks = 1 << 20;
+#endif
 // Keys that fit into shared memory on every architecture; longer rows compute them anew in each pass.
 constexpr int kMaxStoredKeys = 22 << 10;
 
@@ -354,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) wanda_groups_kernel(Wanda job) {
 }
 
 inline unsigned limited(int64_t blocks) {
-  return static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
+  return static_cast<unsigned>(blocks < kMaxRowBlocks ? blocks : kMaxRowBlocks);
 }
 
 // m = 0: `count` go of each row; m = 4, 8 or 16: of each group.

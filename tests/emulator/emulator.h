@@ -2,8 +2,8 @@
 //
 // csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another; a block's threads
 // are fibers on one OS thread, each with a stack of its own. A fiber runs until it reaches a barrier or a warp operation;
-// which one runs next is drawn from a seed, so that a result that depends on the order (a missing barrier) changes with
-// the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
+// which one runs next is drawn from a seed, and one warp is let far ahead of the others, so that a result that depends
+// on the order (a missing barrier) changes with the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
 // lines; a warp operation that waits for lanes which never come; a shuffle from a lane that takes no part.
 // Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
 // the address sanitizer sees accesses beyond either.
@@ -98,6 +98,7 @@ struct Fiber {
 struct Machine {
   std::mt19937 random{0};
   std::vector<Fiber> fibers;
+  std::vector<std::vector<std::size_t>> ready;  // of each warp
   std::function<void()> body;
   std::vector<unsigned char> dynamic_shared;
   Fiber* current = nullptr;
@@ -111,6 +112,12 @@ inline Machine machine;
 
 inline void seed(unsigned value) {
   machine.random.seed(value);
+}
+
+inline void make_ready(Fiber& fiber) {
+  const std::size_t index = &fiber - machine.fibers.data();
+  fiber.state = State::kReady;
+  machine.ready[index / 32].push_back(index);
 }
 
 inline void* dynamic_shared() {
@@ -197,7 +204,7 @@ inline void run(Fiber& fiber) {
 
 inline void prepare(Fiber& fiber, dim3 index) {
   fiber.index = index;
-  fiber.state = State::kReady;
+  make_ready(fiber);
   fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);
@@ -221,28 +228,37 @@ inline bool release_barrier() {
     count += fiber.value != 0;
   }
   for (Fiber& fiber : machine.fibers) {
-    fiber.state = State::kReady;
     fiber.count = count;
+    make_ready(fiber);
   }
   return true;
 }
 
+// A random thread of the favoured warp while that has one to run, for about 64 turns; else of any warp.
+inline bool pick(std::size_t* warp, std::size_t* fiber) {
+  auto& ready = machine.ready;
+  if (machine.random() % 64 == 0 || ready[*warp].empty()) {
+    std::vector<std::size_t> candidates;
+    for (std::size_t i = 0; i < ready.size(); ++i) {
+      if (!ready[i].empty()) candidates.push_back(i);
+    }
+    if (candidates.empty()) return false;
+    *warp = candidates[machine.random() % candidates.size()];
+  }
+  auto& own = ready[*warp];
+  std::swap(own[machine.random() % own.size()], own.back());
+  *fiber = own.back();
+  own.pop_back();
+  return true;
+}
+
 inline void run_block() {
-  std::vector<std::size_t> ready;
+  const auto is_done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+  std::size_t warp = 0, fiber = 0;
   for (;;) {
-    ready.clear();
-    std::size_t done = 0;
-    for (std::size_t i = 0; i < machine.fibers.size(); ++i) {
-      if (machine.fibers[i].state == State::kReady) ready.push_back(i);
-      done += machine.fibers[i].state == State::kDone;
-    }
-    if (ready.empty()) {
-      if (done == machine.fibers.size()) return;
-      if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
-      continue;
-    }
-    std::shuffle(ready.begin(), ready.end(), machine.random);
-    for (std::size_t i : ready) run(machine.fibers[i]);
+    while (pick(&warp, &fiber)) run(machine.fibers[fiber]);
+    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) return;
+    if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
   }
 }
 
@@ -266,6 +282,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::functio
     fiber.stack = static_cast<char*>(stack);
     machine.fibers.push_back(fiber);
   }
+  machine.ready.resize((threads + 31) / 32);
   std::vector<std::size_t> blocks(std::size_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), std::size_t{0});
   std::shuffle(blocks.begin(), blocks.end(), machine.random);
@@ -322,7 +339,7 @@ inline Fiber& exchange(const char* operation, unsigned mask, std::uint64_t value
       Fiber& other = machine.fibers[first + lane];
       other.seen = seen;
       other.members = members;
-      other.state = State::kReady;
+      make_ready(other);
     }
   }
   yield();

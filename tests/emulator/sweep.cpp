@@ -1,3 +1,6 @@
+// Few blocks, so that their loops over rows and keys take several turns.
+#define LOSA_MAX_BLOCKS 2
+
 #include "cuda/selection.cu"
 
 #include "cuda/column_sweep.cu"
