@@ -194,7 +194,7 @@ void launch_sweep_block(const Sweep& job, int64_t m, cudaStream_t stream) {
 
 }  // namespace losa::column_sweep
 
-#if !defined(LOSA_EMULATOR)
+#if defined(LOSA_TORCH)
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

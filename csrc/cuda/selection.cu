@@ -260,7 +260,7 @@ __device__ __forceinline__ int wanda_key(const Wanda& job, int64_t row, int64_t 
 
 // A block of threads per row.
 template <WeightType kType, bool kStored>
-__global__ void __launch_bounds__(kThreads) wanda_rows_kernel(Wanda job) {
+__global__ void __launch_bounds__(kThreads, 4) wanda_rows_kernel(Wanda job) {
   __shared__ int histogram[kBins];
   __shared__ int warp_sums[kWarps];
   __shared__ int lost;
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) wanda_rows_kernel(Wanda job) {
 
 // A thread per 8 columns, or per 16 for M = 16.
 template <WeightType kType, int kM>
-__global__ void __launch_bounds__(kThreads) wanda_groups_kernel(Wanda job) {
+__global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda job) {
   constexpr int kColumns = kM > 8 ? kM : 8;
   const int64_t width = packed_width(job.columns), units = (job.columns + kColumns - 1) / kColumns;
   const int64_t total = job.rows * units, step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -420,7 +420,7 @@ void launch_pruned_per_block(const uint8_t* mask, int64_t rows, int64_t columns,
 
 }  // namespace losa::selection
 
-#if !defined(LOSA_EMULATOR)
+#if defined(LOSA_TORCH)
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
