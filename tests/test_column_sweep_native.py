@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import blocks, cpu, inverse_factor, reference
+from losa_kernels.column_sweep import blocks, cpu, cuda, inverse_factor, reference
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
@@ -270,3 +270,129 @@ def test_operators_check_their_arguments(change, message):
         torch.ops.losa.sweep_block(
             o["weight"], o["factor"], 8, 16, 0, 0, o["state"], o["mask"], o["kept"], o["scratch"], o["loss"]
         )
+
+
+@pytest.fixture
+def precision():
+    """torch's global precision of fp32 products, restored."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("outside", ["highest", "high"])
+def test_precision_is_set_and_restored(precision, outside):
+    precision(outside)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    for name in ("ieee", "tf32"):
+        with pytest.raises(KeyError), cuda.matmul_precision(name):
+            assert (settings.fp32_precision == "tf32") == settings.allow_tf32 == (name == "tf32")
+            raise KeyError
+        assert settings.fp32_precision == before and torch.get_float32_matmul_precision() == outside
+
+
+def test_split_products_are_nearly_exact():
+    """With operands cut to TF32, which is exact for the high parts, three products lose what fp32 loses, not more."""
+
+    def cut(x):
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    errors, upper, rest = torch.randn(40, 128), torch.randn(128, 70), torch.randn(40, 70)
+    high, low = cuda.split_tf32(errors)
+    assert torch.equal(high + low, errors) and torch.equal(cut(high), high)
+    exact = rest.double() - errors.double() @ upper.double()
+    plain = rest - errors @ upper
+    split, one = rest.clone(), rest - cut(errors) @ cut(upper)
+    cuda.update_rest_3xtf32(split, errors, upper)
+    scale = exact.norm() * EPS
+    assert (split - exact).norm() <= 2 * (plain - exact).norm() + scale
+    # The low parts lose bits on tensor cores too: 2^-10 of what is 2^-10 itself.
+    (eh, el), (uh, ul) = cuda.split_tf32(errors), cuda.split_tf32(upper)
+    on_tensor_cores = rest - (eh @ uh + eh @ cut(ul) + cut(el) @ uh)
+    assert (on_tensor_cores - exact).norm() <= 2e-5 * (one - exact).norm() + 4 * (plain - exact).norm() + scale
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "block_size", "runs"),
+    [
+        (torch.float32, None, 128, "blocks"),
+        (torch.float32, 16, 32, "blocks"),
+        (torch.float64, None, 128, "reference"),
+        (torch.float32, None, 129, "reference"),
+        (torch.float32, None, 4, "reference"),
+        (torch.float32, 6, 48, "reference"),
+    ],
+)
+def test_what_the_cuda_kernels_take(monkeypatch, dtype, m, block_size, runs):
+    calls = []
+    for module in (blocks, reference):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "column_sweep", lambda *args, n=name, **more: calls.append((n, more)))
+    weight, factor = torch.randn(4, 48, dtype=dtype), torch.eye(48, dtype=dtype)
+    cuda.column_sweep(weight, factor, None if m else 0.5, m and 2, m, block_size, None)
+    assert [name for name, _ in calls] == [runs]
+    monkeypatch.setenv("LOSA_TRAILING", "3xTF32")
+    cuda.column_sweep(weight, factor, None if m else 0.5, m and 2, m, block_size, None)
+    expected = {"update": cuda.update_rest_3xtf32} if runs == "blocks" else {}
+    assert calls[-1] == (runs, expected)
+    monkeypatch.setenv("LOSA_TRAILING", "fast")
+    if runs == "blocks":
+        with pytest.raises(ValueError, match="LOSA_TRAILING: expected fp32 or 3xtf32, got 'fast'"):
+            cuda.column_sweep(weight, factor, 0.5, None, None, 128, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "goal", [(0.5, None, None), (0.9, None, None), (None, 2, 4), (None, 3, 8), (None, 6, 16)], ids=str
+)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (100, 400), (1030, 1024)])
+def test_cuda_sweep_equals_the_reference_where_nothing_rounds(goal, rows, columns):
+    factor = torch.eye(columns) + torch.diag(0.5 * (torch.arange(1, columns) % 3 > 0), 1)
+    weight = tied(rows, columns)
+    for mask in (None, pack_mask(torch.rand(rows, columns) < 0.7)):
+        expected = reference.column_sweep(weight, factor, *goal, 128, mask)
+        there = None if mask is None else mask.cuda()
+        found = cuda.column_sweep(weight.cuda(), factor.cuda(), *goal, 128, there)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trailing", ["fp32", "3xtf32"])
+@pytest.mark.parametrize("goal", [{"sparsity": 0.5}, {"keep_n": 2, "m": 4}, {"keep_n": 6, "m": 16}])
+def test_cuda_agrees_with_fp64(monkeypatch, precision, goal, trailing):
+    monkeypatch.setenv("LOSA_TRAILING", trailing)
+    precision("high")  # which must not reach the sweep
+    weight, h = torch.randn(300, 512).cuda(), hessian(512, 1.0).cuda()
+    found, truth = sparsegpt_prune(weight, h.float(), **goal), sparsegpt_prune(weight.double(), h, **goal)
+    ours, exact = unpack_mask(found.mask, 512), unpack_mask(truth.mask, 512)
+    assert ours.sum() == exact.sum() and (ours == exact).double().mean() >= 0.9995
+    alike = (ours == exact).all(1)
+    error = (found.weight.double() - truth.weight)[alike].norm() / truth.weight[alike].norm()
+    assert error <= 2e-4
+    again = sparsegpt_prune(weight, h.float(), **goal)
+    assert torch.equal(again.weight, found.weight) and torch.equal(again.mask, found.mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tiny_on_gpu(dtype):
+    norms = torch.rand(80)
+    for weight in (torch.randn(5, 80).to(dtype), tied(5, 80).to(dtype)):
+        for goal in ((0.3, None, None), (None, 2, 4), (None, 3, 8), (None, 6, 16)):
+            mask = pack_mask(torch.rand(5, 80) < 0.7)
+            expected = reference.wanda_mask(weight, norms, *goal, mask)
+            assert torch.equal(cuda.wanda_mask(weight.cuda(), norms.cuda(), *goal, mask.cuda()).cpu(), expected)
+            wide, factor = weight.float(), torch.eye(80)
+            expected = reference.column_sweep(wide, factor, *goal, 64 if goal[2] is None else 48, mask)
+            found = cuda.column_sweep(wide.cuda(), factor.cuda(), *goal, 64 if goal[2] is None else 48, mask.cuda())
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_wanda_on_gpu_at_full_size():
+    for columns in (11008, 30000):
+        weight, norms = torch.randn(40, columns), torch.rand(columns)
+        expected = reference.wanda_mask(weight, norms, 0.6, None, None, None)
+        assert torch.equal(cuda.wanda_mask(weight.cuda(), norms.cuda(), 0.6, None, None, None).cpu(), expected)

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
+from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, all_finite
 
-__all__ = ["SingularHessianError", "SweepResult", "inverse_factor", "sparsegpt_prune", "wanda_mask"]
+__all__ = [
+    "SingularHessianError",
+    "SweepResult",
+    "accumulate_hessian",
+    "complete_hessian",
+    "inverse_factor",
+    "sparsegpt_prune",
+    "wanda_mask",
+]
 
 
 class SweepResult(NamedTuple):
@@ -59,6 +68,7 @@ def sparsegpt_prune(
     damping: float = 0.01,
     block_size: int = 128,
     mask: Tensor | None = None,
+    factor: tuple[Tensor, float] | None = None,
 ) -> SweepResult:
     """Prune and compensate (SparseGPT, Frantar and Alistarh 2023).
 
@@ -77,6 +87,7 @@ def sparsegpt_prune(
         mask: packed; weights already pruned stay pruned and count, and where the matrix (keep_n:m: a group) has lost
             more than asked, nothing else goes. Their values are compensated for like any other pruned weight's: pass
             zeros there if that has happened already. With sparsity=0 this is the elimination for a given mask.
+        factor: ``inverse_factor(hessian, damping)``, for weights that share a Hessian; ``damping`` is then unused.
 
     Raises:
         ValueError: a bad argument, or a non-finite Hessian or weight.
@@ -95,13 +106,19 @@ def sparsegpt_prune(
     work = weight.to(wide, copy=True)
     if not all_finite(work):
         raise ValueError("weight: expected finite values, got nan or inf")
-    hessian = hessian.to(wide)
-    factor, used = inverse_factor(hessian, damping)
+    if factor is None:
+        factor = inverse_factor(hessian.to(wide), damping)
+    upper, used = factor
+    if tuple(upper.shape) != (columns, columns) or upper.dtype != wide or upper.device != weight.device:
+        raise ValueError(
+            f"factor: expected {wide} ({columns}, {columns}) on {weight.device}, "
+            f"got {upper.dtype} {tuple(upper.shape)} on {upper.device}"
+        )
     dead = hessian.diagonal() == 0
     if dead.any():
         work[:, dead] = 0
     sweep = dispatch.implementation("column_sweep", weight.device)
-    swept, packed, loss = sweep(work, factor, sparsity, keep_n, m, block_size, mask)
+    swept, packed, loss = sweep(work, upper, sparsity, keep_n, m, block_size, mask)
     return SweepResult(swept, packed, loss, used)
 
 
