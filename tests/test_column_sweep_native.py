@@ -208,6 +208,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_inverse_by_halves(columns, spread, monkeypatch):
     monkeypatch.setattr(cpu, "LEAF", 64)
+    monkeypatch.setattr(cpu, "PANEL", 48)
     upper = torch.linalg.cholesky(hessian(columns, spread)).mT.float()
     exact = torch.linalg.inv(upper.double())
     ours, plain = (run(upper).double() for run in (cpu.invert_upper, reference.invert_upper))
