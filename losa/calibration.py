@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from losa.errors import ModelError, NumericsError
 from losa.pruners.base import Statistic
 from losa_kernels import gram
+from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
 
 
 class _Stop(Exception):
@@ -190,12 +191,11 @@ class _Hessian:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def update(self, x: Tensor) -> Tensor:
-        x = x.float()
-        self.total.addmm_(x.T, x)
+        accumulate_hessian(self.total, x)
         return self.total.diagonal()
 
     def result(self) -> Tensor:
-        return self.total
+        return complete_hessian(self.total)
 
 
 _COLLECTORS: dict[Statistic, type] = {"input_norms": _InputNorms, "hessian": _Hessian}

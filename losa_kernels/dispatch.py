@@ -44,9 +44,20 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
     "gram": {"reference": "losa_kernels.cka.reference:gram", "triton": "losa_kernels.cka.triton:gram"},
-    "inverse_factor": {"reference": "losa_kernels.column_sweep.reference:inverse_factor"},
-    "column_sweep": {"reference": "losa_kernels.column_sweep.reference:column_sweep"},
-    "wanda_mask": {"reference": "losa_kernels.column_sweep.reference:wanda_mask"},
+    "inverse_factor": {
+        "reference": "losa_kernels.column_sweep.reference:inverse_factor",
+        "cpu": "losa_kernels.column_sweep.cpu:inverse_factor",
+    },
+    "column_sweep": {
+        "reference": "losa_kernels.column_sweep.reference:column_sweep",
+        "cpu": "losa_kernels.column_sweep.cpu:column_sweep",
+        "cuda": "losa_kernels.column_sweep.cuda:column_sweep",
+    },
+    "wanda_mask": {
+        "reference": "losa_kernels.column_sweep.reference:wanda_mask",
+        "cpu": "losa_kernels.column_sweep.cpu:wanda_mask",
+        "cuda": "losa_kernels.column_sweep.cuda:wanda_mask",
+    },
     "pack_bitmask": {
         "reference": "losa_kernels.packing.reference:pack_bitmask",
         "cpu": "losa_kernels.packing.cpu:pack_bitmask",

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import SingularHessianError, inverse_factor
+from losa_kernels.column_sweep import SingularHessianError, accumulate_hessian, complete_hessian, inverse_factor
+from losa_kernels.column_sweep import hessian as hessian_module
 from losa_kernels.column_sweep.reference import block_counts, prune_count, smallest, smallest_of_groups
 
 
@@ -326,6 +327,35 @@ def test_inverse_factor(dead):
     identity = factor @ full @ factor.T
     bound = 40 * float(torch.linalg.cond(full)) * torch.finfo(torch.float64).eps
     assert (identity - torch.eye(40)).abs().max() <= bound
+
+
+def test_a_factor_serves_several_weights():
+    h = hessian(32, dtype=torch.float32)
+    factor = inverse_factor(h, 0.05)
+    for weight, goal in ((torch.randn(5, 32), {"sparsity": 0.5}), (torch.randn(3, 32), {"keep_n": 2, "m": 4})):
+        alone = sparsegpt_prune(weight, h, damping=0.05, **goal)
+        shared = sparsegpt_prune(weight, h, factor=factor, **goal)
+        assert torch.equal(alone.weight, shared.weight) and torch.equal(alone.mask, shared.mask)
+        assert shared.damping == 0.05
+    for bad in (factor[0][:31, :31], factor[0].double(), factor[0].to("meta")):
+        with pytest.raises(ValueError, match=r"factor: expected torch.float32 \(32, 32\) on cpu, got"):
+            sparsegpt_prune(torch.randn(5, 32), h, sparsity=0.5, factor=(bad, 0.05))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_hessian_is_summed_above_the_diagonal(columns, dtype, device, monkeypatch):
+    monkeypatch.setattr(hessian_module, "PANEL", 32)
+    batches = [torch.randn(tokens, columns, device=device).to(dtype) for tokens in (50, 1, 9)]
+    total = torch.zeros(columns, columns, device=device)
+    for x in batches:
+        accumulate_hessian(total, x)
+    assert columns <= 32 or not bool(total[32:, :32].any()), "nothing is done twice"
+    assert complete_hessian(total) is total and torch.equal(total, total.T)
+    rows = torch.cat(batches).float()
+    exact, plain = rows.double().T @ rows.double(), rows.T @ rows
+    scale = exact.norm() * torch.finfo(torch.float32).eps
+    assert (total - exact).norm() <= 2 * (plain - exact).norm() + scale
 
 
 def test_damping_escalates_and_is_recorded():

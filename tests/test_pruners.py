@@ -15,6 +15,7 @@ from losa.pruners import Pattern, Pruned, Pruner, get_pruner, register
 from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.schedule import RoundPlan
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
+from losa_kernels.column_sweep import inverse_factor
 from tests.tiny import tiny_llama
 
 NAMES = ["magnitude", "wanda", "sparsegpt"]
@@ -229,3 +230,35 @@ def test_unknown_pruner_lists_the_known():
 def test_bad_patterns(bad):
     with pytest.raises(ValueError, match="Pattern|sparsity|keep_n"):
         Pattern(**bad)
+
+
+def test_linears_with_the_same_hessian_share_its_factor(monkeypatch):
+    from losa.pruners import sparsegpt
+
+    factored = []
+
+    def count(hessian, damping):
+        factored.append(hessian)
+        return inverse_factor(hessian, damping)
+
+    monkeypatch.setattr(sparsegpt, "inverse_factor", count)
+    pruner = get_pruner(PruneConfig(pruner="sparsegpt", sparsity=0.5))
+    hessian, other = statistic_for(pruner, 32), statistic_for(pruner, 32, seed=1)
+    weights, pattern = [torch.randn(8, 32) for _ in range(3)], Pattern(sparsity=0.5)
+    for weight in weights:
+        shared = pruner.prune(weight, hessian, pattern, None)
+        alone = sparsegpt_prune(weight, hessian, sparsity=0.5)
+        assert torch.equal(shared.weight, alone.weight) and torch.equal(shared.mask, alone.mask)
+    assert len(factored) == 1
+    pruner.prune(weights[0], other, pattern, None)
+    pruner.prune(weights[0], hessian, pattern, None)
+    assert len(factored) == 3, "the last one only is kept"
+    hessian *= 2
+    changed = pruner.prune(weights[0], hessian, pattern, None)
+    assert len(factored) == 4
+    assert torch.equal(changed.weight, sparsegpt_prune(weights[0], hessian, sparsity=0.5).weight)
+    factored.clear()
+    del hessian
+    assert pruner._factor is None, "it goes with its Hessian"
+    with pytest.raises(NumericsError, match="singular"):
+        pruner.prune(weights[0], -other, pattern, None)

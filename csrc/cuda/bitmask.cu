@@ -84,7 +84,7 @@ void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int6
 
 }  // namespace losa::bitmask
 
-#if !defined(LOSA_EMULATOR)
+#if defined(LOSA_TORCH)
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from losa_kernels import dispatch
-from losa_kernels.bitmask import check_packed, pack_mask
-from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
+from losa_kernels.bitmask import check_packed
+from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
+from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, all_finite
 
-__all__ = ["SingularHessianError", "SweepResult", "inverse_factor", "sparsegpt_prune", "wanda_mask"]
+__all__ = [
+    "SingularHessianError",
+    "SweepResult",
+    "accumulate_hessian",
+    "complete_hessian",
+    "inverse_factor",
+    "sparsegpt_prune",
+    "wanda_mask",
+]
 
 
 class SweepResult(NamedTuple):
@@ -43,11 +52,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
     if not 0 < damping <= MAX_DAMPING:
         raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
-    hessian = hessian.to(_wide(hessian), copy=True)
-    if not torch.isfinite(hessian).all():
+    hessian = hessian.to(_wide(hessian))
+    if not all_finite(hessian):
         raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
-    diagonal = hessian.diagonal()
-    diagonal.masked_fill_(diagonal == 0, 1)
     return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
 
 
@@ -62,6 +69,7 @@ def sparsegpt_prune(
     damping: float = 0.01,
     block_size: int = 128,
     mask: Tensor | None = None,
+    factor: tuple[Tensor, float] | None = None,
 ) -> SweepResult:
     """Prune and compensate (SparseGPT, Frantar and Alistarh 2023).
 
@@ -80,6 +88,7 @@ def sparsegpt_prune(
         mask: packed; weights already pruned stay pruned and count, and where the matrix (keep_n:m: a group) has lost
             more than asked, nothing else goes. Their values are compensated for like any other pruned weight's: pass
             zeros there if that has happened already. With sparsity=0 this is the elimination for a given mask.
+        factor: ``inverse_factor(hessian, damping)``, for weights that share a Hessian; ``damping`` is then unused.
 
     Raises:
         ValueError: a bad argument, or a non-finite Hessian or weight.
@@ -96,14 +105,22 @@ def sparsegpt_prune(
         raise ValueError(f"block_size: expected {expected}, got {block_size}")
     wide = _wide(weight)
     work = weight.to(wide, copy=True)
-    if not torch.isfinite(work).all():
+    if not all_finite(work):
         raise ValueError("weight: expected finite values, got nan or inf")
-    hessian = hessian.to(wide)
-    factor, used = inverse_factor(hessian, damping)
-    work.masked_fill_(hessian.diagonal() == 0, 0)
+    if factor is None:
+        factor = inverse_factor(hessian.to(wide), damping)
+    upper, used = factor
+    if tuple(upper.shape) != (columns, columns) or upper.dtype != wide or upper.device != weight.device:
+        raise ValueError(
+            f"factor: expected {wide} ({columns}, {columns}) on {weight.device}, "
+            f"got {upper.dtype} {tuple(upper.shape)} on {upper.device}"
+        )
+    dead = hessian.diagonal() == 0
+    if dead.any():
+        work[:, dead] = 0
     sweep = dispatch.implementation("column_sweep", weight.device)
-    swept, kept, loss = sweep(work, factor, sparsity, keep_n, m, block_size, mask)
-    return SweepResult(swept, pack_mask(kept), loss, used)
+    swept, packed, loss = sweep(work, upper, sparsity, keep_n, m, block_size, mask)
+    return SweepResult(swept, packed, loss, used)
 
 
 @torch.no_grad()
@@ -137,9 +154,9 @@ def wanda_mask(
         raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
     if input_norms.device != weight.device:
         raise ValueError(f"input_norms: expected on {weight.device} as weight, got {input_norms.device}")
-    if not torch.isfinite(input_norms).all() or bool((input_norms < 0).any()):
+    if not all_finite(input_norms) or bool((input_norms < 0).any()):
         raise ValueError("input_norms: expected finite values >= 0")
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError("weight: expected finite values, got nan or inf")
     run = dispatch.implementation("wanda_mask", weight.device)
     return run(weight, input_norms, sparsity, keep_n, m, mask)

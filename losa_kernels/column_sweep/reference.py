@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -89,26 +91,40 @@ def wanda_mask(
     return pack_mask(~pruned)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def invert_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix."""
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def inverse_factor(
+    hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor] = invert_upper
+) -> tuple[Tensor, float]:
     """Upper Cholesky factor U of the damped H^-1 = U^T U, and the damping used (a share of the mean diagonal).
 
-    U = inv(flip(chol(flip(H)))). Every attempt starts from a fresh copy; damping grows tenfold until it succeeds.
+    U = inv(flip(chol(flip(H)))); zeros on the diagonal count as 1. Every attempt starts from the given diagonal;
+    damping grows tenfold until it succeeds. ``invert`` is the inverse of an upper triangular matrix.
     """
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal().clone()
+    diagonal.masked_fill_(diagonal == 0, 1)
+    mean = diagonal.mean()
+    flipped = hessian.flip(0, 1)
     last = damping
     # The margin admits a last step whose product of tens is 1 but for rounding.
     while damping <= MAX_DAMPING * (1 + 1e-9):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        flipped.diagonal().copy_((diagonal + damping * mean).flip(0))
+        lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0:
-            upper = lower.flip(0, 1)
-            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-            if torch.isfinite(factor).all():
+            factor = invert(lower.flip(0, 1))
+            if all_finite(factor):
                 return factor, damping
         last, damping = damping, 10 * damping
     raise SingularHessianError(f"hessian: singular even with damping {last:g} of its mean diagonal")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In one pass and without a temporary of the tensor's size."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def column_sweep(
@@ -120,7 +136,7 @@ def column_sweep(
     block_size: int,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(swept weight (out, in), kept bool (out, in), loss (out,)); ``weight`` is not changed.
+    """(swept weight (out, in), packed mask, loss (out,)); ``weight`` is not changed.
 
     Works on the transposed matrix: a column of W, the unit of the sweep, is then contiguous.
     """
@@ -157,7 +173,7 @@ def column_sweep(
             block[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
         loss += errors.square().sum(0) / 2
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return work.masked_fill_(pruned, 0).T.contiguous(), (~pruned).T.contiguous(), loss
+    return work.masked_fill_(pruned, 0).T.contiguous(), pack_mask(~pruned.T), loss
 
 
 def _scores(block: Tensor, diagonal: Tensor, already: Tensor | None) -> Tensor:

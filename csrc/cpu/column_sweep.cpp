@@ -1,0 +1,104 @@
+// SparseGPT's sweep of one column block on the CPU: panels of 16 rows, which are independent of each other, in parallel.
+#include "cpu/column_sweep.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/cpu_isa.h"
+#include "cpu/scratch.h"
+
+namespace losa::column_sweep {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kPanelRows = 16;
+// Multiply-adds below which a second thread costs more than it saves.
+constexpr int64_t kWorkPerTask = 1 << 19;
+
+void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t m, int64_t prune,
+                 const std::optional<Tensor>& state, const std::optional<Tensor>& mask, const Tensor& kept,
+                 const Tensor& errors, const Tensor& loss) {
+  const auto is_float = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float && t.is_contiguous(); };
+  STD_TORCH_CHECK(weight.dim() == 2 && is_float(weight), "weight: expected a contiguous float tensor (out, in)");
+  const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
+  const auto is_packed = [&](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.dim() == 2 && t.size(0) == rows &&
+        t.size(1) == packed_width(columns);
+  };
+  STD_TORCH_CHECK(0 <= start && start < end && end <= columns, "start, end: got ", start, ", ", end);
+  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == columns && factor.size(1) == columns &&
+                      factor.scalar_type() == ScalarType::Float,
+                  "factor: expected a float tensor (", columns, ", ", columns, ")");
+  STD_TORCH_CHECK(m == 0 ? state.has_value() : m > 0 && width % m == 0 && 0 <= prune && prune <= m,
+                  "m, prune: got ", m, ", ", prune);
+  STD_TORCH_CHECK(!state || (state->scalar_type() == ScalarType::Int && state->is_contiguous() && state->numel() >= 3),
+                  "state: expected a contiguous int32 tensor");
+  STD_TORCH_CHECK(is_packed(kept) && (!mask || is_packed(*mask)),
+                  "mask, kept: expected contiguous packed uint8 tensors");
+  STD_TORCH_CHECK(is_float(errors) && errors.dim() == 2 && errors.size(0) == rows && errors.size(1) == width,
+                  "errors: expected a contiguous float tensor (", rows, ", ", width, ")");
+  STD_TORCH_CHECK(is_float(loss) && loss.dim() == 1 && loss.size(0) == rows, "loss: expected a float tensor (", rows,
+                  ",)");
+
+  std::vector<float> upper(width * width);
+  const auto* from = static_cast<const float*>(factor.const_data_ptr());
+  for (int64_t i = 0; i < width; ++i) {
+    for (int64_t j = i; j < width; ++j) {
+      upper[i * width + j] = from[(start + i) * factor.stride(0) + (start + j) * factor.stride(1)];
+    }
+  }
+  const auto* bound = state ? static_cast<const int32_t*>(state->const_data_ptr()) : nullptr;
+  const auto* mask_bits = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  auto* weights = static_cast<float*>(weight.mutable_data_ptr()) + start;
+  auto* errors_out = static_cast<float*>(errors.mutable_data_ptr());
+  auto* kept_bits = static_cast<uint8_t*>(kept.mutable_data_ptr());
+  auto* losses = static_cast<float*>(loss.mutable_data_ptr());
+  const int64_t stride = packed_width(columns);
+  const CpuIsa isa = selected_isa();
+  const auto sweep = isa == CpuIsa::kAvx512  ? sweep_panel_avx512
+                     : isa == CpuIsa::kAvx2 ? sweep_panel_avx2
+                                            : sweep_panel_scalar;
+
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t grain = std::max<int64_t>(1, kWorkPerTask / (kPanelRows * width * (width / 2 + 1)));
+  torch::stable::parallel_for(0, panels, grain, [&](int64_t first, int64_t last) {
+    const Scratch<float> scratch(panel_scratch(width, m));
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t row = panel * kPanelRows, count = std::min(kPanelRows, rows - row);
+      sweep({.weight = weights + row * columns,
+             .weight_stride = columns,
+             .errors = errors_out + row * width,
+             .errors_stride = width,
+             .kept = kept_bits + row * stride,
+             .mask = mask_bits == nullptr ? nullptr : mask_bits + row * stride,
+             .kept_stride = stride,
+             .mask_stride = stride,
+             .loss = losses + row,
+             .upper = upper.data(),
+             .first_column = start,
+             .width = width,
+             .rows = count,
+             .m = m,
+             .prune = prune,
+             .key = bound == nullptr ? -1 : bound[0],
+             .tied_columns = bound == nullptr ? 0 : bound[1],
+             .tied_rows = bound == nullptr ? 0 : bound[2] - row,
+             .scratch = scratch.get()});
+    }
+  });
+}
+
+}  // namespace
+}  // namespace losa::column_sweep
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
+  library.impl("sweep_block", TORCH_BOX(&losa::column_sweep::sweep_block));
+}

@@ -1,0 +1,10 @@
+// Compiled with AVX2 flags.
+#include "cpu/column_sweep_impl.h"
+
+namespace losa::column_sweep {
+
+void sweep_panel_avx2(const Panel& panel) {
+  sweep_panel(panel);
+}
+
+}  // namespace losa::column_sweep

@@ -1,0 +1,93 @@
+"""The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/column_sweep.
+
+Per block: selection, one sweep of all rows, one product that brings the later columns up to date. Nothing is as large
+as the weight but the weight itself, which is swept in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from losa_kernels import native
+from losa_kernels.bitmask import packed_width
+from losa_kernels.column_sweep.reference import block_counts, prune_count
+
+STATE = 4096  # int32s that select_block takes: the bound it found, and on CUDA its histograms
+
+
+def update_rest(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
+    """rest (out, later) -= errors (out, block) upper (block, later), in place."""
+    rest.addmm_(errors, upper, alpha=-1)
+
+
+def column_sweep(
+    weight: Tensor,
+    factor: Tensor,
+    sparsity: float | None,
+    keep_n: int | None,
+    m: int | None,
+    block_size: int,
+    mask: Tensor | None,
+    update: Callable[[Tensor, Tensor, Tensor], None] = update_rest,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(swept weight (out, in), packed mask, loss (out,)) of an fp32 weight, which is given up: the result may be it."""
+    rows, columns = weight.shape
+    work = weight.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    kept = work.new_zeros(rows, packed_width(columns), dtype=torch.uint8)
+    loss = work.new_zeros(rows)
+    space = work.new_empty(rows * min(block_size, columns))
+    starts = range(0, columns, block_size)
+    state, counts = None, []
+    if keep_n is None:
+        state = work.new_zeros(STATE, dtype=torch.int32)
+        widths = [min(block_size, columns - start) for start in starts]
+        lost = [0] * len(widths)
+        if mask is not None:
+            lost = torch.ops.losa.pruned_per_block(mask, columns, block_size).tolist()
+        counts = block_counts(sparsity, rows, widths, lost)
+    group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
+    for index, start in enumerate(starts):
+        end = min(start + block_size, columns)
+        errors = space[: rows * (end - start)].view(rows, end - start)
+        if state is not None:
+            torch.ops.losa.select_block(work, factor, start, end, counts[index], mask, errors, state)
+        torch.ops.losa.sweep_block(work, factor, start, end, group, prune, state, mask, kept, errors, loss)
+        if end < columns:
+            update(work[:, end:], errors, factor[start:end, end:])
+    return work, kept, loss
+
+
+def wanda_mask(
+    weight: Tensor,
+    input_norms: Tensor,
+    sparsity: float | None,
+    keep_n: int | None,
+    m: int | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Packed mask of an fp32, fp16 or bf16 weight by |W_ij| ||X_j||."""
+    count, group = (prune_count(sparsity, weight.shape[1]), 0) if keep_n is None else (m - keep_n, m)
+    return torch.ops.losa.wanda_select(weight, input_norms.float(), count, group, mask)
+
+
+if native.missing("cpu") is None:
+
+    @torch.library.register_fake("losa::wanda_select")
+    def _(weight, input_norms, count, m, mask):
+        return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.uint8)
+
+    @torch.library.register_fake("losa::pruned_per_block")
+    def _(mask, in_features, block_size):
+        return mask.new_empty((-(-in_features // block_size),), dtype=torch.int64)
+
+    @torch.library.register_fake("losa::select_block")
+    def _(weight, factor, start, end, count, mask, scratch, state):
+        return None
+
+    @torch.library.register_fake("losa::sweep_block")
+    def _(weight, factor, start, end, m, prune, state, mask, kept, errors, loss):
+        return None

@@ -1,0 +1,519 @@
+// Runs CUDA kernels on the host, so that their logic is tested without a GPU and under sanitizers.
+//
+// csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another; a block's threads
+// are fibers on one OS thread, each with a stack of its own. A fiber runs until it reaches a barrier or a warp operation;
+// which one runs next is drawn from a seed, and one warp is let far ahead of the others, so that a result that depends
+// on the order (a missing barrier) changes with the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
+// lines; a warp operation that waits for lanes which never come; a shuffle from a lane that takes no part.
+// Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
+// the address sanitizer sees accesses beyond either.
+//
+// Not modelled: several threads between barriers at once, memory ordering, tensor cores, asynchronous copies, textures.
+#pragma once
+
+#if !defined(__x86_64__)
+#error "The emulator switches stacks in x86-64 assembly."
+#endif
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __constant__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+#define LOSA_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
+#define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
+  do {                                                                                    \
+    static_cast<void>(stream); /* launches run to their end, one after another */         \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });  \
+  } while (0)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+
+namespace emulator {
+
+constexpr std::size_t kStackBytes = 256 << 10;
+constexpr int kExitStatus = 3;
+
+enum class State { kReady, kBarrier, kWarp, kDone };
+
+struct Fiber {
+  dim3 index;
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  void* fake_stack = nullptr;
+  State state = State::kReady;
+  // What it waits for.
+  const char* operation = "";
+  const char* file = "";
+  int line = 0;
+  unsigned mask = 0;
+  std::uint64_t value = 0;
+  // What a finished operation brought: the values of the warp's lanes that took part, or the block's count.
+  std::array<std::uint64_t, 32> seen{};
+  unsigned members = 0;
+  int count = 0;
+};
+
+struct Machine {
+  std::mt19937 random{0};
+  std::vector<Fiber> fibers;
+  std::vector<std::vector<std::size_t>> ready;  // of each warp
+  std::function<void()> body;
+  std::vector<unsigned char> dynamic_shared;
+  Fiber* current = nullptr;
+  void* scheduler_stack_pointer = nullptr;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  std::size_t scheduler_stack_bytes = 0;
+};
+
+inline Machine machine;
+
+inline void seed(unsigned value) {
+  machine.random.seed(value);
+}
+
+inline void make_ready(Fiber& fiber) {
+  const std::size_t index = &fiber - machine.fibers.data();
+  fiber.state = State::kReady;
+  machine.ready[index / 32].push_back(index);
+}
+
+inline void* dynamic_shared() {
+  return machine.dynamic_shared.data();
+}
+
+extern "C" void losa_emulator_switch(void** save, void* to);
+asm(R"(
+.text
+.globl losa_emulator_switch
+.type losa_emulator_switch, @function
+losa_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size losa_emulator_switch, .-losa_emulator_switch
+)");
+
+inline void report(const char* what) {
+  std::fprintf(stderr, "emulator: %s in block (%u, %u, %u) of (%u, %u, %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+               gridDim.x, gridDim.y, gridDim.z);
+  int shown = 0;
+  for (const Fiber& fiber : machine.fibers) {
+    if (++shown > 64) break;
+    std::fprintf(stderr, "  thread (%u, %u, %u) ", fiber.index.x, fiber.index.y, fiber.index.z);
+    if (fiber.state == State::kDone) {
+      std::fprintf(stderr, "has returned\n");
+    } else if (fiber.state == State::kReady) {
+      std::fprintf(stderr, "runs\n");
+    } else {
+      std::fprintf(stderr, "waits in %s at %s:%d, mask %08x\n", fiber.operation, fiber.file, fiber.line, fiber.mask);
+    }
+  }
+  std::fflush(nullptr);
+  std::_Exit(kExitStatus);
+}
+
+// From a fiber back to the scheduler; returns when the scheduler runs the fiber again.
+inline void yield() {
+  Fiber& self = *machine.current;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(self.state == State::kDone ? nullptr : &self.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_bytes);
+#endif
+  losa_emulator_switch(&self.stack_pointer, machine.scheduler_stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+#endif
+  machine.body();
+  machine.current->state = State::kDone;
+  yield();
+  std::abort();  // a finished fiber is not run again
+}
+
+inline void run(Fiber& fiber) {
+  machine.current = &fiber;
+  threadIdx = fiber.index;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStackBytes);
+#endif
+  losa_emulator_switch(&machine.scheduler_stack_pointer, fiber.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void prepare(Fiber& fiber, dim3 index) {
+  fiber.index = index;
+  make_ready(fiber);
+  fiber.fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
+  // The switch pops six registers and returns into fiber_main, whose stack must look as after a call.
+  auto* top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
+}
+
+inline bool release_barrier() {
+  const std::vector<Fiber>& all = machine.fibers;
+  int count = 0;
+  for (const Fiber& fiber : all) {
+    if (fiber.state != State::kBarrier || fiber.line != all[0].line || std::strcmp(fiber.file, all[0].file) != 0 ||
+        std::strcmp(fiber.operation, all[0].operation) != 0) {
+      return false;
+    }
+    count += fiber.value != 0;
+  }
+  for (Fiber& fiber : machine.fibers) {
+    fiber.count = count;
+    make_ready(fiber);
+  }
+  return true;
+}
+
+// A random thread of the favoured warp while that has one to run, for about 64 turns; else of any warp.
+inline bool pick(std::size_t* warp, std::size_t* fiber) {
+  auto& ready = machine.ready;
+  if (machine.random() % 64 == 0 || ready[*warp].empty()) {
+    std::vector<std::size_t> candidates;
+    for (std::size_t i = 0; i < ready.size(); ++i) {
+      if (!ready[i].empty()) candidates.push_back(i);
+    }
+    if (candidates.empty()) return false;
+    *warp = candidates[machine.random() % candidates.size()];
+  }
+  auto& own = ready[*warp];
+  std::swap(own[machine.random() % own.size()], own.back());
+  *fiber = own.back();
+  own.pop_back();
+  return true;
+}
+
+inline void run_block() {
+  const auto is_done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+  std::size_t warp = 0, fiber = 0;
+  for (;;) {
+    while (pick(&warp, &fiber)) run(machine.fibers[fiber]);
+    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) return;
+    if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
+  }
+}
+
+inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body) {
+  const std::size_t threads = std::size_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > 1024 || std::size_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    std::fprintf(stderr, "emulator: invalid launch\n");
+    std::_Exit(kExitStatus);
+  }
+  gridDim = grid;
+  blockDim = block;
+  machine.body = std::move(body);
+  while (machine.fibers.size() > threads) {
+    munmap(machine.fibers.back().stack, kStackBytes);
+    machine.fibers.pop_back();
+  }
+  while (machine.fibers.size() < threads) {
+    Fiber fiber;
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) std::abort();
+    fiber.stack = static_cast<char*>(stack);
+    machine.fibers.push_back(fiber);
+  }
+  machine.ready.resize((threads + 31) / 32);
+  std::vector<std::size_t> blocks(std::size_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), std::size_t{0});
+  std::shuffle(blocks.begin(), blocks.end(), machine.random);
+  for (std::size_t index : blocks) {
+    blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+    machine.dynamic_shared = std::vector<unsigned char>(shared_bytes, 0xcb);
+    for (std::size_t i = 0; i < threads; ++i) {
+      prepare(machine.fibers[i], dim3(i % block.x, i / block.x % block.y, i / block.x / block.y));
+    }
+    run_block();
+  }
+}
+
+inline int barrier(const char* operation, bool value, const char* file, int line) {
+  Fiber& self = *machine.current;
+  self.state = State::kBarrier;
+  self.operation = operation;
+  self.file = file;
+  self.line = line;
+  self.mask = 0;
+  self.value = value;
+  yield();
+  return self.count;
+}
+
+// Waits for the lanes of `mask` in the same operation; then self.seen holds their values.
+inline Fiber& exchange(const char* operation, unsigned mask, std::uint64_t value, const char* file, int line) {
+  Fiber& self = *machine.current;
+  const std::size_t own = &self - machine.fibers.data(), first = own / 32 * 32;
+  if ((mask >> (own - first) & 1) == 0) report("a thread is not in the mask of its own warp operation");
+  self.state = State::kWarp;
+  self.operation = operation;
+  self.file = file;
+  self.line = line;
+  self.mask = mask;
+  self.value = value;
+  unsigned members = 0;
+  bool complete = true;
+  const std::size_t lanes = std::min<std::size_t>(32, machine.fibers.size() - first);
+  for (std::size_t lane = 0; lane < lanes; ++lane) {
+    const Fiber& other = machine.fibers[first + lane];
+    if ((mask >> lane & 1) == 0 || other.state == State::kDone) continue;
+    members |= 1u << lane;
+    complete = complete && other.state == State::kWarp && other.mask == mask &&
+        std::strcmp(other.operation, operation) == 0 && other.line == line && std::strcmp(other.file, file) == 0;
+  }
+  if (complete) {
+    std::array<std::uint64_t, 32> seen{};
+    for (std::size_t lane = 0; lane < lanes; ++lane) {
+      if (members >> lane & 1) seen[lane] = machine.fibers[first + lane].value;
+    }
+    for (std::size_t lane = 0; lane < lanes; ++lane) {
+      if ((members >> lane & 1) == 0) continue;
+      Fiber& other = machine.fibers[first + lane];
+      other.seen = seen;
+      other.members = members;
+      make_ready(other);
+    }
+  }
+  yield();
+  return self;
+}
+
+template <class T>
+std::uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8);
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+T from_bits(std::uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline int lane() {
+  return static_cast<int>((machine.current - machine.fibers.data()) % 32);
+}
+
+template <class T>
+T taken_from(const Fiber& self, int lane) {
+  if ((self.members >> lane & 1) == 0) report("a shuffle reads a lane that takes no part");
+  return from_bits<T>(self.seen[lane]);
+}
+
+}  // namespace emulator
+
+#define LOSA_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(LOSA_SITE) {
+  emulator::barrier("__syncthreads", false, file, line);
+}
+inline int __syncthreads_count(int predicate, LOSA_SITE) {
+  return emulator::barrier("__syncthreads_count", predicate != 0, file, line);
+}
+inline int __syncthreads_or(int predicate, LOSA_SITE) {
+  return emulator::barrier("__syncthreads_or", predicate != 0, file, line) > 0;
+}
+inline int __syncthreads_and(int predicate, LOSA_SITE) {
+  return emulator::barrier("__syncthreads_and", predicate == 0, file, line) == 0;
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, LOSA_SITE) {
+  emulator::exchange("__syncwarp", mask, 0, file, line);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32, LOSA_SITE) {
+  const auto& self = emulator::exchange("__shfl_sync", mask, emulator::to_bits(value), file, line);
+  const int lane = emulator::lane();
+  return emulator::taken_from<T>(self, lane / width * width + (from & (width - 1)));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, LOSA_SITE) {
+  const auto& self = emulator::exchange("__shfl_up_sync", mask, emulator::to_bits(value), file, line);
+  const int lane = emulator::lane(), from = lane - static_cast<int>(delta);
+  return from < lane / width * width ? value : emulator::taken_from<T>(self, from);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, LOSA_SITE) {
+  const auto& self = emulator::exchange("__shfl_down_sync", mask, emulator::to_bits(value), file, line);
+  const int lane = emulator::lane(), from = lane + static_cast<int>(delta);
+  return from >= lane / width * width + width ? value : emulator::taken_from<T>(self, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LOSA_SITE) {
+  const auto& self = emulator::exchange("__shfl_xor_sync", mask, emulator::to_bits(value), file, line);
+  const int lane = emulator::lane(), from = lane ^ lanes;
+  return from >= lane / width * width + width ? value : emulator::taken_from<T>(self, from);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, LOSA_SITE) {
+  const auto& self = emulator::exchange("__ballot_sync", mask, predicate != 0, file, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(self.seen[lane]) << lane;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate, LOSA_SITE) {
+  const auto& self = emulator::exchange("__any_sync", mask, predicate != 0, file, line);
+  return std::any_of(self.seen.begin(), self.seen.end(), [](std::uint64_t value) { return value != 0; });
+}
+inline int __all_sync(unsigned mask, int predicate, LOSA_SITE) {
+  const auto& self = emulator::exchange("__all_sync", mask, predicate == 0, file, line);
+  return std::all_of(self.seen.begin(), self.seen.end(), [](std::uint64_t value) { return value == 0; });
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, LOSA_SITE) {
+  const auto& self = emulator::exchange("__match_any_sync", mask, emulator::to_bits(value), file, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((self.members >> lane & 1) != 0 && self.seen[lane] == emulator::to_bits(value)) bits |= 1u << lane;
+  }
+  return bits;
+}
+
+// Fibers are not interrupted, so that a read and a write in a row are atomic.
+template <class T, class Operation>
+T losa_atomic(T* address, Operation operation) {
+  const T before = *address;
+  *address = operation(before);
+  return before;
+}
+template <class T>
+T atomicAdd(T* address, T value) {
+  return losa_atomic(address, [=](T before) { return static_cast<T>(before + value); });
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  return losa_atomic(address, [=](T before) { return std::max(before, value); });
+}
+template <class T>
+T atomicMin(T* address, T value) {
+  return losa_atomic(address, [=](T before) { return std::min(before, value); });
+}
+template <class T>
+T atomicOr(T* address, T value) {
+  return losa_atomic(address, [=](T before) { return before | value; });
+}
+template <class T>
+T atomicAnd(T* address, T value) {
+  return losa_atomic(address, [=](T before) { return before & value; });
+}
+template <class T>
+T atomicExch(T* address, T value) {
+  return losa_atomic(address, [=](T) { return value; });
+}
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+  return losa_atomic(address, [=](T before) { return before == expected ? value : before; });
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline int __popcll(unsigned long long value) { return std::popcount(value); }
+inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline float __int_as_float(int value) { return std::bit_cast<float>(value); }
+inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+
+namespace losa {
+
+template <class Kernel>
+void allow_shared_memory(Kernel*, int) {}
+
+}  // namespace losa

@@ -1,0 +1,84 @@
+// Kernels with planted faults, each of which the emulator must find, and one without.
+#include "emulator.h"
+
+#include "driver.h"
+
+__global__ void reverse(const int* from, int* to, bool with_barrier) {
+  __shared__ int values[64];
+  values[threadIdx.x] = from[threadIdx.x];
+  if (with_barrier) __syncthreads();
+  to[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+__global__ void barrier_in_a_branch() {
+  if (threadIdx.x < 40) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void barrier_after_return() {
+  if (threadIdx.x == 7) return;
+  __syncthreads();
+}
+
+__global__ void beyond_global_memory(int* to) {
+  to[threadIdx.x] = 1;
+}
+
+__global__ void beyond_shared_memory(int* to) {
+  __shared__ int values[63];
+  values[threadIdx.x] = 1;
+  to[threadIdx.x] = values[0];
+}
+
+__global__ void beyond_dynamic_shared_memory() {
+  LOSA_DYNAMIC_SHARED(int, values);
+  values[threadIdx.x] = 1;
+}
+
+__global__ void lanes_that_never_come(int* to) {
+  if (threadIdx.x % 2 == 0) to[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 2);
+  __syncthreads();
+}
+
+__global__ void shuffle_from_outside_the_mask(int* to) {
+  if (threadIdx.x < 16) to[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 20);
+}
+
+// Sum of the block by shuffles, votes and matches, in the shapes that kernels use them.
+__global__ void collectives(const int* from, int* to) {
+  const int lane = threadIdx.x % 32;
+  int sum = from[threadIdx.x];
+  for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+  int* own = to + 8 * threadIdx.x;
+  own[0] = sum;
+  own[1] = static_cast<int>(__ballot_sync(0xffffffffu, from[threadIdx.x] % 2));
+  own[2] = static_cast<int>(__match_any_sync(0xffffffffu, from[threadIdx.x] % 5));
+  own[3] = __shfl_up_sync(0xffffffffu, lane, 3);
+  own[4] = __shfl_down_sync(0xffffffffu, lane, 3, 16);
+  own[5] = __any_sync(0xffffffffu, from[threadIdx.x] == 0) * 2 + __all_sync(0xffffffffu, from[threadIdx.x] >= 0);
+  own[6] = __syncthreads_count(from[threadIdx.x] % 3 == 0);
+  own[7] = lane < 8 ? __shfl_sync(0x000000ffu, lane, lane + 1, 8) : -1;
+}
+
+int main(int argc, char** argv) {
+  const Driver driver(argc, argv);
+  const auto& fault = driver.command;
+  auto from = driver.read<int>("from");
+  std::vector<int> to(fault == "beyond_global_memory" ? 63 : 64 * 8, -1);
+  const int *in = from.data();
+  int* out = to.data();
+  if (fault == "without_barrier") LOSA_LAUNCH(reverse, 1, 64, 0, nullptr, in, out, false);
+  if (fault == "with_barrier") LOSA_LAUNCH(reverse, 1, 64, 0, nullptr, in, out, true);
+  if (fault == "barrier_in_a_branch") LOSA_LAUNCH(barrier_in_a_branch, 1, 64, 0, nullptr);
+  if (fault == "barrier_after_return") LOSA_LAUNCH(barrier_after_return, 1, 64, 0, nullptr);
+  if (fault == "beyond_global_memory") LOSA_LAUNCH(beyond_global_memory, 1, 64, 0, nullptr, out);
+  if (fault == "beyond_shared_memory") LOSA_LAUNCH(beyond_shared_memory, 1, 64, 0, nullptr, out);
+  if (fault == "beyond_dynamic_shared_memory") LOSA_LAUNCH(beyond_dynamic_shared_memory, 1, 64, 63 * 4, nullptr);
+  if (fault == "lanes_that_never_come") LOSA_LAUNCH(lanes_that_never_come, 1, 64, 0, nullptr, out);
+  if (fault == "shuffle_from_outside_the_mask") LOSA_LAUNCH(shuffle_from_outside_the_mask, 1, 64, 0, nullptr, out);
+  if (fault == "collectives") LOSA_LAUNCH(collectives, 1, 64, 0, nullptr, in, out);
+  driver.write("to", to);
+}

@@ -1,0 +1,103 @@
+// Few blocks, so that their loops over rows and keys take several turns.
+#define LOSA_MAX_BLOCKS 2
+
+#include "cuda/selection.cu"
+
+#include "cuda/column_sweep.cu"
+
+#include "driver.h"
+
+namespace selection = losa::selection;
+namespace column_sweep = losa::column_sweep;
+
+// wanda ROWS COLUMNS COUNT M TYPE: weight, norms, mask (or no file) -> packed
+void wanda(const Driver& driver) {
+  const int64_t rows = driver[0], columns = driver[1], m = driver[3];
+  const auto weight = driver.read<uint8_t>("weight");
+  const auto norms = driver.read<float>("norms");
+  auto mask = driver.read<uint8_t>("mask");
+  std::vector<uint8_t> packed(rows * losa::packed_width(columns), 0xa5);
+  const selection::Wanda job{weight.data(), norms.data(), data_or_null(mask), rows, columns, static_cast<int>(driver[2]),
+                             packed.data()};
+  switch (driver[4]) {
+    case 0: selection::launch_wanda<selection::WeightType::kFloat>(job, m, nullptr); break;
+    case 1: selection::launch_wanda<selection::WeightType::kHalf>(job, m, nullptr); break;
+    default: selection::launch_wanda<selection::WeightType::kBFloat16>(job, m, nullptr);
+  }
+  driver.write("packed", packed);
+}
+
+// pruned ROWS COLUMNS BLOCK_SIZE: mask -> pruned
+void pruned_per_block(const Driver& driver) {
+  const int64_t rows = driver[0], columns = driver[1], size = driver[2];
+  const auto mask = driver.read<uint8_t>("mask");
+  std::vector<int64_t> pruned((columns + size - 1) / size, -1);
+  selection::launch_pruned_per_block(mask.data(), rows, columns, size, pruned.data(), nullptr);
+  driver.write("pruned", pruned);
+}
+
+// prune ROWS COLUMNS BLOCK_SIZE M PRUNE: weight, factor, counts (of each block, for M = 0), mask -> weight, packed, loss
+void prune(const Driver& driver) {
+  const int64_t rows = driver[0], columns = driver[1], size = driver[2], m = driver[3], stride = losa::packed_width(columns);
+  auto weight = driver.read<float>("weight");
+  const auto factor = driver.read<float>("factor");
+  const auto counts = driver.read<int64_t>("counts");
+  auto mask = driver.read<uint8_t>("mask");
+  std::vector<uint8_t> kept(rows * stride, 0xa5);
+  std::vector<float> loss(rows, 0.0f);
+  std::vector<int> state(selection::kStateInts, 0);
+  for (int64_t start = 0; start < columns; start += size) {
+    const int64_t end = std::min(start + size, columns), width = end - start;
+    if (m == 0) {
+      std::vector<int> keys(rows * width, -7);
+      const selection::ColumnBlock block{weight.data() + start,
+                                         columns,
+                                         factor.data() + start * (columns + 1),
+                                         columns + 1,
+                                         data_or_null(mask),
+                                         stride,
+                                         start,
+                                         static_cast<unsigned>(rows),
+                                         static_cast<unsigned>(width),
+                                         static_cast<int>(counts.at(start / size))};
+      selection::launch_select_block(block, keys.data(), state.data(), nullptr);
+      for (std::size_t i = selection::kHistogram; i < state.size(); ++i) {
+        if (state[i] != 0) std::abort();  // the next block needs them zero
+      }
+    }
+    std::vector<float> errors(rows * width, NAN);
+    const bool aligned = columns % 4 == 0 && start % 4 == 0;
+    const column_sweep::Sweep job{weight.data() + start,
+                                  columns,
+                                  factor.data() + start * (columns + 1),
+                                  columns,
+                                  static_cast<int>(width),
+                                  static_cast<int>(driver[4]),
+                                  rows,
+                                  state.data(),
+                                  mask.empty() ? nullptr : mask.data() + start / 8,
+                                  kept.data() + start / 8,
+                                  stride,
+                                  errors.data(),
+                                  loss.data(),
+                                  aligned};
+    column_sweep::launch_sweep_block(job, m, nullptr);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = end; j < columns; ++j) {
+        for (int64_t i = 0; i < width; ++i) {
+          weight[row * columns + j] -= errors[row * width + i] * factor[(start + i) * columns + j];
+        }
+      }
+    }
+  }
+  driver.write("weight", weight);
+  driver.write("packed", kept);
+  driver.write("loss", loss);
+}
+
+int main(int argc, char** argv) {
+  const Driver driver(argc, argv);
+  if (driver.command == "wanda") wanda(driver);
+  if (driver.command == "pruned") pruned_per_block(driver);
+  if (driver.command == "prune") prune(driver);
+}

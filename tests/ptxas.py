@@ -1,0 +1,108 @@
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them.
+
+``python tests/ptxas.py`` prints what differs from tests/ptxas.json; ``--write`` makes the table anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).with_suffix(".json")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+ARCHS = ("80", "90a", "120")
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<more>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def version() -> str:
+    """nvcc's release, such as "13.0": register counts are comparable within one."""
+    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\S+),", text).group(1)
+
+
+def known_archs() -> list[str]:
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ARCHS if f"sm_{arch.rstrip('a')}" in known]
+
+
+def measure(source: Path) -> dict[str, dict[str, list[int]]]:
+    """kernel -> architecture -> [registers, bytes spilled, bytes of static shared memory]."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs()]
+    flags = ["-std=c++20", "-O3", "-DLOSA_KERNELS_ONLY", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-fatbin"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [NVCC, *flags, *targets, source, "-o", Path(folder) / "kernels.fatbin"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    found: dict[str, dict[str, list[int]]] = {}
+    for entry in ENTRY.finditer(result.stderr):
+        shared = re.search(r"(\d+) bytes smem", entry["more"])
+        spilled = int(entry["stores"]) + int(entry["loads"])
+        numbers = [int(entry["registers"]), spilled, int(shared[1]) if shared else 0]
+        found.setdefault(readable(entry["name"]), {})[entry["arch"]] = numbers
+    return dict(sorted(found.items()))
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name and template arguments, without return type, namespaces and parameters."""
+    names, text = [], symbol.removeprefix("_ZN") if symbol.startswith("_ZN") else symbol.removeprefix("_Z")
+    while match := re.match(r"\d+", text):
+        end = match.end() + int(match[0])
+        names.append(text[match.end() : end])
+        text = text[end:]
+    arguments = []
+    if text.startswith("I"):
+        # Literals only, the kind our kernels have: L, a type, the value, E.
+        for literal in re.findall(r"L(?:[a-z]|N?\w*?E)(\d+)E", text.split("EEv")[0] + "E"):
+            arguments.append(literal)
+    return names[-1] + (f"<{', '.join(arguments)}>" if arguments else "")
+
+
+def text_of(table: dict) -> str:
+    """JSON with one line per kernel."""
+    sources = []
+    for source, kernels in table["kernels"].items():
+        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        sources.append(f"  {json.dumps(source)}: {{\n{rows}\n  }}")
+    body = ",\n".join(sources)
+    head = f' "nvcc": {json.dumps(table["nvcc"])},\n "columns": {json.dumps(table["columns"])},\n'
+    return "{\n" + head + ' "kernels": {\n' + body + "\n }\n}\n"
+
+
+def main(arguments: list[str]) -> int:
+    if NVCC is None:
+        print("nvcc is not installed")
+        return 1
+    kernels = {source.stem: measure(source) for source in SOURCES}
+    table = {"nvcc": version(), "columns": ["registers", "spilled bytes", "static shared bytes"], "kernels": kernels}
+    if "--write" in arguments:
+        partial = TABLE.with_name(TABLE.name + ".partial")
+        partial.write_text(text_of(table))
+        partial.replace(TABLE)
+        return 0
+    before = json.loads(TABLE.read_text())["kernels"]
+    changed = 0
+    for source in sorted(before | kernels):
+        old, new = before.get(source, {}), kernels.get(source, {})
+        for name in sorted(old | new):
+            if old.get(name) != new.get(name):
+                print(f"{source} {name}: {old.get(name)} -> {new.get(name)}")
+                changed = 1
+    return changed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,268 @@
+"""Every CUDA kernel of the project on the host, under sanitizers, in random order of threads (tests/emulator)."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from losa_kernels import bitmask, pack_mask, unpack_mask
+from losa_kernels.column_sweep import reference
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests" / "emulator"
+COMPILER = shutil.which("g++")
+FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLOSA_EMULATOR"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SOURCES = {"bitmask": ["bitmask"], "sweep": ["selection", "column_sweep"]}
+
+pytestmark = [
+    pytest.mark.subprocess,
+    pytest.mark.skipif(COMPILER is None, reason="g++ is not installed"),
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the emulator switches x86-64 stacks"),
+]
+
+
+@pytest.fixture(scope="session")
+def drivers(tmp_path_factory):
+    """The path of a driver in tests/emulator, compiled when it is first asked for."""
+    folder, done = tmp_path_factory.mktemp("emulator"), {}
+
+    def build(name: str) -> Path:
+        if name not in done:
+            command = [COMPILER, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}", FOLDER / f"{name}.cpp"]
+            result = subprocess.run([*command, "-o", folder / name], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            done[name] = folder / name
+        return done[name]
+
+    return build
+
+
+@pytest.fixture
+def emulate(drivers, tmp_path):
+    """Run a driver's command on arrays; the array it writes as ``result``."""
+
+    def run(driver, command, *numbers, seed=0, result=None, **arrays):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, array in arrays.items():
+            if array is not None:
+                values = array if isinstance(array, np.ndarray) else as_bytes(array)
+                values.tofile(tmp_path / name)
+        done = subprocess.run(
+            [drivers(driver), tmp_path, str(seed), command, *map(str, map(int, numbers))],
+            capture_output=True,
+            text=True,
+            env={"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        )
+        if result is None:
+            return done
+        assert done.returncode == 0, done.stderr
+        return tmp_path
+
+    return run
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+
+
+def load(folder: Path, name: str, dtype: type, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(folder / name, dtype)).reshape(shape)
+
+
+def test_every_cuda_source_has_a_driver():
+    covered = {source for sources in SOURCES.values() for source in sources}
+    assert covered == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    for driver, sources in SOURCES.items():
+        text = (FOLDER / f"{driver}.cpp").read_text()
+        assert all(f'#include "cuda/{source}.cu"' in text for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("barrier_in_a_branch", r"divergent barrier.* in block \(0, 0, 0\)[\s\S]*thread \(45, 0, 0\) waits in __sync"),
+        ("barrier_after_return", r"divergent barrier[\s\S]*thread \(7, 0, 0\) has returned"),
+        ("beyond_global_memory", "heap-buffer-overflow"),
+        ("beyond_shared_memory", "index 63 out of bounds"),
+        ("beyond_dynamic_shared_memory", "heap-buffer-overflow"),
+        ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
+        ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
+    ],
+)
+def test_planted_faults_are_reported(emulate, fault, message):
+    done = emulate("faults", fault, **{"from": np.arange(64, dtype=np.int32)})
+    assert done.returncode != 0 and re.search(message, done.stderr), done.stderr
+
+
+def test_a_missing_barrier_shows_under_some_order(emulate):
+    values = np.arange(64, dtype=np.int32)
+
+    def right(kernel, seed):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        return bool((np.fromfile(folder / "to", np.int32)[:64] == values[::-1]).all())
+
+    assert all(right("with_barrier", seed) for seed in range(4))
+    assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_warp_operations(emulate):
+    values = np.random.default_rng(0).integers(0, 99, 64).astype(np.int32)
+    folder = emulate("faults", "collectives", seed=3, result="to", **{"from": values})
+    found = np.fromfile(folder / "to", np.int32).reshape(64, 8)
+    for thread, row in enumerate(found):
+        lane, warp = thread % 32, values[thread // 32 * 32 :][:32]
+        bits = (1 << np.arange(32, dtype=np.uint64)).astype(np.uint32)
+        assert row[0] == warp.sum()
+        assert row.view(np.uint32)[1] == bits[warp % 2 == 1].sum(dtype=np.uint32)
+        assert row.view(np.uint32)[2] == bits[warp % 5 == values[thread] % 5].sum(dtype=np.uint32)
+        assert row[3] == (lane - 3 if lane >= 3 else lane)
+        assert row[4] == (lane + 3 if lane % 16 < 13 else lane)
+        assert row[5] == 2 * bool((warp == 0).any()) + 1
+        assert row[6] == (values % 3 == 0).sum()
+        assert row[7] == ((lane + 1) % 8 if lane < 8 else -1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 8), (5, 40), (7, 129), (33, 64)])
+@pytest.mark.parametrize("more", [0, 3])
+def test_bitmask(emulate, shape, more):
+    rows, columns = shape
+    mask = torch.rand(rows, columns + more) < 0.5
+    last = (rows - 1) * (columns + more) + columns  # the last row ends where its columns end
+    folder = emulate("bitmask", "pack", rows, columns, columns + more, bools=mask.flatten()[:last], result="packed")
+    packed = bitmask.pack_reference(mask[:, :columns])
+    width = packed.shape[1]
+    assert torch.equal(load(folder, "packed", np.uint8, rows, width), packed)
+    wide = torch.full((rows, width + more), 0xA5, dtype=torch.uint8)
+    wide[:, :width] = packed
+    wide = wide.flatten()[: (rows - 1) * (width + more) + width]
+    folder = emulate("bitmask", "unpack", rows, columns, width + more, packed=wide, result="bools")
+    assert torch.equal(load(folder, "bools", np.bool_, rows, columns), mask[:, :columns])
+
+
+def tied(rows, columns, seed=0):
+    values = torch.randint(-3, 4, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    return torch.where((values == 0) & (torch.arange(columns) % 2 == 0), -0.0, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "goal"),
+    [
+        (1, 1, {"sparsity": 0.5}),
+        (3, 77, {"sparsity": 0.0}),
+        (5, 77, {"sparsity": 0.3}),
+        (2, 2500, {"sparsity": 0.7}),
+        (3, 36, {"keep_n": 2, "m": 4}),
+        (2, 264, {"keep_n": 3, "m": 8}),
+        (3, 48, {"keep_n": 10, "m": 16}),
+    ],
+)
+def test_wanda(emulate, rows, columns, goal, dtype):
+    before = torch.rand(rows, columns) < torch.linspace(0.2, 1, rows)[:, None]
+    count = reference.prune_count(goal["sparsity"], columns) if "sparsity" in goal else goal["m"] - goal["keep_n"]
+    kind = [torch.float32, torch.float16, torch.bfloat16].index(dtype)
+    for seed, values in enumerate((torch.randn(rows, columns), tied(rows, columns), 1e-6 * torch.randn(rows, columns))):
+        weight, norms = values.to(dtype), torch.ones(columns) if seed == 1 else torch.rand(columns)
+        norms[::9] = -0.0
+        for mask in (None, pack_mask(before)):
+            numbers = (rows, columns, count, goal.get("m", 0), kind)
+            folder = emulate(
+                "sweep", "wanda", *numbers, seed=seed, weight=weight, norms=norms, mask=mask, result="packed"
+            )
+            expected = reference.wanda_mask(weight, norms, *map(goal.get, ("sparsity", "keep_n", "m")), mask)
+            assert torch.equal(load(folder, "packed", np.uint8, *expected.shape), expected)
+
+
+def test_wanda_rows_longer_than_shared_memory(emulate):
+    columns = (22 << 10) + 3
+    weight, norms = torch.randn(1, columns), torch.rand(columns)
+    folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
+    expected = reference.smallest(weight.abs() * norms, columns // 3)
+    assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 24, 100])
+def test_pruned_per_block(emulate, block_size):
+    kept = torch.rand(11, 77) < 0.6
+    folder = emulate("sweep", "pruned", 11, 77, block_size, mask=pack_mask(kept), result="pruned")
+    expected = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
+    assert load(folder, "pruned", np.int64, -1).tolist() == expected
+
+
+def prune(emulate, weight, factor, block_size, goal, mask, seed=0):
+    """(weight, packed mask, loss) as the reference returns them, from the kernels."""
+    rows, columns = weight.shape
+    sparsity, keep_n, m = goal
+    counts = None
+    if m is None:
+        widths = [min(block_size, columns - start) for start in range(0, columns, block_size)]
+        kept = torch.ones(rows, columns, dtype=torch.bool) if mask is None else unpack_mask(mask, columns)
+        lost = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
+        counts = torch.tensor(reference.block_counts(sparsity, rows, widths, lost))
+    numbers = (rows, columns, block_size, m or 0, 0 if m is None else m - keep_n)
+    folder = emulate(
+        "sweep", "prune", *numbers, seed=seed, weight=weight, factor=factor, counts=counts, mask=mask, result="weight"
+    )
+    return (
+        load(folder, "weight", np.float32, rows, columns),
+        load(folder, "packed", np.uint8, rows, -1),
+        load(folder, "loss", np.float32, rows),
+    )
+
+
+GOALS = [(0.0, None, None), (0.5, None, None), (0.9, None, None), (None, 2, 4), (None, 5, 8), (None, 6, 16)]
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "block_size"), [(1, 16, 128), (37, 80, 32), (67, 208, 128)])
+def test_sweep_equals_the_reference_where_nothing_rounds(emulate, goal, rows, columns, block_size):
+    """Small integers; two of three columns send half of their error to the next."""
+    factor = torch.eye(columns) + torch.diag(0.5 * (torch.arange(1, columns) % 3 > 0), 1)
+    for seed, share in enumerate((1.0, 0.7)):
+        weight = tied(rows, columns, seed)
+        mask = pack_mask(torch.rand(rows, columns) < share) if share < 1 else None
+        expected = reference.column_sweep(weight, factor, *goal, block_size, mask)
+        found = prune(emulate, weight, factor, block_size, goal, mask, seed)
+        assert all(map(torch.equal, found, expected)), share
+
+
+@pytest.mark.parametrize("columns", [5, 45])
+def test_sweep_of_odd_widths(emulate, columns):
+    weight, factor = tied(40, columns), torch.eye(columns)
+    expected = reference.column_sweep(weight, factor, 0.4, None, None, 40, None)
+    assert all(map(torch.equal, prune(emulate, weight, factor, 40, (0.4, None, None), None), expected))
+
+
+def random_problem(rows, columns):
+    x = torch.randn(3 * columns, columns, dtype=torch.float64) * torch.logspace(0, -1, columns, dtype=torch.float64)
+    factor, _ = reference.inverse_factor(x.T @ x, 0.01)
+    return torch.randn(rows, columns), factor
+
+
+@pytest.mark.parametrize("goal", GOALS[1:], ids=str)
+def test_sweep_agrees_with_fp64(emulate, goal):
+    weight, factor = random_problem(45, 176)
+    found = prune(emulate, weight, factor.float(), 128, goal, None)
+    exact = reference.column_sweep(weight.double(), factor, *goal, 128, None)
+    ours, theirs = unpack_mask(found[1], 176), unpack_mask(exact[1], 176)
+    assert ours.sum() == theirs.sum() and (ours == theirs).double().mean() >= 0.9995
+    alike = (ours == theirs).all(1)
+    assert alike.double().mean() > 0.8
+    for a, b in ((found[0], exact[0]), (found[2], exact[2])):
+        assert (a[alike] - b[alike]).norm() <= 1e-5 * b[alike].norm()
+
+
+def test_the_order_of_threads_does_not_change_a_bit(emulate):
+    weight, factor = random_problem(70, 144)
+    for goal in ((0.5, None, None), (None, 4, 8)):
+        runs = [prune(emulate, weight, factor.float(), 128, goal, None, seed) for seed in range(3)]
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

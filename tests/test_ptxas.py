@@ -1,0 +1,50 @@
+"""What ptxas says about each kernel is what the committed table says."""
+
+from __future__ import annotations
+
+import json
+
+import ptxas
+import pytest
+
+TABLE = json.loads(ptxas.TABLE.read_text())
+AGAIN = "see what changed with `python tests/ptxas.py`, and accept it with --write"
+
+
+def test_the_table_covers_every_source_without_a_spill():
+    assert set(TABLE["kernels"]) == {source.stem for source in ptxas.SOURCES}, AGAIN
+    for kernels in TABLE["kernels"].values():
+        for name, row in kernels.items():
+            assert set(row) == set(ptxas.ARCHS), name
+            assert all(spilled == 0 for _, spilled, _ in row.values()), name
+
+
+def test_names_are_readable():
+    for symbol, name in (
+        ("_ZN4losa7bitmask11pack_kernelILb1EEEvPKhlllPh", "pack_kernel<1>"),
+        (
+            "_ZN4losa9selection19wanda_groups_kernelILNS0_10WeightTypeE2ELi16EEEvNS0_5WandaE",
+            "wanda_groups_kernel<2, 16>",
+        ),
+        ("_ZN4losa9selection11ties_kernelENS0_11ColumnBlockEPKiPi", "ties_kernel"),
+        ("_Z5plainPf", "plain"),
+    ):
+        assert ptxas.readable(symbol) == name
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(ptxas.NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", ptxas.SOURCES, ids=lambda path: path.name)
+def test_registers_and_spills(source):
+    """Within one nvcc release the numbers are exact; another may use a few registers more, but not spill."""
+    found, expected = ptxas.measure(source), TABLE["kernels"][source.stem]
+    assert set(found) == set(expected), AGAIN
+    same = ptxas.version() == TABLE["nvcc"]
+    for name, row in found.items():
+        assert {"80", "90a"} <= set(row)
+        for arch, numbers in row.items():
+            if same:
+                assert numbers == expected[name][arch], f"{name} sm_{arch}: {AGAIN}"
+            else:
+                registers, spilled, shared = expected[name][arch]
+                assert numbers[0] <= 1.15 * registers + 8 and numbers[1:] == [spilled, shared], f"{name} sm_{arch}"
