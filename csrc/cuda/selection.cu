@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(ColumnBlock block, int*
   if (threadIdx.x == 0) lost = 0;
   __syncthreads();
   const unsigned total = block.rows * block.width, step = gridDim.x * kThreads;
+  int own_lost = 0;
   for (unsigned index = blockIdx.x * kThreads + threadIdx.x; index < total; index += step) {
     int key;
     if (kPass == 0) {
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(ColumnBlock block, int*
       key = sweep_key(block.weight[row * block.stride + column], block.diagonal[column * block.diagonal_stride]);
       if (block.mask != nullptr && !is_kept(block.mask + row * block.mask_stride, block.first_column + column)) {
         key = -1;
-        atomicAdd(&lost, 1);
+        ++own_lost;
       }
       keys[index] = key;
     } else {
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(ColumnBlock block, int*
     }
     if (takes_part(key, kPass, prefix)) atomicAdd(&histogram[digit_of(key, kPass)], 1);
   }
+  if (own_lost != 0) atomicAdd(&lost, own_lost);
   __syncthreads();
   for (int i = threadIdx.x; i < bins; i += kThreads) {
     if (histogram[i] != 0) atomicAdd(state + kHistogram + i, histogram[i]);
@@ -272,15 +274,17 @@ __global__ void __launch_bounds__(kThreads, 4) wanda_rows_kernel(Wanda job) {
     const auto key_of = [&](int column) { return kStored ? keys[column] : wanda_key<kType>(job, row, column); };
     if (threadIdx.x == 0) lost = 0;
     __syncthreads();
+    int own_lost = 0;
     for (int column = threadIdx.x; column < columns; column += kThreads) {
       const int key = wanda_key<kType>(job, row, column);
       if (kStored) keys[column] = key;
       if (key < 0) {
-        atomicAdd(&lost, 1);
+        ++own_lost;
       } else {
         atomicAdd(&histogram[digit_of(key, 0)], 1);
       }
     }
+    if (own_lost != 0) atomicAdd(&lost, own_lost);
     __syncthreads();
     int room = job.count - lost, prefix = 0;
     Bin bin{0, 0, 0};
@@ -303,27 +307,34 @@ __global__ void __launch_bounds__(kThreads, 4) wanda_rows_kernel(Wanda job) {
       room = 0;
       for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
     }
-    const bool tied = room < bin.inside;
-    int passed = 0;  // ties in the columns before
-    for (int first = 0; first < width; first += kThreads) {
-      const int byte = first + threadIdx.x;
-      unsigned kept = 0, ties = 0;
-      for (int bit = 0; bit < 8; ++bit) {
-        const int column = 8 * byte + bit;
-        if (column >= columns) break;
-        const int key = key_of(column);
-        if (key > prefix) kept |= 1u << bit;
-        if (key == prefix) ties |= 1u << bit;
+    uint8_t* packed = job.packed + row * width;
+    if (room == bin.inside) {  // all ties go: a warp takes 32 columns at a time
+      const int lane = threadIdx.x % 32;
+      for (int first = threadIdx.x - lane; first < columns; first += kThreads) {
+        const int column = first + lane;
+        const unsigned kept = __ballot_sync(0xffffffffu, column < columns && key_of(column) > prefix);
+        if (lane < 4 && first / 8 + lane < width) packed[first / 8 + lane] = static_cast<uint8_t>(kept >> (8 * lane));
       }
-      if (tied) {
+    } else {  // the first `room` ties go: a thread takes 8 columns, after those of the threads before it
+      int passed = 0;
+      for (int first = 0; first < width; first += kThreads) {
+        const int byte = first + threadIdx.x;
+        unsigned kept = 0, ties = 0;
+        for (int bit = 0; bit < 8; ++bit) {
+          const int column = 8 * byte + bit;
+          if (column >= columns) break;
+          const int key = key_of(column);
+          if (key > prefix) kept |= 1u << bit;
+          if (key == prefix) ties |= 1u << bit;
+        }
         int here;
         int before = passed + exclusive_sum(__popc(ties), warp_sums, &here);
         passed += here;
         for (int bit = 0; bit < 8; ++bit) {
           if ((ties >> bit & 1u) != 0 && before++ >= room) kept |= 1u << bit;
         }
+        if (byte < width) packed[byte] = static_cast<uint8_t>(kept);
       }
-      if (byte < width) job.packed[row * width + byte] = static_cast<uint8_t>(kept);
     }
     __syncthreads();
   }
