@@ -1,0 +1,329 @@
+"""Triton kernels of the masked-LoRA linear; triton.py launches them.
+
+One identity carries the file. With W_eff = M * (W + s B A), transposing every operand turns the forward pass into the
+gradient of x:
+
+    Y^T  = W_eff   X^T       left = B,    right = A,    W as stored
+    dX^T = W_eff^T dY^T      left = A^T,  right = B^T,  W with its strides swapped
+
+so ``linear_kernel`` is both. In it W_eff is the *left* operand, because that is the operand which Hopper's wgmma takes
+from registers: the tile is formed where the product left right has put its sums, and goes from there into the main
+product without passing through shared memory. The tokens become the short side of the instruction (8 to 256 wide), so
+that a batch of 16 wastes nothing.
+
+**Sums of rank-one terms.** W + s B A has to be right to fp32 before it is rounded to x's dtype. Factors rounded to
+bf16 would err by 2^-8 |B| |A|, as much as the rounding itself; tf32 errs by up to 2^-9 where the hardware truncates,
+which is too much for fp16, and costs twice a bf16 product. Instead every fp32 factor is split into two bf16 terms,
+F = hi + lo + 2^-18 F, and the product keeps three of the four terms:
+
+    B A = B_hi A_hi + B_lo A_hi + B_hi A_lo,   error <= 2^-16 |B| |A|
+
+The three are one product with a three times longer inner side, [B_hi B_lo B_hi] [A_hi; A_hi; A_lo], which
+``split_kernel`` lays out ahead, padded with zeros to HEAD + TAIL (triton.factor_depth). bf16 rather than fp16, also for
+fp16 layers: its exponent is fp32's, so that no low term is lost to underflow. fp32 layers take one fp32 term.
+
+Offsets are int64: tokens * features passes 2^31 in long contexts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _expand(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Packed bytes (ROWS, COLUMNS / 8) to bool (ROWS, COLUMNS)."""
+    spread = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+    return tl.reshape(spread, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def _two_terms(value, LOW: tl.constexpr):
+    """(high, low) in a 16-bit dtype whose sum is value up to 2^-18 (bf16)."""
+    high = value.to(LOW)
+    return high, (value - high.to(tl.float32)).to(LOW)
+
+
+@triton.jit
+def _split_product(left, right, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 left @ right on 16-bit tensor cores without rounding the operands to 16 bits; LOW fp32: as it is."""
+    if LOW == tl.float32:
+        return tl.dot(left, right, input_precision=PRECISION)
+    left_high, left_low = _two_terms(left, LOW)
+    right_high, right_low = _two_terms(right, LOW)
+    small = tl.dot(left_high, right_low)
+    small = tl.dot(left_low, right_high, small)
+    return tl.dot(left_high, right_high, small)
+
+
+@triton.jit
+def _split_rows(source, target, source_r, source_n, target_r, features, rank, TERMS, LOW_TERM, r, n):
+    """Row r of target is component r % rank of source: its low part in term LOW_TERM, else its high part."""
+    term, component = r // rank, r % rank
+    inside = (r < TERMS * rank)[:, None] & (n < features)[None, :]
+    offset = component.to(tl.int64)[:, None] * source_r + n.to(tl.int64)[None, :] * source_n
+    value = tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
+    high, low = _two_terms(value, target.dtype.element_ty)
+    part = tl.where((term == LOW_TERM)[:, None], low, high)
+    tl.store(target + r.to(tl.int64)[:, None] * target_r + n[None, :], part, mask=(n < target_r)[None, :])
+
+
+@triton.jit
+def split_kernel(
+    lora_A, lora_B, A_terms, B_terms, inputs, outputs, rank,
+    A_r, A_i, B_o, B_r, A_terms_r, B_terms_r,
+    TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A_terms (depth, in) = [hi; hi; lo; 0] of A and B_terms (depth, out) = [hi; lo; hi; 0] of B^T.
+
+    One term, [hi; 0], serves factors that the dtype of the terms holds exactly.
+    """
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(2) == 0:
+        _split_rows(lora_A, A_terms, A_r, A_i, A_terms_r, inputs, rank, TERMS, 2, r, n)
+    else:
+        _split_rows(lora_B, B_terms, B_r, B_o, B_terms_r, outputs, rank, TERMS, 1, r, n)
+
+
+@triton.jit
+def _low_rank(left_head, left_tail, right, right_r, HEAD: tl.constexpr, TAIL: tl.constexpr,
+              k, inside, PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of B A in fp32; ``right`` points at row 0 of the right factor."""
+    head = right + tl.arange(0, HEAD).to(tl.int64)[:, None] * right_r + k[None, :]
+    sums = tl.dot(left_head, tl.load(head, mask=inside[None, :], other=0.0), input_precision=PRECISION)
+    if TAIL > 0:
+        tail = right + (HEAD + tl.arange(0, TAIL)).to(tl.int64)[:, None] * right_r + k[None, :]
+        sums = tl.dot(left_tail, tl.load(tail, mask=inside[None, :], other=0.0), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _kept(w, mask, mask_o, m, k, rows, depth, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+          BM: tl.constexpr, BK: tl.constexpr, m_start, k_start):  # fmt: skip
+    """Bool (BM, BK): what the packed mask keeps, or w != 0. The bits run along in: k, or m where W is transposed."""
+    if not MASKED:
+        return w != 0
+    if TRANSPOSED:
+        byte = m_start // 8 + tl.arange(0, BM // 8)
+        inside = (k < depth)[:, None] & (byte < (rows + 7) // 8)[None, :]
+        bits = tl.load(mask + k.to(tl.int64)[:, None] * mask_o + byte[None, :], mask=inside, other=0)
+        return tl.trans(_expand(bits, BK, BM))
+    byte = k_start // 8 + tl.arange(0, BK // 8)
+    inside = (m < rows)[:, None] & (byte < (depth + 7) // 8)[None, :]
+    bits = tl.load(mask + m.to(tl.int64)[:, None] * mask_o + byte[None, :], mask=inside, other=0)
+    return _expand(bits, BM, BK)
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, mask, left, right, bias, y, drop,
+    tokens, rows, depth,
+    x_t, x_k, w_m, w_k, mask_o, left_r, right_r, y_t, drop_t,
+    scaling, drop_scale,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y (tokens, rows) = x (tokens, depth) W_eff^T + bias, the tile of W_eff formed in registers (see the top).
+
+    weight (rows, depth) by its strides; left (HEAD + TAIL, rows) and right (HEAD + TAIL, depth) from split_kernel.
+    DROPOUT acts on the adapter's path, drop being packed like a mask, (tokens, ceil(in / 8)):
+    "input": y = x (M * W)^T + s drop(x) (M * BA)^T; both products share one accumulator.
+    "output": y = x (M * W)^T + drop(s x (M * BA)^T), for the gradient of x; two accumulators.
+    """
+    # Programs in flight share GROUP strips of W and few of x, which then come from L2.
+    tiles_m, tiles_t = tl.cdiv(rows, BM), tl.cdiv(tokens, BT)
+    group = tl.program_id(0) // (GROUP * tiles_t)
+    inside_group = tl.program_id(0) % (GROUP * tiles_t)
+    group_rows = min(tiles_m - group * GROUP, GROUP)
+    m_start = (group * GROUP + inside_group % group_rows) * BM
+    t_start = (inside_group // group_rows) * BT
+    m, t = m_start + tl.arange(0, BM), t_start + tl.arange(0, BT)
+    m_inside, t_inside = m < rows, t < tokens
+
+    left_tile = left + m[:, None]
+    left_head = tl.load(
+        left_tile + tl.arange(0, HEAD).to(tl.int64)[None, :] * left_r, mask=m_inside[:, None], other=0.0
+    )
+    left_tail = left_head
+    if TAIL > 0:
+        tail = (HEAD + tl.arange(0, TAIL)).to(tl.int64)[None, :] * left_r
+        left_tail = tl.load(left_tile + tail, mask=m_inside[:, None], other=0.0)
+
+    x_tile = x + t.to(tl.int64)[:, None] * x_t
+    w_tile = weight + m.to(tl.int64)[:, None] * w_m
+    acc = tl.zeros((BM, BT), dtype=tl.float32)
+    adapter_acc = tl.zeros((BM, BT), dtype=tl.float32)
+    for k_start in range(0, depth, BK):
+        k = k_start + tl.arange(0, BK)
+        k_inside = k < depth
+        x_block = tl.load(x_tile + k.to(tl.int64)[None, :] * x_k, mask=t_inside[:, None] & k_inside[None, :], other=0.0)
+        w = tl.load(w_tile + k.to(tl.int64)[None, :] * w_k, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+        kept = _kept(w, mask, mask_o, m, k, rows, depth, MASKED, TRANSPOSED, BM, BK, m_start, k_start)
+        ba = _low_rank(left_head, left_tail, right, right_r, HEAD, TAIL, k, k_inside, PRECISION)
+        if DROPOUT == "none":
+            effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(x_block.dtype)
+            acc = tl.dot(effective, x_block.T, acc, input_precision=PRECISION)
+        else:
+            base = tl.where(kept, w, 0.0).to(x_block.dtype)
+            adapter = tl.where(kept, scaling * drop_scale * ba, 0.0).to(x_block.dtype)
+            acc = tl.dot(base, x_block.T, acc, input_precision=PRECISION)
+            if DROPOUT == "input":
+                byte = k_start // 8 + tl.arange(0, BK // 8)
+                bits_inside = t_inside[:, None] & (byte < (depth + 7) // 8)[None, :]
+                bits = tl.load(drop + t.to(tl.int64)[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
+                dropped = tl.where(_expand(bits, BT, BK), x_block, 0.0)
+                acc = tl.dot(adapter, dropped.T, acc, input_precision=PRECISION)
+            else:
+                adapter_acc = tl.dot(adapter, x_block.T, adapter_acc, input_precision=PRECISION)
+
+    if DROPOUT == "output":
+        byte = m_start // 8 + tl.arange(0, BM // 8)
+        bits_inside = t_inside[:, None] & (byte < (rows + 7) // 8)[None, :]
+        bits = tl.load(drop + t.to(tl.int64)[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
+        acc += tl.where(tl.trans(_expand(bits, BT, BM)), adapter_acc, 0.0)
+    if bias is not None:
+        acc += tl.load(bias + m, mask=m_inside, other=0.0).to(tl.float32)[:, None]
+    y_tile = y + t.to(tl.int64)[:, None] * y_t + m[None, :]
+    tl.store(y_tile, acc.T.to(y.dtype.element_ty), mask=t_inside[:, None] & m_inside[None, :])
+
+
+@triton.jit
+def compose_kernel(
+    weight, mask, left, right, composed,
+    rows, depth, w_m, w_k, mask_o, left_r, right_r,
+    scaling,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned."""
+    tiles_k = tl.cdiv(depth, BK)
+    m_start, k_start = (tl.program_id(0) // tiles_k) * BM, (tl.program_id(0) % tiles_k) * BK
+    m, k = m_start + tl.arange(0, BM), k_start + tl.arange(0, BK)
+    inside = (m < rows)[:, None] & (k < depth)[None, :]
+    w = tl.load(weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k, mask=inside, other=0.0)
+    kept = _kept(w, mask, mask_o, m, k, rows, depth, MASKED, False, BM, BK, m_start, k_start)
+    left_tile = left + m[:, None]
+    left_head = tl.load(
+        left_tile + tl.arange(0, HEAD).to(tl.int64)[None, :] * left_r, mask=(m < rows)[:, None], other=0.0
+    )
+    left_tail = left_head
+    if TAIL > 0:
+        tail = (HEAD + tl.arange(0, TAIL)).to(tl.int64)[None, :] * left_r
+        left_tail = tl.load(left_tile + tail, mask=(m < rows)[:, None], other=0.0)
+    ba = _low_rank(left_head, left_tail, right, right_r, HEAD, TAIL, k, k < depth, PRECISION)
+    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0)
+    target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
+    tl.store(target, effective.to(composed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def project_kernel(
+    dy, x, G, weight, mask, lora_A, lora_B, drop, dA_parts, dB_parts,
+    tokens, outputs, inputs, rank, splits, split_tokens,
+    dy_t, dy_o, x_t, x_i, w_o, w_i, mask_o, A_r, A_i, B_o, B_r, drop_t,
+    R: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
+    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of M * G, G = dY^T X, projected by A and by B before it leaves the registers.
+
+    Each program writes its share of dB (BO, R) and of dA^T (BI, R), which sum_kernel adds up in a fixed order: results
+    are the same in every run. dA is formed as dA^T = G^T B, since in B^T G the rank would be the side of the product
+    that wgmma wants to be 64. The tokens may be divided among ``splits`` programs; the projection is linear, so their
+    shares add up like the others. GIVEN: G (outputs, inputs) fp32, contiguous, is loaded instead of computed.
+
+    dA_parts (tiles of outputs * splits, inputs, R), dB_parts (tiles of inputs * splits, outputs, R).
+    """
+    tiles_o, tiles_i = tl.cdiv(outputs, BO), tl.cdiv(inputs, BI)
+    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    group = tile // (GROUP * tiles_i)
+    inside_group = tile % (GROUP * tiles_i)
+    group_rows = min(tiles_o - group * GROUP, GROUP)
+    o_tile, i_tile = group * GROUP + inside_group % group_rows, inside_group // group_rows
+    o_start, i_start = o_tile * BO, i_tile * BI
+    o, i, r = o_start + tl.arange(0, BO), i_start + tl.arange(0, BI), tl.arange(0, R)
+    o_inside, i_inside, r_inside = o < outputs, i < inputs, r < rank
+    inside = o_inside[:, None] & i_inside[None, :]
+
+    if GIVEN:
+        g = tl.load(G + o.to(tl.int64)[:, None] * inputs + i[None, :], mask=inside, other=0.0)
+    else:
+        dy_tile, x_tile = dy + o.to(tl.int64)[None, :] * dy_o, x + i.to(tl.int64)[None, :] * x_i
+        g = tl.zeros((BO, BI), dtype=tl.float32)
+        begin = split * split_tokens
+        for t_start in range(begin, min(begin + split_tokens, tokens), BT):
+            t = (t_start + tl.arange(0, BT)).to(tl.int64)
+            t_inside = (t < tokens)[:, None]
+            dy_block = tl.load(dy_tile + t[:, None] * dy_t, mask=t_inside & o_inside[None, :], other=0.0)
+            x_block = tl.load(x_tile + t[:, None] * x_t, mask=t_inside & i_inside[None, :], other=0.0)
+            if DROPOUT:
+                byte = i_start // 8 + tl.arange(0, BI // 8)
+                bits_inside = t_inside & (byte < (inputs + 7) // 8)[None, :]
+                bits = tl.load(drop + t[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
+                x_block = tl.where(_expand(bits, BT, BI), x_block, 0.0)
+            g = tl.dot(dy_block.T, x_block, g, input_precision=PRECISION)
+
+    w = g
+    if not MASKED:
+        w = tl.load(weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i, mask=inside, other=0.0)
+    g = tl.where(_kept(w, mask, mask_o, o, i, outputs, inputs, MASKED, False, BO, BI, o_start, i_start), g, 0.0)
+
+    if NEEDS_B:
+        A = tl.load(
+            lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
+            mask=i_inside[:, None] & r_inside[None, :], other=0.0,
+        )  # fmt: skip
+        dB = _split_product(g, A.to(tl.float32), LOW, PRECISION)
+        target = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
+        tl.store(target, dB, mask=o_inside[:, None])
+    if NEEDS_A:
+        B = tl.load(
+            lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
+            mask=o_inside[:, None] & r_inside[None, :], other=0.0,
+        )  # fmt: skip
+        dA = _split_product(g.T, B.to(tl.float32), LOW, PRECISION)
+        target = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
+        tl.store(target, dA, mask=i_inside[:, None])
+
+
+@triton.jit
+def sum_kernel(
+    parts, total, count, features, rank, total_n, total_r, factor,
+    R: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total[n, r] (+)= factor * sum of parts (count, features, R) over count, first to last."""
+    n, r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
+    inside = (n < features)[:, None] & (r < rank)[None, :]
+    part = parts + n.to(tl.int64)[:, None] * R + r[None, :]
+    sums = tl.zeros((BLOCK, R), dtype=tl.float32)
+    for _ in range(count):
+        sums += tl.load(part, mask=inside, other=0.0)
+        part += features * R
+    target = total + n.to(tl.int64)[:, None] * total_n + r.to(tl.int64)[None, :] * total_r
+    sums *= factor
+    if ACCUMULATE:
+        sums += tl.load(target, mask=inside, other=0.0)
+    tl.store(target, sums, mask=inside)
+
+
+@triton.jit
+def drop_kernel(drop, tokens, width, seed, threshold, BT: tl.constexpr, BYTES: tl.constexpr):
+    """The dropout mask (tokens, width) packed like a weight mask: 1 = kept.
+
+    Column 8j + b of row t is kept if half word b of Philox4x32-10(key = seed, counter = (j, t, 0, 0)) is at least
+    ``threshold``; half word b is the low (b < 4) or the high half of output b % 4. A function of seed, row and column
+    alone, whatever the tile sizes, so that the backward pass replays it.
+    """
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    zero = tl.zeros((BT, BYTES), dtype=tl.uint32)
+    words = tl.philox(seed, zero + byte[None, :].to(tl.uint32), zero + t[:, None].to(tl.uint32), zero, zero)
+    bits = tl.zeros((BT, BYTES), dtype=tl.uint8)
+    for b in tl.static_range(4):
+        bits |= ((words[b] & 0xFFFF) >= threshold).to(tl.uint8) << b
+        bits |= ((words[b] >> 16) >= threshold).to(tl.uint8) << (b + 4)
+    inside = (t < tokens)[:, None] & (byte < width)[None, :]
+    tl.store(drop + t.to(tl.int64)[:, None] * width + byte[None, :], bits, mask=inside)
