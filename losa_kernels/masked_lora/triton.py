@@ -29,6 +29,7 @@ from losa_kernels.masked_lora.tuning import Tile
 PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
 G_BYTES = 64 << 20  # of G in fp32 at a time, where the vendor's GEMM makes it
 GROUP = 8  # strips of W that programs in flight share
+LONGEST = 128  # rows of the tallest tile
 COMPOSE = Tile(64, 128, 0, 4, 1)
 
 
@@ -144,12 +145,12 @@ def compose(
 def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The factors of B A as sums of terms for products in ``dtype``: A (depth, in), B^T (depth, out), see split_kernel.
 
-    depth = HEAD + TAIL >= terms * rank. The rows are padded to 16 elements, so that loads of them are aligned.
+    depth = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
     """
     rank, terms, low = lora_A.shape[0], *_terms(lora_A, lora_B, dtype)
     depth = sum(tuning.factor_split(terms * rank))
     A_terms, B_terms = (
-        torch.empty(depth, 16 * triton.cdiv(n, 16), dtype=low, device=lora_A.device)
+        torch.empty(depth, LONGEST * triton.cdiv(n, LONGEST), dtype=low, device=lora_A.device)
         for n in (lora_A.shape[1], lora_B.shape[0])
     )
     rows, block = 16, 128
@@ -253,7 +254,8 @@ def _linear(
             mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
             drop_t=_row_stride(drop), scaling=scaling, drop_scale=_drop_scale(dropout_p),
             HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
-            PRECISION=_precision(), BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
+            PRECISION=_precision(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
+            BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
         )  # fmt: skip
 
     kind = (mask is not None, transposed, dropout, rows.dtype, weight.dtype)

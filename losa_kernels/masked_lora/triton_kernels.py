@@ -32,9 +32,34 @@ import triton.language as tl
 
 
 @triton.jit
+def _load(tile, row_inside, column_inside, ROWS_WHOLE: tl.constexpr, COLUMNS_WHOLE: tl.constexpr):
+    """A tile, zeros outside; without predicates where the launcher knows that nothing is outside."""
+    if ROWS_WHOLE and COLUMNS_WHOLE:
+        values = tl.load(tile)
+    elif ROWS_WHOLE:
+        values = tl.load(tile, mask=column_inside[None, :], other=0.0)
+    elif COLUMNS_WHOLE:
+        values = tl.load(tile, mask=row_inside[:, None], other=0.0)
+    else:
+        values = tl.load(tile, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def _load_bits(packed, stride, row, byte, rows, columns, ROWS_WHOLE: tl.constexpr, COLUMNS_WHOLE: tl.constexpr):
+    """Bytes (row, byte) of a packed mask (rows, ceil(columns / 8)), zeros outside."""
+    tile = packed + row.to(tl.int64)[:, None] * stride + byte[None, :]
+    return _load(tile, row < rows, byte < (columns + 7) // 8, ROWS_WHOLE, COLUMNS_WHOLE)
+
+
+@triton.jit
 def _expand(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Packed bytes (ROWS, COLUMNS / 8) to bool (ROWS, COLUMNS)."""
-    spread = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+    """Packed bytes (ROWS, COLUMNS / 8) to bool (ROWS, COLUMNS).
+
+    In 32 bits, where the test of a bit is one instruction. The bytes reach the registers that need them before they
+    are spread, so that a warp exchanges a 16th of what it would for a mask as large as bf16 weights.
+    """
+    spread = bits[:, :, None].to(tl.int32) & (1 << tl.arange(0, 8))[None, None, :]
     return tl.reshape(spread, (ROWS, COLUMNS)) != 0
 
 
@@ -49,12 +74,14 @@ def _two_terms(value, LOW: tl.constexpr):
 def _split_product(left, right, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """fp32 left @ right on 16-bit tensor cores without rounding the operands to 16 bits; LOW fp32: as it is."""
     if LOW == tl.float32:
-        return tl.dot(left, right, input_precision=PRECISION)
-    left_high, left_low = _two_terms(left, LOW)
-    right_high, right_low = _two_terms(right, LOW)
-    small = tl.dot(left_high, right_low)
-    small = tl.dot(left_low, right_high, small)
-    return tl.dot(left_high, right_high, small)
+        product = tl.dot(left, right, input_precision=PRECISION)
+    else:
+        left_high, left_low = _two_terms(left, LOW)
+        right_high, right_low = _two_terms(right, LOW)
+        product = tl.dot(left_high, right_low)
+        product = tl.dot(left_low, right_high, product)
+        product = tl.dot(left_high, right_high, product)
+    return product
 
 
 @triton.jit
@@ -88,32 +115,20 @@ def split_kernel(
 
 
 @triton.jit
-def _low_rank(left_head, left_tail, right, right_r, HEAD: tl.constexpr, TAIL: tl.constexpr,
-              k, inside, PRECISION: tl.constexpr):  # fmt: skip
-    """A tile of B A in fp32; ``right`` points at row 0 of the right factor."""
-    head = right + tl.arange(0, HEAD).to(tl.int64)[:, None] * right_r + k[None, :]
-    sums = tl.dot(left_head, tl.load(head, mask=inside[None, :], other=0.0), input_precision=PRECISION)
-    if TAIL > 0:
-        tail = right + (HEAD + tl.arange(0, TAIL)).to(tl.int64)[:, None] * right_r + k[None, :]
-        sums = tl.dot(left_tail, tl.load(tail, mask=inside[None, :], other=0.0), sums, input_precision=PRECISION)
-    return sums
+def _terms(factor, stride, n, START: tl.constexpr, SIZE: tl.constexpr):
+    """Terms START to START + SIZE of columns n, (SIZE, columns); split_kernel padded both sides."""
+    r = START + tl.arange(0, SIZE)
+    return tl.load(factor + r.to(tl.int64)[:, None] * stride + n[None, :])
 
 
 @triton.jit
-def _kept(w, mask, mask_o, m, k, rows, depth, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-          BM: tl.constexpr, BK: tl.constexpr, m_start, k_start):  # fmt: skip
-    """Bool (BM, BK): what the packed mask keeps, or w != 0. The bits run along in: k, or m where W is transposed."""
-    if not MASKED:
-        return w != 0
-    if TRANSPOSED:
-        byte = m_start // 8 + tl.arange(0, BM // 8)
-        inside = (k < depth)[:, None] & (byte < (rows + 7) // 8)[None, :]
-        bits = tl.load(mask + k.to(tl.int64)[:, None] * mask_o + byte[None, :], mask=inside, other=0)
-        return tl.trans(_expand(bits, BK, BM))
-    byte = k_start // 8 + tl.arange(0, BK // 8)
-    inside = (m < rows)[:, None] & (byte < (depth + 7) // 8)[None, :]
-    bits = tl.load(mask + m.to(tl.int64)[:, None] * mask_o + byte[None, :], mask=inside, other=0)
-    return _expand(bits, BM, BK)
+def _low_rank(left_head, left_tail, right, right_r, k, HEAD: tl.constexpr, TAIL: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of B A in fp32, columns k."""
+    sums = tl.dot(left_head, _terms(right, right_r, k, 0, HEAD), input_precision=PRECISION)
+    if TAIL > 0:
+        sums = tl.dot(left_tail, _terms(right, right_r, k, HEAD, TAIL), sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -123,7 +138,7 @@ def linear_kernel(
     x_t, x_k, w_m, w_k, mask_o, left_r, right_r, y_t, drop_t,
     scaling, drop_scale,
     HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_K: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y (tokens, rows) = x (tokens, depth) W_eff^T + bias, the tile of W_eff formed in registers (see the top).
@@ -138,31 +153,45 @@ def linear_kernel(
     group = tl.program_id(0) // (GROUP * tiles_t)
     inside_group = tl.program_id(0) % (GROUP * tiles_t)
     group_rows = min(tiles_m - group * GROUP, GROUP)
-    m_start = (group * GROUP + inside_group % group_rows) * BM
-    t_start = (inside_group // group_rows) * BT
-    m, t = m_start + tl.arange(0, BM), t_start + tl.arange(0, BT)
+    m_tile, t_tile = group * GROUP + inside_group % group_rows, inside_group // group_rows
+    m, t = m_tile * BM + tl.arange(0, BM), t_tile * BT + tl.arange(0, BT)
+    m_byte = m_tile * (BM // 8) + tl.arange(0, BM // 8)
     m_inside, t_inside = m < rows, t < tokens
 
-    left_tile = left + m[:, None]
-    left_head = tl.load(
-        left_tile + tl.arange(0, HEAD).to(tl.int64)[None, :] * left_r, mask=m_inside[:, None], other=0.0
-    )
+    left_head = _terms(left, left_r, m, 0, HEAD).T
     left_tail = left_head
     if TAIL > 0:
-        tail = (HEAD + tl.arange(0, TAIL)).to(tl.int64)[None, :] * left_r
-        left_tail = tl.load(left_tile + tail, mask=m_inside[:, None], other=0.0)
+        left_tail = _terms(left, left_r, m, HEAD, TAIL).T
 
-    x_tile = x + t.to(tl.int64)[:, None] * x_t
+    # Rows past the last token repeat it and are not stored.
+    x_tile = x + tl.minimum(t, tokens - 1).to(tl.int64)[:, None] * x_t
     w_tile = weight + m.to(tl.int64)[:, None] * w_m
     acc = tl.zeros((BM, BT), dtype=tl.float32)
     adapter_acc = tl.zeros((BM, BT), dtype=tl.float32)
-    for k_start in range(0, depth, BK):
-        k = k_start + tl.arange(0, BK)
+    if MASKED:
+        # Rows of bytes may be too ill aligned for asynchronous copies, hence one step ahead by hand.
+        if TRANSPOSED:
+            bits = _load_bits(mask, mask_o, tl.arange(0, BK), m_byte, depth, rows, WHOLE_K, WHOLE_M)
+        else:
+            bits = _load_bits(mask, mask_o, m, tl.arange(0, BK // 8), rows, depth, WHOLE_M, WHOLE_K)
+    steps = tl.cdiv(depth, BK)
+    for step in range(0, steps):
+        following = min(step + 1, steps - 1)
+        k = step * BK + tl.arange(0, BK)
         k_inside = k < depth
-        x_block = tl.load(x_tile + k.to(tl.int64)[None, :] * x_k, mask=t_inside[:, None] & k_inside[None, :], other=0.0)
-        w = tl.load(w_tile + k.to(tl.int64)[None, :] * w_k, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
-        kept = _kept(w, mask, mask_o, m, k, rows, depth, MASKED, TRANSPOSED, BM, BK, m_start, k_start)
-        ba = _low_rank(left_head, left_tail, right, right_r, HEAD, TAIL, k, k_inside, PRECISION)
+        x_block = _load(x_tile + k.to(tl.int64)[None, :] * x_k, t_inside, k_inside, True, WHOLE_K)
+        w = _load(w_tile + k.to(tl.int64)[None, :] * w_k, m_inside, k_inside, WHOLE_M, WHOLE_K)
+        if not MASKED:
+            kept = w != 0
+        elif TRANSPOSED:
+            kept = tl.trans(_expand(bits, BK, BM))
+            o = following * BK + tl.arange(0, BK)
+            bits = _load_bits(mask, mask_o, o, m_byte, depth, rows, WHOLE_K, WHOLE_M)
+        else:
+            kept = _expand(bits, BM, BK)
+            byte = following * (BK // 8) + tl.arange(0, BK // 8)
+            bits = _load_bits(mask, mask_o, m, byte, rows, depth, WHOLE_M, WHOLE_K)
+        ba = _low_rank(left_head, left_tail, right, right_r, k, HEAD, TAIL, PRECISION)
         if DROPOUT == "none":
             effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(x_block.dtype)
             acc = tl.dot(effective, x_block.T, acc, input_precision=PRECISION)
@@ -171,19 +200,16 @@ def linear_kernel(
             adapter = tl.where(kept, scaling * drop_scale * ba, 0.0).to(x_block.dtype)
             acc = tl.dot(base, x_block.T, acc, input_precision=PRECISION)
             if DROPOUT == "input":
-                byte = k_start // 8 + tl.arange(0, BK // 8)
-                bits_inside = t_inside[:, None] & (byte < (depth + 7) // 8)[None, :]
-                bits = tl.load(drop + t.to(tl.int64)[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
-                dropped = tl.where(_expand(bits, BT, BK), x_block, 0.0)
+                x_byte = step * (BK // 8) + tl.arange(0, BK // 8)
+                drop_bits = _load_bits(drop, drop_t, t, x_byte, tokens, depth, False, WHOLE_K)
+                dropped = tl.where(_expand(drop_bits, BT, BK), x_block, 0.0)
                 acc = tl.dot(adapter, dropped.T, acc, input_precision=PRECISION)
             else:
                 adapter_acc = tl.dot(adapter, x_block.T, adapter_acc, input_precision=PRECISION)
 
     if DROPOUT == "output":
-        byte = m_start // 8 + tl.arange(0, BM // 8)
-        bits_inside = t_inside[:, None] & (byte < (rows + 7) // 8)[None, :]
-        bits = tl.load(drop + t.to(tl.int64)[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
-        acc += tl.where(tl.trans(_expand(bits, BT, BM)), adapter_acc, 0.0)
+        drop_bits = _load_bits(drop, drop_t, t, m_byte, tokens, rows, False, WHOLE_M)
+        acc += tl.where(tl.trans(_expand(drop_bits, BT, BM)), adapter_acc, 0.0)
     if bias is not None:
         acc += tl.load(bias + m, mask=m_inside, other=0.0).to(tl.float32)[:, None]
     y_tile = y + t.to(tl.int64)[:, None] * y_t + m[None, :]
@@ -200,20 +226,19 @@ def compose_kernel(
 ):  # fmt: skip
     """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned."""
     tiles_k = tl.cdiv(depth, BK)
-    m_start, k_start = (tl.program_id(0) // tiles_k) * BM, (tl.program_id(0) % tiles_k) * BK
-    m, k = m_start + tl.arange(0, BM), k_start + tl.arange(0, BK)
+    m_tile, k_tile = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
+    m, k = m_tile * BM + tl.arange(0, BM), k_tile * BK + tl.arange(0, BK)
     inside = (m < rows)[:, None] & (k < depth)[None, :]
     w = tl.load(weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k, mask=inside, other=0.0)
-    kept = _kept(w, mask, mask_o, m, k, rows, depth, MASKED, False, BM, BK, m_start, k_start)
-    left_tile = left + m[:, None]
-    left_head = tl.load(
-        left_tile + tl.arange(0, HEAD).to(tl.int64)[None, :] * left_r, mask=(m < rows)[:, None], other=0.0
-    )
+    kept = w != 0
+    if MASKED:
+        byte = k_tile * (BK // 8) + tl.arange(0, BK // 8)
+        kept = _expand(_load_bits(mask, mask_o, m, byte, rows, depth, False, False), BM, BK)
+    left_head = _terms(left, left_r, m, 0, HEAD).T
     left_tail = left_head
     if TAIL > 0:
-        tail = (HEAD + tl.arange(0, TAIL)).to(tl.int64)[None, :] * left_r
-        left_tail = tl.load(left_tile + tail, mask=(m < rows)[:, None], other=0.0)
-    ba = _low_rank(left_head, left_tail, right, right_r, HEAD, TAIL, k, k < depth, PRECISION)
+        left_tail = _terms(left, left_r, m, HEAD, TAIL).T
+    ba = _low_rank(left_head, left_tail, right, right_r, k, HEAD, TAIL, PRECISION)
     effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0)
     target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
     tl.store(target, effective.to(composed.dtype.element_ty), mask=inside)
@@ -243,8 +268,8 @@ def project_kernel(
     inside_group = tile % (GROUP * tiles_i)
     group_rows = min(tiles_o - group * GROUP, GROUP)
     o_tile, i_tile = group * GROUP + inside_group % group_rows, inside_group // group_rows
-    o_start, i_start = o_tile * BO, i_tile * BI
-    o, i, r = o_start + tl.arange(0, BO), i_start + tl.arange(0, BI), tl.arange(0, R)
+    o, i, r = o_tile * BO + tl.arange(0, BO), i_tile * BI + tl.arange(0, BI), tl.arange(0, R)
+    i_byte = i_tile * (BI // 8) + tl.arange(0, BI // 8)
     o_inside, i_inside, r_inside = o < outputs, i < inputs, r < rank
     inside = o_inside[:, None] & i_inside[None, :]
 
@@ -260,17 +285,16 @@ def project_kernel(
             dy_block = tl.load(dy_tile + t[:, None] * dy_t, mask=t_inside & o_inside[None, :], other=0.0)
             x_block = tl.load(x_tile + t[:, None] * x_t, mask=t_inside & i_inside[None, :], other=0.0)
             if DROPOUT:
-                byte = i_start // 8 + tl.arange(0, BI // 8)
-                bits_inside = t_inside & (byte < (inputs + 7) // 8)[None, :]
-                bits = tl.load(drop + t[:, None] * drop_t + byte[None, :], mask=bits_inside, other=0)
-                x_block = tl.where(_expand(bits, BT, BI), x_block, 0.0)
+                drop_bits = _load_bits(drop, drop_t, t, i_byte, tokens, inputs, False, False)
+                x_block = tl.where(_expand(drop_bits, BT, BI), x_block, 0.0)
             g = tl.dot(dy_block.T, x_block, g, input_precision=PRECISION)
 
-    w = g
-    if not MASKED:
-        w = tl.load(weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i, mask=inside, other=0.0)
-    g = tl.where(_kept(w, mask, mask_o, o, i, outputs, inputs, MASKED, False, BO, BI, o_start, i_start), g, 0.0)
-
+    if MASKED:
+        kept = _expand(_load_bits(mask, mask_o, o, i_byte, outputs, inputs, False, False), BO, BI)
+    else:
+        w = weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i
+        kept = tl.load(w, mask=inside, other=0.0) != 0
+    g = tl.where(kept, g, 0.0)
     if NEEDS_B:
         A = tl.load(
             lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
