@@ -30,7 +30,6 @@ PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
 G_BYTES = 64 << 20  # of G in fp32 at a time, where the vendor's GEMM makes it
 GROUP = 8  # strips of W that programs in flight share
 LONGEST = 128  # rows of the tallest tile
-COMPOSE = Tile(64, 128, 0, 4, 1)
 
 
 def forward(
@@ -115,7 +114,7 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
         return reference.merge(weight, mask, lora_A, lora_B, scaling)
     with torch.cuda.device_of(weight):
         merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        # fp32 factors as one fp32 term: a checkpoint is written once, so exactness costs nothing that matters.
+        # The factors as one fp32 term: a checkpoint is written once, so speed does not matter.
         return compose(weight, _unit_columns(mask), lora_A, lora_B, scaling, merged, terms_dtype=torch.float32)
 
 
@@ -131,13 +130,17 @@ def compose(
     """Write M * (W + s B A), rounded once, into ``composed`` (out, in), contiguous; returns it."""
     A_terms, B_terms = split(lora_A, lora_B, terms_dtype or composed.dtype)
     head, tail = tuning.factor_split(A_terms.shape[0])
-    (rows, depth), tile = weight.shape, tuning.INTERPRETED if tuning.interpreted() else COMPOSE
+    # On fp32 units a step is unrolled, hence short.
+    step = 16 if A_terms.dtype == torch.float32 else tail or head
+    tile = tuning.compose_tile(A_terms.dtype == torch.float32)
+    rows, depth = weight.shape
     _launch(
         triton_kernels.compose_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(depth, tile.columns), tile,
         weight=weight, mask=mask, left=B_terms, right=A_terms, composed=composed,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
         left_r=B_terms.stride(0), right_r=A_terms.stride(0), scaling=scaling,
-        HEAD=head, TAIL=tail, MASKED=mask is not None, PRECISION=_precision(), BM=tile.rows, BK=tile.columns,
+        TERMS=head + tail, STEP=min(step, 32), MASKED=mask is not None, PRECISION=_precision(),
+        BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
     return composed
 
@@ -204,7 +207,7 @@ def project(
     dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
     wide, arch = x.dtype == torch.float32, tuning.architecture(device)
     in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, wide, arch)
-    tiles = tuning.project_tiles(arch, wide)
+    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x))
     R, strip = max(16, triton.next_power_of_2(rank)), tiles[0].rows
     shares = 4 * R * (inputs * needs_A + strip * triton.cdiv(inputs, tiles[0].columns) * needs_B)
     strips = PARTIAL_BYTES // shares
@@ -258,9 +261,11 @@ def _linear(
             BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
         )  # fmt: skip
 
-    kind = (mask is not None, transposed, dropout, rows.dtype, weight.dtype)
+    aligned = _aligned(rows, weight)
+    kind = (mask is not None, transposed, dropout, aligned, rows.dtype, weight.dtype)
     key = ("linear", arch, triton.next_power_of_2(tokens), out_features, depth, head + tail, *kind)
-    tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None)
+    whole = out_features % LONGEST == 0 and depth % 64 == 0
+    tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
     run(tuning.tuned(key, tiles, rows.device, run))
     return y
 
@@ -291,13 +296,13 @@ def _project_slice(
             dy_t=dy.stride(0), dy_o=dy.stride(1), x_t=x.stride(0), x_i=x.stride(1),
             w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
-            drop_t=_row_stride(drop), R=R, MASKED=mask is not None, GIVEN=G is not None, DROPOUT=drop is not None,
+            drop_t=_row_stride(drop), R=R, RANK_STEP=min(R, 32 if arch == 90 else 16), MASKED=mask is not None, GIVEN=G is not None, DROPOUT=drop is not None,
             NEEDS_A=needs_A, NEEDS_B=needs_B, LOW=_TRITON_DTYPE[low], PRECISION=_precision(),
             BO=tile.rows, BI=tile.columns, BT=tile.step, GROUP=GROUP,
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, G is not None, drop is not None, needs_A, needs_B, x.dtype)
+    kind = (mask is not None, G is not None, drop is not None, needs_A, needs_B, x.dtype, tiles)
     key = ("project", arch, triton.next_power_of_2(tokens), outputs, inputs, R, *kind)
     return run(tuning.tuned(key, tiles, device, run))
 
@@ -318,7 +323,7 @@ def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> Non
     """The one place that launches: tests/test_triton_aot.py records here what to compile."""
     grid = grid if isinstance(grid, tuple) else (grid,)
     if all(grid):
-        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
 def _fused(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -369,6 +374,11 @@ def _precision() -> str:
 
 def _exceeds_fp32(*tensors: Tensor) -> bool:
     return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether they are read by 16 bytes: Triton knows of a stride whether it is 1 and whether 16 divides it."""
+    return all(min(m.stride()) == 1 and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def _unit_columns(mask: Tensor | None) -> Tensor | None:

@@ -71,16 +71,15 @@ def _two_terms(value, LOW: tl.constexpr):
 
 
 @triton.jit
-def _split_product(left, right, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """fp32 left @ right on 16-bit tensor cores without rounding the operands to 16 bits; LOW fp32: as it is."""
+def _split_product(high, low, right, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 (high + low) @ right by 16-bit tensor cores; LOW fp32: high @ right."""
     if LOW == tl.float32:
-        product = tl.dot(left, right, input_precision=PRECISION)
+        product = tl.dot(high, right, input_precision=PRECISION)
     else:
-        left_high, left_low = _two_terms(left, LOW)
         right_high, right_low = _two_terms(right, LOW)
-        product = tl.dot(left_high, right_low)
-        product = tl.dot(left_low, right_high, product)
-        product = tl.dot(left_high, right_high, product)
+        product = tl.dot(high, right_low)
+        product = tl.dot(low, right_high, product)
+        product = tl.dot(high, right_high, product)
     return product
 
 
@@ -115,9 +114,9 @@ def split_kernel(
 
 
 @triton.jit
-def _terms(factor, stride, n, START: tl.constexpr, SIZE: tl.constexpr):
-    """Terms START to START + SIZE of columns n, (SIZE, columns); split_kernel padded both sides."""
-    r = START + tl.arange(0, SIZE)
+def _terms(factor, stride, n, start, SIZE: tl.constexpr):
+    """Terms start to start + SIZE of columns n, (SIZE, columns); split_kernel padded both sides."""
+    r = start + tl.arange(0, SIZE)
     return tl.load(factor + r.to(tl.int64)[:, None] * stride + n[None, :])
 
 
@@ -182,7 +181,7 @@ def linear_kernel(
         x_block = _load(x_tile + k.to(tl.int64)[None, :] * x_k, t_inside, k_inside, True, WHOLE_K)
         w = _load(w_tile + k.to(tl.int64)[None, :] * w_k, m_inside, k_inside, WHOLE_M, WHOLE_K)
         if not MASKED:
-            kept = w != 0
+            kept = w.to(tl.float32) != 0
         elif TRANSPOSED:
             kept = tl.trans(_expand(bits, BK, BM))
             o = following * BK + tl.arange(0, BK)
@@ -221,10 +220,13 @@ def compose_kernel(
     weight, mask, left, right, composed,
     rows, depth, w_m, w_k, mask_o, left_r, right_r,
     scaling,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned."""
+    """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned.
+
+    left (TERMS, rows) and right (TERMS, depth) from split_kernel.
+    """
     tiles_k = tl.cdiv(depth, BK)
     m_tile, k_tile = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     m, k = m_tile * BM + tl.arange(0, BM), k_tile * BK + tl.arange(0, BK)
@@ -234,11 +236,10 @@ def compose_kernel(
     if MASKED:
         byte = k_tile * (BK // 8) + tl.arange(0, BK // 8)
         kept = _expand(_load_bits(mask, mask_o, m, byte, rows, depth, False, False), BM, BK)
-    left_head = _terms(left, left_r, m, 0, HEAD).T
-    left_tail = left_head
-    if TAIL > 0:
-        left_tail = _terms(left, left_r, m, HEAD, TAIL).T
-    ba = _low_rank(left_head, left_tail, right, right_r, k, HEAD, TAIL, PRECISION)
+    ba = tl.zeros((BM, BK), dtype=tl.float32)
+    for start in range(0, TERMS, STEP):
+        left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
+        ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
     effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0)
     target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
     tl.store(target, effective.to(composed.dtype.element_ty), mask=inside)
@@ -249,7 +250,7 @@ def project_kernel(
     dy, x, G, weight, mask, lora_A, lora_B, drop, dA_parts, dB_parts,
     tokens, outputs, inputs, rank, splits, split_tokens,
     dy_t, dy_o, x_t, x_i, w_o, w_i, mask_o, A_r, A_i, B_o, B_r, drop_t,
-    R: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
     NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -268,9 +269,9 @@ def project_kernel(
     inside_group = tile % (GROUP * tiles_i)
     group_rows = min(tiles_o - group * GROUP, GROUP)
     o_tile, i_tile = group * GROUP + inside_group % group_rows, inside_group // group_rows
-    o, i, r = o_tile * BO + tl.arange(0, BO), i_tile * BI + tl.arange(0, BI), tl.arange(0, R)
+    o, i = o_tile * BO + tl.arange(0, BO), i_tile * BI + tl.arange(0, BI)
     i_byte = i_tile * (BI // 8) + tl.arange(0, BI // 8)
-    o_inside, i_inside, r_inside = o < outputs, i < inputs, r < rank
+    o_inside, i_inside = o < outputs, i < inputs
     inside = o_inside[:, None] & i_inside[None, :]
 
     if GIVEN:
@@ -295,22 +296,28 @@ def project_kernel(
         w = weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i
         kept = tl.load(w, mask=inside, other=0.0) != 0
     g = tl.where(kept, g, 0.0)
-    if NEEDS_B:
-        A = tl.load(
-            lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
-            mask=i_inside[:, None] & r_inside[None, :], other=0.0,
-        )  # fmt: skip
-        dB = _split_product(g, A.to(tl.float32), LOW, PRECISION)
-        target = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
-        tl.store(target, dB, mask=o_inside[:, None])
-    if NEEDS_A:
-        B = tl.load(
-            lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
-            mask=o_inside[:, None] & r_inside[None, :], other=0.0,
-        )  # fmt: skip
-        dA = _split_product(g.T, B.to(tl.float32), LOW, PRECISION)
-        target = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
-        tl.store(target, dA, mask=i_inside[:, None])
+    high, low = g, g
+    if LOW != tl.float32:
+        high, low = _two_terms(g, LOW)
+    # In steps of the rank, or a large one would not fit the registers; unpipelined, or it would not fit shared memory.
+    for start in tl.range(0, R, RANK_STEP, num_stages=1):
+        r = start + tl.arange(0, RANK_STEP)
+        if NEEDS_B:
+            A = tl.load(
+                lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
+                mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
+            )  # fmt: skip
+            dB = _split_product(high, low, A.to(tl.float32), LOW, PRECISION)
+            dB_tile = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
+            tl.store(dB_tile, dB, mask=o_inside[:, None])
+        if NEEDS_A:
+            B = tl.load(
+                lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
+                mask=o_inside[:, None] & (r < rank)[None, :], other=0.0,
+            )  # fmt: skip
+            dA = _split_product(high.T, low.T, B.to(tl.float32), LOW, PRECISION)
+            dA_tile = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
+            tl.store(dA_tile, dA, mask=i_inside[:, None])
 
 
 @triton.jit

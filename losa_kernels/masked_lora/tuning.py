@@ -34,12 +34,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# The first of each list is what runs untuned. tests/test_triton_aot.py compiles every one for its architecture.
+# The first of each list is what runs untuned. tests/test_triton_aot.py compiles every one for its architecture: none
+# spills a register.
 LINEAR: dict[int, tuple[Tile, ...]] = {
-    # 8 warps are two warpgroups of 64 rows each; 256 columns halve what forming W_eff costs per product.
-    90: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 256, 64, 4, 3)),
-    # mma.sync takes A from registers in any case; 164 KB of shared memory allow three stages of 64.
-    80: (Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4)),
+    # 8 warps are two warpgroups of 64 rows. 256 tokens halve what forming W_eff costs per product; with 64 rows two
+    # programs fit a multiprocessor, and one's product hides the other's forming of W_eff.
+    90: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 4, 4)),
 }
 # Up to 64 tokens the kernel streams W: many bytes in flight matter, not the shape of the product.
 LINEAR_FEW_TOKENS: dict[int, tuple[Tile, ...]] = {
@@ -51,6 +52,8 @@ LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     80: (Tile(64, 64, 32, 4, 2),),
 }
+# Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers.
+LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 4, 2),)}
 # Two accumulators (gradient of x), or two main products per step.
 LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 64, 64, 8, 3), Tile(64, 128, 32, 4, 3)),
@@ -62,7 +65,9 @@ PROJECT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
     80: (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4)),
 }
+PROJECT_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 4, 2),)}
 PROJECT_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
+COMPOSE, COMPOSE_FP32 = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
 # Small enough that tests of a few rows have several programs and ragged edges.
 INTERPRETED = Tile(32, 16, 32, 4, 1)
 
@@ -76,23 +81,34 @@ def architecture(device: torch.device) -> int:
     return 90 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 80
 
 
-def linear_tiles(arch: int, tokens: int, depth: int, wide: bool, dropout: bool) -> tuple[Tile, ...]:
-    """Candidates of linear_kernel; ``depth`` is the factors', HEAD + TAIL, and ``wide`` says that x is fp32."""
+def linear_tiles(
+    arch: int, tokens: int, depth: int, wide: bool, dropout: bool, aligned: bool, whole: bool
+) -> tuple[Tile, ...]:
+    """Candidates of linear_kernel; ``depth`` is the factors', HEAD + TAIL; ``wide``: x is fp32; ``whole``: W consists
+    of whole tiles, which spares the predicates that would not fit the registers beside the largest tile."""
     if interpreted():
         return (INTERPRETED,)
     if wide:
         return LINEAR_FP32[arch]
     if depth > 96:
         return LINEAR_HIGH_RANK[arch]
+    if not aligned:
+        return LINEAR_UNALIGNED[arch]
     if dropout:
         return LINEAR_DROPOUT[arch]
-    return LINEAR_FEW_TOKENS[arch] if tokens <= 64 else LINEAR[arch]
+    if tokens <= 64:
+        return LINEAR_FEW_TOKENS[arch]
+    return tuple(tile for tile in LINEAR[arch] if tile.columns < 256 or (whole and depth <= 64))
 
 
-def project_tiles(arch: int, wide: bool) -> tuple[Tile, ...]:
+def compose_tile(wide: bool) -> Tile:
+    return INTERPRETED if interpreted() else COMPOSE_FP32 if wide else COMPOSE
+
+
+def project_tiles(arch: int, wide: bool, aligned: bool) -> tuple[Tile, ...]:
     if interpreted():
         return (INTERPRETED._replace(columns=32, step=16),)
-    return (PROJECT_FP32 if wide else PROJECT)[arch]
+    return (PROJECT_FP32 if wide else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
 
 
 _best: dict[tuple, Tile] = {}
