@@ -36,7 +36,8 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
                 signature[name], constants[name] = "constexpr", value
                 continue
             if isinstance(value, torch.Tensor):
@@ -44,7 +45,7 @@ class Launch:
             elif isinstance(value, float):
                 signature[name], whole = "fp32", False
             else:
-                signature[name], whole = "i32", value % 16 == 0
+                signature[name], whole = "i32", special and value % 16 == 0
             if whole:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)

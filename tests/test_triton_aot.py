@@ -17,7 +17,7 @@ import aot
 import triton
 
 from losa_kernels.masked_lora import triton as lora
-from losa_kernels.masked_lora import tuning
+from losa_kernels.masked_lora import triton_launch, tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = (80, 90)
@@ -65,6 +65,7 @@ CASES = {
     "forward r128": (lambda: forward(rank=128), "fused", False),
     "forward bf16 factors": (lambda: forward(factors=BF16), "fused", False),
     "forward 16 tokens": (lambda: forward(tokens=16), "fused", False),
+    "forward 64 tokens": (lambda: forward(tokens=64), "fused", False),
     "forward ragged": (lambda: forward(tokens=333, out=1040, into=592), "fused", False),
     "forward unaligned": (lambda: forward(tokens=333, out=577, into=583), "fused", False),
     "forward dropout": (lambda: forward(p=0.1), "fused", True),
@@ -107,7 +108,7 @@ def launches(case: str, arch: int, monkeypatch, every_tile: bool) -> dict[str, a
 
         with monkeypatch.context() as patch:
             patch.setattr(tuning, "tuned", tuned)
-            for launch in aot.record(lora, call, arch, monkeypatch):
+            for launch in aot.record(triton_launch, call, arch, monkeypatch):
                 name = launch.kernel.__name__
                 if SMALL.get(name, case) == case:
                     tile = f"{launch.tile.rows}x{launch.tile.columns}x{launch.tile.step}"

@@ -71,9 +71,9 @@ def _two_terms(value, LOW: tl.constexpr):
 
 
 @triton.jit
-def _split_product(high, low, right, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """fp32 (high + low) @ right by 16-bit tensor cores; LOW fp32: high @ right."""
-    if LOW == tl.float32:
+def _split_product(high, low, right, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 (high + low) @ right by 16-bit tensor cores; WIDE: high @ right in fp32."""
+    if WIDE:
         product = tl.dot(high, right, input_precision=PRECISION)
     else:
         right_high, right_low = _two_terms(right, LOW)
@@ -251,7 +251,7 @@ def project_kernel(
     tokens, outputs, inputs, rank, splits, split_tokens,
     dy_t, dy_o, x_t, x_i, w_o, w_i, mask_o, A_r, A_i, B_o, B_r, drop_t,
     R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
-    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of M * G, G = dY^T X, projected by A and by B before it leaves the registers.
@@ -297,7 +297,7 @@ def project_kernel(
         kept = tl.load(w, mask=inside, other=0.0) != 0
     g = tl.where(kept, g, 0.0)
     high, low = g, g
-    if LOW != tl.float32:
+    if not WIDE:
         high, low = _two_terms(g, LOW)
     # In steps of the rank, or a large one would not fit the registers; unpipelined, or it would not fit shared memory.
     for start in tl.range(0, R, RANK_STEP, num_stages=1):
@@ -307,7 +307,7 @@ def project_kernel(
                 lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
                 mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
             )  # fmt: skip
-            dB = _split_product(high, low, A.to(tl.float32), LOW, PRECISION)
+            dB = _split_product(high, low, A.to(tl.float32), LOW, WIDE, PRECISION)
             dB_tile = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
             tl.store(dB_tile, dB, mask=o_inside[:, None])
         if NEEDS_A:
@@ -315,7 +315,7 @@ def project_kernel(
                 lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
                 mask=o_inside[:, None] & (r < rank)[None, :], other=0.0,
             )  # fmt: skip
-            dA = _split_product(high.T, low.T, B.to(tl.float32), LOW, PRECISION)
+            dA = _split_product(high.T, low.T, B.to(tl.float32), LOW, WIDE, PRECISION)
             dA_tile = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
             tl.store(dA_tile, dA, mask=i_inside[:, None])
 
@@ -340,7 +340,7 @@ def sum_kernel(
     tl.store(target, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def drop_kernel(drop, tokens, width, seed, threshold, BT: tl.constexpr, BYTES: tl.constexpr):
     """The dropout mask (tokens, width) packed like a weight mask: 1 = kept.
 

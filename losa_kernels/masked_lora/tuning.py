@@ -44,8 +44,8 @@ LINEAR: dict[int, tuple[Tile, ...]] = {
 }
 # Up to 64 tokens the kernel streams W: many bytes in flight matter, not the shape of the product.
 LINEAR_FEW_TOKENS: dict[int, tuple[Tile, ...]] = {
-    90: (Tile(64, 64, 64, 4, 4), Tile(64, 16, 128, 4, 4), Tile(64, 32, 128, 4, 4)),
-    80: (Tile(64, 64, 64, 4, 3), Tile(64, 16, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
+    90: (Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
+    80: (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4), Tile(64, 16, 64, 4, 4)),
 }
 # Ranks whose factors are deeper than 96 leave less room.
 LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
@@ -97,8 +97,8 @@ def linear_tiles(
     if dropout:
         return LINEAR_DROPOUT[arch]
     if tokens <= 64:
-        return LINEAR_FEW_TOKENS[arch]
-    return tuple(tile for tile in LINEAR[arch] if tile.columns < 256 or (whole and depth <= 64))
+        return tuple(tile for tile in LINEAR_FEW_TOKENS[arch] if tile.columns < 2 * max(16, tokens))
+    return tuple(tile for tile in LINEAR[arch] if tile.columns < 256 or (whole and depth <= 64 and tokens > 128))
 
 
 def compose_tile(wide: bool) -> Tile:
@@ -176,11 +176,10 @@ def fused(tokens: int, rows: int, columns: int, depth: int, wide: bool, arch: in
         return tokens <= MEASURED_CROSSOVER[arch][depth]
     machine, size = MACHINES[arch], rows * columns
     tile = min(128, max(16, tokens))
-    waves = _ceil(_ceil(rows, 128) * _ceil(tokens, tile), machine.units)
-    # One tile occupies one unit, however few there are; the vendor's GEMM splits the reduction when they are few.
-    in_registers = max(
-        waves * 128 * columns * 2 * (tile + depth) * machine.units / machine.fused_flops, 2 * size / machine.bytes
-    )
+    # A program occupies one unit however few there are; the vendor's GEMM divides the reduction when they are few.
+    busy = min(1.0, _ceil(rows, 64) * _ceil(tokens, tile) / machine.units)
+    operations = 2 * size * _ceil(tokens, tile) * (tile + depth)
+    in_registers = max(operations / (machine.fused_flops * busy), 2 * size / machine.bytes)
     product = max(2 * tokens * size / machine.vendor_flops, 2 * size / machine.bytes)
     composed = 4 * size / machine.bytes + LAUNCH_SECONDS + product
     return in_registers <= composed
@@ -194,10 +193,7 @@ def fused_projection(tokens: int, rows: int, columns: int, wide: bool, arch: int
     if wide:
         return False
     machine, size = MACHINES[arch], rows * columns
-    waves = _ceil(_ceil(rows, 128) * _ceil(columns, 128), machine.units)
-    whole = waves * 128 * 128 * machine.units
-    # The tokens are split where tiles are too few to fill the machine.
-    in_registers = 2 * tokens * (size if whole > 2 * size else whole) / machine.fused_flops
+    in_registers = 2 * tokens * size / machine.fused_flops
     return in_registers <= 2 * tokens * size / machine.vendor_flops + 8 * size / machine.bytes + LAUNCH_SECONDS
 
 
