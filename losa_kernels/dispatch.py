@@ -33,14 +33,17 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "masked_lora_forward": {
         "reference": "losa_kernels.masked_lora.reference:forward",
+        "triton": "losa_kernels.masked_lora.triton:forward",
         "cpu": "losa_kernels.masked_lora.cpu:forward",
     },
     "masked_lora_backward": {
         "reference": "losa_kernels.masked_lora.reference:backward",
+        "triton": "losa_kernels.masked_lora.triton:backward",
         "cpu": "losa_kernels.masked_lora.cpu:backward",
     },
     "merge_masked_lora": {
         "reference": "losa_kernels.masked_lora.reference:merge",
+        "triton": "losa_kernels.masked_lora.triton:merge",
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
     "gram": {"reference": "losa_kernels.cka.reference:gram", "triton": "losa_kernels.cka.triton:gram"},

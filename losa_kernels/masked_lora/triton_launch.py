@@ -1,0 +1,290 @@
+"""Launchers of the kernels in triton_kernels.py, one for each; triton.py composes them into the op.
+
+``LOSA_TRITON_FP32`` = ``ieee`` (default) | ``tf32x3``: how fp32 operands are multiplied. ieee is exact fp32, on the
+fp32 units; tf32x3 runs on tensor cores, three tf32 products each, which keep about 21 bits. fp16 and bf16 operands are
+not concerned.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from losa_kernels.masked_lora import triton_kernels, tuning
+from losa_kernels.masked_lora.tuning import Tile
+
+PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
+G_BYTES = 64 << 20  # of G in fp32 at a time, where the vendor's GEMM makes it
+GROUP = 8  # strips of W that programs in flight share
+LONGEST = 128  # rows of the tallest tile
+
+
+def linear(
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    factors: tuple[Tensor, Tensor],
+    scaling: float,
+    bias: Tensor | None,
+    drop: Tensor | None,
+    dropout_p: float,
+    transposed: bool,
+) -> Tensor:
+    """rows (tokens, depth) W_eff^T + bias; ``factors`` are the right and the left one of this weight (rows, depth)."""
+    (tokens, depth), out_features = rows.shape, weight.shape[0]
+    right, left = factors
+    head, tail = tuning.factor_split(right.shape[0])
+    y = torch.empty(tokens, out_features, dtype=rows.dtype, device=rows.device)
+    dropout = "none" if drop is None else "output" if transposed else "input"
+    wide, arch = rows.dtype == torch.float32, tuning.architecture(rows.device)
+
+    def run(tile: Tile) -> None:
+        _launch(
+            triton_kernels.linear_kernel,
+            triton.cdiv(out_features, tile.rows) * triton.cdiv(tokens, tile.columns), tile,
+            x=rows, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
+            tokens=tokens, rows=out_features, depth=depth,
+            x_t=rows.stride(0), x_k=rows.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
+            mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
+            drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p),
+            HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
+            PRECISION=_precision(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
+            BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
+        )  # fmt: skip
+
+    aligned = _aligned(rows, weight)
+    kind = (mask is not None, transposed, dropout, aligned, rows.dtype, weight.dtype)
+    key = ("linear", arch, triton.next_power_of_2(tokens), out_features, depth, head + tail, *kind)
+    whole = out_features % LONGEST == 0 and depth % 64 == 0
+    tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
+    run(tuning.tuned(key, tiles, rows.device, run))
+    return y
+
+
+def compose(
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    composed: Tensor,
+    terms_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Write M * (W + s B A), rounded once, into ``composed`` (out, in), contiguous; returns it."""
+    A_terms, B_terms = split(lora_A, lora_B, terms_dtype or composed.dtype)
+    head, tail = tuning.factor_split(A_terms.shape[0])
+    # On fp32 units a step is unrolled, hence short.
+    step = 16 if A_terms.dtype == torch.float32 else tail or head
+    tile = tuning.compose_tile(A_terms.dtype == torch.float32)
+    rows, depth = weight.shape
+    _launch(
+        triton_kernels.compose_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(depth, tile.columns), tile,
+        weight=weight, mask=mask, left=B_terms, right=A_terms, composed=composed,
+        rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
+        left_r=B_terms.stride(0), right_r=A_terms.stride(0), scaling=scaling,
+        TERMS=head + tail, STEP=min(step, 32), MASKED=mask is not None, PRECISION=_precision(),
+        BM=tile.rows, BK=tile.columns,
+    )  # fmt: skip
+    return composed
+
+
+def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of B A as sums of terms for products in ``dtype``: A (depth, in), B^T (depth, out), see split_kernel.
+
+    depth = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
+    """
+    rank, depth, (terms, low) = lora_A.shape[0], factor_depth(lora_A, lora_B, dtype), _terms(lora_A, lora_B, dtype)
+    A_terms, B_terms = (
+        torch.empty(depth, LONGEST * triton.cdiv(n, LONGEST), dtype=low, device=lora_A.device)
+        for n in (lora_A.shape[1], lora_B.shape[0])
+    )
+    rows, block = 16, 128
+    grid = (triton.cdiv(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
+    _launch(
+        triton_kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
+        lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
+        inputs=lora_A.shape[1], outputs=lora_B.shape[0], rank=rank,
+        A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
+        A_terms_r=A_terms.stride(0), B_terms_r=B_terms.stride(0), TERMS=terms, ROWS=rows, BLOCK=block,
+    )  # fmt: skip
+    return A_terms, B_terms
+
+
+def draw(tokens: int, features: int, p: float, seed: int, device: torch.device) -> Tensor | None:
+    """The packed dropout mask, uint8 (tokens, ceil(features / 8)), 1 = kept; None if nothing is dropped."""
+    if _threshold(p) == 0:
+        return None
+    drop = torch.empty(tokens, triton.cdiv(features, 8), dtype=torch.uint8, device=device)
+    block = Tile(16, 64, 0, 4, 1)
+    grid = (triton.cdiv(tokens, block.rows), triton.cdiv(drop.shape[1], block.columns))
+    _launch(
+        triton_kernels.drop_kernel, grid, block,
+        drop=drop, tokens=tokens, width=drop.shape[1], seed=seed, threshold=_threshold(p),
+        BT=block.rows, BYTES=block.columns,
+    )  # fmt: skip
+    return drop
+
+
+def project(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    factor: float,
+    drop: Tensor | None,
+    needs_A: bool,
+    needs_B: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA = factor B^T (M * G) and dB = factor (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
+
+    Memory beyond the results: PARTIAL_BYTES, and G_BYTES where the vendor's GEMM makes G; or what one strip of tiles
+    takes, if that is more.
+    """
+    (outputs, inputs), (rank, tokens), device = weight.shape, (lora_A.shape[0], x.shape[0]), weight.device
+    if tokens == 0:
+        return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
+    dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
+    dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
+    wide, arch = x.dtype == torch.float32, tuning.architecture(device)
+    in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, wide, arch)
+    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x))
+    R, strip = max(16, triton.next_power_of_2(rank)), tiles[0].rows
+    shares = 4 * R * (inputs * needs_A + strip * triton.cdiv(inputs, tiles[0].columns) * needs_B)
+    strips = PARTIAL_BYTES // shares
+    if not in_registers:
+        strips = min(strips, G_BYTES // (4 * inputs * strip))
+    step = max(1, strips) * strip
+    for start in range(0, outputs, step):
+        part = slice(start, min(start + step, outputs))
+        G = None if in_registers else _wide_product(dy[:, part].T, x)
+        A_parts, B_parts = _project_slice(
+            dy[:, part], x, G, weight[part], None if mask is None else mask[part], lora_A, lora_B[part], drop,
+            needs_A, needs_B, R, tiles,
+        )  # fmt: skip
+        if needs_A:
+            _sum(A_parts, dA.T, factor, accumulate=start > 0)
+        if needs_B:
+            _sum(B_parts, dB[part], factor, accumulate=False)
+    return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
+
+
+def _project_slice(
+    dy: Tensor, x: Tensor, G: Tensor | None, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    drop: Tensor | None, needs_A: bool, needs_B: bool, R: int, tiles: tuple[Tile, ...],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Shares of dA^T (shares, in, R) and of dB (shares, rows of the slice, R)."""
+    (outputs, inputs), tokens, device = weight.shape, x.shape[0], weight.device
+    wide, arch = x.dtype == torch.float32, tuning.architecture(device)
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        tiles_o, tiles_i = triton.cdiv(outputs, tile.rows), triton.cdiv(inputs, tile.columns)
+        splits = 1 if G is not None else _token_splits(tiles_o * tiles_i, tokens, arch)
+        split_tokens = triton.cdiv(triton.cdiv(tokens, tile.step), splits) * tile.step
+        A_parts, B_parts = (
+            torch.empty(count * splits, n, R, dtype=torch.float32, device=device) if needed else None
+            for count, n, needed in ((tiles_o, inputs, needs_A), (tiles_i, outputs, needs_B))
+        )
+        _launch(
+            triton_kernels.project_kernel, tiles_o * tiles_i * splits, tile,
+            dy=dy, x=x, G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
+            dA_parts=A_parts, dB_parts=B_parts,
+            tokens=tokens, outputs=outputs, inputs=inputs, rank=lora_A.shape[0],
+            splits=splits, split_tokens=split_tokens,
+            dy_t=dy.stride(0), dy_o=dy.stride(1), x_t=x.stride(0), x_i=x.stride(1),
+            w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
+            A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
+            drop_t=_row_stride(drop), R=R, RANK_STEP=min(R, 32 if arch == 90 else 16),
+            MASKED=mask is not None, GIVEN=G is not None, DROPOUT=drop is not None,
+            NEEDS_A=needs_A, NEEDS_B=needs_B, LOW=_TRITON_DTYPE[_low_dtype()], WIDE=wide, PRECISION=_precision(),
+            BO=tile.rows, BI=tile.columns, BT=tile.step, GROUP=GROUP,
+        )  # fmt: skip
+        return A_parts, B_parts
+
+    kind = (mask is not None, G is not None, drop is not None, needs_A, needs_B, x.dtype, tiles)
+    key = ("project", arch, triton.next_power_of_2(tokens), outputs, inputs, R, *kind)
+    return run(tuning.tuned(key, tiles, device, run))
+
+
+def _sum(parts: Tensor, total: Tensor, factor: float, accumulate: bool) -> None:
+    """total (n, rank) (+)= factor * parts.sum(0)."""
+    count, features, R = parts.shape
+    block = max(1, 1024 // R)
+    _launch(
+        triton_kernels.sum_kernel, triton.cdiv(features, block), Tile(block, R, 0, 4, 1),
+        parts=parts, total=total, count=count, features=features, rank=total.shape[1],
+        total_n=total.stride(0), total_r=total.stride(1), factor=factor,
+        R=R, ACCUMULATE=accumulate, BLOCK=block,
+    )  # fmt: skip
+
+
+def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> None:
+    """The one place that launches: tests/test_triton_aot.py records here what to compile."""
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    if all(grid):
+        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def factor_depth(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> int:
+    """HEAD + TAIL: the inner side of the product B A when the main product runs in ``dtype``."""
+    return sum(tuning.factor_split(_terms(lora_A, lora_B, dtype)[0] * lora_A.shape[0]))
+
+
+def _terms(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """How many terms the product B A takes, and in which dtype, when the main product runs in ``dtype``."""
+    if dtype == torch.float32:
+        return 1, torch.float32
+    if lora_A.dtype == lora_B.dtype != torch.float32:
+        return 1, lora_A.dtype
+    return 3, _low_dtype()
+
+
+def _low_dtype() -> torch.dtype:
+    """bf16 for its exponent; the interpreter computes bf16 wrongly, and its tests stay within fp16's range."""
+    return torch.float16 if tuning.interpreted() else torch.bfloat16
+
+
+_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _threshold(p: float) -> int:
+    """Of 65536 equally likely half words, how many drop: at most all but one, so that something may be kept."""
+    return min(round(p * 65536), 65535)
+
+
+def drop_scale(p: float) -> float:
+    """1 / (the share kept), by the share that is really dropped."""
+    return 65536 / (65536 - _threshold(p))
+
+
+def _token_splits(tiles: int, tokens: int, arch: int) -> int:
+    """Into how many programs to divide the tokens: until the machine is full, or a share is 512 tokens."""
+    return max(1, min(tuning.MACHINES[arch].units // tiles, tokens // 512))
+
+
+def _precision() -> str:
+    precision = os.environ.get("LOSA_TRITON_FP32", "ieee")
+    if precision not in ("ieee", "tf32x3"):
+        raise ValueError(f"LOSA_TRITON_FP32: expected ieee or tf32x3; got {precision!r}")
+    return precision
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether they are read by 16 bytes: Triton knows of a stride whether it is 1 and whether 16 divides it."""
+    return all(min(m.stride()) == 1 and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+
+
+def _row_stride(packed: Tensor | None) -> int:
+    return 0 if packed is None else packed.stride(0)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in fp32: G may exceed what fp16 holds."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

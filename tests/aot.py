@@ -1,0 +1,137 @@
+"""Compile what the Triton launchers launch, for GPUs that are not there, and read the machine code.
+
+The launchers run on meta tensors and their one ``_launch`` function is replaced by a recorder, so that what is compiled
+has the arguments, alignments and tiles of a real call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TABLE = Path(__file__).with_suffix("").parent / "triton_aot.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a program may ask for
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+
+
+class Launch:
+    """A kernel with the arguments of one launch."""
+
+    def __init__(self, kernel, grid, tile, **arguments):
+        self.kernel, self.tile, self.arguments = kernel, tile, arguments
+
+    def source(self) -> ASTSource:
+        """The specialisation that triton.jit would make: 1 is constant, multiples of 16 are known as such."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.arguments[parameter.name]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[name], whole = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name], whole = "fp32", False
+            else:
+                signature[name], whole = "i32", special and value % 16 == 0
+            if whole:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    def compile(self, arch: int) -> dict[str, int]:
+        """registers, spills (instructions), shared (bytes), hgmma, hmma (instructions), loop: see ``main_loop``."""
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+        compiled = triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+            instructions, loops = _disassembly(_tool("nvdisasm", "-c", file.name))
+        counts = Counter(_mnemonic(line) for line in instructions)
+        return {
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "spills": counts["STL"] + counts["LDL"],
+            "shared": compiled.metadata.shared,
+            "hgmma": counts["HGMMA"],
+            "hmma": counts["HMMA"],
+            **main_loop(loops),
+        }
+
+
+def main_loop(loops: list[list[str]]) -> dict[str, int]:
+    """The first innermost loop that loads from global memory, if any, and preferably multiplies on tensor cores.
+
+    loop: its instructions per warp; loop_mma: how many of them run on tensor cores.
+    """
+    loops = [[_mnemonic(line) for line in loop] for loop in loops]
+    loops = [loop for loop in loops if not {"LDG", "LDGSTS"}.isdisjoint(loop)]
+    multiply = [loop for loop in loops if not {"HGMMA", "HMMA"}.isdisjoint(loop)]
+    loop = next(iter(multiply or loops), [])
+    return {"loop": len(loop), "loop_mma": loop.count("HGMMA") + loop.count("HMMA")}
+
+
+def record(module, call: Callable[[], object], arch: int, monkeypatch) -> list[Launch]:
+    """What ``call`` launches through ``module._launch`` when run for a GPU of ``arch``."""
+    launches = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_launch", lambda *args, **kwargs: launches.append(Launch(*args, **kwargs)))
+        patch.setattr(module.tuning, "architecture", lambda device: arch)
+        call()
+    return launches
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _disassembly(sass: str) -> tuple[list[str], list[list[str]]]:
+    """Instructions, and the bodies of innermost loops (a branch back, with none inside)."""
+    labels, instructions, loops = {}, [], []
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1].strip())
+    spans = [
+        (labels[branch[1]], index)
+        for index, line in enumerate(instructions)
+        if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], index) < index
+    ]
+    for start, end in spans:
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans):
+            loops.append(instructions[start : end + 1])
+    return instructions, loops
+
+
+def _mnemonic(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0]
+
+
+def read_table() -> dict:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def write_table(table: dict) -> None:
+    """One case a line."""
+    versions = []
+    for version, architectures in sorted(table.items()):
+        parts = []
+        for name, cases in sorted(architectures.items()):
+            rows = ",\n".join(f"   {json.dumps(case)}: {json.dumps(row)}" for case, row in sorted(cases.items()))
+            parts.append(f"  {json.dumps(name)}: {{\n{rows}\n  }}")
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(parts) + "\n }")
+    temporary = TABLE.with_name(TABLE.name + ".partial")
+    temporary.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+    temporary.replace(TABLE)

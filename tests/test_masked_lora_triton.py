@@ -1,0 +1,474 @@
+"""The Triton masked-LoRA linear: in the interpreter, which runs in a process of its own, and on a GPU.
+
+The interpreter computes bf16 wrongly, so it gets fp16 and fp32; what bf16 adds is tested on a GPU and, as machine code,
+in test_triton_aot.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_masked_lora import assert_error_model, double, dropout_formula, formula, leaves, merge, problem, run, tensors
+
+pytest.importorskip("triton")
+
+import triton
+
+from losa_kernels import masked_lora_linear, pack_mask, unpack_mask
+from losa_kernels.masked_lora import reference, triton_launch, tuning
+from losa_kernels.masked_lora import triton as lora
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+IN_INTERPRETER = tuning.interpreted()
+interpreter = pytest.mark.skipif(not IN_INTERPRETER, reason="runs within test_in_the_interpreter")
+NEEDS_ALL = [True, True, True, True]
+
+
+def interpreter_problem() -> str | None:
+    triton_version, numpy_version = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np))
+    if triton_version < (3, 7) and numpy_version >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} fails on loops with NumPy {np.__version__}"
+    return None
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(IN_INTERPRETER, reason="this is the process that it starts")
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+def test_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "LOSA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "not gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout and re.search(r"^[s.]*\.\.\.", done.stdout, re.M), done.stdout
+
+
+@pytest.fixture(params=["fused", "compose"])
+def way(request, monkeypatch):
+    monkeypatch.setenv("LOSA_MASKED_LORA", request.param)
+    return request.param
+
+
+def implicit(args):
+    """The same matrix with the mask in the zeros of W."""
+    kept = unpack_mask(args["mask"], args["weight"].shape[1])
+    return args | {"weight": args["weight"] * kept, "mask": None}
+
+
+def check(args, grad_y, dtype):
+    """Outputs and gradients by the error model; those of the factors are nearly fp32's, whatever x's dtype."""
+    truth = run(formula, double(args), grad_y.double())
+    ours = run(masked_lora_linear, args, grad_y)
+    assert_error_model(ours, run(formula, args, grad_y), truth, dtype)
+    for name in ("lora_A", "lora_B"):
+        error = (ours[name].double() - truth[name]).abs().max()
+        assert error <= 2**-13 * truth[name].abs().max(), (name, error)
+    return ours
+
+
+# Smaller than a tile of 32 rows and 16 tokens, larger, ragged, whole.
+@interpreter
+@pytest.mark.parametrize(
+    "shape, dtype, masked",
+    [
+        ((33, 41, 3), FP16, True),
+        ((70, 40, 16), FP16, False),
+        ((64, 96, 8), FP16, True),
+        ((9, 50, 1), FP32, True),
+        ((33, 24, 128), FP16, True),
+        ((9, 24, 128), FP32, False),
+        ((33, 41, 5), FP32, False),
+    ],
+)
+def test_error_model(shape, dtype, masked, way):
+    args = problem(*shape, tokens=18, dtype=dtype)
+    check(args if masked else implicit(args), torch.randn(18, shape[0]).to(dtype), dtype)
+
+
+@interpreter
+def test_strides(way):
+    args = problem(40, 24, 4, tokens=18, dtype=FP16)
+    strided = args | {
+        "x": args["x"].T.contiguous().T,
+        "weight": args["weight"].T.contiguous().T,
+        "lora_A": torch.cat([args["lora_A"], args["lora_A"]], 1)[:, :24],
+        "lora_B": args["lora_B"].T.contiguous().T,
+        "mask": args["mask"].T.contiguous().T,
+        "bias": torch.stack([args["bias"], args["bias"]], 1)[:, 0],
+    }
+    grad_y = torch.ones(40, dtype=FP16).expand(18, 40)
+    expected = run(masked_lora_linear, args, grad_y.contiguous())
+    inputs = {k: v.detach().requires_grad_() for k, v in strided.items() if k in ("x", "lora_A", "lora_B", "bias")}
+    y = masked_lora_linear(**(strided | inputs))
+    y.backward(grad_y)
+    assert torch.equal(y, expected["y"])
+    for name, leaf in inputs.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+@interpreter
+@pytest.mark.parametrize("shape", [(20,), (0, 20), (2, 3, 20), (2, 0, 20)])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_batch_shapes(shape, p, way):
+    args = problem(dtype=FP32) | {"x": torch.randn(shape)}
+    inputs = args | leaves(args)
+    y = masked_lora_linear(**inputs, dropout_p=p)
+    assert y.shape == (*shape[:-1], 24)
+    y.sum().backward()
+    assert all(inputs[name].grad.shape == args[name].shape for name in ("x", "lora_A", "lora_B", "bias"))
+    if 0 in shape:
+        assert not inputs["lora_A"].grad.any() and not inputs["lora_B"].grad.any()
+
+
+@interpreter
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",), ("bias",), ("x", "lora_B")])
+def test_subsets_of_gradients(wanted):
+    args = problem(dtype=FP32)
+    grad_y = torch.randn(7, 24)
+    expected = run(masked_lora_linear, args, grad_y)
+    inputs = leaves(args, wanted)
+    masked_lora_linear(**(args | inputs)).backward(grad_y)
+    for name, leaf in inputs.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+@interpreter
+@pytest.mark.parametrize("factors", [FP16, FP32])
+def test_effective_weight_is_rounded_once(factors, monkeypatch):
+    """x = 1 makes y^T the effective weight; all but exact ties of the last bit are fp32's rounding."""
+    args = problem(40, 32, 16, dtype=FP16, bias=False) | {"x": torch.eye(32).half()}
+    args |= {name: args[name].to(factors) for name in ("lora_A", "lora_B")}
+    monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
+    exact = reference.effective_weight(*(double(args)[k] for k in ("weight", "mask", "lora_A", "lora_B", "scaling")))
+    half_ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(2.0**-14))) - 11)
+    assert ((masked_lora_linear(**args).T.double() - exact).abs() <= half_ulp * (1 + 2**-4)).all()
+
+
+@interpreter
+def test_factors_in_low_precision(way):
+    args = problem(24, 40, 5, tokens=10, dtype=FP16)
+    args |= {name: args[name].half() for name in ("lora_A", "lora_B")}
+    wide = args | {name: args[name].float() for name in ("lora_A", "lora_B")}
+    grad_y = torch.randn(10, 24).half()
+    ours, expected = run(masked_lora_linear, args, grad_y), run(masked_lora_linear, wide, grad_y)
+    for name, value in expected.items():
+        assert ours[name].dtype == FP16
+        error = (ours[name] - value.half()).abs().max()
+        assert error <= torch.finfo(FP16).eps * value.abs().max(), name
+
+
+@interpreter
+def test_weight_in_another_dtype(way):
+    args = problem(24, 40, 5, tokens=10, dtype=FP32)
+    with torch.autocast("cpu", FP16):
+        ours = masked_lora_linear(**args)
+    truth, plain = formula(**double(args)), formula(**tensors(args, torch.Tensor.half) | {"mask": args["mask"]})
+    error, allowed = (ours - truth).abs().max(), (plain - truth).abs().max()
+    assert ours.dtype == FP16 and error <= 2 * allowed + torch.finfo(FP16).eps * truth.abs().max()
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("masked", [True, False])
+def test_merge(dtype, masked):
+    args = problem(37, 50, 20, dtype=dtype)
+    weight = args["weight"].clone()
+    kept = unpack_mask(args["mask"], 50)
+    if masked:
+        weight[~kept] = torch.tensor(float("nan"))
+        args["weight"] = weight
+    else:
+        args = implicit(args)
+        args["weight"][~kept] = -0.0
+    merged = merge(args)
+    exact = merge(double(tensors(args, torch.nan_to_num)))
+    assert merged.dtype == dtype and torch.equal(merged == 0, ~kept)
+    assert not torch.signbit(merged[~kept]).any(), "+0.0, never -0.0"
+    assert (merged.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@interpreter
+@pytest.mark.parametrize(
+    "way, p, change",
+    [
+        ("fused", 0.0, {"PARTIAL_BYTES": 1}),
+        ("fused", 0.25, {"_token_splits": lambda *_: 3}),
+        ("compose", 0.0, {"PARTIAL_BYTES": 1}),
+        ("compose", 0.0, {"G_BYTES": 1}),
+    ],
+)
+def test_slices_and_splits_of_the_projection(way, p, change, monkeypatch):
+    monkeypatch.setenv("LOSA_MASKED_LORA", way)
+    args = problem(40, 35, 3, tokens=50, dtype=FP16)
+    inputs = [args[k] for k in ("x", "weight", "mask", "lora_A", "lora_B", "scaling")]
+    grad_y, needs = torch.randn(50, 40).half(), [False, True, True, False]
+    expected = lora.backward(grad_y, *inputs, p, 7, needs)[1:3]
+    for name, value in change.items():
+        monkeypatch.setattr(triton_launch, name, value)
+    for ours, whole in zip(lora.backward(grad_y, *inputs, p, 7, needs)[1:3], expected, strict=True):
+        assert (ours - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def philox(seed: int, byte: int, row: int) -> list[int]:
+    """Philox4x32-10 by its definition (Salmon et al., SC 2011)."""
+    counter, key = [byte, row, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        left, right = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (right >> 32) ^ counter[1] ^ key[0],
+            right & 0xFFFFFFFF,
+            (left >> 32) ^ counter[3] ^ key[1],
+            left & 0xFFFFFFFF,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+@interpreter
+def test_dropout_is_a_function_of_seed_row_and_column():
+    seed, p = 2**31 - 7, 0.3
+    keep = unpack_mask(triton_launch.draw(21, 530, p, seed, torch.device("cpu")), 530)
+    for row, column in [(0, 0), (0, 3), (0, 4), (5, 7), (20, 529), (17, 517), (16, 512)]:
+        byte, bit = divmod(column, 8)
+        half = philox(seed, byte, row)[bit % 4] >> (16 if bit >= 4 else 0) & 0xFFFF
+        assert bool(keep[row, column]) == (half >= round(p * 65536)), (row, column)
+    # Binomial with n = 11130, p = 0.7: five standard deviations are 242.
+    assert abs(int(keep.sum()) - 7791) <= 242
+    assert torch.equal(unpack_mask(triton_launch.draw(9, 100, p, seed, torch.device("cpu")), 100), keep[:9, :100])
+    assert not torch.equal(unpack_mask(triton_launch.draw(21, 530, p, seed + 1, torch.device("cpu")), 530), keep)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype, masked", [(FP16, True), (FP32, False)])
+def test_dropout_is_on_the_adapters_input_and_replays(dtype, masked):
+    """Forward and backward against the formula under the mask that the seed means."""
+    args = problem(40, 35, 6, tokens=20, dtype=dtype)
+    args = args if masked else implicit(args)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31 - 1, ()).item())
+    share = 1 - round(0.3 * 65536) / 65536
+    keep = unpack_mask(triton_launch.draw(20, 35, 0.3, seed, torch.device("cpu")), 35).double() / share
+    grad_y = torch.randn(20, 40).to(dtype)
+    explicit = args if masked else args | {"mask": pack_mask(args["weight"] != 0)}
+    truth = run(lambda **a: dropout_formula(**a, keep=keep), double(explicit), grad_y.double())
+
+    def plain(**a):
+        narrow = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in a.items()}
+        return dropout_formula(**narrow, keep=keep.to(dtype))
+
+    torch.manual_seed(5)
+    ours = run(lambda **a: masked_lora_linear(**a, dropout_p=0.3), args, grad_y)
+    assert_error_model(ours, run(plain, explicit, grad_y), truth, dtype)
+
+
+@interpreter
+def test_extreme_dropout():
+    assert triton_launch.draw(4, 8, 1e-9, 1, torch.device("cpu")) is None
+    args = problem(dtype=FP32)
+    assert torch.equal(masked_lora_linear(**args, dropout_p=1e-9), masked_lora_linear(**args))
+    assert torch.isfinite(masked_lora_linear(**args, dropout_p=1 - 1e-9)).all()
+
+
+@interpreter
+def test_scratch_is_shared_by_all_layers(monkeypatch):
+    monkeypatch.setenv("LOSA_MASKED_LORA", "compose")
+    lora.free_scratch()
+    small, large = problem(24, 20, dtype=FP16), problem(40, 30, dtype=FP16)
+    first = masked_lora_linear(**small)
+    masked_lora_linear(**large)
+    (buffer,) = lora._buffers.values()
+    assert buffer.numel() == 40 * 30 * 2, "one, as large as the largest layer"
+    assert torch.equal(masked_lora_linear(**small), first)
+    assert next(iter(lora._buffers.values())) is buffer
+    lora.free_scratch()
+    assert not lora._buffers
+
+
+@interpreter
+def test_fused_keeps_no_matrix_of_the_weights_size(monkeypatch):
+    """Every tensor that the launchers allocate."""
+    monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
+    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1)
+    args = problem(128, 96, 1, tokens=2, dtype=FP16)
+    allocated, allocate = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(allocate(*a, **k)) or allocated[-1])
+    run(masked_lora_linear, args, torch.randn(2, 128).half())
+    largest = max(tensor.numel() * tensor.element_size() for tensor in allocated)
+    assert largest == 4 * 16 * 96, "shares of dA from one strip of tiles: fp32, rank padded to 16"
+
+
+@interpreter
+def test_fp64_goes_to_the_reference():
+    args = problem()
+    ours = run(masked_lora_linear, args, torch.ones(7, 24, dtype=torch.float64))
+    expected = run(formula, args, torch.ones(7, 24, dtype=torch.float64))
+    for name, value in expected.items():
+        assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-12), name
+    assert merge(args).dtype == torch.float64
+
+
+def test_factor_split():
+    sizes = sorted({2**i for i in range(4, 10)} | {3 * 2**i for i in range(4, 9)})
+    for depth in range(1, 3 * 128 + 1):
+        head, tail = tuning.factor_split(depth)
+        assert head + tail == min(size for size in sizes if size >= depth)
+        assert head >= 16 and head & (head - 1) == 0 and tail in (0, head // 2)
+
+
+def test_the_way_is_chosen_by_tokens_rank_and_shape(monkeypatch):
+    monkeypatch.delenv("LOSA_MASKED_LORA", raising=False)
+    for arch in (80, 90):
+        for depth in (16, 32, 48, 96):
+            choices = [tuning.fused(1 << i, 4096, 4096, depth, False, arch) for i in range(15)]
+            assert choices[0] and not choices[-1]
+            assert choices == sorted(choices, reverse=True), "fused up to a number of tokens"
+        assert not tuning.fused(16, 4096, 4096, 32, True, arch), "fp32 composes"
+        assert tuning.fused(512, 4096, 4096, 32, False, arch) and not tuning.fused(512, 4096, 4096, 384, False, arch)
+        assert not tuning.fused(512, 128, 1 << 14, 32, False, arch), "few tiles leave the machine empty"
+        assert tuning.fused_projection(512, 4096, 4096, False, arch)
+        assert not tuning.fused_projection(1 << 15, 4096, 4096, False, arch)
+        assert not tuning.fused_projection(512, 4096, 4096, True, arch)
+    monkeypatch.setattr(tuning, "MEASURED_CROSSOVER", {90: {32: 100}})
+    assert [tuning.fused(t, 4096, 4096, 32, False, 90) for t in (100, 101)] == [True, False]
+    for name in ("fused", "compose"):
+        monkeypatch.setenv("LOSA_MASKED_LORA", name.upper())
+        assert tuning.fused(1 << 14, 64, 64, 384, True, 80) == (name == "fused")
+        assert tuning.fused_projection(1, 64, 64, True, 80) == (name == "fused")
+    monkeypatch.setenv("LOSA_MASKED_LORA", "both")
+    with pytest.raises(ValueError, match="LOSA_MASKED_LORA: expected auto, fused, compose; got 'both'"):
+        tuning.fused(1, 1, 1, 16, False, 90)
+
+
+def test_fp32_precision_is_checked(monkeypatch):
+    monkeypatch.setenv("LOSA_TRITON_FP32", "tf32")
+    with pytest.raises(ValueError, match="LOSA_TRITON_FP32: expected ieee or tf32x3; got 'tf32'"):
+        triton_launch._precision()
+
+
+def test_tuning_takes_the_fastest_once(monkeypatch):
+    monkeypatch.setattr(tuning, "_best", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tiles, device = tuning.LINEAR[90], torch.device("cuda")
+    times, timed = dict(zip(tiles, (2.0, 1.0, float("inf")), strict=True)), []
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run, tile: timed.append(tile) or times[tile])
+    assert tuning.tuned(("key",), tiles, torch.device("cpu"), None) == tiles[0] and not timed
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert tuning.tuned(("key",), tiles, device, None) == tiles[0] and not timed
+    for _ in range(2):
+        assert tuning.tuned(("key",), tiles, device, None) == tiles[1]
+    assert timed == list(tiles)
+    monkeypatch.setenv("LOSA_AUTOTUNE", "0")
+    assert tuning.tuned(("key",), tiles, device, None) == tiles[0]
+
+
+def on_gpu(args):
+    return tensors(args, lambda tensor: tensor.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(577, 583, 7), (512, 1024, 16), (192, 576, 8), (1040, 592, 64), (256, 256, 128)])
+@pytest.mark.parametrize("tokens", [1, 50, 300])
+def test_error_model_on_gpu(dtype, masked, shape, tokens, way):
+    args = on_gpu(problem(*shape, tokens=tokens, dtype=dtype))
+    grad_y = torch.randn(tokens, shape[0], device="cuda").to(dtype)
+    check(args if masked else implicit(args), grad_y, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_tile_on_gpu(dtype, monkeypatch):
+    """What the tuner may choose, not only what it does."""
+    monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
+    args = on_gpu(problem(256, 512, 16, tokens=600, dtype=dtype))
+    grad_y = torch.randn(600, 256, device="cuda").to(dtype)
+    for index in range(3):
+        monkeypatch.setattr(tuning, "tuned", lambda key, tiles, device, run, i=index: tiles[min(i, len(tiles) - 1)])
+        check(args, grad_y, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_dropout_on_gpu(dtype, way):
+    args = on_gpu(problem(192, 320, 8, tokens=100, dtype=dtype))
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31 - 1, ()).item())
+    share = 1 - round(0.1 * 65536) / 65536
+    keep = unpack_mask(triton_launch.draw(100, 320, 0.1, seed, torch.device("cuda")), 320).double() / share
+    grad_y = torch.randn(100, 192, device="cuda").to(dtype)
+    truth = run(lambda **a: dropout_formula(**a, keep=keep), double(args), grad_y.double())
+
+    def plain(**a):
+        narrow = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in a.items()}
+        return dropout_formula(**narrow, keep=keep.to(dtype))
+
+    torch.manual_seed(5)
+    ours = run(lambda **a: masked_lora_linear(**a, dropout_p=0.1), args, grad_y)
+    assert_error_model(ours, run(plain, args, grad_y), truth, dtype)
+
+
+@pytest.mark.gpu
+def test_runs_repeat_bit_for_bit_on_gpu(way):
+    args = on_gpu(problem(512, 768, 16, tokens=1000, dtype=BF16))
+    grad_y = torch.randn(1000, 512, device="cuda").bfloat16()
+    first = run(masked_lora_linear, args, grad_y)
+    for _ in range(3):
+        for name, value in run(masked_lora_linear, args, grad_y).items():
+            assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.gpu
+def test_products_wider_than_fp16_on_gpu(way):
+    """G beyond 65504, as under loss scaling."""
+    args = on_gpu(problem(dtype=FP16)) | {"x": torch.full((7, 20), 100.0, device="cuda").half()}
+    grad_y = torch.full((7, 24), 300.0, device="cuda").half()
+    expected = run(formula, double(args), grad_y.double())
+    ours = run(masked_lora_linear, args, grad_y)
+    for name in ("lora_A", "lora_B"):
+        error = (ours[name].double() - expected[name]).abs().max()
+        assert error <= 2**-13 * expected[name].abs().max(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_merge_on_gpu(dtype):
+    args = on_gpu(problem(300, 500, 20, dtype=dtype))
+    kept = unpack_mask(args["mask"], 500)
+    merged, exact = merge(args), merge(double(args))
+    assert torch.equal(merged == 0, ~kept) and not torch.signbit(merged[~kept]).any()
+    assert (merged.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_step_on_gpu(monkeypatch):
+    """Nothing of W's size beyond what the caller gets: shares of dA and dB, and G in slices."""
+    args = on_gpu(problem(8192, 8192, 16, tokens=256, dtype=BF16, bias=False))
+    monkeypatch.setattr(triton_launch, "G_BYTES", 16 << 20)
+    monkeypatch.setenv("LOSA_AUTOTUNE", "0")
+    grad_y = torch.randn(256, 8192, device="cuda").bfloat16()
+    inputs = args | leaves(args)
+    for name, limit in (("fused", 0.5), ("compose", 1.5)):
+        monkeypatch.setenv("LOSA_MASKED_LORA", name)
+        lora.free_scratch()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        masked_lora_linear(**inputs).backward(grad_y)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before <= limit * args["weight"].numel() * 2, name
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+def test_tiny_step_for_the_sanitizer(way):
+    args = on_gpu(problem(33, 41, 3, tokens=5, dtype=BF16))
+    inputs = leaves(args)
+    masked_lora_linear(**(args | inputs), dropout_p=0.1).sum().backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in inputs.values())
