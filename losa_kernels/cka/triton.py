@@ -12,8 +12,9 @@ from torch import Tensor
 from losa_kernels.cka import reference
 
 COLUMNS = 1 << 15  # most columns that one fp32 accumulator sums
-LAUNCH_COLUMNS = 1 << 24  # most columns per launch: bounds the partial Grams
-PROGRAMS_PER_SM = 4
+LAUNCH_COLUMNS = 1 << 24  # most columns per launch
+PARTIAL_BYTES = 64 << 20  # partial Grams in memory at a time, where one layer's are not more
+PROGRAMS_PER_SM = 4  # for one layer: a Gram does not depend on how many are computed together
 
 
 @triton.jit
@@ -38,8 +39,7 @@ def _gram_kernel(
     start = split.to(tl.int64) * columns_per_split
     stop = tl.minimum(start + columns_per_split, columns)
 
-    leading = tl.zeros((ROWS, ROWS), tl.float32)
-    cross = tl.zeros((ROWS, ROWS), tl.float32)
+    total = tl.zeros((ROWS, ROWS), tl.float32)
     for first in range(start, stop, BLOCK_P):
         column = first + tl.arange(0, BLOCK_P)
         inside = column < stop
@@ -50,8 +50,9 @@ def _gram_kernel(
         if BLOCKS == 1:
             left -= tl.where(rows[:, None] < samples, tl.sum(left, 0)[None, :] / samples, 0.0)
             high, low = _halves(left)
-            leading = tl.dot(high, tl.trans(high), leading, input_precision="tf32")
-            cross = tl.dot(high, tl.trans(low), cross, input_precision="tf32")
+            # High times low counts twice in the Gram: what is summed is its half, to which the host adds the transpose.
+            total = tl.dot(high, tl.trans(0.5 * high), total, input_precision="tf32")
+            total = tl.dot(high, tl.trans(low), total, input_precision="tf32")
         else:
             right = _differences(place, common, rows + ROWS, samples, stride_sample, inside)
             mean = (tl.sum(left, 0) + tl.sum(right, 0))[None, :] / samples
@@ -59,12 +60,9 @@ def _gram_kernel(
             right -= tl.where(rows[:, None] + ROWS < samples, mean, 0.0)
             a_high, a_low = _halves(tl.where(row_block == 0, left, right))
             b_high, b_low = _halves(tl.where(column_block == 0, left, right))
-            leading = tl.dot(a_high, tl.trans(b_high), leading, input_precision="tf32")
-            cross = tl.dot(a_high, tl.trans(b_low), cross, input_precision="tf32")
-            cross = tl.dot(a_low, tl.trans(b_high), cross, input_precision="tf32")
-    # Low times low is below fp32's rounding. With one block the other cross product is this one's transpose: what is
-    # stored is half of the sum, and the host adds its transpose.
-    total = 0.5 * leading + cross if BLOCKS == 1 else leading + cross
+            total = tl.dot(a_high, tl.trans(b_high), total, input_precision="tf32")
+            total = tl.dot(a_high, tl.trans(b_low), total, input_precision="tf32")
+            total = tl.dot(a_low, tl.trans(b_high), total, input_precision="tf32")
     slot = (layer * tl.num_programs(0) + split) * tl.num_programs(2) + pair
     tl.store(partial + slot * ROWS * ROWS + rows[:, None] * ROWS + rows[None, :], total)
 
@@ -79,7 +77,8 @@ def _differences(place, common, rows, samples, stride_sample, inside):
 
 @triton.jit
 def _halves(value):
-    """value = high + low, exactly, with high a tf32 number: products of the two keep 21 bits on tensor cores."""
+    """value = high + low, exactly, with high a tf32 number: products of the two keep 21 bits on tensor cores, and low
+    times low is below fp32's rounding."""
     high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return high, value - high
 
@@ -97,8 +96,8 @@ def gram(features: Tensor, out: Tensor | None) -> Tensor:
 
 
 def tile(samples: int, capability: int) -> dict[str, int]:
-    """The kernel's constants for a number of samples: two accumulators of at most 128 x 128, and tiles of columns that
-    leave registers for them (``capability`` 80: products take both operands from registers)."""
+    """The kernel's constants for a number of samples: an accumulator of at most 128 x 128, and tiles of columns that
+    leave registers for it (``capability`` 80: products take both operands from registers)."""
     rows = min(128, max(16, triton.next_power_of_2(samples)))
     blocks = 1 if samples <= rows else 2
     return {
@@ -112,19 +111,22 @@ def tile(samples: int, capability: int) -> dict[str, int]:
 
 def _launch(features: Tensor) -> Tensor:
     """(L, n, n) fp64"""
-    count, samples, columns = features.shape
+    _, samples, columns = features.shape
     constants = tile(samples, _capability(features.device))
     rows, blocks = constants["ROWS"], constants["BLOCKS"]
-    wanted = PROGRAMS_PER_SM * _processors(features.device)
-    per_split = -(-columns * count // wanted) if wanted > count else columns
+    per_split = -(-columns // (PROGRAMS_PER_SM * _processors(features.device)))
     per_split = min(COLUMNS, -(-per_split // constants["BLOCK_P"]) * constants["BLOCK_P"])
     splits = -(-columns // per_split)
     pairs = 1 if blocks == 1 else 3
-    partial = torch.empty(count, splits, pairs, rows, rows, dtype=torch.float32, device=features.device)
-    _gram_kernel[(splits, count, pairs)](
-        features, partial, samples, columns, per_split, *features.stride(), **constants
-    )
-    sums = partial.sum(1, dtype=torch.float64)
+    layers = max(1, PARTIAL_BYTES // (4 * splits * pairs * rows * rows))
+    sums = []
+    for part in features.split(layers):
+        partial = torch.empty(len(part), splits, pairs, rows, rows, dtype=torch.float32, device=features.device)
+        _gram_kernel[(splits, len(part), pairs)](
+            part, partial, samples, columns, per_split, *part.stride(), **constants
+        )
+        sums.append(partial.sum(1, dtype=torch.float64))
+    sums = torch.cat(sums)
     if blocks == 1:
         half = sums[:, 0]
     else:
