@@ -19,8 +19,10 @@ F = hi + lo + 2^-18 F, and the product keeps three of the four terms:
     B A = B_hi A_hi + B_lo A_hi + B_hi A_lo,   error <= 2^-16 |B| |A|
 
 The three are one product with a three times longer inner side, [B_hi B_lo B_hi] [A_hi; A_hi; A_lo], which
-``split_kernel`` lays out ahead, padded with zeros to HEAD + TAIL (triton.factor_depth). bf16 rather than fp16, also for
-fp16 layers: its exponent is fp32's, so that no low term is lost to underflow. fp32 layers take one fp32 term.
+``split_kernel`` lays out ahead, padded with zeros to HEAD + TAIL (tuning.factor_split): 32 for rank 8, 48 for rank 16.
+Forming W_eff anew for every BT tokens hence costs (HEAD + TAIL) / BT of the product it serves. bf16 rather than fp16,
+also for fp16 layers: its exponent is fp32's, so that no low term is lost to underflow. Factors in 16 bits are one term
+as they are, and fp32 layers take one fp32 term.
 
 Offsets are int64: tokens * features passes 2^31 in long contexts.
 """
@@ -181,6 +183,7 @@ def linear_kernel(
         x_block = _load(x_tile + k.to(tl.int64)[None, :] * x_k, t_inside, k_inside, True, WHOLE_K)
         w = _load(w_tile + k.to(tl.int64)[None, :] * w_k, m_inside, k_inside, WHOLE_M, WHOLE_K)
         if not MASKED:
+            # Of the widened weight, or the compiler compares before it exchanges, and exchanges bools besides weights.
             kept = w.to(tl.float32) != 0
         elif TRANSPOSED:
             kept = tl.trans(_expand(bits, BK, BM))

@@ -153,7 +153,7 @@ def project(
     dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
     wide, arch = x.dtype == torch.float32, tuning.architecture(device)
     in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, wide, arch)
-    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x))
+    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x), not in_registers)
     R, strip = max(16, triton.next_power_of_2(rank)), tiles[0].rows
     shares = 4 * R * (inputs * needs_A + strip * triton.cdiv(inputs, tiles[0].columns) * needs_B)
     strips = PARTIAL_BYTES // shares

@@ -53,7 +53,7 @@ LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     80: (Tile(64, 64, 32, 4, 2),),
 }
 # Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers.
-LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 4, 2),)}
+LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
 # Two accumulators (gradient of x), or two main products per step.
 LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 64, 64, 8, 3), Tile(64, 128, 32, 4, 3)),
@@ -67,6 +67,8 @@ PROJECT: dict[int, tuple[Tile, ...]] = {
 }
 PROJECT_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 4, 2),)}
 PROJECT_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
+# G comes from memory: no loop to pipeline.
+PROJECT_GIVEN: dict[int, tuple[Tile, ...]] = {90: (Tile(128, 128, 64, 8, 1),), 80: (Tile(64, 128, 32, 8, 1),)}
 COMPOSE, COMPOSE_FP32 = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
 # Small enough that tests of a few rows have several programs and ragged edges.
 INTERPRETED = Tile(32, 16, 32, 4, 1)
@@ -90,10 +92,10 @@ def linear_tiles(
         return (INTERPRETED,)
     if wide:
         return LINEAR_FP32[arch]
-    if depth > 96:
-        return LINEAR_HIGH_RANK[arch]
     if not aligned:
         return LINEAR_UNALIGNED[arch]
+    if depth > 96:
+        return LINEAR_HIGH_RANK[arch]
     if dropout:
         return LINEAR_DROPOUT[arch]
     if tokens <= 64:
@@ -105,10 +107,13 @@ def compose_tile(wide: bool) -> Tile:
     return INTERPRETED if interpreted() else COMPOSE_FP32 if wide else COMPOSE
 
 
-def project_tiles(arch: int, wide: bool, aligned: bool) -> tuple[Tile, ...]:
+def project_tiles(arch: int, wide: bool, aligned: bool, given: bool) -> tuple[Tile, ...]:
+    """Candidates of project_kernel; ``given``: G is loaded."""
     if interpreted():
         return (INTERPRETED._replace(columns=32, step=16),)
-    return (PROJECT_FP32 if wide else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
+    if wide:
+        return PROJECT_FP32[arch]
+    return (PROJECT_GIVEN if given else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
 
 
 _best: dict[tuple, Tile] = {}
@@ -140,13 +145,13 @@ def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
         return float("inf")
 
 
-# Nothing is measured yet: {architecture: {depth of the factors: tokens up to which the fused kernel is faster}}. What
-# stands here replaces the arithmetic below.
+# {80 or 90: {depth of the factors: tokens up to which the fused kernel is faster}}. What is measured goes here and
+# replaces the arithmetic below; nothing is yet.
 MEASURED_CROSSOVER: dict[int, dict[int, int]] = {}
 
 
 class Machine(NamedTuple):
-    """Multiply-adds count twice. Reached by a vendor GEMM and assumed of the fused kernel; bytes/s of a large copy."""
+    """FLOP/s in bf16 of the vendor's GEMM and of the fused kernel; bytes/s of a large copy; multiprocessors."""
 
     vendor_flops: float
     fused_flops: float
@@ -154,8 +159,8 @@ class Machine(NamedTuple):
     units: int
 
 
-# H100 SXM: read on one (KERNELS.md's 790 TFLOP/s and 3.0 TB/s). A100 SXM: 80 % of its data sheet. The fused kernel is
-# assumed to reach 85 % of the vendor's rate.
+# H100 SXM: what a bf16 GEMM and a copy reached on one. A100 SXM: 80 % of its data sheet. The fused kernel is assumed
+# to reach 85 % of the vendor's rate.
 MACHINES = {90: Machine(790e12, 670e12, 3.0e12, 132), 80: Machine(250e12, 212e12, 1.6e12, 108)}
 LAUNCH_SECONDS = 3e-6
 
