@@ -81,17 +81,18 @@ def plain(p: Problem) -> Tensor:
 def eager_losa_linear(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dropout_p: float, recompute: bool
 ) -> Tensor:
-    """The adapter's product, masked by ``W != 0``, beside the frozen product; ``recompute``: that product is made
-    under a checkpoint, as the official code does it."""
+    """A product with the adapter's masked by ``W != 0``, beside the frozen one; ``recompute``: under a checkpoint, as
+    the official code does it: 12 T out in FLOPs a step instead of 10."""
 
-    def masked_product(A: Tensor, B: Tensor) -> Tensor:
-        return (B @ A) * (weight != 0)
+    def adapter(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(x, (B @ A) * (weight != 0))
 
+    x_adapter = F.dropout(x, dropout_p)
     if recompute and torch.is_grad_enabled():
-        delta = checkpoint(masked_product, A, B, use_reentrant=False)
+        low_rank = checkpoint(adapter, x_adapter, A, B, use_reentrant=False)
     else:
-        delta = masked_product(A, B)
-    return F.linear(x, weight) + scaling * F.linear(F.dropout(x, dropout_p), delta)
+        low_rank = adapter(x_adapter, A, B)
+    return F.linear(x, weight) + scaling * low_rank
 
 
 def eager_losa(p: Problem, recompute: bool = False) -> Tensor:
