@@ -107,7 +107,11 @@ def bench(
             )
         Console().print(table)
     if json_file is not None:
-        write_json(json_file, [vars(s) for s in found])
+        import torch
+
+        setup = {"directory": str(directory), "tokens": tokens, "torch": torch.__version__}
+        setup["threads"] = torch.get_num_threads()
+        write_json(json_file, setup | {"rows": [vars(s) for s in found]})
 
 
 def _load(directory: Path, dtype: str, device: str, dense: bool):

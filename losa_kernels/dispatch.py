@@ -46,7 +46,11 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "losa_kernels.masked_lora.triton:merge",
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
-    "gram": {"reference": "losa_kernels.cka.reference:gram", "triton": "losa_kernels.cka.triton:gram"},
+    "gram": {
+        "reference": "losa_kernels.cka.reference:gram",
+        "triton": "losa_kernels.cka.triton:gram",
+        "cpu": "losa_kernels.cka.cpu:gram",
+    },
     "inverse_factor": {
         "reference": "losa_kernels.column_sweep.reference:inverse_factor",
         "cpu": "losa_kernels.column_sweep.cpu:inverse_factor",
@@ -83,7 +87,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 # cpu rows in torch operations: they run without the built extension.
-WITHOUT_EXTENSION = {"losa_kernels.masked_lora.cpu"}
+WITHOUT_EXTENSION = {"losa_kernels.cka.cpu", "losa_kernels.masked_lora.cpu"}
 
 
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:

@@ -338,7 +338,7 @@ def test_bench_command(saved, tmp_path):
     _, directory = saved
     done = invoke("bench", directory, "--tokens", 3, "--repetitions", 1, "--json", tmp_path / "speed.json")
     assert done.exit_code == 0, done.output
-    rows = {row["name"]: row for row in json.loads((tmp_path / "speed.json").read_text())}
+    rows = {row["name"]: row for row in json.loads((tmp_path / "speed.json").read_text())["rows"]}
     assert set(rows) == {
         f"{who}, {what}"
         for who in ("transformers", "losa")

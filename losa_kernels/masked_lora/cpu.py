@@ -15,6 +15,7 @@ from torch import Tensor
 
 from losa_kernels.bitmask import unpack_mask
 from losa_kernels.masked_lora.reference import accumulator, dropout_keep
+from losa_kernels.scratch import scratch
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
 BLOCK = 1 << 18  # elements that elementwise work takes at a time, so that its temporaries stay in cache
@@ -51,12 +52,12 @@ def forward(
         W, start = weight[part], None if bias is None else bias[part]
         keep = keep_bits(W, None if mask is None else mask[part])
         if dropped is None:
-            panel = _compose(W, keep, A, sB[part], x.dtype)
+            panel = _composed(W, keep, A, sB[part], x.dtype, rows.dtype)
         else:
-            panel = _compose(W, keep, None, None, x.dtype)
-            adapter = _compose(None, keep, A, sB[part], x.dtype).to(rows.dtype)
+            adapter = _composed(None, keep, A, sB[part], x.dtype, rows.dtype)
             start = dropped @ adapter.T if start is None else torch.addmm(start, dropped, adapter.T)
-        _product(rows, panel.to(rows.dtype).T, y[:, part], start)
+            panel = _composed(W, keep, None, None, x.dtype, rows.dtype)
+        _product(rows, panel.T, y[:, part], start)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -99,13 +100,14 @@ def backward(
         W = weight[:, part]
         keep = keep_bits(W, None if mask is None else mask[:, part.start // 8 : -(-part.stop // 8)])
         if needs_x and keep_x is None:
-            _product(dy, _compose(W, keep, A[:, part], sB, dtype).to(dy.dtype), dx[:, part])
+            _product(dy, _composed(W, keep, A[:, part], sB, dtype, dy.dtype), dx[:, part])
         elif needs_x:
-            through_adapter = dy @ _compose(None, keep, A[:, part], sB, dtype).to(dy.dtype)
-            base = _compose(W, keep, None, None, dtype).to(dy.dtype)
+            through_adapter = dy @ _composed(None, keep, A[:, part], sB, dtype, dy.dtype)
+            base = _composed(W, keep, None, None, dtype, dy.dtype)
             _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
         if rows is not None:
-            G = zero_pruned_((dy.T @ rows[:, part]).to(wide), keep)
+            G = torch.mm(dy.T, rows[:, part], out=scratch("gradient", tuple(W.shape), dy.dtype))
+            G = zero_pruned_(G.to(wide), keep)
             if needs_A:
                 torch.mm(sB.T, G, out=dA[:, part])
             if needs_B:
@@ -121,7 +123,9 @@ def backward(
 def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """M * (W + s B A), (out, in) in the weight's dtype, one rounding; +0.0 at pruned places."""
     wide = accumulator(weight.dtype)
-    return _compose(weight, keep_bits(weight, mask), lora_A.to(wide), lora_B.to(wide) * scaling, weight.dtype)
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _compose(weight, keep_bits(weight, mask), lora_A.to(wide), lora_B.to(wide) * scaling, merged)
+    return merged
 
 
 @cache
@@ -148,16 +152,24 @@ def zero_pruned_(matrix: Tensor, keep: Tensor) -> Tensor:
     return matrix
 
 
-def _compose(W: Tensor | None, keep: Tensor, A: Tensor | None, sB: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """M * (W + sB A), or without one of the two terms, in the dtype of A and sB; rounded once to ``dtype``."""
-    out = torch.empty(keep.shape, dtype=dtype, device=keep.device)
+def _composed(
+    W: Tensor | None, keep: Tensor, A: Tensor | None, sB: Tensor | None, dtype: torch.dtype, product: torch.dtype
+) -> Tensor:
+    """A panel of ``_compose``, rounded to ``dtype`` and then widened to the dtype of its product, in kept memory."""
+    shape = tuple(keep.shape)
+    panel = scratch("panel", shape, dtype)
+    _compose(W, keep, A, sB, panel)
+    return panel if product == dtype else scratch("widened panel", shape, product).copy_(panel)
+
+
+def _compose(W: Tensor | None, keep: Tensor, A: Tensor | None, sB: Tensor | None, out: Tensor) -> None:
+    """out = M * (W + sB A), or without one of the two terms, in the dtype of A and sB; rounded once to out's dtype."""
     for rows in _slices(keep, BLOCK):
         if sB is None:
             out[rows] = W[rows]
         else:
             _product(sB[rows], A, out[rows], None if W is None else W[rows].to(sB.dtype))
         zero_pruned_(out[rows], keep[rows])
-    return out
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None = None) -> None:

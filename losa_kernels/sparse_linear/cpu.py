@@ -6,14 +6,13 @@ of GPUs, take the reference.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from losa_kernels import native
 from losa_kernels.masked_lora.cpu import product_dtype
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM, cpu
+from losa_kernels.scratch import scratch
 from losa_kernels.sparse_linear import reference
 
 # Rows of x up to which the decode kernels are taken; at most the kernels' own limit of 16.
@@ -21,7 +20,6 @@ DECODE_ROWS = 16
 PANEL = 1 << 19  # weights unpacked at a time: 2 MB in fp32, to stay in cache until they are multiplied
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_local = threading.local()
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -58,20 +56,11 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
         shape = (part.stop - start, in_features)
         offsets = None if row_offsets is None else row_offsets[part]
         stored = values if row_offsets is not None else values.reshape(-1)[per_row * start : per_row * part.stop]
-        panel = cpu.unpack_bitmask(stored, bitmask[part], offsets, shape, out=_scratch(0, shape, values.dtype))
+        panel = cpu.unpack_bitmask(stored, bitmask[part], offsets, shape, out=scratch("unpacked", shape, values.dtype))
         if values.dtype != wide:
-            panel = _scratch(1, shape, wide).copy_(panel)
+            panel = scratch("widened", shape, wide).copy_(panel)
         y[:, part] = rows @ panel.T if bias is None else torch.addmm(bias[part].to(wide), rows, panel.T)
     return y.view(*x.shape[:-1], out_features)
-
-
-def _scratch(which: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory of this thread that the next call may overwrite."""
-    key, count = (which, dtype), shape[0] * shape[1]
-    buffers = _local.__dict__
-    if key not in buffers or buffers[key].numel() < count:
-        buffers[key] = torch.empty(max(count, PANEL), dtype=dtype)
-    return buffers[key][:count].view(shape)
 
 
 if native.missing("cpu") is None:
