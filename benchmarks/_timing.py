@@ -14,6 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from losa.speed import copy_bandwidth as copy_bandwidth
+from losa.speed import wait
+
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "llama2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
@@ -39,26 +42,13 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(-1, repetitions):
         for name, run in candidates.items():
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             run(repetition)
-            _wait(device)
+            wait(device)
             if repetition >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def copy_bandwidth(device: str, megabytes: int = 256) -> float:
-    """Bytes per second of a large copy (read + write), the limit of memory-bound kernels on this machine."""
-    source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    times = interleaved({"copy": lambda _: target.copy_(source)}, 7, device)["copy"]
-    return 2 * source.numel() * 4 / statistics.median(times)
 
 
 def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:

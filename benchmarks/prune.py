@@ -21,7 +21,7 @@ from benchmarks.quality import MODELS
 from losa.calibration import BlockStream
 from losa.engine import Engine
 from losa.loading import load_model
-from losa.model import find_blocks, find_linears, unwrap_model, wrap_model
+from losa.model import block_linears, find_blocks, find_linears, unwrap_model, wrap_model
 from losa.modules import dense_mode
 from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.schedule import RoundPlan
@@ -92,7 +92,7 @@ def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     seconds = {"forward": 0.0, "rates": 0.0, "prune": 0.0}
     began = time.perf_counter()
     _, blocks = find_blocks(model)
-    kept = {linear: linear.weight.data for block in blocks for linear in find_linears(block).values()}
+    kept = {linear: linear.weight.data for linear in block_linears(model).values()}
     start = time.perf_counter()
     features = torch.stack([torch.stack(samples) for samples in _features(model, blocks, ids)])
     seconds["forward"] += time.perf_counter() - start

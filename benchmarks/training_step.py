@@ -16,7 +16,7 @@ from benchmarks._timing import interleaved, parser, report
 from benchmarks.quality import MODELS
 from losa.loading import load_model
 from losa.loss import TokenLoss
-from losa.model import find_blocks, find_linears, wrap_model
+from losa.model import block_linears, wrap_model
 from losa.train import autocast_dtype
 
 BATCH, RANK, SPARSITY = 4, 8, 0.7
@@ -98,19 +98,10 @@ def _pruned(name: str, device: str) -> nn.Module:
     model.enable_input_require_grads()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        for linear in _linears(model).values():
+        for linear in block_linears(model).values():
             weight = linear.weight
             weight.mul_(torch.rand(weight.shape, generator=generator, device=device) >= SPARSITY)
     return model
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    prefix, blocks = find_blocks(model)
-    return {
-        f"{prefix}.{index}.{name}": linear
-        for index, block in enumerate(blocks)
-        for name, linear in find_linears(block).items()
-    }
 
 
 def _losa(model: nn.Module) -> nn.Module:
@@ -120,7 +111,7 @@ def _losa(model: nn.Module) -> nn.Module:
 
 
 def _eager(model: nn.Module, recompute: bool) -> nn.Module:
-    for name, linear in _linears(model).items():
+    for name, linear in block_linears(model).items():
         model.set_submodule(name, EagerLoSALinear(linear, recompute))
     return model
 
@@ -130,5 +121,5 @@ def _peft(model: nn.Module) -> nn.Module | None:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         return None
-    targets = sorted(_linears(model))
+    targets = sorted(block_linears(model))
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)).base_model.model

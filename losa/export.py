@@ -19,6 +19,7 @@ from losa.model import sparsity_of, wrapped_linears
 from losa.record import MaskRecord, RunRecord
 from losa.report import RECORD, model_card
 from losa_kernels import unpack_mask
+from losa_kernels.tensors import as_bits
 
 logger = logging.getLogger("losa")
 
@@ -150,7 +151,7 @@ def _check_masks(reloaded: nn.Module, record: RunRecord, masks: Mapping[str, Ten
         if (found := mask_records({name: mask}, {name: weight.shape[1]})[name]) != expected:
             raise OutputError(f"export: {name}: the mask keeps {found.kept} weights and is not the record's")
         kept = unpack_mask(mask.cpu(), weight.shape[1])
-        if wrong := int((_bits(weight)[~kept] != 0).sum()):
+        if wrong := int((as_bits(weight)[~kept] != 0).sum()):
             raise OutputError(f"export: {name}.weight: {wrong} pruned weights are not +0.0")
         kept_zeros += expected.kept - int(torch.count_nonzero(weight))
     result = next((r for r in reversed(record.results) if r.method == record.method), None)
@@ -170,13 +171,8 @@ def _check_tensors(reloaded: nn.Module, model: nn.Module) -> None:
         original = memory[name].cpu()
         if tensor.dtype != original.dtype:
             raise OutputError(f"export: {name}: written as {tensor.dtype}, {original.dtype} in memory")
-        if tensor.shape != original.shape or not torch.equal(_bits(tensor), _bits(original)):
+        if tensor.shape != original.shape or not torch.equal(as_bits(tensor), as_bits(original)):
             raise OutputError(f"export: {name}: the written tensor differs from the one in memory")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    return tensor.detach().contiguous().view(integers[tensor.element_size()])
 
 
 def _check_logits(reloaded: nn.Module, model: nn.Module, sample_ids: Tensor) -> None:

@@ -77,8 +77,8 @@ class LeanDecoder:
             _, blocks = find_blocks(model)
             attention = blocks[0].self_attn
             self.head_dim = attention.head_dim
-            self.key_heads = _rows(attention.k_proj) // self.head_dim
-            self.query_heads = _rows(attention.q_proj) // self.head_dim
+            self.key_heads = attention.k_proj.out_features // self.head_dim
+            self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [self._read(block) for block in blocks]
             self.norm, rotary = _norm(self.decoder.norm), self.decoder.rotary_emb
         except AttributeError as error:
@@ -185,10 +185,6 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return module
     weight = module.weight
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _rows(linear: nn.Module) -> int:
-    return linear.out_features
 
 
 def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:

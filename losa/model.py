@@ -91,6 +91,17 @@ def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module 
     return _linears(block, _uses(model or block), _as_targets(targets))
 
 
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The prunable linears of all decoder blocks, in model order, by full name."""
+    prefix, blocks = find_blocks(model)
+    uses = _uses(model)
+    return {
+        f"{prefix}.{index}.{name}": linear
+        for index, block in enumerate(blocks)
+        for name, linear in _linears(block, uses, []).items()
+    }
+
+
 def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
     routers = _routers(block)
     return {
@@ -245,12 +256,11 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
     """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain or packed
     linear, exact zeros."""
     zeros = total = 0
-    uses = _uses(model)
+    for linear in block_linears(model).values():
+        kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
+        total += kept.numel()
+        zeros += kept.numel() - int(torch.count_nonzero(kept))
     for block in find_blocks(model)[1]:
-        for linear in _linears(block, uses, []).values():
-            kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
-            total += kept.numel()
-            zeros += kept.numel() - int(torch.count_nonzero(kept))
         for linear in block.modules():
             if isinstance(linear, SparseLinear):
                 total += _weights(linear)

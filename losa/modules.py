@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, sparse_linear, unpack_mask
+from losa_kernels.masked_lora import MAX_RANK
 from losa_kernels.packing import Packed
-
-MAX_RANK = 128
 
 
 class MaskedLoRALinear(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, OutputError
 from losa.files import staged_directory, write_json
-from losa.model import find_blocks, find_linears
+from losa.model import block_linears, find_blocks
 from losa.modules import SparseLinear
 from losa.sparse import MIN_SPARSITY, group_linears, pack_weight, zero_share
 from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
@@ -70,7 +70,7 @@ def pack_directory(
         raise ModelError(f"{source}: is packed already")
     skeleton = _skeleton(source)
     prefix, blocks = find_blocks(skeleton)
-    linears = {f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in find_linears(block, model=skeleton)}
+    linears = block_linears(skeleton)
     manifest: dict = {"version": VERSION, "linears": {}, "files": {}, "sha256": {}}
     before = after = left_dense = 0
     with _DenseFiles(source) as files, staged_directory(output, overwrite) as staged:
@@ -146,7 +146,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     manifest = _manifest(directory)
     with init_empty_weights(include_buffers=False):
         model = _skeleton(directory, meta=False)
-    prefix, blocks = find_blocks(model)
+    block_of = {_block_file(index): block for index, block in enumerate(find_blocks(model)[1])}
     for file in sorted(set(manifest["files"].values())):
         dense = {}
         for name, value in _read(directory, file, manifest):
@@ -157,9 +157,8 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
         _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
         if unexpected:
             raise ModelError(f"{directory}: the model has no {unexpected[0]}")
-        for index, block in enumerate(blocks):
-            if file == _block_file(index):
-                group_linears(block)
+        if file in block_of:
+            group_linears(block_of[file])
     model.tie_weights()
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if absent:

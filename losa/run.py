@@ -25,7 +25,7 @@ from losa.export import export_model, mask_records
 from losa.files import check_output, write_json
 from losa.loading import load_model
 from losa.methods import Inputs, MethodRun, Outcome
-from losa.model import find_blocks, find_linears, sparsity_of
+from losa.model import block_linears, find_blocks, sparsity_of
 from losa.pruners import get_pruner
 from losa.recipe import Recipe
 from losa.record import MethodResult, RunRecord
@@ -82,7 +82,8 @@ def run_recipe(
     record.results.append(_dense_result(model, inputs))
     _log_result(console, record.results[-1])
 
-    originals = _block_weights(model, blocks)
+    # The linears themselves, references and not copies: to restore is to put these modules back.
+    originals = block_linears(model)
     outcome: Outcome | None = None
     methods = [m for m in dict.fromkeys(recipe.compare) if m != recipe.method] + [recipe.method]
     for method in methods:
@@ -172,12 +173,6 @@ def _dense_result(model, inputs: Inputs) -> MethodResult:
     value = inputs.evaluate(model)
     zeros, prunable = sparsity_of(model)
     return MethodResult("dense", value, zeros / prunable, zeros, prunable, time.perf_counter() - start)
-
-
-def _block_weights(model, blocks) -> dict[str, nn.Linear]:
-    """The dense linears themselves: restoring is putting these modules back (references, not copies)."""
-    names = {module: name for name, module in model.named_modules()}
-    return {names[linear]: linear for block in blocks for linear in find_linears(block).values()}
 
 
 def _restore(model, originals: dict[str, nn.Linear]) -> None:

@@ -71,7 +71,7 @@ def decode_speeds(
             taken = run()
             if repetition >= 0:
                 seconds[name].append(taken)
-    bandwidth = copy_bandwidth(device)
+    bandwidth = copy_bandwidth(device, 128)
     found = []
     for name, (variant, _) in runs.items():
         per_token = statistics.median(seconds[name])
@@ -92,16 +92,16 @@ def bytes_per_token(model: nn.Module) -> int:
     return total
 
 
-def copy_bandwidth(device: torch.device, megabytes: int = 128) -> float:
-    """Bytes per second, read and written, of a large copy."""
+def copy_bandwidth(device: torch.device | str, megabytes: int = 256) -> float:
+    """Bytes per second of a large copy (read + write), the limit of memory-bound kernels on this machine."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     times = []
-    for _ in range(6):
-        _wait(device)
+    for _ in range(8):
+        wait(device)
         start = time.perf_counter()
         target.copy_(source)
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return 2 * source.nbytes / statistics.median(times[1:])
 
@@ -110,11 +110,11 @@ def _lean(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
     """Seconds a token, the prompt's pass apart."""
     decoder.reset()
     token = decoder(prompt).argmax()
-    _wait(prompt.device)
+    wait(prompt.device)
     start = time.perf_counter()
     for _ in range(tokens - 1):
         token = decoder(token[None]).argmax()
-    _wait(prompt.device)
+    wait(prompt.device)
     return (time.perf_counter() - start) / (tokens - 1)
 
 
@@ -123,7 +123,7 @@ def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
     times = []
 
     def clock(ids, scores, **_):
-        _wait(prompt.device)
+        wait(prompt.device)
         times.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -133,6 +133,7 @@ def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def wait(device: torch.device | str) -> None:
+    """Until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

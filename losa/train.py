@@ -24,6 +24,7 @@ from losa.data import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
 from losa.loss import TokenLoss
 from losa.recipe import TrainConfig
+from losa_kernels import native
 
 logger = logging.getLogger("losa")
 
@@ -229,8 +230,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cpu":
         if precision != "bfloat16":
             return None
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        if any(getattr(torch.cpu, probe, bool)() for probe in probes):
+        if native.cpu_has_bf16():
             return torch.bfloat16
         logger.warning("train.precision: this CPU has no bfloat16 instructions; training in float32")
         return None

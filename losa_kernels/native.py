@@ -93,3 +93,8 @@ def status() -> dict[str, str]:
         Path(name).stem: f"not loaded: {_missing[backend]}" if _missing[backend] else f"loaded ({details[backend]})"
         for backend, name in LIBRARIES.items()
     }
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; others emulate it, many times slower than fp32."""
+    return any(getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

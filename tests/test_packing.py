@@ -16,7 +16,8 @@ from torch.sparse._semi_structured_conversions import (
 
 from losa_kernels import native, pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import cpu, reference
-from losa_kernels.packing.reference import as_bits, metadata_order
+from losa_kernels.packing.reference import metadata_order
+from losa_kernels.tensors import as_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [0, 1, 8, 13, 32, 40, 63, 64, 72, 200]

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from test_model import COMMON, random_model
 from tiny import assert_same_function, logits, randomise, tiny_llama, tiny_tokenizer, wrap
 from torch import nn
 
@@ -19,6 +20,7 @@ from losa.modules import SparseLinear
 from losa.sparse import densify, pack_weight, sparsify
 from losa_kernels.packing import PackedBitmask, PackedNM
 from losa_kernels.packing.rows import join_rows, take_rows
+from losa_kernels.tensors import as_bits
 
 
 @pytest.fixture
@@ -32,10 +34,6 @@ def merged():
     return merge_model(model).requires_grad_(False)
 
 
-def bits(tensor):
-    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
-
-
 def test_sparsify_and_back(merged):
     dense, expected, zeros = copy.deepcopy(merged), logits(merged), sparsity_of(merged)
     sparsify(merged)
@@ -45,7 +43,7 @@ def test_sparsify_and_back(merged):
     assert sparsity_of(merged) == zeros
     densify(merged)
     for (name, ours), theirs in zip(merged.state_dict().items(), dense.state_dict().values(), strict=True):
-        assert torch.equal(bits(ours), bits(theirs)), name
+        assert torch.equal(as_bits(ours), as_bits(theirs)), name
 
 
 def test_groups_share_memory_and_moving_unshares(merged):
@@ -68,7 +66,7 @@ def test_zeros_of_either_sign_are_dropped():
     weight = torch.tensor([[0.0, -0.0, 1.5, 0.0, float("inf"), 0.0, 0.0, -2.0]])
     packed = pack_weight(weight, "bitmask")
     assert packed.values.tolist() == [1.5, float("inf"), -2.0]
-    assert torch.equal(bits(packed.unpack()), bits(weight + 0.0))
+    assert torch.equal(as_bits(packed.unpack()), as_bits(weight + 0.0))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_packed_files_round_trip(saved, tmp_path):
     files.unpack_directory(tmp_path / "packed", tmp_path / "dense")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.equal(bits(ours), bits(theirs)), name
+        assert torch.equal(as_bits(ours), as_bits(theirs)), name
 
 
 def test_packing_in_another_dtype(saved, tmp_path):
@@ -211,16 +209,10 @@ OTHERS = {
 
 
 def build(config_class, settings):
-    common = {
-        "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**(common | settings))).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-        elif parameter.ndim == 2:
+    own = {"vocab_size": 98, "num_hidden_layers": 2, "max_position_embeddings": 128, "eos_token_id": 1}
+    model = random_model(config_class(**(COMMON | own | settings)))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
             parameter.data.mul_(3)  # far from ties
     return model.requires_grad_(False)
 

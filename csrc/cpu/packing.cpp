@@ -15,6 +15,7 @@
 
 #include "common/bits.h"
 #include "common/cpu_isa.h"
+#include "common/tensor_checks.h"
 
 namespace losa::packing {
 
@@ -122,9 +123,8 @@ int64_t count_group(const uint8_t* mask, int64_t begin, int64_t m) {
 }
 
 void check_mask(const Tensor& mask, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Byte && mask.size(0) == rows &&
-                      mask.size(1) == packed_width(columns),
-                  name, ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
+  STD_TORCH_CHECK(is_packed_mask(mask, rows, columns), name,
+                  ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
 }
 
 Tensor with_dense_rows(const Tensor& matrix) {

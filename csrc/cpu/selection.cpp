@@ -14,6 +14,7 @@
 
 #include "common/bits.h"
 #include "common/cpu_isa.h"
+#include "common/pruning_checks.h"
 #include "cpu/bitmask.h"
 #include "cpu/scratch.h"
 
@@ -79,19 +80,9 @@ Bound smallest(const KeyRange& range, int64_t total, int64_t k, const Count& cou
 
 Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t count, int64_t m,
                     const std::optional<Tensor>& mask) {
+  pruning::check_wanda_select(weight, input_norms, count, m, mask);
   const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(weight.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                                        dtype == ScalarType::BFloat16),
-                  "weight: expected a float, half or bfloat16 tensor (out, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1), width = packed_width(columns);
-  STD_TORCH_CHECK(input_norms.dim() == 1 && input_norms.size(0) == columns &&
-                      input_norms.scalar_type() == ScalarType::Float,
-                  "input_norms: expected a float tensor (", columns, ",)");
-  STD_TORCH_CHECK(m >= 0 && (m == 0 || columns % m == 0), "m: expected 0 or a divisor of ", columns, ", got ", m);
-  STD_TORCH_CHECK(0 <= count && count <= (m == 0 ? columns : m), "count: got ", count);
-  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == rows &&
-                            mask->size(1) == width),
-                  "mask: expected a uint8 tensor (", rows, ", ", width, ")");
   const Tensor source = torch::stable::contiguous(weight), norms = torch::stable::contiguous(input_norms);
   std::optional<Tensor> before;
   if (mask) before = torch::stable::contiguous(*mask);
@@ -139,10 +130,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
 }
 
 Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_size) {
-  STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Byte && in_features >= 0 &&
-                      mask.size(1) == packed_width(in_features),
-                  "mask: expected a uint8 tensor (out, ceil(in / 8))");
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected a positive number, got ", block_size);
+  pruning::check_pruned_per_block(mask, in_features, block_size);
   const Tensor source = torch::stable::contiguous(mask);
   const int64_t rows = mask.size(0), width = mask.size(1), blocks = (in_features + block_size - 1) / block_size;
   Tensor counts = torch::stable::new_empty(source, {blocks}, ScalarType::Long);
@@ -209,22 +197,8 @@ void place_ties(const BlockRows& block, int64_t rows, const Bound& bound, int32_
 
 void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t count,
                   const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& state) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
-                  "weight: expected a contiguous float tensor (out, in)");
+  pruning::check_select_block(weight, factor, start, end, count, mask, scratch, state, 3);
   const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
-  STD_TORCH_CHECK(0 <= start && start < end && end <= columns, "start, end: got ", start, ", ", end);
-  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == columns && factor.size(1) == columns &&
-                      factor.scalar_type() == ScalarType::Float,
-                  "factor: expected a float tensor (", columns, ", ", columns, ")");
-  STD_TORCH_CHECK(0 <= count && count <= rows * width, "count: expected up to ", rows * width, ", got ", count);
-  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == rows &&
-                            mask->size(1) == packed_width(columns) && mask->is_contiguous()),
-                  "mask: expected a contiguous packed uint8 tensor");
-  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Float && scratch.is_contiguous() &&
-                      scratch.numel() >= rows * width,
-                  "scratch: expected a contiguous float tensor of ", rows * width, " elements");
-  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Int && state.is_contiguous() && state.numel() >= 3,
-                  "state: expected a contiguous int32 tensor");
   auto* bound_out = static_cast<int32_t*>(state.mutable_data_ptr());
 
   std::vector<float> diagonal(width);

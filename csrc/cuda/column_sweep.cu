@@ -201,39 +201,24 @@ void launch_sweep_block(const Sweep& job, int64_t m, cudaStream_t stream) {
 
 #include <optional>
 
+#include "common/pruning_checks.h"
+
 namespace losa::column_sweep {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t m, int64_t prune,
                  const std::optional<Tensor>& state, const std::optional<Tensor>& mask, const Tensor& kept,
                  const Tensor& errors, const Tensor& loss) {
-  const auto is_float = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float && t.is_contiguous(); };
-  STD_TORCH_CHECK(weight.dim() == 2 && is_float(weight), "weight: expected a contiguous float tensor (out, in)");
+  pruning::check_sweep_block(weight, factor, start, end, m, prune, state, mask, kept, errors, loss);
   const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
-  const auto is_packed = [&](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.dim() == 2 && t.size(0) == rows &&
-        t.size(1) == packed_width(columns);
-  };
-  STD_TORCH_CHECK(0 <= start && start < end && end <= columns && width <= kMaxWidth && start % 8 == 0 &&
-                      (end % 8 == 0 || end == columns),
+  STD_TORCH_CHECK(width <= kMaxWidth && start % 8 == 0 && (end % 8 == 0 || end == columns),
                   "start, end: expected whole bytes of the mask and up to ", kMaxWidth, " columns, got ", start, ", ",
                   end);
-  STD_TORCH_CHECK(is_float(factor) && factor.dim() == 2 && factor.size(0) == columns && factor.size(1) == columns,
-                  "factor: expected a contiguous float tensor (", columns, ", ", columns, ")");
-  STD_TORCH_CHECK(m == 0 ? state.has_value() : (m == 4 || m == 8 || m == 16) && width % m == 0 && 0 <= prune && prune <= m,
-                  "m, prune: got ", m, ", ", prune);
-  STD_TORCH_CHECK(!state || (state->scalar_type() == ScalarType::Int && state->is_contiguous() && state->numel() >= 3),
-                  "state: expected a contiguous int32 tensor");
-  STD_TORCH_CHECK(is_packed(kept) && (!mask || is_packed(*mask)),
-                  "mask, kept: expected contiguous packed uint8 tensors");
-  STD_TORCH_CHECK(is_float(errors) && errors.dim() == 2 && errors.size(0) == rows && errors.size(1) == width,
-                  "errors: expected a contiguous float tensor (", rows, ", ", width, ")");
-  STD_TORCH_CHECK(is_float(loss) && loss.dim() == 1 && loss.size(0) == rows, "loss: expected a float tensor (", rows,
-                  ",)");
+  STD_TORCH_CHECK(factor.is_contiguous(), "factor: expected a contiguous tensor");
+  STD_TORCH_CHECK(m == 0 || m == 4 || m == 8 || m == 16, "m: expected 0, 4, 8 or 16, got ", m);
   const DeviceGuard guard(weight.get_device_index());
   auto* weights = static_cast<float*>(weight.mutable_data_ptr()) + start;
   const Sweep job{weights,

@@ -438,6 +438,8 @@ void launch_pruned_per_block(const uint8_t* mask, int64_t rows, int64_t columns,
 
 #include <optional>
 
+#include "common/pruning_checks.h"
+
 namespace losa::selection {
 namespace {
 
@@ -445,25 +447,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-bool is_packed(const Tensor& mask, int64_t rows, int64_t columns) {
-  return mask.scalar_type() == ScalarType::Byte && mask.dim() == 2 && mask.size(0) == rows &&
-      mask.size(1) == packed_width(columns);
-}
-
 Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t count, int64_t m,
                     const std::optional<Tensor>& mask) {
+  pruning::check_wanda_select(weight, input_norms, count, m, mask);
   const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(weight.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                                        dtype == ScalarType::BFloat16),
-                  "weight: expected a float, half or bfloat16 tensor (out, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  STD_TORCH_CHECK(input_norms.dim() == 1 && input_norms.size(0) == columns &&
-                      input_norms.scalar_type() == ScalarType::Float,
-                  "input_norms: expected a float tensor (", columns, ",)");
-  STD_TORCH_CHECK((m == 0 || m == 4 || m == 8 || m == 16) && (m == 0 || columns % m == 0) && columns < (1 << 30),
+  STD_TORCH_CHECK((m == 0 || m == 4 || m == 8 || m == 16) && columns < (1 << 30),
                   "m: expected 0, 4, 8 or 16, a divisor of ", columns, ", got ", m);
-  STD_TORCH_CHECK(0 <= count && count <= (m == 0 ? columns : m), "count: got ", count);
-  STD_TORCH_CHECK(!mask || is_packed(*mask, rows, columns), "mask: expected a packed uint8 tensor");
   const DeviceGuard guard(weight.get_device_index());
   const Tensor source = torch::stable::contiguous(weight), norms = torch::stable::contiguous(input_norms);
   std::optional<Tensor> before;
@@ -484,9 +474,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
 }
 
 Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_size) {
-  STD_TORCH_CHECK(in_features >= 0 && mask.dim() == 2 && is_packed(mask, mask.size(0), in_features),
-                  "mask: expected a uint8 tensor (out, ceil(in / 8))");
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected a positive number, got ", block_size);
+  pruning::check_pruned_per_block(mask, in_features, block_size);
   const DeviceGuard guard(mask.get_device_index());
   const Tensor source = torch::stable::contiguous(mask);
   const int64_t blocks = (in_features + block_size - 1) / block_size;
@@ -498,23 +486,10 @@ Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_s
 
 void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t count,
                   const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& state) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
-                  "weight: expected a contiguous float tensor (out, in)");
+  pruning::check_select_block(weight, factor, start, end, count, mask, scratch, state, kStateInts);
   const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
-  STD_TORCH_CHECK(0 <= start && start < end && end <= columns && width <= kMaxWidth, "start, end: expected up to ",
-                  kMaxWidth, " columns, got ", start, ", ", end);
-  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == columns && factor.size(1) == columns &&
-                      factor.scalar_type() == ScalarType::Float,
-                  "factor: expected a float tensor (", columns, ", ", columns, ")");
-  STD_TORCH_CHECK(0 <= count && count <= rows * width && rows * width < (int64_t{1} << 31),
-                  "count: expected up to ", rows * width, ", got ", count);
-  STD_TORCH_CHECK(!mask || (is_packed(*mask, rows, columns) && mask->is_contiguous()),
-                  "mask: expected a contiguous packed uint8 tensor");
-  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Float && scratch.is_contiguous() &&
-                      scratch.numel() >= rows * width,
-                  "scratch: expected a contiguous float tensor of ", rows * width, " elements");
-  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Int && state.is_contiguous() && state.numel() >= kStateInts,
-                  "state: expected a contiguous int32 tensor of ", kStateInts, " elements");
+  STD_TORCH_CHECK(width <= kMaxWidth, "start, end: expected up to ", kMaxWidth, " columns, got ", start, ", ", end);
+  STD_TORCH_CHECK(rows * width < (int64_t{1} << 31), "weight: expected less than 2^31 entries in a block");
   if (rows == 0) return;
   const DeviceGuard guard(weight.get_device_index());
   const int64_t diagonal_stride = factor.stride(0) + factor.stride(1);

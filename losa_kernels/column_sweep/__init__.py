@@ -10,7 +10,8 @@ from torch import Tensor
 from losa_kernels import dispatch
 from losa_kernels.bitmask import check_packed
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
-from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, all_finite
+from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
+from losa_kernels.tensors import all_finite
 
 __all__ = [
     "SingularHessianError",

@@ -15,6 +15,7 @@ from losa_kernels import native
 from losa_kernels.bitmask import packed_width
 from losa_kernels.column_sweep.reference import block_counts, prune_count
 
+NATIVE_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)  # that wanda_select takes
 STATE = 4096  # int32s that select_block takes: the bound it found, and on CUDA its histograms
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from losa_kernels.column_sweep import blocks, reference
 
-NATIVE_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
 # A diagonal block that is inverted at once, and the width of a product with a triangle; both keep products efficient.
 LEAF = 128
 PANEL = 256
@@ -71,5 +70,5 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Packed mask by |W_ij| ||X_j||, the smallest pruned per row or group. fp64: the reference."""
-    run = reference.wanda_mask if weight.dtype not in NATIVE_WEIGHTS else blocks.wanda_mask
+    run = reference.wanda_mask if weight.dtype not in blocks.NATIVE_WEIGHTS else blocks.wanda_mask
     return run(weight, input_norms, sparsity, keep_n, m, mask)

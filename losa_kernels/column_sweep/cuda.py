@@ -17,7 +17,6 @@ from losa_kernels.column_sweep import blocks, reference
 
 WIDEST_BLOCK = 128  # columns that sweep_block takes
 GROUPS = (4, 8, 16)
-NATIVE_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def column_sweep(
@@ -53,7 +52,7 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Packed mask by |W_ij| ||X_j||. The reference serves fp64 and groups other than 4, 8 and 16."""
-    native = weight.dtype in NATIVE_WEIGHTS and m in (None, *GROUPS)
+    native = weight.dtype in blocks.NATIVE_WEIGHTS and m in (None, *GROUPS)
     run = blocks.wanda_mask if native else reference.wanda_mask
     return run(weight, input_norms, sparsity, keep_n, m, mask)
 

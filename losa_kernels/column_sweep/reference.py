@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.bitmask import pack_mask, unpack_mask
+from losa_kernels.tensors import all_finite
 
 MAX_DAMPING = 1.0
 
@@ -120,11 +121,6 @@ def inverse_factor(
                 return factor, damping
         last, damping = damping, 10 * damping
     raise SingularHessianError(f"hessian: singular even with damping {last:g} of its mean diagonal")
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """In one pass and without a temporary of the tensor's size."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def column_sweep(

@@ -13,18 +13,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from losa_kernels import native
 from losa_kernels.bitmask import unpack_mask
 from losa_kernels.masked_lora.reference import accumulator, dropout_keep
 from losa_kernels.scratch import scratch
+from losa_kernels.tensors import INTEGERS
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
 BLOCK = 1 << 18  # elements that elementwise work takes at a time, so that its temporaries stay in cache
-_BITS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
 
 
 def forward(
@@ -133,9 +129,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of ``dtype`` run: fp32 on a CPU that would emulate them, 5 to 40 times slower."""
     if dtype not in (torch.float16, torch.bfloat16):
         return dtype
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = dtype == torch.bfloat16 and any(getattr(torch.cpu, check, bool)() for check in checks)
-    return dtype if native else torch.float32
+    return dtype if dtype == torch.bfloat16 and native.cpu_has_bf16() else torch.float32
 
 
 def keep_bits(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -146,7 +140,7 @@ def keep_bits(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 def zero_pruned_(matrix: Tensor, keep: Tensor) -> Tensor:
     """+0.0 at pruned places, in place, whatever stands there; 20 times faster than masked_fill_."""
-    bits = matrix.view(_BITS[matrix.dtype])
+    bits = matrix.view(INTEGERS[matrix.element_size()])
     for rows in _slices(bits, BLOCK):
         bits[rows].bitwise_and_(keep[rows])
     return matrix

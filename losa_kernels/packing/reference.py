@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.bitmask import pack_mask, unpack_mask
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(INTEGERS[tensor.element_size()])
+from losa_kernels.tensors import INTEGERS, as_bits
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:

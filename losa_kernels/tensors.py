@@ -1,0 +1,19 @@
+"""What several ops ask of a tensor, whatever it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Integer dtypes by element size in bytes, to look at any dtype's bits.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same elements as integers of their size; a view where ``tensor`` is contiguous."""
+    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In one pass and without a temporary of the tensor's size: extremes carry nan and inf along."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
