@@ -8,6 +8,16 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // packed: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features)
   library.def("unpack_mask(Tensor packed, int in_features) -> Tensor");
 
+  // Fills out (out, in) with M * (W + B A); base = false leaves W out, no lora_A (r, in) and lora_B (out, r) B A. fp32
+  // factors, B scaled. Without mask (packed), entries with W != 0 are kept.
+  library.def(
+      "compose_masked_lora(Tensor weight, Tensor? mask, bool base, Tensor? lora_A, Tensor? lora_B, Tensor(a!) out) -> "
+      "()");
+  // gradient G (out, in): writes dA (r, in) = B^T (M * G), adds (M * G) A^T to dB (out, r); both fp32.
+  library.def(
+      "project_masked_lora(Tensor gradient, Tensor weight, Tensor? mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, "
+      "Tensor(b!)? dB) -> ()");
+
   // weight (out, in), mask packed -> values (kept,), row_offsets int64 (out,)
   library.def("pack_bitmask(Tensor weight, Tensor mask) -> (Tensor, Tensor)");
   // weight (out, in), mask packed -> values (out, in / m * keep_n), packed mask of stored positions

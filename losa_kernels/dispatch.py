@@ -87,7 +87,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 # cpu rows in torch operations: they run without the built extension.
-WITHOUT_EXTENSION = {"losa_kernels.cka.cpu", "losa_kernels.masked_lora.cpu"}
+WITHOUT_EXTENSION = {"losa_kernels.cka.cpu"}
 
 
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:

@@ -14,7 +14,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_masked_lora import assert_error_model, double, dropout_formula, formula, leaves, merge, problem, run, tensors
+from masked_lora_problems import (
+    assert_error_model,
+    double,
+    dropout_formula,
+    formula,
+    leaves,
+    merge,
+    problem,
+    run,
+    tensors,
+)
 
 pytest.importorskip("triton")
 

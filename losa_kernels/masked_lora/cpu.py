@@ -1,8 +1,8 @@
-"""Masked-LoRA linear on a CPU, by torch's own products in panels that stay in cache.
+"""Masked-LoRA linear on a CPU: torch's products, in panels that csrc/cpu/masked_lora.cpp composes and projects.
 
-Without dropout a training step is three products of 2 T out in FLOPs (Y, dX and G); all else is elementwise or has the
-rank as one side. What has size out x in passes in panels: a fresh temporary of 64 MB costs as much in page faults as a
-tenth of the product it serves.
+Without dropout a training step is three products of 2 T out in FLOPs (Y, dX and G); all else is one pass over panels of
+W or G. They stay in cache and in kept memory: a fresh temporary of 64 MB costs as much in page faults as a tenth of the
+product it serves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from losa_kernels import native
-from losa_kernels.bitmask import unpack_mask
-from losa_kernels.masked_lora.reference import accumulator, dropout_keep
+from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.reference import dropout_keep
 from losa_kernels.scratch import scratch
-from losa_kernels.tensors import INTEGERS
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
-BLOCK = 1 << 18  # elements that elementwise work takes at a time, so that its temporaries stay in cache
 
 
 def forward(
@@ -36,23 +34,24 @@ def forward(
 ) -> Tensor:
     """y (..., out) in x's dtype: x (M * (W + s B A))^T + bias, W_eff rounded once to x's dtype before the product.
 
-    With dropout_p > 0: y = x (M * W)^T + drop(x) (M * s B A)^T + bias.
+    With dropout_p > 0: y = x (M * W)^T + drop(x) (M * s B A)^T + bias. fp64: the reference.
     """
-    wide = accumulator(weight.dtype)
+    if weight.dtype == torch.float64:
+        return reference.forward(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
     rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x.dtype))
     bias = None if bias is None else bias.to(rows.dtype)
-    A, sB = lora_A.to(wide), lora_B.to(wide) * scaling
+    A, sB = lora_A.float(), lora_B.float() * scaling
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
-    for part in _slices(weight, PANEL):
+    for part in _slices(weight):
         W, start = weight[part], None if bias is None else bias[part]
-        keep = keep_bits(W, None if mask is None else mask[part])
+        bits = None if mask is None else mask[part]
         if dropped is None:
-            panel = _composed(W, keep, A, sB[part], x.dtype, rows.dtype)
+            panel = _composed(W, bits, A, sB[part], x)
         else:
-            adapter = _composed(None, keep, A, sB[part], x.dtype, rows.dtype)
+            adapter = _composed(W, bits, A, sB[part], x, base=False)
             start = dropped @ adapter.T if start is None else torch.addmm(start, dropped, adapter.T)
-            panel = _composed(W, keep, None, None, x.dtype, rows.dtype)
+            panel = _composed(W, bits, None, None, x)
         _product(rows, panel.T, y[:, part], start)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -69,45 +68,46 @@ def backward(
     seed: int,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in ``accumulator(weight.dtype)``.
+    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32. fp64: the reference.
 
     ``needs`` says which of the four; the others are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
     dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None if neither lora_A nor lora_B needs a gradient.
     """
+    if weight.dtype == torch.float64:
+        arguments = (grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs)
+        return reference.backward(*arguments)
     needs_x, needs_A, needs_B, needs_bias = needs
-    (out_features, in_features), wide, dtype = weight.shape, accumulator(weight.dtype), grad_y.dtype
+    out_features, in_features = weight.shape
     dy = grad_y.reshape(-1, out_features)
-    dbias = dy.sum(0, dtype=wide) if needs_bias else None
+    dbias = dy.sum(0, dtype=torch.float32) if needs_bias else None
     if not (needs_x or needs_A or needs_B):
         return None, None, None, dbias
 
-    dy = dy.to(product_dtype(dtype))
+    dy = dy.to(product_dtype(grad_y.dtype))
     rows = x.reshape(-1, in_features).to(dy.dtype) if needs_A or needs_B else None
     keep_x = None
     if dropout_p > 0:
         keep_x = dropout_keep(dy.new_empty(dy.shape[0], in_features), dropout_p, seed)
         rows = None if rows is None else rows * keep_x
-    A, sB = lora_A.to(wide), lora_B.to(wide) * scaling
+    A, sB = lora_A.float(), lora_B.float() * scaling
     dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_empty(A.shape) if needs_A else None
-    dB = sB.new_zeros(sB.shape) if needs_B else None
+    dB = A.new_zeros(sB.shape) if needs_B else None
     # Panels of columns: each gives its columns of dX and dA at once, so only the small dB is accumulated.
-    for part in _slices(weight, PANEL, dim=1):
+    for part in _slices(weight, dim=1):
         W = weight[:, part]
-        keep = keep_bits(W, None if mask is None else mask[:, part.start // 8 : -(-part.stop // 8)])
+        bits = None if mask is None else mask[:, part.start // 8 : -(-part.stop // 8)]
         if needs_x and keep_x is None:
-            _product(dy, _composed(W, keep, A[:, part], sB, dtype, dy.dtype), dx[:, part])
+            _product(dy, _composed(W, bits, A[:, part], sB, grad_y), dx[:, part])
         elif needs_x:
-            through_adapter = dy @ _composed(None, keep, A[:, part], sB, dtype, dy.dtype)
-            base = _composed(W, keep, None, None, dtype, dy.dtype)
+            through_adapter = dy @ _composed(W, bits, A[:, part], sB, grad_y, base=False)
+            base = _composed(W, bits, None, None, grad_y)
             _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
         if rows is not None:
             G = torch.mm(dy.T, rows[:, part], out=scratch("gradient", tuple(W.shape), dy.dtype))
-            G = zero_pruned_(G.to(wide), keep)
-            if needs_A:
-                torch.mm(sB.T, G, out=dA[:, part])
-            if needs_B:
-                dB += (A[:, part] @ G.T).T
+            torch.ops.losa.project_masked_lora.default(
+                G, W, bits, A[:, part], sB, None if dA is None else dA[:, part], dB
+            )
     return (
         None if dx is None else dx.view(*grad_y.shape[:-1], in_features),
         None if dA is None else dA.to(lora_A.dtype),
@@ -117,10 +117,12 @@ def backward(
 
 
 def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """M * (W + s B A), (out, in) in the weight's dtype, one rounding; +0.0 at pruned places."""
-    wide = accumulator(weight.dtype)
+    """M * (W + s B A), (out, in) in the weight's dtype, one rounding; +0.0 at pruned places. fp64: the reference."""
+    if weight.dtype == torch.float64:
+        return reference.merge(weight, mask, lora_A, lora_B, scaling)
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _compose(weight, keep_bits(weight, mask), lora_A.to(wide), lora_B.to(wide) * scaling, merged)
+    sB = lora_B.float() * scaling
+    torch.ops.losa.compose_masked_lora.default(weight, mask, True, lora_A.float(), sB, merged)
     return merged
 
 
@@ -132,38 +134,15 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and native.cpu_has_bf16() else torch.float32
 
 
-def keep_bits(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """int8 (out, in): all bits set where a weight is kept (by the packed mask, or W != 0), none where it is pruned."""
-    kept = weight != 0 if mask is None else unpack_mask(mask, weight.shape[1])
-    return kept.view(torch.int8).neg_()
-
-
-def zero_pruned_(matrix: Tensor, keep: Tensor) -> Tensor:
-    """+0.0 at pruned places, in place, whatever stands there; 20 times faster than masked_fill_."""
-    bits = matrix.view(INTEGERS[matrix.element_size()])
-    for rows in _slices(bits, BLOCK):
-        bits[rows].bitwise_and_(keep[rows])
-    return matrix
-
-
 def _composed(
-    W: Tensor | None, keep: Tensor, A: Tensor | None, sB: Tensor | None, dtype: torch.dtype, product: torch.dtype
+    W: Tensor, mask: Tensor | None, A: Tensor | None, sB: Tensor | None, x: Tensor, *, base: bool = True
 ) -> Tensor:
-    """A panel of ``_compose``, rounded to ``dtype`` and then widened to the dtype of its product, in kept memory."""
-    shape = tuple(keep.shape)
-    panel = scratch("panel", shape, dtype)
-    _compose(W, keep, A, sB, panel)
-    return panel if product == dtype else scratch("widened panel", shape, product).copy_(panel)
-
-
-def _compose(W: Tensor | None, keep: Tensor, A: Tensor | None, sB: Tensor | None, out: Tensor) -> None:
-    """out = M * (W + sB A), or without one of the two terms, in the dtype of A and sB; rounded once to out's dtype."""
-    for rows in _slices(keep, BLOCK):
-        if sB is None:
-            out[rows] = W[rows]
-        else:
-            _product(sB[rows], A, out[rows], None if W is None else W[rows].to(sB.dtype))
-        zero_pruned_(out[rows], keep[rows])
+    """A panel M * (W + sB A), or with one of the two terms, rounded to x's dtype and then widened to that of its
+    product, in kept memory."""
+    shape, product = tuple(W.shape), product_dtype(x.dtype)
+    panel = scratch("panel", shape, x.dtype)
+    torch.ops.losa.compose_masked_lora.default(W, mask, base, A, sB, panel)
+    return panel if product == x.dtype else scratch("widened panel", shape, product).copy_(panel)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None = None) -> None:
@@ -176,10 +155,10 @@ def _product(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None = No
         torch.addmm(start, left, right, out=out)
 
 
-def _slices(matrix: Tensor, elements: int, dim: int = 0) -> Iterator[slice]:
-    """Slices of ``dim`` that cover the matrix, each with about ``elements``."""
+def _slices(matrix: Tensor, dim: int = 0) -> Iterator[slice]:
+    """Slices of ``dim`` that cover the matrix, each with about ``PANEL`` elements."""
     size, across = matrix.shape[dim], matrix.shape[1 - dim]
     # Multiples of 64: a panel of columns starts at a whole byte of the mask, and no product gets narrower than that.
-    step = max(64, elements // max(1, across) // 64 * 64)
+    step = max(64, PANEL // max(1, across) // 64 * 64)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

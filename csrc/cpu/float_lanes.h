@@ -1,0 +1,129 @@
+// Registers of floats from and to memory in fp32, bf16 and fp16, whole or in part, for the files that are compiled once
+// per instruction set.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/lanes.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#else
+#include <torch/headeronly/util/Half.h>
+#endif
+
+namespace losa {
+namespace {
+
+using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+// Each type: what memory holds, and one register of it.
+struct FloatLanes {
+  using Stored = float;
+  using Register = Floats;
+  static Floats widen(Floats stored) { return stored; }
+  static Floats narrow(Floats value) { return value; }
+};
+
+struct BFloat16Lanes {
+  using Stored = uint16_t;
+  using Register = Shorts;
+  static Floats widen(const Shorts& stored) {
+    return __builtin_bit_cast(Floats, __builtin_convertvector(stored, Words) << 16);
+  }
+  static Shorts narrow(const Floats& value) {
+    const Words bits = __builtin_bit_cast(Words, value);
+    const Words nan = __builtin_bit_cast(Words, value != value);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Shorts);
+  }
+};
+
+struct HalfLanes {
+  using Stored = uint16_t;
+  using Register = Shorts;
+#if defined(__AVX512F__)
+  static Floats widen(const Shorts& stored) {
+    return __builtin_bit_cast(Floats, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, stored)));
+  }
+  static Shorts narrow(const Floats& value) {
+    return __builtin_bit_cast(Shorts, _mm512_cvtps_ph(__builtin_bit_cast(__m512, value), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static Floats widen(const Shorts& stored) {
+    return __builtin_bit_cast(Floats, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, stored)));
+  }
+  static Shorts narrow(const Floats& value) {
+    return __builtin_bit_cast(Shorts, _mm256_cvtps_ph(__builtin_bit_cast(__m256, value), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static Floats widen(const Shorts& stored) {
+    Floats value;
+    for (int i = 0; i < kLanes; ++i) value[i] = static_cast<float>(c10::Half(stored[i], c10::Half::from_bits()));
+    return value;
+  }
+  static Shorts narrow(const Floats& value) {
+    Shorts stored;
+    for (int i = 0; i < kLanes; ++i) stored[i] = c10::Half(value[i]).x;
+    return stored;
+  }
+#endif
+};
+
+// `count` elements, the other lanes 0.
+template <class Type>
+inline Floats load(const typename Type::Stored* from, int64_t count = kLanes) {
+  typename Type::Register stored = {};
+  if (count >= kLanes) {
+    std::memcpy(&stored, from, sizeof stored);
+  } else {
+    std::memcpy(&stored, from, static_cast<size_t>(count) * sizeof *from);
+  }
+  return Type::widen(stored);
+}
+
+template <class Type>
+inline void store(typename Type::Stored* to, const Floats& value, int64_t count = kLanes) {
+  const typename Type::Register stored = Type::narrow(value);
+  if (count >= kLanes) {
+    std::memcpy(to, &stored, sizeof stored);
+  } else {
+    std::memcpy(to, &stored, static_cast<size_t>(count) * sizeof *to);
+  }
+}
+
+// All bits of a lane, or none, by `bits` of the packed mask at a column that is a multiple of 8 from its first one.
+inline Ints lanes_of_bits(const uint8_t* bits, int64_t column, int64_t count = kLanes) {
+  uint32_t word = 0;
+  if constexpr (kLanes < 8) {
+    word = bits[column >> 3] >> (column & 7);
+  } else {
+    std::memcpy(&word, bits + (column >> 3), static_cast<size_t>(count < kLanes ? (count + 7) / 8 : kLanes / 8));
+  }
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(Ints, _mm512_movm_epi32(static_cast<__mmask16>(word)));
+#else
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  return (lane & static_cast<int32_t>(word)) != 0;
+#endif
+}
+
+inline Floats keep(const Floats& value, const Ints& kept) {
+  return __builtin_bit_cast(Floats, __builtin_bit_cast(Ints, value) & kept);
+}
+
+inline float sum(const Floats& value) {
+  float total[kLanes];
+  std::memcpy(total, &value, sizeof total);
+#pragma GCC unroll 16
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) total[i] += total[i + half];
+  }
+  return total[0];
+}
+
+}  // namespace
+}  // namespace losa

@@ -1,0 +1,214 @@
+// Body of masked_lora_{scalar,avx2,avx512}.cpp: panels in one pass over memory, with the rank's products in registers.
+#pragma once
+
+#include "cpu/float_lanes.h"
+#include "cpu/masked_lora.h"
+
+namespace losa::masked_lora {
+namespace {
+
+constexpr int kVectors = 2;  // registers of columns side by side
+constexpr int64_t kStep = kVectors * kLanes;
+// Rows side by side in compose, and rows by ranks in project's dB: with kVectors, accumulators for half the registers.
+constexpr int kRows = 4;
+constexpr int kRanks = kLanes == 16 ? 4 : 2;
+
+template <class Body>
+inline void with_type(FloatType type, const Body& body) {
+  switch (type) {
+    case FloatType::kFloat: return body(FloatLanes{});
+    case FloatType::kBFloat16: return body(BFloat16Lanes{});
+    case FloatType::kHalf: return body(HalfLanes{});
+  }
+}
+
+template <class Weight>
+inline Ints kept_lanes(const Kept& kept, int64_t row, int64_t column, int64_t count, const Floats* weight = nullptr) {
+  if (kept.bits != nullptr) return lanes_of_bits(kept.bits + row * kept.bits_stride, column, count);
+  const auto* from = static_cast<const typename Weight::Stored*>(kept.weight) + row * kept.weight_stride + column;
+  return (weight != nullptr ? *weight : load<Weight>(from, count)) != 0;
+}
+
+// The slice of lora_A for columns [first, first + count), dense, with zeros up to a whole number of steps.
+inline void copy_lora_A(const float* lora_A, int64_t stride, int64_t rank, int64_t first, int64_t count, float* to) {
+  for (int64_t k = 0; k < rank; ++k) {
+    std::memcpy(to + k * kChunk, lora_A + k * stride + first, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t j = count; j < padded(count); ++j) to[k * kChunk + j] = 0;
+  }
+}
+
+// kCount rows by kStep columns, of which `count` exist.
+template <int kCount, class Weight, class Out>
+inline void compose_tile(const Compose& panel, const float* lora_A, int64_t row, int64_t column, int64_t count) {
+  Floats sum[kCount][kVectors];
+  Ints kept[kCount][kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = column + v * kLanes, left = count - v * kLanes;
+      sum[i][v] = Floats{};
+      kept[i][v] = Ints{};
+      if (left <= 0) continue;
+      if (panel.base) {
+        const auto* weight = static_cast<const typename Weight::Stored*>(panel.kept.weight);
+        sum[i][v] = load<Weight>(weight + (row + i) * panel.kept.weight_stride + at, left);
+      }
+      kept[i][v] = kept_lanes<Weight>(panel.kept, row + i, at, left, panel.base ? &sum[i][v] : nullptr);
+    }
+  }
+  const float* scale = panel.lora_B + row * panel.rank;
+  for (int64_t k = 0; k < panel.rank; ++k, lora_A += kChunk) {
+    Floats a[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) a[v] = load<FloatLanes>(lora_A + v * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const float b = scale[i * panel.rank + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += a[v] * b;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    auto* out = static_cast<typename Out::Stored*>(panel.out) + (row + i) * panel.out_stride + column;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = count - v * kLanes;
+      if (left > 0) store<Out>(out + v * kLanes, keep(sum[i][v], kept[i][v]), left);
+    }
+  }
+}
+
+template <int kCount, class Weight, class Out>
+inline void compose_row_block(const Compose& panel, int64_t row, int64_t first, int64_t count) {
+  int64_t j = 0;
+  for (; j + kStep <= count; j += kStep) {
+    compose_tile<kCount, Weight, Out>(panel, panel.scratch + j, row, first + j, kStep);
+  }
+  if (j < count) compose_tile<kCount, Weight, Out>(panel, panel.scratch + j, row, first + j, count - j);
+}
+
+void compose(const Compose& panel) {
+  with_type(panel.kept.weight_type, [&](auto weight) {
+    with_type(panel.out_type, [&](auto out) {
+      using Weight = decltype(weight);
+      using Out = decltype(out);
+      for (int64_t first = 0; first < panel.columns; first += kChunk) {
+        const int64_t count = panel.columns - first < kChunk ? panel.columns - first : kChunk;
+        copy_lora_A(panel.lora_A, panel.lora_A_stride, panel.rank, first, count, panel.scratch);
+        int64_t row = 0;
+        for (; row + kRows <= panel.rows; row += kRows) compose_row_block<kRows, Weight, Out>(panel, row, first, count);
+        for (; row < panel.rows; ++row) compose_row_block<1, Weight, Out>(panel, row, first, count);
+      }
+    });
+  });
+}
+
+// to (kProjectRows, kChunk) = M * G as fp32, with zeros up to a whole number of steps and in rows past the last.
+template <class Gradient, class Weight>
+inline void masked_tile(const Project& panel, int64_t row, int64_t rows, int64_t first, int64_t count, float* to) {
+  for (int64_t i = 0; i < kProjectRows; ++i, to += kChunk) {
+    const auto* from =
+        static_cast<const typename Gradient::Stored*>(panel.gradient) + (row + i) * panel.gradient_stride + first;
+    for (int64_t j = 0; j < padded(count); j += kLanes) {
+      Floats value = {};
+      const int64_t left = count - j;
+      if (i < rows && left > 0) {
+        value = keep(load<Gradient>(from + j, left), kept_lanes<Weight>(panel.kept, row + i, first + j, left));
+      }
+      store<FloatLanes>(to + j, value);
+    }
+  }
+}
+
+// dA[k.. k + kCount, j.. j + kStep] += B^T tile, for the tile's rows
+template <int kCount>
+inline void add_to_dA(const float* tile, const float* lora_B, int64_t rank, int64_t rows, float* dA, int64_t stride) {
+  Floats sum[kCount][kVectors];
+#pragma GCC unroll 4
+  for (int k = 0; k < kCount; ++k) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[k][v] = load<FloatLanes>(dA + k * stride + v * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    Floats g[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) g[v] = load<FloatLanes>(tile + i * kChunk + v * kLanes);
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      const float b = lora_B[i * rank + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[k][v] += g[v] * b;
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kCount; ++k) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store<FloatLanes>(dA + k * stride + v * kLanes, sum[k][v]);
+  }
+}
+
+// dB[i.. i + kRows, k.. k + kCount] += tile A^T, of which `rows` rows exist
+template <int kCount>
+inline void add_to_dB(const float* tile, const float* lora_A, int64_t count, int64_t rank, int64_t rows, float* dB) {
+  Floats total[kRows][kCount] = {};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    Floats g[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) g[i] = load<FloatLanes>(tile + i * kChunk + j);
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      const Floats a = load<FloatLanes>(lora_A + k * kChunk + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) total[i][k] += g[i] * a;
+    }
+  }
+  for (int64_t i = 0; i < kRows && i < rows; ++i) {
+    for (int k = 0; k < kCount; ++k) dB[i * rank + k] += sum(total[i][k]);
+  }
+}
+
+void project(const Project& panel) {
+  float* lora_A = panel.scratch;
+  float* tile = lora_A + panel.rank * kChunk;
+  const int64_t rank = panel.rank, stride = padded(panel.columns);
+  if (panel.dA != nullptr) std::memset(panel.dA, 0, static_cast<size_t>(rank * stride) * sizeof(float));
+  for (int64_t first = 0; first < panel.columns; first += kChunk) {
+    const int64_t count = panel.columns - first < kChunk ? panel.columns - first : kChunk;
+    copy_lora_A(panel.lora_A, panel.lora_A_stride, rank, first, count, lora_A);
+    for (int64_t row = 0; row < panel.rows; row += kProjectRows) {
+      const int64_t rows = panel.rows - row < kProjectRows ? panel.rows - row : kProjectRows;
+      with_type(panel.gradient_type, [&](auto gradient) {
+        with_type(panel.kept.weight_type, [&](auto weight) {
+          masked_tile<decltype(gradient), decltype(weight)>(panel, row, rows, first, count, tile);
+        });
+      });
+      if (panel.dA != nullptr) {
+        const float* lora_B = panel.lora_B + row * rank;
+        for (int64_t j = 0; j < count; j += kStep) {
+          float* dA = panel.dA + first + j;
+          int64_t k = 0;
+          for (; k + kRows <= rank; k += kRows) {
+            add_to_dA<kRows>(tile + j, lora_B + k, rank, rows, dA + k * stride, stride);
+          }
+          for (; k < rank; ++k) add_to_dA<1>(tile + j, lora_B + k, rank, rows, dA + k * stride, stride);
+        }
+      }
+      if (panel.dB != nullptr) {
+        for (int64_t i = 0; i < rows; i += kRows) {
+          const float* part = tile + i * kChunk;
+          float* dB = panel.dB + (row + i) * rank;
+          int64_t k = 0;
+          for (; k + kRanks <= rank; k += kRanks) {
+            add_to_dB<kRanks>(part, lora_A + k * kChunk, padded(count), rank, rows - i, dB + k);
+          }
+          for (; k < rank; ++k) add_to_dB<1>(part, lora_A + k * kChunk, padded(count), rank, rows - i, dB + k);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace losa::masked_lora
