@@ -22,7 +22,7 @@ def isa(request, monkeypatch):
 
 compose, project = torch.ops.losa.compose_masked_lora.default, torch.ops.losa.project_masked_lora.default
 # Rows and columns around the registers, tiles and chunks (512) of every instruction set.
-PANELS = [(1, 1, 1), (3, 7, 2), (5, 31, 128), (8, 64, 8), (9, 33, 4), (70, 513, 7), (150, 1100, 16)]
+PANELS = [(1, 1, 1), (3, 7, 2), (5, 31, 128), (9, 300, 128), (8, 64, 8), (9, 33, 4), (70, 513, 7), (150, 1100, 16)]
 
 
 def panel(rows, columns, rank, dtype=torch.float32):

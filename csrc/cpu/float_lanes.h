@@ -71,58 +71,77 @@ struct HalfLanes {
 #endif
 };
 
-// `count` elements, the other lanes 0.
 template <class Type>
-inline Floats load(const typename Type::Stored* from, int64_t count = kLanes) {
-  typename Type::Register stored = {};
-  if (count >= kLanes) {
-    std::memcpy(&stored, from, sizeof stored);
-  } else {
-    std::memcpy(&stored, from, static_cast<size_t>(count) * sizeof *from);
-  }
+inline Floats load(const typename Type::Stored* from) {
+  typename Type::Register stored;
+  std::memcpy(&stored, from, sizeof stored);
   return Type::widen(stored);
 }
 
 template <class Type>
-inline void store(typename Type::Stored* to, const Floats& value, int64_t count = kLanes) {
+inline void store(typename Type::Stored* to, const Floats& value) {
   const typename Type::Register stored = Type::narrow(value);
-  if (count >= kLanes) {
-    std::memcpy(to, &stored, sizeof stored);
-  } else {
-    std::memcpy(to, &stored, static_cast<size_t>(count) * sizeof *to);
-  }
+  std::memcpy(to, &stored, sizeof stored);
 }
 
-// All bits of a lane, or none, by `bits` of the packed mask at a column that is a multiple of 8 from its first one.
-inline Ints lanes_of_bits(const uint8_t* bits, int64_t column, int64_t count = kLanes) {
+// The first `count` lanes; those that are not loaded are 0.
+template <class Type>
+inline Floats load_part(const typename Type::Stored* from, int64_t count) {
+  typename Type::Register stored = {};
+  std::memcpy(&stored, from, static_cast<size_t>(count) * sizeof *from);
+  return Type::widen(stored);
+}
+
+template <class Type>
+inline void store_part(typename Type::Stored* to, const Floats& value, int64_t count) {
+  const typename Type::Register stored = Type::narrow(value);
+  std::memcpy(to, &stored, static_cast<size_t>(count) * sizeof *to);
+}
+
+// kLanes bits of a packed mask from `column` on, a multiple of kLanes, of which `count` exist.
+inline uint32_t mask_bits(const uint8_t* bits, int64_t column, int64_t count = kLanes) {
+  if constexpr (kLanes < 8) return bits[column >> 3] >> (column & 7);
   uint32_t word = 0;
-  if constexpr (kLanes < 8) {
-    word = bits[column >> 3] >> (column & 7);
+  if (count >= kLanes) {
+    std::memcpy(&word, bits + (column >> 3), kLanes / 8);
   } else {
-    std::memcpy(&word, bits + (column >> 3), static_cast<size_t>(count < kLanes ? (count + 7) / 8 : kLanes / 8));
+    std::memcpy(&word, bits + (column >> 3), static_cast<size_t>((count + 7) / 8));
   }
+  return word;
+}
+
+// One bit a lane.
+inline uint32_t nonzero_bits(const Floats& value) {
 #if defined(__AVX512F__)
-  return __builtin_bit_cast(Ints, _mm512_movm_epi32(static_cast<__mmask16>(word)));
+  return _mm512_cmp_ps_mask(__builtin_bit_cast(__m512, value), _mm512_setzero_ps(), _CMP_NEQ_UQ);
 #else
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
-  return (lane & static_cast<int32_t>(word)) != 0;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(value[i] != 0) << i;
+  return bits;
 #endif
 }
 
-inline Floats keep(const Floats& value, const Ints& kept) {
+// +0.0 where a lane's bit is 0, whatever stands there.
+inline Floats keep(const Floats& value, uint32_t bits) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(Floats,
+                            _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), __builtin_bit_cast(__m512, value)));
+#else
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  const Ints kept = (lane & static_cast<int32_t>(bits)) != 0;
   return __builtin_bit_cast(Floats, __builtin_bit_cast(Ints, value) & kept);
+#endif
 }
 
 inline float sum(const Floats& value) {
-  float total[kLanes];
-  std::memcpy(total, &value, sizeof total);
-#pragma GCC unroll 16
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) total[i] += total[i + half];
-  }
-  return total[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(__builtin_bit_cast(__m512, value));
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += value[i];
+  return total;
+#endif
 }
 
 }  // namespace

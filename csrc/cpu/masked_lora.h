@@ -8,8 +8,11 @@
 
 namespace losa::masked_lora {
 
-// Columns whose slice of lora_A stays in cache while the rows pass by.
-constexpr int64_t kChunk = 512;
+// Columns (a multiple of 32) whose slice of lora_A, 64 KB, stays in the second-level cache while the rows pass by. Long
+// pieces of a row, because those come from memory.
+constexpr int64_t chunk_columns(int64_t rank) {
+  return (1 << 14) / (rank > 4 ? rank : 4) / 32 * 32;
+}
 
 // Which entries of a panel are kept: by packed bits, or where they are null by weight != 0.
 struct Kept {
@@ -58,11 +61,11 @@ constexpr int64_t padded(int64_t columns) {
 
 // floats of scratch
 constexpr int64_t compose_scratch(int64_t rank) {
-  return rank * kChunk;
+  return rank * chunk_columns(rank);
 }
 
 constexpr int64_t project_scratch(int64_t rank) {
-  return (rank + kProjectRows) * kChunk;
+  return (rank + kProjectRows) * chunk_columns(rank);
 }
 
 void compose_scalar(const Compose& panel);

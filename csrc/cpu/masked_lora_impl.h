@@ -1,6 +1,8 @@
 // Body of masked_lora_{scalar,avx2,avx512}.cpp: panels in one pass over memory, with the rank's products in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/float_lanes.h"
 #include "cpu/masked_lora.h"
 
@@ -22,43 +24,41 @@ inline void with_type(FloatType type, const Body& body) {
   }
 }
 
-template <class Weight>
-inline Ints kept_lanes(const Kept& kept, int64_t row, int64_t column, int64_t count, const Floats* weight = nullptr) {
-  if (kept.bits != nullptr) return lanes_of_bits(kept.bits + row * kept.bits_stride, column, count);
-  const auto* from = static_cast<const typename Weight::Stored*>(kept.weight) + row * kept.weight_stride + column;
-  return (weight != nullptr ? *weight : load<Weight>(from, count)) != 0;
-}
-
 // The slice of lora_A for columns [first, first + count), dense, with zeros up to a whole number of steps.
 inline void copy_lora_A(const float* lora_A, int64_t stride, int64_t rank, int64_t first, int64_t count, float* to) {
-  for (int64_t k = 0; k < rank; ++k) {
-    std::memcpy(to + k * kChunk, lora_A + k * stride + first, static_cast<size_t>(count) * sizeof(float));
-    for (int64_t j = count; j < padded(count); ++j) to[k * kChunk + j] = 0;
+  for (int64_t k = 0; k < rank; ++k, to += chunk_columns(rank)) {
+    std::memcpy(to, lora_A + k * stride + first, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t j = count; j < padded(count); ++j) to[j] = 0;
   }
 }
 
-// kCount rows by kStep columns, of which `count` exist.
-template <int kCount, class Weight, class Out>
+// kCount rows by kStep columns of out, of which `count` exist; kWhole: all of them.
+template <int kCount, bool kWhole, class Weight, class Out>
 inline void compose_tile(const Compose& panel, const float* lora_A, int64_t row, int64_t column, int64_t count) {
+  const auto* weight = static_cast<const typename Weight::Stored*>(panel.kept.weight);
+  auto* out = static_cast<typename Out::Stored*>(panel.out);
   Floats sum[kCount][kVectors];
-  Ints kept[kCount][kVectors];
+  uint32_t kept[kCount][kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
+    const auto* from = weight + (row + i) * panel.kept.weight_stride + column;
+    const uint8_t* bits = panel.kept.bits + (row + i) * panel.kept.bits_stride;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = column + v * kLanes, left = count - v * kLanes;
-      sum[i][v] = Floats{};
-      kept[i][v] = Ints{};
-      if (left <= 0) continue;
-      if (panel.base) {
-        const auto* weight = static_cast<const typename Weight::Stored*>(panel.kept.weight);
-        sum[i][v] = load<Weight>(weight + (row + i) * panel.kept.weight_stride + at, left);
-      }
-      kept[i][v] = kept_lanes<Weight>(panel.kept, row + i, at, left, panel.base ? &sum[i][v] : nullptr);
+      const int64_t left = kWhole ? kLanes : std::clamp<int64_t>(count - v * kLanes, 0, kLanes);
+      const Floats w = kWhole ? load<Weight>(from + v * kLanes) : load_part<Weight>(from + v * kLanes, left);
+      kept[i][v] = panel.kept.bits == nullptr ? nonzero_bits(w) : mask_bits(bits, column + v * kLanes, left);
+      sum[i][v] = panel.base ? w : Floats{};
+    }
+    // The next rows; memory is slow to start a row of its own accord.
+    if constexpr (kWhole) __builtin_prefetch(from + kCount * panel.kept.weight_stride);
+    if constexpr (kWhole && kStep * sizeof *from > 64) {
+      __builtin_prefetch(from + kCount * panel.kept.weight_stride + kLanes);
     }
   }
+  const int64_t chunk = chunk_columns(panel.rank);
   const float* scale = panel.lora_B + row * panel.rank;
-  for (int64_t k = 0; k < panel.rank; ++k, lora_A += kChunk) {
+  for (int64_t k = 0; k < panel.rank; ++k, lora_A += chunk) {
     Floats a[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) a[v] = load<FloatLanes>(lora_A + v * kLanes);
@@ -71,22 +71,26 @@ inline void compose_tile(const Compose& panel, const float* lora_A, int64_t row,
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
-    auto* out = static_cast<typename Out::Stored*>(panel.out) + (row + i) * panel.out_stride + column;
+    auto* to = out + (row + i) * panel.out_stride + column;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = count - v * kLanes;
-      if (left > 0) store<Out>(out + v * kLanes, keep(sum[i][v], kept[i][v]), left);
+      const Floats value = keep(sum[i][v], kept[i][v]);
+      if constexpr (kWhole) {
+        store<Out>(to + v * kLanes, value);
+      } else {
+        store_part<Out>(to + v * kLanes, value, std::clamp<int64_t>(count - v * kLanes, 0, kLanes));
+      }
     }
   }
 }
 
 template <int kCount, class Weight, class Out>
-inline void compose_row_block(const Compose& panel, int64_t row, int64_t first, int64_t count) {
+void compose_row_block(const Compose& panel, int64_t row, int64_t first, int64_t count) {
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
-    compose_tile<kCount, Weight, Out>(panel, panel.scratch + j, row, first + j, kStep);
+    compose_tile<kCount, true, Weight, Out>(panel, panel.scratch + j, row, first + j, kStep);
   }
-  if (j < count) compose_tile<kCount, Weight, Out>(panel, panel.scratch + j, row, first + j, count - j);
+  if (j < count) compose_tile<kCount, false, Weight, Out>(panel, panel.scratch + j, row, first + j, count - j);
 }
 
 void compose(const Compose& panel) {
@@ -94,8 +98,9 @@ void compose(const Compose& panel) {
     with_type(panel.out_type, [&](auto out) {
       using Weight = decltype(weight);
       using Out = decltype(out);
-      for (int64_t first = 0; first < panel.columns; first += kChunk) {
-        const int64_t count = panel.columns - first < kChunk ? panel.columns - first : kChunk;
+      const int64_t chunk = chunk_columns(panel.rank);
+      for (int64_t first = 0; first < panel.columns; first += chunk) {
+        const int64_t count = std::min(panel.columns - first, chunk);
         copy_lora_A(panel.lora_A, panel.lora_A_stride, panel.rank, first, count, panel.scratch);
         int64_t row = 0;
         for (; row + kRows <= panel.rows; row += kRows) compose_row_block<kRows, Weight, Out>(panel, row, first, count);
@@ -105,26 +110,33 @@ void compose(const Compose& panel) {
   });
 }
 
-// to (kProjectRows, kChunk) = M * G as fp32, with zeros up to a whole number of steps and in rows past the last.
+// One row of M * G as fp32, with zeros up to a whole number of steps.
 template <class Gradient, class Weight>
-inline void masked_tile(const Project& panel, int64_t row, int64_t rows, int64_t first, int64_t count, float* to) {
-  for (int64_t i = 0; i < kProjectRows; ++i, to += kChunk) {
-    const auto* from =
-        static_cast<const typename Gradient::Stored*>(panel.gradient) + (row + i) * panel.gradient_stride + first;
-    for (int64_t j = 0; j < padded(count); j += kLanes) {
-      Floats value = {};
-      const int64_t left = count - j;
-      if (i < rows && left > 0) {
-        value = keep(load<Gradient>(from + j, left), kept_lanes<Weight>(panel.kept, row + i, first + j, left));
-      }
-      store<FloatLanes>(to + j, value);
-    }
+inline void masked_row(const Project& panel, int64_t row, int64_t first, int64_t count, float* to) {
+  const auto* from =
+      static_cast<const typename Gradient::Stored*>(panel.gradient) + row * panel.gradient_stride + first;
+  const auto* weight =
+      static_cast<const typename Weight::Stored*>(panel.kept.weight) + row * panel.kept.weight_stride + first;
+  const uint8_t* bits = panel.kept.bits == nullptr ? nullptr : panel.kept.bits + row * panel.kept.bits_stride;
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const uint32_t kept = bits == nullptr ? nonzero_bits(load<Weight>(weight + j)) : mask_bits(bits, first + j);
+    store<FloatLanes>(to + j, keep(load<Gradient>(from + j), kept));
   }
+  if (j < count) {
+    const int64_t left = count - j;
+    const uint32_t kept =
+        bits == nullptr ? nonzero_bits(load_part<Weight>(weight + j, left)) : mask_bits(bits, first + j, left);
+    store<FloatLanes>(to + j, keep(load_part<Gradient>(from + j, left), kept));
+    j += kLanes;
+  }
+  for (; j < padded(count); j += kLanes) store<FloatLanes>(to + j, Floats{});
 }
 
 // dA[k.. k + kCount, j.. j + kStep] += B^T tile, for the tile's rows
 template <int kCount>
 inline void add_to_dA(const float* tile, const float* lora_B, int64_t rank, int64_t rows, float* dA, int64_t stride) {
+  const int64_t chunk = chunk_columns(rank);
   Floats sum[kCount][kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kCount; ++k) {
@@ -134,7 +146,7 @@ inline void add_to_dA(const float* tile, const float* lora_B, int64_t rank, int6
   for (int64_t i = 0; i < rows; ++i) {
     Floats g[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) g[v] = load<FloatLanes>(tile + i * kChunk + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) g[v] = load<FloatLanes>(tile + i * chunk + v * kLanes);
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
       const float b = lora_B[i * rank + k];
@@ -149,17 +161,18 @@ inline void add_to_dA(const float* tile, const float* lora_B, int64_t rank, int6
   }
 }
 
-// dB[i.. i + kRows, k.. k + kCount] += tile A^T, of which `rows` rows exist
+// dB[i.. i + kRows, k.. k + kCount] += tile A^T, of which `rows` rows exist; the others' sums are dropped
 template <int kCount>
 inline void add_to_dB(const float* tile, const float* lora_A, int64_t count, int64_t rank, int64_t rows, float* dB) {
+  const int64_t chunk = chunk_columns(rank);
   Floats total[kRows][kCount] = {};
   for (int64_t j = 0; j < count; j += kLanes) {
     Floats g[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) g[i] = load<FloatLanes>(tile + i * kChunk + j);
+    for (int i = 0; i < kRows; ++i) g[i] = load<FloatLanes>(tile + i * chunk + j);
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
-      const Floats a = load<FloatLanes>(lora_A + k * kChunk + j);
+      const Floats a = load<FloatLanes>(lora_A + k * chunk + j);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) total[i][k] += g[i] * a;
     }
@@ -170,18 +183,20 @@ inline void add_to_dB(const float* tile, const float* lora_A, int64_t count, int
 }
 
 void project(const Project& panel) {
+  const int64_t rank = panel.rank, stride = padded(panel.columns), chunk = chunk_columns(rank);
   float* lora_A = panel.scratch;
-  float* tile = lora_A + panel.rank * kChunk;
-  const int64_t rank = panel.rank, stride = padded(panel.columns);
+  float* tile = lora_A + rank * chunk;
   if (panel.dA != nullptr) std::memset(panel.dA, 0, static_cast<size_t>(rank * stride) * sizeof(float));
-  for (int64_t first = 0; first < panel.columns; first += kChunk) {
-    const int64_t count = panel.columns - first < kChunk ? panel.columns - first : kChunk;
+  for (int64_t first = 0; first < panel.columns; first += chunk) {
+    const int64_t count = std::min(panel.columns - first, chunk);
     copy_lora_A(panel.lora_A, panel.lora_A_stride, rank, first, count, lora_A);
     for (int64_t row = 0; row < panel.rows; row += kProjectRows) {
-      const int64_t rows = panel.rows - row < kProjectRows ? panel.rows - row : kProjectRows;
+      const int64_t rows = std::min(panel.rows - row, kProjectRows);
       with_type(panel.gradient_type, [&](auto gradient) {
         with_type(panel.kept.weight_type, [&](auto weight) {
-          masked_tile<decltype(gradient), decltype(weight)>(panel, row, rows, first, count, tile);
+          for (int64_t i = 0; i < rows; ++i) {
+            masked_row<decltype(gradient), decltype(weight)>(panel, row + i, first, count, tile + i * chunk);
+          }
         });
       });
       if (panel.dA != nullptr) {
@@ -197,13 +212,13 @@ void project(const Project& panel) {
       }
       if (panel.dB != nullptr) {
         for (int64_t i = 0; i < rows; i += kRows) {
-          const float* part = tile + i * kChunk;
+          const float* part = tile + i * chunk;
           float* dB = panel.dB + (row + i) * rank;
           int64_t k = 0;
           for (; k + kRanks <= rank; k += kRanks) {
-            add_to_dB<kRanks>(part, lora_A + k * kChunk, padded(count), rank, rows - i, dB + k);
+            add_to_dB<kRanks>(part, lora_A + k * chunk, padded(count), rank, rows - i, dB + k);
           }
-          for (; k < rank; ++k) add_to_dB<1>(part, lora_A + k * kChunk, padded(count), rank, rows - i, dB + k);
+          for (; k < rank; ++k) add_to_dB<1>(part, lora_A + k * chunk, padded(count), rank, rows - i, dB + k);
         }
       }
     }
