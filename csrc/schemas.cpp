@@ -13,10 +13,15 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def(
       "compose_masked_lora(Tensor weight, Tensor? mask, bool base, Tensor? lora_A, Tensor? lora_B, Tensor(a!) out) -> "
       "()");
-  // gradient G (out, in): writes dA (r, in) = B^T (M * G), adds (M * G) A^T to dB (out, r); both fp32.
+  // gradient G (out, in): dA (r, in) += B^T (M * G), dB (out, r) += (M * G) A^T; both fp32.
   library.def(
       "project_masked_lora(Tensor gradient, Tensor weight, Tensor? mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, "
       "Tensor(b!)? dB) -> ()");
+  // The same from dy (tokens, out) and x (tokens, in), fp32, where the mask is sparse enough to form G's kept entries
+  // alone. scratch: fp32, (out + in) x tokens rounded up to 16.
+  library.def(
+      "sample_masked_lora(Tensor dy, Tensor x, Tensor mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, Tensor(b!)? "
+      "dB, Tensor(c!) scratch) -> ()");
 
   // weight (out, in), mask packed -> values (kept,), row_offsets int64 (out,)
   library.def("pack_bitmask(Tensor weight, Tensor mask) -> (Tensor, Tensor)");

@@ -21,6 +21,7 @@ def isa(request, monkeypatch):
 
 
 compose, project = torch.ops.losa.compose_masked_lora.default, torch.ops.losa.project_masked_lora.default
+sample = torch.ops.losa.sample_masked_lora.default
 # Rows and columns around the registers, tiles and chunks (512) of every instruction set.
 PANELS = [(1, 1, 1), (3, 7, 2), (5, 31, 128), (9, 300, 128), (8, 64, 8), (9, 33, 4), (70, 513, 7), (150, 1100, 16)]
 
@@ -80,7 +81,7 @@ def test_project(shape, dtype):
     weight, kept, A, B = panel(*shape)
     G = torch.randn(rows, columns).to(dtype)
     start = torch.randn(rows, rank)
-    dA, dB = torch.full((rank, columns), float("nan")), start.clone()
+    dA, dB = torch.zeros(rank, columns), start.clone()
     project(G.masked_fill(~kept, float("nan")), weight, pack_mask(kept), A, B, dA, dB)
     masked = G.double().where(kept, 0)
     for ours, left, right, more in ((dA, B.T, masked, 0), (dB, masked, A.T, start)):
@@ -93,6 +94,61 @@ def test_project(shape, dtype):
         again = [torch.zeros_like(dA), torch.zeros_like(dB)]
         project(G, weight, pack_mask(kept), A, B, *again)
         assert all(o is None or torch.equal(o, a) for o, a in zip(one, again, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 128, 200])
+@pytest.mark.parametrize("shape", PANELS)
+def test_sample(shape, tokens):
+    rows, columns, rank = shape
+    _, kept, A, B = panel(*shape)
+    dy, x = torch.randn(tokens, rows), torch.randn(tokens, columns)
+    dA, dB = torch.randn(rank, columns), torch.randn(rows, rank)
+    truth = [dA.double(), dB.double()]
+    memory = torch.full((((tokens + 15) // 16 * 16) * (rows + columns),), float("nan"))
+    sample(dy, x, pack_mask(kept), A, B, dA, dB, memory)
+    wide = [t.double() for t in (dy, x, A, B)]
+    G, large = ((a.T @ b).where(kept, 0) for a, b in (wide[:2], [t.abs() for t in wide[:2]]))
+    for ours, start, value, total, terms in (
+        (dA, truth[0], wide[3].T @ G, wide[3].abs().T @ large, rows),
+        (dB, truth[1], G @ wide[2].T, large @ wide[2].abs().T, columns),
+    ):
+        error = (ours.double() - start - value).abs()
+        assert bool((error <= allowed(start + value, start.abs() + total, terms + tokens)).all())
+
+
+def test_sample_reads_strided_tokens_and_ignores_what_is_pruned():
+    _, kept, A, B = panel(70, 90, 4)
+    dy, x = torch.randn(40, 140)[:, :70], torch.randn(40, 90)
+    kept[:, 5] = False
+    dead = x.clone()
+    dead[:, 5] = float("nan")
+    results = []
+    for left, right in ((dy, dead), (dy.contiguous(), x)):
+        dA, dB = torch.zeros(4, 90), torch.zeros(70, 4)
+        sample(left, right, pack_mask(kept), A, B, dA, dB, torch.empty(48 * 160))
+        results.append((dA, dB))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    only = torch.zeros(4, 90)
+    sample(dy, x, pack_mask(kept), A, B, only, None, torch.empty(48 * 160))
+    assert torch.equal(only, results[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("change", [{}, {"dropout_p": 0.3}])
+def test_sampled_gradients_are_those_of_the_whole_product(dtype, change, monkeypatch):
+    monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
+    args = problem(150, 205, 5, tokens=300, dtype=dtype) | change
+    grad_y = torch.randn(300, 150).to(dtype)
+    results = {}
+    for name, limit, panel_elements in (("sampled", 1.0, 1 << 15), ("whole", -1.0, 1 << 21)):
+        monkeypatch.setattr(cpu, "SAMPLED_KEPT", limit)
+        monkeypatch.setattr(cpu, "PANEL", panel_elements)
+        torch.manual_seed(0)
+        results[name] = run(masked_lora_linear, args, grad_y)
+    for name in ("lora_A", "lora_B"):
+        ours, whole = (results[k][name] for k in ("sampled", "whole"))
+        assert not torch.equal(ours, whole), "the two must differ in the order of summation, or one path ran twice"
+        assert (ours - whole).abs().max() <= 64 * torch.finfo(torch.float32).eps * whole.abs().max()
 
 
 def test_panels_inside_larger_matrices():
@@ -114,12 +170,14 @@ def test_panels_inside_larger_matrices():
 
 def test_threads_do_not_change_a_bit():
     weight, kept, A, B = panel(700, 300, 8)
+    dy, x = torch.randn(40, 700), torch.randn(40, 300)
     G, packed, results, before = torch.randn(700, 300), pack_mask(kept), [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             dA, dB, out = torch.zeros(8, 300), torch.zeros(700, 8), torch.zeros(700, 300)
             project(G, weight, packed, A, B, dA, dB)
+            sample(dy, x, packed, A, B, dA, dB, torch.empty(1000 * 48))
             compose(weight, packed, True, A, B, out)
             results.append((dA, dB, out))
     finally:

@@ -144,5 +144,34 @@ inline float sum(const Floats& value) {
 #endif
 }
 
+// to[0..4) += the sums of a, b, c and d.
+inline void add_sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d, float* to) {
+#if defined(__AVX512F__)
+  const auto add_halves = [](const Floats& left, const Floats& right) {
+    const __m512 l = __builtin_bit_cast(__m512, left), r = __builtin_bit_cast(__m512, right);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(l, r, 0x44), _mm512_shuffle_f32x4(l, r, 0xee));
+  };
+  const __m512 ab = add_halves(a, b), cd = add_halves(c, d);
+  // One quarter each of a, b, c and d.
+  __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
+  const __m128 four = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+#elif defined(__AVX2__)
+  const auto pairs = [](const Floats& left, const Floats& right) {
+    return _mm256_hadd_ps(__builtin_bit_cast(__m256, left), __builtin_bit_cast(__m256, right));
+  };
+  const __m256 fours = _mm256_hadd_ps(pairs(a, b), pairs(c, d));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+#else
+  to[0] += sum(a);
+  to[1] += sum(b);
+  to[2] += sum(c);
+  to[3] += sum(d);
+#endif
+}
+
 }  // namespace
 }  // namespace losa

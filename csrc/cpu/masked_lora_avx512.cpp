@@ -1,5 +1,5 @@
 // Compiled with its instruction set's flags.
-#include "cpu/masked_lora_impl.h"
+#include "cpu/masked_lora_sampled.h"
 
 namespace losa::masked_lora {
 
@@ -9,6 +9,14 @@ void compose_avx512(const Compose& panel) {
 
 void project_avx512(const Project& panel) {
   project(panel);
+}
+
+void sample_avx512(const Sample& panel) {
+  sample(panel);
+}
+
+void split_avx512(const Split& part) {
+  split(part);
 }
 
 }  // namespace losa::masked_lora

@@ -25,8 +25,9 @@ inline void with_type(FloatType type, const Body& body) {
 }
 
 // The slice of lora_A for columns [first, first + count), dense, with zeros up to a whole number of steps.
-inline void copy_lora_A(const float* lora_A, int64_t stride, int64_t rank, int64_t first, int64_t count, float* to) {
-  for (int64_t k = 0; k < rank; ++k, to += chunk_columns(rank)) {
+inline void copy_lora_A(const float* lora_A, int64_t stride, int64_t rank, int64_t first, int64_t count, float* to,
+                        int64_t to_stride) {
+  for (int64_t k = 0; k < rank; ++k, to += to_stride) {
     std::memcpy(to, lora_A + k * stride + first, static_cast<size_t>(count) * sizeof(float));
     for (int64_t j = count; j < padded(count); ++j) to[j] = 0;
   }
@@ -101,7 +102,7 @@ void compose(const Compose& panel) {
       const int64_t chunk = chunk_columns(panel.rank);
       for (int64_t first = 0; first < panel.columns; first += chunk) {
         const int64_t count = std::min(panel.columns - first, chunk);
-        copy_lora_A(panel.lora_A, panel.lora_A_stride, panel.rank, first, count, panel.scratch);
+        copy_lora_A(panel.lora_A, panel.lora_A_stride, panel.rank, first, count, panel.scratch, chunk);
         int64_t row = 0;
         for (; row + kRows <= panel.rows; row += kRows) compose_row_block<kRows, Weight, Out>(panel, row, first, count);
         for (; row < panel.rows; ++row) compose_row_block<1, Weight, Out>(panel, row, first, count);
@@ -133,94 +134,107 @@ inline void masked_row(const Project& panel, int64_t row, int64_t first, int64_t
   for (; j < padded(count); j += kLanes) store<FloatLanes>(to + j, Floats{});
 }
 
-// dA[k.. k + kCount, j.. j + kStep] += B^T tile, for the tile's rows
+// A tile of M * G and the factors it is projected on, all with padded rows.
+struct Tile {
+  const float* gradient;  // (rows, count)
+  const float* lora_A;    // (rank, count)
+  const float* lora_B;    // (rows, rank), dense
+  int64_t gradient_stride, lora_A_stride, rank, rows, count;
+};
+
+// dA[k.. k + kCount, j.. j + kStep] += B^T tile
 template <int kCount>
-inline void add_to_dA(const float* tile, const float* lora_B, int64_t rank, int64_t rows, float* dA, int64_t stride) {
-  const int64_t chunk = chunk_columns(rank);
+inline void add_to_dA(const Tile& tile, int64_t k, int64_t j, float* dA, int64_t stride) {
   Floats sum[kCount][kVectors];
 #pragma GCC unroll 4
-  for (int k = 0; k < kCount; ++k) {
+  for (int c = 0; c < kCount; ++c) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[k][v] = load<FloatLanes>(dA + k * stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[c][v] = load<FloatLanes>(dA + (k + c) * stride + j + v * kLanes);
   }
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
     Floats g[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) g[v] = load<FloatLanes>(tile + i * chunk + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      g[v] = load<FloatLanes>(tile.gradient + i * tile.gradient_stride + j + v * kLanes);
+    }
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) {
-      const float b = lora_B[i * rank + k];
+    for (int c = 0; c < kCount; ++c) {
+      const float b = tile.lora_B[i * tile.rank + k + c];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[k][v] += g[v] * b;
+      for (int v = 0; v < kVectors; ++v) sum[c][v] += g[v] * b;
     }
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < kCount; ++k) {
+  for (int c = 0; c < kCount; ++c) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store<FloatLanes>(dA + k * stride + v * kLanes, sum[k][v]);
+    for (int v = 0; v < kVectors; ++v) store<FloatLanes>(dA + (k + c) * stride + j + v * kLanes, sum[c][v]);
   }
 }
 
-// dB[i.. i + kRows, k.. k + kCount] += tile A^T, of which `rows` rows exist; the others' sums are dropped
-template <int kCount>
-inline void add_to_dB(const float* tile, const float* lora_A, int64_t count, int64_t rank, int64_t rows, float* dB) {
-  const int64_t chunk = chunk_columns(rank);
-  Floats total[kRows][kCount] = {};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    Floats g[kRows];
+// dB[i.. i + kHeight, k.. k + kCount] += tile A^T
+template <int kHeight, int kCount>
+inline void add_to_dB(const Tile& tile, int64_t i, int64_t k, float* dB) {
+  Floats total[kHeight][kCount] = {};
+  for (int64_t j = 0; j < padded(tile.count); j += kLanes) {
+    Floats g[kHeight];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) g[i] = load<FloatLanes>(tile + i * chunk + j);
+    for (int r = 0; r < kHeight; ++r) g[r] = load<FloatLanes>(tile.gradient + (i + r) * tile.gradient_stride + j);
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) {
-      const Floats a = load<FloatLanes>(lora_A + k * chunk + j);
+    for (int c = 0; c < kCount; ++c) {
+      const Floats a = load<FloatLanes>(tile.lora_A + (k + c) * tile.lora_A_stride + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) total[i][k] += g[i] * a;
+      for (int r = 0; r < kHeight; ++r) total[r][c] += g[r] * a;
     }
   }
-  for (int64_t i = 0; i < kRows && i < rows; ++i) {
-    for (int k = 0; k < kCount; ++k) dB[i * rank + k] += sum(total[i][k]);
+#pragma GCC unroll 4
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kCount; ++c) dB[(i + r) * tile.rank + k + c] += sum(total[r][c]);
+  }
+}
+
+template <int kHeight>
+inline void add_rows_to_dB(const Tile& tile, int64_t i, float* dB) {
+  int64_t k = 0;
+  for (; k + kRanks <= tile.rank; k += kRanks) add_to_dB<kHeight, kRanks>(tile, i, k, dB);
+  for (; k < tile.rank; ++k) add_to_dB<kHeight, 1>(tile, i, k, dB);
+}
+
+// dA (rank, .. of `stride`) and dB (rows, rank), where they are not null.
+void project_tile(const Tile& tile, float* dA, int64_t stride, float* dB) {
+  if (dA != nullptr) {
+    for (int64_t j = 0; j < tile.count; j += kStep) {
+      int64_t k = 0;
+      for (; k + kRows <= tile.rank; k += kRows) add_to_dA<kRows>(tile, k, j, dA, stride);
+      for (; k < tile.rank; ++k) add_to_dA<1>(tile, k, j, dA, stride);
+    }
+  }
+  if (dB != nullptr) {
+    int64_t i = 0;
+    for (; i + kRows <= tile.rows; i += kRows) add_rows_to_dB<kRows>(tile, i, dB);
+    for (; i < tile.rows; ++i) add_rows_to_dB<1>(tile, i, dB);
   }
 }
 
 void project(const Project& panel) {
-  const int64_t rank = panel.rank, stride = padded(panel.columns), chunk = chunk_columns(rank);
+  const int64_t rank = panel.rank, chunk = chunk_columns(rank), stride = padded(panel.columns);
   float* lora_A = panel.scratch;
-  float* tile = lora_A + rank * chunk;
-  if (panel.dA != nullptr) std::memset(panel.dA, 0, static_cast<size_t>(rank * stride) * sizeof(float));
+  float* gradient = lora_A + rank * chunk;
   for (int64_t first = 0; first < panel.columns; first += chunk) {
     const int64_t count = std::min(panel.columns - first, chunk);
-    copy_lora_A(panel.lora_A, panel.lora_A_stride, rank, first, count, lora_A);
+    copy_lora_A(panel.lora_A, panel.lora_A_stride, rank, first, count, lora_A, chunk);
     for (int64_t row = 0; row < panel.rows; row += kProjectRows) {
       const int64_t rows = std::min(panel.rows - row, kProjectRows);
-      with_type(panel.gradient_type, [&](auto gradient) {
+      with_type(panel.gradient_type, [&](auto type) {
         with_type(panel.kept.weight_type, [&](auto weight) {
           for (int64_t i = 0; i < rows; ++i) {
-            masked_row<decltype(gradient), decltype(weight)>(panel, row + i, first, count, tile + i * chunk);
+            masked_row<decltype(type), decltype(weight)>(panel, row + i, first, count, gradient + i * chunk);
           }
         });
       });
-      if (panel.dA != nullptr) {
-        const float* lora_B = panel.lora_B + row * rank;
-        for (int64_t j = 0; j < count; j += kStep) {
-          float* dA = panel.dA + first + j;
-          int64_t k = 0;
-          for (; k + kRows <= rank; k += kRows) {
-            add_to_dA<kRows>(tile + j, lora_B + k, rank, rows, dA + k * stride, stride);
-          }
-          for (; k < rank; ++k) add_to_dA<1>(tile + j, lora_B + k, rank, rows, dA + k * stride, stride);
-        }
-      }
-      if (panel.dB != nullptr) {
-        for (int64_t i = 0; i < rows; i += kRows) {
-          const float* part = tile + i * chunk;
-          float* dB = panel.dB + (row + i) * rank;
-          int64_t k = 0;
-          for (; k + kRanks <= rank; k += kRanks) {
-            add_to_dB<kRanks>(part, lora_A + k * chunk, padded(count), rank, rows - i, dB + k);
-          }
-          for (; k < rank; ++k) add_to_dB<1>(part, lora_A + k * chunk, padded(count), rank, rows - i, dB + k);
-        }
-      }
+      const Tile tile{gradient, lora_A, panel.lora_B + row * rank, chunk, chunk, rank, rows, count};
+      project_tile(tile, panel.dA == nullptr ? nullptr : panel.dA + first, stride,
+                   panel.dB == nullptr ? nullptr : panel.dB + row * rank);
     }
   }
 }

@@ -1,5 +1,5 @@
 // The portable set of kernels; the others are compiled with their instruction set's flags.
-#include "cpu/masked_lora_impl.h"
+#include "cpu/masked_lora_sampled.h"
 
 namespace losa::masked_lora {
 
@@ -9,6 +9,14 @@ void compose_scalar(const Compose& panel) {
 
 void project_scalar(const Project& panel) {
   project(panel);
+}
+
+void sample_scalar(const Sample& panel) {
+  sample(panel);
+}
+
+void split_scalar(const Split& part) {
+  split(part);
 }
 
 }  // namespace losa::masked_lora

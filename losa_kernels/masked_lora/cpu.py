@@ -19,6 +19,10 @@ from losa_kernels.masked_lora.reference import dropout_keep
 from losa_kernels.scratch import scratch
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
+# Where at most this share of G's entries is kept, to form these alone is faster than the vendor's product of all: 1.8
+# times at 30 %, 1.3 at 50 % (both instruction sets). A few tokens do not pay for finding out which entries are kept.
+SAMPLED_KEPT = 0.6
+SAMPLED_TOKENS = 64
 
 
 def forward(
@@ -91,8 +95,11 @@ def backward(
         rows = None if rows is None else rows * keep_x
     A, sB = lora_A.float(), lora_B.float() * scaling
     dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
-    dA = A.new_empty(A.shape) if needs_A else None
+    dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
+    sampled = rows is not None and _is_sparse(mask, weight) and dy.dtype == torch.float32 and len(dy) >= SAMPLED_TOKENS
+    if sampled:
+        _sample(dy, rows, mask, A, sB, dA, dB)
     # Panels of columns: each gives its columns of dX and dA at once, so only the small dB is accumulated.
     for part in _slices(weight, dim=1):
         W = weight[:, part]
@@ -103,7 +110,7 @@ def backward(
             through_adapter = dy @ _composed(W, bits, A[:, part], sB, grad_y, base=False)
             base = _composed(W, bits, None, None, grad_y)
             _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
-        if rows is not None:
+        if rows is not None and not sampled:
             G = torch.mm(dy.T, rows[:, part], out=scratch("gradient", tuple(W.shape), dy.dtype))
             torch.ops.losa.project_masked_lora.default(
                 G, W, bits, A[:, part], sB, None if dA is None else dA[:, part], dB
@@ -124,6 +131,27 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
     sB = lora_B.float() * scaling
     torch.ops.losa.compose_masked_lora.default(weight, mask, True, lora_A.float(), sB, merged)
     return merged
+
+
+def _is_sparse(mask: Tensor | None, weight: Tensor) -> bool:
+    if mask is None or weight.numel() == 0:
+        return False
+    pruned = torch.ops.losa.pruned_per_block.default(mask, weight.shape[1], weight.shape[1])
+    return weight.numel() - int(pruned) <= SAMPLED_KEPT * weight.numel()
+
+
+def _sample(
+    dy: Tensor, rows: Tensor, mask: Tensor, A: Tensor, sB: Tensor, dA: Tensor | None, dB: Tensor | None
+) -> None:
+    """dA and dB (before the scaling) from the kept entries of G, as many tokens at a time as memory is kept for."""
+    dy, rows = (t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous() for t in (dy, rows))
+    features = dy.shape[1] + rows.shape[1]
+    step = max(128, 2 * PANEL // features // 128 * 128)
+    for start in range(0, len(dy), step):
+        part = slice(start, start + step)
+        padded = -(-len(dy[part]) // 16) * 16
+        memory = scratch("tokens", (features * padded,), torch.float32)
+        torch.ops.losa.sample_masked_lora.default(dy[part], rows[part], mask, A, sB, dA, dB, memory)
 
 
 @cache
