@@ -17,11 +17,17 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def(
       "project_masked_lora(Tensor gradient, Tensor weight, Tensor? mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, "
       "Tensor(b!)? dB) -> ()");
-  // The same from dy (tokens, out) and x (tokens, in), fp32, where the mask is sparse enough to form G's kept entries
-  // alone. scratch: fp32, (out + in) x tokens rounded up to 16.
+  // matrix fp32 (tokens, features) -> passes, fp32 of features x tokens rounded up to 16: the layout of the next two,
+  // private to the instruction set.
+  library.def("split_tokens(Tensor matrix, Tensor(a!) passes) -> ()");
+  // Fills out (tokens, .) with x W_eff^T + bias from x's passes, or with dY W_eff (transposed) from those of dY; fp32.
   library.def(
-      "sample_masked_lora(Tensor dy, Tensor x, Tensor mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, Tensor(b!)? "
-      "dB, Tensor(c!) scratch) -> ()");
+      "multiply_masked_lora(Tensor passes, Tensor weight, Tensor mask, Tensor lora_A, Tensor lora_B, Tensor? bias, bool "
+      "transposed, Tensor(a!) out) -> ()");
+  // project_masked_lora of G = dY^T x, of which only the kept entries are formed.
+  library.def(
+      "sample_masked_lora(Tensor dy_passes, Tensor x_passes, int tokens, Tensor mask, Tensor lora_A, Tensor lora_B, "
+      "Tensor(a!)? dA, Tensor(b!)? dB) -> ()");
 
   // weight (out, in), mask packed -> values (kept,), row_offsets int64 (out,)
   library.def("pack_bitmask(Tensor weight, Tensor mask) -> (Tensor, Tensor)");

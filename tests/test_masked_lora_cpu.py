@@ -7,7 +7,7 @@ import torch
 from masked_lora_problems import LOW, SHAPES, assert_error_model, double, formula, merge, problem, run
 
 from losa_kernels import masked_lora_linear, native, pack_mask
-from losa_kernels.masked_lora import cpu
+from losa_kernels.masked_lora import cpu, cpu_sparse
 from losa_kernels.tensors import as_bits
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason="the native CPU library is not built")
@@ -21,7 +21,7 @@ def isa(request, monkeypatch):
 
 
 compose, project = torch.ops.losa.compose_masked_lora.default, torch.ops.losa.project_masked_lora.default
-sample = torch.ops.losa.sample_masked_lora.default
+multiply, sample = torch.ops.losa.multiply_masked_lora.default, torch.ops.losa.sample_masked_lora.default
 # Rows and columns around the registers, tiles and chunks (512) of every instruction set.
 PANELS = [(1, 1, 1), (3, 7, 2), (5, 31, 128), (9, 300, 128), (8, 64, 8), (9, 33, 4), (70, 513, 7), (150, 1100, 16)]
 
@@ -34,6 +34,13 @@ def panel(rows, columns, rank, dtype=torch.float32):
     weight[~kept] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])[torch.arange(int((~kept).sum())) % 4]
     weight[kept & (torch.rand(rows, columns, generator=g) < 0.1)] = -0.0
     return weight.to(dtype), kept, torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
+
+
+def split(matrix):
+    tokens, features = matrix.shape
+    passes = torch.full(((tokens + 15) // 16 * 16 * features,), float("nan"), dtype=torch.float32)
+    torch.ops.losa.split_tokens.default(matrix, passes)
+    return passes
 
 
 def allowed(exact, magnitude, terms, dtype=torch.float32):
@@ -104,8 +111,7 @@ def test_sample(shape, tokens):
     dy, x = torch.randn(tokens, rows), torch.randn(tokens, columns)
     dA, dB = torch.randn(rank, columns), torch.randn(rows, rank)
     truth = [dA.double(), dB.double()]
-    memory = torch.full((((tokens + 15) // 16 * 16) * (rows + columns),), float("nan"))
-    sample(dy, x, pack_mask(kept), A, B, dA, dB, memory)
+    sample(split(dy), split(x), tokens, pack_mask(kept), A, B, dA, dB)
     wide = [t.double() for t in (dy, x, A, B)]
     G, large = ((a.T @ b).where(kept, 0) for a, b in (wide[:2], [t.abs() for t in wide[:2]]))
     for ours, start, value, total, terms in (
@@ -116,39 +122,103 @@ def test_sample(shape, tokens):
         assert bool((error <= allowed(start + value, start.abs() + total, terms + tokens)).all())
 
 
-def test_sample_reads_strided_tokens_and_ignores_what_is_pruned():
-    _, kept, A, B = panel(70, 90, 4)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 128, 200])
+@pytest.mark.parametrize("shape", PANELS)
+def test_multiply(shape, tokens, transposed):
+    weight, kept, A, B = panel(*shape)
+    x = torch.randn(tokens, shape[0] if transposed else shape[1])
+    bias = None if transposed else torch.randn(shape[0])
+    out = torch.full((tokens, shape[1] if transposed else shape[0]), float("nan"))
+    multiply(split(x), weight, pack_mask(kept), A, B, bias, transposed, out)
+    clean = weight.double().where(kept, 0)
+    effective = clean + (B.double() @ A.double()).where(kept, 0)
+    magnitude = clean.abs() + (B.double().abs() @ A.double().abs()).where(kept, 0)
+    if not transposed:
+        effective, magnitude = effective.T, magnitude.T
+    start = 0 if bias is None else bias.double()
+    exact, total = x.double() @ effective + start, x.double().abs() @ magnitude + abs(start)
+    assert bool(((out.double() - exact).abs() <= allowed(exact, total, x.shape[1] + shape[2] + 1)).all())
+
+
+def test_sparse_products_read_strided_tokens_and_ignore_what_is_pruned():
+    weight, kept, A, B = panel(70, 90, 4)
     dy, x = torch.randn(40, 140)[:, :70], torch.randn(40, 90)
     kept[:, 5] = False
     dead = x.clone()
     dead[:, 5] = float("nan")
-    results = []
+    packed, results = pack_mask(kept), []
     for left, right in ((dy, dead), (dy.contiguous(), x)):
-        dA, dB = torch.zeros(4, 90), torch.zeros(70, 4)
-        sample(left, right, pack_mask(kept), A, B, dA, dB, torch.empty(48 * 160))
-        results.append((dA, dB))
+        dA, dB, y = torch.zeros(4, 90), torch.zeros(70, 4), torch.zeros(40, 70)
+        sample(split(left), split(right), 40, packed, A, B, dA, dB)
+        multiply(split(right), weight, packed, A, B, None, False, y)
+        results.append((dA, dB, y))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     only = torch.zeros(4, 90)
-    sample(dy, x, pack_mask(kept), A, B, only, None, torch.empty(48 * 160))
+    sample(split(dy), split(x), 40, packed, A, B, only, None)
     assert torch.equal(only, results[0][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("change", [{}, {"dropout_p": 0.3}])
-def test_sampled_gradients_are_those_of_the_whole_product(dtype, change, monkeypatch):
+@pytest.mark.parametrize("change", [{}, {"dropout_p": 0.3}, {"bias": None}])
+def test_sparse_products_give_what_dense_ones_give(dtype, change, monkeypatch):
+    """Several parts of the tokens, too."""
     monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(cpu_sparse, "TOKENS", 128)
     args = problem(150, 205, 5, tokens=300, dtype=dtype) | change
     grad_y = torch.randn(300, 150).to(dtype)
     results = {}
-    for name, limit, panel_elements in (("sampled", 1.0, 1 << 15), ("whole", -1.0, 1 << 21)):
-        monkeypatch.setattr(cpu, "SAMPLED_KEPT", limit)
-        monkeypatch.setattr(cpu, "PANEL", panel_elements)
+    for name, limit in (("sparse", 1.0), ("dense", -1.0)):
+        monkeypatch.setattr(cpu_sparse, "MOST_KEPT", limit)
         torch.manual_seed(0)
         results[name] = run(masked_lora_linear, args, grad_y)
-    for name in ("lora_A", "lora_B"):
-        ours, whole = (results[k][name] for k in ("sampled", "whole"))
-        assert not torch.equal(ours, whole), "the two must differ in the order of summation, or one path ran twice"
-        assert (ours - whole).abs().max() <= 64 * torch.finfo(torch.float32).eps * whole.abs().max()
+    assert not torch.equal(results["sparse"]["lora_A"], results["dense"]["lora_A"]), "one path ran twice"
+    for name, whole in results["dense"].items():
+        error = (results["sparse"][name] - whole).abs().max()
+        assert error <= 64 * torch.finfo(torch.float32).eps * whole.abs().max(), name
+
+
+def test_sparse_products_error_model(monkeypatch):
+    monkeypatch.setattr(cpu_sparse, "MOST_KEPT", 1.0)
+    args = problem(130, 129, 128, tokens=70, dtype=torch.float32)
+    grad_y = torch.randn(70, 130)
+    truth = run(formula, double(args), grad_y.double())
+    ours = run(masked_lora_linear, args, grad_y)
+    assert_error_model(ours, run(formula, args, grad_y), truth, torch.float32)
+
+
+def test_when_sparse_products_pay():
+    weight = torch.zeros(8, 10)
+    kept = torch.zeros(8, 10, dtype=torch.bool)
+    kept[:, :6] = True
+    assert cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept)), "60 %"
+    assert not cpu_sparse.pays(torch.float32, 63, weight, pack_mask(kept))
+    assert not cpu_sparse.pays(torch.bfloat16, 64, weight, pack_mask(kept))
+    assert not cpu_sparse.pays(torch.float32, 64, weight, None)
+    kept[0, 9] = True
+    assert not cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda a: split(a["x"].double()), "matrix: expected float32"),
+        (
+            lambda a: multiply(a["A"][0], a["W"], a["mask"], a["A"], a["B"], None, False, a["y"]),
+            "passes: expected",
+        ),
+        (lambda a: multiply(split(a["x"]), a["W"], a["mask"], a["A"], a["B"], a["y"], False, a["y"]), "bias: expected"),
+        (lambda a: multiply(split(a["x"]), a["W"], a["mask"], a["A"], a["B"], None, True, a["y"]), "out: expected"),
+        (lambda a: multiply(split(a["x"]), a["W"], a["mask"][1:], a["A"], a["B"], None, False, a["y"]), "mask: expect"),
+        (lambda a: sample(split(a["y"]), split(a["x"]), 40, a["mask"], a["A"], a["B"], None, None), "dy_passes: expec"),
+        (lambda a: sample(split(a["y"]), split(a["x"]), 20, a["mask"], a["A"], a["B"], a["y"], None), "dA: expected"),
+    ],
+)
+def test_sparse_product_errors_name_the_argument(call, message):
+    arguments = {"x": torch.zeros(20, 8), "y": torch.zeros(20, 4), "W": torch.zeros(4, 8)}
+    arguments |= {"mask": torch.zeros(4, 1, dtype=torch.uint8), "A": torch.zeros(2, 8), "B": torch.zeros(4, 2)}
+    with pytest.raises(RuntimeError, match=message):
+        call(arguments)
 
 
 def test_panels_inside_larger_matrices():
@@ -177,9 +247,11 @@ def test_threads_do_not_change_a_bit():
             torch.set_num_threads(threads)
             dA, dB, out = torch.zeros(8, 300), torch.zeros(700, 8), torch.zeros(700, 300)
             project(G, weight, packed, A, B, dA, dB)
-            sample(dy, x, packed, A, B, dA, dB, torch.empty(1000 * 48))
+            sample(split(dy), split(x), 40, packed, A, B, dA, dB)
             compose(weight, packed, True, A, B, out)
-            results.append((dA, dB, out))
+            y = torch.zeros(40, 700)
+            multiply(split(x), weight, packed, A, B, None, False, y)
+            results.append((dA, dB, out, y))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

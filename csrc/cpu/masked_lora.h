@@ -54,45 +54,6 @@ struct Project {
 
 constexpr int64_t kProjectRows = 8;
 
-// A matrix (tokens, features) as passes over the tokens see it: for each pass (features, its tokens), dense. Passes have as
-// many tokens as the instruction set likes, the last what is left, with zeros up to a multiple of kTokens.
-struct Passes {
-  const float* data;
-  int64_t features;  // of the whole matrix
-  int64_t first;     // feature that row or column 0 of a panel is
-};
-
-// The same from dY and x themselves, for the kept entries alone.
-struct Sample {
-  const uint8_t* bits;
-  int64_t bits_stride;
-  Passes dy, x;
-  int64_t tokens;  // with the zeros
-  const float* lora_A;  // (rank, columns)
-  const float* lora_B;  // (rows, rank), scaled, dense
-  int64_t lora_A_stride, rank;
-  float* dA;  // (rank, padded columns)
-  float* dB;  // (rows, rank), dense
-  int64_t rows, columns;
-  float* scratch;
-};
-
-constexpr int64_t kSampleRows = 64;
-constexpr int64_t kTokens = 16;
-
-// Features [begin, end) of a dense-rowed matrix (tokens, features) into passes.
-struct Split {
-  const float* from;
-  int64_t stride, tokens, features, begin, end;
-  float* to;
-};
-
-// Columns, a multiple of 64, of a tile of kSampleRows.
-constexpr int64_t sample_columns(int64_t rank) {
-  const int64_t columns = chunk_columns(rank) / 64 * 64;
-  return columns < 1024 ? columns : 1024;
-}
-
 // Whole registers of any instruction set.
 constexpr int64_t padded(int64_t columns) {
   return (columns + 31) / 32 * 32;
@@ -107,22 +68,12 @@ constexpr int64_t project_scratch(int64_t rank) {
   return (rank + kProjectRows) * chunk_columns(rank);
 }
 
-constexpr int64_t sample_scratch(int64_t rank) {
-  return (rank + kSampleRows) * sample_columns(rank);
-}
-
 void compose_scalar(const Compose& panel);
 void compose_avx2(const Compose& panel);
 void compose_avx512(const Compose& panel);
 
 void project_scalar(const Project& panel);
-void sample_scalar(const Sample& panel);
-void split_scalar(const Split& part);
 void project_avx2(const Project& panel);
-void sample_avx2(const Sample& panel);
-void split_avx2(const Split& part);
 void project_avx512(const Project& panel);
-void sample_avx512(const Sample& panel);
-void split_avx512(const Split& part);
 
 }  // namespace losa::masked_lora

@@ -1,5 +1,5 @@
 // Compiled with its instruction set's flags.
-#include "cpu/masked_lora_sampled.h"
+#include "cpu/masked_lora_sparse_impl.h"
 
 namespace losa::masked_lora {
 
@@ -13,6 +13,10 @@ void project_avx2(const Project& panel) {
 
 void sample_avx2(const Sample& panel) {
   sample(panel);
+}
+
+void multiply_avx2(const Multiply& product) {
+  multiply(product);
 }
 
 void split_avx2(const Split& part) {

@@ -1,5 +1,5 @@
 // The portable set of kernels; the others are compiled with their instruction set's flags.
-#include "cpu/masked_lora_sampled.h"
+#include "cpu/masked_lora_sparse_impl.h"
 
 namespace losa::masked_lora {
 
@@ -13,6 +13,10 @@ void project_scalar(const Project& panel) {
 
 void sample_scalar(const Sample& panel) {
   sample(panel);
+}
+
+void multiply_scalar(const Multiply& product) {
+  multiply(product);
 }
 
 void split_scalar(const Split& part) {

@@ -1,8 +1,9 @@
-"""Masked-LoRA linear on a CPU: torch's products, in panels that csrc/cpu/masked_lora.cpp composes and projects.
+"""Masked-LoRA linear on a CPU: sparse products where they pay (cpu_sparse.py); else torch's dense ones, in panels that
+csrc/cpu/masked_lora.cpp composes and projects.
 
-Without dropout a training step is three products of 2 T out in FLOPs (Y, dX and G); all else is one pass over panels of
-W or G. They stay in cache and in kept memory: a fresh temporary of 64 MB costs as much in page faults as a tenth of the
-product it serves.
+Without dropout a dense training step is three products of 2 T out in FLOPs (Y, dX and G); all else is one pass over
+panels of W or G. They stay in cache and in kept memory: a fresh temporary of 64 MB costs as much in page faults as a
+tenth of the product it serves.
 """
 
 from __future__ import annotations
@@ -14,15 +15,11 @@ import torch
 from torch import Tensor
 
 from losa_kernels import native
-from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora import cpu_sparse, reference
 from losa_kernels.masked_lora.reference import dropout_keep
 from losa_kernels.scratch import scratch
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
-# Where at most this share of G's entries is kept, to form these alone is faster than the vendor's product of all: 1.8
-# times at 30 %, 1.3 at 50 % (both instruction sets). A few tokens do not pay for finding out which entries are kept.
-SAMPLED_KEPT = 0.6
-SAMPLED_TOKENS = 64
 
 
 def forward(
@@ -47,6 +44,9 @@ def forward(
     A, sB = lora_A.float(), lora_B.float() * scaling
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
+    if dropped is None and weight.dtype == x.dtype and cpu_sparse.pays(x.dtype, len(rows), weight, mask):
+        cpu_sparse.multiply(rows, weight, mask, A, sB, bias, y)
+        return y.view(*x.shape[:-1], weight.shape[0])
     for part in _slices(weight):
         W, start = weight[part], None if bias is None else bias[part]
         bits = None if mask is None else mask[part]
@@ -97,11 +97,14 @@ def backward(
     dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
-    sampled = rows is not None and _is_sparse(mask, weight) and dy.dtype == torch.float32 and len(dy) >= SAMPLED_TOKENS
-    if sampled:
-        _sample(dy, rows, mask, A, sB, dA, dB)
+    sparse = cpu_sparse.pays(dy.dtype, len(dy), weight, mask)
+    if sparse:
+        # W_eff rounded to a lower precision, and dropout on one of its terms, are left to the dense product.
+        sparse_dx = dx if keep_x is None and weight.dtype == dy.dtype == grad_y.dtype else None
+        cpu_sparse.backward(dy, rows, weight, mask, A, sB, sparse_dx, dA, dB)
+        needs_x, rows = needs_x and sparse_dx is None, None
     # Panels of columns: each gives its columns of dX and dA at once, so only the small dB is accumulated.
-    for part in _slices(weight, dim=1):
+    for part in _slices(weight, dim=1) if needs_x or rows is not None else ():
         W = weight[:, part]
         bits = None if mask is None else mask[:, part.start // 8 : -(-part.stop // 8)]
         if needs_x and keep_x is None:
@@ -110,7 +113,7 @@ def backward(
             through_adapter = dy @ _composed(W, bits, A[:, part], sB, grad_y, base=False)
             base = _composed(W, bits, None, None, grad_y)
             _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
-        if rows is not None and not sampled:
+        if rows is not None:
             G = torch.mm(dy.T, rows[:, part], out=scratch("gradient", tuple(W.shape), dy.dtype))
             torch.ops.losa.project_masked_lora.default(
                 G, W, bits, A[:, part], sB, None if dA is None else dA[:, part], dB
@@ -131,27 +134,6 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
     sB = lora_B.float() * scaling
     torch.ops.losa.compose_masked_lora.default(weight, mask, True, lora_A.float(), sB, merged)
     return merged
-
-
-def _is_sparse(mask: Tensor | None, weight: Tensor) -> bool:
-    if mask is None or weight.numel() == 0:
-        return False
-    pruned = torch.ops.losa.pruned_per_block.default(mask, weight.shape[1], weight.shape[1])
-    return weight.numel() - int(pruned) <= SAMPLED_KEPT * weight.numel()
-
-
-def _sample(
-    dy: Tensor, rows: Tensor, mask: Tensor, A: Tensor, sB: Tensor, dA: Tensor | None, dB: Tensor | None
-) -> None:
-    """dA and dB (before the scaling) from the kept entries of G, as many tokens at a time as memory is kept for."""
-    dy, rows = (t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous() for t in (dy, rows))
-    features = dy.shape[1] + rows.shape[1]
-    step = max(128, 2 * PANEL // features // 128 * 128)
-    for start in range(0, len(dy), step):
-        part = slice(start, start + step)
-        padded = -(-len(dy[part]) // 16) * 16
-        memory = scratch("tokens", (features * padded,), torch.float32)
-        torch.ops.losa.sample_masked_lora.default(dy[part], rows[part], mask, A, sB, dA, dB, memory)
 
 
 @cache

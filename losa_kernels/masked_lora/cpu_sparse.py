@@ -1,0 +1,72 @@
+"""Products of a masked-LoRA linear on a CPU that cost what the mask keeps, by csrc/cpu/masked_lora_sparse.cpp.
+
+A product over all entries, zeros included, is what the vendor's library offers. With the tokens of a batch side by side
+in registers, entries can be left out one by one at no loss of speed for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from losa_kernels.scratch import scratch
+
+# At most this share of kept entries, and at least this many tokens, over which listing the entries is spread. Measured:
+# 1.8 to 2 times the speed of dense products at 30 % kept, 1.3 to 1.5 at 50 %, with AVX2 as with AVX-512.
+MOST_KEPT = 0.6
+FEWEST_TOKENS = 64
+TOKENS = 1024  # at a time, at most: their sums stay in cache
+ELEMENTS = 1 << 22  # of kept memory for the tokens' layout
+
+
+def pays(product: torch.dtype, tokens: int, weight: Tensor, mask: Tensor | None) -> bool:
+    """Whether these products run sparse: fp32 ones, of enough tokens, by an explicit mask with enough zeros."""
+    if product != torch.float32 or mask is None or tokens < FEWEST_TOKENS or weight.numel() == 0:
+        return False
+    pruned = torch.ops.losa.pruned_per_block.default(mask, weight.shape[1], weight.shape[1])
+    return weight.numel() - int(pruned) <= MOST_KEPT * weight.numel()
+
+
+def multiply(x: Tensor, weight: Tensor, mask: Tensor, A: Tensor, sB: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (tokens, out) = x W_eff^T + bias, all fp32."""
+    for part in _parts(len(x), x.shape[1]):
+        passes = _split("tokens", x[part])
+        torch.ops.losa.multiply_masked_lora.default(passes, weight, mask, A, sB, bias, False, out[part])
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor,
+    A: Tensor,
+    sB: Tensor,
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+) -> None:
+    """Fills dx (tokens, in) with dY W_eff, adds B^T (M * G) to dA and (M * G) A^T to dB, where these are not None."""
+    for part in _parts(len(dy), dy.shape[1] + A.shape[1]):
+        dy_passes = _split("gradient tokens", dy[part])
+        if dx is not None:
+            torch.ops.losa.multiply_masked_lora.default(dy_passes, weight, mask, A, sB, None, True, dx[part])
+        if dA is not None or dB is not None:
+            x_passes = _split("tokens", x[part])
+            torch.ops.losa.sample_masked_lora.default(dy_passes, x_passes, len(x[part]), mask, A, sB, dA, dB)
+
+
+def _parts(tokens: int, features: int) -> Iterator[slice]:
+    step = max(128, min(TOKENS, ELEMENTS // features // 128 * 128))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def _split(name: str, matrix: Tensor) -> Tensor:
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    tokens, features = matrix.shape
+    passes = scratch(name, (features * (-(-tokens // 16) * 16),), torch.float32)
+    torch.ops.losa.split_tokens.default(matrix, passes)
+    return passes
