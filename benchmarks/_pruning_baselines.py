@@ -1,9 +1,25 @@
-"""The official manner of pruning in our own words: a Python loop over columns, full sorts, three-step factor."""
+"""A pruning problem, and the official manner of solving it in our own words: full sorts, a Python loop over columns, a
+three-step factor."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+PATTERNS = {"50 %": (0.5, None, None), "2:4": (None, 2, 4)}
+SHAPES = [(1536, 576), (576, 1536), (4096, 4096)]
+
+
+def problem(out_features: int, in_features: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and the Hessian of 4 in inputs whose scales differ a hundredfold and which are correlated."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device=device)
+    scales = torch.logspace(-1, 1, in_features, device=device)[
+        torch.randperm(in_features, generator=generator, device=device)
+    ]
+    x = torch.randn(4 * in_features, in_features, generator=generator, device=device) * scales
+    x += torch.randn(4 * in_features, 1, generator=generator, device=device)
+    return weight, x.T @ x
 
 
 def official_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
@@ -12,6 +28,13 @@ def official_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     damped.diagonal().add_(damping * hessian.diagonal().mean())
     lower = torch.linalg.cholesky(damped)
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def official_block_selection(block: Tensor, diagonal: Tensor, sparsity: float) -> Tensor:
+    """Bool like ``block``, pruned entries: a threshold by a full sort."""
+    scores = block**2 / diagonal**2
+    threshold = scores.flatten().sort()[0][int(scores.numel() * sparsity)]
+    return scores <= threshold
 
 
 def official_sweep(
@@ -26,9 +49,7 @@ def official_sweep(
         errors = torch.zeros_like(block)
         local = factor[start:stop, start:stop]
         if m is None:
-            scores = block**2 / local.diagonal() ** 2
-            threshold = scores.flatten().sort()[0][int(scores.numel() * sparsity)]
-            pruned = scores <= threshold
+            pruned = official_block_selection(block, local.diagonal(), sparsity)
         else:
             pruned = torch.zeros_like(block, dtype=torch.bool)
         for i in range(stop - start):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import statistics
 
-import torch
-
-from benchmarks._pruning_baselines import official_factor, official_sweep, official_wanda, trailing_products
+from benchmarks._pruning_baselines import (
+    PATTERNS,
+    SHAPES,
+    official_factor,
+    official_sweep,
+    problem,
+    trailing_products,
+)
 from benchmarks._timing import copy_bandwidth, interleaved, parser, report
-from losa_kernels import dispatch, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import inverse_factor, reference
-
-PATTERNS = {"50 %": (0.5, None, None), "2:4": (None, 2, 4)}
-SHAPES = [(1536, 576), (576, 1536), (4096, 4096)]
+from benchmarks.selection import wanda
+from losa_kernels import dispatch, sparsegpt_prune, unpack_mask
+from losa_kernels.column_sweep import inverse_factor
 
 
 def main(argv: list[str]) -> int:
@@ -32,21 +35,9 @@ def main(argv: list[str]) -> int:
         for name, pattern in PATTERNS.items():
             repetitions = args.repetitions or (3 if max(out_features, in_features) > 2048 else 7)
             results += sparsegpt(weight, hessian, name, pattern, repetitions, args)
-            results += wanda(weight, hessian, name, pattern, 2 * repetitions, limit, args)
+            results += wanda(weight, hessian, name, pattern, 2 * repetitions, limit, args.device)
     report("column_sweep", results, args.json, args.device)
     return 0
-
-
-def problem(out_features: int, in_features: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and the Hessian of 4 in inputs whose scales differ a hundredfold and which are correlated."""
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator, device=device)
-    scales = torch.logspace(-1, 1, in_features, device=device)[
-        torch.randperm(in_features, generator=generator, device=device)
-    ]
-    x = torch.randn(4 * in_features, in_features, generator=generator, device=device) * scales
-    x += torch.randn(4 * in_features, 1, generator=generator, device=device)
-    return weight, x.T @ x
 
 
 def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
@@ -90,29 +81,3 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
             }
         )
     return rows
-
-
-def wanda(weight, hessian, name, pattern, repetitions, limit, args) -> list[dict]:
-    sparsity, keep_n, m = pattern
-    norms = hessian.diagonal().sqrt()
-    settings = {"sparsity": sparsity, "keep_n": keep_n, "m": m}
-    truth = unpack_mask(reference.wanda_mask(weight, norms, *pattern, None), weight.shape[1])
-    if not torch.equal(unpack_mask(wanda_mask(weight, norms, **settings), weight.shape[1]), truth):
-        raise SystemExit("column_sweep: Wanda's mask differs from the reference; not timing a wrong kernel")
-    runs = {
-        "losa": lambda _: wanda_mask(weight, norms, **settings),
-        "official": lambda _: official_wanda(weight, norms, *pattern),
-    }
-    medians = {k: statistics.median(v) for k, v in interleaved(runs, repetitions, args.device).items()}
-    moved = weight.nbytes + weight.numel() / 8
-    return [
-        {
-            "op": "wanda mask",
-            "shape": "x".join(map(str, weight.shape)),
-            "pattern": name,
-            "losa_ms": 1e3 * medians["losa"],
-            "official_ms": 1e3 * medians["official"],
-            "speedup": medians["official"] / medians["losa"],
-            "fraction_of_copy_bandwidth": moved / medians["losa"] / limit,
-        }
-    ]

@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // x (..., in) with at most 16 rows, values and bitmask of a weight (out, in) as above, bias (out,) -> (..., out)
   library.def("sparse_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? bias) -> Tensor");
 
+  // features (L, n, p), dense rows -> fp64 (L, n, n), the Gram of each layer's samples less their mean
+  library.def("gram(Tensor features) -> Tensor");
+
   // Packed mask by |w| norm: per row `count` go, or per group of m where m > 0; what mask (packed) lacks goes anyway.
   library.def("wanda_select(Tensor weight, Tensor input_norms, int count, int m, Tensor? mask) -> Tensor");
   // int64 (ceil(in_features / block_size),): entries of each column block that the packed mask lacks

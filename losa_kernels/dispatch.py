@@ -86,9 +86,6 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
-# cpu rows in torch operations: they run without the built extension.
-WITHOUT_EXTENSION = {"losa_kernels.cka.cpu"}
-
 
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
     """The callable that runs ``op`` on ``device`` (a device, its name, or a tensor that lies on it).
@@ -125,7 +122,7 @@ def _choose(op: str, device_type: str, forced: str) -> Callable:
         if not target:
             continue
         module, _, name = target.partition(":")
-        if module in WITHOUT_EXTENSION or not unavailable(backend):
+        if not unavailable(backend):
             function = getattr(importlib.import_module(module), name)
             logger.info("%s on %s: %s (%s)", op, device_type, backend, target)
             return function

@@ -14,13 +14,16 @@ from benchmarks import (
     bitmask,
     cka,
     column_sweep,
+    hessian,
     masked_lora,
     packing,
     prune,
     quality,
+    selection,
     sparse_linear,
     training_step,
 )
+from losa_kernels import native
 
 
 def test_names_are_listed(monkeypatch, capsys):
@@ -154,8 +157,33 @@ def test_column_sweep_rows(tmp_path):
     assert all(r["agreement"] > 0.99 for r in rows if r.get("agreement") is not None)
 
 
+def test_selection_rows(tmp_path):
+    rows = rows_of(selection, tmp_path, "--shape", "24x64", "--shape", "5x160", "--repetitions", "1")
+    expected = {("wanda mask", "50 %"), ("wanda mask", "2:4")}
+    if native.missing("cpu") is None:
+        expected.add(("column block", "50 %"))
+    assert {(r["op"], r["pattern"]) for r in rows} == expected
+    assert all(r["losa_ms"] > 0 and r["speedup"] > 0 for r in rows)
+
+
+def test_hessian_rows(tmp_path):
+    rows = rows_of(hessian, tmp_path, "--width", "40", "--tokens", "64", "--repetitions", "1")
+    assert [(r["op"], r["dtype"]) for r in rows] == [
+        ("accumulate", "float32"),
+        ("accumulate", "bfloat16"),
+        ("inverse factor", "float32"),
+    ]
+    assert all(r["error"] <= 2 * r["official_error"] + 2**-23 for r in rows)
+
+
+def test_a_wrong_hessian_is_not_timed(monkeypatch):
+    monkeypatch.setattr(hessian, "inverse_factor", lambda h, d: (1.01 * baselines.official_factor(h), d))
+    with pytest.raises(SystemExit, match="wrong kernel"):
+        hessian.factor(40, 1, "cpu")
+
+
 def test_official_baselines_prune_what_they_should():
-    weight, hessian = column_sweep.problem(16, 64, "cpu")
+    weight, hessian = baselines.problem(16, 64, "cpu")
     for sparsity, keep_n, m in ((0.5, None, None), (None, 2, 4)):
         swept = baselines.official_sweep(weight, baselines.official_factor(hessian), sparsity, keep_n, m)
         assert abs(float((swept == 0).float().mean()) - 0.5) < 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
 from losa_kernels.column_sweep import blocks, cpu, cuda, inverse_factor, reference
@@ -239,6 +240,22 @@ def operands(rows=5, columns=24, width=8):
         "state": torch.zeros(blocks.STATE, dtype=torch.int32),
         "loss": torch.zeros(rows),
     }
+
+
+@pytest.mark.parametrize("goal", [(0.5, None, None), (None, 2, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sweep_reads_nothing_back(goal, masked):
+    """On tensors without values, where reading one fails: all blocks are queued while the device works on the first.
+    Only a mask's zeros must be counted before an unstructured sweep."""
+    with FakeTensorMode():
+        weight, factor = torch.empty(16, 64), torch.empty(64, 64)
+        mask = torch.empty(16, 8, dtype=torch.uint8) if masked else None
+        if masked and goal[0] is not None:
+            with pytest.raises(DataDependentOutputException):
+                blocks.column_sweep(weight, factor, *goal, 24, mask)
+        else:
+            swept, kept, loss = blocks.column_sweep(weight, factor, *goal, 24, mask)
+            assert swept.shape == (16, 64) and kept.shape == (16, 8) and loss.shape == (16,)
 
 
 def test_opcheck():

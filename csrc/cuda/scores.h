@@ -1,4 +1,4 @@
-// What selection.cu and column_sweep.cu must compute alike.
+// What selection.cu, wanda.cu and column_sweep.cu must compute alike.
 #pragma once
 
 #include "common/launch.h"

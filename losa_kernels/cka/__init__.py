@@ -27,7 +27,7 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: a wrong shape, dtype or device, or features that are not finite or whose squares are not (``out``
-            is spoiled then).
+            stays as it was then).
     """
     if features.dim() not in (2, 3) or not features.is_floating_point():
         raise ValueError(
@@ -36,20 +36,33 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
     samples = features.shape[-2]
     if not 2 <= samples <= MAX_SAMPLES:
         raise ValueError(f"features: expected 2..{MAX_SAMPLES} samples, got {samples}")
-    expected = (*features.shape[:-1], samples)
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    expected, wide = _shape(features), _wide(features)
     if out is not None and (tuple(out.shape) != expected or out.dtype != wide or out.device != features.device):
         raise ValueError(
             f"out: expected {wide} {expected} on {features.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
-    batched = features if features.dim() == 3 else features[None]
-    into = out if out is None or features.dim() == 3 else out[None]
+    # torch.compile needs an operator; eager mode saves its overhead.
+    result = (_gram_op if torch.compiler.is_compiling() else _gram)(features, out)
+    return result if out is None else out.copy_(result)
+
+
+def _gram(features: Tensor, before: Tensor | None) -> Tensor:
+    """The Gram of ``features`` plus ``before``, a new tensor."""
     run = dispatch.implementation("gram", features.device)
     with torch.autocast(features.device.type, enabled=False):
-        result = run(batched, into)
+        total = run(features if features.dim() == 3 else features[None]).view(_shape(features))
+    result = (total if before is None else total + before).to(_wide(features))
     if not torch.isfinite(result).all():
         raise ValueError(_what_is_not_finite(features))
-    return result.view(expected) if out is None else out
+    return result
+
+
+def _shape(features: Tensor) -> tuple[int, ...]:
+    return (*features.shape[:-1], features.shape[-2])
+
+
+def _wide(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _what_is_not_finite(features: Tensor) -> str:
@@ -77,6 +90,10 @@ def cka_similarity(grams: Tensor) -> Tensor:
     """
     if grams.dim() != 3 or grams.shape[1] != grams.shape[2] or not grams.is_floating_point():
         raise ValueError(f"grams: expected floating point (L, n, n), got {grams.dtype} {tuple(grams.shape)}")
+    return (_similarity_op if torch.compiler.is_compiling() else _similarity)(grams)
+
+
+def _similarity(grams: Tensor) -> Tensor:
     flat = grams.flatten(1).double()
     # Scaled first: the squares of tiny and of huge Grams stay within fp64.
     largest = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
@@ -89,3 +106,17 @@ def cka_similarity(grams: Tensor) -> Tensor:
     similarity = flat @ flat.T
     similarity = ((similarity + similarity.T) / 2).clamp(0, 1)
     return similarity.fill_diagonal_(1)
+
+
+_gram_op = torch.library.custom_op("losa::checked_gram", _gram, mutates_args=())
+_similarity_op = torch.library.custom_op("losa::cka_similarity", _similarity, mutates_args=())
+
+
+@_gram_op.register_fake
+def _(features, before):
+    return features.new_empty(_shape(features), dtype=_wide(features))
+
+
+@_similarity_op.register_fake
+def _(grams):
+    return grams.new_empty((grams.shape[0], grams.shape[0]), dtype=torch.float64)

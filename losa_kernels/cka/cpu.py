@@ -1,42 +1,23 @@
-"""Centred Gram on a CPU: the reference's arithmetic in kept memory, with products that occupy all threads.
-
-An n x n product with a long inner side leaves nothing to divide between threads; a batch of shorter ones does.
-"""
+"""Centred Gram on a CPU: csrc/cpu/cka.cpp. The operator's fake kernel is here too."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from losa_kernels.scratch import scratch
-
-COLUMNS = 1 << 14  # centred at a time, so that they are multiplied from the (last) cache
-PARTS = 16  # products they are divided into; their sum is taken in fp64
+from losa_kernels import native
+from losa_kernels.cka import reference
 
 
-def gram(features: Tensor, out: Tensor | None) -> Tensor:
-    """features (L, n, p) -> (L, n, n), added to ``out`` where given."""
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    count, samples, columns = features.shape
-    total = torch.zeros(count, samples, samples, dtype=torch.float64)
-    for matrix, accumulated in zip(features, total, strict=True):
-        for start in range(0, columns, COLUMNS):
-            accumulated += _centred_product(matrix[:, start : start + COLUMNS], wide)
-    return total.to(wide) if out is None else out.copy_(total + out)
+def gram(features: Tensor) -> Tensor:
+    """features (L, n, p) -> (L, n, n) fp64, of fp32 products; fp64 features: the reference."""
+    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return reference.gram(features)
+    return torch.ops.losa.gram.default(features if features.stride(2) == 1 else features.contiguous())
 
 
-def _centred_product(part: Tensor, wide: torch.dtype) -> Tensor:
-    samples, columns = part.shape
-    width = -(-columns // PARTS)
-    centred = scratch("centred", (samples, PARTS * width), wide)
-    used = centred[:, :columns]
-    if part.dtype == wide:
-        torch.sub(part, part[:1], out=used)
-    else:
-        used.copy_(part)
-        used -= used[:1].clone()
-    used -= used.mean(0)
-    centred[:, columns:] = 0
-    parts = centred.view(samples, PARTS, width).transpose(0, 1)
-    products = scratch("products", (PARTS, samples, samples), wide)
-    return torch.bmm(parts, parts.mT, out=products).sum(0, dtype=torch.float64)
+if native.missing("cpu") is None:
+
+    @torch.library.register_fake("losa::gram")
+    def _(features):
+        return features.new_empty((*features.shape[:2], features.shape[1]), dtype=torch.float64)

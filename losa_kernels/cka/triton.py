@@ -83,16 +83,16 @@ def _halves(value):
     return high, value - high
 
 
-def gram(features: Tensor, out: Tensor | None) -> Tensor:
-    """features (L, n, p) -> (L, n, n) fp32, added to ``out`` where given; fp64 features: the reference."""
+def gram(features: Tensor) -> Tensor:
+    """features (L, n, p) -> (L, n, n) fp64, of fp32 products; fp64 features: the reference."""
     if features.dtype == torch.float64:
-        return reference.gram(features, out)
+        return reference.gram(features)
     count, samples, columns = features.shape
     total = torch.zeros(count, samples, samples, dtype=torch.float64, device=features.device)
     if count:
         for part in features.split(LAUNCH_COLUMNS, dim=2) if columns else ():
             total += _launch(part)
-    return total.to(torch.float32) if out is None else out.copy_(total + out)
+    return total
 
 
 def tile(samples: int, capability: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Selection and sweep on CUDA: csrc/cuda/selection.cu, csrc/cuda/column_sweep.cu, and one product per column block.
+"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and one product per column block.
 
 ``LOSA_TRAILING=3xtf32`` runs that product on tensor cores, as three TF32 products of split operands; otherwise it is an
 fp32 product, whatever torch's global precision says.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-PANEL = 512  # columns that are multiplied at once; all work below the diagonal is inside such blocks
+PANEL = 256  # columns that are multiplied at once; all work below the diagonal is inside such blocks
 
 
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:

@@ -3,6 +3,8 @@
 
 #include "cuda/selection.cu"
 
+#include "cuda/wanda.cu"
+
 #include "cuda/column_sweep.cu"
 
 #include "driver.h"
