@@ -143,8 +143,18 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
 
     directory = Path(directory)
     parts = _parts(directory)
+    # First, since what reading a vocabulary takes for a moment is then not taken beside all weights.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
     with init_empty_weights(include_buffers=False):
         model = skeleton(directory, meta=False)
+    if (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:
+            raise ModelError(f"{directory}: generation_config.json cannot be read ({error})") from error
     blocks = find_blocks(model)[1]
     for block, part in parts:
         dense = {}
@@ -164,12 +174,6 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if absent:
         raise ModelError(f"{directory}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
-    try:
-        if (directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
