@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from losa.speed import copy_bandwidth as copy_bandwidth
 from losa.speed import wait
+from losa_kernels import native
 
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
@@ -35,13 +37,16 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 def interleaved(
     candidates: dict[str, Callable[[int], object]], repetitions: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike.
+    """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike, each time in another
+    order: what runs just before leaves caches and threads in its own state.
 
     A candidate gets the repetition's number, to rotate buffers larger than the cache.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffle = list(candidates.items()), random.Random(0).shuffle
     for repetition in range(-1, repetitions):
-        for name, run in candidates.items():
+        shuffle(order)
+        for name, run in order:
             wait(device)
             start = time.perf_counter()
             run(repetition)
@@ -125,4 +130,5 @@ def machine(device: str) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
     }
