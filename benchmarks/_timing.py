@@ -43,7 +43,7 @@ def interleaved(
     A candidate gets the repetition's number, to rotate buffers larger than the cache.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    order, shuffle = list(candidates.items()), random.Random(0).shuffle
+    order, shuffle = list(candidates.items()), random.Random().shuffle
     for repetition in range(-1, repetitions):
         shuffle(order)
         for name, run in order:
