@@ -47,7 +47,10 @@ def run_slices(
             done = any(r["shape"] == f"{shape[0]}x{shape[1]}" and r["pattern"] == pattern for r in results)
             if done or (args.seconds is not None and time.monotonic() - start > args.seconds):
                 continue
-            results += measure(shape, pattern)
+            results += [
+                {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+                for row in measure(shape, pattern)
+            ]
             if args.json is not None:
                 write_rows(args.json, {"benchmark": name, "machine": here, "rows": results})
     if not args.resume:

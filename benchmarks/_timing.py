@@ -111,10 +111,14 @@ def report(name: str, results: Sequence[dict], path: Path | None, device: str) -
 
 
 def write_rows(path: Path, document: dict) -> None:
-    """JSON, whole or not at all."""
+    """JSON, whole or not at all; a line for each of the document's "rows"."""
+    text = json.dumps(document | ({"rows": []} if "rows" in document else {}), indent=1)
+    if document.get("rows"):
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in document["rows"])
+        text = text.replace('"rows": []', f'"rows": [\n{lines}\n ]')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(text + "\n")
     temporary.replace(path)
 
 
