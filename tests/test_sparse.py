@@ -412,5 +412,5 @@ def test_bench_command(saved, tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     assert rows["losa, packed"]["bytes_per_token"] < rows["losa, dense"]["bytes_per_token"]
     short = invoke("bench", directory, "--tokens", 3, "--repetitions", 1, "--short")
-    assert short.exit_code == 0 and short.output.startswith("decoding, tokens/s: transformers, dense ")
+    assert short.exit_code == 0 and "decoding, tokens/s: transformers, dense " in short.output
     assert "; losa, packed bfloat16 " in short.output and short.output.count(" x)") == 2
