@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Below this many (weight, row of x) pairs a second thread costs more than it saves.
-constexpr int64_t kPairsPerTask = 1 << 17;
+constexpr int64_t kPairsPerTask = 1 << 15;
 
 struct FloatValue {
   using Stored = float;
