@@ -90,6 +90,7 @@ TABLE: dict[str, dict[str, str]] = {
     "sparse_linear": {
         "reference": "losa_kernels.sparse_linear.reference:sparse_linear",
         "cpu": "losa_kernels.sparse_linear.cpu:sparse_linear",
+        "cuda": "losa_kernels.sparse_linear.cuda:sparse_linear",
     },
 }
 

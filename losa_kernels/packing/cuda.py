@@ -13,10 +13,10 @@ unpack_bitmask = cpu.unpack_bitmask
 
 
 def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> tuple[Tensor, Tensor]:
-    """(values (out, in / m * keep_n), packed mask of stored positions). The reference serves other m than 4, 8 and 16."""
+    """(values (out, in / m * keep_n), packed mask of stored positions). Other m than 4, 8, 16 take the reference."""
     return (cpu if m in GROUPS else reference).pack_nm(weight, mask, keep_n, m)
 
 
 def largest_group(mask: Tensor, in_features: int, m: int) -> int:
-    """The most columns that any group of m keeps. The reference serves other m than 4, 8 and 16."""
+    """The most columns that any group of m keeps. Other m than 4, 8, 16 take the reference."""
     return (cpu if m in GROUPS else reference).largest_group(mask, in_features, m)
