@@ -62,7 +62,7 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
         spilled = int(entry["stores"]) + int(entry["loads"])
         numbers = [int(entry["registers"]), spilled, int(shared[1]) if shared else 0]
         found.setdefault(readable(entry["name"]), {})[entry["arch"]] = numbers
-    return dict(sorted(found.items()))
+    return {name: {arch: row[arch] for arch in ARCHS if arch in row} for name, row in sorted(found.items())}
 
 
 def steps() -> dict[str, list[int]]:

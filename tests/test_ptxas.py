@@ -54,7 +54,7 @@ def test_registers_and_spills(source):
 # Instructions of a lane for each column of a row, for the time that its bytes take: an H100 issues 10 at a density of
 # 50 % and 6.4 at 30 % of 16-bit values. The decode kernels are to reach 70 % and 60 % of that speed.
 ISSUED = {0.5: 10 / 0.7, 0.3: 6.4 / 0.6}
-WINDOW = 1  # instructions a column outside of the step, once in four steps
+WINDOW = 1.1  # instructions a column for every four steps, which count the mask's bits; N:M by bytes has none to count
 
 
 def per_column(row: list[int], density: float) -> float:
@@ -66,12 +66,13 @@ def test_instructions_of_the_decode_step_fit_their_time():
     steps = TABLE["steps"]
     assert set(steps) == set(TABLE["kernels"]["sparse_linear"])
     for name, row in steps.items():
-        tensor, value, batch, _ = (int(part) for part in name[len("decode_kernel<") : -1].split(", "))
+        tensor, value, batch, fixed = (int(part) for part in name[len("decode_kernel<") : -1].split(", "))
         for density, issued in ISSUED.items():
-            if tensor and batch <= 2:
-                assert per_column(row, density) + WINDOW <= issued, name
-            if not tensor and value == 0 and batch == 1:
-                assert per_column(row, density) + WINDOW <= 1.8 * issued, name  # values of twice as many bytes
+            taken = per_column(row, density) + (0 if fixed else WINDOW)
+            if batch == 1 and tensor:
+                assert taken <= issued, name
+            elif batch == 1 and value == 0:
+                assert taken <= 1.8 * issued, name  # fp32 values have twice the bytes
 
 
 @pytest.mark.subprocess
