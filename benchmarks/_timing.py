@@ -25,6 +25,8 @@ SHAPES = {
     "llama2-13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
 }
 
+BACKLOG_CYCLES = 1_000_000  # about half a millisecond of a GPU's time
+
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=doc)
@@ -47,13 +49,26 @@ def interleaved(
     for repetition in range(-1, repetitions):
         shuffle(order)
         for name, run in order:
-            wait(device)
-            start = time.perf_counter()
-            run(repetition)
-            wait(device)
+            taken = seconds(run, repetition, device)
             if repetition >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
+
+
+def seconds(run: Callable[[int], object], repetition: int, device: str) -> float:
+    """Of one run. On a GPU between two events behind a backlog, so that the host's time to launch does not count."""
+    wait(device)
+    if device.startswith("cuda"):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BACKLOG_CYCLES)
+        begin.record()
+        run(repetition)
+        end.record()
+        wait(device)
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run(repetition)
+    return time.perf_counter() - start
 
 
 def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
