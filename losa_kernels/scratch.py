@@ -20,5 +20,5 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if key not in kept or kept[key].numel() < count:
         # Made in inference mode it could not be written to outside.
         with torch.inference_mode(False):
-            kept[key] = torch.empty(count, dtype=dtype)
+            kept[key] = torch.empty(count, dtype=dtype, device="cpu")  # whatever the default device is
     return kept[key][:count].view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masked_lora_problems import close, double, formula, leaves, merge, problem, run, tensors
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -144,6 +145,19 @@ def test_meta_tensors_have_shapes():
     args = tensors(problem(dtype=torch.bfloat16), lambda t: t.to("meta"))
     y = masked_lora_linear(**args)
     assert (y.shape, y.dtype, y.device.type) == ((7, 24), torch.bfloat16, "meta")
+
+
+def test_fake_tensors_have_shapes_and_leave_nothing_behind():
+    args = problem(dtype=torch.float32) | {"dropout_p": 0.2}
+    torch.manual_seed(0)
+    expected = run(masked_lora_linear, args, torch.ones(7, 24))
+    with FakeTensorMode() as mode:
+        fake = run(masked_lora_linear, tensors(args, mode.from_tensor), torch.ones(7, 24))
+    assert {k: (v.shape, v.dtype) for k, v in fake.items()} == {k: (v.shape, v.dtype) for k, v in expected.items()}
+    assert all(isinstance(v, FakeTensor) for v in fake.values())
+    torch.manual_seed(0)
+    for name, value in run(masked_lora_linear, args, torch.ones(7, 24)).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_autocast_casts_x_only():

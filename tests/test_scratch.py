@@ -26,6 +26,11 @@ def test_threads_do_not_share():
     assert there[0].data_ptr() != here.data_ptr()
 
 
+def test_memory_is_the_hosts_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert scratch("default device", (4,), torch.float32).device.type == "cpu"
+
+
 def test_memory_made_in_inference_mode_serves_outside():
     with torch.inference_mode():
         scratch("inference", (4,), torch.float32)

@@ -17,6 +17,7 @@
 #include "common/bits.h"
 #include "common/cpu_isa.h"
 #include "common/packing_checks.h"
+#include "common/tensor_checks.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -46,10 +47,10 @@ struct HalfValue {
 };
 
 template <class Body>
-void with_value(Value value, const Body& body) {
-  if (value == Value::kFloat) {
+void with_value(FloatType value, const Body& body) {
+  if (value == FloatType::kFloat) {
     body(FloatValue{});
-  } else if (value == Value::kBfloat16) {
+  } else if (value == FloatType::kBFloat16) {
     body(Bfloat16Value{});
   } else {
     body(HalfValue{});
@@ -92,22 +93,15 @@ Plan plan_kept_products(int64_t batch) {
   return {kept_products<V, 16>, 16, 1, Layout::kFloat};
 }
 
-Plan plan_here(Value weight, Value x, int64_t batch) {
+Plan plan_here(FloatType weight, FloatType x, int64_t batch) {
   const CpuIsa isa = selected_isa();
   if (isa == CpuIsa::kScalar) return plan_scalar(weight, batch);
   static const bool expand_is_slow = has_slow_expand(), bfloat16_products = has_bfloat16_products();
   // With so few rows, table and shuffle are faster than a slow expand; a level asked for by name is taken at its word.
   const bool shuffle = expand_is_slow && batch <= 2 && std::getenv("LOSA_CPU_ISA") == nullptr;
   if (isa == CpuIsa::kAvx2 || shuffle) return plan_avx2(weight, batch);
-  const bool pairs = bfloat16_products && batch > 2 && weight == Value::kBfloat16 && x == Value::kBfloat16;
+  const bool pairs = bfloat16_products && batch > 2 && weight == FloatType::kBFloat16 && x == FloatType::kBFloat16;
   return pairs ? plan_avx512_bfloat16(batch) : plan_avx512(weight, batch);
-}
-
-Value value_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  return type == ScalarType::Float ? Value::kFloat : type == ScalarType::BFloat16 ? Value::kBfloat16 : Value::kHalf;
 }
 
 // Memory of the calling thread that grows and stays: a call allocates nothing but its result.
@@ -123,7 +117,7 @@ float* scratch(int which, int64_t floats) {
 // A matrix of x: rows and columns with strides in elements.
 struct Rows {
   const void* data;
-  Value value;
+  FloatType value;
   int64_t batch, columns, row_stride, column_stride;
 };
 
@@ -203,7 +197,7 @@ void lay_out_floats(const Rows& x, const Plan& plan, float* to) {
 }
 
 const void* lay_out(const Rows& x, const Plan& plan) {
-  const bool as_it_is = x.value == Value::kFloat && plan.rows == 1 && plan.layout == Layout::kFloat &&
+  const bool as_it_is = x.value == FloatType::kFloat && plan.rows == 1 && plan.layout == Layout::kFloat &&
       x.column_stride == 1 && x.columns % kBlock == 0 && x.batch == 1;
   if (as_it_is) return x.data;
   const int64_t passes = (x.batch + plan.rows - 1) / plan.rows;
@@ -250,7 +244,7 @@ class Shares {
 };
 
 void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_t end,
-            const std::optional<Tensor>& bias, Value value, void* y) {
+            const std::optional<Tensor>& bias, FloatType value, void* y) {
   const auto with_bias = [&](auto b) {
     using B = decltype(b);
     const auto* add = bias.has_value() ? static_cast<const typename B::Stored*>(bias->const_data_ptr()) : nullptr;
@@ -264,7 +258,7 @@ void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_
       }
     });
   };
-  with_value(bias.has_value() ? value_of(*bias, "bias") : Value::kFloat, with_bias);
+  with_value(bias.has_value() ? float_type(*bias, "bias") : FloatType::kFloat, with_bias);
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
@@ -274,7 +268,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
   STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
                   "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
   STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
-  const Value weight_value = value_of(values, "values"), x_value = value_of(x, "x");
+  const FloatType weight_value = float_type(values, "values"), x_value = float_type(x, "x");
   const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values.numel();
   STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
                   bitmask.size(1), " bytes");
@@ -306,12 +300,12 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
                       total / out,
                       columns};
   void* const result = y.mutable_data_ptr();
-  float* const sums = x_value == Value::kFloat ? static_cast<float*>(result) : scratch(1, batch * out);
+  float* const sums = x_value == FloatType::kFloat ? static_cast<float*>(result) : scratch(1, batch * out);
   const Task task{weight, lay_out(rows, plan), batch, sums, out};
   const auto run = [&](int64_t begin, int64_t end) {
     if (begin == end) return;
     plan.kernel(task, begin, end);
-    if (x_value != Value::kFloat || bias.has_value()) finish(sums, batch, out, begin, end, bias, x_value, result);
+    if (x_value != FloatType::kFloat || bias.has_value()) finish(sums, batch, out, begin, end, bias, x_value, result);
   };
 
   const int64_t pairs = out * columns * std::max<int64_t>(1, batch / 2);
@@ -330,7 +324,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
 
 }  // namespace
 
-Plan plan_scalar(Value value, int64_t batch) {
+Plan plan_scalar(FloatType value, int64_t batch) {
   Plan plan{};
   with_value(value, [&](auto v) { plan = plan_kept_products<decltype(v)>(batch); });
   return plan;

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace losa::sparse_linear {
+#include "common/float_type.h"
 
-enum class Value : int { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
+namespace losa::sparse_linear {
 
 // Columns that a kernel takes at a time: one 64-bit word of the mask.
 constexpr int64_t kBlock = 64;
@@ -48,9 +48,9 @@ struct Plan {
   Layout layout;
 };
 
-Plan plan_scalar(Value value, int64_t batch);
-Plan plan_avx2(Value value, int64_t batch);
-Plan plan_avx512(Value value, int64_t batch);
+Plan plan_scalar(FloatType value, int64_t batch);
+Plan plan_avx2(FloatType value, int64_t batch);
+Plan plan_avx512(FloatType value, int64_t batch);
 // For bfloat16 weights and x: products of bfloat16 pairs, sums in fp32.
 Plan plan_avx512_bfloat16(int64_t batch);
 

@@ -127,9 +127,9 @@ Plan plan(int64_t batch) {
 
 }  // namespace
 
-Plan plan_avx2(Value value, int64_t batch) {
-  if (value == Value::kFloat) return plan<Float>(batch);
-  return value == Value::kBfloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
+Plan plan_avx2(FloatType value, int64_t batch) {
+  if (value == FloatType::kFloat) return plan<Float>(batch);
+  return value == FloatType::kBFloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
 }
 
 }  // namespace losa::sparse_linear
@@ -138,7 +138,7 @@ Plan plan_avx2(Value value, int64_t batch) {
 
 namespace losa::sparse_linear {
 
-Plan plan_avx2(Value value, int64_t batch) {
+Plan plan_avx2(FloatType value, int64_t batch) {
   return plan_scalar(value, batch);
 }
 

@@ -106,9 +106,9 @@ Plan plan(int64_t batch) {
 
 }  // namespace
 
-Plan plan_avx512(Value value, int64_t batch) {
-  if (value == Value::kFloat) return plan<Float>(batch);
-  return value == Value::kBfloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
+Plan plan_avx512(FloatType value, int64_t batch) {
+  if (value == FloatType::kFloat) return plan<Float>(batch);
+  return value == FloatType::kBFloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
 }
 
 }  // namespace losa::sparse_linear
@@ -117,7 +117,7 @@ Plan plan_avx512(Value value, int64_t batch) {
 
 namespace losa::sparse_linear {
 
-Plan plan_avx512(Value value, int64_t batch) {
+Plan plan_avx512(FloatType value, int64_t batch) {
   return plan_avx2(value, batch);
 }
 

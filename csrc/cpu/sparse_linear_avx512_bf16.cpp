@@ -44,7 +44,7 @@ Plan plan_avx512_bfloat16(int64_t batch) {
 namespace losa::sparse_linear {
 
 Plan plan_avx512_bfloat16(int64_t batch) {
-  return plan_avx512(Value::kBfloat16, batch);
+  return plan_avx512(FloatType::kBFloat16, batch);
 }
 
 }  // namespace losa::sparse_linear

@@ -32,7 +32,8 @@ def masked_lora_linear(
 
     With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. W_eff is formed in fp32
     (fp64 for fp64) and rounded once to x's dtype. The backward pass saves x and references to the other arguments, and
-    computes only the gradients that are asked for. No second derivatives.
+    computes only the gradients that are asked for. No second derivatives. What stands at pruned places of W reaches no
+    result; whether an inf or NaN of x passes through pruned weights (0 * NaN) depends on the implementation.
 
     Args:
         x: (..., in), any strides, an empty batch allowed; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
@@ -58,8 +59,10 @@ def masked_lora_linear(
     # A tensor, because a compiled graph cannot turn it into an int; it is drawn on the CPU, so reading it waits for
     # no device.
     seed = torch.randint(2**31 - 1, (), device="cpu") if dropout_p > 0 else None
-    # torch.compile needs an operator; eager mode saves its overhead. Both call the same three functions.
-    call = _forward_op if torch.compiler.is_compiling() else _MaskedLoRALinear.apply
+    # torch.compile and subclasses of tensors (fake ones) need an operator; eager mode saves its overhead. Both call the
+    # same functions.
+    eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    call = _MaskedLoRALinear.apply if eager else _forward_op
     return call(x, weight, mask, lora_A, lora_B, float(scaling), bias, float(dropout_p), seed)
 
 
@@ -76,8 +79,9 @@ def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_
 
 
 def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    if weight.dim() != 2 or weight.dtype not in _FLOATS:
-        raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.numel() == 0:
+        got = f"{weight.dtype} {tuple(weight.shape)}"
+        raise ValueError(f"weight: expected floating point (out, in), out and in at least 1, got {got}")
     out_features, in_features = weight.shape
     rank = lora_A.shape[0] if lora_A.dim() == 2 else 0
     if not 1 <= rank <= MAX_RANK or tuple(lora_A.shape) != (rank, in_features):
