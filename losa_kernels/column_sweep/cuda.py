@@ -1,7 +1,8 @@
 """Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and one product per column block.
 
 ``LOSA_TRAILING=3xtf32`` runs that product on tensor cores, as three TF32 products of split operands; otherwise it is an
-fp32 product, whatever torch's global precision says.
+fp32 product, whatever torch's global precision says. For N:M the blocks become one CUDA graph from the second call on
+(``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from losa_kernels.column_sweep import blocks, reference
+from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
 
 WIDEST_BLOCK = 128  # columns that sweep_block takes
 GROUPS = (4, 8, 16)
+
+graphs = SweepGraphs(CudaCapture())
 
 
 def column_sweep(
@@ -39,8 +43,14 @@ def column_sweep(
     if split not in ("fp32", "3xtf32"):
         raise ValueError(f"LOSA_TRAILING: expected fp32 or 3xtf32, got {split!r}")
     update, precision = (update_rest_3xtf32, "tf32") if split == "3xtf32" else (blocks.update_rest, "ieee")
+
+    def loop(weight: Tensor, factor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, update=update)
+
     with matmul_precision(precision):
-        return blocks.column_sweep(weight, factor.contiguous(), sparsity, keep_n, m, block_size, mask, update=update)
+        if keep_n is None:
+            return loop(weight, factor.contiguous(), mask)
+        return graphs.run(loop, weight, factor.contiguous(), mask, (keep_n, m, block_size, split))
 
 
 def wanda_mask(

@@ -1,0 +1,179 @@
+"""The loop over column blocks as a CUDA graph: one launch where Python would start two kernels or more per block.
+
+Only for N:M, whose loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
+and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
+(stream, shape, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and only
+then: more than ``KEPT`` keys in rotation would otherwise be captured again and again.
+
+``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
+before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("losa_kernels")
+
+KEPT = 4  # graphs in a process, the least recently used goes; as many as a transformer block has shapes of linears
+# Bytes of weight and factor together, as a graph holds them until it goes: 4096x4096 and its factor. Above it, kernels
+# should take longer than their launches (an estimate), and a graph would save nothing.
+LARGEST = 128 << 20
+
+Results = tuple[Tensor, Tensor, Tensor]
+Loop = Callable[[Tensor, Tensor, Tensor | None], Results]
+
+
+class Recording(Protocol):
+    def __call__(self) -> Results:
+        """Do what was captured; the results are always the same tensors."""
+
+    def close(self) -> None:
+        """Give its memory back; not to be called again."""
+
+
+class Capture(Protocol):
+    def place(self, device: torch.device) -> Hashable | None:
+        """Where a recording made now could be replayed without further synchronisation; None: nothing can be made."""
+
+    def __call__(self, function: Callable[[], Results], device: torch.device) -> Recording:
+        """Record ``function``, which always works on the same memory; may run it any number of times."""
+
+
+class SweepGraphs:
+    """Runs loops over column blocks through recordings, the ``kept`` most recently used of which it keeps.
+
+    Threads may share it: one at a time copies in, replays and copies out. As with any capture in torch, no other
+    capture may be under way in the process while one is made.
+    """
+
+    def __init__(self, capture: Capture, kept: int = KEPT):
+        self._capture, self._kept = capture, kept
+        self._calls: Counter[Hashable] = Counter()  # that found no graph
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(self, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None, key: tuple) -> Results:
+        """``loop(weight, factor, mask)``, which gives ``weight`` up. ``key``: all that the loop depends on besides the
+        place and its arguments' shapes."""
+        off = os.environ.get("LOSA_SWEEP_GRAPH", "1") == "0" or torch.are_deterministic_algorithms_enabled()
+        place = None if off or weight.nbytes + factor.nbytes > LARGEST else self._capture.place(weight.device)
+        if place is not None:
+            key = (place, weight.shape, mask is not None, *key)
+            with self._lock:
+                graph = self._graph(key, loop, weight, factor, mask)
+                if graph is not None:
+                    return graph.run(weight, factor, mask)
+        return loop(weight, factor, mask)
+
+    def _graph(self, key: tuple, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None) -> _Graph | None:
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        self._calls[key] += 1
+        if self._calls[key] != 2:
+            return None
+        while len(self._graphs) >= self._kept:
+            self._graphs.popitem(last=False)[1].close()
+        try:
+            self._graphs[key] = _Graph(self._capture, loop, weight, factor, mask)
+        except Exception as error:  # whatever it is, the loop itself will do, or will say what is wrong
+            logger.warning("column_sweep: no CUDA graph for %s: %s", key, error)
+            return None
+        return self._graphs[key]
+
+
+class _Graph:
+    """A recorded loop and the memory that it reads and writes."""
+
+    def __init__(self, capture: Capture, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None):
+        # Made in inference mode they could not be written to outside.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = [
+                None if given is None else torch.empty_like(given, memory_format=torch.contiguous_format)
+                for given in (weight, factor, mask)
+            ]
+            self._inputs = inputs
+            self._load(weight, factor, mask)
+            self._recording = capture(lambda: loop(*inputs), weight.device)
+
+    def run(self, weight: Tensor, factor: Tensor, mask: Tensor | None) -> Results:
+        self._load(weight, factor, mask)
+        swept, kept, loss = self._recording()
+        return weight.contiguous().copy_(swept), kept.clone(), loss.clone()
+
+    def close(self) -> None:
+        self._recording.close()
+
+    def _load(self, *given: Tensor | None) -> None:
+        for static, value in zip(self._inputs, given, strict=True):
+            if static is not None:
+                static.copy_(value)
+
+
+class CudaCapture:
+    """Captures on streams that no other live recording of ours was captured on.
+
+    cuBLAS has one workspace per stream. Graphs captured on the same stream would share it, and torch frees it with the
+    first of them (github.com/pytorch/pytorch/issues/193402). For the same reason the warm-up has another stream: the
+    workspace is then allocated during the capture, in the graph's own pool.
+    """
+
+    def __init__(self, kept: int = KEPT):
+        self._kept = kept
+        self._streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # for the warm-up, then those free
+
+    def place(self, device: torch.device) -> Hashable | None:
+        """Device and current stream: on one stream, copies and replays wait for those before them."""
+        if device.type != "cuda":
+            return None
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            return device, torch.cuda.current_stream().cuda_stream
+
+    def __call__(self, function: Callable[[], Results], device: torch.device) -> CudaRecording:
+        with torch.cuda.device(device):
+            if device not in self._streams:
+                # At once: torch hands out 32 streams in turn, so these differ.
+                self._streams[device] = [torch.cuda.Stream() for _ in range(self._kept + 1)]
+            side, *free = self._streams[device]
+            here = torch.cuda.current_stream()
+            # Around the capture too: where one fails, torch may leave its stream the current one.
+            with torch.cuda.stream(side):
+                side.wait_stream(here)
+                try:
+                    function()
+                finally:
+                    here.wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=free[-1], capture_error_mode="thread_local"):
+                    results = function()
+        stream = self._streams[device].pop()
+        return CudaRecording(graph, results, device, lambda: self._streams[device].append(stream))
+
+
+class CudaRecording:
+    """A graph, and results in its memory pool; ``release`` gives the stream of its capture back."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, results: Results, device: torch.device, release: Callable[[], None]
+    ):
+        self._graph, self._results, self._device, self._release = graph, results, device, release
+
+    def __call__(self) -> Results:
+        self._graph.replay()
+        return self._results
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._graph.reset()
+        self._release()
