@@ -75,20 +75,22 @@ def test_any_batch_shape(shape, dtype):
     assert args["x"].grad.shape == shape
 
 
+@pytest.mark.parametrize("tokens", [7, 70])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_strided_inputs(dtype):
-    args = problem(dtype=dtype)
-    expected = run(formula, args, torch.ones(7, 24, dtype=dtype))
+def test_strided_inputs(dtype, tokens):
+    args = problem(tokens=tokens, dtype=dtype)
+    expected = run(formula, args, torch.ones(tokens, 24, dtype=dtype))
     strided = {
         "x": args["x"].T.contiguous().T,
         "weight": args["weight"].T.contiguous().T,
         "lora_A": torch.cat([args["lora_A"], args["lora_A"]], 1)[:, :20],
         "lora_B": args["lora_B"].T.contiguous().T,
         "mask": torch.cat([args["mask"], args["mask"]], 1)[:, :3],
+        "bias": args["bias"].repeat_interleave(2)[::2],
     }
     inputs = {k: v.detach().requires_grad_() for k, v in strided.items() if k not in ("mask", "weight")}
     y = masked_lora_linear(**(args | strided | inputs))
-    y.backward(torch.ones(24, dtype=dtype).expand(7, 24))
+    y.backward(torch.ones(24, dtype=dtype).expand(tokens, 24))
     assert close(y, expected["y"])
     for name, leaf in inputs.items():
         assert close(leaf.grad, expected[name]), name
@@ -182,6 +184,7 @@ def test_dropout_is_on_the_adapters_input_and_replays(dtype):
         ({"x": torch.randn(3, 19)}, "x: expected"),
         ({"x": torch.ones(3, 20, dtype=torch.int64)}, "x: expected"),
         ({"weight": torch.randn(24)}, "weight: expected"),
+        ({"weight": torch.randn(0, 20), "lora_B": torch.randn(0, 4)}, "weight: expected"),
         ({"mask": torch.zeros(24, 2, dtype=torch.uint8)}, "mask: expected packed uint8"),
         ({"mask": torch.zeros(24, 20, dtype=torch.bool)}, "mask: expected packed uint8"),
         ({"lora_A": torch.randn(129, 20)}, "lora_A: expected"),

@@ -141,6 +141,49 @@ def test_multiply(shape, tokens, transposed):
     assert bool(((out.double() - exact).abs() <= allowed(exact, total, x.shape[1] + shape[2] + 1)).all())
 
 
+@pytest.mark.parametrize("columns", [1, 9, 33, 90, 130])
+def test_bits_beyond_the_last_column_are_ignored(columns):
+    """The last bytes of the rows are the last of the mask's memory, too."""
+    weight, kept, A, B = panel(37, columns, 3)
+    dy, x, G = torch.randn(70, 37), torch.randn(70, columns), torch.randn(37, columns)
+    clean = pack_mask(kept)
+    dirty = clean.clone()
+    dirty[:, -1] |= 0xFF << columns % 8 & 0xFF
+    results = []
+    for mask in (clean, dirty):
+        out, y, dx = torch.empty(37, columns), torch.empty(70, 37), torch.empty(70, columns)
+        factors = [torch.zeros(3, columns), torch.zeros(37, 3), torch.zeros(3, columns), torch.zeros(37, 3)]
+        compose(weight, mask, True, A, B, out)
+        project(G, weight, mask, A, B, *factors[:2])
+        sample(split(dy), split(x), 70, mask, A, B, *factors[2:])
+        multiply(split(x), weight, mask, A, B, None, False, y)
+        multiply(split(dy), weight, mask, A, B, None, True, dx)
+        results.append([out, y, dx, *factors, torch.tensor(cpu_sparse.pays(torch.float32, 70, weight, mask))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kept_share", [1.0, -1.0])
+def test_what_is_not_finite_reaches_what_it_is_kept_for(kept_share, monkeypatch):
+    """By sparse products and by dense ones."""
+    monkeypatch.setattr(cpu_sparse, "MOST_KEPT", kept_share)
+    args = problem(30, 40, 3, tokens=70, dtype=torch.float32)
+    kept = torch.ones(30, 40, dtype=torch.bool)
+    kept[:, ::2] = False
+    weight = args["weight"].masked_fill(~kept, float("nan"))
+    weight[4, 7] = float("inf")
+    results = run(masked_lora_linear, args | {"mask": pack_mask(kept), "weight": weight}, torch.randn(70, 30))
+    bad = {name: ~value.isfinite() for name, value in results.items()}
+    assert bool(bad["y"][:, 4].all()) and int(bad["y"].sum()) == 70
+    assert bool(bad["x"][:, 7].all()) and int(bad["x"].sum()) == 70
+    assert not any(bool(bad[name].any()) for name in ("lora_A", "lora_B", "bias"))
+    x = args["x"].clone()
+    x[5, 7] = float("nan")
+    results = run(masked_lora_linear, args | {"mask": pack_mask(kept), "x": x}, torch.randn(70, 30))
+    assert bool(results["y"][5].isnan().all()) and int(results["y"].isnan().sum()) == 30
+    assert bool(results["lora_A"][:, 7].isnan().all()) and int(results["lora_A"].isnan().sum()) == 3
+    assert bool(results["lora_B"].isnan().all()) and not bool(results["x"].isnan().any())
+
+
 def test_sparse_products_read_strided_tokens_and_ignore_what_is_pruned():
     weight, kept, A, B = panel(70, 90, 4)
     dy, x = torch.randn(40, 140)[:, :70], torch.randn(40, 90)
@@ -291,6 +334,8 @@ def test_panels(dtype, change, monkeypatch):
         ({"A": torch.zeros(2, 7)}, "lora_A: expected float32"),
         ({"B": torch.zeros(3, 2)}, "lora_B: expected float32"),
         ({"B": None}, "both or neither"),
+        ({"A": torch.zeros(129, 8), "B": torch.zeros(4, 129)}, "lora_A: expected .* r <= 128"),
+        ({"weight": torch.zeros(4, 8).double()}, "weight: expected float32, bfloat16 or float16, got Double"),
         ({"out": torch.zeros(4, 7)}, "out: expected"),
         ({"out": torch.zeros(8, 4).T}, "out: expected"),
         ({"out": torch.zeros(4, 8, dtype=torch.float64)}, "out: expected float32, bfloat16 or float16"),

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
 #include "common/bits.h"
+#include "common/float_type.h"
 
 namespace losa {
 
@@ -16,6 +18,16 @@ inline bool is_packed_mask(const torch::stable::Tensor& mask, int64_t rows, int6
 
 inline bool is_dense_float(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.is_contiguous();
+}
+
+inline FloatType float_type(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  ": expected float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  return type == ScalarType::Float ? FloatType::kFloat
+      : type == ScalarType::Half   ? FloatType::kHalf
+                                   : FloatType::kBFloat16;
 }
 
 }  // namespace losa

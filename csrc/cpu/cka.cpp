@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/cpu_isa.h"
+#include "common/tensor_checks.h"
 #include "cpu/cka.h"
 #include "cpu/scratch.h"
 
@@ -25,18 +26,13 @@ constexpr int64_t kPartialBytes = 4 << 20;
 
 // A slice and a Gram depend on the layer's own shape only: neither on the number of threads nor on the other layers.
 Tensor gram(const Tensor& features) {
-  const ScalarType dtype = features.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "features: expected float32, float16 or bfloat16");
+  const FloatType type = float_type(features, "features");
   STD_TORCH_CHECK(features.dim() == 3 && 1 <= features.size(1) && features.size(1) <= kMostSamples,
                   "features: expected (layers, 1..", kMostSamples, " samples, columns)");
   const int64_t layers = features.size(0), samples = features.size(1), columns = features.size(2);
   STD_TORCH_CHECK(features.stride(2) == 1 || columns <= 1, "features: expected dense rows");
   Tensor grams = torch::stable::new_zeros(features, {layers, samples, samples}, ScalarType::Double);
 
-  const FeatureType type = dtype == ScalarType::Float  ? FeatureType::kFloat
-                           : dtype == ScalarType::Half ? FeatureType::kHalf
-                                                       : FeatureType::kBFloat16;
   const CpuIsa isa = selected_isa();
   const auto add_slice = isa == CpuIsa::kAvx512  ? add_slice_avx512
                          : isa == CpuIsa::kAvx2 ? add_slice_avx2
@@ -50,7 +46,7 @@ Tensor gram(const Tensor& features) {
   const int64_t grain = std::max<int64_t>(1, kWorkPerTask / (size * std::min(width, columns)));
 
   const auto* from = static_cast<const uint8_t*>(features.const_data_ptr());
-  const int64_t bytes = type == FeatureType::kFloat ? 4 : 2;
+  const int64_t bytes = float_type_size(type);
   auto* to = static_cast<double*>(grams.mutable_data_ptr());
   for (int64_t first = 0; first < layers; first += together, to += together * size) {
     const int64_t count = std::min(together, layers - first);

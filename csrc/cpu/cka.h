@@ -4,14 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace losa::cka {
+#include "common/float_type.h"
 
-enum class FeatureType : int { kFloat, kHalf, kBFloat16 };
+namespace losa::cka {
 
 // Some columns of one layer's features, and the Gram that they are added to.
 struct Slice {
   const void* features;  // sample 0 at the slice's first column
-  FeatureType type;
+  FloatType type;
   int64_t stride;  // elements from sample to sample
   int64_t samples, columns;
   double* gram;    // samples x samples: on and above the diagonal (what lies below may be written to as well)

@@ -174,9 +174,9 @@ void add_slice_of(const Slice& slice) {
 
 void add_slice(const Slice& slice) {
   switch (slice.type) {
-    case FeatureType::kFloat: return add_slice_of<Float>(slice);
-    case FeatureType::kHalf: return add_slice_of<Half>(slice);
-    case FeatureType::kBFloat16: return add_slice_of<BFloat16>(slice);
+    case FloatType::kFloat: return add_slice_of<Float>(slice);
+    case FloatType::kHalf: return add_slice_of<Half>(slice);
+    case FloatType::kBFloat16: return add_slice_of<BFloat16>(slice);
   }
 }
 

@@ -10,6 +10,8 @@
 namespace losa::masked_lora {
 namespace {
 
+static_assert(sample_columns(kMaxRank) > 0 && compose_scratch(kMaxRank) >= kMaxRank * kOutFeatures);
+
 int64_t padded_tokens(int64_t tokens) {
   return (tokens + kTokens - 1) / kTokens * kTokens;
 }

@@ -57,6 +57,7 @@ struct Split {
 constexpr int64_t kBlock = 64;
 // Features of out that share a pass over x; their sums stay in the second-level cache.
 constexpr int64_t kOutFeatures = 96;
+// Rows whose kept entries of G are formed together, for a block of x in the first-level cache.
 constexpr int64_t kSampleRows = 64;
 
 // Columns, a multiple of kBlock, of a tile of kSampleRows.

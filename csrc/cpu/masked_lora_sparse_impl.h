@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kPassRegisters = 8, kPassTokens = kPassRegisters * kLanes;
 constexpr int64_t kGroup = 4;  // entries that sample_row sums side by side
+static_assert(kTokens % kLanes == 0 && kBlock == 64 && kOutFeatures % 8 == 0, "a word of the mask, or whole bytes");
 
 inline const float* piece(const Passes& matrix, int64_t token, int64_t width, int64_t feature) {
   return matrix.data + token * matrix.features + (matrix.first + feature) * width;

@@ -17,20 +17,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The Python function's limit; a chunk of columns has at least as many.
+constexpr int64_t kMaxRank = 128;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kElementsPerTask = 1 << 14;
 // Rows that share a partial dA, and how many partials there are at most: set by the shape alone, so that the number of
 // threads does not change a bit of the result.
 constexpr int64_t kSegmentRows = 64, kMaxSegments = 16;
-
-FloatType float_type(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  return type == ScalarType::Float ? FloatType::kFloat
-      : type == ScalarType::Half   ? FloatType::kHalf
-                                   : FloatType::kBFloat16;
-}
 
 bool has_dense_rows(const Tensor& matrix) {
   return matrix.size(1) <= 1 || matrix.stride(1) == 1;
@@ -41,8 +34,9 @@ Tensor with_dense_rows(const Tensor& matrix) {
 }
 
 void check_factors(const Tensor& lora_A, const Tensor& lora_B, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.scalar_type() == ScalarType::Float && lora_A.size(1) == columns,
-                  "lora_A: expected float32 (r, ", columns, ")");
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.scalar_type() == ScalarType::Float && lora_A.size(0) <= kMaxRank &&
+                      lora_A.size(1) == columns,
+                  "lora_A: expected float32 (r, ", columns, ") with r <= ", kMaxRank);
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.scalar_type() == ScalarType::Float && lora_B.size(0) == rows &&
                       lora_B.size(1) == lora_A.size(0),
                   "lora_B: expected float32 (", rows, ", ", lora_A.size(0), ")");
@@ -60,9 +54,11 @@ void check_gradients(const std::optional<Tensor>& dA, const std::optional<Tensor
 // The inputs that say which entries of a panel are kept, in memory with dense rows.
 struct Source {
   Tensor weight;
+  FloatType type;
   std::optional<Tensor> mask;
 
-  Source(const Tensor& weight_in, const std::optional<Tensor>& mask_in) : weight(with_dense_rows(weight_in)) {
+  Source(const Tensor& weight_in, const std::optional<Tensor>& mask_in)
+      : weight(with_dense_rows(weight_in)), type(float_type(weight_in, "weight")) {
     if (!mask_in) return;
     STD_TORCH_CHECK(is_packed_mask(*mask_in, weight.size(0), weight.size(1)),
                     "mask: expected a uint8 tensor (out, ceil(in / 8)) for a weight (", weight.size(0), ", ",
@@ -71,7 +67,6 @@ struct Source {
   }
 
   Kept rows_from(int64_t row) const {
-    const FloatType type = float_type(weight, "weight");
     const auto* elements = static_cast<const char*>(weight.const_data_ptr());
     return {.bits = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) + row * mask->stride(0) : nullptr,
             .bits_stride = mask ? mask->stride(0) : 0,

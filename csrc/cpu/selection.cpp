@@ -81,7 +81,7 @@ Bound smallest(const KeyRange& range, int64_t total, int64_t k, const Count& cou
 Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t count, int64_t m,
                     const std::optional<Tensor>& mask) {
   pruning::check_wanda_select(weight, input_norms, count, m, mask);
-  const ScalarType dtype = weight.scalar_type();
+  const FloatType type = float_type(weight, "weight");
   const int64_t rows = weight.size(0), columns = weight.size(1), width = packed_width(columns);
   const Tensor source = torch::stable::contiguous(weight), norms = torch::stable::contiguous(input_norms);
   std::optional<Tensor> before;
@@ -91,11 +91,8 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   const Kernels& run = kernels();
   const auto pack = pack_row();
   const auto unpack = unpack_row();
-  const WeightType type = dtype == ScalarType::Float  ? WeightType::kFloat
-                          : dtype == ScalarType::Half ? WeightType::kHalf
-                                                      : WeightType::kBFloat16;
   const auto* weights = static_cast<const uint8_t*>(source.const_data_ptr());
-  const int64_t row_bytes = columns * (type == WeightType::kFloat ? 4 : 2);
+  const int64_t row_bytes = columns * float_type_size(type);
   const auto* scale = static_cast<const float*>(norms.const_data_ptr());
   const auto* kept_before = before ? static_cast<const uint8_t*>(before->const_data_ptr()) : nullptr;
   auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
@@ -129,6 +126,26 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   return packed;
 }
 
+// Set bits of columns [begin, end) of a packed row.
+int64_t count_bits(const uint8_t* row, int64_t begin, int64_t end) {
+  int64_t kept = 0, byte = begin / 8;
+  const auto count_byte = [&] {
+    unsigned value = row[byte];
+    if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
+    if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
+    kept += std::popcount(value);
+    ++byte;
+  };
+  if (begin % 8 != 0) count_byte();
+  for (; 8 * byte + 64 <= end; byte += 8) {
+    uint64_t word;
+    std::memcpy(&word, row + byte, sizeof word);
+    kept += std::popcount(word);
+  }
+  while (8 * byte < end) count_byte();
+  return kept;
+}
+
 Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_size) {
   pruning::check_pruned_per_block(mask, in_features, block_size);
   const Tensor source = torch::stable::contiguous(mask);
@@ -141,14 +158,7 @@ Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_s
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * block_size, end = std::min(begin + block_size, in_features);
       int64_t kept = 0;
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t byte = begin / 8; byte * 8 < end; ++byte) {
-          unsigned value = bits[row * width + byte];
-          if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
-          if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
-          kept += std::popcount(value);
-        }
-      }
+      for (int64_t row = 0; row < rows; ++row) kept += count_bits(bits + row * width, begin, end);
       pruned[block] = rows * (end - begin) - kept;
     }
   });

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace losa::selection {
+#include "common/float_type.h"
 
-enum class WeightType : int { kFloat, kHalf, kBFloat16 };
+namespace losa::selection {
 
 struct KeyRange {
   int32_t least, most;  // of the keys >= 0
@@ -15,7 +15,7 @@ struct KeyRange {
 
 struct Kernels {
   // |w| * norm
-  void (*wanda_keys)(const void* weight, WeightType type, const float* norms, int64_t n, int32_t* keys);
+  void (*wanda_keys)(const void* weight, FloatType type, const float* norms, int64_t n, int32_t* keys);
   // (w / u)^2
   void (*sweep_keys)(const float* weight, const float* diagonal, int64_t n, int32_t* keys);
   // keys[j] = -1 where kept[j] is 0

@@ -34,11 +34,11 @@ void wanda_keys_of(const void* weight, const float* norms, int64_t n, int32_t* k
   for (int64_t j = 0; j < n; ++j) keys[j] = score_key(Type::magnitude(w[j]) * norms[j]);
 }
 
-void wanda_keys(const void* weight, WeightType type, const float* norms, int64_t n, int32_t* keys) {
+void wanda_keys(const void* weight, FloatType type, const float* norms, int64_t n, int32_t* keys) {
   switch (type) {
-    case WeightType::kFloat: return wanda_keys_of<Float>(weight, norms, n, keys);
-    case WeightType::kHalf: return wanda_keys_of<Half>(weight, norms, n, keys);
-    case WeightType::kBFloat16: return wanda_keys_of<BFloat16>(weight, norms, n, keys);
+    case FloatType::kFloat: return wanda_keys_of<Float>(weight, norms, n, keys);
+    case FloatType::kHalf: return wanda_keys_of<Half>(weight, norms, n, keys);
+    case FloatType::kBFloat16: return wanda_keys_of<BFloat16>(weight, norms, n, keys);
   }
 }
 
