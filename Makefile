@@ -13,6 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*) CMakeLists.txt setup.py pyproject.tom
 
 demo: $(STAMP)
 	$(BIN)/losa run examples/smollm2-cpu.yaml --overwrite $(if $(DATA),--data $(DATA))
+	$(BIN)/losa bench runs/smollm2-losa-70 --short --tokens 32
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,14 +1,17 @@
-"""Masks, shapes and rotating copies shared by the benchmarks of packed weights."""
+"""Masks, shapes, rotating copies and slices shared by the benchmarks of packed weights."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks._timing import SHAPES
+from benchmarks._timing import SHAPES, machine, report, write_rows
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "4:8", "2:8")
@@ -18,12 +21,48 @@ BEYOND_CACHE = 96 << 20  # bytes that a candidate goes through before it meets t
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", metavar="OUTxIN,...", help="instead of SmolLM2's and LLaMA-2-7B's")
     parser.add_argument("--patterns", metavar="P,...", help=f"of {', '.join(PATTERNS)}; N:M keeps N of M")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --json, measure only what they lack")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin nothing new after so long; see --resume")
+
+
+def run_slices(
+    name: str, args: argparse.Namespace, measure: Callable[[tuple[int, int], str], list[dict]]
+) -> list[dict]:
+    """``measure`` for every shape and pattern. With --json the file is written after each, so that a long run can be
+    cut into short ones.
+
+    Raises SystemExit: --resume without --json, or rows of another machine.
+    """
+    if args.resume and args.json is None:
+        raise SystemExit(f"{name}: --resume needs --json")
+    here, results = machine(args.device), []
+    if args.resume and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if before["machine"] != here:
+            raise SystemExit(f"{name}: the rows of {args.json} were measured on {before['machine']}, this is {here}")
+        results = before["rows"]
+    start = time.monotonic()
+    for shape in shapes_of(args):
+        for pattern in patterns_of(args):
+            done = any(r["shape"] == f"{shape[0]}x{shape[1]}" and r["pattern"] == pattern for r in results)
+            if done or (args.seconds is not None and time.monotonic() - start > args.seconds):
+                continue
+            results += [
+                {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+                for row in measure(shape, pattern)
+            ]
+            if args.json is not None:
+                write_rows(args.json, {"benchmark": name, "machine": here, "rows": results})
+    if not args.resume:
+        report(name, results, args.json, args.device)
+    return results
 
 
 def shapes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     if args.shapes:
         return [tuple(int(side) for side in shape.split("x")) for shape in args.shapes.split(",")]
-    return SHAPES["smollm2"][:1] + SHAPES["llama2-7b"][:1] if args.quick else sum(SHAPES.values(), [])
+    small, large = SHAPES["smollm2"], SHAPES["llama2-7b"]
+    return small[:1] + large[:1] if args.quick else small + large
 
 
 def patterns_of(args: argparse.Namespace) -> list[str]:

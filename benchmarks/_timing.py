@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,15 @@ from rich.table import Table
 
 from losa.speed import copy_bandwidth as copy_bandwidth
 from losa.speed import wait
+from losa_kernels import native
 
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "llama2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
     "llama2-13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
 }
+
+BACKLOG_CYCLES = 1_000_000  # about half a millisecond of a GPU's time
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -35,20 +39,36 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 def interleaved(
     candidates: dict[str, Callable[[int], object]], repetitions: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike.
+    """Seconds of every candidate, taken in turns so that drift of a noisy machine hits all alike, each time in another
+    order: what runs just before leaves caches and threads in its own state.
 
     A candidate gets the repetition's number, to rotate buffers larger than the cache.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffle = list(candidates.items()), random.Random().shuffle
     for repetition in range(-1, repetitions):
-        for name, run in candidates.items():
-            wait(device)
-            start = time.perf_counter()
-            run(repetition)
-            wait(device)
+        shuffle(order)
+        for name, run in order:
+            taken = seconds(run, repetition, device)
             if repetition >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
+
+
+def seconds(run: Callable[[int], object], repetition: int, device: str) -> float:
+    """Of one run. On a GPU between two events behind a backlog, so that the host's time to launch does not count."""
+    wait(device)
+    if device.startswith("cuda"):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BACKLOG_CYCLES)
+        begin.record()
+        run(repetition)
+        end.record()
+        wait(device)
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run(repetition)
+    return time.perf_counter() - start
 
 
 def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
@@ -106,10 +126,14 @@ def report(name: str, results: Sequence[dict], path: Path | None, device: str) -
 
 
 def write_rows(path: Path, document: dict) -> None:
-    """JSON, whole or not at all."""
+    """JSON, whole or not at all; a line for each of the document's "rows"."""
+    text = json.dumps(document | ({"rows": []} if "rows" in document else {}), indent=1)
+    if document.get("rows"):
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in document["rows"])
+        text = text.replace('"rows": []', f'"rows": [\n{lines}\n ]')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(text + "\n")
     temporary.replace(path)
 
 
@@ -125,4 +149,5 @@ def machine(device: str) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
     }

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks._timing import machine, write_rows
 
-MICROBENCHMARKS = ("bitmask", "masked_lora", "cka")
+DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
+MICROBENCHMARKS = {"bitmask": [], "masked_lora": [], "cka": [], "packing": DECODED, "sparse_linear": DECODED}
 
 
 def main(argv: list[str]) -> int:
@@ -25,9 +26,9 @@ def main(argv: list[str]) -> int:
         raise SystemExit("benchmarks gpu: no CUDA device here")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in MICROBENCHMARKS:
+        for name, options in MICROBENCHMARKS.items():
             file = Path(folder) / f"{name}.json"
-            flags = ["--device", "cuda", "--json", str(file), *(["--quick"] if args.quick else [])]
+            flags = ["--device", "cuda", "--json", str(file), *(["--quick"] if args.quick else options)]
             importlib.import_module(f"benchmarks.{name}").main(flags)
             results[name] = json.loads(file.read_text())["rows"]
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -1,8 +1,8 @@
 """The masked-LoRA linear, forward and forward + backward, against plain, PEFT, eager LoSA and composed layers.
 
 Columns: ``times_floor`` is the median over that of the three products that a step cannot do without (forward: over the
-one product), ``losa_speedup`` how many times faster than this row ours is, ``extra_memory_mb`` the peak above what is
-there before the call.
+one product) unless it leaves zeros out, ``losa_speedup`` how many times faster than this row ours is,
+``extra_memory_mb`` the peak above what is there before the call.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     arguments.add_argument("--shape", action="append", metavar="OUTxINxT", help="only these; may be repeated")
     arguments.add_argument("--rank", action="append", type=int, help="only these")
+    arguments.add_argument("--sparsity", action="append", type=float, help="zeros of the weight; default 0.7")
     arguments.add_argument("--repetitions", type=int)
     arguments.add_argument(
         "--allocator",
@@ -64,7 +65,12 @@ def main(argv: list[str]) -> int:
         ]
     else:
         limit = product_rate(args.device, DTYPES[args.dtype])
-        results = [row for problem in _grid(args) for row in measure(*problem, limit, args)]
+        results = [
+            row
+            for problem in _grid(args)
+            for sparsity in args.sparsity or [0.7]
+            for row in measure(*problem, sparsity, limit, args)
+        ]
     report("masked_lora", results, args.json, args.device)
     return 0
 
@@ -106,12 +112,12 @@ def _grid(args) -> list[tuple[int, int, int, int, float]]:
     ]
 
 
-def measure(out: int, inner: int, tokens: int, rank: int, p: float, limit: float, args) -> list[dict]:
+def measure(out: int, inner: int, tokens: int, rank: int, p: float, sparsity: float, limit: float, args) -> list[dict]:
     dtype = DTYPES[args.dtype]
     # Several problems, so that no weight is in the cache when its turn comes.
     size = out * inner * dtype.itemsize
     count = max(1, min(6, (96 << 20) // size))
-    problems = [Problem.random(out, inner, tokens, rank, dtype, args.device, p) for _ in range(count)]
+    problems = [Problem.random(out, inner, tokens, rank, dtype, args.device, p, sparsity) for _ in range(count)]
     check(problems[0])
     forwards: dict[str, list[Callable]] = {
         "losa": [losa] * count,
@@ -130,6 +136,7 @@ def measure(out: int, inner: int, tokens: int, rank: int, p: float, limit: float
         "tokens": tokens,
         "rank": rank,
         "dropout_p": p,
+        "sparsity": sparsity,
         "dtype": args.dtype,
         "allocator": "raised" if RAISED.items() <= os.environ.items() else "default",
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks._sparse import add_options, copies, kept_mask, pack, patterns_of, shapes_of
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from benchmarks._sparse import add_options, copies, kept_mask, pack, run_slices
+from benchmarks._timing import copy_bandwidth, interleaved, parser, rows
 from losa_kernels import dispatch, pack_mask
 from losa_kernels.packing import reference
 
@@ -17,19 +17,17 @@ def main(argv: list[str]) -> int:
     add_options(options)
     args = options.parse_args(argv)
     limit = copy_bandwidth(args.device, 64 if args.quick else 256)
-    results = [
-        row
-        for shape in shapes_of(args)
-        for pattern in patterns_of(args)
-        for dtype in (["bf16"] if args.quick else DTYPES)
-        for row in measure(shape, pattern, dtype, limit, args)
-    ]
-    report("packing", results, args.json, args.device)
+    dtypes = ["bf16"] if args.quick else list(DTYPES)
+    run_slices(
+        "packing",
+        args,
+        lambda shape, pattern: [row for dtype in dtypes for row in measure(shape, pattern, dtype, limit, args)],
+    )
     return 0
 
 
 def measure(shape: tuple[int, int], pattern: str, dtype: str, limit: float, args) -> list[dict]:
-    repetitions = 5 if args.quick else 15
+    repetitions = 5 if args.quick or shape[0] * shape[1] > 1 << 21 else 15
     weight = torch.randn(shape, device=args.device).to(DTYPES[dtype])
     kept = kept_mask(shape, pattern, args.device)
     packed, mask, dense = pack(weight, kept, pattern), pack_mask(kept), weight.masked_fill(~kept, 0)

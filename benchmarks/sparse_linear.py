@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks._sparse import add_options, copies, kept_mask, pack, patterns_of, shapes_of
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from benchmarks._sparse import add_options, copies, kept_mask, pack, run_slices
+from benchmarks._timing import copy_bandwidth, interleaved, parser, rows
 from losa_kernels import pack_bitmask, pack_mask, sparse_linear
 
 BATCHES = (1, 4, 16)
@@ -31,13 +31,7 @@ def main(argv: list[str]) -> int:
     limits = {"copy": copy_bandwidth(args.device, megabytes), "read": read_bandwidth(args.device, megabytes)}
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse CSR.*")
-        results = [
-            row
-            for shape in shapes_of(args)
-            for pattern in patterns_of(args)
-            for row in measure(shape, pattern, batches, limits, args)
-        ]
-    report("sparse_linear", results, args.json, args.device)
+        run_slices("sparse_linear", args, lambda shape, pattern: measure(shape, pattern, batches, limits, args))
     return 0
 
 
@@ -49,7 +43,7 @@ def read_bandwidth(device: str, megabytes: int) -> float:
 
 def measure(shape: tuple[int, int], pattern: str, batches, limits: dict[str, float], args) -> list[dict]:
     small = shape[0] * shape[1] < 1 << 21
-    repetitions = args.repetitions or (5 if args.quick else 200 if small else 25)
+    repetitions = args.repetitions or (5 if args.quick else 60 if small else 9)
     kept = kept_mask(shape, pattern, args.device)
     weight = torch.randn(shape, device=args.device).bfloat16().masked_fill_(~kept, 0)
     weights = stored_weights(weight, kept, pattern, repetitions + 1)

@@ -24,7 +24,7 @@ from losa.pruners.base import Pattern, Pruned
 from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa.schedule import RoundPlan
-from losa_kernels import cka_similarity, unpack_mask
+from losa_kernels import cka_similarity, merge_masked_lora, unpack_mask
 
 
 class Engine:
@@ -99,7 +99,8 @@ class Engine:
             stream = self._stream(ids)
             grams = []
             for index in range(len(self.blocks)):
-                stream.advance(index)
+                with self._merged_block(index):
+                    stream.advance(index)
                 try:
                     grams.append(stream.gram())
                 except ValueError as error:
@@ -192,6 +193,7 @@ class Engine:
                     dense.advance(index)
             with (
                 _timed(seconds, "forward"),
+                self._merged_block(index),
                 collect(self.layers[index], self.pruner.statistic, where, lambda: sparse.position) as statistics,
             ):
                 if self.pruner.statistic != "none":
@@ -201,7 +203,8 @@ class Engine:
                 for name, layer in self.layers[index].items():
                     self._prune_linear(f"{where}.{name}", layer, statistics[name], pattern, record)
             with _timed(seconds, "forward"):
-                sparse.advance(index)
+                with self._merged_block(index):
+                    sparse.advance(index)
                 if dense is not None:
                     meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error)
                     for d, s in zip(dense.hidden, sparse.hidden, strict=True):
@@ -264,6 +267,19 @@ class Engine:
         finally:
             for layer, current in swapped.items():
                 layer.weight.data = current
+
+    @contextmanager
+    def _merged_block(self, index: int) -> Iterator[None]:
+        """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them."""
+        swapped = {m: m.weight.data for m in self.layers[index].values()}
+        for layer, weight in swapped.items():
+            layer.weight.data = merge_masked_lora(weight, layer.mask, layer.lora_A, layer.lora_B, layer.scaling)
+        try:
+            with dense_mode(self.blocks[index]):
+                yield
+        finally:
+            for layer, weight in swapped.items():
+                layer.weight.data = weight
 
     def _ranks(self, plan: RoundPlan, errors: list[float] | None, sparsity: list[float]) -> Tensor:
         config, count = self.allocation, len(self.blocks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,7 @@ class LeanDecoder:
     """
 
     def __init__(self, model: nn.Module, max_length: int):
-        self.model, self.max_length = model, max_length
-        self.decoder = model.get_decoder()
+        decoder = model.get_decoder()
         self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         first = self.embeddings.weight
         self.device, self.dtype = first.device, first.dtype
@@ -80,22 +80,26 @@ class LeanDecoder:
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [self._read(block) for block in blocks]
-            self.norm, rotary = _norm(self.decoder.norm), self.decoder.rotary_emb
+            self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
         except AttributeError as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
-        if getattr(rotary, "rope_type", "default") not in FIXED_ROPE:
-            raise Unsupported(f"generate: rotary positions of type {rotary.rope_type} depend on the length")
+        if getattr(self.rotary, "rope_type", "default") not in FIXED_ROPE:
+            raise Unsupported(f"generate: rotary positions of type {self.rotary.rope_type} depend on the length")
+        self._check(model)
+        self.resize(max_length)
+
+    def resize(self, max_length: int) -> None:
+        """Forget what was read, and make room for so many tokens; 0 frees the cache."""
         positions = torch.arange(max_length, device=self.device)[None]
-        cos, sin = rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
-        half = self.head_dim // 2
+        cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
             raise Unsupported("generate: rotary positions cover a part of each head only")
+        half = self.head_dim // 2
         # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
         shape = (len(self.blocks), 2, 1, self.key_heads, max_length, self.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.length = 0
-        self._check()
+        self.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.max_length, self.length = max_length, 0
 
     def _read(self, block: nn.Module) -> _Block:
         attention, mlp = block.self_attn, block.mlp
@@ -166,16 +170,16 @@ class LeanDecoder:
         return attended.transpose(1, 2).reshape(1, tokens, -1)
 
     @torch.inference_mode()
-    def _check(self) -> None:
+    def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
-        ids = torch.arange(3, 3 + min(6, self.max_length), device=self.device) % self.embeddings.weight.shape[0]
-        expected = self.model(ids[None], use_cache=False).logits[0].float()
+        self.resize(6)
+        ids = torch.arange(3, 9, device=self.device) % self.embeddings.weight.shape[0]
+        expected = model(ids[None], use_cache=False).logits[0].float()
         found = [self._logits(ids[:-2], last=False), self._logits(ids[-2:-1], last=False)]
         found = torch.cat([*found, self._logits(ids[-1:], last=False)]).float()
-        self.reset()
         allowed = 64 * torch.finfo(self.dtype).eps * expected.abs().max()
         if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
-            raise Unsupported(f"generate: {type(self.model).__name__} computes something else than a plain LLaMA block")
+            raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -193,11 +197,54 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     if group is None or any(getattr(linear, "group", None) is not group for linear in linears):
         return lambda x: torch.cat([linear(x) for linear in linears], -1)
     biases = [linear.bias for linear in linears]
-    bias = None
-    if any(b is not None for b in biases):
-        zeros = [torch.zeros(m.out_features, dtype=group.dtype, device=group.device) for m in linears]
-        bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
-    return lambda x: sparse_linear(x, group, bias)
+    if all(bias is None for bias in biases):
+        return lambda x: sparse_linear(x, group)
+    zeros = [torch.zeros(linear.out_features, dtype=group.dtype, device=group.device) for linear in linears]
+    parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
+    return lambda x: sparse_linear(x, group, torch.cat(parts))
+
+
+# Decoders wait here between two texts, without a cache, each with what its model looked like. They refer to parts of
+# the model, never to the model, which would otherwise live for ever.
+_waiting: WeakKeyDictionary[nn.Module, tuple[list, LeanDecoder]] = WeakKeyDictionary()
+
+
+def _take_decoder(model: nn.Module, max_length: int) -> tuple[list | None, LeanDecoder]:
+    """(what the model looks like, its decoder): the one that waits if nothing has changed since, else a new one.
+
+    Taken out, so that two threads never share a cache.
+    """
+    now = _looks(model)
+    before, decoder = _waiting.pop(model, (None, None))
+    if decoder is None or before != now:
+        return now, LeanDecoder(model, max_length)
+    decoder.resize(max_length)
+    return now, decoder
+
+
+def _keep_decoder(model: nn.Module, looks: list | None, decoder: LeanDecoder) -> None:
+    if looks is not None:
+        decoder.resize(0)
+        _waiting[model] = looks, decoder
+
+
+def forget_decoder(model: nn.Module) -> None:
+    """Let go of the linears that a waiting decoder holds on to, before they are replaced."""
+    _waiting.pop(model, None)
+
+
+def _looks(model: nn.Module) -> list | None:
+    """What a decoder depends on: which modules there are and where their tensors lie. None if forward methods were
+    replaced or hooks hung onto modules: what those do can change unseen."""
+    seen: list = []
+    for name, module in model.named_modules():
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        seen += name, ref(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                seen.append((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device))
+    return seen
 
 
 @torch.inference_mode()
@@ -241,7 +288,7 @@ def generate(
     ids = ids.to(model.get_input_embeddings().weight.device)
     stops = _end_tokens(model, tokenizer) if stop_at_eos else set()
     try:
-        decoder = LeanDecoder(model, len(ids) + max_new_tokens)
+        looks, decoder = _take_decoder(model, len(ids) + max_new_tokens)
     except Unsupported:
         return _through_transformers(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stops)
     generator = torch.Generator(ids.device).manual_seed(seed)
@@ -260,6 +307,7 @@ def generate(
         token = choose(decoder(ids.new_tensor([token])), temperature, top_p, generator)
         tokens.append(token)
     end = time.perf_counter()
+    _keep_decoder(model, looks, decoder)
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Generated(text, tokens, len(ids), first - start, end - first)
 

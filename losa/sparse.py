@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError
+from losa.generation import forget_decoder
 from losa.model import find_blocks, find_linears
 from losa.modules import SparseLinear
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
@@ -18,8 +19,8 @@ from losa_kernels.packing.rows import join_rows, take_rows
 logger = logging.getLogger("losa")
 
 FORMATS = ("auto", "bitmask", "nm")
-# Below this share of zeros a bitmask saves too little to pay for its decoding.
-MIN_SPARSITY = 0.4
+# Below this share of zeros packing saves too little to pay for the decoding; a quarter (3:4) still pays.
+MIN_SPARSITY = 0.2
 # N:M with more than this share of padding in its values is stored as a bitmask.
 MAX_PADDING = 0.02
 # Linears that read the same input, by their names' last components: their rows lie together in memory.
@@ -82,6 +83,7 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     Raises:
         ModelError: adapters are left, or no linear has zeros enough.
     """
+    forget_decoder(model)
     replaced, considered = 0, 0
     for block in find_blocks(model)[1]:
         for name, linear in find_linears(block).items():
@@ -107,6 +109,7 @@ def zero_share(weight: Tensor) -> float:
 @torch.no_grad()
 def densify(model: nn.Module) -> nn.Module:
     """The inverse of ``sparsify``, in place."""
+    forget_decoder(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             model.set_submodule(name, module.to_linear())

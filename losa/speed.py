@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -29,42 +29,52 @@ class DecodeSpeed:
     fraction_of_limit: float
 
 
+# Who decodes, and the weights: as they came, without zeros, and both in bfloat16 (where they are not already).
+LOOPS = ("transformers", "losa")
+WEIGHTS = ("dense", "packed", "packed bfloat16", "dense bfloat16")
+
+
 @torch.inference_mode()
 def decode_speeds(
-    model: nn.Module, *, tokens: int = 64, repetitions: int = 3, transformers_too: bool = True
+    model: nn.Module, *, tokens: int = 64, repetitions: int = 3, only: Collection[str] | None = None
 ) -> list[DecodeSpeed]:
-    """Greedy decoding of one sequence, taken in turns: transformers' ``generate`` and the lean loop on dense weights,
-    both on packed ones, and the lean loop on packed bfloat16 weights.
+    """Greedy decoding of one sequence, in turns, by transformers' ``generate`` and by the lean loop.
 
     Args:
         model: a pruned, merged model, dense or packed; left as it came.
         tokens: new tokens per measurement.
         repetitions: measurements of each; the median counts.
+        only: names "LOOP, WEIGHTS" of what to measure; None measures all.
 
     Raises:
         ModelError: the model is not pruned.
         LosaError: it is not of the kind that the lean loop computes.
     """
     dense = densify(copy.deepcopy(model))
-    variants = {
-        "dense": dense,
-        "packed": sparsify(copy.deepcopy(dense)),
-    }
-    if dense.dtype != torch.bfloat16:
-        variants["packed bfloat16"] = sparsify(copy.deepcopy(dense).bfloat16())
-        if transformers_too:
-            variants["dense bfloat16"] = copy.deepcopy(dense).bfloat16()
     device = dense.get_input_embeddings().weight.device
     prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
-    runs: dict[str, tuple[nn.Module, Callable[[], float]]] = {}
-    for name, variant in variants.items():
-        if transformers_too:
-            runs[f"transformers, {name}"] = (variant, lambda m=variant: _transformers(m, prompt, tokens))
-        try:
-            decoder = LeanDecoder(variant, len(prompt) + tokens)
-        except Unsupported as error:
-            raise LosaError(f"bench: {error}") from error
-        runs[f"losa, {name}"] = (variant, lambda d=decoder: _lean(d, prompt, tokens))
+    runs: dict[str, tuple[int, Callable[[], float]]] = {}
+    for weights in WEIGHTS[:2] if dense.dtype == torch.bfloat16 else WEIGHTS:
+        names = [f"{loop}, {weights}" for loop in LOOPS]
+        names = [name for name in names if only is None or name in only]
+        if not names:
+            continue
+        variant = copy.deepcopy(dense)
+        if "bfloat16" in weights:
+            variant.bfloat16()
+        if "packed" in weights:
+            sparsify(variant)
+        moved = bytes_per_token(variant)
+        for name in names:
+            if name.startswith("losa"):
+                try:
+                    decoder = LeanDecoder(variant, len(prompt) + tokens)
+                except Unsupported as error:
+                    raise LosaError(f"bench: {error}") from error
+                runs[name] = moved, lambda d=decoder: _lean(d, prompt, tokens)
+            else:
+                runs[name] = moved, lambda m=variant: _transformers(m, prompt, tokens)
+    del dense
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(-1, repetitions):
         for name, (_, run) in runs.items():
@@ -73,9 +83,8 @@ def decode_speeds(
                 seconds[name].append(taken)
     bandwidth = copy_bandwidth(device, 128)
     found = []
-    for name, (variant, _) in runs.items():
+    for name, (moved, _) in runs.items():
         per_token = statistics.median(seconds[name])
-        moved = bytes_per_token(variant)
         found.append(DecodeSpeed(name, 1 / per_token, moved, moved / bandwidth / per_token))
     return found
 

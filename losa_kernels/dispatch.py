@@ -68,21 +68,29 @@ TABLE: dict[str, dict[str, str]] = {
     "pack_bitmask": {
         "reference": "losa_kernels.packing.reference:pack_bitmask",
         "cpu": "losa_kernels.packing.cpu:pack_bitmask",
+        "cuda": "losa_kernels.packing.cuda:pack_bitmask",
     },
-    "pack_nm": {"reference": "losa_kernels.packing.reference:pack_nm", "cpu": "losa_kernels.packing.cpu:pack_nm"},
+    "pack_nm": {
+        "reference": "losa_kernels.packing.reference:pack_nm",
+        "cpu": "losa_kernels.packing.cpu:pack_nm",
+        "cuda": "losa_kernels.packing.cuda:pack_nm",
+    },
     "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
     "largest_group": {
         "reference": "losa_kernels.packing.reference:largest_group",
         "cpu": "losa_kernels.packing.cpu:largest_group",
+        "cuda": "losa_kernels.packing.cuda:largest_group",
     },
     "unpack_bitmask": {
         "reference": "losa_kernels.packing.reference:unpack_bitmask",
         "cpu": "losa_kernels.packing.cpu:unpack_bitmask",
+        "cuda": "losa_kernels.packing.cuda:unpack_bitmask",
     },
     "unpack_24": {"reference": "losa_kernels.packing.reference:unpack_24"},
     "sparse_linear": {
         "reference": "losa_kernels.sparse_linear.reference:sparse_linear",
         "cpu": "losa_kernels.sparse_linear.cpu:sparse_linear",
+        "cuda": "losa_kernels.sparse_linear.cuda:sparse_linear",
     },
 }
 

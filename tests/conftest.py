@@ -28,7 +28,7 @@ OURS = tuple(str(ROOT / package) + os.sep for package in ("losa", "losa_kernels"
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 # GPU machines without network may lack these; there, tests that need them are skipped instead of failing to import.
-NOT_ON_EVERY_GPU_MACHINE = ("pydantic", "datasets", "gguf", "hypothesis", "typer", "peft")
+NOT_ON_EVERY_GPU_MACHINE = ("pydantic", "datasets", "gguf", "hypothesis", "typer", "peft", "compressed_tensors")
 
 
 # torch lists its factory functions when a device context is first used; it must list the real ones, not our wrappers.

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them.
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, and decode kernels' instructions.
 
 ``python tests/ptxas.py`` prints what differs from tests/ptxas.json; ``--write`` makes the table anew.
 """
@@ -11,13 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+
+import sass
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "90a", "120")
+FOLDER = tempfile.TemporaryDirectory()
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -38,21 +42,37 @@ def known_archs() -> list[str]:
     return [arch for arch in ARCHS if f"sm_{arch.rstrip('a')}" in known]
 
 
-def measure(source: Path) -> dict[str, dict[str, list[int]]]:
-    """kernel -> architecture -> [registers, bytes spilled, bytes of static shared memory]."""
+@cache
+def compiled(source: Path) -> tuple[Path, str]:
+    """(fatbin for every known architecture, what ptxas reported); once in a process."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs()]
-    flags = ["-std=c++20", "-O3", "-DLOSA_KERNELS_ONLY", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-fatbin"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [NVCC, *flags, *targets, source, "-o", Path(folder) / "kernels.fatbin"]
-        result = subprocess.run(command, capture_output=True, text=True)
+    flags = ["-std=c++20", "-O3", "-DLOSA_KERNELS_ONLY", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-fatbin", "-t", "0"]
+    fatbin = Path(FOLDER.name) / f"{source.stem}.fatbin"
+    result = subprocess.run([NVCC, *flags, *targets, source, "-o", fatbin], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
+    return fatbin, result.stderr
+
+
+def measure(source: Path) -> dict[str, dict[str, list[int]]]:
+    """kernel -> architecture -> [registers, bytes spilled, bytes of static shared memory]."""
     found: dict[str, dict[str, list[int]]] = {}
-    for entry in ENTRY.finditer(result.stderr):
+    for entry in ENTRY.finditer(compiled(source)[1]):
         shared = re.search(r"(\d+) bytes smem", entry["more"])
         spilled = int(entry["stores"]) + int(entry["loads"])
         numbers = [int(entry["registers"]), spilled, int(shared[1]) if shared else 0]
         found.setdefault(readable(entry["name"]), {})[entry["arch"]] = numbers
+    return {name: {arch: row[arch] for arch in ARCHS if arch in row} for name, row in sorted(found.items())}
+
+
+def steps() -> dict[str, list[int]]:
+    """Decode kernel -> [rows of the weight, shortest, longest path through a step, see sass.py], on sm_90a."""
+    (source,) = (path for path in SOURCES if path.stem == "sparse_linear")
+    found = {}
+    for symbol, code in sass.functions(compiled(source)[0], "90a").items():
+        name = readable(symbol)
+        tensor, _, batch, _ = re.match(r"decode_kernel<(\d+), (\d+), (\d+), (\d+)>", name).groups()
+        found[name] = [4 if tensor == "1" and batch == "8" else 2, *sass.step_of(*code)]
     return dict(sorted(found.items()))
 
 
@@ -78,8 +98,9 @@ def text_of(table: dict) -> str:
         rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         sources.append(f"  {json.dumps(source)}: {{\n{rows}\n  }}")
     body = ",\n".join(sources)
+    steps = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["steps"].items())
     head = f' "nvcc": {json.dumps(table["nvcc"])},\n "columns": {json.dumps(table["columns"])},\n'
-    return "{\n" + head + ' "kernels": {\n' + body + "\n }\n}\n"
+    return "{\n" + head + ' "kernels": {\n' + body + '\n },\n "steps": {\n' + steps + "\n }\n}\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -87,14 +108,18 @@ def main(arguments: list[str]) -> int:
         print("nvcc is not installed")
         return 1
     kernels = {source.stem: measure(source) for source in SOURCES}
-    table = {"nvcc": version(), "columns": ["registers", "spilled bytes", "static shared bytes"], "kernels": kernels}
+    columns = ["registers", "spilled bytes", "static shared bytes"]
+    table = {"nvcc": version(), "columns": columns, "kernels": kernels, "steps": steps()}
     if "--write" in arguments:
         partial = TABLE.with_name(TABLE.name + ".partial")
         partial.write_text(text_of(table))
         partial.replace(TABLE)
         return 0
-    before = json.loads(TABLE.read_text())["kernels"]
-    changed = 0
+    committed = json.loads(TABLE.read_text())
+    before, changed = committed["kernels"], 0
+    if committed["steps"] != table["steps"]:
+        print(f"steps: {committed['steps']} -> {table['steps']}")
+        changed = 1
     for source in sorted(before | kernels):
         old, new = before.get(source, {}), kernels.get(source, {})
         for name in sorted(old | new):

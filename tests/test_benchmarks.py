@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks import (
     bitmask,
     cka,
     column_sweep,
+    decode,
     hessian,
     masked_lora,
     packing,
@@ -23,6 +25,7 @@ from benchmarks import (
     sparse_linear,
     training_step,
 )
+from losa.generation import generate
 from losa_kernels import native
 
 
@@ -77,6 +80,54 @@ def test_a_wrong_sparse_kernel_is_not_timed(monkeypatch, module, name, wrong):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(SystemExit, match="wrong kernel"):
         module.main(TINY)
+
+
+@pytest.fixture
+def pruned_directory(tmp_path):
+    from tiny import tiny_llama, tiny_tokenizer
+
+    from losa.model import block_linears
+
+    model = tiny_llama(layers=2).requires_grad_(False)
+    for linear in block_linears(model).values():
+        linear.weight.masked_fill_(torch.rand(linear.weight.shape) < 0.6, 0)
+    model.save_pretrained(tmp_path / "pruned")
+    tiny_tokenizer().save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_decode_document(pruned_directory, tmp_path, monkeypatch):
+    file = tmp_path / "decode.json"
+    args = ["--quick", "--device", "cpu", "--json", str(file), str(pruned_directory)]
+    decode.main([*args, "--only", "speed"])
+    rows = json.loads(file.read_text())["speed"]["rows"]
+    assert len(rows) == 8 and all(r["speedup_over_transformers, dense"] > 0 for r in rows)
+    decode.main([*args, "--only", "text"])
+    document = json.loads(file.read_text())
+    assert document["speed"]["rows"] == rows and document["text"]["same_as_dense"] and document["machine"]["torch"]
+
+    def wrong(*given, max_new_tokens, **settings):
+        made = generate(*given, max_new_tokens=max_new_tokens, **settings)
+        return replace(made, tokens=[*made.tokens[:-1], made.tokens[-1] + 1])
+
+    monkeypatch.setattr(decode, "generate", wrong)
+    with pytest.raises(SystemExit, match="losa, packed gives another text than dense weights after 31 tokens"):
+        decode.main([*args, "--only", "text"])
+
+
+def test_slices_go_on_where_they_stopped(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    args = ["--device", "cpu", "--shapes", "48x64,16x64", "--batches", "1", "--repetitions", "1", "--json", str(file)]
+    sparse_linear.main([*args, "--patterns", "70%"])
+    first = json.loads(file.read_text())["rows"]
+    sparse_linear.main([*args, "--patterns", "70%,2:4", "--resume"])
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[: len(first)] == first and {r["pattern"] for r in rows[len(first) :]} == {"2:4"}
+    sparse_linear.main([*args, "--patterns", "50%", "--resume", "--seconds", "-1"])
+    assert json.loads(file.read_text())["rows"] == rows
+    monkeypatch.setattr(_sparse, "machine", lambda device: {"device": "another"})
+    with pytest.raises(SystemExit, match="were measured on"):
+        sparse_linear.main([*args, "--resume"])
 
 
 @pytest.mark.parametrize("pattern", _sparse.PATTERNS)

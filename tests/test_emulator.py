@@ -20,7 +20,12 @@ FOLDER = ROOT / "tests" / "emulator"
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLOSA_EMULATOR"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SOURCES = {"bitmask": ["bitmask"], "sweep": ["selection", "wanda", "column_sweep"]}
+SOURCES = {
+    "bitmask": ["bitmask"],
+    "packing": ["packing"],
+    "sparse_linear": ["sparse_linear"],
+    "sweep": ["selection", "wanda", "column_sweep"],
+}
 
 pytestmark = [
     pytest.mark.subprocess,

@@ -221,10 +221,11 @@ def test_sparse_products_give_what_dense_ones_give(dtype, change, monkeypatch):
         assert error <= 64 * torch.finfo(torch.float32).eps * whole.abs().max(), name
 
 
-def test_sparse_products_error_model(monkeypatch):
+@pytest.mark.parametrize("shape", [(130, 129, 128), (200, 4096, 8), (3000, 100, 8)])
+def test_sparse_products_error_model(shape, monkeypatch):
     monkeypatch.setattr(cpu_sparse, "MOST_KEPT", 1.0)
-    args = problem(130, 129, 128, tokens=70, dtype=torch.float32)
-    grad_y = torch.randn(70, 130)
+    args = problem(*shape, tokens=70, dtype=torch.float32)
+    grad_y = torch.randn(70, shape[0])
     truth = run(formula, double(args), grad_y.double())
     ours = run(masked_lora_linear, args, grad_y)
     assert_error_model(ours, run(formula, args, grad_y), truth, torch.float32)

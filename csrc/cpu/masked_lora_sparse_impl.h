@@ -158,13 +158,12 @@ inline void list_entries(const Multiply& product, int64_t begin, int64_t outs, i
   }
 }
 
-// sums (kRegisters of tokens) += entries' weights times their features of in.
+// sums (kRegisters of tokens) += entries' weights times their features of in. The block's sum is formed apart: one long
+// chain of additions over all blocks would round off several times as much as a dense product does.
 template <int kRegisters>
 inline void multiply_row(const float* in, int64_t stride, const uint8_t* feature, const float* weight, int64_t count,
                          float* sums) {
-  Floats s[kRegisters];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRegisters; ++r) s[r] = load<FloatLanes>(sums + r * kLanes);
+  Floats s[kRegisters] = {};
   for (int64_t e = 0; e < count; ++e) {
     const float* from = in + feature[e] * stride;
     const float w = weight[e];
@@ -172,7 +171,9 @@ inline void multiply_row(const float* in, int64_t stride, const uint8_t* feature
     for (int r = 0; r < kRegisters; ++r) s[r] += load<FloatLanes>(from + r * kLanes) * w;
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRegisters; ++r) store<FloatLanes>(sums + r * kLanes, s[r]);
+  for (int r = 0; r < kRegisters; ++r) {
+    store<FloatLanes>(sums + r * kLanes, load<FloatLanes>(sums + r * kLanes) + s[r]);
+  }
 }
 
 void multiply(const Multiply& product) {

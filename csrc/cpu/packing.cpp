@@ -15,7 +15,7 @@
 
 #include "common/bits.h"
 #include "common/cpu_isa.h"
-#include "common/tensor_checks.h"
+#include "common/packing_checks.h"
 
 namespace losa::packing {
 
@@ -122,11 +122,6 @@ int64_t count_group(const uint8_t* mask, int64_t begin, int64_t m) {
   return count;
 }
 
-void check_mask(const Tensor& mask, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(is_packed_mask(mask, rows, columns), name,
-                  ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
-}
-
 Tensor with_dense_rows(const Tensor& matrix) {
   return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
 }
@@ -152,8 +147,7 @@ struct Source {
 };
 
 std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
-  check_mask(mask, weight.size(0), weight.size(1), "mask");
+  check_pack(weight, mask);
   const Source source(weight, mask);
   const PackRow pack_row = pack_row_of(weight.element_size());
   Tensor row_offsets = torch::stable::new_empty(weight, {source.rows}, ScalarType::Long);
@@ -202,10 +196,8 @@ bool fill_group(uint8_t* stored, int64_t begin, int64_t keep_n, int64_t m) {
 }
 
 std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int64_t keep_n, int64_t m) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
-  check_mask(mask, weight.size(0), weight.size(1), "mask");
-  STD_TORCH_CHECK(0 < keep_n && keep_n <= m && weight.size(1) % m == 0, "m: expected a divisor of in_features ",
-                  weight.size(1), " and 0 < keep_n <= m, got ", keep_n, " of ", m);
+  check_pack(weight, mask);
+  check_pattern(weight.size(1), keep_n, m);
   const Source source(weight, mask);
   const PackRow pack_row = pack_row_of(weight.element_size());
   const int64_t width = packed_width(source.columns), length = source.columns / m * keep_n;
@@ -250,9 +242,7 @@ std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int
 }
 
 Tensor largest_group(const Tensor& mask, int64_t in_features, int64_t m) {
-  STD_TORCH_CHECK(mask.dim() == 2, "mask: expected a uint8 tensor (out, ceil(in / 8))");
-  check_mask(mask, mask.size(0), in_features, "mask");
-  STD_TORCH_CHECK(m > 0 && in_features % m == 0, "m: expected a divisor of in_features ", in_features, ", got ", m);
+  check_groups(mask, in_features, m);
   const Tensor source = with_dense_rows(mask);
   std::vector<uint8_t> of_byte;
   if (m <= 8 && 8 % m == 0) {
@@ -286,17 +276,8 @@ Tensor largest_group(const Tensor& mask, int64_t in_features, int64_t m) {
 
 void unpack_bitmask(const Tensor& dense, const Tensor& values, const Tensor& bitmask,
                     const std::optional<Tensor>& row_offsets) {
-  STD_TORCH_CHECK(dense.dim() == 2 && dense.is_contiguous(), "dense: expected a contiguous tensor (out, in)");
+  check_unpack(dense, values, bitmask, row_offsets);
   const int64_t rows = dense.size(0), columns = dense.size(1), total = values.numel();
-  check_mask(bitmask, rows, columns, "bitmask");
-  STD_TORCH_CHECK(values.scalar_type() == dense.scalar_type() && values.is_contiguous(),
-                  "values: expected a contiguous tensor of the dtype of dense");
-  STD_TORCH_CHECK(!row_offsets.has_value() ||
-                      (row_offsets->dim() == 1 && row_offsets->size(0) == rows &&
-                       row_offsets->scalar_type() == ScalarType::Long && row_offsets->is_contiguous()),
-                  "row_offsets: expected int64 (", rows, ",)");
-  STD_TORCH_CHECK(row_offsets.has_value() || total == 0 || (rows > 0 && total % rows == 0),
-                  "values: expected rows of equal length, got ", total, " values for ", rows, " rows");
   const Tensor mask = with_dense_rows(bitmask);
   const auto size = static_cast<int64_t>(dense.element_size());
   const UnpackRow unpack_row = unpack_row_of(dense.element_size());

@@ -16,6 +16,7 @@
 
 #include "common/bits.h"
 #include "common/cpu_isa.h"
+#include "common/packing_checks.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -24,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Below this many (weight, row of x) pairs a second thread costs more than it saves.
-constexpr int64_t kPairsPerTask = 1 << 17;
+constexpr int64_t kPairsPerTask = 1 << 15;
 
 struct FloatValue {
   using Stored = float;
@@ -277,12 +278,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
   const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values.numel();
   STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
                   bitmask.size(1), " bytes");
-  STD_TORCH_CHECK(!row_offsets.has_value() ||
-                      (row_offsets->dim() == 1 && row_offsets->size(0) == out &&
-                       row_offsets->scalar_type() == ScalarType::Long && row_offsets->is_contiguous()),
-                  "row_offsets: expected a contiguous int64 tensor (", out, ",)");
-  STD_TORCH_CHECK(row_offsets.has_value() || total == 0 || (out > 0 && total % out == 0),
-                  "values: expected rows of equal length, got ", total, " values for ", out, " rows");
+  packing::check_values(values, row_offsets, out);
   STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
                   "bias: expected a contiguous tensor (", out, ",)");
 

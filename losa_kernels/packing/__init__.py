@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losa_kernels import dispatch, native
 from losa_kernels.bitmask import check_packed
-from losa_kernels.packing import cpu, reference
+from losa_kernels.packing import cpu, cuda, reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
 
@@ -165,6 +165,6 @@ def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:
 
 def _run(op: str, tensor: Tensor):
     if torch.compiler.is_compiling():
-        native_op = tensor.device.type == "cpu" and native.in_graph(tensor.device)
-        return getattr(cpu if native_op and hasattr(cpu, op) else reference, op)
+        module = {"cpu": cpu, "cuda": cuda}[tensor.device.type] if native.in_graph(tensor.device) else reference
+        return getattr(module, op, None) or getattr(reference, op)
     return dispatch.implementation(op, tensor.device)

@@ -1,4 +1,5 @@
-"""Packing by csrc/cpu/packing.cpp. The operators' fake kernels are here too."""
+"""Packing by csrc/cpu/packing.cpp, or csrc/cuda/packing.cu where the tensors lie there. The operators' fake kernels are
+here too."""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from losa_kernels import dispatch, native
 from losa_kernels.packing import Packed
-from losa_kernels.sparse_linear import cpu, reference
+from losa_kernels.sparse_linear import cpu, cuda, reference
+
+_IN_GRAPH = {"cpu": cpu, "cuda": cuda}
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -44,6 +46,6 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
                 reason = "requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
                 raise RuntimeError(f"{name}: {reason}")
     if torch.compiler.is_compiling():
-        run = cpu.sparse_linear if device.type == "cpu" and native.in_graph(device) else reference.sparse_linear
-        return run(x, packed, bias)
+        module = _IN_GRAPH[device.type] if native.in_graph(device) else reference
+        return module.sparse_linear(x, packed, bias)
     return dispatch.implementation("sparse_linear", device)(x, packed, bias)

@@ -26,7 +26,7 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if not supported(x, packed, bias):
         return reference.sparse_linear(x, packed, bias)
     offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
-    run = torch.ops.losa.sparse_linear.default if x.numel() <= DECODE_ROWS * packed.shape[1] else _many_rows()
+    run = _few_rows if x.numel() <= DECODE_ROWS * packed.shape[1] else _many_rows()
     return run(x, packed.values, packed.bitmask, offsets, bias)
 
 
@@ -64,6 +64,7 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
 
 
 if native.missing("cpu") is None:
+    _few_rows = torch.ops.losa.sparse_linear.default  # finding it takes as long as all checks together
 
     @torch.library.register_fake("losa::sparse_linear")
     def _(x, values, bitmask, row_offsets, bias):

@@ -8,7 +8,7 @@
 // Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
 // the address sanitizer sees accesses beyond either.
 //
-// Not modelled: several threads between barriers at once, memory ordering, tensor cores, asynchronous copies, textures.
+// Not modelled: several threads between barriers at once, memory ordering, textures.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -25,6 +25,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -45,6 +46,7 @@
 #define __constant__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+#define LOSA_CUDA_CHECK(call) static_cast<void>(call)
 #define LOSA_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
 #define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
   do {                                                                                    \
@@ -77,6 +79,11 @@ constexpr int kExitStatus = 3;
 
 enum class State { kReady, kBarrier, kWarp, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   dim3 index;
   void* stack_pointer = nullptr;
@@ -93,6 +100,8 @@ struct Fiber {
   std::array<std::uint64_t, 32> seen{};
   unsigned members = 0;
   int count = 0;
+  // Groups of asynchronous copies that have not happened; the last one is open.
+  std::deque<std::vector<Copy>> copies;
 };
 
 struct Machine {
@@ -204,6 +213,7 @@ inline void run(Fiber& fiber) {
 
 inline void prepare(Fiber& fiber, dim3 index) {
   fiber.index = index;
+  fiber.copies.assign(1, {});
   make_ready(fiber);
   fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)

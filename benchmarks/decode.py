@@ -1,0 +1,94 @@
+"""Decoding with a pruned checkpoint: tokens/s dense and packed, bytes a token reads, memory, and equal texts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks._loading import loading_memory
+from benchmarks._timing import machine, parser, write_rows
+from losa.generation import generate
+from losa.loading import load_model
+from losa.packed import load, pack_directory
+from losa.speed import decode_speeds
+
+PARTS = ("text", "memory", "speed")
+PROMPTS = ("The sky is", "def fibonacci(n):", "Once upon a time there was a miller who")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(argv: list[str]) -> int:
+    options = parser("decode", __doc__)
+    options.add_argument("directory", type=Path, help="a merged, pruned checkpoint, for instance of make demo")
+    options.add_argument("--only", metavar="P,...", default=",".join(PARTS), help="the others stay as --json has them")
+    options.add_argument("--tokens", type=int, default=48, help="new tokens per measurement")
+    options.add_argument("--repetitions", type=int, default=3)
+    options.add_argument("--text-tokens", type=int, default=200, help="length of the texts that must agree")
+    args = options.parse_args(argv)
+    if args.quick:
+        args.tokens, args.repetitions, args.text_tokens = 8, 1, 32
+    document = {"benchmark": "decode", "machine": machine(args.device), "directory": args.directory.name}
+    if args.json is not None and args.json.exists():
+        before = json.loads(args.json.read_text())
+        document |= {
+            key: before[key] for key in PARTS if before.get("machine") == document["machine"] and key in before
+        }
+    for part in args.only.split(","):
+        document[part] = {"text": text, "memory": memory, "speed": speed}[part](args)
+        print(part, json.dumps(document[part], indent=1))
+        if args.json is not None:
+            write_rows(args.json, document)
+    return 0
+
+
+@torch.inference_mode()
+def text(args: argparse.Namespace) -> dict:
+    """Greedy text of the dense model in fp32 by transformers, and of the packed one by both loops."""
+    count = args.text_tokens
+    dense, tokenizer = load_model(str(args.directory), dtype="float32", device=args.device)
+    with tempfile.TemporaryDirectory() as work:
+        pack_directory(args.directory, Path(work) / "packed", dtype=torch.float32)
+        packed, _ = load(Path(work) / "packed", args.device)
+    for prompt in PROMPTS:
+        found = {"losa, packed": generate(packed, tokenizer, prompt, max_new_tokens=count, stop_at_eos=False).tokens}
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(args.device)
+        for name, model in {"transformers, dense": dense, "transformers, packed": packed}.items():
+            options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **options)
+            found[name] = output[0, ids.shape[1] :].tolist()
+        expected = found["transformers, dense"]
+        for name, tokens in found.items():
+            if tokens != expected:
+                place = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b)
+                raise SystemExit(
+                    f"decode: {name} gives another text than dense weights after {place} tokens: {prompt!r}"
+                )
+    return {"dtype": "float32", "prompts": len(PROMPTS), "tokens": count, "same_as_dense": True}
+
+
+def memory(args: argparse.Namespace) -> dict:
+    """See ``_loading.measure``; by the type of the packed values."""
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, dtype in DTYPES.items():
+            pack_directory(args.directory, Path(work) / name, dtype=dtype)
+            measured = loading_memory(Path(work) / name)
+            measured["peak_over_file"] = measured["peak"] / measured["file"]
+            measured["linears_over_dense_bf16"] = measured["linears"] / measured["linears_dense_bf16"]
+            found[name] = measured
+    return found
+
+
+def speed(args: argparse.Namespace) -> dict:
+    model, _ = load_model(str(args.directory), device=args.device)
+    rows = [vars(s) for s in decode_speeds(model, tokens=args.tokens, repetitions=args.repetitions)]
+    by_name = {row["name"]: row["tokens_per_second"] for row in rows}
+    for row in rows:
+        for base in ("transformers, dense", "transformers, dense bfloat16"):
+            if base in by_name:
+                row[f"speedup_over_{base}"] = row["tokens_per_second"] / by_name[base]
+    return {"tokens": args.tokens, "repetitions": args.repetitions, "rows": rows}

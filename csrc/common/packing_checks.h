@@ -1,0 +1,56 @@
+// What the packing operators ask of their tensors on every device.
+#pragma once
+
+#include <torch/csrc/stable/macros.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "common/tensor_checks.h"
+
+namespace losa::packing {
+
+inline void check_mask(const torch::stable::Tensor& mask, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(is_packed_mask(mask, rows, columns), name,
+                  ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
+}
+
+inline void check_pack(const torch::stable::Tensor& weight, const torch::stable::Tensor& mask) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
+  check_mask(mask, weight.size(0), weight.size(1), "mask");
+}
+
+inline void check_pattern(int64_t in_features, int64_t keep_n, int64_t m) {
+  STD_TORCH_CHECK(0 < keep_n && keep_n <= m && in_features % m == 0, "m: expected a divisor of in_features ",
+                  in_features, " and 0 < keep_n <= m, got ", keep_n, " of ", m);
+}
+
+inline void check_groups(const torch::stable::Tensor& mask, int64_t in_features, int64_t m) {
+  STD_TORCH_CHECK(mask.dim() == 2, "mask: expected a uint8 tensor (out, ceil(in / 8))");
+  check_mask(mask, mask.size(0), in_features, "mask");
+  STD_TORCH_CHECK(m > 0 && in_features % m == 0, "m: expected a divisor of in_features ", in_features, ", got ", m);
+}
+
+// What every operator that reads packed rows asks of their values and offsets.
+inline void check_values(const torch::stable::Tensor& values, const std::optional<torch::stable::Tensor>& row_offsets,
+                         int64_t rows) {
+  const int64_t total = values.numel();
+  STD_TORCH_CHECK(!row_offsets.has_value() ||
+                      (row_offsets->dim() == 1 && row_offsets->size(0) == rows &&
+                       row_offsets->scalar_type() == torch::headeronly::ScalarType::Long && row_offsets->is_contiguous()),
+                  "row_offsets: expected int64 (", rows, ",), contiguous");
+  STD_TORCH_CHECK(row_offsets.has_value() || total == 0 || (rows > 0 && total % rows == 0),
+                  "values: expected rows of equal length, got ", total, " values for ", rows, " rows");
+}
+
+inline void check_unpack(const torch::stable::Tensor& dense, const torch::stable::Tensor& values,
+                         const torch::stable::Tensor& bitmask,
+                         const std::optional<torch::stable::Tensor>& row_offsets) {
+  STD_TORCH_CHECK(dense.dim() == 2 && dense.is_contiguous(), "dense: expected a contiguous tensor (out, in)");
+  check_mask(bitmask, dense.size(0), dense.size(1), "bitmask");
+  STD_TORCH_CHECK(values.scalar_type() == dense.scalar_type() && values.is_contiguous(),
+                  "values: expected a contiguous tensor of the dtype of dense");
+  check_values(values, row_offsets, dense.size(0));
+}
+
+}  // namespace losa::packing

@@ -1,0 +1,106 @@
+// Instructions that CUDA C++ has no plain word for. The emulator has its own version of each.
+#pragma once
+
+#include "common/launch.h"
+
+#if defined(LOSA_EMULATOR)
+
+#include "machine_emulator.h"
+
+#else
+
+namespace losa {
+
+__device__ __forceinline__ float widen_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+__device__ __forceinline__ uint16_t narrow_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ uint16_t narrow_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// An address in shared memory, in bytes. Held as a number it is computed once; compilers else form it at every access.
+using Shared = unsigned;
+
+__device__ __forceinline__ Shared shared_address(const void* pointer) {
+  return static_cast<Shared>(__cvta_generic_to_shared(pointer));
+}
+
+// sum + the products of the four bytes of a and b
+__device__ __forceinline__ Shared add_bytes(Shared sum, unsigned a, unsigned b) {
+  return __dp4a(a, b, sum);
+}
+
+// Two 16-bit values in one register.
+__device__ __forceinline__ unsigned pair_of(unsigned low, unsigned high) {
+  return __byte_perm(low, high, 0x5410);
+}
+
+// The element of kSize bytes (2 or 4) there if `wanted` is not 0, else 0.
+template <int kSize>
+__device__ __forceinline__ unsigned load_if(unsigned wanted, Shared from) {
+  unsigned value;
+  if constexpr (kSize == 2) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%2];}"
+                 : "=r"(value)
+                 : "r"(wanted), "r"(from));
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%2];}"
+                 : "=r"(value)
+                 : "r"(wanted), "r"(from));
+  }
+  return value;
+}
+
+template <int kSize>
+__device__ __forceinline__ void store_shared(Shared to, unsigned value) {
+  if constexpr (kSize == 2) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+  } else {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+  }
+}
+
+// 16 bytes from global to shared memory, both aligned; they are there after this thread's wait_copies.
+__device__ __forceinline__ void copy_async(Shared to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Closes a group: the copies since the last one.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all but the last kGroups groups.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8) of halves or bfloat16s, in the warp's fragment layout of mma.m16n8k16.
+template <bool kHalf>
+__device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  if (kHalf) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+}  // namespace losa
+
+#endif

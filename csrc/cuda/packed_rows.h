@@ -1,0 +1,35 @@
+// How a warp goes along a row of a packed weight: 256 columns a step, a byte of the mask for each lane.
+#pragma once
+
+#include "common/bits.h"
+#include "common/launch.h"
+
+namespace losa {
+
+constexpr int kStepColumns = 256;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Of the lanes up to this one.
+__device__ __forceinline__ int inclusive_sum(int value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const int from = __shfl_up_sync(kAllLanes, value, delta);
+    if (lane >= delta) value += from;
+  }
+  return value;
+}
+
+// Eight elements of a row, moved in as few accesses as their alignment allows.
+template <class Element>
+struct alignas(sizeof(Element) == 1 ? 8 : 16) Eight {
+  Element at[8];
+};
+
+// Where a row's values begin. Offsets from a damaged file must not lead out of the buffer.
+__device__ __forceinline__ int64_t first_value(const int64_t* offsets, int64_t row, int64_t length, int64_t total) {
+  const int64_t first = offsets != nullptr ? offsets[row] : row * length;
+  return first < 0 ? 0 : first > total ? total : first;
+}
+
+}  // namespace losa

@@ -1,0 +1,212 @@
+// sparse_linear on CUDA for up to 16 rows of x: which decode kernel runs, on how many blocks.
+#include "common/bits.h"
+#include "common/launch.h"
+#include "cuda/decode_kernel.h"
+
+namespace losa::sparse_linear {
+
+// Few rows leave multiprocessors idle: then up to 8 warps of a block share the columns of a group of rows.
+inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiprocessors) {
+  const int64_t groups = (rows + rows_of_warp - 1) / rows_of_warp, wanted = int64_t{8} * multiprocessors;
+  int split = 1;
+  while (split < kWarps && groups * split < wanted && columns >= 2 * split * kStepColumns) split *= 2;
+  return split;
+}
+
+template <bool kTensor, Value kValue, int kBatch, bool kFixed>
+void launch(Task task, int split, int multiprocessors, cudaStream_t stream) {
+  constexpr int kRows = rows_of(kTensor, kBatch);
+  using Element = typename Stored<kValue>::Type;
+  constexpr int kBytes = Rings<Element, kRows>::kBytes;
+  const int64_t rows = task.weight.rows;
+  const int columns = task.weight.columns;
+  task.split = split > 0 ? split : split_for(rows, kRows, columns, multiprocessors);
+  const int steps = (columns + kStepColumns - 1) / kStepColumns;
+  task.slice = (steps + task.split - 1) / task.split * kStepColumns;
+  const int64_t block_rows = kWarps / task.split * kRows;
+  const auto grid = static_cast<unsigned>((rows + block_rows - 1) / block_rows);
+  const auto kernel = decode_kernel<kTensor, kValue, kBatch, kFixed>;
+  allow_shared_memory(kernel, kBytes);
+  LOSA_LAUNCH(kernel, grid, kThreads, kBytes, stream, task);
+}
+
+template <bool kTensor, Value kValue, int kBatch>
+void launch(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
+  if (task.weight.per_byte > 0) {
+    launch<kTensor, kValue, kBatch, true>(task, split, multiprocessors, stream);
+  } else {
+    launch<kTensor, kValue, kBatch, false>(task, split, multiprocessors, stream);
+  }
+}
+
+// kTensor: x has the values' type, of 16 bits; else it is fp32. split: 0 chooses.
+template <bool kTensor, Value kValue>
+void launch_decode(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
+  if (task.weight.rows == 0 || task.batch == 0) return;
+  if (task.batch <= 1) {
+    launch<kTensor, kValue, 1>(task, split, multiprocessors, stream);
+  } else if (task.batch <= 2) {
+    launch<kTensor, kValue, 2>(task, split, multiprocessors, stream);
+  } else if (task.batch <= 4) {
+    launch<kTensor, kValue, 4>(task, split, multiprocessors, stream);
+  } else if (task.batch <= 8) {
+    launch<kTensor, kValue, 8>(task, split, multiprocessors, stream);
+  } else {
+    launch<kTensor, kValue, 16>(task, split, multiprocessors, stream);
+  }
+}
+
+template void launch_decode<true, Value::kBfloat16>(const Task&, int, int, cudaStream_t);
+template void launch_decode<true, Value::kHalf>(const Task&, int, int, cudaStream_t);
+template void launch_decode<false, Value::kBfloat16>(const Task&, int, int, cudaStream_t);
+template void launch_decode<false, Value::kHalf>(const Task&, int, int, cudaStream_t);
+template void launch_decode<false, Value::kFloat>(const Task&, int, int, cudaStream_t);
+
+}  // namespace losa::sparse_linear
+
+#if defined(LOSA_TORCH)
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common/packing_checks.h"
+
+namespace losa::sparse_linear {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostColumns = int64_t{1} << 30;
+
+Value value_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  ": expected float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Value::kFloat : type == ScalarType::BFloat16 ? Value::kBfloat16 : Value::kHalf;
+}
+
+bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  LOSA_CUDA_CHECK(cudaGetDevice(&device));
+  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// Rows of x as the kernels read them: itself, or a copy with columns rounded up to 8.
+Tensor padded_rows(const Tensor& x, int64_t batch, int64_t columns, cudaStream_t stream) {
+  const auto size = static_cast<int64_t>(x.element_size());
+  const Tensor source = torch::stable::contiguous(x);
+  if (columns % 8 == 0 && is_aligned(source.const_data_ptr())) return source;
+  const int64_t padded = (columns + 7) / 8 * 8;
+  Tensor rows = torch::stable::new_empty(x, {batch, padded});
+  void* const to = rows.mutable_data_ptr();
+  LOSA_CUDA_CHECK(cudaMemsetAsync(to, 0, static_cast<size_t>(batch * padded * size), stream));
+  LOSA_CUDA_CHECK(cudaMemcpy2DAsync(to, static_cast<size_t>(padded * size), source.const_data_ptr(),
+                                    static_cast<size_t>(columns * size), static_cast<size_t>(columns * size),
+                                    static_cast<size_t>(batch), cudaMemcpyDeviceToDevice, stream));
+  return rows;
+}
+
+Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
+              const std::optional<Tensor>& bias, int64_t per_byte) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
+  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
+                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(values_in.is_contiguous(), "values: expected a contiguous tensor");
+  const Value value = value_of(values_in, "values"), x_value = value_of(x, "x");
+  STD_TORCH_CHECK(x_value == value || x_value == Value::kFloat, "x: expected float32 or the dtype of values");
+  const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values_in.numel();
+  STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
+                  bitmask.size(1), " bytes");
+  STD_TORCH_CHECK(columns < kMostColumns, "x: expected fewer than ", kMostColumns, " columns, got ", columns);
+  packing::check_values(values_in, row_offsets, out);
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
+                  "bias: expected a contiguous tensor (", out, ",)");
+
+  std::vector<int64_t> sizes(static_cast<size_t>(dims));
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
+  sizes.back() = out;
+  STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
+  const DeviceGuard guard(x.get_device_index());
+  const auto stream = current_stream(x);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  if (batch == 0 || out == 0) return y;
+
+  const Tensor rows = padded_rows(x, batch, columns, stream);
+  // A view's first value may lie between two 16-byte boundaries; what lies before it is the same storage.
+  const auto size = static_cast<int64_t>(values_in.element_size());
+  int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values_in.const_data_ptr()) % 16) / size;
+  int64_t before = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(values_in.get(), &before));
+  Tensor values = values_in;
+  if (lead > before) {
+    values = torch::stable::clone(values_in);
+    lead = 0;
+  }
+  const auto* const mask = static_cast<const uint8_t*>(bitmask.const_data_ptr());
+  const int64_t width = bitmask.size(1);
+  const Weight weight{static_cast<const uint8_t*>(values.const_data_ptr()) - lead * size,
+                      lead,
+                      lead + total,
+                      row_offsets.has_value() ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                      total / out,
+                      static_cast<int>(per_byte),
+                      mask,
+                      width,
+                      out,
+                      static_cast<int>(columns),
+                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0};
+  const Task task{weight,
+                  rows.const_data_ptr(),
+                  (columns + 7) / 8 * 8,
+                  static_cast<int>(batch),
+                  bias.has_value() ? bias->const_data_ptr() : nullptr,
+                  bias.has_value() ? value_of(*bias, "bias") : Value::kFloat,
+                  y.mutable_data_ptr(),
+                  1,
+                  0};
+  const auto launch = x_value == Value::kFloat
+      ? (value == Value::kFloat           ? launch_decode<false, Value::kFloat>
+             : value == Value::kBfloat16 ? launch_decode<false, Value::kBfloat16>
+                                         : launch_decode<false, Value::kHalf>)
+      : value == Value::kBfloat16 ? launch_decode<true, Value::kBfloat16>
+                                  : launch_decode<true, Value::kHalf>;
+  launch(task, 0, multiprocessors(), stream);
+  return y;
+}
+
+Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
+                     const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
+  return decode(x, values, bitmask, row_offsets, bias, 0);
+}
+
+Tensor sparse_linear_nm(const Tensor& x, const Tensor& values, const Tensor& bitmask, int64_t per_byte,
+                        const std::optional<Tensor>& bias) {
+  const int64_t columns = x.dim() > 0 ? x.size(x.dim() - 1) : 0, rows = bitmask.dim() > 0 ? bitmask.size(0) : 0;
+  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 && values.numel() == rows * (columns / 8) * per_byte,
+                  "per_byte: expected the number of values of every 8 columns, got ", per_byte);
+  return decode(x, values, bitmask, std::nullopt, bias, per_byte);
+}
+
+}  // namespace
+}  // namespace losa::sparse_linear
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CUDA, library) {
+  library.impl("sparse_linear", TORCH_BOX(&losa::sparse_linear::sparse_linear));
+  library.impl("sparse_linear_nm", TORCH_BOX(&losa::sparse_linear::sparse_linear_nm));
+}
+
+#endif

@@ -1,0 +1,143 @@
+"""Directories in the sparse formats of compressed-tensors 0.12.2, which later versions and transformers 5 dropped.
+
+A weight X.weight is stored as ``X.compressed``, ``X.bitmask`` and ``X.shape`` (sparse-24-bitmask), with
+``X.row_offsets`` besides (sparse-bitmask); config.json says so under ``quantization_config``. The bytes are those of
+``losa_kernels.packing``'s formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError
+from losa.files import write_json
+from losa.model import find_blocks
+from losa.sparse import pack_weight
+from losa.streaming import Part, Shards, by_block, read_config, safetensors_of, skeleton
+from losa_kernels import pack_mask, pack_nm, unpack_mask
+from losa_kernels.packing import Packed, PackedBitmask, PackedNM
+
+BITMASK, BITMASK_24 = FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
+VERSION = "0.12.2"
+# Older writers used the second key.
+_KEYS = ("quantization_config", "compression_config")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def packer(format: str) -> Callable[[Tensor], Packed | None]:
+    """How ``format`` stores a weight; None for one that it cannot store, which stays dense."""
+    return _pack_24 if format == BITMASK_24 else lambda weight: pack_weight(weight, "bitmask")
+
+
+def _pack_24(weight: Tensor) -> PackedNM | None:
+    if weight.shape[1] % 4 or int((weight != 0).reshape(-1, 4).sum(1).max()) > 2:
+        return None
+    return pack_nm(weight, pack_mask(weight != 0), 2, 4)
+
+
+def write(directory: Path, format: str, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]:
+    """Write the tensors, then config.json's entry. Yields each part with the bytes of its tensors as written."""
+    model, shards, zeros, weights = skeleton(directory), Shards(directory), 0, 0
+    dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for part in parts:
+        tensors = dict(part.dense)
+        for linear, packed in part.linears.items():
+            tensors |= {f"{linear}.{name}": t for name, t in _stored(packed).items()}
+            weights += packed.shape[0] * packed.shape[1]
+            zeros += packed.shape[0] * packed.shape[1] - packed.values.numel()
+        dense -= part.linears.keys()
+        shards.write(tensors)
+        yield part, sum(t.nbytes for t in tensors.values())
+    shards.finish()
+    sparsity = {
+        "format": format,
+        "global_sparsity": zeros / weights,
+        "ignore": sorted(dense),
+        "registry_requires_subclass": False,
+        "sparsity_structure": "2:4" if format == BITMASK_24 else "unstructured",
+        "targets": ["Linear"],
+    }
+    entry = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": sparsity,
+        "transform_config": {},
+        "version": VERSION,
+    }
+    write_json(directory / "config.json", read_config(directory) | {"quantization_config": entry})
+
+
+def _stored(packed: Packed) -> dict[str, Tensor]:
+    shape = torch.tensor(packed.shape)
+    tensors = {"compressed": packed.values, "bitmask": packed.bitmask}
+    if isinstance(packed, PackedNM):
+        return tensors | {"shape": shape[:, None]}
+    return tensors | {"shape": shape, "row_offsets": packed.row_offsets}
+
+
+def is_compressed(directory: Path) -> bool:
+    """Whether config.json states one of ``FORMATS``."""
+    return (directory / "config.json").is_file() and _sparsity(read_config(directory)).get("format") in FORMATS
+
+
+def forget(directory: Path) -> None:
+    """Take the entry out of config.json: the weights are dense again."""
+    config = read_config(directory)
+    if _sparsity(config).get("format") in FORMATS:
+        write_json(directory / "config.json", {key: v for key, v in config.items() if key not in _KEYS})
+
+
+def _entry(config: dict) -> dict:
+    return next((config[key] for key in _KEYS if config.get(key)), {})
+
+
+def _sparsity(config: dict) -> dict:
+    return _entry(config).get("sparsity_config") or {}
+
+
+def read(directory: Path) -> Iterator[tuple[int | None, dict[str, Packed | Tensor]]]:
+    """Per block (None: the rest of the model): packed weights by linear, other tensors by name.
+
+    Raises:
+        ModelError: quantised besides, or tensors are missing or contradict each other; names the linear.
+    """
+    if _entry(read_config(directory)).get("config_groups"):
+        raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(FORMATS)}")
+    prefix, blocks = find_blocks(skeleton(directory))
+    with safetensors_of(directory) as files:
+        every = set(files.names)
+        for block, names in by_block(files.names, prefix, len(blocks)):
+            stored: dict[str, dict[str, str]] = {}
+            for linear in (name.removesuffix(".compressed") for name in names if name.endswith(".compressed")):
+                tensors = ("compressed", "bitmask", "shape", "row_offsets")[
+                    : 4 if f"{linear}.row_offsets" in every else 3
+                ]
+                stored[linear] = {tensor: f"{linear}.{tensor}" for tensor in tensors}
+            taken = {name for tensors in stored.values() for name in tensors.values()}
+            found: dict[str, Packed | Tensor] = {name: files.get(name) for name in names if name not in taken}
+            for linear, tensors in stored.items():
+                found[linear] = _rebuild(linear, {tensor: files.get(name) for tensor, name in tensors.items()})
+            yield block, found
+
+
+def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
+    values, mask = tensors["compressed"], tensors["bitmask"]
+    rows, columns = shape = tuple(tensors["shape"].flatten().tolist())
+    if values.dtype not in _FLOATS:
+        raise ModelError(f"{linear}: expected floating-point values, got {values.dtype}")
+    if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
+        raise ModelError(f"{linear}: the bitmask of a weight {shape} has shape {tuple(mask.shape)}, {mask.dtype}")
+    kept = unpack_mask(mask, columns)
+    if columns % 8:
+        mask[:, -1] &= (1 << columns % 8) - 1
+    if "row_offsets" not in tensors:
+        if columns % 4 or values.shape != (rows, columns // 2) or not (kept.reshape(-1, 4).sum(1) == 2).all():
+            raise ModelError(f"{linear}: the values or the bitmask are not 2 of every 4 of a weight {shape}")
+        return PackedNM(shape, values, mask, 2, 4)
+    counts = kept.sum(1)
+    if values.numel() != int(counts.sum()):
+        raise ModelError(f"{linear}: {values.numel()} values, but the bitmask has {int(counts.sum())}")
+    return PackedBitmask(shape, values.flatten(), mask, counts.cumsum(0) - counts)

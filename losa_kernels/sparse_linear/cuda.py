@@ -1,0 +1,73 @@
+"""Few rows of x: csrc/cuda/sparse_linear.cu, which reads the packed weight once. More: unpack, then multiply.
+
+Weights and x in fp32, bf16 or fp16; sums are fp32, and so are products unless weights and x are of one 16-bit dtype.
+The unpacked weight is a temporary: torch's allocator gives all layers the same memory.
+
+``LOSA_24=cutlass`` runs 2:4 weights (``pack_24``) of x's dtype by torch's semi-structured product instead of unpacking
+them; it pays for many rows only, and which GPUs have it depends on torch.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from losa_kernels import native
+from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
+from losa_kernels.sparse_linear import reference
+from losa_kernels.sparse_linear.cpu import supported
+
+DECODE_ROWS = 16  # the kernels' limit
+MULTIPLE_24 = 16  # rows of x that torch's semi-structured product takes
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if isinstance(packed, Packed24) and x.dtype == packed.dtype and x.numel() > 0 and use_semi_structured():
+        return semi_structured(x, packed, bias)
+    if not supported(x, packed, bias) or x.numel() > DECODE_ROWS * packed.shape[1]:
+        return reference.sparse_linear(x, packed, bias)
+    # Of two different 16-bit dtypes the product is fp32.
+    rows = x if x.dtype in (packed.dtype, torch.float32) else x.float()
+    if per_byte := values_per_byte(packed):
+        y = torch.ops.losa.sparse_linear_nm.default(rows, packed.values, packed.bitmask, per_byte, bias)
+    else:
+        offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
+        y = torch.ops.losa.sparse_linear.default(rows, packed.values, packed.bitmask, offsets, bias)
+    return y if rows is x else y.to(x.dtype)
+
+
+def values_per_byte(packed: Packed) -> int:
+    """Values of every 8 columns where that is one number, so that nothing has to be counted; else 0."""
+    if not isinstance(packed, PackedNM) or 8 % packed.m or packed.shape[1] % 8:
+        return 0
+    return 8 // packed.m * packed.keep_n
+
+
+def use_semi_structured() -> bool:
+    """Whether ``LOSA_24`` asks for torch's semi-structured product. Raises ValueError for a value that it has not."""
+    wanted = os.environ.get("LOSA_24", "unpack").strip().lower()
+    if wanted not in ("unpack", "cutlass"):
+        raise ValueError(f"LOSA_24: expected unpack or cutlass, got {wanted!r}")
+    return wanted == "cutlass"
+
+
+def semi_structured(x: Tensor, packed: Packed24, bias: Tensor | None) -> Tensor:
+    """The same by torch's CUTLASS kernel, which reads the format as it is; rows of x are padded for it."""
+    rows = x.reshape(-1, packed.shape[1])
+    count = rows.shape[0]
+    columns = F.pad(rows, (0, 0, 0, -count % MULTIPLE_24)).T
+    if bias is None:
+        y = torch._sparse_semi_structured_mm(packed.values, packed.meta, columns)
+    else:
+        y = torch._sparse_semi_structured_addmm(bias.to(x.dtype), packed.values, packed.meta, columns)
+    return y.T[:count].reshape(*x.shape[:-1], packed.shape[0])
+
+
+if native.missing("cpu") is None:
+
+    @torch.library.register_fake("losa::sparse_linear_nm")
+    def _(x, values, bitmask, per_byte, bias):
+        return x.new_empty(*x.shape[:-1], bitmask.shape[0])

@@ -1,0 +1,105 @@
+// csrc/cuda/machine.h for the emulator. An asynchronous copy happens when its thread waits for it, as late as it may.
+#pragma once
+
+#include <type_traits>
+
+#include "emulator.h"
+
+namespace losa {
+
+inline float widen_half(std::uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float value = std::ldexp(static_cast<float>(exponent == 0 ? fraction : fraction + 1024), std::max(exponent, 1) - 25);
+  if (exponent == 31) value = fraction == 0 ? INFINITY : NAN;
+  return bits >> 15 != 0 ? -value : value;
+}
+
+inline std::uint16_t narrow_half(float value) {
+  const auto sign = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16 & 0x8000);
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  // Quanta of 2^-24 up to the smallest normal number, then of 2^-10 of the leading power of two.
+  int exponent = size == 0 ? -14 : std::max(std::ilogb(size), -14);
+  const auto quanta = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  return static_cast<std::uint16_t>(sign | (((exponent + 14) << 10) + quanta));
+}
+
+inline std::uint16_t narrow_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+using Shared = std::uintptr_t;
+
+inline Shared shared_address(const void* pointer) {
+  return reinterpret_cast<Shared>(pointer);
+}
+
+inline Shared add_bytes(Shared sum, unsigned a, unsigned b) {
+  for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 255u) * (b >> shift & 255u);
+  return sum;
+}
+
+inline unsigned pair_of(unsigned low, unsigned high) {
+  return (low & 0xffffu) | high << 16;
+}
+
+template <int kSize>
+using Bits = std::conditional_t<kSize == 2, std::uint16_t, std::uint32_t>;
+
+template <int kSize>
+unsigned load_if(unsigned wanted, Shared from) {
+  return wanted != 0 ? *reinterpret_cast<const Bits<kSize>*>(from) : 0;
+}
+
+template <int kSize>
+void store_shared(Shared to, unsigned value) {
+  *reinterpret_cast<Bits<kSize>*>(to) = static_cast<Bits<kSize>>(value);
+}
+
+inline void copy_async(Shared to, const void* from) {
+  if ((to | reinterpret_cast<std::uintptr_t>(from)) % 16 != 0) emulator::report("an asynchronous copy is not aligned");
+  emulator::machine.current->copies.back().push_back({reinterpret_cast<void*>(to), from});
+}
+
+inline void commit_copies() {
+  emulator::machine.current->copies.emplace_back();
+}
+
+template <int kGroups>
+void wait_copies() {
+  auto& groups = emulator::machine.current->copies;
+  while (groups.size() > kGroups + 1) {
+    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    groups.pop_front();
+  }
+}
+
+// Element `index` of the pairs that a warp operation brought from each lane.
+template <bool kHalf>
+float fragment(const std::array<std::uint64_t, 32>& seen, int lane, int index) {
+  const auto bits = static_cast<std::uint16_t>(seen[lane] >> 16 * index);
+  return kHalf ? widen_half(bits) : std::bit_cast<float>(std::uint32_t{bits} << 16);
+}
+
+template <bool kHalf>
+void multiply_tile(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], LOSA_SITE) {
+  const auto both = [](unsigned low, unsigned high) { return low | std::uint64_t{high} << 32; };
+  // Of each lane: columns 2t, 2t + 1, 2t + 8, 2t + 9 of rows g and g + 8, and the same rows of column g.
+  const auto upper = emulator::exchange("multiply_tile", ~0u, both(a[0], a[2]), file, line).seen;
+  const auto lower = emulator::exchange("multiply_tile", ~0u, both(a[1], a[3]), file, line).seen;
+  const auto right = emulator::exchange("multiply_tile", ~0u, both(b[0], b[1]), file, line).seen;
+  const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + i % 2;
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int k = 0; k < 4; ++k) {
+        d[i] += fragment<kHalf>(i < 2 ? upper : lower, 4 * g + lane, k) * fragment<kHalf>(right, 4 * column + lane, k);
+      }
+    }
+  }
+}
+
+}  // namespace losa

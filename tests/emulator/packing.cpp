@@ -1,0 +1,97 @@
+#include "cuda/packing.cu"
+
+#include "driver.h"
+
+namespace packing = losa::packing;
+
+struct Arguments {
+  int64_t rows, columns, weight_stride, mask_stride;
+  bool aligned;
+  int64_t keep_n, m;
+
+  // ROWS COLUMNS WEIGHT_STRIDE MASK_STRIDE ALIGNED SIZE KEEP_N M
+  explicit Arguments(const Driver& driver)
+      : rows(driver[0]),
+        columns(driver[1]),
+        weight_stride(driver[2]),
+        mask_stride(driver[3]),
+        aligned(driver[4] != 0),
+        keep_n(driver[6]),
+        m(driver[7]) {}
+};
+
+// pack: weight, mask -> values; offsets and total (m = 0) or stored (m > 0)
+template <class Element>
+void pack(const Driver& driver, const Arguments& a) {
+  const auto weight = driver.read<Element>("weight");
+  const auto bits = driver.read<uint8_t>("mask");
+  const packing::Mask mask{bits.data(), a.mask_stride, a.rows, a.columns};
+  std::vector<int64_t> offsets(a.rows, -1), total(1, -1);
+  std::vector<uint8_t> stored(a.rows * losa::packed_width(a.columns), 0xa5);
+  int64_t length = 0;
+  if (a.m == 0) {
+    packing::launch_offsets(mask, offsets.data(), total.data(), nullptr);
+  } else {
+    length = a.columns / a.m * a.keep_n;
+    total[0] = a.rows * length;
+  }
+  std::vector<Element> values(total[0], Element(0xa5));
+  const packing::Packing job{mask,
+                             weight.data(),
+                             a.weight_stride,
+                             a.aligned,
+                             a.m == 0 ? offsets.data() : nullptr,
+                             length,
+                             static_cast<int>(a.keep_n),
+                             stored.data(),
+                             values.data()};
+  packing::launch_pack<sizeof(Element)>(job, a.m, nullptr);
+  driver.write("values", values);
+  driver.write("offsets", offsets);
+  driver.write("stored", stored);
+}
+
+// unpack: values, mask, offsets (or no file) -> dense
+template <class Element>
+void unpack(const Driver& driver, const Arguments& a) {
+  const auto values = driver.read<Element>("values");
+  const auto bits = driver.read<uint8_t>("mask");
+  auto offsets = driver.read<int64_t>("offsets");
+  std::vector<Element> dense(a.rows * a.columns, Element(0xa5));
+  const auto total = static_cast<int64_t>(values.size());
+  const packing::Unpacking job{packing::Mask{bits.data(), a.mask_stride, a.rows, a.columns},
+                               values.data(),
+                               total,
+                               data_or_null(offsets),
+                               total / a.rows,
+                               dense.data(),
+                               a.aligned};
+  packing::launch_unpack<sizeof(Element)>(job, nullptr);
+  driver.write("dense", dense);
+}
+
+template <class Element>
+void run(const Driver& driver, const Arguments& a) {
+  if (driver.command == "pack") pack<Element>(driver, a);
+  if (driver.command == "unpack") unpack<Element>(driver, a);
+}
+
+// largest: mask -> largest
+void largest(const Driver& driver, const Arguments& a) {
+  const auto bits = driver.read<uint8_t>("mask");
+  std::vector<unsigned long long> found(1, 99);
+  packing::launch_largest({bits.data(), a.mask_stride, a.rows, a.columns}, a.m, found.data(), nullptr);
+  driver.write("largest", found);
+}
+
+int main(int argc, char** argv) {
+  const Driver driver(argc, argv);
+  const Arguments a(driver);
+  if (driver.command == "largest") largest(driver, a);
+  switch (driver[5]) {
+    case 1: run<uint8_t>(driver, a); break;
+    case 2: run<uint16_t>(driver, a); break;
+    case 4: run<uint32_t>(driver, a); break;
+    default: run<uint64_t>(driver, a);
+  }
+}

@@ -1,0 +1,52 @@
+#include "cuda/sparse_linear.cu"
+
+#include "driver.h"
+
+namespace sparse_linear = losa::sparse_linear;
+using sparse_linear::Value;
+
+// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD:
+// values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
+int main(int argc, char** argv) {
+  const Driver driver(argc, argv);
+  const int64_t rows = driver[0], columns = driver[1], batch = driver[2];
+  const bool tensor = driver[3] != 0, aligned = driver[8] != 0;
+  const auto value = static_cast<Value>(driver[4]);
+  const int64_t size = value == Value::kFloat ? 4 : 2, x_size = tensor ? size : 4;
+  // The buffer's first bytes may belong to another tensor: then the first value does not lie at a 16-byte boundary.
+  const auto values = driver.read<uint8_t>("values");
+  const int64_t lead = driver[9];
+  const auto mask = driver.read<uint8_t>("mask");
+  auto offsets = driver.read<int64_t>("offsets");
+  const auto x = driver.read<uint8_t>("x");
+  auto bias = driver.read<uint8_t>("bias");
+  std::vector<uint8_t> y(batch * rows * x_size, 0xa5);
+  const auto total = static_cast<int64_t>(values.size()) / size;
+  const sparse_linear::Weight weight{values.data(),
+                                     lead,
+                                     total,
+                                     data_or_null(offsets),
+                                     (total - lead) / rows,
+                                     static_cast<int>(driver[6]),
+                                     mask.data(),
+                                     losa::packed_width(columns),
+                                     rows,
+                                     static_cast<int>(columns),
+                                     aligned && losa::packed_width(columns) % 4 == 0};
+  const sparse_linear::Task task{weight,
+                                 x.data(),
+                                 (columns + 7) / 8 * 8,
+                                 static_cast<int>(batch),
+                                 data_or_null(bias),
+                                 static_cast<Value>(driver[5]),
+                                 y.data(),
+                                 1,
+                                 0};
+  const auto run = !tensor ? (value == Value::kFloat       ? sparse_linear::launch_decode<false, Value::kFloat>
+                              : value == Value::kBfloat16 ? sparse_linear::launch_decode<false, Value::kBfloat16>
+                                                          : sparse_linear::launch_decode<false, Value::kHalf>)
+      : value == Value::kHalf ? sparse_linear::launch_decode<true, Value::kHalf>
+                              : sparse_linear::launch_decode<true, Value::kBfloat16>;
+  run(task, static_cast<int>(driver[7]), 2, nullptr);
+  driver.write("y", y);
+}

@@ -1,0 +1,85 @@
+"""Machine instructions of the decode kernels' step, counted along the paths that a warp takes through it.
+
+A step is 8 columns of every row of a lane. The shortest path copies nothing; the longest copies the next 256 values of
+every row, which on average as many steps do as there are kept weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+TRITON = importlib.util.find_spec("triton")
+TOOLS = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" if TRITON else None
+
+
+def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
+    """(shortest, longest) number of instructions through the smallest loop that waits for copies.
+
+    Left out is what handles the buffer's last few values, which stores to shared memory one by one.
+    """
+    spans = [(end - start, start, end) for start, end in back_edges(instructions, labels)]
+    _, start, end = min(s for s in spans if any("DEPBAR.LE" in line for line in instructions[s[1] : s[2] + 1]))
+    inside = set(range(start, end + 1))
+    for _, first, last in spans:
+        if (
+            start < first
+            and last < end
+            and any(re.search(r"\bSTS\b|\bSTS\.", i) for i in instructions[first : last + 1])
+        ):
+            inside -= set(range(first, last + 1))
+
+    def following(at: int) -> list[int]:
+        branch = re.match(r"(@!?U?P\w+\s+)?BRA\b.*(\.L_x_\d+)", instructions[at])
+        if not branch:
+            return [at + 1]
+        return [labels[branch[2]], *([at + 1] if branch[1] else [])]
+
+    @cache
+    def path(at: int) -> tuple[int, int] | None:
+        if at == end:
+            return 1, 1
+        ways = [way for to in following(at) if to in inside and to > at and (way := path(to))]
+        return (1 + min(w[0] for w in ways), 1 + max(w[1] for w in ways)) if ways else None
+
+    return walk(path, start, end)
+
+
+def walk(path, start: int, end: int) -> tuple[int, int]:
+    """``path(start)``, from the end backwards, so that the recursion stays shallow."""
+    for at in range(end, start, -1):
+        path(at)
+    return path(start)
+
+
+def back_edges(instructions: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    return [
+        (labels[branch[1]], index)
+        for index, line in enumerate(instructions)
+        if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], index) < index
+    ]
+
+
+def functions(fatbin: Path, arch: str) -> dict[str, tuple[list[str], dict[str, int]]]:
+    """symbol -> (instructions, index of each label)"""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [TOOLS / "cuobjdump", "-xelf", f"sm_{arch}", fatbin], cwd=folder, check=True, capture_output=True
+        )
+        (cubin,) = Path(folder).glob(f"*sm_{arch}*.cubin")
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    found = {}
+    parts = re.split(r"(?m)^\.text\.(\w+):", text)
+    for symbol, body in zip(parts[1::2], parts[2::2], strict=True):
+        instructions, labels = [], {}
+        for line in body.splitlines():
+            if label := re.match(r"^(\.L_x_\d+):", line):
+                labels[label[1]] = len(instructions)
+            elif instruction := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+                instructions.append(instruction[1].strip())
+        found[symbol] = instructions, labels
+    return found
