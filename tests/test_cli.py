@@ -293,7 +293,8 @@ def child(code: str, *arguments, **options) -> subprocess.Popen:
 @pytest.mark.subprocess
 def test_ctrl_c(workspace):
     code = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 sys.modules["losa.run"] = types.ModuleType("losa.run")
 def run_recipe(recipe, **options):
     print("running", flush=True)
