@@ -53,4 +53,21 @@ inline void check_unpack(const torch::stable::Tensor& dense, const torch::stable
   check_values(values, row_offsets, dense.size(0));
 }
 
+inline void check_sparse_linear(const torch::stable::Tensor& x, const torch::stable::Tensor& values,
+                                const torch::stable::Tensor& bitmask,
+                                const std::optional<torch::stable::Tensor>& row_offsets,
+                                const std::optional<torch::stable::Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., in)");
+  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == torch::headeronly::ScalarType::Byte &&
+                      bitmask.is_contiguous(),
+                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
+  const int64_t out = bitmask.size(0), columns = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
+                  bitmask.size(1), " bytes");
+  check_values(values, row_offsets, out);
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
+                  "bias: expected a contiguous tensor (", out, ",)");
+}
+
 }  // namespace losa::packing

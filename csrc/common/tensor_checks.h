@@ -1,6 +1,7 @@
-// Questions that many operators ask of a tensor.
+// Questions that many operators ask of a tensor, and the memory layout that many need.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -18,6 +19,15 @@ inline bool is_packed_mask(const torch::stable::Tensor& mask, int64_t rows, int6
 
 inline bool is_dense_float(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.is_contiguous();
+}
+
+inline bool has_dense_rows(const torch::stable::Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1;
+}
+
+// The matrix itself, or a copy where its rows have gaps.
+inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& matrix) {
+  return has_dense_rows(matrix) ? matrix : torch::stable::contiguous(matrix);
 }
 
 inline FloatType float_type(const torch::stable::Tensor& tensor, const char* name) {

@@ -10,6 +10,7 @@
 
 #include "common/bits.h"
 #include "common/cpu_isa.h"
+#include "common/tensor_checks.h"
 
 namespace losa::bitmask {
 
@@ -35,10 +36,6 @@ using torch::stable::Tensor;
 
 // Below this many columns of work a second thread costs more than it saves.
 constexpr int64_t kColumnsPerTask = 1 << 16;
-
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
 
 template <class Body>
 void for_each_row(int64_t rows, int64_t columns, const Body& body) {

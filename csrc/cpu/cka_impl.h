@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "cpu/cka.h"
-#include "cpu/lanes.h"
+#include "cpu/float_lanes.h"
 
 namespace losa::cka {
 namespace {
@@ -18,34 +18,6 @@ constexpr int kTile = 5;
 constexpr int kTile = 3;
 #endif
 
-using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-struct Float {
-  using Stored = float;
-  using Register = Floats;
-  static void widen(const Floats& stored, Floats& to) { to = stored; }
-};
-
-struct BFloat16 {
-  using Stored = uint16_t;
-  using Register = Halves;
-  static void widen(const Halves& stored, Floats& to) {
-    to = __builtin_bit_cast(Floats, __builtin_convertvector(stored, Ints) << 16);
-  }
-};
-
-struct Half {
-  using Stored = uint16_t;
-  using Register = Halves;
-  static void widen(const Halves& stored, Floats& to) {
-    const Ints bits = __builtin_convertvector(stored, Ints), magnitude = bits & 0x7fff;
-    // The exponent's bias is 112 less; an exponent of ones stays one.
-    const Floats scaled = __builtin_bit_cast(Floats, magnitude << 13) * 0x1p112f;
-    const Ints special = (magnitude >= 0x7c00) & 0x7f800000;
-    to = __builtin_bit_cast(Floats, __builtin_bit_cast(Ints, scaled) | special | (bits & 0x8000) << 16);
-  }
-};
-
 // A panel's view of its slice, from column `first` on.
 struct Place {
   const Slice& slice;
@@ -54,15 +26,10 @@ struct Place {
   int64_t registers() const { return (columns + kLanes - 1) / kLanes; }
 };
 
+// A register of columns, of which `columns` are left.
 template <class Type>
-inline void load(const typename Type::Stored* from, int64_t columns, Floats& to) {
-  typename Type::Register stored = {};
-  if (columns >= kLanes) {
-    std::memcpy(&stored, from, sizeof(stored));
-  } else {
-    std::memcpy(&stored, from, columns * sizeof(*from));
-  }
-  Type::widen(stored, to);
+inline Floats load_columns(const typename Type::Stored* from, int64_t columns) {
+  return columns >= kLanes ? load<Type>(from) : load_part<Type>(from, columns);
 }
 
 // The panel's samples less their mean. Differences to the first sample are exact where a common component dominates,
@@ -73,7 +40,7 @@ void centre(const Place& place, Floats* panel, Floats* common, Floats* mean) {
   const auto* from = static_cast<const typename Type::Stored*>(slice.features) + place.first;
   const int64_t registers = place.registers();
   for (int64_t c = 0; c < registers; ++c) {
-    load<Type>(from + c * kLanes, place.columns - c * kLanes, common[c]);
+    common[c] = load_columns<Type>(from + c * kLanes, place.columns - c * kLanes);
     mean[c] = Floats{};
   }
   for (int64_t sample = 0; sample < slice.samples; sample += kTile) {
@@ -84,9 +51,7 @@ void centre(const Place& place, Floats* panel, Floats* common, Floats* mean) {
       const Floats first = common[c];
       Floats sum = mean[c];
       for (int64_t s = 0; s < count; ++s) {
-        Floats value;
-        load<Type>(rows + s * slice.stride + c * kLanes, place.columns - c * kLanes, value);
-        group[s] = value - first;
+        group[s] = load_columns<Type>(rows + s * slice.stride + c * kLanes, place.columns - c * kLanes) - first;
         sum += group[s];
       }
       for (int64_t s = count; s < kTile; ++s) group[s] = Floats{};
@@ -103,28 +68,6 @@ void centre(const Place& place, Floats* panel, Floats* common, Floats* mean) {
   }
 }
 
-using Floats4 = float __attribute__((vector_size(16)));
-using Floats8 = float __attribute__((vector_size(32)));
-
-// A register's sum, by halves.
-inline float sum_of(const Floats4& lanes) {
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-}
-
-inline float sum_of(const Floats8& lanes) {
-  Floats4 halves[2];
-  std::memcpy(halves, &lanes, sizeof(lanes));
-  return sum_of(halves[0] + halves[1]);
-}
-
-#if defined(__AVX512F__)
-inline float sum_of(const Floats& lanes) {
-  Floats8 halves[2];
-  std::memcpy(halves, &lanes, sizeof(lanes));
-  return sum_of(halves[0] + halves[1]);
-}
-#endif
-
 // Products of two groups' samples, summed over the panel. Meanwhile a row of the next panel comes in from memory.
 template <class Stored>
 inline void multiply(const Floats* left, const Floats* right, int64_t registers, const Stored* ahead, float* out) {
@@ -138,7 +81,7 @@ inline void multiply(const Floats* left, const Floats* right, int64_t registers,
     }
   }
   for (int i = 0; i < kTile; ++i) {
-    for (int j = 0; j < kTile; ++j) out[i * kTile + j] = sum_of(sums[i][j]);
+    for (int j = 0; j < kTile; ++j) out[i * kTile + j] = sum(sums[i][j]);
   }
 }
 
@@ -174,9 +117,9 @@ void add_slice_of(const Slice& slice) {
 
 void add_slice(const Slice& slice) {
   switch (slice.type) {
-    case FloatType::kFloat: return add_slice_of<Float>(slice);
-    case FloatType::kHalf: return add_slice_of<Half>(slice);
-    case FloatType::kBFloat16: return add_slice_of<BFloat16>(slice);
+    case FloatType::kFloat: return add_slice_of<FloatLanes>(slice);
+    case FloatType::kHalf: return add_slice_of<HalfLanes>(slice);
+    case FloatType::kBFloat16: return add_slice_of<BFloat16Lanes>(slice);
   }
 }
 

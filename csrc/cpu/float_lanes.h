@@ -59,9 +59,11 @@ struct HalfLanes {
   }
 #else
   static Floats widen(const Shorts& stored) {
-    Floats value;
-    for (int i = 0; i < kLanes; ++i) value[i] = static_cast<float>(c10::Half(stored[i], c10::Half::from_bits()));
-    return value;
+    const Ints bits = __builtin_convertvector(stored, Ints), magnitude = bits & 0x7fff;
+    // The exponent's bias is 112 less; an exponent of ones stays one.
+    const Floats scaled = __builtin_bit_cast(Floats, magnitude << 13) * 0x1p112f;
+    const Ints special = (magnitude >= 0x7c00) & 0x7f800000;
+    return __builtin_bit_cast(Floats, __builtin_bit_cast(Ints, scaled) | special | (bits & 0x8000) << 16);
   }
   static Shorts narrow(const Floats& value) {
     Shorts stored;
@@ -134,15 +136,27 @@ inline Floats keep(const Floats& value, uint32_t bits) {
 #endif
 }
 
-inline float sum(const Floats& value) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(__builtin_bit_cast(__m512, value));
-#else
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += value[i];
-  return total;
-#endif
+using Floats4 = float __attribute__((vector_size(16)));
+using Floats8 = float __attribute__((vector_size(32)));
+
+// A register's sum, by halves.
+inline float sum(const Floats4& lanes) {
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
+
+inline float sum(const Floats8& lanes) {
+  Floats4 halves[2];
+  std::memcpy(halves, &lanes, sizeof(lanes));
+  return sum(halves[0] + halves[1]);
+}
+
+#if defined(__AVX512F__)
+inline float sum(const Floats& lanes) {
+  Floats8 halves[2];
+  std::memcpy(halves, &lanes, sizeof(lanes));
+  return sum(halves[0] + halves[1]);
+}
+#endif
 
 // to[0..4) += the sums of a, b, c and d.
 inline void add_sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d, float* to) {

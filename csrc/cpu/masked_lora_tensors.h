@@ -25,14 +25,6 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 // threads does not change a bit of the result.
 constexpr int64_t kSegmentRows = 64, kMaxSegments = 16;
 
-bool has_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1;
-}
-
-Tensor with_dense_rows(const Tensor& matrix) {
-  return has_dense_rows(matrix) ? matrix : torch::stable::contiguous(matrix);
-}
-
 void check_factors(const Tensor& lora_A, const Tensor& lora_B, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.scalar_type() == ScalarType::Float && lora_A.size(0) <= kMaxRank &&
                       lora_A.size(1) == columns,

@@ -122,10 +122,6 @@ int64_t count_group(const uint8_t* mask, int64_t begin, int64_t m) {
   return count;
 }
 
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
-
 // What a packing function reads: rows of the weight and of its mask, either of which may be strided.
 struct Source {
   Tensor weight, mask;

@@ -264,17 +264,9 @@ void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
                      const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
-  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
-                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
-  STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
+  packing::check_sparse_linear(x, values, bitmask, row_offsets, bias);
   const FloatType weight_value = float_type(values, "values"), x_value = float_type(x, "x");
   const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values.numel();
-  STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
-                  bitmask.size(1), " bytes");
-  packing::check_values(values, row_offsets, out);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
-                  "bias: expected a contiguous tensor (", out, ",)");
 
   std::vector<int64_t> sizes(static_cast<size_t>(dims));
   int64_t batch = 1;

@@ -89,16 +89,14 @@ void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int6
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/tensor_checks.h"
+
 namespace losa::bitmask {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
 
 Tensor pack_mask(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "mask: expected a bool tensor (out, in)");

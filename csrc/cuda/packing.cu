@@ -321,10 +321,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
-
 Mask mask_of(const Tensor& mask, int64_t columns) {
   return {static_cast<const uint8_t*>(mask.const_data_ptr()), mask.stride(0), mask.size(0), columns};
 }

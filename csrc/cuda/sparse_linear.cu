@@ -121,19 +121,11 @@ Tensor padded_rows(const Tensor& x, int64_t batch, int64_t columns, cudaStream_t
 Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
               const std::optional<Tensor>& bias, int64_t per_byte) {
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
-  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
-                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
-  STD_TORCH_CHECK(values_in.is_contiguous(), "values: expected a contiguous tensor");
+  packing::check_sparse_linear(x, values_in, bitmask, row_offsets, bias);
   const Value value = value_of(values_in, "values"), x_value = value_of(x, "x");
   STD_TORCH_CHECK(x_value == value || x_value == Value::kFloat, "x: expected float32 or the dtype of values");
   const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values_in.numel();
-  STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
-                  bitmask.size(1), " bytes");
   STD_TORCH_CHECK(columns < kMostColumns, "x: expected fewer than ", kMostColumns, " columns, got ", columns);
-  packing::check_values(values_in, row_offsets, out);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out && bias->is_contiguous()),
-                  "bias: expected a contiguous tensor (", out, ",)");
 
   std::vector<int64_t> sizes(static_cast<size_t>(dims));
   int64_t batch = 1;
