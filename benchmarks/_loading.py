@@ -21,16 +21,18 @@ def loading_memory(directory: Path) -> dict:
 
 
 def measure(directory: Path) -> dict:
-    """Bytes: ``file`` (all safetensors), ``peak`` and ``held`` above what the process had when everything was imported
-    and the tokenizer read, which costs the same whatever the weights; ``linears`` as they lie in memory, and
-    ``linears_dense_bf16``, the same unpacked."""
+    """Bytes: ``file`` (all safetensors), ``peak`` and ``held`` above what the process had when everything was imported,
+    the tokenizer read and the model built once without its weights, which costs the same whatever they are;
+    ``linears`` as they lie in memory, and ``linears_dense_bf16``, the same unpacked."""
+    from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 
     from losa.modules import SparseLinear
     from losa.packed import load
     from losa.streaming import skeleton
 
-    skeleton(directory)
+    with init_empty_weights(include_buffers=False):
+        skeleton(directory, meta=False)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

@@ -15,14 +15,14 @@ from losa.tensor_files import TensorFiles
 
 @pytest.mark.subprocess
 def test_loading_peaks_little_above_the_file(tmp_path):
-    model = tiny_llama(layers=16, hidden=768).requires_grad_(False).bfloat16()
+    model = tiny_llama(layers=16, hidden=1024).requires_grad_(False).bfloat16()
     for linear in block_linears(model).values():
         linear.weight.masked_fill_(torch.rand(linear.weight.shape) < 0.7, 0)
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     pack_directory(tmp_path / "dense", tmp_path / "packed")
     found = loading_memory(tmp_path / "packed")
-    assert found["file"] > 60e6  # enough to tell weights from noise
+    assert found["file"] > 100e6  # enough to tell weights from noise
     assert 0.8 * found["file"] < found["peak"] < 1.2 * found["file"]
     assert found["linears_dense_bf16"] == sum(linear.weight.nbytes for linear in block_linears(model).values())
     # 70 %: 0.3 of the values, a bit a weight, and row offsets.
