@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def("unpack_bitmask(Tensor(a!) dense, Tensor values, Tensor bitmask, Tensor? row_offsets) -> ()");
   // x (..., in) with at most 16 rows, values and bitmask of a weight (out, in) as above, bias (out,) -> (..., out)
   library.def("sparse_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? bias) -> Tensor");
-  // The same on CUDA, where every byte of the bitmask has per_byte bits: N:M with m = 4 or 8
+  // The same where every byte of the bitmask has per_byte bits: N:M with m = 4 or 8
   library.def("sparse_linear_nm(Tensor x, Tensor values, Tensor bitmask, int per_byte, Tensor? bias) -> Tensor");
 
   // features (L, n, p), dense rows -> fp64 (L, n, n), the Gram of each layer's samples less their mean

@@ -116,11 +116,16 @@ def test_every_number_of_rows(isa, batch):
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_long_rows_are_summed_as_precisely(isa, dtype):
-    weight, dense, kept = random_problem(5, 11008, 0.5, dtype)
+    """Rows in several chunks, more of them than a tile; fixed rows give the same bits as counted ones."""
+    weight, dense, kept = random_problem(19, 11008, 0.5, dtype)
     packed = pack_bitmask(weight, pack_mask(kept))
+    scores = torch.rand(19, 11008 // 8, 8)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(3, 2).indices, True).flatten(1)
+    bitmask, fixed = pack_bitmask(dense.to(dtype), pack_mask(kept)), pack_nm(dense.to(dtype), pack_mask(kept), 3, 8)
     for batch in (1, 2, 4, 8, 16):
         x = torch.randn(batch, 11008).to(dtype)
         assert_close(sparse_linear(x, packed), x, dense, None)
+        assert torch.equal(sparse_linear(x, fixed), sparse_linear(x, bitmask))
 
 
 @pytest.mark.parametrize("rows, columns", [(0, 64), (5, 0), (0, 0)])
@@ -239,6 +244,13 @@ for level in ("scalar", "avx2", "avx512"):
                 x = at_the_end(torch.randn(batch, columns))
                 y = torch.ops.losa.sparse_linear.default(x, values, mask, offsets, at_the_end(torch.randn(rows)))
                 assert y.isfinite().all()
+    for columns, keep_n in ((24, 1), (72, 2), (5000, 3), (9000, 7)):
+        mask = at_the_end(pack_mask((torch.arange(columns) % 8 < keep_n).expand(2, columns)))
+        values = at_the_end(torch.randn(2, columns // 8 * keep_n).to(dtype))
+        for batch in (1, 2, 4, 7, 16):
+            x = at_the_end(torch.randn(batch, columns).to(dtype))
+            y = torch.ops.losa.sparse_linear_nm.default(x, values, mask, keep_n, None)
+            assert y.isfinite().all()
 print("done", best)
 """
 
@@ -265,6 +277,15 @@ def test_damaged_files_are_not_read_beyond(isa):
     for batch in (1, 2, 4, 8, 16):
         y = torch.ops.losa.sparse_linear.default(torch.ones(batch, 160), values, bitmask, offsets, None)
         assert torch.equal(y, torch.tensor([100.0, 10.0, 0.0, 100.0]).expand(batch, 4))
+        y = torch.ops.losa.sparse_linear_nm.default(
+            torch.ones(batch, 200), values, bitmask[:, :1].repeat(1, 25), 1, None
+        )
+        assert y.isfinite().all()
+    for per_byte in (0, 2, 9):
+        with pytest.raises(RuntimeError, match="per_byte: expected the number of values of every 8 columns, got"):
+            torch.ops.losa.sparse_linear_nm.default(
+                torch.ones(1, 200), values, bitmask[:, :1].repeat(1, 25), per_byte, None
+            )
 
 
 @pytest.fixture

@@ -35,16 +35,6 @@ inline bool has_bfloat16_products() {
 #endif
 }
 
-// Expanding a register by a mask takes five cycles on AMD's CPUs (Zen 4), one or two on others.
-inline bool has_slow_expand() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 // The best set this CPU has, or less if the environment variable LOSA_CPU_ISA = scalar | avx2 | avx512 asks for less.
 inline CpuIsa selected_isa() {
   static const CpuIsa best = detect_isa();

@@ -70,4 +70,11 @@ inline void check_sparse_linear(const torch::stable::Tensor& x, const torch::sta
                   "bias: expected a contiguous tensor (", out, ",)");
 }
 
+inline void check_per_byte(const torch::stable::Tensor& x, const torch::stable::Tensor& values,
+                           const torch::stable::Tensor& bitmask, int64_t per_byte) {
+  const int64_t columns = x.dim() > 0 ? x.size(x.dim() - 1) : 0, rows = bitmask.dim() > 0 ? bitmask.size(0) : 0;
+  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 && values.numel() == rows * (columns / 8) * per_byte,
+                  "per_byte: expected the number of values of every 8 columns, got ", per_byte);
+}
+
 }  // namespace losa::packing

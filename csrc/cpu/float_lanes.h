@@ -170,7 +170,8 @@ inline void add_sums(const Floats& a, const Floats& b, const Floats& c, const Fl
   __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
   sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
-  const __m128 four = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums));
+  const __m512i every_fourth = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+  const __m128 four = _mm512_castps512_ps128(_mm512_permutexvar_ps(every_fourth, sums));
   _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
 #elif defined(__AVX2__)
   const auto pairs = [](const Floats& left, const Floats& right) {

@@ -3,9 +3,9 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
 
-#include <immintrin.h>
-
 #include <cstring>
+
+#include "cpu/expand_avx512.h"
 
 namespace losa::packing {
 namespace {
@@ -31,8 +31,8 @@ struct Bits16 {
   static constexpr int kColumns = 32;
   static __m512i load(uint32_t which, const Element* from) { return _mm512_maskz_loadu_epi16(which, from); }
   static void store(uint32_t which, Element* to, __m512i values) { _mm512_mask_storeu_epi16(to, which, values); }
-  static __m512i compress(uint32_t mask, __m512i values) { return _mm512_maskz_compress_epi16(mask, values); }
-  static __m512i expand(uint32_t mask, __m512i values) { return _mm512_maskz_expand_epi16(mask, values); }
+  static __m512i compress(uint32_t mask, __m512i values) { return compress16(mask, values); }
+  static __m512i expand(uint32_t mask, __m512i values) { return expand16(mask, values); }
 };
 
 struct Bits32 {
@@ -43,8 +43,8 @@ struct Bits32 {
   static void store(uint32_t which, Element* to, __m512i values) {
     _mm512_mask_storeu_epi32(to, narrow(which), values);
   }
-  static __m512i compress(uint32_t mask, __m512i values) { return _mm512_maskz_compress_epi32(narrow(mask), values); }
-  static __m512i expand(uint32_t mask, __m512i values) { return _mm512_maskz_expand_epi32(narrow(mask), values); }
+  static __m512i compress(uint32_t mask, __m512i values) { return compress32(narrow(mask), values); }
+  static __m512i expand(uint32_t mask, __m512i values) { return expand32(narrow(mask), values); }
 };
 
 template <class Bits>

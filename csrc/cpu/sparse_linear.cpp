@@ -5,12 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <optional>
 #include <vector>
 
@@ -37,7 +35,11 @@ struct FloatValue {
 struct Bfloat16Value {
   using Stored = uint16_t;
   static float widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-  static uint16_t narrow(float value) { return c10::BFloat16(value).x; }
+  static uint16_t narrow(float value) {  // without a branch, so that it becomes vector code
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+  }
 };
 
 struct HalfValue {
@@ -93,15 +95,13 @@ Plan plan_kept_products(int64_t batch) {
   return {kept_products<V, 16>, 16, 1, Layout::kFloat};
 }
 
-Plan plan_here(FloatType weight, FloatType x, int64_t batch) {
+Plan plan_here(FloatType weight, FloatType x, int64_t batch, bool fixed) {
+  static const bool bfloat16_products = has_bfloat16_products();
   const CpuIsa isa = selected_isa();
   if (isa == CpuIsa::kScalar) return plan_scalar(weight, batch);
-  static const bool expand_is_slow = has_slow_expand(), bfloat16_products = has_bfloat16_products();
-  // With so few rows, table and shuffle are faster than a slow expand; a level asked for by name is taken at its word.
-  const bool shuffle = expand_is_slow && batch <= 2 && std::getenv("LOSA_CPU_ISA") == nullptr;
-  if (isa == CpuIsa::kAvx2 || shuffle) return plan_avx2(weight, batch);
-  const bool pairs = bfloat16_products && batch > 2 && weight == FloatType::kBFloat16 && x == FloatType::kBFloat16;
-  return pairs ? plan_avx512_bfloat16(batch) : plan_avx512(weight, batch);
+  if (isa == CpuIsa::kAvx2) return plan_avx2(weight, batch, fixed);
+  const bool pairs = bfloat16_products && weight == FloatType::kBFloat16 && x == FloatType::kBFloat16;
+  return pairs ? plan_avx512_bfloat16(batch, fixed) : plan_avx512(weight, batch, fixed);
 }
 
 // Memory of the calling thread that grows and stays: a call allocates nothing but its result.
@@ -135,32 +135,43 @@ struct Widened {
   }
 };
 
+// Columns of a row of x as `to` wants them: the first `count` of kColumns exist, the others are 0.
+template <class V, class How, int kColumns, class Element>
+void copy_columns(const typename V::Stored* row, int64_t stride, int64_t count, Element* to) {
+  if (stride == 1 && count == kColumns) {
+    for (int64_t c = 0; c < kColumns; ++c) to[c] = How::template from<V>(row[c]);
+  } else {
+    for (int64_t c = 0; c < kColumns; ++c) to[c] = c < count ? How::template from<V>(row[c * stride]) : Element{0};
+  }
+}
+
 template <class V, class How, int kLanes, class Element>
 void lay_out_lanes(const Rows& x, const Plan& plan, Element* to) {
-  using Stored = typename V::Stored;
+  constexpr int64_t kColumns = 32;
+  static_assert(kColumns % kLanes == 0 && kBlock % kColumns == 0);
   const int64_t padded = (x.columns + kBlock - 1) / kBlock * kBlock, stride = x.column_stride;
-  for (int64_t first = 0; first < x.batch; first += plan.rows) {
-    const auto* const rows = static_cast<const Stored*>(x.data) + first * x.row_stride;
+  const int64_t apart = plan.rows * kLanes;
+  const bool even_odd = plan.layout == Layout::kEvenOdd;
+  alignas(64) Element part[kColumns];
+  for (int64_t first = 0; first < x.batch; first += plan.rows, to += plan.rows * padded) {
     const int64_t present = std::min(plan.rows, x.batch - first);
-    for (int64_t group = 0; group < padded; group += kLanes, to += plan.rows * kLanes) {
-      for (int64_t b = 0; b < present; ++b) {
-        const Stored* const row = rows + b * x.row_stride;
-        Element* const lanes = to + b * kLanes;
-        if (plan.layout == Layout::kEvenOdd || group + kLanes > x.columns) {
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            int64_t column = group + lane;
-            if (plan.layout == Layout::kEvenOdd) column = column / 32 * 32 + column % 16 * 2 + column % 32 / 16;
-            lanes[lane] = column < x.columns ? How::template from<V>(row[column * stride]) : Element{0};
-          }
-        } else if (stride == 1) {
-          for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = How::template from<V>(row[group + lane]);
-        } else {
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            lanes[lane] = How::template from<V>(row[(group + lane) * stride]);
+    if (present < plan.rows) std::fill_n(to, plan.rows * padded, Element{0});
+    for (int64_t b = 0; b < present; ++b) {
+      const auto* const row = static_cast<const typename V::Stored*>(x.data) + (first + b) * x.row_stride;
+      for (int64_t column = 0; column < padded; column += kColumns) {
+        const int64_t left = std::clamp<int64_t>(x.columns - column, 0, kColumns);
+        copy_columns<V, How, kColumns>(row + std::min(column, x.columns) * stride, stride, left, part);
+        Element* const lanes = to + column * plan.rows + b * kLanes;
+        for (int64_t group = 0; group < kColumns / kLanes; ++group) {
+          if (even_odd) {
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              lanes[group * apart + lane] = part[(kColumns / kLanes * lane + group) % kColumns];
+            }
+          } else {
+            std::copy_n(part + group * kLanes, kLanes, lanes + group * apart);
           }
         }
       }
-      std::fill(to + present * kLanes, to + plan.rows * kLanes, Element{0});
     }
   }
 }
@@ -261,8 +272,8 @@ void finish(const float* sums, int64_t batch, int64_t out, int64_t begin, int64_
   with_value(bias.has_value() ? float_type(*bias, "bias") : FloatType::kFloat, with_bias);
 }
 
-Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
-                     const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
+Tensor decode(const Tensor& x, const Tensor& values, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
+              const std::optional<Tensor>& bias, int64_t per_byte) {
   const int64_t dims = x.dim();
   packing::check_sparse_linear(x, values, bitmask, row_offsets, bias);
   const FloatType weight_value = float_type(values, "values"), x_value = float_type(x, "x");
@@ -278,7 +289,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
 
   const bool strided = dims == 2;
   const Tensor source = strided || x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const Plan plan = plan_here(weight_value, x_value, batch);
+  const Plan plan = plan_here(weight_value, x_value, batch, per_byte != 0);
   const Rows rows{source.const_data_ptr(), x_value,
                   batch, columns,
                   strided ? source.stride(0) : columns, strided ? source.stride(1) : 1};
@@ -290,6 +301,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
                       bitmask.size(1),
                       row_offsets.has_value() ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
                       total / out,
+                      per_byte,
                       columns};
   void* const result = y.mutable_data_ptr();
   float* const sums = x_value == FloatType::kFloat ? static_cast<float*>(result) : scratch(1, batch * out);
@@ -314,6 +326,17 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
   return y;
 }
 
+Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
+                     const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
+  return decode(x, values, bitmask, row_offsets, bias, 0);
+}
+
+Tensor sparse_linear_nm(const Tensor& x, const Tensor& values, const Tensor& bitmask, int64_t per_byte,
+                        const std::optional<Tensor>& bias) {
+  packing::check_per_byte(x, values, bitmask, per_byte);
+  return decode(x, values, bitmask, std::nullopt, bias, per_byte);
+}
+
 }  // namespace
 
 Plan plan_scalar(FloatType value, int64_t batch) {
@@ -326,4 +349,5 @@ Plan plan_scalar(FloatType value, int64_t batch) {
 
 STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
   library.impl("sparse_linear", TORCH_BOX(&losa::sparse_linear::sparse_linear));
+  library.impl("sparse_linear_nm", TORCH_BOX(&losa::sparse_linear::sparse_linear_nm));
 }

@@ -18,6 +18,7 @@ struct Weight {
   int64_t mask_stride;
   const int64_t* offsets;  // null: row r begins at value r * row_length
   int64_t row_length;
+  int64_t per_byte;  // values of every 8 columns; 0: to be counted
   int64_t columns;
 };
 
@@ -48,10 +49,11 @@ struct Plan {
   Layout layout;
 };
 
+// `fixed`: for weights whose per_byte is not 0.
 Plan plan_scalar(FloatType value, int64_t batch);
-Plan plan_avx2(FloatType value, int64_t batch);
-Plan plan_avx512(FloatType value, int64_t batch);
+Plan plan_avx2(FloatType value, int64_t batch, bool fixed);
+Plan plan_avx512(FloatType value, int64_t batch, bool fixed);
 // For bfloat16 weights and x: products of bfloat16 pairs, sums in fp32.
-Plan plan_avx512_bfloat16(int64_t batch);
+Plan plan_avx512_bfloat16(int64_t batch, bool fixed);
 
 }  // namespace losa::sparse_linear

@@ -39,13 +39,16 @@ struct Registers {
     return (byte == 0 ? word << kBits : word >> (8 * byte - kBits)) & (255 * kSize);
   }
 
-  static LOSA_INLINE int64_t columns(const uint64_t* words, int64_t count, uint16_t* at) {
+  static LOSA_INLINE int64_t kept(uint64_t word, int step) { return _mm_popcnt_u64(byte_times<32>(word, step)); }
+
+  static LOSA_INLINE int64_t columns(const uint8_t* mask, int64_t words, uint16_t* at) {
     const uint16_t* const begin = at;
     __m128i first = _mm_setzero_si128();
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < words; ++i) {
+      const uint64_t word = load_word(mask + 8 * i);
 #pragma GCC unroll 8
       for (int byte = 0; byte < 8; ++byte) {
-        const uint64_t row = byte_times<16>(words[i], byte);
+        const uint64_t row = byte_times<16>(word, byte);
         const auto* offsets = reinterpret_cast<const uint8_t*>(kOffsets.of) + row;
         const __m128i places = _mm_add_epi16(first, _mm_load_si128(reinterpret_cast<const __m128i*>(offsets)));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(at), places);
@@ -60,14 +63,13 @@ struct Registers {
 struct Float : Registers {
   static constexpr int kBytes = 4;
 
-  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t* from, Vector (&w)[1]) {
     const uint64_t at = byte_times<32>(word, step);
     const auto* table = reinterpret_cast<const uint8_t*>(kExpand32.of) + at;
     const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
     const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
     // Without the AND, what lies at pruned places (a neighbour's NaN) would reach the sum.
     w[0] = _mm256_and_ps(_mm256_permutevar8x32_ps(values, places), _mm256_castsi256_ps(_mm256_srai_epi32(places, 31)));
-    from += kBytes * _mm_popcnt_u64(at);
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t, float*) {
@@ -78,13 +80,12 @@ struct Float : Registers {
 struct Bfloat16 : Registers {
   static constexpr int kBytes = 2;
 
-  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t* from, Vector (&w)[1]) {
     const uint64_t at = byte_times<32>(word, step);
     const auto* table = reinterpret_cast<const uint8_t*>(kWiden16.of) + at;
     // Each lane of 16 bytes reads all 8 values and writes 4 columns, straight into the upper halves of floats.
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     w[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(values, _mm256_load_si256(reinterpret_cast<const __m256i*>(table))));
-    from += kBytes * _mm_popcnt_u64(at);
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
@@ -99,12 +100,11 @@ struct Bfloat16 : Registers {
 struct Half : Registers {
   static constexpr int kBytes = 2;
 
-  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Vector (&w)[1]) {
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t* from, Vector (&w)[1]) {
     const uint64_t at = byte_times<16>(word, step);
     const auto* table = reinterpret_cast<const uint8_t*>(kExpand16.of) + at;
     const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     w[0] = _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128(reinterpret_cast<const __m128i*>(table))));
-    from += kBytes * _mm_popcnt_u64(at);
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
@@ -115,21 +115,20 @@ struct Half : Registers {
   }
 };
 
-template <class D>
+template <class D, bool kFixed>
 Plan plan(int64_t batch) {
-  if (batch <= 1) return {dot<D, 1, 1, 4>, 1, D::kLanes, Layout::kFloat};
-  if (batch <= 2) return {dot<D, 1, 2, 2>, 2, D::kLanes, Layout::kFloat};
-  // 5 to 8 rows take two passes over a pair of weight rows, the second from cache: 8 rows at once would need more of x
-  // than the first cache holds.
-  if (batch <= 8) return {dot<D, 2, 4, 1>, 4, D::kLanes, Layout::kFloat};
+  if (batch <= 1) return {Dot<D, kFixed, 1, 1, 4>::run, 1, D::kLanes, Layout::kFloat};
+  if (batch <= 2) return {Dot<D, kFixed, 1, 2, 2>::run, 2, D::kLanes, Layout::kFloat};
+  if (batch <= 8) return {Dot<D, kFixed, 2, 4, 1>::run, 4, D::kLanes, Layout::kFloat};
   return {axpy<D>, 16, 1, Layout::kFloat};
 }
 
 }  // namespace
 
-Plan plan_avx2(FloatType value, int64_t batch) {
-  if (value == FloatType::kFloat) return plan<Float>(batch);
-  return value == FloatType::kBFloat16 ? plan<Bfloat16>(batch) : plan<Half>(batch);
+Plan plan_avx2(FloatType value, int64_t batch, bool fixed) {
+  if (value == FloatType::kFloat) return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
+  if (value == FloatType::kHalf) return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
+  return fixed ? plan<Bfloat16, true>(batch) : plan<Bfloat16, false>(batch);
 }
 
 }  // namespace losa::sparse_linear
@@ -138,7 +137,7 @@ Plan plan_avx2(FloatType value, int64_t batch) {
 
 namespace losa::sparse_linear {
 
-Plan plan_avx2(FloatType value, int64_t batch) {
+Plan plan_avx2(FloatType value, int64_t batch, bool) {
   return plan_scalar(value, batch);
 }
 

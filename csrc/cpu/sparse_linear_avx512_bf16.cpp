@@ -4,6 +4,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 
+#include "cpu/expand_avx512.h"
 #include "cpu/sparse_linear_loops.h"
 
 namespace losa::sparse_linear {
@@ -23,18 +24,27 @@ struct Pairs {
   }
   static LOSA_INLINE float total(Vector values) { return _mm512_reduce_add_ps(values); }
 
-  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t*& from, Weights (&w)[1]) {
-    const auto mask = static_cast<uint32_t>(word >> (32 * step));
-    w[0] = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
-    from += kBytes * _mm_popcnt_u32(mask);
+  static LOSA_INLINE int64_t kept(uint64_t word, int step) {
+    return _mm_popcnt_u32(static_cast<uint32_t>(word >> (32 * step)));
+  }
+
+  static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t* from, Weights (&w)[1]) {
+    w[0] = expand16(static_cast<__mmask32>(word >> (32 * step)), _mm512_loadu_si512(from));
   }
 };
 
+template <bool kFixed>
+Plan plan(int64_t batch) {
+  if (batch <= 1) return {Dot<Pairs, kFixed, 1, 1, 2>::run, 1, Pairs::kLanes, Layout::kBfloat16};
+  if (batch <= 2) return {Dot<Pairs, kFixed, 1, 2, 2>::run, 2, Pairs::kLanes, Layout::kBfloat16};
+  if (batch <= 4) return {Dot<Pairs, kFixed, 2, 4, 1>::run, 4, Pairs::kLanes, Layout::kBfloat16};
+  return {Dot<Pairs, kFixed, 2, 8, 1>::run, 8, Pairs::kLanes, Layout::kBfloat16};
+}
+
 }  // namespace
 
-Plan plan_avx512_bfloat16(int64_t batch) {
-  if (batch <= 4) return {dot<Pairs, 2, 4, 1>, 4, Pairs::kLanes, Layout::kBfloat16};
-  return {dot<Pairs, 2, 8, 1>, 8, Pairs::kLanes, Layout::kBfloat16};
+Plan plan_avx512_bfloat16(int64_t batch, bool fixed) {
+  return fixed ? plan<true>(batch) : plan<false>(batch);
 }
 
 }  // namespace losa::sparse_linear
@@ -43,8 +53,8 @@ Plan plan_avx512_bfloat16(int64_t batch) {
 
 namespace losa::sparse_linear {
 
-Plan plan_avx512_bfloat16(int64_t batch) {
-  return plan_avx512(FloatType::kBFloat16, batch);
+Plan plan_avx512_bfloat16(int64_t batch, bool fixed) {
+  return plan_avx512(FloatType::kBFloat16, batch, fixed);
 }
 
 }  // namespace losa::sparse_linear

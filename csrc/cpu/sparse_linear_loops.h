@@ -6,9 +6,10 @@
 //   Element, kLanes       how x is stored, and how many columns of it a register holds
 //   kBytes                size of a value
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives
-//   expand(word, step, from, w)   the weights of columns step * kStep.. of a mask word, zeros where pruned; `from`
-//                         moves past the values taken, of which it may read as many as a block of kBlock has columns
-//   columns(words, count, at)     byte offsets in x (64 bytes a column) of the words' set bits; how many
+//   expand(word, step, from, w)   the weights of columns step * kStep.. of a mask word, zeros where pruned, from values
+//                         of which it may read kStep
+//   kept(word, step)      how many of the values are theirs
+//   columns(mask, words, at)      byte offsets in x (64 bytes a column) of the set bits of so many words; how many
 //   widen(from, count, w)         values as floats, in w or where they are
 //   load, store, splat, multiply_add, add, total
 // Weights and x meet in multiply_add only: what expand() and load() give need not be vectors of floats.
@@ -25,19 +26,25 @@
 namespace losa::sparse_linear {
 namespace {
 
-// Apart, so that a full word never goes through memory.
-__attribute__((noinline)) uint64_t load_last_word(const uint8_t* mask, int64_t left) {
+// Apart, so that a loop which never needs these keeps its sums in registers.
+// The mask words of `columns`: as they are, or, where the last one has bits too many, a copy without those.
+__attribute__((noinline)) const uint8_t* trim_words(const uint8_t* mask, int64_t columns, uint8_t* copy) {
+  const int64_t last = columns / kBlock * (kBlock / 8), left = columns % kBlock;
+  std::memcpy(copy, mask, static_cast<size_t>(last + (left + 7) / 8));
   uint64_t word = 0;
-  if (left <= 0) return word;
-  std::memcpy(&word, mask, static_cast<size_t>((left + 7) / 8));
-  return word & (~0ull >> (kBlock - left));
+  std::memcpy(&word, copy + last, static_cast<size_t>((left + 7) / 8));
+  word &= ~(~uint64_t{0} << left);
+  std::memcpy(copy + last, &word, sizeof word);
+  return copy;
 }
 
-// Mask bits of the next kBlock columns, of which `left` exist.
-LOSA_INLINE uint64_t load_word(const uint8_t* mask, int64_t left) {
-  if (left < kBlock) return load_last_word(mask, left);
+LOSA_INLINE const uint8_t* whole_words(const uint8_t* mask, int64_t columns, uint8_t* copy) {
+  return columns % kBlock == 0 ? mask : trim_words(mask, columns, copy);
+}
+
+LOSA_INLINE uint64_t load_word(const uint8_t* mask) {
   uint64_t word;
-  std::memcpy(&word, mask, 8);
+  std::memcpy(&word, mask, sizeof word);
   return word;
 }
 
@@ -62,77 +69,122 @@ LOSA_INLINE const uint8_t* readable(const uint8_t* from, const uint8_t* end, uin
 
 // y = x W^T by expanding 8 to 32 columns of kRows rows of W at a time against kBatch contiguous rows of x: a decoded
 // weight is used for kBatch products, a loaded x for kRows. kChains independent sums hide the latency of an addition.
-template <class D, int kRows, int kBatch, int kChains>
-void dot(const Task& task, int64_t begin, int64_t end) {
+// kFixed: every 8 columns keep weight.per_byte values, so that none are counted.
+template <class D, bool kFixed, int kRows, int kBatch, int kChains>
+struct Dot {
   using Vector = typename D::Vector;
-  constexpr int64_t kPrefetch = 2048;  // bytes of values: about 200 ns of work, and less than that is too late
-  const Weight& weight = task.weight;
-  const int64_t padded = (weight.columns + kBlock - 1) / kBlock * kBlock;
-  alignas(64) uint8_t copies[kRows][kBlock * D::kBytes];
+  using Element = typename D::Element;
+  using Sums = Vector[kRows][kBatch][kChains];
 
-  for (int64_t row = begin; row < end; row += kRows) {
-    for (int64_t pass = 0; pass * kBatch < task.batch; ++pass) {
-      const auto* x = static_cast<const typename D::Element*>(task.x) + pass * padded * kBatch;
-      const uint8_t* from[kRows];
-      const uint8_t* mask[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        // Past the last row, the last one again.
-        const int64_t which = row + r < end ? row + r : end - 1;
-        from[r] = first_value<D>(weight, which);
-        mask[r] = weight.mask + which * weight.mask_stride;
-      }
-      // With several rows at a time a row's values end where its neighbour's begin: what comes next is further away.
-      const int64_t ahead = kRows == 1 ? kPrefetch : kRows * (from[kRows - 1] - from[0]) / (kRows > 1 ? kRows - 1 : 1);
+  static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work, and less than that is too late
+  // A chunk of x stays in the first cache for all rows of a tile; sums wait in memory for the next.
+  static constexpr int64_t kChunk = (16 << 10) / (kBatch * int64_t{sizeof(Element)}), kTile = 16;
+  static_assert(kChunk % kBlock == 0 && kTile % kRows == 0);
 
-      Vector sums[kRows][kBatch][kChains];
+  // Adds the products of `blocks` words of the mask of kRows rows; `ahead` is what will be read next, and fetched.
+  static LOSA_INLINE void add(const Element* x, const uint8_t* (&mask)[kRows], const uint8_t* (&from)[kRows],
+                              const uint8_t* (&ahead)[kRows], int64_t blocks, int64_t per_step, Sums& sums) {
+    for (int64_t block = 0; block < blocks; ++block, x += kBlock * kBatch) {
+      uint64_t word[kRows];
+      const uint8_t* place[kRows];
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        for (int b = 0; b < kBatch; ++b) {
-          for (int c = 0; c < kChains; ++c) sums[r][b][c] = D::splat(0.0f);
-        }
+        word[r] = load_word(mask[r] + block * (kBlock / 8));
+        place[r] = from[r];
+        for (int line = 0; line < D::kBytes / 2; ++line) _mm_prefetch(ahead[r] + 64 * line, _MM_HINT_T0);
+        const int64_t taken = kFixed ? per_step * (kBlock / D::kStep) : D::kBytes * _mm_popcnt_u64(word[r]);
+        from[r] += taken;
+        ahead[r] += taken;
       }
-      for (int64_t left = weight.columns; left > 0; left -= kBlock) {
-        uint64_t word[kRows];
-        const uint8_t* place[kRows];
+#pragma GCC unroll 8
+      for (int step = 0; step < kBlock / D::kStep; ++step) {
+        typename D::Weights w[kRows][D::kVectors];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          word[r] = load_word(mask[r], left);
-          mask[r] += kBlock / 8;
-          place[r] = readable(from[r], weight.end, copies[r], kBlock * D::kBytes);
-          for (int line = 0; line < D::kBytes / 2; ++line) {
-            _mm_prefetch(reinterpret_cast<const char*>(from[r]) + ahead + 64 * line, _MM_HINT_T0);
-          }
-          from[r] += D::kBytes * _mm_popcnt_u64(word[r]);
+          D::expand(word[r], step, place[r], w[r]);
+          place[r] += kFixed ? per_step : D::kBytes * D::kept(word[r], step);
         }
-#pragma GCC unroll 8
-        for (int step = 0; step < kBlock / D::kStep; ++step) {
-          typename D::Weights w[kRows][D::kVectors];
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) D::expand(word[r], step, place[r], w[r]);
 #pragma GCC unroll 2
-          for (int v = 0; v < D::kVectors; ++v) {
-            const int group = step * D::kVectors + v;
+        for (int v = 0; v < D::kVectors; ++v) {
+          const int group = step * D::kVectors + v;
 #pragma GCC unroll 16
-            for (int b = 0; b < kBatch; ++b) {
-              const auto part = D::load(x + (group * kBatch + b) * D::kLanes);
+          for (int b = 0; b < kBatch; ++b) {
+            const auto part = D::load(x + (group * kBatch + b) * D::kLanes);
 #pragma GCC unroll 4
-              for (int r = 0; r < kRows; ++r) {
-                sums[r][b][group % kChains] = D::multiply_add(w[r][v], part, sums[r][b][group % kChains]);
-              }
+            for (int r = 0; r < kRows; ++r) {
+              sums[r][b][group % kChains] = D::multiply_add(w[r][v], part, sums[r][b][group % kChains]);
             }
           }
-        }
-        x += kBlock * kBatch;
-      }
-      for (int b = 0; b < kBatch && pass * kBatch + b < task.batch; ++b) {
-        for (int r = 0; r < kRows && row + r < end; ++r) {
-          Vector sum = sums[r][b][0];
-          for (int c = 1; c < kChains; ++c) sum = D::add(sum, sums[r][b][c]);
-          task.y[(pass * kBatch + b) * task.y_stride + row + r] = D::total(sum);
         }
       }
     }
   }
-}
+
+  static void run(const Task& task, int64_t begin, int64_t end) {
+    const Weight& weight = task.weight;
+    const int64_t padded = (weight.columns + kBlock - 1) / kBlock * kBlock;
+    const int64_t per_step = weight.per_byte * (D::kStep / 8) * D::kBytes;
+    alignas(64) uint8_t values[kRows][kChunk * D::kBytes];
+    uint8_t words[kRows][kChunk / 8];
+    Vector waiting[kTile][kMostRows / kBatch][kBatch * kChains];
+    const uint8_t* next[kTile];
+
+    for (int64_t tile = begin; tile < end; tile += kTile) {
+      const int64_t rows = end - tile < kTile ? end - tile : kTile;
+      for (int64_t i = 0; i < kTile; ++i) next[i] = first_value<D>(weight, tile + (i < rows ? i : rows - 1));
+
+      for (int64_t column = 0; column < weight.columns; column += kChunk) {
+        const bool last = weight.columns - column <= kChunk;
+        const int64_t columns = last ? weight.columns - column : kChunk, blocks = (columns + kBlock - 1) / kBlock;
+        for (int64_t pass = 0; pass * kBatch < task.batch; ++pass) {
+          const auto* const x = static_cast<const Element*>(task.x) + (pass * padded + column) * kBatch;
+          for (int64_t first = 0; first < rows; first += kRows) {
+            const uint8_t *from[kRows], *begins[kRows], *mask[kRows];
+            Sums sums;
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              // Past the last row, the last one again.
+              const int64_t i = first + r < rows ? first + r : rows - 1;
+              begins[r] = from[r] = readable(next[i], weight.end, values[r], blocks * kBlock * D::kBytes);
+              mask[r] = whole_words(weight.mask + (tile + i) * weight.mask_stride + column / 8, columns, words[r]);
+#pragma GCC unroll 16
+              for (int s = 0; s < kBatch * kChains; ++s) {
+                sums[r][s / kChains][s % kChains] = column == 0 ? D::splat(0.0f) : waiting[i][pass][s];
+              }
+            }
+            // Whole rows are read in the order of memory; pieces of them row by row, then the next piece of each.
+            const uint8_t* ahead[kRows];
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              if (weight.columns <= kChunk) {
+                ahead[r] = from[r] + (kRows > 1 ? kRows * (from[kRows - 1] - from[0]) / (kRows - 1 + (kRows == 1)) : kPrefetch);
+              } else {
+                ahead[r] = next[(first + kRows + r) % kTile];
+              }
+            }
+            add(x, mask, from, ahead, blocks, per_step, sums);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              const int64_t i = first + r;
+              if (i >= rows) break;
+#pragma GCC unroll 16
+              for (int s = 0; s < kBatch * kChains; ++s) waiting[i][pass][s] = sums[r][s / kChains][s % kChains];
+              if ((pass + 1) * kBatch >= task.batch) next[i] += from[r] - begins[r];
+            }
+          }
+        }
+      }
+      for (int64_t b = 0; b < task.batch; ++b) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const Vector* const sums = waiting[i][b / kBatch] + b % kBatch * kChains;
+          Vector sum = sums[0];
+          for (int c = 1; c < kChains; ++c) sum = D::add(sum, sums[c]);
+          task.y[b * task.y_stride + tile + i] = D::total(sum);
+        }
+      }
+    }
+  }
+};
 
 // y = x W^T for 16 rows of x, a product for each kept weight only: w times the 16 values of its column of x. Pays where
 // there are so many rows of x that arithmetic, not memory, is the limit.
@@ -147,6 +199,7 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
   alignas(64) float widened[kChunk + kWide];
   alignas(64) uint16_t at[kChunk + 32];
   alignas(64) uint8_t copy[kChunk * D::kBytes];
+  uint8_t words[kChunk / 8];
   const uint8_t* from[kTile];
 
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -157,11 +210,10 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
     for (int64_t column = 0; column < weight.columns; column += kChunk) {
       const auto* x = reinterpret_cast<const uint8_t*>(static_cast<const float*>(task.x) + column * kWide);
       for (int64_t r = 0; r < rows; ++r) {
+        const int64_t columns = weight.columns - column < kChunk ? weight.columns - column : kChunk;
         const uint8_t* mask = weight.mask + (tile + r) * weight.mask_stride + column / 8;
-        const int64_t left = weight.columns - column;
-        uint64_t words[kChunk / kBlock];
-        for (int i = 0; i < kChunk / kBlock; ++i) words[i] = load_word(mask + 8 * i, left - kBlock * i);
-        const int64_t count = D::columns(words, left < kChunk ? (left + kBlock - 1) / kBlock : kChunk / kBlock, at);
+        mask = whole_words(mask, columns, words);
+        const int64_t count = D::columns(mask, (columns + kBlock - 1) / kBlock, at);
         const float* w = D::widen(readable(from[r], weight.end, copy, kChunk * D::kBytes), count, widened);
         from[r] += count * D::kBytes;
 

@@ -187,9 +187,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmas
 
 Tensor sparse_linear_nm(const Tensor& x, const Tensor& values, const Tensor& bitmask, int64_t per_byte,
                         const std::optional<Tensor>& bias) {
-  const int64_t columns = x.dim() > 0 ? x.size(x.dim() - 1) : 0, rows = bitmask.dim() > 0 ? bitmask.size(0) : 0;
-  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 && values.numel() == rows * (columns / 8) * per_byte,
-                  "per_byte: expected the number of values of every 8 columns, got ", per_byte);
+  packing::check_per_byte(x, values, bitmask, per_byte);
   return decode(x, values, bitmask, std::nullopt, bias, per_byte);
 }
 

@@ -25,9 +25,11 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if not supported(x, packed, bias):
         return reference.sparse_linear(x, packed, bias)
+    few = x.numel() <= DECODE_ROWS * packed.shape[1]
+    if few and (per_byte := values_per_byte(packed)):
+        return _few_rows_nm(x, packed.values, packed.bitmask, per_byte, bias)
     offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
-    run = _few_rows if x.numel() <= DECODE_ROWS * packed.shape[1] else _many_rows()
-    return run(x, packed.values, packed.bitmask, offsets, bias)
+    return (_few_rows if few else _many_rows())(x, packed.values, packed.bitmask, offsets, bias)
 
 
 def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
@@ -38,6 +40,13 @@ def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
         and packed.values.dtype in _FLOATS
         and (bias is None or (bias.dtype in _FLOATS and bias.is_contiguous()))
     )
+
+
+def values_per_byte(packed: Packed) -> int:
+    """Values of every 8 columns where that is one number, so that nothing has to be counted; else 0."""
+    if not isinstance(packed, PackedNM) or 8 % packed.m or packed.shape[1] % 8:
+        return 0
+    return 8 // packed.m * packed.keep_n
 
 
 def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -64,10 +73,15 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
 
 
 if native.missing("cpu") is None:
-    _few_rows = torch.ops.losa.sparse_linear.default  # finding it takes as long as all checks together
+    # Finding them takes as long as all checks together.
+    _few_rows, _few_rows_nm = torch.ops.losa.sparse_linear.default, torch.ops.losa.sparse_linear_nm.default
 
     @torch.library.register_fake("losa::sparse_linear")
     def _(x, values, bitmask, row_offsets, bias):
+        return x.new_empty(*x.shape[:-1], bitmask.shape[0])
+
+    @torch.library.register_fake("losa::sparse_linear_nm")
+    def _(x, values, bitmask, per_byte, bias):
         return x.new_empty(*x.shape[:-1], bitmask.shape[0])
 
     # An operator for torch.compile only: panels and their memory are nothing to trace.

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losa_kernels import native
-from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
+from losa_kernels.packing import Packed, Packed24, PackedBitmask
 from losa_kernels.sparse_linear import reference
-from losa_kernels.sparse_linear.cpu import supported
+from losa_kernels.sparse_linear.cpu import supported, values_per_byte
 
 DECODE_ROWS = 16  # the kernels' limit
 MULTIPLE_24 = 16  # rows of x that torch's semi-structured product takes
@@ -39,13 +38,6 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return y if rows is x else y.to(x.dtype)
 
 
-def values_per_byte(packed: Packed) -> int:
-    """Values of every 8 columns where that is one number, so that nothing has to be counted; else 0."""
-    if not isinstance(packed, PackedNM) or 8 % packed.m or packed.shape[1] % 8:
-        return 0
-    return 8 // packed.m * packed.keep_n
-
-
 def use_semi_structured() -> bool:
     """Whether ``LOSA_24`` asks for torch's semi-structured product. Raises ValueError for a value that it has not."""
     wanted = os.environ.get("LOSA_24", "unpack").strip().lower()
@@ -64,10 +56,3 @@ def semi_structured(x: Tensor, packed: Packed24, bias: Tensor | None) -> Tensor:
     else:
         y = torch._sparse_semi_structured_addmm(bias.to(x.dtype), packed.values, packed.meta, columns)
     return y.T[:count].reshape(*x.shape[:-1], packed.shape[0])
-
-
-if native.missing("cpu") is None:
-
-    @torch.library.register_fake("losa::sparse_linear_nm")
-    def _(x, values, bitmask, per_byte, bias):
-        return x.new_empty(*x.shape[:-1], bitmask.shape[0])
