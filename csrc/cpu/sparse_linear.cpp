@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/bits.h"
@@ -59,7 +60,8 @@ void with_value(FloatType value, const Body& body) {
   }
 }
 
-// Portable kernel: a product for each kept weight and row of x. Eight sums a row, as precise as vector code.
+// Portable kernel: a product for each kept weight and row of x. Eight sums for a chunk of a row, then for all of it, are
+// as precise as vector code.
 template <class V, int kBatch>
 void kept_products(const Task& task, int64_t begin, int64_t end) {
   const Weight& weight = task.weight;
@@ -70,8 +72,14 @@ void kept_products(const Task& task, int64_t begin, int64_t end) {
     // Offsets from a damaged file must not lead out of the buffer.
     const auto* from = values + std::clamp<int64_t>(first, 0, values_end - values);
     const uint8_t* mask = weight.mask + row * weight.mask_stride;
-    float sums[8][kBatch] = {};
+    float totals[8][kBatch] = {}, sums[8][kBatch] = {};
+    const auto add_chunk = [&] {
+      for (int i = 0; i < 8; ++i) {
+        for (int b = 0; b < kBatch; ++b) totals[i][b] += std::exchange(sums[i][b], 0.0f);
+      }
+    };
     for (int64_t column = 0; column < weight.columns; column += 8) {
+      if (column % 4096 == 0) add_chunk();
       for (unsigned bits = *mask++ & column_bits(weight.columns - column); bits != 0 && from < values_end;
            bits &= bits - 1) {
         const int bit = std::countr_zero(bits);
@@ -80,9 +88,10 @@ void kept_products(const Task& task, int64_t begin, int64_t end) {
         for (int b = 0; b < kBatch; ++b) sums[bit][b] += w * x[b];
       }
     }
+    add_chunk();
     for (int64_t b = 0; b < task.batch; ++b) {
-      const float low = (sums[0][b] + sums[1][b]) + (sums[2][b] + sums[3][b]);
-      const float high = (sums[4][b] + sums[5][b]) + (sums[6][b] + sums[7][b]);
+      const float low = (totals[0][b] + totals[1][b]) + (totals[2][b] + totals[3][b]);
+      const float high = (totals[4][b] + totals[5][b]) + (totals[6][b] + totals[7][b]);
       task.y[b * task.y_stride + row] = low + high;
     }
   }

@@ -77,8 +77,10 @@ struct Dot {
   using Sums = Vector[kRows][kBatch][kChains];
 
   static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work, and less than that is too late
-  // A chunk of x stays in the first cache for all rows of a tile; sums wait in memory for the next.
-  static constexpr int64_t kChunk = (16 << 10) / (kBatch * int64_t{sizeof(Element)}), kTile = 16;
+  // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x memory
+  // is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
+  static constexpr int64_t kChunkBytes = kBatch <= 4 ? 64 << 10 : 16 << 10;
+  static constexpr int64_t kChunk = kChunkBytes / (kBatch * int64_t{sizeof(Element)}), kTile = 16;
   static_assert(kChunk % kBlock == 0 && kTile % kRows == 0);
 
   // Adds the products of `blocks` words of the mask of kRows rows; `ahead` is what will be read next, and fetched.
@@ -148,9 +150,7 @@ struct Dot {
               begins[r] = from[r] = readable(next[i], weight.end, values[r], blocks * kBlock * D::kBytes);
               mask[r] = whole_words(weight.mask + (tile + i) * weight.mask_stride + column / 8, columns, words[r]);
 #pragma GCC unroll 16
-              for (int s = 0; s < kBatch * kChains; ++s) {
-                sums[r][s / kChains][s % kChains] = column == 0 ? D::splat(0.0f) : waiting[i][pass][s];
-              }
+              for (int s = 0; s < kBatch * kChains; ++s) sums[r][s / kChains][s % kChains] = D::splat(0.0f);
             }
             // Whole rows are read in the order of memory; pieces of them row by row, then the next piece of each.
             const uint8_t* ahead[kRows];
@@ -168,7 +168,11 @@ struct Dot {
               const int64_t i = first + r;
               if (i >= rows) break;
 #pragma GCC unroll 16
-              for (int s = 0; s < kBatch * kChains; ++s) waiting[i][pass][s] = sums[r][s / kChains][s % kChains];
+              for (int s = 0; s < kBatch * kChains; ++s) {
+                // Chunk by chunk: one long chain of additions would round off more than a dense product does.
+                const Vector sum = sums[r][s / kChains][s % kChains];
+                waiting[i][pass][s] = column == 0 ? sum : D::add(waiting[i][pass][s], sum);
+              }
               if ((pass + 1) * kBatch >= task.batch) next[i] += from[r] - begins[r];
             }
           }
