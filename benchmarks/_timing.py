@@ -25,7 +25,9 @@ SHAPES = {
     "llama2-13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
 }
 
-BACKLOG_CYCLES = 1_000_000  # about half a millisecond of a GPU's time
+BACKLOG_CYCLES = 4_000_000  # about two milliseconds of a GPU's time
+# Short kernels are timed in bursts: between two events lie some 2 us even where nothing runs.
+BURST_SECONDS, LONGEST_BURST = 200e-6, 20
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -45,27 +47,37 @@ def interleaved(
     A candidate gets the repetition's number, to rotate buffers larger than the cache.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    bursts = {name: _burst(run, device) for name, run in candidates.items()}
     order, shuffle = list(candidates.items()), random.Random().shuffle
     for repetition in range(-1, repetitions):
         shuffle(order)
         for name, run in order:
-            taken = seconds(run, repetition, device)
+            taken = seconds(run, repetition, device, bursts[name])
             if repetition >= 0:
                 times[name].append(taken)
     return times
 
 
-def seconds(run: Callable[[int], object], repetition: int, device: str) -> float:
+def _burst(run: Callable[[int], object], device: str) -> int:
+    """How many runs to time together."""
+    if not device.startswith("cuda"):
+        return 1
+    run(-1)
+    return max(1, min(LONGEST_BURST, round(BURST_SECONDS / seconds(run, -1, device))))
+
+
+def seconds(run: Callable[[int], object], repetition: int, device: str, burst: int = 1) -> float:
     """Of one run. On a GPU between two events behind a backlog, so that the host's time to launch does not count."""
     wait(device)
     if device.startswith("cuda"):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(BACKLOG_CYCLES)
         begin.record()
-        run(repetition)
+        for i in range(burst):
+            run(repetition * burst + i)
         end.record()
         wait(device)
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / burst
     start = time.perf_counter()
     run(repetition)
     return time.perf_counter() - start

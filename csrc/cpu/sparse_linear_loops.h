@@ -129,12 +129,13 @@ struct Dot {
     alignas(64) uint8_t values[kRows][kChunk * D::kBytes];
     uint8_t words[kRows][kChunk / 8];
     Vector waiting[kTile][kMostRows / kBatch][kBatch * kChains];
-    const uint8_t* next[kTile];
+    const uint8_t* next[kTile + kRows];
 
     for (int64_t tile = begin; tile < end; tile += kTile) {
       const int64_t rows = end - tile < kTile ? end - tile : kTile;
-      for (int64_t i = 0; i < kTile; ++i) next[i] = first_value<D>(weight, tile + (i < rows ? i : rows - 1));
-
+      for (int64_t i = 0; i < kTile + kRows; ++i) {
+        next[i] = first_value<D>(weight, tile + i < end ? tile + i : end - 1);
+      }
       for (int64_t column = 0; column < weight.columns; column += kChunk) {
         const bool last = weight.columns - column <= kChunk;
         const int64_t columns = last ? weight.columns - column : kChunk, blocks = (columns + kBlock - 1) / kBlock;
@@ -152,15 +153,12 @@ struct Dot {
 #pragma GCC unroll 16
               for (int s = 0; s < kBatch * kChains; ++s) sums[r][s / kChains][s % kChains] = D::splat(0.0f);
             }
-            // Whole rows are read in the order of memory; pieces of them row by row, then the next piece of each.
             const uint8_t* ahead[kRows];
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-              if (weight.columns <= kChunk) {
-                ahead[r] = from[r] + (kRows > 1 ? kRows * (from[kRows - 1] - from[0]) / (kRows - 1 + (kRows == 1)) : kPrefetch);
-              } else {
-                ahead[r] = next[(first + kRows + r) % kTile];
-              }
+              // Single rows follow each other in memory; else the next rows of the tile, or of the next one.
+              const int64_t i = last ? first + kRows + r : (first + kRows + r) % kTile;
+              ahead[r] = kRows == 1 && weight.columns <= kChunk ? from[r] + kPrefetch : next[i];
             }
             add(x, mask, from, ahead, blocks, per_step, sums);
 #pragma GCC unroll 4
