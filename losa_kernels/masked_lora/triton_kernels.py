@@ -73,16 +73,49 @@ def _two_terms(value, LOW: tl.constexpr):
 
 
 @triton.jit
-def _split_product(high, low, right, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """fp32 (high + low) @ right by 16-bit tensor cores; WIDE: high @ right in fp32."""
-    if WIDE:
-        product = tl.dot(high, right, input_precision=PRECISION)
+def _as_terms(value, LOW: tl.constexpr, TERMS: tl.constexpr):
+    """(high, low): value in two terms of dtype LOW, in one (twice), or as it is (TERMS == 0, twice)."""
+    high, low = value, value
+    if TERMS == 1:
+        high = value.to(LOW)
+        low = high
+    elif TERMS == 2:
+        high, low = _two_terms(value, LOW)
+    return high, low
+
+
+@triton.jit
+def _accumulate(acc, left, right, one, PRECISION: tl.constexpr):
+    """acc + left right.
+
+    fp32 products are summed apart before they are added, lest roundings pile up along the whole reduction: by an fma
+    with a ``one`` that the compiler does not know, for it would make a sum the product's own accumulator again.
+    """
+    if left.dtype == tl.float32:
+        product = tl.dot(left, right, input_precision=PRECISION)
+        acc = tl.fma(product, tl.full(product.shape, one, tl.float32), acc)
     else:
-        right_high, right_low = _two_terms(right, LOW)
-        product = tl.dot(high, right_low)
-        product = tl.dot(low, right_high, product)
-        product = tl.dot(high, right_high, product)
-    return product
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
+def _thin_product(factor, high, low, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + factor G: factor (rank, k) fp32 and G (k, n) in TERMS terms, see _as_terms.
+
+    16-bit tensor cores get the factor in two terms of the same dtype. The rank, less than 64, is the product's
+    first side, which keeps wgmma out: where two wgmma of one kernel read the same place of shared memory in different
+    layouts, ptxas 12.8 (Triton 3.6) takes the low word of a descriptor for its high word as well.
+    """
+    if TERMS == 0:
+        acc += tl.dot(factor, high, input_precision=PRECISION)
+    else:
+        factor_high, factor_low = _two_terms(factor, high.dtype)
+        acc = tl.dot(factor_low, high, acc)
+        if TERMS == 2:
+            acc = tl.dot(factor_high, low, acc)
+        acc = tl.dot(factor_high, high, acc)
+    return acc
 
 
 @triton.jit
@@ -137,7 +170,7 @@ def linear_kernel(
     x, weight, mask, left, right, bias, y, drop,
     tokens, rows, depth,
     x_t, x_k, w_m, w_k, mask_o, left_r, right_r, y_t, drop_t,
-    scaling, drop_scale,
+    scaling, drop_scale, one,
     HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_K: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -196,18 +229,18 @@ def linear_kernel(
         ba = _low_rank(left_head, left_tail, right, right_r, k, HEAD, TAIL, PRECISION)
         if DROPOUT == "none":
             effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(x_block.dtype)
-            acc = tl.dot(effective, x_block.T, acc, input_precision=PRECISION)
+            acc = _accumulate(acc, effective, x_block.T, one, PRECISION)
         else:
             base = tl.where(kept, w, 0.0).to(x_block.dtype)
             adapter = tl.where(kept, scaling * drop_scale * ba, 0.0).to(x_block.dtype)
-            acc = tl.dot(base, x_block.T, acc, input_precision=PRECISION)
+            acc = _accumulate(acc, base, x_block.T, one, PRECISION)
             if DROPOUT == "input":
                 x_byte = step * (BK // 8) + tl.arange(0, BK // 8)
                 drop_bits = _load_bits(drop, drop_t, t, x_byte, tokens, depth, False, WHOLE_K)
                 dropped = tl.where(_expand(drop_bits, BT, BK), x_block, 0.0)
-                acc = tl.dot(adapter, dropped.T, acc, input_precision=PRECISION)
+                acc = _accumulate(acc, adapter, dropped.T, one, PRECISION)
             else:
-                adapter_acc = tl.dot(adapter, x_block.T, adapter_acc, input_precision=PRECISION)
+                adapter_acc = _accumulate(adapter_acc, adapter, x_block.T, one, PRECISION)
 
     if DROPOUT == "output":
         drop_bits = _load_bits(drop, drop_t, t, m_byte, tokens, rows, False, WHOLE_M)
@@ -221,50 +254,82 @@ def linear_kernel(
 @triton.jit
 def compose_kernel(
     weight, mask, left, right, composed,
-    rows, depth, w_m, w_k, mask_o, left_r, right_r,
+    rows, depth, w_m, w_k, mask_o, left_m, left_r, right_r, right_k,
     scaling,
-    TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned.
 
-    left (TERMS, rows) and right (TERMS, depth) from split_kernel.
+    RANK > 0: left (rows, RANK) and right (RANK, depth) are B and A, multiplied in fp32 by the ordinary units: small
+    ranks hide behind the memory, and tensor cores' sums would have to be exchanged to meet W. Else left (TERMS, rows)
+    and right (TERMS, depth) are from split_kernel. WHOLE: no tile is ragged.
     """
     tiles_k = tl.cdiv(depth, BK)
     m_tile, k_tile = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     m, k = m_tile * BM + tl.arange(0, BM), k_tile * BK + tl.arange(0, BK)
-    inside = (m < rows)[:, None] & (k < depth)[None, :]
-    w = tl.load(weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k, mask=inside, other=0.0)
-    kept = w != 0
+    m_inside, k_inside = m < rows, k < depth
+    w_tile = weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k
+    w = _load(w_tile, m_inside, k_inside, WHOLE, WHOLE)
     if MASKED:
         byte = k_tile * (BK // 8) + tl.arange(0, BK // 8)
-        kept = _expand(_load_bits(mask, mask_o, m, byte, rows, depth, False, False), BM, BK)
+        kept = _expand(_load_bits(mask, mask_o, m, byte, rows, depth, WHOLE, WHOLE), BM, BK)
+    else:
+        kept = w != 0
     ba = tl.zeros((BM, BK), dtype=tl.float32)
-    for start in range(0, TERMS, STEP):
-        left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
-        ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
-    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0)
+    # Without a loop, across which the compiler would not let the sums have the layout of W.
+    for r in tl.static_range(RANK):
+        b_tile, a_tile = left + m.to(tl.int64) * left_m + r * left_r, right + k.to(tl.int64) * right_k + r * right_r
+        if WHOLE:
+            b, a = tl.load(b_tile), tl.load(a_tile)
+        else:
+            b, a = tl.load(b_tile, mask=m_inside, other=0.0), tl.load(a_tile, mask=k_inside, other=0.0)
+        ba += b.to(tl.float32)[:, None] * a.to(tl.float32)[None, :]
+    if TERMS > 0:
+        for start in range(0, TERMS, STEP):
+            left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
+            ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
+    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(composed.dtype.element_ty)
     target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
-    tl.store(target, effective.to(composed.dtype.element_ty), mask=inside)
+    if WHOLE:
+        tl.store(target, effective)
+    else:
+        tl.store(target, effective, mask=m_inside[:, None] & k_inside[None, :])
+
+
+@triton.jit
+def _factor(pointer, stride_r, stride_n, r, n, rank, features):
+    """Components r of an adapter's factor at features n in fp32, (r, n), zeros outside."""
+    tile = pointer + r.to(tl.int64)[:, None] * stride_r + n.to(tl.int64)[None, :] * stride_n
+    return tl.load(tile, mask=(r < rank)[:, None] & (n < features)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_share(parts, share, values, r, n, rank, features):
+    """Share number ``share`` of parts (shares, rank, features) at components r and features n."""
+    row = share.to(tl.int64) * rank + r
+    inside = (r < rank)[:, None] & (n < features)[None, :]
+    tl.store(parts + row[:, None] * features + n[None, :], values, mask=inside)
 
 
 @triton.jit
 def project_kernel(
-    dy, x, G, weight, mask, lora_A, lora_B, drop, dA_parts, dB_parts,
+    dy, x, weight, mask, lora_A, lora_B, drop, A_parts, B_parts,
     tokens, outputs, inputs, rank, splits, split_tokens,
     dy_t, dy_o, x_t, x_i, w_o, w_i, mask_o, A_r, A_i, B_o, B_r, drop_t,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
-    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    one,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    LOW: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of M * G, G = dY^T X, projected by A and by B before it leaves the registers.
 
-    Each program writes its share of dB (BO, R) and of dA^T (BI, R), which sum_kernel adds up in a fixed order: results
-    are the same in every run. dA is formed as dA^T = G^T B, since in B^T G the rank would be the side of the product
-    that wgmma wants to be 64. The tokens may be divided among ``splits`` programs; the projection is linear, so their
-    shares add up like the others. GIVEN: G (outputs, inputs) fp32, contiguous, is loaded instead of computed.
+    Each program writes its share of dA and of dB^T, which sum_kernel adds up in a fixed order: results are the same in
+    every run. The tokens may be divided among ``splits`` programs; the projection is linear, so their shares add up
+    like the others. G goes into the products as _as_terms says.
 
-    dA_parts (tiles of outputs * splits, inputs, R), dB_parts (tiles of inputs * splits, outputs, R).
+    A_parts (tiles of outputs * splits, rank, inputs) or None, B_parts (tiles of inputs * splits, rank, outputs) or
+    None.
     """
     tiles_o, tiles_i = tl.cdiv(outputs, BO), tl.cdiv(inputs, BI)
     split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
@@ -275,72 +340,123 @@ def project_kernel(
     o, i = o_tile * BO + tl.arange(0, BO), i_tile * BI + tl.arange(0, BI)
     i_byte = i_tile * (BI // 8) + tl.arange(0, BI // 8)
     o_inside, i_inside = o < outputs, i < inputs
-    inside = o_inside[:, None] & i_inside[None, :]
 
-    if GIVEN:
-        g = tl.load(G + o.to(tl.int64)[:, None] * inputs + i[None, :], mask=inside, other=0.0)
-    else:
-        dy_tile, x_tile = dy + o.to(tl.int64)[None, :] * dy_o, x + i.to(tl.int64)[None, :] * x_i
-        g = tl.zeros((BO, BI), dtype=tl.float32)
-        begin = split * split_tokens
-        for t_start in range(begin, min(begin + split_tokens, tokens), BT):
-            t = (t_start + tl.arange(0, BT)).to(tl.int64)
-            t_inside = (t < tokens)[:, None]
-            dy_block = tl.load(dy_tile + t[:, None] * dy_t, mask=t_inside & o_inside[None, :], other=0.0)
-            x_block = tl.load(x_tile + t[:, None] * x_t, mask=t_inside & i_inside[None, :], other=0.0)
-            if DROPOUT:
-                drop_bits = _load_bits(drop, drop_t, t, i_byte, tokens, inputs, False, False)
-                x_block = tl.where(_expand(drop_bits, BT, BI), x_block, 0.0)
-            g = tl.dot(dy_block.T, x_block, g, input_precision=PRECISION)
+    dy_tile, x_tile = dy + o.to(tl.int64)[None, :] * dy_o, x + i.to(tl.int64)[None, :] * x_i
+    g = tl.zeros((BO, BI), dtype=tl.float32)
+    begin = split * split_tokens
+    for t_start in range(begin, min(begin + split_tokens, tokens), BT):
+        t = (t_start + tl.arange(0, BT)).to(tl.int64)
+        t_inside = (t < tokens)[:, None]
+        dy_block = tl.load(dy_tile + t[:, None] * dy_t, mask=t_inside & o_inside[None, :], other=0.0)
+        x_block = tl.load(x_tile + t[:, None] * x_t, mask=t_inside & i_inside[None, :], other=0.0)
+        if DROPOUT:
+            drop_bits = _load_bits(drop, drop_t, t, i_byte, tokens, inputs, False, False)
+            x_block = tl.where(_expand(drop_bits, BT, BI), x_block, 0.0)
+        g = _accumulate(g, dy_block.T, x_block, one, PRECISION)
 
     if MASKED:
         kept = _expand(_load_bits(mask, mask_o, o, i_byte, outputs, inputs, False, False), BO, BI)
     else:
         w = weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i
-        kept = tl.load(w, mask=inside, other=0.0) != 0
+        kept = tl.load(w, mask=o_inside[:, None] & i_inside[None, :], other=0.0) != 0
     g = tl.where(kept, g, 0.0)
-    high, low = g, g
-    if not WIDE:
-        high, low = _two_terms(g, LOW)
+    high, low = _as_terms(g, LOW, TERMS)
     # In steps of the rank, or a large one would not fit the registers; unpipelined, or it would not fit shared memory.
     for start in tl.range(0, R, RANK_STEP, num_stages=1):
         r = start + tl.arange(0, RANK_STEP)
-        if NEEDS_B:
-            A = tl.load(
-                lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
-                mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
-            )  # fmt: skip
-            dB = _split_product(high, low, A.to(tl.float32), LOW, WIDE, PRECISION)
-            dB_tile = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
-            tl.store(dB_tile, dB, mask=o_inside[:, None])
-        if NEEDS_A:
-            B = tl.load(
-                lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
-                mask=o_inside[:, None] & (r < rank)[None, :], other=0.0,
-            )  # fmt: skip
-            dA = _split_product(high.T, low.T, B.to(tl.float32), LOW, WIDE, PRECISION)
-            dA_tile = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
-            tl.store(dA_tile, dA, mask=i_inside[:, None])
+        if B_parts is not None:
+            A = _factor(lora_A, A_r, A_i, r, i, rank, inputs)
+            dB = _thin_product(A, high.T, low.T, tl.zeros((RANK_STEP, BO), tl.float32), TERMS, PRECISION)
+            _store_share(B_parts, i_tile * splits + split, dB, r, o, rank, outputs)
+        if A_parts is not None:
+            B = _factor(lora_B, B_r, B_o, r, o, rank, outputs)
+            dA = _thin_product(B, high, low, tl.zeros((RANK_STEP, BI), tl.float32), TERMS, PRECISION)
+            _store_share(A_parts, o_tile * splits + split, dA, r, i, rank, inputs)
+
+
+@triton.jit
+def project_given_kernel(
+    G, weight, mask, lora_A, lora_B, A_parts, B_parts,
+    outputs, inputs, rank, w_o, w_i, mask_o, A_r, A_i, B_o, B_r,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, LOW: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """M * G projected by A and by B, G (outputs, inputs) read once for every RANK_STEP components.
+
+    A program walks down SPAN rows of BI columns: its share of dA stays in registers, one of dB^T leaves at each step.
+    It goes into the products as _as_terms says.
+
+    A_parts (spans of outputs, rank, inputs) or None, B_parts (tiles of inputs, rank, outputs) or None.
+    """
+    steps: tl.constexpr = R // RANK_STEP
+    tiles_i = tl.cdiv(inputs, BI)
+    r = (tl.program_id(0) % steps) * RANK_STEP + tl.arange(0, RANK_STEP)
+    tile = tl.program_id(0) // steps
+    span, i_tile = tile // tiles_i, tile % tiles_i
+    i = i_tile * BI + tl.arange(0, BI)
+    i_byte = i_tile * (BI // 8) + tl.arange(0, BI // 8)
+    i_inside = i < inputs
+    if B_parts is not None:
+        A = _factor(lora_A, A_r, A_i, r, i, rank, inputs)
+    dA = tl.zeros((RANK_STEP, BI), tl.float32)
+    begin, end = span * SPAN, min(span * SPAN + SPAN, outputs)
+    if MASKED:
+        bits = _load_bits(mask, mask_o, begin + tl.arange(0, BO), i_byte, outputs, inputs, False, False)
+    for start in range(begin, end, BO):
+        o = start + tl.arange(0, BO)
+        inside = (o < outputs)[:, None] & i_inside[None, :]
+        g = tl.load(G + o.to(tl.int64)[:, None] * inputs + i[None, :], mask=inside, other=0.0)
+        if MASKED:
+            kept = _expand(bits, BO, BI)
+            bits = _load_bits(mask, mask_o, o + BO, i_byte, outputs, inputs, False, False)
+        else:
+            w = weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i
+            kept = tl.load(w, mask=inside, other=0.0) != 0
+        g = tl.where(kept, g, 0.0)
+        high, low = _as_terms(g, LOW, TERMS)
+        if A_parts is not None:
+            B = _factor(lora_B, B_r, B_o, r, o, rank, outputs)
+            dA = _thin_product(B, high, low, dA, TERMS, PRECISION)
+        if B_parts is not None:
+            dB = _thin_product(A, high.T, low.T, tl.zeros((RANK_STEP, BO), tl.float32), TERMS, PRECISION)
+            _store_share(B_parts, i_tile, dB, r, o, rank, outputs)
+    if A_parts is not None:
+        _store_share(A_parts, span, dA, r, i, rank, inputs)
+
+
+@triton.jit
+def _sum_parts(parts, n, count, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements n of the sum of parts (count, size), PARTS at a time so that as many loads are under way."""
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        tile = parts + part.to(tl.int64)[:, None] * size + n[None, :]
+        sums += tl.sum(tl.load(tile, mask=(part < count)[:, None] & (n < size)[None, :], other=0.0), 0)
+    return sums
 
 
 @triton.jit
 def sum_kernel(
-    parts, total, count, features, rank, total_n, total_r, factor,
-    R: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+    A_parts, B_parts, dA, dB, A_count, B_count, inputs, outputs, rank, factor,
+    ACCUMULATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total[n, r] (+)= factor * sum of parts (count, features, R) over count, first to last."""
-    n, r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
-    inside = (n < features)[:, None] & (r < rank)[None, :]
-    part = parts + n.to(tl.int64)[:, None] * R + r[None, :]
-    sums = tl.zeros((BLOCK, R), dtype=tl.float32)
-    for _ in range(count):
-        sums += tl.load(part, mask=inside, other=0.0)
-        part += features * R
-    target = total + n.to(tl.int64)[:, None] * total_n + r.to(tl.int64)[None, :] * total_r
-    sums *= factor
-    if ACCUMULATE:
-        sums += tl.load(target, mask=inside, other=0.0)
-    tl.store(target, sums, mask=inside)
+    """dA (rank, inputs) (+)= factor * the sum of A_parts (A_count, rank, inputs), and dB (outputs, rank) = that of
+    B_parts (B_count, rank, outputs), always in the same order. Either pair may be None.
+    """
+    n, first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) == 0
+    # The outer conditions are decided by the compiler.
+    if A_parts is not None:  # noqa: SIM102
+        if first:
+            size = rank * inputs
+            sums = factor * _sum_parts(A_parts, n, A_count, size, PARTS, BLOCK)
+            if ACCUMULATE:
+                sums += tl.load(dA + n, mask=n < size, other=0.0)
+            tl.store(dA + n, sums, mask=n < size)
+    if B_parts is not None:  # noqa: SIM102
+        if not first:
+            size = rank * outputs
+            sums = factor * _sum_parts(B_parts, n, B_count, size, PARTS, BLOCK)
+            tl.store(dB + (n % outputs) * rank + n // outputs, sums, mask=n < size)
 
 
 @triton.jit(do_not_specialize=["seed"])
