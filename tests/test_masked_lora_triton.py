@@ -80,6 +80,16 @@ def test_error_model(shape, dtype, masked, way):
 
 
 @interpreter
+@pytest.mark.parametrize("masked", [True, False])
+def test_G_in_one_term(masked, monkeypatch):
+    """As bf16 layers take it from the vendor's GEMM, in fp16; two spans of rows, the second ragged."""
+    monkeypatch.setenv("LOSA_MASKED_LORA", "compose")
+    monkeypatch.setattr(triton_launch, "_product_dtype", lambda dtype: dtype)
+    args = problem(100, 41, 20, tokens=18, dtype=FP16)
+    check(args if masked else implicit(args), torch.randn(18, 100).half(), FP16, factor_error=2**-10)
+
+
+@interpreter
 def test_strides(way):
     args = problem(40, 24, 4, tokens=18, dtype=FP16)
     strided = args | {

@@ -1,4 +1,4 @@
-"""Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py.
+"""Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py and triton_project.py.
 
 Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
 formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff into a scratch that all

@@ -1,4 +1,4 @@
-"""Launchers of the kernels in triton_kernels.py, one for each; triton.py composes them into the op.
+"""Launchers, one for each kernel of triton_kernels.py and triton_project.py; triton.py composes them into the op.
 
 ``LOSA_TRITON_FP32`` = ``ieee`` (default) | ``tf32x3``: how fp32 operands are multiplied. ieee is exact fp32, on the
 fp32 units; tf32x3 runs on tensor cores, three tf32 products each, which keep about 21 bits. fp16 and bf16 operands are
@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from losa_kernels.masked_lora import triton_kernels, tuning
+from losa_kernels.masked_lora import triton_kernels, triton_project, tuning
 from losa_kernels.masked_lora.tuning import Tile, ceil_div, next_power_of_2
 
 PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
@@ -198,7 +198,7 @@ def _project(
         split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
         A_parts, B_parts = _shares(tiles_o * splits, tiles_i * splits, weight, rank, needs_A, needs_B)
         _launch(
-            triton_kernels.project_kernel, tiles_o * tiles_i * splits, tile,
+            triton_project.project_kernel, tiles_o * tiles_i * splits, tile,
             dy=dy, x=x, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
             A_parts=A_parts, B_parts=B_parts,
             tokens=tokens, outputs=outputs, inputs=inputs, rank=rank, splits=splits, split_tokens=split_tokens,
@@ -229,7 +229,7 @@ def _project_given(
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
         _launch(
-            triton_kernels.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
+            triton_project.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
             G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, A_parts=A_parts, B_parts=B_parts,
             outputs=outputs, inputs=inputs, rank=rank,
             w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
@@ -264,7 +264,7 @@ def _sum(
     rank, inputs, outputs = A_shape[1], A_shape[2], B_shape[2]
     tile = tuning.SUM
     _launch(
-        triton_kernels.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
+        triton_project.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
         A_parts=A_parts, B_parts=B_parts, dA=dA, dB=dB, A_count=A_shape[0], B_count=B_shape[0],
         inputs=inputs, outputs=outputs, rank=rank, factor=factor,
         ACCUMULATE=accumulate, PARTS=tile.rows, BLOCK=tile.columns,
