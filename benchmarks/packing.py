@@ -2,7 +2,7 @@
 
 Bytes are those of the dense weight and of the packed one, each once; a copy's are what it reads and writes. The
 operators are timed, without what the public functions check. Packing a bitmask waits for the host, which must know the
-number of values: ``median_ms`` has that wait, ``kernels_ms`` is what the GPU works.
+number of values: ``median_ms`` has that wait, ``kernels_ms`` (``--kernels``) is what the GPU works.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def main(argv: list[str]) -> int:
     options = parser("packing", __doc__)
     add_options(options)
+    options.add_argument("--kernels", action="store_true", help="profile the GPU; may slow what comes after")
     args = options.parse_args(argv)
     limit = copy_bandwidth(args.device, 64 if args.quick else 256)
     dtypes = ["bf16"] if args.quick else list(DTYPES)
@@ -68,6 +69,6 @@ def measure(shape: tuple[int, int], pattern: str, dtype: str, limit: float, args
         found += rows(times, "reference", op=direction, shape=f"{shape[0]}x{shape[1]}", pattern=pattern, dtype=dtype)
         for row in found[-len(runs) :]:
             row["fraction_of_copy_bandwidth"] = moved / (row["median_ms"] / 1e3) / limit
-        if on_gpu and (taken := kernel_seconds(runs["dispatched"], repetitions)):
+        if on_gpu and args.kernels and (taken := kernel_seconds(runs["dispatched"], repetitions)):
             found[-1] |= {"kernels_ms": 1e3 * taken, "kernels_fraction": moved / taken / limit}
     return found
