@@ -198,6 +198,7 @@ def test_semi_structured_products_are_padded_and_turned(monkeypatch, bias):
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda b, *rest: product(*rest) + b[:, None])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setenv("LOSA_24", "cutlass")
     kept, weight, x = nm_mask(32, 64, 2, 4), torch.randn(32, 64).bfloat16(), torch.randn(3, 7, 64).bfloat16()
     y = cuda.sparse_linear(x, pack_24(weight, pack_mask(kept)), bias)
@@ -206,6 +207,17 @@ def test_semi_structured_products_are_padded_and_turned(monkeypatch, bias):
     monkeypatch.setenv("LOSA_24", "fast")
     with pytest.raises(ValueError, match="LOSA_24: expected unpack or cutlass, got 'fast'"):
         cuda.sparse_linear(x, pack_24(weight, pack_mask(kept)), bias)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
+def test_semi_structured_products_are_refused_where_torch_has_none(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    packed, x = pack_24(torch.randn(32, 64).bfloat16(), pack_mask(nm_mask(32, 64, 2, 4))), torch.randn(2, 64).bfloat16()
+    assert cuda.sparse_linear(x, packed, None).shape == (2, 32)
+    monkeypatch.setenv("LOSA_24", "cutlass")
+    message = r"LOSA_24=cutlass: .* compute capability 8\.x, this one has {}\.{}; LOSA_24=unpack"
+    with pytest.raises(RuntimeError, match=message.format(*capability)):
+        cuda.sparse_linear(x, packed, None)
 
 
 def on_gpu(packed, x, bias=None):
@@ -275,6 +287,9 @@ def test_compiles_to_one_graph_on_gpu():
 
 @pytest.mark.gpu
 def test_semi_structured_on_gpu(monkeypatch):
+    major, minor = torch.cuda.get_device_capability()
+    if major != cuda.MAJOR_24:
+        pytest.skip(f"torch has its 2:4 product for compute capability 8.x only, this GPU has {major}.{minor}")
     monkeypatch.setenv("LOSA_24", "cutlass")
     kept, weight, bias = nm_mask(128, 256, 2, 4), torch.randn(128, 256).bfloat16(), torch.randn(128).bfloat16()
     packed, x = pack_24(weight, pack_mask(kept)), torch.randn(33, 256).bfloat16()

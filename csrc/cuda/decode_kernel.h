@@ -1,14 +1,15 @@
 // The decode kernel of sparse_linear.cu: kRows rows of the packed weight for each warp, 256 columns at a time.
 //
-// Bytes: a row's values are one contiguous stream. It is copied asynchronously, 16 bytes a lane and some 2 KB ahead, into
-// a ring in shared memory, without waiting for the mask; every byte of the weight comes once from global memory.
+// Bytes: a row's values are one contiguous stream. It is copied asynchronously, 16 bytes a lane and some 2 KB ahead,
+// into a ring in shared memory, without waiting for the mask; every byte of the weight comes once from global memory.
 //
-// Instructions, of which an H100 has 10 for each column in the time that its bytes take at 50 %: a lane expands 8 columns
-// of each row from the ring with a predicated load each, whose addresses are sums of the mask's bits that one multiply and
-// one dot product of bytes make. Neighbouring lanes read neighbouring values, so that loads meet few bank conflicts (fewer
-// and wider loads would be unaligned). Products of 16-bit values are the diagonal of a tensor core tile: of lane (g, t),
-// A holds its columns of two rows as rows g and g + 8, B its columns of x as column g, and only D[g][g] and D[g + 8][g]
-// are used. One instruction does 8 products of a lane, x needs no conversion, and sums are fp32.
+// Instructions, of which an H100 has 10 for each column in the time that its bytes take at 50 %: a lane expands 8
+// columns of each row from the ring with a predicated load each, whose addresses are sums of the mask's bits that one
+// multiply and one dot product of bytes make. Neighbouring lanes read neighbouring values, so that loads meet few bank
+// conflicts (fewer and wider loads would be unaligned). Products of 16-bit values are the diagonal of a tensor core
+// tile: of lane (g, t), A holds its columns of two rows as rows g and g + 8, B its columns of x as column g, and only
+// D[g][g] and D[g + 8][g] are used. One instruction does 8 products of a lane, x needs no conversion, and sums are
+// fp32.
 #pragma once
 
 #include <type_traits>
@@ -129,7 +130,8 @@ __device__ __forceinline__ void expand(Shared from, unsigned byte, unsigned (&w)
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const Shared begin = j < 4 ? from : half;
-    const Shared at = j % 4 == 0 ? begin : add_bytes(begin, j < 4 ? low : high, static_cast<unsigned>(kSize) << (8 * (j % 4 - 1)));
+    const unsigned sums = j < 4 ? low : high;
+    const Shared at = j % 4 == 0 ? begin : add_bytes(begin, sums, static_cast<unsigned>(kSize) << (8 * (j % 4 - 1)));
     w[j] = load_if<kSize>(byte & (1u << j), at);
   }
 }
@@ -206,7 +208,8 @@ LOSA_HOST_DEVICE constexpr int blocks_of(bool tensor, int batch) {
   return batch <= 2 || (tensor && batch == 4) ? 3 : batch == 4 ? 2 : 1;
 }
 
-// kCount sums of all lanes: lane i * 32 / kCount returns the i-th. Each exchange halves the sums that a lane still holds.
+// kCount sums of all lanes: lane i * 32 / kCount returns the i-th. Each exchange halves the sums that a lane still
+// holds.
 template <int kCount, int kBit = 16>
 __device__ __forceinline__ float sum_of_lanes(const float (&sums)[kCount]) {
   if constexpr (kBit == 0) {
@@ -312,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_k
         }
       }
       commit_copies();
-      // A step takes at most 256 values of a row, which end in the chunk after the one where they begin. As each step may
-      // copy 256 new ones, that chunk is never in the last kChunks - 2 groups.
+      // A step takes at most 256 values of a row, which end in the chunk after the one where they begin. As each step
+      // may copy 256 new ones, that chunk is never in the last kChunks - 2 groups.
       wait_copies<kChunks - 2>();
       __syncwarp();
       unsigned w[kRows][8];
