@@ -60,8 +60,8 @@ void with_value(FloatType value, const Body& body) {
   }
 }
 
-// Portable kernel: a product for each kept weight and row of x. Eight sums for a chunk of a row, then for all of it, are
-// as precise as vector code.
+// Portable kernel: a product for each kept weight and row of x. Eight sums for a chunk of a row, then for all of it,
+// are as precise as vector code.
 template <class V, int kBatch>
 void kept_products(const Task& task, int64_t begin, int64_t end) {
   const Weight& weight = task.weight;

@@ -77,8 +77,8 @@ struct Dot {
   using Sums = Vector[kRows][kBatch][kChains];
 
   static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work, and less than that is too late
-  // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x memory
-  // is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
+  // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x
+  // memory is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
   static constexpr int64_t kChunkBytes = kBatch <= 4 ? 64 << 10 : 16 << 10;
   static constexpr int64_t kChunk = kChunkBytes / (kBatch * int64_t{sizeof(Element)}), kTile = 16;
   static_assert(kChunk % kBlock == 0 && kTile % kRows == 0);
