@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from losa.errors import LosaError
 from losa.model import find_blocks
-from losa.token_graphs import BUCKET, TokenGraphs, graphs_for
-from losa_kernels import sparse_linear
+from losa.modules import SparseLinear
+from losa.token_graphs import TokenGraphs, graphs_for, places_for
+from losa_kernels import native, sparse_linear
 
 # Scaled rotary positions whose frequencies do not depend on the length that is reached.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -75,6 +76,7 @@ class LeanDecoder:
         if getattr(self.rotary, "rope_type", "default") not in FIXED_ROPE:
             raise Unsupported(f"generate: rotary positions of type {self.rotary.rope_type} depend on the length")
         self.graphs: TokenGraphs | None = None
+        self._recordable = _recordable(model, self.device)
         self._check(model)
         self.resize(max_length)
 
@@ -82,8 +84,8 @@ class LeanDecoder:
         """Forget what was read, and make room for so many tokens; 0 frees cache and graphs."""
         if self.graphs is not None:
             self.graphs.close()
-        self.graphs = graphs_for(self.device) if max_length else None
-        room = max_length if self.graphs is None else -(-max_length // BUCKET) * BUCKET
+        self.graphs = graphs_for(self.device) if max_length and self._recordable else None
+        room = max_length if self.graphs is None else places_for(max_length)
         positions = torch.arange(room, device=self.device)[None]
         cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
@@ -94,7 +96,7 @@ class LeanDecoder:
         shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
         # Zeros: ``step`` multiplies what it masks by 0.
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.max_length, self.room, self.length = max_length, room, 0
+        self.max_length, self.length = max_length, 0
 
     def _read(self, block: nn.Module) -> _Block:
         attention, mlp = block.self_attn, block.mlp
@@ -113,6 +115,7 @@ class LeanDecoder:
             scaling=attention.scaling,
         )
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget what was read."""
         self.length = 0
@@ -148,7 +151,7 @@ class LeanDecoder:
         if self.graphs is None:
             return False
         self._check_room(1)
-        if not self.graphs.run(self.step, token, self.length, self.room):
+        if not self.graphs.run(self.step, token, self.length):
             return False
         self.length += 1
         return True
@@ -239,6 +242,18 @@ class LeanDecoder:
         allowed = 64 * torch.finfo(self.dtype).eps * expected.abs().max()
         if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
             raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
+
+
+def hooked(model: nn.Module) -> bool:
+    """Were forward methods replaced, or hooks hung onto modules? What those do can change unseen."""
+    return any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _recordable(model: nn.Module, device: torch.device) -> bool:
+    """Is a step nothing but kernels? A replay runs no hook, and without native code packed weights are unpacked by
+    operations that the host waits for."""
+    packed = any(isinstance(module, SparseLinear) for module in model.modules())
+    return not hooked(model) and (native.in_graph(device) or not packed)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from losa.decoding import LeanDecoder, Unsupported
+from losa.decoding import LeanDecoder, Unsupported, hooked
 from losa.errors import LosaError
 
 
@@ -59,12 +59,11 @@ def forget_decoder(model: nn.Module) -> None:
 
 
 def _looks(model: nn.Module) -> list | None:
-    """What a decoder depends on: which modules there are and where their tensors lie. None if forward methods were
-    replaced or hooks hung onto modules: what those do can change unseen."""
+    """What a decoder depends on: which modules there are and where their tensors lie. None: that cannot be told."""
+    if hooked(model):
+        return None
     seen: list = []
     for name, module in model.named_modules():
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-            return None
         seen += name, ref(module)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:

@@ -29,6 +29,11 @@ BUCKET = 256
 Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
+def places_for(tokens: int) -> int:
+    """How many places of the cache the step attends to that reads the last of so many tokens."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
 def graphs_for(device: torch.device) -> TokenGraphs | None:
     """None where tokens are read step by step."""
     if device.type != "cuda" or os.environ.get("LOSA_DECODE_GRAPH", "1") == "0":
@@ -55,12 +60,12 @@ class TokenGraphs:
         self._replays: dict[int, Callable[[], None] | None] = {}
         self._failed = False
 
-    def run(self, step: Step, token: Tensor, length: int, room: int) -> bool:
-        """Read token (1,) after ``length`` others. False, and nothing has happened, if that cannot be done here.
+    def run(self, step: Step, token: Tensor, length: int) -> bool:
+        """Read token (1,) after ``length`` others. False, and nothing that counts has happened, if that cannot be done
+        here.
 
         Args:
             step: the same in every call.
-            room: places that there are.
         """
         if self._failed:
             return False
@@ -69,7 +74,7 @@ class TokenGraphs:
         if self._next != length:
             self._position.fill_(length)
         self._next = None
-        places = min(room, -(-(length + 1) // BUCKET) * BUCKET)
+        places = places_for(length + 1)
         try:
             if places not in self._replays:
                 self._advance(step, places)
@@ -80,8 +85,8 @@ class TokenGraphs:
                 self._replays[places]()
         except Exception as error:  # whatever it is, the plain loop will do, or will say what is wrong
             logger.warning("generate: no CUDA graph, tokens are read step by step: %s", error)
-            self.close()
             self._failed = True
+            self.close()
             return False
         self._next = length + 1
         return True
@@ -109,6 +114,8 @@ class CudaRecorder:
 
     _streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # free ones
     _capturing = threading.Lock()
+    # For ever: after a capture that was cut off, torch's allocator may go on asking its graph.
+    _broken: list[torch.cuda.CUDAGraph] = []
 
     def __init__(self, device: torch.device):
         self._device, self._stream, self._pool = device, None, None
@@ -123,18 +130,24 @@ class CudaRecorder:
                 self._returned.atexit = False
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Where a capture fails, torch may leave its stream the current one.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-            ):
-                function()
+            try:
+                # Where a capture fails, torch may leave its stream the current one.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                ):
+                    function()
+            except BaseException:
+                graph.reset()
+                self._broken.append(graph)
+                raise
             self._graphs.append(graph)
         return graph.replay
 
     def close(self) -> None:
         if self._stream is not None:
-            torch.cuda.synchronize(self._device)
+            with self._capturing:  # a wait for the device would break a capture in another thread
+                torch.cuda.synchronize(self._device)
             self._returned()
             self._stream = self._pool = None
             self._graphs = []

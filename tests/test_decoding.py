@@ -1,32 +1,23 @@
-"""The one-token step of static shapes against the plain loop and transformers, on any device; its recordings; and on a
-GPU everything from wrapping to generating, with CUDA graphs."""
+"""The one-token step of static shapes against the plain loop and transformers; its recordings, on fakes of CUDA's."""
 
 from __future__ import annotations
 
-import copy
-import gc
 import logging
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from test_sparse import LLAMA_KIND, build, greedy, thin
-from tiny import tiny_llama, tiny_tokenizer, wrap
-from torch import nn
-from torch.nn.functional import cross_entropy
+from tiny import EPS, tiny_tokenizer
 
 from losa import decoding, token_graphs
 from losa.decoding import LeanDecoder
 from losa.errors import LosaError
 from losa.generation import generate
-from losa.model import find_blocks, merge_model
-from losa.modules import SparseLinear
-from losa.sparse import join_linears, sparsify
-from losa.speed import decode_speeds
+from losa.model import find_blocks
+from losa.sparse import join_linears
 from losa.token_graphs import CudaRecorder, TokenGraphs
-from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
-
-EPS = torch.finfo(torch.float32).eps
+from losa_kernels import native
 
 
 class Recorder:
@@ -58,8 +49,7 @@ def recorders(monkeypatch):
         return TokenGraphs(made[-1], device)
 
     monkeypatch.setattr(decoding, "graphs_for", graphs_for)
-    for module in (decoding, token_graphs):
-        monkeypatch.setattr(module, "BUCKET", 16)
+    monkeypatch.setattr(token_graphs, "BUCKET", 16)
     return made
 
 
@@ -73,7 +63,7 @@ def test_steps_give_the_loops_logits(recorders, name, packed):
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0]
     decoder = LeanDecoder(model, 40)
-    assert decoder.room == 48
+    assert decoder.cache.shape[-2] == len(decoder.cos) == 48
     found = [decoder(ids[:3]).clone(), *(decoder(token[None]).clone() for token in ids[3:])]
     for logits, truth in zip(found, expected[2:], strict=True):
         assert (logits - truth).abs().max() <= 64 * EPS * truth.abs().max()
@@ -102,6 +92,18 @@ def test_drawn_tokens_do_not_depend_on_the_way(recorders, monkeypatch):
     assert sum(recorder.replays for recorder in recorders) > 20
     monkeypatch.setattr(decoding, "graphs_for", lambda device: None)
     assert found == drawn()
+
+
+def test_texts_of_other_lengths_and_their_ends(recorders):
+    """One model's texts one after another: every cache has room, and each text stops where it should."""
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer()
+    longest = greedy(model, tokenizer, "abc", 60)
+    for count in (20, 1, 60, 2):
+        found = generate(model, tokenizer, "abc", max_new_tokens=count, stop_at_eos=False)
+        assert found.tokens == longest[:count]
+    end = longest[37]
+    model.generation_config.eos_token_id = [end]
+    assert generate(model, tokenizer, "abc", max_new_tokens=60).tokens == longest[: longest.index(end) + 1]
 
 
 def test_texts_in_pieces(recorders):
@@ -147,6 +149,57 @@ def test_a_recording_that_fails_is_said_once(recorders, monkeypatch, caplog):
     ]
 
 
+def test_what_a_replay_would_leave_out_is_not_recorded(recorders, monkeypatch):
+    """Hooks, and the host's share in unpacking without native code."""
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer()
+    seen = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+    del seen[:]
+    generate(model, tokenizer, "hello", max_new_tokens=12, stop_at_eos=False)
+    assert len(seen) >= 12 and not recorders
+    hook.remove()
+    monkeypatch.setattr(native, "in_graph", lambda device: False)
+    generate(model, tokenizer, "hello", max_new_tokens=12, stop_at_eos=False)
+    assert recorders[-1].replays
+    del recorders[:]
+    generate(thin(model), tokenizer, "hello", max_new_tokens=12, stop_at_eos=False)
+    assert not recorders
+
+
+def test_a_decoder_made_in_inference_mode_works_outside(recorders):
+    with torch.inference_mode():
+        decoder = LeanDecoder(build(*LLAMA_KIND["llama"]), 12)
+    ids = torch.randint(2, 90, (9,))
+    whole = decoder(ids)
+    decoder.reset()
+    for token in ids:
+        last = decoder(token[None])
+    assert (whole - last).abs().max() <= 64 * EPS * whole.abs().max()
+
+
+def test_streams_and_graphs_of_recorders(monkeypatch):
+    fake, device = FakeCuda(monkeypatch), torch.device("cuda:1")
+    monkeypatch.setattr(CudaRecorder, "_streams", {})
+    monkeypatch.setattr(CudaRecorder, "_broken", [])
+    where = []
+    one, two = CudaRecorder(device), CudaRecorder(device)
+    replays = [recorder(lambda: where.append(fake.current)) for recorder in (one, one, two)]
+    assert where[0] == where[1] != where[2] and fake.current == "user"
+    for replay in replays:
+        replay()
+    one.close()
+    one.close()
+    assert fake.log == ["replay"] * 3 + ["synchronize", "reset", "reset"]
+    with pytest.raises(ZeroDivisionError):
+        two(lambda: 1 / 0)
+    assert fake.current == "user" and len(CudaRecorder._broken) == 1
+    CudaRecorder(device)(lambda: where.append(fake.current))
+    assert where[3] == where[0], "the stream of what was closed"
+    del two, replays
+    CudaRecorder(device)(lambda: where.append(fake.current))
+    assert where[4] in (where[0], where[2]) and fake.made == 2, "and of what was dropped"
+
+
 def test_only_gpus_have_graphs(monkeypatch):
     assert token_graphs.graphs_for(torch.device("cpu")) is None
     monkeypatch.setenv("LOSA_DECODE_GRAPH", "0")
@@ -167,152 +220,3 @@ def test_joined_linears(name):
     found = LeanDecoder(model, 20)(ids)
     assert (found - expected).abs().max() <= 64 * EPS * expected.abs().max()
     assert thin(model).model.layers[0].mlp.gate_proj.group is not None
-
-
-def inputs_of(model, ids):
-    """What every block linear is given: {name: (tokens, in) fp32}."""
-    seen, handles = {}, []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and "layers" in name:
-            hook = lambda m, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1).float())  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def pruned_and_trained(pruner, device):
-    """A tiny model, wrapped, pruned by the kernels themselves, two training steps taken, merged."""
-    model = tiny_llama(layers=2, hidden=64).to(device)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(3)  # far from ties
-    ids = torch.randint(2, 90, (8, 16), device=device)
-    inputs = inputs_of(model, ids)
-    layers = wrap(model)
-    for name, layer in layers.items():
-        x, weight = inputs[name], layer.weight.detach()
-        if pruner == "wanda":
-            layer.set_mask(wanda_mask(weight, x.norm(dim=0), sparsity=0.6))
-        else:
-            hessian = torch.zeros(x.shape[1], x.shape[1], device=device)
-            accumulate_hessian(hessian, x)
-            complete_hessian(hessian)
-            swept = sparsegpt_prune(weight, hessian, keep_n=2, m=4)
-            layer.weight.data = swept.weight
-            layer.set_mask(swept.mask)
-    trained = [p for n, p in model.named_parameters() if "lora" in n]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(3):
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        losses.append(cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()))
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[2] < losses[0]
-    return merge_model(model).requires_grad_(False)
-
-
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-def test_from_wrapping_to_generating(device, pruner, monkeypatch):
-    """Dense and packed, by graph (on a GPU), by the plain loop and by transformers: the same greedy tokens."""
-    model, tokenizer = pruned_and_trained(pruner, device), tiny_tokenizer()
-    packed = sparsify(copy.deepcopy(model))
-    linears = [m for m in packed.modules() if isinstance(m, SparseLinear)]
-    assert len(linears) == 14 and all(0.49 < m.sparsity < 0.63 for m in linears)
-    ids = tokenizer("hello there", return_tensors="pt").input_ids.to(device)
-    length = 300  # two buckets
-    with torch.no_grad():
-        model.config.max_position_embeddings = 512
-        options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
-    for graphs in ("1", "0"):
-        monkeypatch.setenv("LOSA_DECODE_GRAPH", graphs)
-        for one in (model, packed):
-            found = generate(one, tokenizer, "hello there", max_new_tokens=length, stop_at_eos=False)
-            assert found.tokens == expected, (graphs, one is packed)
-    assert len(set(expected)) > 5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", LLAMA_KIND)
-def test_graphs_on_gpu(monkeypatch, caplog, name, packed, dtype):
-    model = build(*LLAMA_KIND[name])
-    if packed:
-        thin(model)
-    model.to("cuda", dtype)
-    ids = torch.randint(2, 90, (270,), device="cuda")
-    with torch.no_grad():
-        expected = model(ids[None], use_cache=False).logits[0].float()
-    replays = counted(monkeypatch)
-    with caplog.at_level(logging.WARNING, logger="losa"):
-        decoder = LeanDecoder(model, 270)
-        found = [decoder(ids[:3]).clone(), *(decoder(token[None]).clone() for token in ids[3:])]
-    assert not caplog.records and sum(replays) == 267 - 2
-    allowed = 64 * torch.finfo(dtype).eps * expected.abs().max()
-    assert (torch.stack(found).float() - expected[2:]).abs().max() <= allowed
-
-
-def counted(monkeypatch):
-    """A list that grows with every replay."""
-    replays, record = [], CudaRecorder.__call__
-
-    def counting(self, function):
-        replay = record(self, function)
-        return lambda: (replays.append(1), replay())
-
-    monkeypatch.setattr(CudaRecorder, "__call__", counting)
-    return replays
-
-
-@pytest.mark.gpu
-def test_graphs_on_gpu_hold_nothing_afterwards(monkeypatch):
-    model, replays = build(*LLAMA_KIND["llama"]).cuda(), counted(monkeypatch)
-
-    def held(close):
-        decoder = LeanDecoder(model, 600)
-        token = decoder(torch.arange(3, 9, device="cuda")).argmax(-1, keepdim=True)
-        for _ in range(500):
-            token = decoder.likeliest(token)
-        if close:
-            decoder.resize(0)
-        else:
-            del decoder
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
-    first = held(True)
-    for close in (True, False, True, False):
-        assert held(close) <= first
-    assert sum(replays) == 5 * (500 - 2)
-
-
-@pytest.mark.gpu
-def test_two_decoders_take_turns_on_gpu():
-    """Graphs of one do not touch what those of another need, even after the other is gone."""
-    model = build(*LLAMA_KIND["qwen3"]).cuda()
-    ids = torch.randint(2, 90, (100,), device="cuda")
-    plain = [LeanDecoder(model, 100)(ids[: n + 1]).clone() for n in range(100)]
-    one, two = LeanDecoder(model, 100), LeanDecoder(model, 100)
-    for n, token in enumerate(ids):
-        if n == 50:
-            two.resize(0)
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.full((1 << 24,), float("nan"), device="cuda")
-        for decoder in (one, two)[: 2 if n < 50 else 1]:
-            logits = decoder(token[None])
-            assert (logits - plain[n]).abs().max() <= 64 * EPS * plain[n].abs().max(), n
-
-
-@pytest.mark.gpu
-def test_bench_on_gpu():
-    model = pruned_and_trained("wanda", "cuda")
-    speeds = {s.name: s.tokens_per_second for s in decode_speeds(model, tokens=40, repetitions=2)}
-    assert speeds["losa, packed"] > speeds["transformers, dense"]
-    assert len(speeds) == 8
