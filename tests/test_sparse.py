@@ -183,6 +183,19 @@ def test_damage_is_found(saved, tmp_path):
         files.load(tmp_path / "packed")
 
 
+def test_shapes_that_differ_are_found(saved, tmp_path):
+    _, directory = saved
+    files.pack_directory(directory, tmp_path / "packed")
+    config = tmp_path / "packed" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
+    with pytest.raises(ModelError, match="size mismatch for model.embed_tokens.weight"):
+        files.load(tmp_path / "packed")
+    config.write_text(json.dumps(settings | {"intermediate_size": 80}))
+    with pytest.raises(ModelError, match="_proj: the file has shape .* the model"):
+        files.load(tmp_path / "packed")
+
+
 def test_nothing_to_pack_leaves_nothing(tmp_path):
     tiny_llama(layers=2).save_pretrained(tmp_path / "dense")
     with pytest.raises(ModelError, match="none of 14 linears has 20% zeros"):
