@@ -15,8 +15,15 @@ import torch
 from benchmarks._timing import machine, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
-# The longest last: the file is written after each.
-MICROBENCHMARKS = {"bitmask": [], "cka": [], "packing": DECODED, "sparse_linear": DECODED, "masked_lora": []}
+# What each is called with: always, and if not --quick. The longest last, since the file is written after each.
+MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
+    "bitmask": ([], []),
+    "cka": ([], []),
+    "packing": ([], DECODED),
+    "sparse_linear": ([], DECODED),
+    "masked_lora": ([], []),
+    "decode": (["--random", "llama2-7b"], ["--sparsity", "0.5,0.6,0.7,2:4"]),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +36,9 @@ def main(argv: list[str]) -> int:
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in MICROBENCHMARKS.items():
+        for name, (always, whole) in MICROBENCHMARKS.items():
             file, start = Path(folder) / f"{name}.json", time.monotonic()
-            flags = ["--device", "cuda", "--json", str(file), *(["--quick"] if args.quick else options)]
+            flags = ["--device", "cuda", "--json", str(file), *always, *(["--quick"] if args.quick else whole)]
             importlib.import_module(f"benchmarks.{name}").main(flags)
             results[name] = json.loads(file.read_text())["rows"]
             write_rows(args.out / f"{card}.json", {"machine": machine("cuda"), "benchmarks": results})

@@ -107,7 +107,7 @@ def text_of(table: dict) -> str:
     def lines(rows: dict, indent: str) -> str:
         return ",\n".join(f"{indent}{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
 
-    sources = [f'  {json.dumps(name)}: {{\n{lines(rows, "   ")}\n  }}' for name, rows in table["kernels"].items()]
+    sources = [f"  {json.dumps(name)}: {{\n{lines(rows, '   ')}\n  }}" for name, rows in table["kernels"].items()]
     parts = [f' "nvcc": {json.dumps(table["nvcc"])}', f' "columns": {json.dumps(table["columns"])}']
     parts.append(' "kernels": {\n' + ",\n".join(sources) + "\n }")
     parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in ("steps", "windows")]

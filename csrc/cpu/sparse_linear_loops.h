@@ -2,7 +2,7 @@
 // what is compiled here for one instruction set must not be linked into code for another.
 //
 // A decoder D supplies, for one value type on one instruction set:
-//   Vector                a register of sums
+//   Vector, Weights       a register of sums, and one of the weights that expand() gives
 //   Element, kLanes       how x is stored, and how many columns of it a register holds
 //   kBytes                size of a value
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives

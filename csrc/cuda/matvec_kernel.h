@@ -1,15 +1,15 @@
 // The decode kernel for one or two rows of x of the values' 16-bit type.
 //
-// A warp has a window of 1024 columns for good: its x stays in registers, and the block walks down the rows of the weight.
-// A row's values of the window come from global to shared memory by way of registers, where those of the next row wait.
-// A lane then expands 4 columns at a time: it reads the next 3 values, wherever they begin, the fourth only if all 4
-// columns are kept, and 16 permutations in shared memory put them into their columns, with zeros between; for where fewer
-// are kept the fourth is zero. Products are the diagonal of a tensor core tile: of lane (g, t), A holds its columns of
-// the weight as row g, B its columns of x as column g, and only D[g][g] is used.
+// A warp has a window of 1024 columns for good: its x stays in registers, and the block walks down the rows of the
+// weight. A row's values of the window come from global to shared memory by way of registers, where those of the next
+// row wait. A lane then expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the fourth
+// only if all 4 columns are kept. One of 16 permutations, from shared memory, puts them into their columns with zeros
+// between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core tile: of
+// lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is used.
 //
-// Of 32 columns that is about 5 instructions and 2 accesses to shared memory, as 4 columns a lane keep what 32 lanes read
-// within about the 128 bytes that the banks hold. Where a word of the mask has its first value is counted for many rows at
-// once, each by one warp, while the rows before them are multiplied.
+// Of 32 columns that is about 5 instructions and 2 accesses to shared memory, as 4 columns a lane keep what 32 lanes
+// read within about the 128 bytes that the banks hold. Where a word of the mask has its first value is counted for many
+// rows at once, each by one warp, while the rows before them are multiplied.
 #pragma once
 
 #include "cuda/decode_task.h"
@@ -257,9 +257,11 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
   const int rows = static_cast<int>(weight.rows), windows = shape.windows, lot_windows = shape.lot();
   // A shuffle tells the compiler that the whole warp agrees.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
-  const int window = warp / shape.lanes, lane_of_rows = warp % shape.lanes, part = WindowOfX<kValue, kBatch>::part_of_lane();
+  const int window = warp / shape.lanes, lane_of_rows = warp % shape.lanes;
+  const int part = WindowOfX<kValue, kBatch>::part_of_lane();
   constexpr int kBufferBytes = kRoom * 2;
-  const Shared permutations = shared_address(memory), buffers = permutations + 64, buffer = buffers + warp * kBufferBytes;
+  const Shared permutations = shared_address(memory), buffers = permutations + 64;
+  const Shared buffer = buffers + warp * kBufferBytes;
   const int stride = static_cast<int>(gridDim.x) * shape.rows;  // between a block's lots
 
   // This warp counts one row of each lot, one that its own lane of warps will multiply.

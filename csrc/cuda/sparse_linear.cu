@@ -54,7 +54,8 @@ void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStrea
   const int lanes = static_cast<int>(std::clamp<int64_t>(wanted, 1, kWarps / windows));
   const Shape shape{windows, lanes, std::min(windows, kManyRows / lanes) * lanes};
   const int64_t resident = int64_t{multiprocessors} * resident_blocks(kWarps, kBatch) * kWarps / shape.warps();
-  const auto grid = static_cast<unsigned>(std::min((rows + shape.rows - 1) / shape.rows, std::max<int64_t>(resident, 1)));
+  const int64_t lots = (rows + shape.rows - 1) / shape.rows;
+  const auto grid = static_cast<unsigned>(std::min(lots, std::max<int64_t>(resident, 1)));
   const auto kernel = matvec_kernel<kValue, kBatch, kWarps>;
   allow_shared_memory(kernel, shape.bytes(kBatch));
   LOSA_LAUNCH(kernel, grid, 32 * shape.warps(), shape.bytes(kBatch), stream, task, shape);
