@@ -182,7 +182,7 @@ class Machine(NamedTuple):
     units: int
 
 
-# H100: measured on an H100 80GB HBM3 (SXM) under torch 2.11 and Triton 3.6, 4096 x 4096, rank 8, 4096 tokens: the GEMM
+# H100: measured on one (benchmarks/results/nvidia-h100-80gb-hbm3.json, 4096 x 4096, rank 8, 4096 tokens): the GEMM
 # (171 us), the fused kernel by its tile of 64 x 128 (487 and 749 us), G in registers (283 us), a copy. How the 283 us
 # divide is inferred: 40 for the projection, which is what a kernel that loads G in fp32 took beyond loading it. The
 # projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions.
