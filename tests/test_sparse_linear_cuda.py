@@ -229,7 +229,7 @@ def on_gpu(packed, x, bias=None):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiny_on_gpu(dtype):
-    for rows, columns, density in ((1, 1, 1), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5)):
+    for rows, columns, density in ((1, 1, 1), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5), (9, 1056, 0.5)):
         weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
         packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
         for batch in (1, 3, 16):
@@ -256,7 +256,7 @@ def test_patterns_on_gpu(pattern, dtype):
 def test_full_size_on_gpu_repeats_to_the_bit(shape):
     weight, dense, kept = random_problem(*shape, 0.5, BF16)
     packed = pack_bitmask(weight, pack_mask(kept)).to("cuda")
-    for batch in (1, 4, 8, 16):
+    for batch in (1, 2, 4, 8, 16):
         x = torch.randn(batch, shape[1]).bfloat16().cuda()
         y = sparse_linear(x, packed)
         assert torch.equal(y, sparse_linear(x, packed))
