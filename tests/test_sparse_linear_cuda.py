@@ -143,6 +143,13 @@ def test_emulated_damaged_files_are_not_read_beyond(decode):
     )
     for split in (1, 2):
         assert decode(torch.ones(2, 160), packed, split=split).shape == (2, 4)
+    # A row that begins near the values' end leaves others as they are, in every window.
+    columns, kept = 4096, torch.full((4, 512), 255, dtype=torch.uint8)
+    offsets = torch.tensor([0, columns, 2 * columns, 3 * columns - 5])
+    cut = PackedBitmask((4, columns), torch.ones(3 * columns).bfloat16(), kept, offsets)
+    for seed in range(3):
+        y = decode(torch.ones(1, columns).bfloat16(), cut, seed=seed)
+        assert y.tolist() == [[columns, columns, columns, 5]]
     halves = PackedBitmask(packed.shape, packed.values.bfloat16(), packed.bitmask, packed.row_offsets)
     assert decode(torch.ones(1, 160).bfloat16(), halves)[0, 0] == 100  # and zeros where there are no values
 

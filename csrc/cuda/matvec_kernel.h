@@ -27,13 +27,13 @@ constexpr int kRoom = kWindowColumns + 2 * kPiece;
 constexpr int kParts = 8;  // of a window's sum, each in one lane
 constexpr int kWindowWords = kWindowColumns / 32;
 
-// Blocks that a multiprocessor's registers shall allow.
+// Blocks of that many warps that a multiprocessor's registers shall allow.
 LOSA_HOST_DEVICE constexpr int resident_blocks(int warps, int batch) {
   return warps != kFewWarps ? 1 : batch == 1 ? 7 : batch == 2 ? 5 : 3;
 }
 
 // A word of the mask, and where in shared memory its first value is.
-struct Word {
+struct alignas(8) Word {
   unsigned bits;
   Shared from;
 };
@@ -49,18 +49,18 @@ struct alignas(16) Values {
 struct Shape {
   int windows, lanes, rows;
 
-  LOSA_HOST_DEVICE int warps() const { return windows * lanes; }
-  LOSA_HOST_DEVICE int lot() const { return rows * windows; }
+  LOSA_HOST_DEVICE constexpr int warps() const { return windows * lanes; }
+  LOSA_HOST_DEVICE constexpr int lot() const { return rows * windows; }
   // In bytes: permutations, values, sums, and where the values and words are. While one lot of rows is multiplied the
   // next is counted, and a slow warp may still be at the one before.
-  LOSA_HOST_DEVICE int sums_at() const { return 64 + warps() * kRoom * 2; }
-  LOSA_HOST_DEVICE int values_at(int batch) const {
+  LOSA_HOST_DEVICE constexpr int sums_at() const { return 64 + warps() * kRoom * 2; }
+  LOSA_HOST_DEVICE constexpr int values_at(int batch) const {
     return sums_at() + 2 * lot() * batch * kParts * static_cast<int>(sizeof(float));
   }
-  LOSA_HOST_DEVICE int words_at(int batch) const {
+  LOSA_HOST_DEVICE constexpr int words_at(int batch) const {
     return values_at(batch) + 3 * lot() * static_cast<int>(sizeof(Values));
   }
-  LOSA_HOST_DEVICE int bytes(int batch) const {
+  LOSA_HOST_DEVICE constexpr int bytes(int batch) const {
     return words_at(batch) + 3 * lot() * kWindowWords * static_cast<int>(sizeof(Word));
   }
 };
@@ -122,7 +122,7 @@ struct RowAhead {
     const int margin = own_before & (kPiece - 1);
     const int64_t begin = origin + own_before - margin, inside = (weight.total - begin) / kPiece;
     const int pieces = own_total == 0 ? 0 : (margin + own_total + kPiece - 1) / kPiece;
-    values[lane] = {begin, pieces, inside < pieces ? static_cast<int>(inside) : pieces};
+    values[lane] = {begin, pieces, inside < 0 ? 0 : inside < pieces ? static_cast<int>(inside) : pieces};
   }
 };
 
@@ -318,6 +318,7 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
       } else if (lot_row + stride + lane_of_rows < rows) {
         open.open(weight, all_values + next_slot * lot_windows + first_at);
       }
+      __syncwarp();
       float parts[kBatch];
       columns.multiply(words, permutations, parts);
       words += step * kWindowWords;

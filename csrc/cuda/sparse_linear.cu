@@ -42,40 +42,45 @@ void launch(const Task& task, int split, int multiprocessors, cudaStream_t strea
   }
 }
 
-// A block's rows between two barriers, where it has a warp for each of many windows: more would take more shared memory
-// than two blocks have.
-constexpr int kManyRows = 6;
+// A block's rows between two barriers, and the shared memory that every GPU from compute capability 8.0 on has for one.
+constexpr int kLotRows = 5, kMostShared = 99 << 10;
+static_assert(sizeof(Shared) > 4 || Shape{kManyWarps, 1, kLotRows}.bytes(2) <= kMostShared);  // but for the emulator
 
 template <Value kValue, int kBatch, int kWarps>
 void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
   const int64_t rows = task.weight.rows;
   // Few rows are spread over all multiprocessors.
-  const int64_t wanted = (rows + multiprocessors - 1) / multiprocessors;
-  const int lanes = static_cast<int>(std::clamp<int64_t>(wanted, 1, kWarps / windows));
-  const Shape shape{windows, lanes, std::min(windows, kManyRows / lanes) * lanes};
-  const int64_t resident = int64_t{multiprocessors} * resident_blocks(kWarps, kBatch) * kWarps / shape.warps();
-  const int64_t lots = (rows + shape.rows - 1) / shape.rows;
-  const auto grid = static_cast<unsigned>(std::min(lots, std::max<int64_t>(resident, 1)));
+  const auto wanted = static_cast<int>((rows + multiprocessors - 1) / multiprocessors);
+  const int lanes = std::min(wanted, kWarps / windows);
+  const Shape shape{windows, lanes, std::min({windows, kLotRows / lanes, wanted / lanes}) * lanes};
   const auto kernel = matvec_kernel<kValue, kBatch, kWarps>;
-  allow_shared_memory(kernel, shape.bytes(kBatch));
-  LOSA_LAUNCH(kernel, grid, 32 * shape.warps(), shape.bytes(kBatch), stream, task, shape);
+  const int threads = 32 * shape.warps(), bytes = shape.bytes(kBatch);
+  if (kWarps == kManyWarps) allow_shared_memory(kernel, kMostShared);  // the same in every thread's calls
+  int resident = 0;
+  LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes));
+  const int64_t lots = (rows + shape.rows - 1) / shape.rows, blocks = int64_t{multiprocessors} * std::max(resident, 1);
+  LOSA_LAUNCH(kernel, static_cast<unsigned>(std::min(lots, blocks)), threads, bytes, stream, task, shape);
 }
 
 template <Value kValue>
 void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
   const bool few = windows <= kFewWarps;
-  const auto launch = task.batch > 2 ? launch_matvec<kValue, 4, kFewWarps>
-      : task.batch == 2              ? (few ? launch_matvec<kValue, 2, kFewWarps> : launch_matvec<kValue, 2, kManyWarps>)
-      : few                          ? launch_matvec<kValue, 1, kFewWarps>
-                                     : launch_matvec<kValue, 1, kManyWarps>;
-  launch(task, windows, multiprocessors, stream);
+  if (task.batch > 2) {
+    launch_matvec<kValue, 4, kFewWarps>(task, windows, multiprocessors, stream);
+  } else if (task.batch == 2) {
+    const auto launch = few ? launch_matvec<kValue, 2, kFewWarps> : launch_matvec<kValue, 2, kManyWarps>;
+    launch(task, windows, multiprocessors, stream);
+  } else {
+    const auto launch = few ? launch_matvec<kValue, 1, kFewWarps> : launch_matvec<kValue, 1, kManyWarps>;
+    launch(task, windows, multiprocessors, stream);
+  }
 }
 
-// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask and room for
-// its x.
+// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask and room
+// for its x.
 inline bool fits_matvec(const Task& task, int windows) {
   const Weight& weight = task.weight;
-  return windows <= (task.batch <= 2 ? kManyWarps : kFewWarps) && task.batch <= 4 && weight.words &&
+  return windows > 0 && windows <= (task.batch <= 2 ? kManyWarps : kFewWarps) && task.batch <= 4 && weight.words &&
       weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30;
 }
 

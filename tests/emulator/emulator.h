@@ -276,7 +276,8 @@ inline void run_block() {
 inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body) {
   const std::size_t threads = std::size_t{block.x} * block.y * block.z;
   const std::size_t all = std::size_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || all == 0 || grid.y > 65535 || grid.z > 65535) {
+  constexpr std::size_t kMostShared = 163 << 10;  // of a block on sm_80
+  if (threads == 0 || threads > 1024 || all == 0 || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared) {
     std::fprintf(stderr, "emulator: invalid launch\n");
     std::_Exit(kExitStatus);
   }

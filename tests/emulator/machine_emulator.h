@@ -47,6 +47,7 @@ inline unsigned pair_of(unsigned low, unsigned high) {
 }
 
 inline unsigned bytes_of(unsigned low, unsigned high, unsigned order) {
+  if ((order & 0x8888u) != 0) emulator::report("bytes_of has digits up to 7");
   const std::uint64_t eight = low | std::uint64_t{high} << 32;
   unsigned four = 0;
   for (int i = 0; i < 4; ++i) four |= static_cast<unsigned>(eight >> 8 * (order >> 4 * i & 7u) & 0xffu) << 8 * i;

@@ -142,6 +142,12 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, 
   return cudaSuccess;
 }
 
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+  *blocks = 7;
+  return cudaSuccess;
+}
+
 namespace losa {
 
 template <class Kernel>
