@@ -405,7 +405,9 @@ def test_tiny_on_gpu(dtype):
             wide, factor = weight.float(), torch.eye(80)
             expected = reference.column_sweep(wide, factor, *goal, 64 if goal[2] is None else 48, mask)
             found = cuda.column_sweep(wide.cuda(), factor.cuda(), *goal, 64 if goal[2] is None else 48, mask.cuda())
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+            assert torch.equal(found[0].cpu(), expected[0]) and torch.equal(found[1].cpu(), expected[1])
+            # A sum's order, and whether its squares are rounded first, is each implementation's own.
+            assert torch.allclose(found[2].cpu(), expected[2], rtol=80 * EPS, atol=0)
 
 
 @pytest.mark.gpu

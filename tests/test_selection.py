@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
+from losa_kernels.column_sweep import inverse_factor
 from losa_kernels.column_sweep.reference import block_counts, prune_count, smallest, smallest_of_groups
 from tests.test_column_sweep import hessian
 
@@ -106,17 +107,19 @@ def test_wanda_is_a_stable_sort(rows, columns, sparsity, levels, seed):
 
 
 def test_decisions_are_the_same_on_every_device(device, poisoned_native_memory):
-    """In deterministic mode, with ties; an identity Hessian, so that no rounding differs."""
-    weight, norms = torch.randint(-5, 6, (64, 256)).float(), torch.randint(1, 4, (256,)).float()
+    """In deterministic mode, with ties; an identity Hessian and one factor of it, so that no rounding differs."""
+    weight, norms, h = torch.randint(-5, 6, (64, 256)).float(), torch.randint(1, 4, (256,)).float(), torch.eye(256)
     gone = pack_mask(torch.rand(64, 256) < 0.8)
+    factor, damping = inverse_factor(h, 0.01)
     for goal in ({"sparsity": 0.55}, {"keep_n": 2, "m": 8}):
         for mask in (None, gone):
             there = None if mask is None else mask.to(device)
             found = wanda_mask(weight.to(device), norms.to(device), mask=there, **goal)
             assert torch.equal(found.cpu(), wanda_mask(weight, norms, mask=mask, **goal))
-            found = sparsegpt_prune(weight.to(device), torch.eye(256, device=device), mask=there, **goal)
+            moved = (factor.to(device), damping)
+            found = sparsegpt_prune(weight.to(device), h.to(device), mask=there, factor=moved, **goal)
             assert found.weight.device.type == device.type
-            expected = sparsegpt_prune(weight, torch.eye(256), mask=mask, **goal)
+            expected = sparsegpt_prune(weight, h, mask=mask, factor=(factor, damping), **goal)
             assert torch.equal(found.mask.cpu(), expected.mask)
             assert torch.equal(found.weight.cpu(), expected.weight)
 
