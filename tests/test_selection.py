@@ -152,7 +152,20 @@ def test_masks_are_nested(method, first, then):
     assert torch.equal(prune(weight, {"sparsity": 0.1}, early), early), "more than asked has gone: it stays as it is"
 
 
-def test_wanda_errors_name_the_argument():
-    for norms in (torch.ones(7), -torch.ones(8), torch.full((8,), float("nan")), torch.ones(8, device="meta")):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_wanda_errors_name_the_argument(device, dtype):
+    weight, norms = torch.randn(4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
+    for wrong in (norms[:7], -norms, norms * float("nan"), norms / 0, norms.to("meta")):
         with pytest.raises(ValueError, match="input_norms: expected"):
-            wanda_mask(torch.randn(4, 8), norms, sparsity=0.5)
+            wanda_mask(weight, wrong, sparsity=0.5)
+    for goal in ({"sparsity": 0.5}, {"keep_n": 2, "m": 4}, {"keep_n": 1, "m": 2}):
+        for value in (float("nan"), -float("inf")):
+            wrong = weight.clone()
+            wrong[3, 7] = value
+            with pytest.raises(ValueError, match="weight: expected finite values, got nan or inf"):
+                wanda_mask(wrong, norms, **goal)
+            with pytest.raises(ValueError, match="input_norms: expected finite values >= 0"):
+                wanda_mask(wrong, -norms, **goal)
+    assert wanda_mask(weight[:0], norms, sparsity=0.5).shape == (0, 1)
+    with pytest.raises(ValueError, match="input_norms: expected finite values >= 0"):
+        wanda_mask(weight[:0], -norms, sparsity=0.5)
