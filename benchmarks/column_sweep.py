@@ -1,7 +1,8 @@
 """SparseGPT given H and Wanda's masks, stage by stage, against the official manner (``_pruning_baselines``).
 
 ``agreement``: share of mask entries as in the fp64 reference. Stages of ours and of the official loop: the factor, the
-whole sweep given the factor, the trailing products alone, and what is left for selection and columns.
+whole sweep given the factor, both together, and what trailing products alone leave for selection and columns.
+``official_runs``: how often the official loop was timed, on a GPU once.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from benchmarks._pruning_baselines import (
     problem,
     trailing_products,
 )
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report
-from benchmarks.selection import wanda
+from benchmarks._timing import copy_bandwidth, interleaved, parser, report, seconds
+from benchmarks.selection import BLOCK, wanda
 from losa_kernels import dispatch, sparsegpt_prune, unpack_mask
-from losa_kernels.column_sweep import inverse_factor
+from losa_kernels.column_sweep import cuda, inverse_factor
 
 
 def main(argv: list[str]) -> int:
@@ -53,18 +54,30 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
             raise SystemExit(f"column_sweep: agreement {agreement:.5f} with fp64; not timing a wrong kernel")
     factor, official = inverse_factor(hessian, 0.01)[0], official_factor(hessian)
     sweep = dispatch.implementation("column_sweep", weight.device)
+    on_gpu = args.device.startswith("cuda")
+    panel = cuda.PANEL if on_gpu else BLOCK
     runs = {
         "losa, whole": lambda _: sparsegpt_prune(weight, hessian, **settings),
-        "official, whole": lambda _: official_sweep(weight, official_factor(hessian), *pattern),
         "losa, factor": lambda _: inverse_factor(hessian, 0.01),
         "official, factor": lambda _: official_factor(hessian),
-        "losa, sweep": lambda _: sweep(weight.clone(), factor, *pattern, 128, None),
-        "official, sweep": lambda _: official_sweep(weight, official, *pattern),
-        "trailing": lambda _: trailing_products(weight, factor),
+        "losa, sweep": lambda _: sweep(weight.clone(), factor, *pattern, BLOCK, None),
+        "losa, trailing": lambda _: trailing_products(weight, factor, BLOCK, panel),
+        "official, trailing": lambda _: trailing_products(weight, factor, BLOCK, BLOCK),
     }
-    medians = {k: statistics.median(v) for k, v in interleaved(runs, repetitions, args.device).items()}
+
+    def loop(_):
+        official_sweep(weight, official, *pattern)
+
+    if not on_gpu:
+        runs["official, sweep"] = loop
+    times = interleaved(runs, repetitions, args.device)
+    if on_gpu:
+        times["official, sweep"] = [seconds(loop, 0, args.device)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians["official, whole"] = medians["official, factor"] + medians["official, sweep"]
     for side in ("losa", "official"):
-        medians[f"{side}, selection and columns"] = max(medians[f"{side}, sweep"] - medians["trailing"], 1e-9)
+        rest = medians[f"{side}, sweep"] - medians[f"{side}, trailing"]
+        medians[f"{side}, selection and columns"] = max(rest, 1e-9)
     rows = []
     for stage in ("whole", "factor", "sweep", "selection and columns"):
         ours, theirs = medians[f"losa, {stage}"], medians[f"official, {stage}"]
@@ -76,8 +89,9 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
                 "losa_ms": 1e3 * ours,
                 "official_ms": 1e3 * theirs,
                 "speedup": theirs / ours,
-                "trailing_ms": 1e3 * medians["trailing"],
+                "trailing_ms": 1e3 * medians["losa, trailing"],
                 "agreement": agreement,
+                "official_runs": len(times["official, sweep"]),
             }
         )
     return rows

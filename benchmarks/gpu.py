@@ -14,7 +14,16 @@ import torch
 from benchmarks._timing import machine, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
-MICROBENCHMARKS = {"bitmask": [], "masked_lora": [], "cka": [], "packing": DECODED, "sparse_linear": DECODED}
+PRUNED = ["--shape", "4096x4096", "--repetitions", "5"]
+MICROBENCHMARKS = {
+    "bitmask": [],
+    "masked_lora": [],
+    "cka": [],
+    "selection": PRUNED,
+    "column_sweep": PRUNED,
+    "packing": DECODED,
+    "sparse_linear": DECODED,
+}
 
 
 def main(argv: list[str]) -> int:
