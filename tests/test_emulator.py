@@ -225,10 +225,12 @@ def test_wanda_tells_what_is_wrong(emulate, kind, m, columns):
     assert faults(right[0], norms) == reference.BAD_NORMS
 
 
-@pytest.mark.parametrize("block_size", [1, 5, 24, 100])
-def test_pruned_per_block(emulate, block_size):
-    kept = torch.rand(11, 77) < 0.6
-    folder = emulate("sweep", "pruned", 11, 77, block_size, mask=pack_mask(kept), result="pruned")
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size"), [(11, 77, 1), (11, 77, 5), (11, 77, 24), (11, 77, 100), (700, 256, 128)]
+)
+def test_pruned_per_block(emulate, rows, columns, block_size):
+    kept = torch.rand(rows, columns) < 0.6
+    folder = emulate("sweep", "pruned", rows, columns, block_size, mask=pack_mask(kept), result="pruned")
     expected = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
     assert load(folder, "pruned", np.int64, -1).tolist() == expected
 
@@ -268,6 +270,21 @@ def test_sweep_equals_the_reference_where_nothing_rounds(emulate, goal, rows, co
         expected = reference.column_sweep(weight, factor, *goal, block_size, mask)
         found = prune(emulate, weight, factor, block_size, goal, mask, seed)
         assert all(map(torch.equal, found, expected)), share
+
+
+@pytest.mark.parametrize("goal", GOALS[1:], ids=str)
+def test_scores_that_are_infinite_or_nothing_tie(emulate, goal):
+    """Squares beyond fp32's range on either side, of quotients within it and (largest) beyond it."""
+    generator = torch.Generator().manual_seed(0)
+    choice = torch.randint(0, 5, (40, 48), generator=generator)
+    weight = torch.tensor([1.0, -3e30, 2e30, 1e-30, -2e-30])[choice] * torch.rand(40, 48, generator=generator)
+    for columns, largest in ((48, False), (16, True)):
+        given, factor = weight[:, :columns].contiguous(), 0.75 * torch.eye(columns)
+        if largest:
+            given[5, -1] = 3.2e38
+        expected = reference.column_sweep(given, factor, *goal, 32, None)
+        found = prune(emulate, given, factor, 32, goal, None)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("columns", [5, 45])

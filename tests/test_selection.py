@@ -155,7 +155,8 @@ def test_masks_are_nested(method, first, then):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_wanda_errors_name_the_argument(device, dtype):
     weight, norms = torch.randn(4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
-    for wrong in (norms[:7], -norms, norms * float("nan"), norms / 0, norms.to("meta")):
+    huge = norms.double() * (float("inf") if dtype == torch.float64 else 1e300)
+    for wrong in (norms[:7], -norms, norms * float("nan"), norms / 0, huge, norms.to("meta")):
         with pytest.raises(ValueError, match="input_norms: expected"):
             wanda_mask(weight, wrong, sparsity=0.5)
     for goal in ({"sparsity": 0.5}, {"keep_n": 2, "m": 4}, {"keep_n": 1, "m": 2}):

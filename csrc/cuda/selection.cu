@@ -207,20 +207,29 @@ void launch_select_block(const ColumnBlock& block, int* keys, int* state, cudaSt
   LOSA_LAUNCH(ties_kernel, grid, kThreads, 0, stream, block, keys, state);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    pruned_kernel(const uint8_t* mask, int64_t rows, int64_t columns, int64_t block_size, int64_t* pruned) {
+// `aligned`: every row of every column block is 16 bytes at a multiple of 16.
+__global__ void __launch_bounds__(kThreads) pruned_kernel(const uint8_t* mask, int64_t rows, int64_t columns,
+                                                          int64_t block_size, bool aligned, int64_t* pruned) {
   __shared__ unsigned long long kept_in_block;
   if (threadIdx.x == 0) kept_in_block = 0;
   __syncthreads();
   const int64_t begin = blockIdx.x * block_size, end = begin + block_size < columns ? begin + block_size : columns;
   const int64_t first = begin / 8, bytes = (end + 7) / 8 - first, stride = packed_width(columns);
   unsigned long long kept = 0;
-  for (int64_t index = threadIdx.x; index < rows * bytes; index += kThreads) {
-    const int64_t row = index / bytes, byte = first + index - row * bytes;
-    unsigned value = mask[row * stride + byte];
-    if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
-    if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
-    kept += static_cast<unsigned>(__popc(value));
+  if (aligned) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
+      const uint4 four = *reinterpret_cast<const uint4*>(mask + row * stride + first);
+      kept += static_cast<unsigned>(__popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w));
+    }
+  } else {
+    for (int64_t index = threadIdx.x; index < rows * bytes; index += kThreads) {
+      const int64_t row = index / bytes, byte = first + index - row * bytes;
+      unsigned value = mask[row * stride + byte];
+      if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
+      if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
+      kept += static_cast<unsigned>(__popc(value));
+    }
   }
   atomicAdd(&kept_in_block, kept);
   __syncthreads();
@@ -232,7 +241,8 @@ void launch_pruned_per_block(const uint8_t* mask, int64_t rows, int64_t columns,
   const int64_t blocks = (columns + block_size - 1) / block_size;
   if (blocks == 0) return;
   const auto grid = static_cast<unsigned>(blocks);
-  LOSA_LAUNCH(pruned_kernel, grid, kThreads, 0, stream, mask, rows, columns, block_size, pruned);
+  const bool aligned = block_size == 128 && columns % 128 == 0 && reinterpret_cast<uintptr_t>(mask) % 16 == 0;
+  LOSA_LAUNCH(pruned_kernel, grid, kThreads, 0, stream, mask, rows, columns, block_size, aligned, pruned);
 }
 
 }  // namespace losa::selection

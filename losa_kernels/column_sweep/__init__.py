@@ -140,7 +140,7 @@ def wanda_mask(
 
     Args:
         weight: (out, in) floating point; scores are taken in fp32 (fp64 for fp64).
-        input_norms: (in,) finite and non-negative, same device.
+        input_norms: (in,) finite and non-negative in the scores' dtype, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.
 

@@ -76,8 +76,9 @@ def raise_faults(faults: int) -> None:
 
 
 def check_values(weight: Tensor, input_norms: Tensor) -> None:
-    """ValueError unless the norms are finite and >= 0 and the weight is finite."""
-    if not all_finite(input_norms) or bool((input_norms < 0).any()):
+    """ValueError unless the norms, as scores use them, are finite and >= 0 and the weight is finite."""
+    norms = input_norms.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if not all_finite(norms) or bool((norms < 0).any()):
         raise_faults(BAD_NORMS)
     if not all_finite(weight):
         raise_faults(BAD_WEIGHT)
