@@ -3,6 +3,7 @@
 // barrier once U is loaded, and 4096 rows are a warp for nearly every scheduler of an H100.
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/machine.h"
 #include "cuda/scores.h"
 
 namespace losa::column_sweep {
@@ -27,7 +28,7 @@ struct Sweep {
   float* errors;  // rows x width
   int64_t errors_stride;
   float* loss;
-  bool aligned;  // rows of weight, factor and errors may be accessed 16 bytes at a time
+  bool aligned;  // rows of weight, factor and errors are whole fours and may be accessed 16 bytes at a time
 };
 
 __device__ __forceinline__ float component(const float4& four, int index) {
@@ -35,20 +36,24 @@ __device__ __forceinline__ float component(const float4& four, int index) {
 }
 
 // Four columns of which `left` exist, zero beyond.
-__device__ __forceinline__ float4 load_four(const float* place, int left, bool aligned) {
-  if (left >= 4 && aligned) return *reinterpret_cast<const float4*>(place);
+template <bool kAligned>
+__device__ __forceinline__ float4 load_four(const float* place, int left) {
+  if constexpr (kAligned) {
+    return left > 0 ? *reinterpret_cast<const float4*>(place) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
   return make_float4(left > 0 ? place[0] : 0.0f, left > 1 ? place[1] : 0.0f, left > 2 ? place[2] : 0.0f,
                      left > 3 ? place[3] : 0.0f);
 }
 
-__device__ __forceinline__ void store_four(float* place, int left, bool aligned, const float4& four) {
-  if (left >= 4 && aligned) {
-    *reinterpret_cast<float4*>(place) = four;
-    return;
-  }
+template <bool kAligned>
+__device__ __forceinline__ void store_four(float* place, int left, const float4& four) {
+  if constexpr (kAligned) {
+    if (left > 0) *reinterpret_cast<float4*>(place) = four;
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i < left) place[i] = component(four, i);
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) place[i] = component(four, i);
+    }
   }
 }
 
@@ -60,22 +65,22 @@ LOSA_HOST_DEVICE constexpr int strip_start(int strip) {
   return kStrip * (kMaxWidth * strip - kStrip * (strip * (strip - 1) / 2));
 }
 
-// A warp to a row, zero beyond the block's width.
-__device__ __forceinline__ void load_upper(const Sweep& job, float* upper, float* diagonal, float* inverse) {
-  const int lane = threadIdx.x % 32, column = 4 * lane, rows = (job.width + kStrip - 1) / kStrip * kStrip;
-#pragma unroll 8
+// A warp to a row, zero beyond the block's width; there after wait_copies and a barrier.
+template <bool kAligned>
+__device__ __forceinline__ void load_upper(const Sweep& job, float* upper) {
+  const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (job.width + kStrip - 1) / kStrip * kStrip;
   for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
-    const int strip = row / kStrip, first = strip * kStrip;
+    const int strip = row / kStrip, first = strip * kStrip, left = row < job.width ? job.width - column : 0;
     if (column < first) continue;
-    const int left = row < job.width ? job.width - column : 0;
-    const float4 four = load_four(job.factor + row * job.factor_stride + column, left, job.aligned);
     float* place = upper + strip_start(strip) + (row - first) * row_floats(strip) + column - first;
-    *reinterpret_cast<float4*>(place) = four;
+    const float* from = job.factor + row * job.factor_stride + column;
+    if (kAligned && left > 0) {
+      copy_async(shared_address(place), from);
+    } else {
+      *reinterpret_cast<float4*>(place) = load_four<false>(from, left);
+    }
   }
-  for (int i = threadIdx.x; i < kMaxWidth; i += kThreads) {
-    diagonal[i] = i < job.width ? job.factor[i * (job.factor_stride + 1)] : 1.0f;
-    inverse[i] = __frcp_rn(diagonal[i]);
-  }
+  commit_copies();
 }
 
 // Which of a lane's four columns are among the `prune` smallest of their group, which kM / 4 neighbouring lanes share.
@@ -115,11 +120,12 @@ __device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, c
 }
 
 // kM = 0: the entries before `bound` go; else `prune` of each group of kM, from updated weights.
-template <int kM>
+template <int kM, bool kAligned>
 __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
   __shared__ __align__(16) float upper[strip_start(kStrips)];
   __shared__ __align__(16) float diagonal[kMaxWidth];
   __shared__ __align__(16) float inverse[kMaxWidth];
+  load_upper<kAligned>(job, upper);
   const int part = threadIdx.x % kLanes, first = 4 * part;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
   const bool real = row < job.rows;
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
 #pragma unroll
   for (int k = 0; k < kStrips; ++k) {
     const int left = width - kStrip * k - first;
-    const float4 four = load_four(weight + kStrip * k, left, job.aligned);
+    const float4 four = load_four<kAligned>(weight + kStrip * k, left);
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[k][i] = component(four, i);
     inside |= (left >= 4 ? 15u : left > 0 ? (1u << left) - 1 : 0u) << 4 * k;
@@ -141,7 +147,14 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
     if (job.mask != nullptr && byte < bytes) gone |= (~job.mask[packed + byte] >> 4 * (part % 2) & 15u) << 4 * k;
   }
   gone &= inside;
-  load_upper(job, upper, diagonal, inverse);
+  {
+    static_assert(kMaxWidth == kThreads);
+    const int column = threadIdx.x;
+    const float u = column < job.width ? job.factor[column * (job.factor_stride + 1)] : 1.0f;
+    diagonal[column] = u;
+    inverse[column] = __frcp_rn(u);
+  }
+  wait_copies<0>();
   __syncthreads();
 
   unsigned chosen = gone;
@@ -209,9 +222,9 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
       loss += errors[i] * errors[i];
     }
     const int left = width - kStrip * k - first;
-    store_four(weight + kStrip * k, left, job.aligned, make_float4(kept[0], kept[1], kept[2], kept[3]));
-    store_four(job.errors + row * job.errors_stride + first + kStrip * k, left, job.aligned,
-               make_float4(errors[0], errors[1], errors[2], errors[3]));
+    store_four<kAligned>(weight + kStrip * k, left, make_float4(kept[0], kept[1], kept[2], kept[3]));
+    store_four<kAligned>(job.errors + row * job.errors_stride + first + kStrip * k, left,
+                         make_float4(errors[0], errors[1], errors[2], errors[3]));
   }
   loss += __shfl_xor_sync(0xffffffffu, loss, 1, kLanes);
   loss += __shfl_xor_sync(0xffffffffu, loss, 2, kLanes);
@@ -228,18 +241,27 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
   }
 }
 
+template <int kM>
+void launch_sweep(const Sweep& job, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((job.rows + kRows - 1) / kRows);
+  if (job.aligned) {
+    LOSA_LAUNCH((sweep_kernel<kM, true>), grid, kThreads, 0, stream, job);
+  } else {
+    LOSA_LAUNCH((sweep_kernel<kM, false>), grid, kThreads, 0, stream, job);
+  }
+}
+
 // m = 0, 4, 8 or 16; width <= kMaxWidth; the block begins at a whole byte of the masks.
 void launch_sweep_block(const Sweep& job, int64_t m, cudaStream_t stream) {
   if (job.rows == 0) return;
-  const auto grid = static_cast<unsigned>((job.rows + kRows - 1) / kRows);
   if (m == 0) {
-    LOSA_LAUNCH(sweep_kernel<0>, grid, kThreads, 0, stream, job);
+    launch_sweep<0>(job, stream);
   } else if (m == 4) {
-    LOSA_LAUNCH(sweep_kernel<4>, grid, kThreads, 0, stream, job);
+    launch_sweep<4>(job, stream);
   } else if (m == 8) {
-    LOSA_LAUNCH(sweep_kernel<8>, grid, kThreads, 0, stream, job);
+    launch_sweep<8>(job, stream);
   } else {
-    LOSA_LAUNCH(sweep_kernel<16>, grid, kThreads, 0, stream, job);
+    launch_sweep<16>(job, stream);
   }
 }
 

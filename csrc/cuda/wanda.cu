@@ -1,5 +1,7 @@
 // Wanda's masks on CUDA: a block of threads finds the smallest of a row by radix select, or a thread those of a group.
 // What the values must be is looked at on the way and told in flags, so that the host need not ask before the launch.
+#include <type_traits>
+
 #include "common/bits.h"
 #include "common/launch.h"
 #include "cuda/radix_select.h"
@@ -36,43 +38,59 @@ __device__ __forceinline__ float magnitude_of(unsigned bits) {
   return __uint_as_float((bits << 13) + 0x38000000u);
 }
 
-// |w| of `left` columns, 0 beyond, from an element of the weight on.
+// A unit's elements as they are in memory.
 template <WeightType kType>
-__device__ __forceinline__ void load_magnitudes(const Wanda& job, int64_t place, int left, float (&values)[kUnit]) {
-  if constexpr (kType == WeightType::kFloat) {
-    load_unit<float4>(static_cast<const float*>(job.weight) + place, left, job.aligned, 0.0f, values);
+struct Unit {
+  static constexpr int kWords = kType == WeightType::kFloat ? kUnit : kUnit / 2;
+  unsigned words[kWords];
+
+  __device__ __forceinline__ float magnitude(int i) const {
+    if constexpr (kType == WeightType::kFloat) return magnitude_of<kType>(words[i]);
+    return magnitude_of<kType>(words[i / 2] >> 16 * (i % 2));
+  }
+
+  // `left` of its elements exist, and the rest is 0.
+  __device__ __forceinline__ void load(const void* weight, int64_t place, int64_t left, bool aligned) {
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) values[i] = magnitude_of<kType>(__float_as_uint(values[i]));
-  } else {
-    const auto* weight = static_cast<const uint16_t*>(job.weight) + place;
-    if (job.aligned) {
-      const uint4 four = *reinterpret_cast<const uint4*>(weight);
-      const unsigned pairs[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+    if (left <= 0) return;
+    using Element = std::conditional_t<kType == WeightType::kFloat, unsigned, uint16_t>;
+    const auto* from = static_cast<const Element*>(weight) + place;
+    if (aligned) {
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) values[i] = magnitude_of<kType>(pairs[i / 2] >> 16 * (i % 2));
+      for (int q = 0; q < kWords / 4; ++q) {
+        const uint4 four = reinterpret_cast<const uint4*>(from)[q];
+        words[4 * q] = four.x;
+        words[4 * q + 1] = four.y;
+        words[4 * q + 2] = four.z;
+        words[4 * q + 3] = four.w;
+      }
     } else {
+      constexpr int kPerWord = kUnit / kWords;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) values[i] = i < left ? magnitude_of<kType>(weight[i]) : 0.0f;
+      for (int i = 0; i < kUnit; ++i) {
+        if (i < left) words[i / kPerWord] |= static_cast<unsigned>(from[i]) << 16 * (i % kPerWord);
+      }
     }
   }
-}
+};
 
 // Keys of a row's columns from `column` on, a multiple of kUnit; -1 for those that the mask lacks or that do not exist.
 // Returns the bits of the former. `largest` takes the bits of the largest |w|; norms are looked at in the first row.
 template <WeightType kType>
-__device__ __forceinline__ unsigned load_keys(const Wanda& job, int64_t row, int column, int (&keys)[kUnit],
-                                              int* largest, int* faults) {
+__device__ __forceinline__ unsigned find_keys(const Wanda& job, const Unit<kType>& unit, int64_t row, int column,
+                                              int (&keys)[kUnit], int* largest, int* faults) {
   const int left = static_cast<int>(job.columns) - column;
-  float magnitudes[kUnit], norms[kUnit];
-  load_magnitudes<kType>(job, row * job.columns + column, left, magnitudes);
+  float norms[kUnit];
   load_unit<float4>(job.norms + column, left, job.aligned, 0.0f, norms);
   const unsigned inside = left < kUnit ? (1u << left) - 1 : 0xffu;
   unsigned gone = 0;
   if (job.mask != nullptr) gone = ~job.mask[row * packed_width(job.columns) + column / 8] & inside;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    *largest = max(*largest, __float_as_int(magnitudes[i]));
-    keys[i] = ((gone | ~inside) >> i & 1u) != 0 ? -1 : score_key(__fmul_rn(magnitudes[i], norms[i]));
+    const float magnitude = unit.magnitude(i);
+    *largest = max(*largest, __float_as_int(magnitude));
+    keys[i] = ((gone | ~inside) >> i & 1u) != 0 ? -1 : score_key(__fmul_rn(magnitude, norms[i]));
   }
   if (row == 0) {
 #pragma unroll
@@ -102,9 +120,14 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
 
   for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
   for (int64_t row = blockIdx.x; row < job.rows; row += gridDim.x) {
-    const auto load = [&](int unit, int(&keys)[kUnit]) {
+    const auto load = [&](int unit) {
+      Unit<kType> raw;
+      raw.load(job.weight, row * job.columns + unit * kUnit, job.columns - unit * kUnit, job.aligned);
+      return raw;
+    };
+    const auto decide = [&](int unit, const Unit<kType>& raw, int(&keys)[kUnit]) {
       if (unit < width) {
-        own_lost += __popc(load_keys<kType>(job, row, unit * kUnit, keys, &largest, &faults));
+        own_lost += __popc(find_keys(job, raw, row, unit * kUnit, keys, &largest, &faults));
       } else {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) keys[i] = -1;
@@ -115,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
 #pragma unroll
       for (int share = 0; share < shares; ++share) {
         const int unit = share * kThreads + static_cast<int>(threadIdx.x);
-        if (kUnits == 0) load(unit, stored[0]);
+        if (kUnits == 0) decide(unit, load(unit), stored[0]);
         run(unit, stored[kUnits == 0 ? 0 : share]);
       }
     };
@@ -130,8 +153,15 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
 
     if (threadIdx.x == 0) lost = 0;
     own_lost = 0;
+    if constexpr (kUnits > 0) {
+      Unit<kType> raw[kUnits];
 #pragma unroll
-    for (int share = 0; share < kUnits; ++share) load(share * kThreads + static_cast<int>(threadIdx.x), stored[share]);
+      for (int share = 0; share < kUnits; ++share) raw[share] = load(share * kThreads + static_cast<int>(threadIdx.x));
+#pragma unroll
+      for (int share = 0; share < kUnits; ++share) {
+        decide(share * kThreads + static_cast<int>(threadIdx.x), raw[share], stored[share]);
+      }
+    }
     __syncthreads();
     count_digits(0, 0);
     if (own_lost != 0) atomicAdd(&lost, own_lost);
@@ -196,12 +226,19 @@ __global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda job) {
   int largest = 0, faults = 0;
   for (unsigned index = blockIdx.x * kThreads + threadIdx.x; index < total; index += step) {
     const unsigned row = index / shares, unit = (index - row * shares) * kUnits;
+    const int64_t left = job.columns - static_cast<int64_t>(unit) * kUnit;
+    Unit<kType> raw[kUnits];
     int keys[kUnits][kUnit];
     unsigned lost = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
+      const int64_t place = static_cast<int64_t>(unit + u) * kUnit;
+      raw[u].load(job.weight, row * job.columns + place, job.columns - place, job.aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
       const int column = static_cast<int>(unit + u) * kUnit;
-      lost |= load_keys<kType>(job, row, column, keys[u], &largest, &faults) << kUnit * u;
+      lost |= find_keys(job, raw[u], row, column, keys[u], &largest, &faults) << kUnit * u;
     }
     unsigned pruned = lost;
 #pragma unroll
@@ -211,7 +248,6 @@ __global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda job) {
       for (int i = 0; i < kM; ++i) group[i] = keys[(first + i) / kUnit][(first + i) % kUnit];
       pruned |= smallest_of<kM>(group, job.count) << first;
     }
-    const int64_t left = job.columns - static_cast<int64_t>(unit) * kUnit;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const auto kept = static_cast<uint8_t>(~pruned >> kUnit * u);
