@@ -83,6 +83,15 @@ def seconds(run: Callable[[int], object], repetition: int, device: str, burst: i
     return time.perf_counter() - start
 
 
+def kernel_seconds(run: Callable[[int], object], runs: int) -> float | None:
+    """What kernels and copies of one run take on the GPU, without gaps. None where the profiler may not look."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(runs):
+            run(i)
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / runs or None
+
+
 def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
     """FLOP/s of a large square product, the limit of compute-bound kernels on this machine."""
     side = side or (8192 if device.startswith("cuda") else 2048)

@@ -1,4 +1,7 @@
-"""Decoding with a pruned checkpoint: tokens/s dense and packed, bytes a token reads, memory, and equal texts."""
+"""Decoding with a pruned checkpoint: tokens/s dense and packed, bytes a token reads, memory, and equal texts.
+
+With --random the same speeds of a model of that size with random weights, in bf16 and by the lean loop.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import _random_model
 from benchmarks._loading import loading_memory
-from benchmarks._timing import machine, parser, write_rows
+from benchmarks._timing import machine, parser, report, write_rows
 from losa.generation import generate
 from losa.loading import load_model
 from losa.packed import load, pack_directory
@@ -23,7 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main(argv: list[str]) -> int:
     options = parser("decode", __doc__)
-    options.add_argument("directory", type=Path, help="a merged, pruned checkpoint, for instance of make demo")
+    options.add_argument("directory", type=Path, nargs="?", help="a merged, pruned checkpoint, e.g. of make demo")
+    options.add_argument("--random", choices=_random_model.SIZES, help="instead: random weights of that model's size")
+    options.add_argument("--sparsity", default="0.5,0.6,0.7", metavar="S,...", help="of --random; 2:4 keeps 2 of 4")
+    options.add_argument("--layers", type=int, help="of --random, instead of all")
     options.add_argument("--only", metavar="P,...", default=",".join(PARTS), help="the others stay as --json has them")
     options.add_argument("--tokens", type=int, default=48, help="new tokens per measurement")
     options.add_argument("--repetitions", type=int, default=3)
@@ -31,6 +38,11 @@ def main(argv: list[str]) -> int:
     args = options.parse_args(argv)
     if args.quick:
         args.tokens, args.repetitions, args.text_tokens = 8, 1, 32
+    if (args.random is None) == (args.directory is None):
+        options.error("expected a directory or --random")
+    if args.random is not None:
+        report("decode", _random_model.rows(args), args.json, args.device)
+        return 0
     document = {"benchmark": "decode", "machine": machine(args.device), "directory": args.directory.name}
     if args.json is not None and args.json.exists():
         before = json.loads(args.json.read_text())

@@ -15,14 +15,16 @@ from benchmarks._timing import machine, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
 PRUNED = ["--shape", "4096x4096", "--repetitions", "5"]
-MICROBENCHMARKS = {
-    "bitmask": [],
-    "masked_lora": [],
-    "cka": [],
-    "selection": PRUNED,
-    "column_sweep": PRUNED,
-    "packing": DECODED,
-    "sparse_linear": DECODED,
+# What each is called with: always, and if not --quick.
+MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
+    "bitmask": ([], []),
+    "masked_lora": ([], []),
+    "cka": ([], []),
+    "selection": ([], PRUNED),
+    "column_sweep": ([], PRUNED),
+    "packing": ([], DECODED),
+    "sparse_linear": ([], DECODED),
+    "decode": (["--random", "llama2-7b"], ["--sparsity", "0.5,0.6,0.7,2:4"]),
 }
 
 
@@ -35,9 +37,9 @@ def main(argv: list[str]) -> int:
         raise SystemExit("benchmarks gpu: no CUDA device here")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in MICROBENCHMARKS.items():
+        for name, (always, whole) in MICROBENCHMARKS.items():
             file = Path(folder) / f"{name}.json"
-            flags = ["--device", "cuda", "--json", str(file), *(["--quick"] if args.quick else options)]
+            flags = ["--device", "cuda", "--json", str(file), *always, *(["--quick"] if args.quick else whole)]
             importlib.import_module(f"benchmarks.{name}").main(flags)
             results[name] = json.loads(file.read_text())["rows"]
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

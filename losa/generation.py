@@ -1,31 +1,17 @@
-"""Text generation in a lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
-
-Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
-gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: the loop's logits are compared
-with the model's own on a few tokens, and other models generate through transformers.
-"""
+"""Text generation: by the lean loop (``losa.decoding``), or through transformers for models that it does not know."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from losa.decoding import LeanDecoder, Unsupported, hooked
 from losa.errors import LosaError
-from losa.model import find_blocks
-from losa_kernels import sparse_linear
-
-# Scaled rotary positions whose frequencies do not depend on the length that is reached.
-FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-
-
-class Unsupported(LosaError):
-    """The model's blocks are not of the kind that the lean loop computes."""
 
 
 @dataclass(frozen=True)
@@ -41,167 +27,6 @@ class Generated:
     @property
     def tokens_per_second(self) -> float:
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class _Block:
-    attention_norm: Callable[[Tensor], Tensor]
-    mlp_norm: Callable[[Tensor], Tensor]
-    qkv: Callable[[Tensor], Tensor]
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    out: Callable[[Tensor], Tensor]
-    gate_up: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
-    scaling: float
-
-
-class LeanDecoder:
-    """One sequence at a time through a decoder of the LLaMA kind.
-
-    Args:
-        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied.
-        max_length: tokens of prompt and continuation that the cache has room for.
-
-    Raises:
-        Unsupported: another kind of model; says what differs.
-    """
-
-    def __init__(self, model: nn.Module, max_length: int):
-        decoder = model.get_decoder()
-        self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        first = self.embeddings.weight
-        self.device, self.dtype = first.device, first.dtype
-        try:
-            _, blocks = find_blocks(model)
-            attention = blocks[0].self_attn
-            self.head_dim = attention.head_dim
-            self.key_heads = attention.k_proj.out_features // self.head_dim
-            self.query_heads = attention.q_proj.out_features // self.head_dim
-            self.blocks = [self._read(block) for block in blocks]
-            self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
-        except AttributeError as error:
-            raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
-        if getattr(self.rotary, "rope_type", "default") not in FIXED_ROPE:
-            raise Unsupported(f"generate: rotary positions of type {self.rotary.rope_type} depend on the length")
-        self._check(model)
-        self.resize(max_length)
-
-    def resize(self, max_length: int) -> None:
-        """Forget what was read, and make room for so many tokens; 0 frees the cache."""
-        positions = torch.arange(max_length, device=self.device)[None]
-        cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
-        if cos.shape[-1] != self.head_dim:
-            raise Unsupported("generate: rotary positions cover a part of each head only")
-        half = self.head_dim // 2
-        # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
-        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        shape = (len(self.blocks), 2, 1, self.key_heads, max_length, self.head_dim)
-        self.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.max_length, self.length = max_length, 0
-
-    def _read(self, block: nn.Module) -> _Block:
-        attention, mlp = block.self_attn, block.mlp
-        if getattr(attention, "sliding_window", None):
-            raise Unsupported("generate: attention in a sliding window")
-        return _Block(
-            attention_norm=_norm(block.input_layernorm),
-            mlp_norm=_norm(block.post_attention_layernorm),
-            qkv=_together([attention.q_proj, attention.k_proj, attention.v_proj]),
-            q_norm=getattr(attention, "q_norm", None),
-            k_norm=getattr(attention, "k_norm", None),
-            out=attention.o_proj,
-            gate_up=_together([mlp.gate_proj, mlp.up_proj]),
-            activation=mlp.act_fn,
-            down=mlp.down_proj,
-            scaling=attention.scaling,
-        )
-
-    def reset(self) -> None:
-        self.length = 0
-
-    @torch.inference_mode()
-    def __call__(self, ids: Tensor) -> Tensor:
-        """ids (tokens,) that follow what was read before -> logits (vocabulary,) of the last one.
-
-        Raises:
-            LosaError: the cache is full.
-        """
-        return self._logits(ids, last=True)[-1]
-
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        start, stop = self.length, self.length + len(ids)
-        if stop > self.max_length:
-            raise LosaError(f"generate: {stop} tokens are more than max_length, {self.max_length}")
-        x = self.embeddings(ids[None])
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
-        for block, cache in zip(self.blocks, self.cache, strict=True):
-            x = x + block.out(self._attention(block, block.attention_norm(x), cache, cos, sin, start, stop))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
-            x = x + block.down(block.activation(gate) * up)
-        self.length = stop
-        return self.head(self.norm(x[0, -1:] if last else x[0]))
-
-    def _attention(
-        self, block: _Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
-    ) -> Tensor:
-        tokens, queries, keys = x.shape[1], self.query_heads, self.key_heads
-        heads = block.qkv(x).view(1, tokens, queries + 2 * keys, self.head_dim)
-        if block.q_norm is not None:
-            q, k, v = heads.split((queries, keys, keys), 2)
-            heads = torch.cat([block.q_norm(q), block.k_norm(k), v], 2)
-        heads = heads.transpose(1, 2)
-        turned = heads[:, : queries + keys]
-        turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
-        cache[0, :, :, start:stop] = turned[:, queries:]
-        cache[1, :, :, start:stop] = heads[:, queries + keys :]
-        q, k, v = turned[:, :queries], cache[0, :, :, :stop], cache[1, :, :, :stop]
-        if tokens == 1:
-            # Queries that share a key head are its rows: no key is repeated, and nothing is masked.
-            grouped = q.reshape(1, keys, queries // keys, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, k, v, scale=block.scaling).reshape(1, 1, -1)
-        mask = None
-        if start:
-            mask = torch.ones(tokens, stop, dtype=torch.bool, device=q.device).tril(start)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=block.scaling, enable_gqa=queries != keys
-        )
-        return attended.transpose(1, 2).reshape(1, tokens, -1)
-
-    @torch.inference_mode()
-    def _check(self, model: nn.Module) -> None:
-        """The loop computes what the model computes, read at once and token by token, or it is not used."""
-        self.resize(6)
-        ids = torch.arange(3, 9, device=self.device) % self.embeddings.weight.shape[0]
-        expected = model(ids[None], use_cache=False).logits[0].float()
-        found = [self._logits(ids[:-2], last=False), self._logits(ids[-2:-1], last=False)]
-        found = torch.cat([*found, self._logits(ids[-1:], last=False)]).float()
-        allowed = 64 * torch.finfo(self.dtype).eps * expected.abs().max()
-        if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
-            raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
-
-
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """transformers' RMS norms take six calls where torch has one."""
-    eps = getattr(module, "variance_epsilon", None)
-    if eps is None:
-        return module
-    weight = module.weight
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
-    group = getattr(linears[0], "group", None)
-    if group is None or any(getattr(linear, "group", None) is not group for linear in linears):
-        return lambda x: torch.cat([linear(x) for linear in linears], -1)
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return lambda x: sparse_linear(x, group)
-    zeros = [torch.zeros(linear.out_features, dtype=group.dtype, device=group.device) for linear in linears]
-    parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
-    return lambda x: sparse_linear(x, group, torch.cat(parts))
 
 
 # Decoders wait here between two texts, without a cache, each with what its model looked like. They refer to parts of
@@ -234,12 +59,11 @@ def forget_decoder(model: nn.Module) -> None:
 
 
 def _looks(model: nn.Module) -> list | None:
-    """What a decoder depends on: which modules there are and where their tensors lie. None if forward methods were
-    replaced or hooks hung onto modules: what those do can change unseen."""
+    """What a decoder depends on: which modules there are and where their tensors lie. None: that cannot be told."""
+    if hooked(model):
+        return None
     seen: list = []
     for name, module in model.named_modules():
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-            return None
         seen += name, ref(module)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
@@ -293,7 +117,8 @@ def generate(
         return _through_transformers(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stops)
     generator = torch.Generator(ids.device).manual_seed(seed)
     start = time.perf_counter()
-    token = choose(decoder(ids), temperature, top_p, generator)
+    last = choose(decoder(ids), temperature, top_p, generator)
+    token = int(last)
     first = time.perf_counter()
     tokens, shown = [token], 0
     while True:
@@ -304,7 +129,8 @@ def generate(
                 shown = len(text)
         if token in stops or len(tokens) == max_new_tokens:
             break
-        token = choose(decoder(ids.new_tensor([token])), temperature, top_p, generator)
+        last = choose(decoder(last), temperature, top_p, generator) if temperature else decoder.likeliest(last)
+        token = int(last)
         tokens.append(token)
     end = time.perf_counter()
     _keep_decoder(model, looks, decoder)
@@ -312,16 +138,16 @@ def generate(
     return Generated(text, tokens, len(ids), first - start, end - first)
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """logits (vocabulary,) -> a token id."""
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """logits (vocabulary,) -> a token id, (1,) int64 on their device."""
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1, keepdim=True)
     probability = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probability.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        return int(order[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probability, 1, generator=generator))
+        return order[torch.multinomial(ordered, 1, generator=generator)]
+    return torch.multinomial(probability, 1, generator=generator)
 
 
 def _end_tokens(model: nn.Module, tokenizer) -> set[int]:

@@ -165,7 +165,10 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
             else:
                 dense[name] = value.to(device)
             del value
-        _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
+        try:
+            _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{directory}: {error}") from error
         if unexpected:
             raise ModelError(f"{directory}: the model has no {unexpected[0]}")
         if block is not None:

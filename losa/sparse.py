@@ -130,10 +130,24 @@ def group_linears(block: nn.Module) -> None:
             start = stop
 
 
+def join_linears(block: nn.Module) -> None:
+    """The same for dense linears: their weights become rows of one, and frozen."""
+    for members in _groups(block, nn.Linear):
+        weights = [member.weight.detach() for member in members]
+        if len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1:
+            parts = torch.cat(weights).split([len(w) for w in weights])
+            for member, part in zip(members, parts, strict=True):
+                member.weight = nn.Parameter(part, requires_grad=False)
+
+
 def sparse_groups(block: nn.Module) -> Iterator[Sequence[SparseLinear]]:
     """The complete groups of ``TOGETHER`` among siblings, where all members are packed."""
+    return _groups(block, SparseLinear)
+
+
+def _groups(block: nn.Module, kind: type[nn.Module]) -> Iterator[Sequence[nn.Module]]:
     for parent in block.modules():
         for names in TOGETHER:
             members = [getattr(parent, name, None) for name in names]
-            if all(isinstance(member, SparseLinear) for member in members):
+            if all(type(member) is kind for member in members):
                 yield members

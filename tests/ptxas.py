@@ -65,15 +65,25 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
     return {name: {arch: row[arch] for arch in ARCHS if arch in row} for name, row in sorted(found.items())}
 
 
-def steps() -> dict[str, list[int]]:
-    """Decode kernel -> [rows of the weight, shortest, longest path through a step, see sass.py], on sm_90a."""
+def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
+    """Kernel of sparse_linear.cu -> its code on sm_90a, see sass.py."""
     (source,) = (path for path in SOURCES if path.stem == "sparse_linear")
+    return {readable(symbol): code for symbol, code in sorted(sass.functions(compiled(source)[0], "90a").items())}
+
+
+def steps() -> dict[str, list[int]]:
+    """decode_kernel<...> -> [rows of the weight, shortest, longest path through a step]; sass.step_of."""
     found = {}
-    for symbol, code in sass.functions(compiled(source)[0], "90a").items():
-        name = readable(symbol)
-        tensor, _, batch, _ = re.match(r"decode_kernel<(\d+), (\d+), (\d+), (\d+)>", name).groups()
-        found[name] = [4 if tensor == "1" and batch == "8" else 2, *sass.step_of(*code)]
-    return dict(sorted(found.items()))
+    for name, code in decode_code().items():
+        if match := re.match(r"decode_kernel<(\d+), (\d+), (\d+), (\d+)>", name):
+            tensor, _, batch, _ = match.groups()
+            found[name] = [4 if tensor == "1" and batch == "8" else 2, *sass.step_of(*code)]
+    return found
+
+
+def windows() -> dict[str, int]:
+    """matvec_kernel<...> -> shortest path through a window; sass.window_of."""
+    return {n: sass.window_of(*code) for n, code in decode_code().items() if n.startswith("matvec_kernel<")}
 
 
 def readable(symbol: str) -> str:
@@ -93,14 +103,15 @@ def readable(symbol: str) -> str:
 
 def text_of(table: dict) -> str:
     """JSON with one line per kernel."""
-    sources = []
-    for source, kernels in table["kernels"].items():
-        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
-        sources.append(f"  {json.dumps(source)}: {{\n{rows}\n  }}")
-    body = ",\n".join(sources)
-    steps = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["steps"].items())
-    head = f' "nvcc": {json.dumps(table["nvcc"])},\n "columns": {json.dumps(table["columns"])},\n'
-    return "{\n" + head + ' "kernels": {\n' + body + '\n },\n "steps": {\n' + steps + "\n }\n}\n"
+
+    def lines(rows: dict, indent: str) -> str:
+        return ",\n".join(f"{indent}{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+
+    sources = [f"  {json.dumps(name)}: {{\n{lines(rows, '   ')}\n  }}" for name, rows in table["kernels"].items()]
+    parts = [f' "nvcc": {json.dumps(table["nvcc"])}', f' "columns": {json.dumps(table["columns"])}']
+    parts.append(' "kernels": {\n' + ",\n".join(sources) + "\n }")
+    parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in ("steps", "windows")]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -109,7 +120,7 @@ def main(arguments: list[str]) -> int:
         return 1
     kernels = {source.stem: measure(source) for source in SOURCES}
     columns = ["registers", "spilled bytes", "static shared bytes"]
-    table = {"nvcc": version(), "columns": columns, "kernels": kernels, "steps": steps()}
+    table = {"nvcc": version(), "columns": columns, "kernels": kernels, "steps": steps(), "windows": windows()}
     if "--write" in arguments:
         partial = TABLE.with_name(TABLE.name + ".partial")
         partial.write_text(text_of(table))
@@ -117,9 +128,10 @@ def main(arguments: list[str]) -> int:
         return 0
     committed = json.loads(TABLE.read_text())
     before, changed = committed["kernels"], 0
-    if committed["steps"] != table["steps"]:
-        print(f"steps: {committed['steps']} -> {table['steps']}")
-        changed = 1
+    for part in ("steps", "windows"):
+        if committed.get(part) != table[part]:
+            print(f"{part}: {committed.get(part)} -> {table[part]}")
+            changed = 1
     for source in sorted(before | kernels):
         old, new = before.get(source, {}), kernels.get(source, {})
         for name in sorted(old | new):

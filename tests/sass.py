@@ -1,8 +1,4 @@
-"""Machine instructions of the decode kernels' step, counted along the paths that a warp takes through it.
-
-A step is 8 columns of every row of a lane. The shortest path copies nothing; the longest copies the next 256 values of
-every row, which on average as many steps do as there are kept weights.
-"""
+"""Machine instructions of the decode kernels' loops, counted along the paths that a warp takes through them."""
 
 from __future__ import annotations
 
@@ -18,9 +14,11 @@ TOOLS = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" if TRITON els
 
 
 def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """(shortest, longest) number of instructions through the smallest loop that waits for copies.
+    """(shortest, longest) number of instructions through decode_kernel's step: 8 columns of every row of a lane.
 
-    Left out is what handles the buffer's last few values, which stores to shared memory one by one.
+    It is the smallest loop that waits for copies. The shortest path copies nothing; the longest copies the next 256
+    values of every row, which on average as many steps do as there are kept weights. Left out is what handles the
+    buffer's last few values, which stores to shared memory one by one.
     """
     spans = [(end - start, start, end) for start, end in back_edges(instructions, labels)]
     _, start, end = min(s for s in spans if any("DEPBAR.LE" in line for line in instructions[s[1] : s[2] + 1]))
@@ -32,6 +30,20 @@ def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
             and any(re.search(r"\bSTS\b|\bSTS\.", i) for i in instructions[first : last + 1])
         ):
             inside -= set(range(first, last + 1))
+    return paths(instructions, labels, start, end, inside)
+
+
+def window_of(instructions: list[str], labels: dict[str, int]) -> int:
+    """The shortest number of instructions through matvec_kernel's loop over windows of 1024 columns: the smallest loop
+    around all tensor products."""
+    products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
+    spans = [(end - start, start, end) for start, end in back_edges(instructions, labels)]
+    _, start, end = min(s for s in spans if s[1] < products[0] and products[-1] < s[2])
+    return paths(instructions, labels, start, end, set(range(start, end + 1)))[0]
+
+
+def paths(instructions: list[str], labels: dict[str, int], start: int, end: int, inside: set[int]) -> tuple[int, int]:
+    """(shortest, longest) number of instructions forward from start to end, through ``inside`` only."""
 
     def following(at: int) -> list[int]:
         branch = re.match(r"(@!?U?P\w+\s+)?BRA\b.*(\.L_x_\d+)", instructions[at])

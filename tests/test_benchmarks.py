@@ -11,6 +11,7 @@ import torch
 from benchmarks import __main__ as entry
 from benchmarks import _pruning_baselines as baselines
 from benchmarks import (
+    _random_model,
     _sparse,
     bitmask,
     cka,
@@ -113,6 +114,22 @@ def test_decode_document(pruned_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "generate", wrong)
     with pytest.raises(SystemExit, match="losa, packed gives another text than dense weights after 31 tokens"):
         decode.main([*args, "--only", "text"])
+
+
+def test_decode_of_random_weights(tmp_path, monkeypatch):
+    rows = rows_of(decode, tmp_path, "--random", "tiny", "--sparsity", "0.5,2:4")
+    assert [(r["pattern"], r["implementation"]) for r in rows] == [
+        (pattern, f"losa, {weights}") for pattern in ("50%", "2:4") for weights in ("dense", "packed")
+    ]
+    assert all(r["tokens_per_s"] > 0 and r["layers"] == 2 for r in rows)
+    dense, packed = (r["bytes_per_token"] for r in rows[2:])
+    assert packed < 0.7 * dense
+    flags = ["--quick", "--device", "cpu", "--random", "tiny", "--layers", "1"]
+    monkeypatch.setattr(_random_model, "pack_weight", lambda weight: _sparse.pack(1.2 * weight, weight != 0, "50%"))
+    with pytest.raises(SystemExit, match="losa, packed is off by .* wrong kernel"):
+        decode.main(flags)
+    with pytest.raises(SystemExit):
+        decode.main(["--quick"])
 
 
 def test_slices_go_on_where_they_stopped(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_packing import expected_bits, hostile, nm_mask
 
 from losa_kernels import pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import cuda, reference
+from losa_kernels.packing.rows import take_rows
 from losa_kernels.tensors import INTEGERS, as_bits
 
 INTS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -39,14 +42,17 @@ def is_aligned(stride, size):
 
 @pytest.fixture
 def pack_emulated(emulate):  # noqa: F811
-    def run(weight, mask, keep_n=0, m=0, more=0, seed=0):
+    def run(weight, mask, keep_n=0, m=0, more=0, seed=0, shares=-1, lead=0):
         """(values, offsets, stored) as integers of the weight's element size."""
         (rows, columns), size, width = weight.shape, weight.element_size(), mask.shape[1]
-        numbers = (rows, columns, columns + more, width + more, is_aligned(columns + more, size), size, keep_n, m)
+        aligned = is_aligned(columns + more, size)
+        numbers = (rows, columns, columns + more, width + more, aligned, size, keep_n, m, shares, lead)
         arrays = {"weight": padded(as_bits(weight), more), "mask": padded(mask, more)}
         folder = emulate("packing", "pack", *numbers, seed=seed, result="values", **arrays)
+        values = load(folder, "values", INTS[size], -1)
+        assert values[:lead].eq(0xA5).all()  # as they were
         return (
-            load(folder, "values", INTS[size], -1),
+            values[lead:],
             load(folder, "offsets", np.int64, rows),
             load(folder, "stored", np.uint8, rows, width),
         )
@@ -56,11 +62,13 @@ def pack_emulated(emulate):  # noqa: F811
 
 @pytest.fixture
 def unpack_emulated(emulate):  # noqa: F811
-    def run(values, mask, offsets, shape, more=0):
+    def run(values, mask, offsets, shape, more=0, seed=0, shares=-1, lead=0):
         size, width = values.element_size(), mask.shape[1]
-        numbers = (*shape, 0, width + more, is_aligned(shape[1], size), size, 0, 0)
+        numbers = (*shape, 0, width + more, is_aligned(shape[1], size), size, 0, 0, shares, lead)
+        values = torch.cat([torch.full((lead,), 0x5A, dtype=values.dtype), values.flatten()])
         arrays = {"values": values, "mask": padded(mask, more), "offsets": offsets}
-        return load(emulate("packing", "unpack", *numbers, result="dense", **arrays), "dense", INTS[size], *shape)
+        folder = emulate("packing", "unpack", *numbers, seed=seed, result="dense", **arrays)
+        return load(folder, "dense", INTS[size], *shape)
 
     return run
 
@@ -87,6 +95,39 @@ def test_emulated_elements_of_other_sizes(pack_emulated, unpack_emulated, dtype)
 
 
 @pytest.mark.subprocess
+@pytest.mark.parametrize("size", INTS)
+def test_emulated_rows_in_slices(pack_emulated, unpack_emulated, size):
+    """Rows of several batches, shared by several warps, whose values begin anywhere; every bit pattern."""
+    batch = 2048 // max(size, 2)
+    for shares, columns in ((0, 2 * batch + 72), (1, 2 * batch), (2, 3 * batch + 5), (3, 8 * batch + 264), (3, batch)):
+        weight = torch.randint(-(1 << 62), 1 << 62, (3, columns)).to(INTEGERS[size])
+        kept = torch.rand(3, columns) < torch.tensor([[0.5], [0.02], [0.97]])
+        mask, expected = pack_mask(kept), weight.masked_fill(~kept, 0)
+        for lead in (0, 1, 16 // size - 1):
+            values, offsets, _ = pack_emulated(weight, mask, shares=shares, lead=lead, seed=lead)
+            assert torch.equal(values, as_bits(weight)[kept])
+            dense = unpack_emulated(values, mask, offsets, (3, columns), shares=shares, lead=lead, seed=shares)
+            assert torch.equal(dense, as_bits(expected))
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("m", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
+def test_emulated_nm_in_slices(pack_emulated, unpack_emulated, m, dtype):
+    keep_n, shape = m // 2 - 1, (3, 2 * 1024 + 80)
+    weight, kept = torch.randn(shape).to(dtype), nm_mask(*shape, keep_n, m)
+    as_bits(weight)[:, ::3] = as_bits(torch.tensor([-0.0]).to(dtype))
+    kept[1] &= torch.rand(shape[1]) < 0.7
+    mask = pack_mask(kept)
+    expected, expected_stored = reference.pack_nm(weight, mask, keep_n, m)
+    for shares in range(4):
+        values, _, stored = pack_emulated(weight, mask, keep_n, m, shares=shares, lead=shares)
+        assert torch.equal(values, as_bits(expected).flatten()) and torch.equal(stored, expected_stored)
+        dense = unpack_emulated(values, stored, None, shape, shares=shares, lead=shares)
+        assert torch.equal(dense, expected_bits(weight, kept))
+
+
+@pytest.mark.subprocess
 def test_emulated_padding_bits_are_no_columns(pack_emulated, unpack_emulated):
     weight, kept = torch.randn(3, 10), torch.rand(3, 10) < 0.5
     mask = pack_mask(kept)
@@ -110,7 +151,7 @@ def test_emulated_nm_is_the_references(emulate, pack_emulated, unpack_emulated, 
         values, _, stored = pack_emulated(weight, mask, keep_n, m, more=groups % 2, seed=groups)
         assert torch.equal(values, as_bits(expected).flatten()) and torch.equal(stored, expected_stored)
         assert torch.equal(unpack_emulated(values, stored, None, shape), expected_bits(weight, kept))
-        folder = emulate("packing", "largest", *shape, 0, mask.shape[1], 0, 0, 0, m, mask=mask, result="largest")
+        folder = emulate("packing", "largest", *shape, 0, mask.shape[1], 0, 0, 0, m, 0, 0, mask=mask, result="largest")
         assert load(folder, "largest", np.int64, 1).item() == keep_n
 
 
@@ -152,6 +193,38 @@ def test_tiny_on_gpu(dtype):
             assert torch.equal(packed.row_offsets.cpu(), expected.row_offsets)
             assert torch.equal(as_bits(packed.values).cpu(), as_bits(expected.values))
             assert torch.equal(as_bits(packed.unpack()).cpu(), expected_bits(weight, kept))
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
+def test_long_rows_in_slices_on_gpu(dtype):
+    """Few rows, which several warps share; the last two rows' values begin anywhere in memory."""
+    for columns in (4096, 9003):
+        weight, kept = torch.randn(3, columns).to(dtype), torch.rand(3, columns) < 0.5
+        packed = pack_bitmask(weight.cuda(), pack_mask(kept).cuda())
+        assert torch.equal(as_bits(packed.values).cpu(), as_bits(weight)[kept])
+        for part, start in ((packed, 0), (take_rows(packed, 1, 3), 1)):
+            assert torch.equal(as_bits(part.unpack()).cpu(), expected_bits(weight, kept)[start:])
+
+
+@pytest.mark.gpu
+def test_threads_with_streams_of_their_own_on_gpu():
+    weight = torch.randn(512, 1024, device="cuda").bfloat16()
+    masks = [pack_mask(torch.rand(512, 1024, device="cuda") < density) for density in (0.1, 0.4, 0.7, 1.0)]
+    expected = [reference.pack_bitmask(weight, mask) for mask in masks]
+    torch.cuda.synchronize()
+
+    def run(mask, values, offsets):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                packed = pack_bitmask(weight, mask)
+                if not (torch.equal(packed.values, values) and torch.equal(packed.row_offsets, offsets)):
+                    return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(run, masks, *zip(*expected, strict=True)))
 
 
 @pytest.mark.gpu

@@ -15,8 +15,9 @@ from tiny import assert_same_function, logits, randomise, tiny_llama, tiny_token
 from torch import nn
 
 from losa import packed as files
+from losa.decoding import LeanDecoder, Unsupported
 from losa.errors import LosaError, ModelError, OutputError
-from losa.generation import LeanDecoder, Unsupported, choose, generate
+from losa.generation import choose, generate
 from losa.model import merge_model, sparsity_of
 from losa.modules import SparseLinear
 from losa.sparse import densify, pack_weight, sparsify
@@ -179,6 +180,19 @@ def test_damage_is_found(saved, tmp_path):
     manifest = tmp_path / "packed" / files.MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 9}))
     with pytest.raises(ModelError, match="expected format version 1, got 9"):
+        files.load(tmp_path / "packed")
+
+
+def test_shapes_that_differ_are_found(saved, tmp_path):
+    _, directory = saved
+    files.pack_directory(directory, tmp_path / "packed")
+    config = tmp_path / "packed" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
+    with pytest.raises(ModelError, match="size mismatch for model.embed_tokens.weight"):
+        files.load(tmp_path / "packed")
+    config.write_text(json.dumps(settings | {"intermediate_size": 80}))
+    with pytest.raises(ModelError, match="_proj: the file has shape .* the model"):
         files.load(tmp_path / "packed")
 
 
@@ -347,7 +361,7 @@ def test_choosing():
     generator = torch.Generator().manual_seed(0)
     scores = torch.tensor([0.0, 3.0, 2.0, -5.0])
     assert choose(scores, 0.0, 1.0, generator) == 1
-    assert {choose(scores, 1.0, 0.5, generator) for _ in range(50)} == {1}
+    assert {int(choose(scores, 1.0, 0.5, generator)) for _ in range(50)} == {1}
     drawn = torch.tensor([choose(scores, 1.0, 1.0, generator) for _ in range(4000)])
     expected = scores.softmax(0)
     counted = torch.bincount(drawn, minlength=4) / 4000

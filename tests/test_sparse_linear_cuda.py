@@ -74,7 +74,7 @@ def test_emulated_patterns_of_fixed_rows(decode, pattern, dtype):
         weight = torch.randn(11, columns).to(dtype)
         packed, dense = pack_nm(weight, pack_mask(kept), keep_n, m), weight.masked_fill(~kept, 0)
         per_byte = keep_n * 8 // m if m <= 8 else 0
-        for batch, split in ((1, 1), (6, 4)):
+        for batch, split in ((1, 0), (1, 1), (6, 4)):
             x = torch.randn(batch, columns).to(dtype)
             assert_close(decode(x, packed, per_byte=per_byte, split=split, seed=columns), x, dense, None)
 
@@ -105,6 +105,35 @@ def test_emulated_mixed_and_unaligned(decode):
 
 
 @pytest.mark.subprocess
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "density"),
+    [(1, 32, 1), (150, 64, 0.5), (33, 1056, 0.5), (9, 2048, 1.0), (70, 3104, 0.3), (9, 5120, 0.5), (5, 14336, 0.05)],
+)
+def test_emulated_one_and_two_rows(decode, rows, columns, density, dtype):
+    """The kernel that keeps x in registers: several lots of rows, ragged windows, values longer than it holds ahead."""
+    weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
+    kept[rows // 2], dense[rows // 2] = False, 0
+    packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
+    for batch in (1, 2):
+        x, added = torch.randn(batch, columns).to(dtype), bias if batch == 1 else None
+        assert_close(decode(x, packed, added, lead=3 * batch, seed=rows), x, dense, added)
+
+
+@pytest.mark.subprocess
+def test_emulated_one_row_against_values_that_are_not_finite(decode):
+    """A lane may read into the next columns, windows and rows; x multiplies only what is its own."""
+    weight, dense, kept = random_problem(8, 1088, 0.5, BF16)
+    weight[3], dense[3], kept[3] = float("nan"), 0, True
+    weight[5], dense[5], kept[5] = float("inf"), 0, True
+    x = torch.randn(1, 1088).bfloat16()
+    y = decode(x, pack_bitmask(weight, pack_mask(kept)))
+    assert y[:, 3].isnan().all() and not y[:, 5].isfinite().any()
+    y[:, [3, 5]] = 0
+    assert_close(y, x, dense, None)
+
+
+@pytest.mark.subprocess
 def test_emulated_damaged_files_are_not_read_beyond(decode):
     packed = PackedBitmask(
         (4, 160),
@@ -114,14 +143,17 @@ def test_emulated_damaged_files_are_not_read_beyond(decode):
     )
     for split in (1, 2):
         assert decode(torch.ones(2, 160), packed, split=split).shape == (2, 4)
+    halves = PackedBitmask(packed.shape, packed.values.bfloat16(), packed.bitmask, packed.row_offsets)
+    assert decode(torch.ones(1, 160).bfloat16(), halves)[0, 0] == 100  # and zeros where there are no values
 
 
 @pytest.mark.subprocess
 def test_emulated_order_of_threads_does_not_change_a_bit(decode):
-    weight, _, kept = random_problem(12, 1500, 0.5, BF16)
-    packed, x = pack_bitmask(weight, pack_mask(kept)), torch.randn(4, 1500).bfloat16()
-    runs = [decode(x, packed, split=2, seed=seed) for seed in range(3)]
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    weight, _, kept = random_problem(12, 1504, 0.5, BF16)
+    packed, x = pack_bitmask(weight, pack_mask(kept)), torch.randn(4, 1504).bfloat16()
+    for rows, split in ((4, 2), (2, 0)):
+        runs = [decode(x[:rows], packed, split=split, seed=seed) for seed in range(3)]
+        assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
 @pytest.mark.parametrize(
@@ -166,6 +198,7 @@ def test_semi_structured_products_are_padded_and_turned(monkeypatch, bias):
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda b, *rest: product(*rest) + b[:, None])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setenv("LOSA_24", "cutlass")
     kept, weight, x = nm_mask(32, 64, 2, 4), torch.randn(32, 64).bfloat16(), torch.randn(3, 7, 64).bfloat16()
     y = cuda.sparse_linear(x, pack_24(weight, pack_mask(kept)), bias)
@@ -174,6 +207,17 @@ def test_semi_structured_products_are_padded_and_turned(monkeypatch, bias):
     monkeypatch.setenv("LOSA_24", "fast")
     with pytest.raises(ValueError, match="LOSA_24: expected unpack or cutlass, got 'fast'"):
         cuda.sparse_linear(x, pack_24(weight, pack_mask(kept)), bias)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
+def test_semi_structured_products_are_refused_where_torch_has_none(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    packed, x = pack_24(torch.randn(32, 64).bfloat16(), pack_mask(nm_mask(32, 64, 2, 4))), torch.randn(2, 64).bfloat16()
+    assert cuda.sparse_linear(x, packed, None).shape == (2, 32)
+    monkeypatch.setenv("LOSA_24", "cutlass")
+    message = r"LOSA_24=cutlass: .* compute capability 8\.x, this one has {}\.{}; LOSA_24=unpack"
+    with pytest.raises(RuntimeError, match=message.format(*capability)):
+        cuda.sparse_linear(x, packed, None)
 
 
 def on_gpu(packed, x, bias=None):
@@ -243,6 +287,9 @@ def test_compiles_to_one_graph_on_gpu():
 
 @pytest.mark.gpu
 def test_semi_structured_on_gpu(monkeypatch):
+    major, minor = torch.cuda.get_device_capability()
+    if major != cuda.MAJOR_24:
+        pytest.skip(f"torch has its 2:4 product for compute capability 8.x only, this GPU has {major}.{minor}")
     monkeypatch.setenv("LOSA_24", "cutlass")
     kept, weight, bias = nm_mask(128, 256, 2, 4), torch.randn(128, 256).bfloat16(), torch.randn(128).bfloat16()
     packed, x = pack_24(weight, pack_mask(kept)), torch.randn(33, 256).bfloat16()

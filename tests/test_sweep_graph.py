@@ -5,13 +5,12 @@ On the CPU a recorder stands in for CUDA graphs, whose replay is the function on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
 from losa_kernels import native, pack_mask, sparsegpt_prune
 from losa_kernels.column_sweep import blocks, cuda, graph, inverse_factor
@@ -240,46 +239,6 @@ def test_threads_take_turns(recorder, plain):
     for thread in threads:
         thread.join()
     assert right == [True] * 4 and recorder.attempts == 1
-
-
-class FakeCuda:
-    """The parts of torch.cuda that CudaCapture uses, on names for streams; ``log`` has what ran where."""
-
-    def __init__(self, monkeypatch):
-        self.current, self.made, self.log, self.capturing = "user", 0, [], False
-        for name in ("device", "stream", "graph", "Stream", "CUDAGraph", "current_stream", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-
-    def device(self, device):
-        return contextlib.nullcontext()
-
-    def Stream(self):
-        self.made += 1
-        return SimpleNamespace(cuda_stream=self.made, wait_stream=lambda other: self.log.append("side waits"))
-
-    def current_stream(self):
-        return SimpleNamespace(cuda_stream=self.current, wait_stream=lambda other: self.log.append("user waits"))
-
-    def synchronize(self, device):
-        self.log.append("synchronize")
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.log.append("replay"), reset=lambda: self.log.append("reset"))
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before, self.current = self.current, stream.cuda_stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
-        self.current = stream.cuda_stream
-        yield
-        self.current = "side"  # and like torch's it stays where it is when the body fails
 
 
 def test_streams_of_captures(monkeypatch):

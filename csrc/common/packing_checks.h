@@ -36,8 +36,8 @@ inline void check_values(const torch::stable::Tensor& values, const std::optiona
                          int64_t rows) {
   const int64_t total = values.numel();
   STD_TORCH_CHECK(!row_offsets.has_value() ||
-                      (row_offsets->dim() == 1 && row_offsets->size(0) == rows &&
-                       row_offsets->scalar_type() == torch::headeronly::ScalarType::Long && row_offsets->is_contiguous()),
+                      (row_offsets->dim() == 1 && row_offsets->size(0) == rows && row_offsets->is_contiguous() &&
+                       row_offsets->scalar_type() == torch::headeronly::ScalarType::Long),
                   "row_offsets: expected int64 (", rows, ",), contiguous");
   STD_TORCH_CHECK(row_offsets.has_value() || total == 0 || (rows > 0 && total % rows == 0),
                   "values: expected rows of equal length, got ", total, " values for ", rows, " rows");
@@ -73,7 +73,8 @@ inline void check_sparse_linear(const torch::stable::Tensor& x, const torch::sta
 inline void check_per_byte(const torch::stable::Tensor& x, const torch::stable::Tensor& values,
                            const torch::stable::Tensor& bitmask, int64_t per_byte) {
   const int64_t columns = x.dim() > 0 ? x.size(x.dim() - 1) : 0, rows = bitmask.dim() > 0 ? bitmask.size(0) : 0;
-  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 && values.numel() == rows * (columns / 8) * per_byte,
+  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 &&
+                      values.numel() == rows * (columns / 8) * per_byte,
                   "per_byte: expected the number of values of every 8 columns, got ", per_byte);
 }
 

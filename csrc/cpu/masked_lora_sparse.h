@@ -1,5 +1,6 @@
-// The kernels of csrc/cpu/masked_lora_sparse.cpp, one per instruction set: products that cost what the mask keeps. Tokens
-// lie side by side in a register, so that an entry of the weight multiplies many of them, whatever its neighbours are.
+// The kernels of csrc/cpu/masked_lora_sparse.cpp, one per instruction set: products that cost what the mask keeps.
+// Tokens lie side by side in a register, so that an entry of the weight multiplies many of them, whatever its
+// neighbours are.
 #pragma once
 
 #include "cpu/masked_lora.h"
@@ -8,8 +9,8 @@ namespace losa::masked_lora {
 
 constexpr int64_t kTokens = 16;
 
-// A matrix (tokens, features) as passes over the tokens see it: for each pass (features, its tokens), dense. Passes have as
-// many tokens as the instruction set likes, the last what is left, with zeros up to a multiple of kTokens.
+// A matrix (tokens, features) as passes over the tokens see it: for each pass (features, its tokens), dense. Passes
+// have as many tokens as the instruction set likes, the last what is left, with zeros up to a multiple of kTokens.
 struct Passes {
   const float* data;
   int64_t features;  // of the whole matrix

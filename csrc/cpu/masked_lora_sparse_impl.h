@@ -1,5 +1,5 @@
-// Body of masked_lora_{scalar,avx2,avx512}.cpp, second part: see masked_lora_sparse.h. With tokens in registers and a block
-// of features in cache, a multiply-add costs one load, as much as in a dense product at its best.
+// Body of masked_lora_{scalar,avx2,avx512}.cpp, second part: see masked_lora_sparse.h. With tokens in registers and a
+// block of features in cache, a multiply-add costs one load, as much as in a dense product at its best.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,8 @@ inline void sample_row(const float* dy, const float* columns, int64_t stride, co
   }
 }
 
-// M * G in kBlock columns from `first` on, of which `count` exist, for up to kSampleRows rows: to gradient, of `stride`.
+// M * G in kBlock columns from `first` on, of which `count` exist, for up to kSampleRows rows: to gradient, of
+// `stride`.
 inline void sample_block(const Sample& panel, int64_t row, int64_t rows, int64_t first, int64_t count, float* gradient,
                          int64_t stride) {
   alignas(64) float compact[kSampleRows][kBlock];
@@ -104,8 +105,8 @@ void sample(const Sample& panel) {
   }
 }
 
-// The kept entries of a block of W_eff by the feature of out that they add to: which feature of the block of `in`, and the
-// weight.
+// The kept entries of a block of W_eff by the feature of out that they add to: which feature of the block of `in`, and
+// the weight.
 struct Entries {
   uint8_t feature[kOutFeatures][kBlock];
   float weight[kOutFeatures][kBlock];

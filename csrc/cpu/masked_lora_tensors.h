@@ -72,8 +72,8 @@ int64_t grain(int64_t columns) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns));
 }
 
-// body(first row, last row, its partial dA of zeros, or null) for segments of rows in parallel; then dA += the partials,
-// in order.
+// body(first row, last row, its partial dA of zeros, or null) for segments of rows in parallel; then dA += the
+// partials, in order.
 template <class Body>
 void in_segments(int64_t rows, int64_t columns, int64_t rank, const std::optional<Tensor>& dA, const Body& body) {
   const int64_t segments = std::clamp<int64_t>(rows / kSegmentRows, 1, kMaxSegments), size = rank * padded(columns);

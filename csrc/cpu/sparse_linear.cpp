@@ -21,7 +21,6 @@
 namespace losa::sparse_linear {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Below this many (weight, row of x) pairs a second thread costs more than it saves.
@@ -60,8 +59,8 @@ void with_value(FloatType value, const Body& body) {
   }
 }
 
-// Portable kernel: a product for each kept weight and row of x. Eight sums for a chunk of a row, then for all of it, are
-// as precise as vector code.
+// Portable kernel: a product for each kept weight and row of x. Eight sums for a chunk of a row, then for all of it,
+// are as precise as vector code.
 template <class V, int kBatch>
 void kept_products(const Task& task, int64_t begin, int64_t end) {
   const Weight& weight = task.weight;
@@ -292,6 +291,7 @@ Tensor decode(const Tensor& x, const Tensor& values, const Tensor& bitmask, cons
   int64_t batch = 1;
   for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
   sizes.back() = out;
+  STD_TORCH_CHECK(columns > 0, "x: expected at least one column");
   STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
   Tensor y = torch::stable::new_empty(x, sizes);
   if (batch == 0 || out == 0) return y;

@@ -2,7 +2,7 @@
 // what is compiled here for one instruction set must not be linked into code for another.
 //
 // A decoder D supplies, for one value type on one instruction set:
-//   Vector                a register of sums
+//   Vector, Weights       a register of sums, and one of the weights that expand() gives
 //   Element, kLanes       how x is stored, and how many columns of it a register holds
 //   kBytes                size of a value
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives
@@ -77,8 +77,8 @@ struct Dot {
   using Sums = Vector[kRows][kBatch][kChains];
 
   static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work, and less than that is too late
-  // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x memory
-  // is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
+  // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x
+  // memory is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
   static constexpr int64_t kChunkBytes = kBatch <= 4 ? 64 << 10 : 16 << 10;
   static constexpr int64_t kChunk = kChunkBytes / (kBatch * int64_t{sizeof(Element)}), kTile = 16;
   static_assert(kChunk % kBlock == 0 && kTile % kRows == 0);

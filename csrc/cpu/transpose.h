@@ -36,7 +36,8 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    const float* const row = from + i * from_stride;
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * to_stride + i] = row[j];
   }
 }
 

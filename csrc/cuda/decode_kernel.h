@@ -1,54 +1,25 @@
 // The decode kernel of sparse_linear.cu: kRows rows of the packed weight for each warp, 256 columns at a time.
 //
-// Bytes: a row's values are one contiguous stream. It is copied asynchronously, 16 bytes a lane and some 2 KB ahead, into
-// a ring in shared memory, without waiting for the mask; every byte of the weight comes once from global memory.
+// Bytes: a row's values are one contiguous stream. It is copied asynchronously, 16 bytes a lane and some 2 KB ahead,
+// into a ring in shared memory, without waiting for the mask; every byte of the weight comes once from global memory.
 //
-// Instructions, of which an H100 has 10 for each column in the time that its bytes take at 50 %: a lane expands 8 columns
-// of each row from the ring with a predicated load each, whose addresses are sums of the mask's bits that one multiply and
-// one dot product of bytes make. Neighbouring lanes read neighbouring values, so that loads meet few bank conflicts (fewer
-// and wider loads would be unaligned). Products of 16-bit values are the diagonal of a tensor core tile: of lane (g, t),
-// A holds its columns of two rows as rows g and g + 8, B its columns of x as column g, and only D[g][g] and D[g + 8][g]
-// are used. One instruction does 8 products of a lane, x needs no conversion, and sums are fp32.
+// Instructions, of which an H100 has 10 for each column in the time that its bytes take at 50 %: a lane expands 8
+// columns of each row from the ring with a predicated load each, whose addresses are sums of the mask's bits that one
+// multiply and one dot product of bytes make. Neighbouring lanes read neighbouring values, so that loads meet few bank
+// conflicts (fewer and wider loads would be unaligned). Products of 16-bit values are the diagonal of a tensor core
+// tile: of lane (g, t), A holds its columns of two rows as rows g and g + 8, B its columns of x as column g, and only
+// D[g][g] and D[g + 8][g] are used. One instruction does 8 products of a lane, x needs no conversion, and sums are
+// fp32.
 #pragma once
 
 #include <type_traits>
 
-#include "common/bits.h"
-#include "common/launch.h"
-#include "cuda/machine.h"
-#include "cuda/packed_rows.h"
+#include "cuda/decode_task.h"
 
 namespace losa::sparse_linear {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWindowColumns = 1024;  // a 32-bit word of the mask for each lane
-
-enum class Value : int { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
-
-struct Weight {
-  const void* values;      // at a 16-byte boundary
-  int64_t lead, total;     // the first value's index from there; the end's
-  const int64_t* offsets;  // or null: rows of `length` values
-  int64_t length;
-  int per_byte;  // values of every 8 columns where that is one number, else 0
-  const uint8_t* mask;
-  int64_t mask_stride, rows;
-  int columns;
-  bool words;  // rows of the mask are whole aligned 32-bit words
-};
-
-struct Task {
-  Weight weight;
-  const void* x;     // rows at 16-byte boundaries, of columns rounded up to 8, zeros there
-  int64_t x_stride;  // in elements
-  int batch;
-  const void* bias;  // may be null
-  Value bias_value;
-  void* y;    // batch x rows, dense, of the dtype of x
-  int split;  // warps that share a group of rows: 1, 2, 4 or 8
-  int slice;  // columns of each of them, a multiple of kStepColumns
-};
 
 template <Value kValue>
 struct Stored {
@@ -58,44 +29,6 @@ template <>
 struct Stored<Value::kFloat> {
   using Type = float;
 };
-
-template <Value kValue>
-__device__ __forceinline__ float widen(unsigned bits) {
-  if constexpr (kValue == Value::kFloat) {
-    return __uint_as_float(bits);
-  } else if constexpr (kValue == Value::kBfloat16) {
-    return __uint_as_float(bits << 16);
-  } else {
-    return widen_half(static_cast<uint16_t>(bits));
-  }
-}
-
-__device__ __forceinline__ float load_any(const void* data, Value value, int64_t index) {
-  if (value == Value::kFloat) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return value == Value::kHalf ? widen_half(bits) : widen<Value::kBfloat16>(bits);
-}
-
-// Where a row's values begin, from the 16-byte boundary.
-__device__ __forceinline__ int64_t first_value(const Weight& weight, int64_t row) {
-  return weight.lead + losa::first_value(weight.offsets, row, weight.length, weight.total - weight.lead);
-}
-
-// 32 columns of a row of the mask; zeros beyond its end.
-__device__ __forceinline__ unsigned mask_word(const Weight& weight, const uint8_t* row, int column) {
-  const int left = weight.columns - column;
-  if (left <= 0) return 0;
-  unsigned word = 0;
-  if (weight.words) {
-    word = *reinterpret_cast<const unsigned*>(row + column / 8);
-  } else {
-#pragma unroll 1
-    for (int byte = 0; byte < 4; ++byte) {
-      if (left > 8 * byte) word |= static_cast<unsigned>(row[column / 8 + byte]) << (8 * byte);
-    }
-  }
-  return left >= 32 ? word : word & ((1u << left) - 1);
-}
 
 // A row's values on their way through shared memory. Places count from a 16-byte boundary of global memory at or before
 // the row's first value; place p lies p % kRing into the ring, and the ring's first 8 again behind its end, so that 8
@@ -197,7 +130,8 @@ __device__ __forceinline__ void expand(Shared from, unsigned byte, unsigned (&w)
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const Shared begin = j < 4 ? from : half;
-    const Shared at = j % 4 == 0 ? begin : add_bytes(begin, j < 4 ? low : high, static_cast<unsigned>(kSize) << (8 * (j % 4 - 1)));
+    const unsigned sums = j < 4 ? low : high;
+    const Shared at = j % 4 == 0 ? begin : add_bytes(begin, sums, static_cast<unsigned>(kSize) << (8 * (j % 4 - 1)));
     w[j] = load_if<kSize>(byte & (1u << j), at);
   }
 }
@@ -274,7 +208,8 @@ LOSA_HOST_DEVICE constexpr int blocks_of(bool tensor, int batch) {
   return batch <= 2 || (tensor && batch == 4) ? 3 : batch == 4 ? 2 : 1;
 }
 
-// kCount sums of all lanes: lane i * 32 / kCount returns the i-th. Each exchange halves the sums that a lane still holds.
+// kCount sums of all lanes: lane i * 32 / kCount returns the i-th. Each exchange halves the sums that a lane still
+// holds.
 template <int kCount, int kBit = 16>
 __device__ __forceinline__ float sum_of_lanes(const float (&sums)[kCount]) {
   if constexpr (kBit == 0) {
@@ -289,15 +224,6 @@ __device__ __forceinline__ float sum_of_lanes(const float (&sums)[kCount]) {
       halves[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kBit);
     }
     return sum_of_lanes<kHalf, kBit / 2>(halves);
-  }
-}
-
-template <Value kX>
-__device__ __forceinline__ void store(void* y, int64_t index, float value) {
-  if constexpr (kX == Value::kFloat) {
-    static_cast<float*>(y)[index] = value;
-  } else {
-    static_cast<uint16_t*>(y)[index] = kX == Value::kHalf ? narrow_half(value) : narrow_bfloat16(value);
   }
 }
 
@@ -389,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_k
         }
       }
       commit_copies();
-      // A step takes at most 256 values of a row, which end in the chunk after the one where they begin. As each step may
-      // copy 256 new ones, that chunk is never in the last kChunks - 2 groups.
+      // A step takes at most 256 values of a row, which end in the chunk after the one where they begin. As each step
+      // may copy 256 new ones, that chunk is never in the last kChunks - 2 groups.
       wait_copies<kChunks - 2>();
       __syncwarp();
       unsigned w[kRows][8];

@@ -46,6 +46,30 @@ __device__ __forceinline__ unsigned pair_of(unsigned low, unsigned high) {
   return __byte_perm(low, high, 0x5410);
 }
 
+// The four bytes of `low` and `high`, eight in all, that the last four hex digits of `order` number.
+__device__ __forceinline__ unsigned bytes_of(unsigned low, unsigned high, unsigned order) {
+  unsigned four;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(low), "r"(high), "r"(order));
+  return four;
+}
+
+// By `count` bits, to the left where it is negative.
+__device__ __forceinline__ unsigned rotate_right(unsigned bits, int count) {
+  return __funnelshift_r(bits, bits, static_cast<unsigned>(count));
+}
+
+// The element of kSize bytes (2 or 4) there.
+template <int kSize>
+__device__ __forceinline__ unsigned load_shared(Shared from) {
+  unsigned value;
+  if constexpr (kSize == 2) {
+    asm volatile("{.reg .u16 v; ld.shared.u16 v, [%1]; cvt.u32.u16 %0, v;}" : "=r"(value) : "r"(from) : "memory");
+  } else {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  }
+  return value;
+}
+
 // The element of kSize bytes (2 or 4) there if `wanted` is not 0, else 0.
 template <int kSize>
 __device__ __forceinline__ unsigned load_if(unsigned wanted, Shared from) {
@@ -69,6 +93,13 @@ __device__ __forceinline__ void store_shared(Shared to, unsigned value) {
   } else {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
   }
+}
+
+// 16 bytes to a 16-byte boundary of shared memory.
+__device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(piece.x), "r"(piece.y), "r"(piece.z),
+               "r"(piece.w)
+               : "memory");
 }
 
 // 16 bytes from global to shared memory, both aligned; they are there after this thread's wait_copies.

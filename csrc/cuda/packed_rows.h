@@ -10,11 +10,12 @@ constexpr int kStepColumns = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Of the lanes up to this one.
-__device__ __forceinline__ int inclusive_sum(int value) {
+template <class Number>
+__device__ __forceinline__ Number inclusive_sum(Number value) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
-    const int from = __shfl_up_sync(kAllLanes, value, delta);
+    const Number from = __shfl_up_sync(kAllLanes, value, delta);
     if (lane >= delta) value += from;
   }
   return value;

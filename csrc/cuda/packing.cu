@@ -1,291 +1,81 @@
-// Packing and unpacking on CUDA: a warp per row, 256 columns at a time. Kept values meet in shared memory and leave it
-// in 16-byte pieces, so that what is written is as coalesced as what is read. Elements are moved as integers of their
-// size: every bit pattern survives.
+// Packing and unpacking on CUDA: which kernel runs, on how many blocks, and what the host has to wait for.
 #include "common/bits.h"
 #include "common/launch.h"
-#include "cuda/packed_rows.h"
+#include "cuda/mask_kernels.h"
+#include "cuda/packing_kernels.h"
 
 namespace losa::packing {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kScanThreads = 1024;
-
-// Elements by their size: the kernels' names in a profile and in ptxas's table then say it.
-template <int kSize>
-struct OfSize;
-template <>
-struct OfSize<1> { using Element = uint8_t; };
-template <>
-struct OfSize<2> { using Element = uint16_t; };
-template <>
-struct OfSize<4> { using Element = uint32_t; };
-template <>
-struct OfSize<8> { using Element = uint64_t; };
-
-struct Mask {
-  const uint8_t* bits;
-  int64_t stride;
-  int64_t rows, columns;
-
-  // The bits of the 8 columns from `column`, a multiple of 8; none beyond the row.
-  __device__ unsigned byte(int64_t row, int64_t column) const {
-    return column < columns ? bits[row * stride + column / 8] & column_bits(columns - column) : 0u;
-  }
-};
-
-// Rows of a weight where they are, and of its values where they go.
-struct Packing {
-  Mask mask;
-  const void* weight;
-  int64_t weight_stride;   // in elements
-  bool aligned;            // eight elements from a multiple of 8 columns are one aligned Eight
-  const int64_t* offsets;  // or null: rows of `length` values
-  int64_t length;
-  int keep_n;       // of kM
-  uint8_t* stored;  // dense packed mask that N:M also writes
-  void* values;
-};
-
-struct Unpacking {
-  Mask mask;
-  const void* values;
-  int64_t total;
-  const int64_t* offsets;  // or null: rows of `length` values
-  int64_t length;
-  void* dense;
-  bool aligned;
-};
-
-// Of each group of kM bits the set ones, and its first others until there are keep_n; never more than keep_n.
-template <int kM>
-__device__ __forceinline__ unsigned stored_bits(unsigned kept, int keep_n) {
-  constexpr int kWidth = kM < 8 ? 8 : kM;
-  unsigned stored = 0;
-#pragma unroll
-  for (int begin = 0; begin < kWidth; begin += kM) {
-    int spare = keep_n - __popc(kept >> begin & ((1u << kM) - 1)), room = keep_n;
-#pragma unroll
-    for (int bit = begin; bit < begin + kM; ++bit) {
-      const bool is_kept = (kept >> bit & 1u) != 0;
-      if ((is_kept || spare > 0) && room > 0) {
-        stored |= 1u << bit;
-        --room;
-        if (!is_kept) --spare;
-      }
-    }
-  }
-  return stored;
+inline unsigned grid_size(int64_t warps) {
+  return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// The stored bits of the byte at `column`; a group of 16 begins at an even byte.
-template <int kM>
-__device__ __forceinline__ unsigned stored_byte(const Mask& mask, int64_t row, int64_t column, int keep_n) {
-  if (column >= mask.columns) return 0;
-  if (kM == 16) {
-    const int64_t begin = column / 16 * 16;
-    const unsigned kept = mask.byte(row, begin) | mask.byte(row, begin + 8) << 8;
-    return stored_bits<kM == 16 ? kM : 16>(kept, keep_n) >> (column - begin) & 0xffu;
-  }
-  constexpr int kGroup = kM == 4 ? 4 : 8;
-  return stored_bits<kGroup>(mask.byte(row, column), keep_n) & column_bits(mask.columns - column);
-}
-
-// counts[row]: the row's kept columns.
-__global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, int64_t* counts) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= mask.rows) return;
-  int count = 0;
-  for (int64_t column = 8 * lane; column < mask.columns; column += kStepColumns) count += __popc(mask.byte(row, column));
-  count = inclusive_sum(count);
-  if (lane == 31) counts[row] = count;
-}
-
-// counts become their exclusive prefix sum, by one block; *total is their sum.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t rows, int64_t* total) {
-  __shared__ int64_t warp_sums[kScanThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t before = 0;
-  for (int64_t begin = 0; begin < rows; begin += kScanThreads) {
-    const int64_t row = begin + threadIdx.x, own = row < rows ? counts[row] : 0;
-    int64_t sum = own;
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const int64_t from = __shfl_up_sync(kAllLanes, sum, delta);
-      if (lane >= delta) sum += from;
-    }
-    if (lane == 31) warp_sums[warp] = sum;
-    __syncthreads();
-    int64_t here = 0;
-    for (int i = 0; i < kScanThreads / 32; ++i) {
-      if (i < warp) sum += warp_sums[i];
-      here += warp_sums[i];
-    }
-    if (row < rows) counts[row] = before + sum - own;
-    before += here;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) *total = before;
-}
-
-// kM = 0: what the mask keeps; else exactly keep_n of each group of kM.
-template <int kSize, int kM>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Packing job) {
-  using Element = typename OfSize<kSize>::Element;
-  constexpr int kPiece = 16 / sizeof(Element);
-  __shared__ __align__(16) Element buffers[kWarps][kStepColumns + kPiece];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp, columns = job.mask.columns;
-  if (row >= job.mask.rows) return;
-  Element* const buffer = buffers[warp];
-  const Element* const from = static_cast<const Element*>(job.weight) + row * job.weight_stride;
-  // `to` is a 16-byte boundary that buffer[0] belongs to. The first piece of a row may hold the end of the row before.
-  Element* to = static_cast<Element*>(job.values) + (job.offsets != nullptr ? job.offsets[row] : row * job.length);
-  int begin = static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16 / sizeof(Element)), filled = begin;
-  to -= begin;
-
-  for (int64_t first = 0; first < columns; first += kStepColumns) {
-    const int64_t column = first + 8 * lane;
-    const unsigned kept = job.mask.byte(row, column);
-    unsigned stored = kept;
-    if (kM > 0) {
-      stored = stored_byte<kM>(job.mask, row, column, job.keep_n);
-      if (column < columns) job.stored[row * packed_width(columns) + column / 8] = static_cast<uint8_t>(stored);
-    }
-    Eight<Element> eight{};
-    if (kept == 0) {
-    } else if (job.aligned && column + 8 <= columns) {
-      eight = *reinterpret_cast<const Eight<Element>*>(from + column);
-    } else {
-#pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        if ((kept >> bit & 1u) != 0) eight.at[bit] = from[column + bit];
-      }
-    }
-    const int count = __popc(stored), sum = inclusive_sum(count);
-    int place = filled + sum - count;
-#pragma unroll
-    for (int bit = 0; bit < 8; ++bit) {
-      if ((stored >> bit & 1u) != 0) buffer[place++] = (kept >> bit & 1u) != 0 ? eight.at[bit] : Element{0};
-    }
-    filled += __shfl_sync(kAllLanes, sum, 31);
-    __syncwarp();
-    const int pieces = filled / kPiece;
-    for (int piece = lane; piece < pieces; piece += 32) {
-      if (piece == 0 && begin > 0) {
-        for (int i = begin; i < kPiece; ++i) to[i] = buffer[i];
-      } else {
-        reinterpret_cast<uint4*>(to)[piece] = reinterpret_cast<const uint4*>(buffer)[piece];
-      }
-    }
-    const int gone = pieces * kPiece;
-    filled -= gone;
-    const Element rest = lane < filled ? buffer[gone + lane] : Element{0};
-    __syncwarp();
-    if (lane < filled) buffer[lane] = rest;
-    to += gone;
-    if (pieces > 0) begin = 0;
-  }
-  __syncwarp();
-  for (int i = begin + lane; i < filled; i += 32) to[i] = buffer[i];
-}
+// Warps that a large GPU has room for. Where rows alone are fewer, up to 8 warps share a row.
+constexpr int64_t kWarpsWanted = 8192;
 
 template <int kSize>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job) {
-  using Element = typename OfSize<kSize>::Element;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, columns = job.mask.columns;
-  if (row >= job.mask.rows) return;
-  const Element* const values = static_cast<const Element*>(job.values);
-  Element* const to = static_cast<Element*>(job.dense) + row * columns;
-  int64_t before = first_value(job.offsets, row, job.length, job.total);
-  for (int64_t first = 0; first < columns; first += kStepColumns) {
-    const int64_t column = first + 8 * lane;
-    const unsigned kept = job.mask.byte(row, column);
-    const int count = __popc(kept), sum = inclusive_sum(count);
-    int64_t place = before + sum - count;
-    Eight<Element> eight{};
-#pragma unroll
-    for (int bit = 0; bit < 8; ++bit) {
-      if ((kept >> bit & 1u) == 0) continue;
-      if (place < job.total) eight.at[bit] = values[place];
-      ++place;
-    }
-    if (job.aligned && column + 8 <= columns) {
-      *reinterpret_cast<Eight<Element>*>(to + column) = eight;
-    } else {
-#pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        if (column + bit < columns) to[column + bit] = eight.at[bit];
-      }
-    }
-    before += __shfl_sync(kAllLanes, sum, 31);
+Slices slices_of(int64_t rows, int columns, int shares) {
+  constexpr int kBatch = Columns<kSize>::kBatch;
+  const int batches = (columns + kBatch - 1) / kBatch;
+  if (shares < 0) {
+    shares = 0;
+    while (shares < 3 && rows << shares < kWarpsWanted && 2 << shares <= batches) ++shares;
   }
+  return {shares, ((batches - 1) >> shares) * kBatch + kBatch};
 }
 
-// *largest: the most kept columns of a group of kM, where it was 0 before. A maximum is the same in any order.
-template <int kM>
-__global__ void __launch_bounds__(kThreads) largest_kernel(Mask mask, unsigned long long* largest) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= mask.rows) return;
-  int most = 0;
-  for (int64_t column = 8 * lane; column < mask.columns; column += kStepColumns) {
-    const unsigned byte = mask.byte(row, column);
-    if (kM == 4) {
-      most = max(most, max(__popc(byte & 0xfu), __popc(byte >> 4)));
-    } else if (kM == 8) {
-      most = max(most, __popc(byte));
-    } else {
-      most = max(most, __popc(byte) + __popc(mask.byte(row, column ^ 8)));
-    }
-  }
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, delta));
-  if (lane == 0) atomicMax(largest, static_cast<unsigned long long>(most));
+inline unsigned grid_of(int64_t rows, const Slices& slices) {
+  return static_cast<unsigned>((rows + (kWarps >> slices.shares) - 1) / (kWarps >> slices.shares));
 }
 
-inline unsigned grid_size(int64_t rows) {
-  return static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-}
-
-// offsets: of rows; total: of one.
+// offsets: of rows; total: of one, in memory of the device or pinned.
 void launch_offsets(const Mask& mask, int64_t* offsets, int64_t* total, cudaStream_t stream) {
-  if (mask.rows > 0) LOSA_LAUNCH(count_kernel, grid_size(mask.rows), kThreads, 0, stream, mask, offsets);
+  const bool pieces = mask.columns % 128 == 0 && mask.stride % 16 == 0 &&
+      reinterpret_cast<uintptr_t>(mask.bits) % 16 == 0;
+  if (mask.rows > 0) LOSA_LAUNCH(count_kernel, grid_size(mask.rows), kThreads, 0, stream, mask, pieces, offsets);
   LOSA_LAUNCH(scan_kernel, 1, kScanThreads, 0, stream, offsets, mask.rows, total);
 }
 
-// m = 0, 4, 8 or 16; in-features are a multiple of it.
+// Brings `bytes` to the L2 cache, but for a few of the last. Not if `from` is not aligned.
+void launch_warm(const void* from, int64_t bytes, cudaStream_t stream) {
+  const int64_t pieces = bytes / 16, block = kThreads * kWarmed;
+  if (pieces == 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) return;
+  const auto blocks = static_cast<unsigned>((pieces + block - 1) / block);
+  LOSA_LAUNCH(warm_kernel, blocks, kThreads, 0, stream, static_cast<const uint4*>(from), pieces);
+}
+
+// m = 0, 4, 8 or 16; in-features are a multiple of it. shares: see Slices, -1 to choose.
 template <int kSize>
-void launch_pack(const Packing& job, int64_t m, cudaStream_t stream) {
+void launch_pack(const Packing& job, int64_t m, cudaStream_t stream, int shares = -1) {
   if (job.mask.rows * job.mask.columns == 0) return;
-  const unsigned grid = grid_size(job.mask.rows);
+  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
+  const unsigned grid = grid_of(job.mask.rows, slices);
   if (m == 0) {
-    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, job, slices);
   } else if (m == 4) {
-    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, job, slices);
   } else if (m == 8) {
-    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, job, slices);
   } else {
-    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, job, slices);
   }
 }
 
 template <int kSize>
-void launch_unpack(const Unpacking& job, cudaStream_t stream) {
+void launch_unpack(const Unpacking& job, cudaStream_t stream, int shares = -1) {
   if (job.mask.rows * job.mask.columns == 0) return;
-  LOSA_LAUNCH((unpack_kernel<kSize>), grid_size(job.mask.rows), kThreads, 0, stream, job);
+  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
+  LOSA_LAUNCH((unpack_kernel<kSize>), grid_of(job.mask.rows, slices), kThreads, 0, stream, job, slices);
 }
 
-template void launch_pack<1>(const Packing&, int64_t, cudaStream_t);
-template void launch_pack<2>(const Packing&, int64_t, cudaStream_t);
-template void launch_pack<4>(const Packing&, int64_t, cudaStream_t);
-template void launch_pack<8>(const Packing&, int64_t, cudaStream_t);
-template void launch_unpack<1>(const Unpacking&, cudaStream_t);
-template void launch_unpack<2>(const Unpacking&, cudaStream_t);
-template void launch_unpack<4>(const Unpacking&, cudaStream_t);
-template void launch_unpack<8>(const Unpacking&, cudaStream_t);
+template void launch_pack<1>(const Packing&, int64_t, cudaStream_t, int);
+template void launch_pack<2>(const Packing&, int64_t, cudaStream_t, int);
+template void launch_pack<4>(const Packing&, int64_t, cudaStream_t, int);
+template void launch_pack<8>(const Packing&, int64_t, cudaStream_t, int);
+template void launch_unpack<1>(const Unpacking&, cudaStream_t, int);
+template void launch_unpack<2>(const Unpacking&, cudaStream_t, int);
+template void launch_unpack<4>(const Unpacking&, cudaStream_t, int);
+template void launch_unpack<8>(const Unpacking&, cudaStream_t, int);
 
 // m = 4, 8 or 16.
 void launch_largest(const Mask& mask, int64_t m, unsigned long long* largest, cudaStream_t stream) {
@@ -308,6 +98,7 @@ void launch_largest(const Mask& mask, int64_t m, unsigned long long* largest, cu
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -321,8 +112,46 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
+// A point in a stream that the host can wait for, whatever follows it.
+class Event {
+ public:
+  Event() { LOSA_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { static_cast<void>(cudaEventDestroy(event_)); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void record(cudaStream_t stream) { LOSA_CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void wait() { LOSA_CUDA_CHECK(cudaEventSynchronize(event_)); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// A number in memory of the host that kernels write to. The host may look after an event, or the stream, says so.
+class Pinned {
+ public:
+  int64_t* on_device() const {
+    void* address = nullptr;
+    LOSA_CUDA_CHECK(cudaHostGetDevicePointer(&address, tensor_.mutable_data_ptr(), 0));
+    return static_cast<int64_t*>(address);
+  }
+  int64_t value() const { return *static_cast<const int64_t*>(tensor_.const_data_ptr()); }
+
+ private:
+  Tensor tensor_ = torch::stable::empty({1}, ScalarType::Long, std::nullopt,
+                                        torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
+};
+
+int64_t cache_bytes(int device) {
+  int bytes = 0;
+  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return bytes;
+}
+
 Mask mask_of(const Tensor& mask, int64_t columns) {
-  return {static_cast<const uint8_t*>(mask.const_data_ptr()), mask.stride(0), mask.size(0), columns};
+  constexpr int64_t kMost = int64_t{1} << 30;
+  STD_TORCH_CHECK(columns <= kMost, "in_features: expected at most ", kMost, ", got ", columns);
+  return {static_cast<const uint8_t*>(mask.const_data_ptr()), mask.stride(0), mask.size(0), static_cast<int>(columns)};
 }
 
 bool has_aligned_rows(const void* data, int64_t stride, int64_t element_size) {
@@ -335,7 +164,8 @@ using Size = std::integral_constant<int, kSize>;
 
 template <class Body>
 void with_size(int64_t size, const Body& body) {
-  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8, "expected elements of 1, 2, 4 or 8 bytes, got ", size);
+  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8,
+                  "expected elements of 1, 2, 4 or 8 bytes, got ", size);
   if (size == 1) body(Size<1>{});
   if (size == 2) body(Size<2>{});
   if (size == 4) body(Size<4>{});
@@ -354,19 +184,21 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   const int64_t rows = weight.size(0), columns = weight.size(1);
   const auto size = static_cast<int64_t>(weight.element_size());
   Tensor offsets = torch::stable::new_empty(weight, {rows}, ScalarType::Long);
-  Tensor sum = torch::stable::new_empty(weight, {1}, ScalarType::Long);
   auto* const starts = static_cast<int64_t*>(offsets.mutable_data_ptr());
   const Mask kept = mask_of(bits, columns);
-  launch_offsets(kept, starts, static_cast<int64_t*>(sum.mutable_data_ptr()), stream);
-  // The result's size is data: the host has to wait for it.
-  int64_t total = 0;
-  LOSA_CUDA_CHECK(cudaMemcpyAsync(&total, sum.const_data_ptr(), sizeof(total), cudaMemcpyDeviceToHost, stream));
-  LOSA_CUDA_CHECK(cudaStreamSynchronize(stream));
-  Tensor values = torch::stable::new_empty(weight, {total});
   const void* const from = source.const_data_ptr();
+  // The result's size is data: the host waits for it. Until it has launched the rest, the device reads what that needs.
+  const Pinned total;
+  Event known;
+  launch_offsets(kept, starts, total.on_device(), stream);
+  known.record(stream);
+  const int64_t bytes = rows * columns > 0 ? ((rows - 1) * source.stride(0) + columns) * size : 0;
+  launch_warm(from, std::min(bytes, cache_bytes(weight.get_device_index()) / 2), stream);
+  known.wait();
+  Tensor values = torch::stable::new_empty(weight, {total.value()});
   const Packing job{kept,    from, source.stride(0), has_aligned_rows(from, source.stride(0), size), starts, 0, 0,
                     nullptr, values.mutable_data_ptr()};
-  with_size(size, [&](auto bytes) { launch_pack<bytes.value>(job, 0, stream); });
+  with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(job, 0, stream); });
   return {values, offsets};
 }
 

@@ -1,7 +1,10 @@
 // sparse_linear on CUDA for up to 16 rows of x: which decode kernel runs, on how many blocks.
+#include <algorithm>
+
 #include "common/bits.h"
 #include "common/launch.h"
 #include "cuda/decode_kernel.h"
+#include "cuda/matvec_kernel.h"
 
 namespace losa::sparse_linear {
 
@@ -39,10 +42,50 @@ void launch(const Task& task, int split, int multiprocessors, cudaStream_t strea
   }
 }
 
-// kTensor: x has the values' type, of 16 bits; else it is fp32. split: 0 chooses.
+// A block's rows between two barriers, where it has a warp for each of many windows: more would take more shared memory
+// than two blocks have.
+constexpr int kManyRows = 6;
+
+template <Value kValue, int kBatch, int kWarps>
+void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
+  const int64_t rows = task.weight.rows;
+  // Few rows are spread over all multiprocessors.
+  const int64_t wanted = (rows + multiprocessors - 1) / multiprocessors;
+  const int lanes = static_cast<int>(std::clamp<int64_t>(wanted, 1, kWarps / windows));
+  const Shape shape{windows, lanes, std::min(windows, kManyRows / lanes) * lanes};
+  const int64_t resident = int64_t{multiprocessors} * resident_blocks(kWarps, kBatch) * kWarps / shape.warps();
+  const int64_t lots = (rows + shape.rows - 1) / shape.rows;
+  const auto grid = static_cast<unsigned>(std::min(lots, std::max<int64_t>(resident, 1)));
+  const auto kernel = matvec_kernel<kValue, kBatch, kWarps>;
+  allow_shared_memory(kernel, shape.bytes(kBatch));
+  LOSA_LAUNCH(kernel, grid, 32 * shape.warps(), shape.bytes(kBatch), stream, task, shape);
+}
+
+template <Value kValue, int kBatch>
+void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
+  const auto launch = windows <= kFewWarps ? launch_matvec<kValue, kBatch, kFewWarps>
+                                           : launch_matvec<kValue, kBatch, kManyWarps>;
+  launch(task, windows, multiprocessors, stream);
+}
+
+// Whether matvec_kernel can take it: a block has a warp for each window, and a lane whole words of the mask.
+inline bool fits_matvec(const Task& task) {
+  const Weight& weight = task.weight;
+  return task.batch <= 2 && weight.words && weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30 &&
+      weight.columns <= kManyWarps * kWindowColumns;
+}
+
+// kTensor: x has the values' type, of 16 bits; else it is fp32. split: of decode_kernel; 0 chooses, the kernel too.
 template <bool kTensor, Value kValue>
 void launch_decode(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
   if (task.weight.rows == 0 || task.batch == 0) return;
+  if constexpr (kTensor) {
+    if (split == 0 && fits_matvec(task)) {
+      const int windows = (task.weight.columns + kWindowColumns - 1) / kWindowColumns;
+      const auto run = task.batch == 1 ? launch_matvec<kValue, 1> : launch_matvec<kValue, 2>;
+      return run(task, windows, multiprocessors, stream);
+    }
+  }
   if (task.batch <= 1) {
     launch<kTensor, kValue, 1>(task, split, multiprocessors, stream);
   } else if (task.batch <= 2) {
@@ -69,7 +112,6 @@ template void launch_decode<false, Value::kFloat>(const Task&, int, int, cudaStr
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 

@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from losa_kernels.cuda_streams import private_stream
+
 logger = logging.getLogger("losa_kernels")
 
 KEPT = 4  # graphs in a process, the least recently used goes; as many as a transformer block has shapes of linears
@@ -120,11 +122,10 @@ class _Graph:
 
 
 class CudaCapture:
-    """Captures on streams that no other live recording of ours was captured on.
+    """Captures on streams that no other live recording of ours was captured on (see ``cuda_streams``).
 
-    cuBLAS has one workspace per stream. Graphs captured on the same stream would share it, and torch frees it with the
-    first of them (github.com/pytorch/pytorch/issues/193402). For the same reason the warm-up has another stream: the
-    workspace is then allocated during the capture, in the graph's own pool.
+    For the same reason the warm-up has another stream: cuBLAS's workspace is then allocated during the capture, in the
+    graph's own pool.
     """
 
     def __init__(self, kept: int = KEPT):
@@ -143,8 +144,7 @@ class CudaCapture:
     def __call__(self, function: Callable[[], Results], device: torch.device) -> CudaRecording:
         with torch.cuda.device(device):
             if device not in self._streams:
-                # At once: torch hands out 32 streams in turn, so these differ.
-                self._streams[device] = [torch.cuda.Stream() for _ in range(self._kept + 1)]
+                self._streams[device] = [private_stream() for _ in range(self._kept + 1)]
             side, *free = self._streams[device]
             here = torch.cuda.current_stream()
             # Around the capture too: where one fails, torch may leave its stream the current one.

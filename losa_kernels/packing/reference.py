@@ -60,7 +60,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(4, device=weight.device).expand(rows, columns // 4, 4)
     positions = place[unpack_mask(stored, columns).reshape(place.shape)].reshape(rows, columns // 16, 4, 2)
     nibbles = positions[..., 0] | (positions[..., 1] << 2)
-    words = (nibbles << torch.tensor([0, 4, 8, 12], device=weight.device)).sum(-1)
+    words = (nibbles << torch.arange(0, 16, 4, device=weight.device)).sum(-1)
     words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     meta = torch.empty_like(words).view(-1)
     meta[metadata_order(*words.shape, weight.device)] = words.reshape(-1)
@@ -71,7 +71,7 @@ def positions_24(meta: Tensor) -> Tensor:
     """int64 (out, in / 4, 2): the two stored positions of each group of 4."""
     rows, width = meta.shape
     words = meta.reshape(-1)[metadata_order(rows, width, meta.device)].reshape(rows, width).int() & 0xFFFF
-    nibbles = (words[..., None] >> torch.tensor([0, 4, 8, 12], device=meta.device)) & 15
+    nibbles = (words[..., None] >> torch.arange(0, 16, 4, device=meta.device)) & 15
     return torch.stack([nibbles & 3, nibbles >> 2], -1).reshape(rows, 4 * width, 2).long()
 
 

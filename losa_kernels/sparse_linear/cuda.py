@@ -4,7 +4,7 @@ Weights and x in fp32, bf16 or fp16; sums are fp32, and so are products unless w
 The unpacked weight is a temporary: torch's allocator gives all layers the same memory.
 
 ``LOSA_24=cutlass`` runs 2:4 weights (``pack_24``) of x's dtype by torch's semi-structured product instead of unpacking
-them; it pays for many rows only, and which GPUs have it depends on torch.
+them. torch has that for GPUs of compute capability 8.x only, and it pays for many rows only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from losa_kernels.sparse_linear.cpu import supported, values_per_byte
 
 DECODE_ROWS = 16  # the kernels' limit
 MULTIPLE_24 = 16  # rows of x that torch's semi-structured product takes
+MAJOR_24 = 8  # of the compute capability that it asks for
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    if isinstance(packed, Packed24) and x.dtype == packed.dtype and x.numel() > 0 and use_semi_structured():
+    if isinstance(packed, Packed24) and x.dtype == packed.dtype and x.numel() > 0 and use_semi_structured(x.device):
         return semi_structured(x, packed, bias)
     if not supported(x, packed, bias) or x.numel() > DECODE_ROWS * packed.shape[1]:
         return reference.sparse_linear(x, packed, bias)
@@ -38,12 +39,25 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return y if rows is x else y.to(x.dtype)
 
 
-def use_semi_structured() -> bool:
-    """Whether ``LOSA_24`` asks for torch's semi-structured product. Raises ValueError for a value that it has not."""
+def use_semi_structured(device: torch.device) -> bool:
+    """Whether ``LOSA_24`` asks for torch's semi-structured product.
+
+    Raises:
+        ValueError: a value that the setting has not.
+        RuntimeError: it asks for the product on a GPU that torch has none for.
+    """
     wanted = os.environ.get("LOSA_24", "unpack").strip().lower()
     if wanted not in ("unpack", "cutlass"):
         raise ValueError(f"LOSA_24: expected unpack or cutlass, got {wanted!r}")
-    return wanted == "cutlass"
+    if wanted == "unpack":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != MAJOR_24:
+        raise RuntimeError(
+            f"LOSA_24=cutlass: torch's 2:4 product needs a GPU of compute capability {MAJOR_24}.x, this one has "
+            f"{major}.{minor}; LOSA_24=unpack runs on it"
+        )
+    return True
 
 
 def semi_structured(x: Tensor, packed: Packed24, bias: Tensor | None) -> Tensor:

@@ -46,6 +46,17 @@ inline unsigned pair_of(unsigned low, unsigned high) {
   return (low & 0xffffu) | high << 16;
 }
 
+inline unsigned bytes_of(unsigned low, unsigned high, unsigned order) {
+  const std::uint64_t eight = low | std::uint64_t{high} << 32;
+  unsigned four = 0;
+  for (int i = 0; i < 4; ++i) four |= static_cast<unsigned>(eight >> 8 * (order >> 4 * i & 7u) & 0xffu) << 8 * i;
+  return four;
+}
+
+inline unsigned rotate_right(unsigned bits, int count) {
+  return std::rotr(bits, count);
+}
+
 template <int kSize>
 using Bits = std::conditional_t<kSize == 2, std::uint16_t, std::uint32_t>;
 
@@ -57,6 +68,16 @@ unsigned load_if(unsigned wanted, Shared from) {
 template <int kSize>
 void store_shared(Shared to, unsigned value) {
   *reinterpret_cast<Bits<kSize>*>(to) = static_cast<Bits<kSize>>(value);
+}
+
+template <int kSize>
+unsigned load_shared(Shared from) {
+  return *reinterpret_cast<const Bits<kSize>*>(from);
+}
+
+inline void store_shared_piece(Shared to, uint4 piece) {
+  if (to % 16 != 0) emulator::report("a store of 16 bytes is not aligned");
+  *reinterpret_cast<uint4*>(to) = piece;
 }
 
 inline void copy_async(Shared to, const void* from) {

@@ -8,8 +8,10 @@ struct Arguments {
   int64_t rows, columns, weight_stride, mask_stride;
   bool aligned;
   int64_t keep_n, m;
+  int shares;
+  int64_t lead;  // elements before the values
 
-  // ROWS COLUMNS WEIGHT_STRIDE MASK_STRIDE ALIGNED SIZE KEEP_N M
+  // ROWS COLUMNS WEIGHT_STRIDE MASK_STRIDE ALIGNED SIZE KEEP_N M SHARES LEAD
   explicit Arguments(const Driver& driver)
       : rows(driver[0]),
         columns(driver[1]),
@@ -17,25 +19,32 @@ struct Arguments {
         mask_stride(driver[3]),
         aligned(driver[4] != 0),
         keep_n(driver[6]),
-        m(driver[7]) {}
+        m(driver[7]),
+        shares(static_cast<int>(driver[8])),
+        lead(driver[9]) {}
+
+  packing::Mask mask(const std::vector<uint8_t>& bits) const {
+    return {bits.data(), mask_stride, rows, static_cast<int>(columns)};
+  }
 };
 
-// pack: weight, mask -> values; offsets and total (m = 0) or stored (m > 0)
+// pack: weight, mask -> LEAD elements and values; offsets and total (m = 0) or stored (m > 0)
 template <class Element>
 void pack(const Driver& driver, const Arguments& a) {
   const auto weight = driver.read<Element>("weight");
   const auto bits = driver.read<uint8_t>("mask");
-  const packing::Mask mask{bits.data(), a.mask_stride, a.rows, a.columns};
+  const packing::Mask mask = a.mask(bits);
   std::vector<int64_t> offsets(a.rows, -1), total(1, -1);
   std::vector<uint8_t> stored(a.rows * losa::packed_width(a.columns), 0xa5);
   int64_t length = 0;
   if (a.m == 0) {
     packing::launch_offsets(mask, offsets.data(), total.data(), nullptr);
+    packing::launch_warm(weight.data(), static_cast<int64_t>(weight.size() * sizeof(Element)), nullptr);
   } else {
     length = a.columns / a.m * a.keep_n;
     total[0] = a.rows * length;
   }
-  std::vector<Element> values(total[0], Element(0xa5));
+  std::vector<Element> values(a.lead + total[0], Element(0xa5));
   const packing::Packing job{mask,
                              weight.data(),
                              a.weight_stride,
@@ -44,29 +53,29 @@ void pack(const Driver& driver, const Arguments& a) {
                              length,
                              static_cast<int>(a.keep_n),
                              stored.data(),
-                             values.data()};
-  packing::launch_pack<sizeof(Element)>(job, a.m, nullptr);
+                             values.data() + a.lead};
+  packing::launch_pack<sizeof(Element)>(job, a.m, nullptr, a.shares);
   driver.write("values", values);
   driver.write("offsets", offsets);
   driver.write("stored", stored);
 }
 
-// unpack: values, mask, offsets (or no file) -> dense
+// unpack: LEAD elements and values, mask, offsets (or no file) -> dense
 template <class Element>
 void unpack(const Driver& driver, const Arguments& a) {
   const auto values = driver.read<Element>("values");
   const auto bits = driver.read<uint8_t>("mask");
   auto offsets = driver.read<int64_t>("offsets");
   std::vector<Element> dense(a.rows * a.columns, Element(0xa5));
-  const auto total = static_cast<int64_t>(values.size());
-  const packing::Unpacking job{packing::Mask{bits.data(), a.mask_stride, a.rows, a.columns},
-                               values.data(),
+  const auto total = static_cast<int64_t>(values.size()) - a.lead;
+  const packing::Unpacking job{a.mask(bits),
+                               values.data() + a.lead,
                                total,
                                data_or_null(offsets),
                                total / a.rows,
                                dense.data(),
                                a.aligned};
-  packing::launch_unpack<sizeof(Element)>(job, nullptr);
+  packing::launch_unpack<sizeof(Element)>(job, nullptr, a.shares);
   driver.write("dense", dense);
 }
 
@@ -80,7 +89,7 @@ void run(const Driver& driver, const Arguments& a) {
 void largest(const Driver& driver, const Arguments& a) {
   const auto bits = driver.read<uint8_t>("mask");
   std::vector<unsigned long long> found(1, 99);
-  packing::launch_largest({bits.data(), a.mask_stride, a.rows, a.columns}, a.m, found.data(), nullptr);
+  packing::launch_largest(a.mask(bits), a.m, found.data(), nullptr);
   driver.write("largest", found);
 }
 

@@ -1,0 +1,144 @@
+"""Decode speed of a randomly initialised LLaMA, dense and packed: for a GPU without a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from torch import nn
+
+from benchmarks._sparse import kept_mask
+from losa.decoding import LeanDecoder
+from losa.model import block_linears, find_blocks
+from losa.modules import SparseLinear
+from losa.sparse import group_linears, join_linears, pack_weight
+from losa.speed import bytes_per_token, copy_bandwidth, seconds_per_token
+
+# hidden, intermediate, layers, heads, key heads, vocabulary
+SIZES = {
+    "tiny": (64, 160, 2, 4, 2, 98),
+    "smollm2": (576, 1536, 30, 9, 3, 49152),
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
+}
+# Of the logits' norm. Both sides round every layer's results to 8 bits in an order of their own; another function is
+# off by about 1.
+ALLOWED = 0.1
+
+
+@torch.inference_mode()
+def rows(args: argparse.Namespace) -> list[dict]:
+    """A row for each pattern ("50%", "2:4") and way to hold the weights.
+
+    Raises SystemExit: packed and dense logits differ.
+    """
+    dense = random_llama(args.random, args.layers, args.device)
+    packed = random_llama(args.random, args.layers, args.device, like=dense)
+    bandwidth = copy_bandwidth(args.device, 128)
+    found = []
+    for pattern in patterns(args.sparsity):
+        fill(dense, pattern)
+        pack(dense, packed)
+        prompt = torch.arange(3, 11, device=args.device)
+        decoders = {
+            name: LeanDecoder(model, len(prompt) + args.tokens)
+            for name, model in (("losa, dense", dense), ("losa, packed", packed))
+        }
+        compare(decoders, prompt)
+        times: dict[str, list[float]] = {name: [] for name in decoders}
+        for repetition in range(-1, args.repetitions):
+            for name, decoder in decoders.items():
+                seconds = seconds_per_token(decoder, prompt, args.tokens)
+                if repetition >= 0:
+                    times[name].append(seconds)
+        base = statistics.median(times["losa, dense"])
+        for name, model in (("losa, dense", dense), ("losa, packed", packed)):
+            seconds, moved = statistics.median(times[name]), bytes_per_token(model)
+            found.append({
+                "op": "decode",
+                "model": args.random,
+                "layers": len(decoders[name].blocks),
+                "pattern": pattern,
+                "implementation": name,
+                "tokens_per_s": 1 / seconds,
+                "median_ms": 1e3 * seconds,
+                "min_ms": 1e3 * min(times[name]),
+                "speedup_over_losa, dense": base / seconds,
+                "bytes_per_token": moved,
+                "fraction_of_copy_bandwidth": moved / seconds / bandwidth,
+            })  # fmt: skip
+        del decoders
+    return found
+
+
+def patterns(text: str) -> list[str]:
+    """ "0.5,2:4" -> ["50%", "2:4"]."""
+    return [part if ":" in part else f"{100 * float(part):g}%" for part in text.split(",")]
+
+
+def random_llama(size: str, layers: int | None, device: str, like: nn.Module | None = None) -> nn.Module:
+    """In bf16, its blocks' linears left uninitialised; or without them and with all else as of ``like``."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, all_layers, heads, key_heads, vocabulary = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+        num_hidden_layers=layers or all_layers, num_key_value_heads=key_heads, max_position_embeddings=4096,
+        tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(config).eval()
+    linears = {f"{name}.weight" for name in block_linears(model)}
+    others = {} if like is None else dict(like.named_parameters())
+    for name, parameter in list(model.named_parameters()):
+        if like is not None and name in linears:
+            continue
+        value = others.get(name)
+        if value is None:
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            if name not in linears:
+                value = value.fill_(1) if value.ndim == 1 else value.normal_(std=0.02)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    if like is None:
+        for block in find_blocks(model)[1]:
+            join_linears(block)
+    return model
+
+
+def fill(model: nn.Module, pattern: str) -> None:
+    """Random weights anew, as many of them 0 as the pattern says."""
+    for linear in block_linears(model).values():
+        weight = linear.weight
+        weight.normal_(std=weight.shape[1] ** -0.5).masked_fill_(
+            ~kept_mask(tuple(weight.shape), pattern, weight.device), 0
+        )
+
+
+def pack(dense: nn.Module, packed: nn.Module) -> None:
+    for source, block in zip(find_blocks(dense)[1], find_blocks(packed)[1], strict=True):
+        for name, linear in source.named_modules():
+            if type(linear) is nn.Linear:
+                block.set_submodule(name, SparseLinear(pack_weight(linear.weight)))
+        group_linears(block)
+
+
+def compare(decoders: dict[str, LeanDecoder], prompt: torch.Tensor) -> None:
+    """By the prompt's pass and by three single tokens, of which a GPU runs the last as a graph."""
+    logits = {}
+    for name, decoder in decoders.items():
+        decoder.reset()
+        found = [decoder(prompt), *(decoder(prompt[i : i + 1]) for i in range(3))]
+        logits[name] = torch.stack([part.float().clone() for part in found])
+    expected = logits["losa, dense"]
+    for name, found in logits.items():
+        error = float((found - expected).norm() / expected.norm())
+        if not error <= ALLOWED:
+            raise SystemExit(f"decode: {name} is off by {error:.2g} of dense logits; not timing a wrong kernel")

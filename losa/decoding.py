@@ -1,0 +1,302 @@
+"""The lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
+
+Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
+gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: the loop's logits are compared
+with the model's own on a few tokens, and other models generate through transformers.
+
+On a GPU single tokens go through ``LeanDecoder.step`` as a CUDA graph (``losa.token_graphs``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losa.errors import LosaError
+from losa.model import find_blocks
+from losa.modules import SparseLinear
+from losa.token_graphs import TokenGraphs, graphs_for, places_for
+from losa_kernels import native, sparse_linear
+
+# Scaled rotary positions whose frequencies do not depend on the length that is reached.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+class Unsupported(LosaError):
+    """The model's blocks are not of the kind that the lean loop computes."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    attention_norm: Callable[[Tensor], Tensor]
+    mlp_norm: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], Tensor]
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    out: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]
+    activation: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    scaling: float
+
+
+class LeanDecoder:
+    """One sequence at a time through a decoder of the LLaMA kind.
+
+    On a GPU, a model whose tensors were replaced (``to``, ``load_state_dict(assign=True)``) needs a ``resize``: graphs
+    read the memory that they were captured with.
+
+    Args:
+        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied.
+        max_length: tokens of prompt and continuation that the cache has room for.
+
+    Raises:
+        Unsupported: another kind of model; says what differs.
+    """
+
+    def __init__(self, model: nn.Module, max_length: int):
+        decoder = model.get_decoder()
+        self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        first = self.embeddings.weight
+        self.device, self.dtype = first.device, first.dtype
+        try:
+            _, blocks = find_blocks(model)
+            attention = blocks[0].self_attn
+            self.head_dim = attention.head_dim
+            self.key_heads = attention.k_proj.out_features // self.head_dim
+            self.query_heads = attention.q_proj.out_features // self.head_dim
+            self.blocks = [self._read(block) for block in blocks]
+            self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
+        except AttributeError as error:
+            raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
+        if getattr(self.rotary, "rope_type", "default") not in FIXED_ROPE:
+            raise Unsupported(f"generate: rotary positions of type {self.rotary.rope_type} depend on the length")
+        self.graphs: TokenGraphs | None = None
+        self._recordable = _recordable(model, self.device)
+        self._check(model)
+        self.resize(max_length)
+
+    def resize(self, max_length: int) -> None:
+        """Forget what was read, and make room for so many tokens; 0 frees cache and graphs."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.graphs = graphs_for(self.device) if max_length and self._recordable else None
+        room = max_length if self.graphs is None else places_for(max_length)
+        positions = torch.arange(room, device=self.device)[None]
+        cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
+        if cos.shape[-1] != self.head_dim:
+            raise Unsupported("generate: rotary positions cover a part of each head only")
+        half = self.head_dim // 2
+        # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
+        # Zeros: ``step`` multiplies what it masks by 0.
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.max_length, self.length = max_length, 0
+
+    def _read(self, block: nn.Module) -> _Block:
+        attention, mlp = block.self_attn, block.mlp
+        if getattr(attention, "sliding_window", None):
+            raise Unsupported("generate: attention in a sliding window")
+        return _Block(
+            attention_norm=_norm(block.input_layernorm),
+            mlp_norm=_norm(block.post_attention_layernorm),
+            qkv=_together([attention.q_proj, attention.k_proj, attention.v_proj]),
+            q_norm=getattr(attention, "q_norm", None),
+            k_norm=getattr(attention, "k_norm", None),
+            out=attention.o_proj,
+            gate_up=_together([mlp.gate_proj, mlp.up_proj]),
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+            scaling=attention.scaling,
+        )
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.length = 0
+        if self.graphs is not None:
+            self.cache.zero_()
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids (tokens,) that follow what was read before -> logits (vocabulary,) of the last one, which the next call
+        may overwrite.
+
+        Raises:
+            LosaError: the cache is full.
+        """
+        if len(ids) == 1 and self._graphed(ids):
+            return self.graphs.logits
+        return self._logits(ids, last=True)[-1]
+
+    @torch.inference_mode()
+    def likeliest(self, token: Tensor) -> Tensor:
+        """token (1,) that follows what was read before -> the likeliest after it, (1,), which the next call may
+        overwrite. Nothing waits for the device.
+
+        Raises:
+            LosaError: the cache is full.
+        """
+        if self._graphed(token):
+            return self.graphs.token
+        return self._logits(token, last=True)[-1].argmax(-1, keepdim=True)
+
+    def _graphed(self, token: Tensor) -> bool:
+        """Has a graph read the token?"""
+        if self.graphs is None:
+            return False
+        self._check_room(1)
+        if not self.graphs.run(self.step, token, self.length):
+            return False
+        self.length += 1
+        return True
+
+    def step(self, token: Tensor, position: Tensor, places: int) -> Tensor:
+        """One token in shapes that do not depend on its position, with nothing read back: what a graph can hold.
+
+        Args:
+            token, position: (1,) int64 on the model's device; writes keys and values there into the cache.
+            places: of the cache that are attended to, those after ``position`` masked; more than its value.
+
+        Returns:
+            logits (vocabulary,).
+        """
+        queries, keys, size = self.query_heads, self.key_heads, self.head_dim
+        x = self.embeddings(token)
+        # Values are turned by nothing, so that one product serves all heads and one copy fills the cache.
+        cos = self.cos.index_select(0, position).expand(queries + keys, size)
+        sin = self.sin.index_select(0, position).expand(queries + keys, size)
+        cos, sin = torch.cat([cos, cos.new_ones(keys, size)]), torch.cat([sin, sin.new_zeros(keys, size)])
+        hidden = torch.arange(places, device=self.device) > position
+        mask = torch.zeros(places, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        for block, cache in zip(self.blocks, self.cache.flatten(1, 3), strict=True):
+            heads = block.qkv(block.attention_norm(x)).view(queries + 2 * keys, size)
+            if block.q_norm is not None:
+                q, k, v = heads.split((queries, keys, keys))
+                heads = torch.cat([block.q_norm(q), block.k_norm(k), v])
+            heads = torch.addcmul(heads * cos, heads.roll(size // 2, -1), sin)
+            cache.index_copy_(1, position, heads[queries:, None])
+            k, v = cache[:keys, :places], cache[keys:, :places]
+            attended = attend(heads[:queries].view(keys, -1, size), k, v, mask, block.scaling)
+            x = x + block.out(attended.view(1, -1))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
+            x = x + block.down(block.activation(gate) * up)
+        return self.head(self.norm(x))[0]
+
+    def _check_room(self, tokens: int) -> None:
+        needed = self.length + tokens
+        if needed > self.max_length:
+            raise LosaError(f"generate: {needed} tokens are more than max_length, {self.max_length}")
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        self._check_room(len(ids))
+        start, stop = self.length, self.length + len(ids)
+        x = self.embeddings(ids[None])
+        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        for block, cache in zip(self.blocks, self.cache, strict=True):
+            x = x + block.out(self._attention(block, block.attention_norm(x), cache, cos, sin, start, stop))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
+            x = x + block.down(block.activation(gate) * up)
+        self.length = stop
+        return self.head(self.norm(x[0, -1:] if last else x[0]))
+
+    def _attention(
+        self, block: _Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
+    ) -> Tensor:
+        tokens, queries, keys = x.shape[1], self.query_heads, self.key_heads
+        heads = block.qkv(x).view(1, tokens, queries + 2 * keys, self.head_dim)
+        if block.q_norm is not None:
+            q, k, v = heads.split((queries, keys, keys), 2)
+            heads = torch.cat([block.q_norm(q), block.k_norm(k), v], 2)
+        heads = heads.transpose(1, 2)
+        turned = heads[:, : queries + keys]
+        turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
+        cache[0, :, :, start:stop] = turned[:, queries:]
+        cache[1, :, :, start:stop] = heads[:, queries + keys :]
+        q, k, v = turned[:, :queries], cache[0, :, :, :stop], cache[1, :, :, :stop]
+        if tokens == 1:
+            # Queries that share a key head are its rows: no key is repeated, and nothing is masked.
+            grouped = q.reshape(1, keys, queries // keys, self.head_dim)
+            return F.scaled_dot_product_attention(grouped, k, v, scale=block.scaling).reshape(1, 1, -1)
+        mask = None
+        if start:
+            mask = torch.ones(tokens, stop, dtype=torch.bool, device=q.device).tril(start)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=block.scaling, enable_gqa=queries != keys
+        )
+        return attended.transpose(1, 2).reshape(1, tokens, -1)
+
+    @torch.inference_mode()
+    def _check(self, model: nn.Module) -> None:
+        """The loop computes what the model computes, read at once and token by token, or it is not used."""
+        self.resize(6)
+        ids = torch.arange(3, 9, device=self.device) % self.embeddings.weight.shape[0]
+        expected = model(ids[None], use_cache=False).logits[0].float()
+        found = [self._logits(ids[:-2], last=False), self._logits(ids[-2:-1], last=False), self(ids[-1:])[None]]
+        found = torch.cat(found).float()
+        allowed = 64 * torch.finfo(self.dtype).eps * expected.abs().max()
+        if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
+            raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
+
+
+def hooked(model: nn.Module) -> bool:
+    """Were forward methods replaced, or hooks hung onto modules? What those do can change unseen."""
+    return any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _recordable(model: nn.Module, device: torch.device) -> bool:
+    """Is a step nothing but kernels? A replay runs no hook, and without native code packed weights are unpacked by
+    operations that the host waits for."""
+    packed = any(isinstance(module, SparseLinear) for module in model.modules())
+    return not hooked(model) and (native.in_graph(device) or not packed)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """q (key heads, queries of each, size), k and v (key heads, places, size), mask (places,) is added -> as q."""
+    mask = mask.expand(1, *q.shape[:2], -1)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
+
+
+def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """transformers' RMS norms take six calls where torch has one."""
+    eps = getattr(module, "variance_epsilon", None)
+    if eps is None:
+        return module
+    weight = module.weight
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
+    group = getattr(linears[0], "group", None)
+    if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
+        product, weight = sparse_linear, group
+    elif (weight := _joined(linears)) is not None:
+        product = F.linear
+    else:
+        return lambda x: torch.cat([linear(x) for linear in linears], -1)
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return lambda x: product(x, weight)
+    zeros = [torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device) for linear in linears]
+    parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
+    return lambda x: product(x, weight, torch.cat(parts))
+
+
+def _joined(linears: Sequence[nn.Module]) -> Tensor | None:
+    """The weight that dense linears are rows of, one after the other (``losa.sparse.join_linears``)."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    weights = [linear.weight.detach() for linear in linears]
+    first, place = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.dtype == first.dtype
+        if not (same and weight.is_contiguous() and weight.storage_offset() == place):
+            return None
+        place += weight.numel()
+    return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())

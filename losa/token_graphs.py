@@ -1,0 +1,159 @@
+"""One-token steps as CUDA graphs: a token costs one launch, where the host would take longer to start a step's kernels
+than a GPU to run them.
+
+Attention goes over a prefix of the cache, a multiple of ``BUCKET``, and a graph holds one such length: the first token
+that needs it runs step by step, which also loads what the capture must not, the second captures, and from then on the
+graph is replayed. Token and position live on the device and every step leaves the next one's there.
+
+``LOSA_DECODE_GRAPH=0`` turns graphs off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from losa_kernels.cuda_streams import private_stream
+
+logger = logging.getLogger("losa")
+
+BUCKET = 256
+
+# (token (1,), position (1,), places) -> logits (vocabulary,); always the same kernels on the same memory.
+Step = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def places_for(tokens: int) -> int:
+    """How many places of the cache the step attends to that reads the last of so many tokens."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def graphs_for(device: torch.device) -> TokenGraphs | None:
+    """None where tokens are read step by step."""
+    if device.type != "cuda" or os.environ.get("LOSA_DECODE_GRAPH", "1") == "0":
+        return None
+    return TokenGraphs(CudaRecorder(device), device)
+
+
+class TokenGraphs:
+    """Runs steps through recordings, one for each number of places.
+
+    Args:
+        recorder: what records a function and lets go of the recordings; see ``CudaRecorder``.
+
+    ``token`` (1,): the likeliest after the last step; ``logits`` (vocabulary,): of the last step.
+    """
+
+    def __init__(self, recorder, device: torch.device):
+        self._recorder = recorder
+        with torch.inference_mode(False):
+            self.token = torch.zeros(1, dtype=torch.int64, device=device)
+            self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits: Tensor | None = None
+        self._next = 0  # what _position holds
+        self._replays: dict[int, Callable[[], None] | None] = {}
+        self._failed = False
+
+    def run(self, step: Step, token: Tensor, length: int) -> bool:
+        """Read token (1,) after ``length`` others. False, and nothing that counts has happened, if that cannot be done
+        here.
+
+        Args:
+            step: the same in every call.
+        """
+        if self._failed:
+            return False
+        if token is not self.token:
+            self.token.copy_(token)
+        if self._next != length:
+            self._position.fill_(length)
+        self._next = None
+        places = places_for(length + 1)
+        try:
+            if places not in self._replays:
+                self._advance(step, places)
+                self._replays[places] = None
+            else:
+                if self._replays[places] is None:
+                    self._replays[places] = self._recorder(lambda: self._advance(step, places))
+                self._replays[places]()
+        except Exception as error:  # whatever it is, the plain loop will do, or will say what is wrong
+            logger.warning("generate: no CUDA graph, tokens are read step by step: %s", error)
+            self._failed = True
+            self.close()
+            return False
+        self._next = length + 1
+        return True
+
+    def _advance(self, step: Step, places: int) -> None:
+        logits = step(self.token, self._position, places)
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self._position.add_(1)
+
+    def close(self) -> None:
+        """Free the recordings' memory."""
+        self._replays.clear()
+        self._recorder.close()
+
+
+class CudaRecorder:
+    """CUDA graphs in one memory pool: they are replayed one at a time, and none finds anything that another left there.
+
+    Every live recorder captures on a stream of its own: see ``losa_kernels.cuda_streams``. Nothing ran there before the
+    capture, so that a cuBLAS workspace, too, comes from the pool.
+    """
+
+    _streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # free ones
+    _capturing = threading.Lock()
+    # For ever: after a capture that was cut off, torch's allocator may go on asking its graph.
+    _broken: list[torch.cuda.CUDAGraph] = []
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream, self._pool = device, None, None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        with self._capturing, torch.cuda.device(self._device):
+            if self._stream is None:
+                free = self._streams.setdefault(self._device, [])
+                self._stream = free.pop() if free else private_stream()
+                self._returned = finalize(self, _give_back, self._graphs, self._stream, free)
+                self._returned.atexit = False
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Where a capture fails, torch may leave its stream the current one.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                ):
+                    function()
+            except BaseException:
+                graph.reset()
+                self._broken.append(graph)
+                raise
+            self._graphs.append(graph)
+        return graph.replay
+
+    def close(self) -> None:
+        if self._stream is not None:
+            with self._capturing:  # a wait for the device would break a capture in another thread
+                torch.cuda.synchronize(self._device)
+            self._returned()
+            self._stream = self._pool = None
+            self._graphs = []
+
+
+def _give_back(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, free: list[torch.cuda.Stream]) -> None:
+    for graph in graphs:
+        graph.reset()
+    free.append(stream)
