@@ -2,12 +2,15 @@
 
 ``agreement``: share of mask entries as in the fp64 reference. Stages of ours and of the official loop: the factor, the
 whole sweep given the factor, both together, and what trailing products alone leave for selection and columns.
-``official_runs``: how often the official loop was timed, on a GPU once.
+``official_runs``: how often the official loop was timed, on a GPU once. ``sweep block``: the operator alone on the
+first 128 columns, and the time to move its bytes at copy speed over the time taken.
 """
 
 from __future__ import annotations
 
 import statistics
+
+import torch
 
 from benchmarks._pruning_baselines import (
     PATTERNS,
@@ -19,8 +22,10 @@ from benchmarks._pruning_baselines import (
 )
 from benchmarks._timing import copy_bandwidth, interleaved, parser, report, seconds
 from benchmarks.selection import BLOCK, wanda
-from losa_kernels import dispatch, sparsegpt_prune, unpack_mask
+from losa_kernels import dispatch, native, sparsegpt_prune, unpack_mask
+from losa_kernels.bitmask import packed_width
 from losa_kernels.column_sweep import cuda, inverse_factor
+from losa_kernels.column_sweep.blocks import STATE
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +41,8 @@ def main(argv: list[str]) -> int:
         for name, pattern in PATTERNS.items():
             repetitions = args.repetitions or (3 if max(out_features, in_features) > 2048 else 7)
             results += sparsegpt(weight, hessian, name, pattern, repetitions, args)
+            if native.missing(args.device.partition(":")[0]) is None:
+                results.append(block(weight, hessian, name, pattern, repetitions, limit, args.device))
             results += wanda(weight, hessian, name, pattern, 2 * repetitions, limit, args.device)
     report("column_sweep", results, args.json, args.device)
     return 0
@@ -95,3 +102,28 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
             }
         )
     return rows
+
+
+def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
+    """Swept again and again in place: what has gone is chosen anew and stays zero, at the same cost."""
+    (rows, columns), (_, keep_n, m) = weight.shape, pattern
+    width = min(BLOCK, columns)
+    work, factor = weight.clone(), inverse_factor(hessian, 0.01)[0]
+    kept = torch.zeros(rows, packed_width(columns), dtype=torch.uint8, device=device)
+    errors, loss = work.new_empty(rows, width), work.new_zeros(rows)
+    state, group = None, (m, m - keep_n) if m else (0, 0)
+    if not m:
+        state = torch.zeros(STATE, dtype=torch.int32, device=device)
+        torch.ops.losa.select_block(work, factor, 0, width, rows * width // 2, None, errors, state)
+
+    def run(_):
+        torch.ops.losa.sweep_block(work, factor, 0, width, *group, state, None, kept, errors, loss)
+
+    seconds_taken = statistics.median(interleaved({"losa": run}, repetitions, device)["losa"])
+    return {
+        "op": "sweep block",
+        "shape": f"{rows}x{width}",
+        "pattern": name,
+        "losa_ms": 1e3 * seconds_taken,
+        "fraction_of_copy_bandwidth": (2 * 4 * rows * width + errors.nbytes) / limit / seconds_taken,
+    }

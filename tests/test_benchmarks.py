@@ -223,6 +223,8 @@ def test_cka_rows(tmp_path):
 def test_column_sweep_rows(tmp_path):
     rows = rows_of(column_sweep, tmp_path, "--shape", "24x64", "--repetitions", "1")
     assert {r["op"] for r in rows} >= {"sparsegpt, whole", "sparsegpt, selection and columns", "wanda mask"}
+    if native.missing("cpu") is None:
+        assert [r["shape"] for r in rows if r["op"] == "sweep block"] == ["24x64", "24x64"]
     assert all(r["agreement"] > 0.99 for r in rows if r.get("agreement") is not None)
 
 

@@ -435,7 +435,7 @@ def test_tiny_on_gpu(dtype):
 
 @pytest.mark.gpu
 def test_wanda_on_gpu_at_full_size():
-    for columns in (11008, 30000):
-        weight, norms = torch.randn(40, columns), torch.rand(columns)
+    for columns, dtype in ((4096, torch.bfloat16), (4096, torch.float32), (11008, torch.float32), (30000, torch.half)):
+        weight, norms = torch.randn(40, columns).to(dtype), torch.rand(columns)
         expected = reference.wanda_mask(weight, norms, 0.6, None, None, None)
         assert torch.equal(cuda.wanda_mask(weight.cuda(), norms.cuda(), 0.6, None, None, None).cpu(), expected)
