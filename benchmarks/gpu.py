@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,15 +16,15 @@ from benchmarks._timing import machine, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
 PRUNED = ["--shape", "4096x4096", "--repetitions", "5"]
-# What each is called with: always, and if not --quick.
+# What each is called with: always, and if not --quick. The longest last, since the file is written after each.
 MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "bitmask": ([], []),
-    "masked_lora": ([], []),
     "cka": ([], []),
     "selection": ([], PRUNED),
     "column_sweep": ([], PRUNED),
     "packing": ([], DECODED),
     "sparse_linear": ([], DECODED),
+    "masked_lora": ([], []),
     "decode": (["--random", "llama2-7b"], ["--sparsity", "0.5,0.6,0.7,2:4"]),
 }
 
@@ -35,13 +36,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks gpu: no CUDA device here")
+    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (always, whole) in MICROBENCHMARKS.items():
-            file = Path(folder) / f"{name}.json"
+            file, start = Path(folder) / f"{name}.json", time.monotonic()
             flags = ["--device", "cuda", "--json", str(file), *always, *(["--quick"] if args.quick else whole)]
             importlib.import_module(f"benchmarks.{name}").main(flags)
             results[name] = json.loads(file.read_text())["rows"]
-    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    write_rows(args.out / f"{card}.json", {"machine": machine("cuda"), "benchmarks": results})
+            write_rows(args.out / f"{card}.json", {"machine": machine("cuda"), "benchmarks": results})
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     return 0

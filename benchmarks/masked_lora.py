@@ -39,6 +39,9 @@ RAISED = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
+# On a CPU the larger ranks and dropout are shown on one small and one large shape. On a GPU the slow starters, PEFT and
+# torch.compile, and the other forms of eager code are shown on one, at the first rank.
+SHOWN = {"cpu": {(1536, 576, 2048), (4096, 4096, 512)}, "cuda": {(4096, 4096, 4096)}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,9 +70,9 @@ def main(argv: list[str]) -> int:
         limit = product_rate(args.device, DTYPES[args.dtype])
         results = [
             row
-            for problem in _grid(args)
+            for *problem, baselines in _grid(args)
             for sparsity in args.sparsity or [0.7]
-            for row in measure(*problem, sparsity, limit, args)
+            for row in measure(*problem, baselines, sparsity, limit, args)
         ]
     report("masked_lora", results, args.json, args.device)
     return 0
@@ -85,34 +88,34 @@ def _in_process(argv: list[str], allocator: str) -> list[dict]:
         return json.loads(file.read_text())["rows"]
 
 
-def _grid(args) -> list[tuple[int, int, int, int, float]]:
-    """(out, in, tokens, rank, dropout_p)"""
+def _grid(args) -> list[tuple[int, int, int, int, float, bool]]:
+    """(out, in, tokens, rank, dropout_p, whether to measure all baselines)"""
     on_gpu = args.device.startswith("cuda")
-    ranks = args.rank or ([8] if args.quick else [8, 16, 64])
+    ranks = args.rank or ([8] if args.quick else [8, 16] if on_gpu else [8, 16, 64])
     if args.shape:
         shapes = [tuple(map(int, s.split("x"))) for s in args.shape]
     elif on_gpu:
-        sides = SHAPES["llama2-7b"][:2] if args.quick else sum((SHAPES[n] for n in SHAPES), [])
-        lengths = (4096,) if args.quick else (512, 2048, 4096, 16384)
-        shapes = [(*side, t) for side in sides for t in lengths if side[0] >= 1024 or side[1] >= 1024]
+        lengths = (4096,) if args.quick else (4096, 16384)
+        shapes = [(*side, t) for side in SHAPES["llama2-7b"][:2] for t in lengths]
     else:
         small = [(1536, 576), (576, 1536)]
         shapes = [(*side, t) for side in small for t in ((2048,) if args.quick else (512, 2048))] + [(4096, 4096, 512)]
         if not args.quick:
             shapes += [(11008, 4096, 512), (5120, 5120, 512)]
-    dropouts = (0.0,) if args.quick else (0.0, 0.1)
-    # On a CPU the larger ranks and dropout are shown on one small and one large shape.
-    shown = {(1536, 576, 2048), (4096, 4096, 512)}
+    dropouts = (0.0,) if args.quick or (on_gpu and not args.shape) else (0.0, 0.1)
+    shown = shapes if args.shape else SHOWN["cuda" if on_gpu else "cpu"]
     return [
-        (*shape, rank, p)
+        (*shape, rank, p, not on_gpu or (shape in shown and rank == ranks[0]))
         for shape in shapes
         for rank in ranks
         for p in dropouts
-        if on_gpu or args.shape or shape in shown or (rank == ranks[0] and p == 0)
+        if on_gpu or shape in shown or (rank == ranks[0] and p == 0)
     ]
 
 
-def measure(out: int, inner: int, tokens: int, rank: int, p: float, sparsity: float, limit: float, args) -> list[dict]:
+def measure(
+    out: int, inner: int, tokens: int, rank: int, p: float, baselines: bool, sparsity: float, limit: float, args
+) -> list[dict]:
     dtype = DTYPES[args.dtype]
     # Several problems, so that no weight is in the cache when its turn comes.
     size = out * inner * dtype.itemsize
@@ -122,14 +125,17 @@ def measure(out: int, inner: int, tokens: int, rank: int, p: float, sparsity: fl
     forwards: dict[str, list[Callable]] = {
         "losa": [losa] * count,
         "plain": [plain] * count,
-        "peft": [peft_lora(problem) for problem in problems],
         "eager_losa": [eager_losa] * count,
-        "eager_losa_checkpointed": [eager_losa_checkpointed] * count,
-        "compose_autograd": [compose] * count,
-        "compose_compiled": [compiled(compose)] * count,
     }
-    if forwards["peft"][0] is None:
-        del forwards["peft"]
+    if baselines:
+        forwards |= {
+            "eager_losa_checkpointed": [eager_losa_checkpointed] * count,
+            "compose_autograd": [compose] * count,
+            "compose_compiled": [compiled(compose)] * count,
+            "peft": [peft_lora(problem) for problem in problems],
+        }
+        if forwards["peft"][0] is None:
+            del forwards["peft"]
     repetitions = args.repetitions or (5 if args.quick else 9)
     fields = {
         "shape": f"{out}x{inner}",
@@ -174,19 +180,29 @@ def measure(out: int, inner: int, tokens: int, rank: int, p: float, sparsity: fl
 
 
 def check(problem: Problem) -> None:
-    """Not timing a wrong kernel: the result against the fp64 reference, a rounding of each product's dtype apart."""
+    """Not timing a wrong kernel: 64 rows or columns of every result against the fp64 reference."""
     if problem.dropout_p:
         return
-    rows = slice(0, 64)
-    with torch.no_grad():
-        ours = masked_rows(problem, rows)
-        wide = [t.double().cpu() for t in (problem.x[rows], problem.weight, problem.lora_A, problem.lora_B)]
-        truth = reference.forward(*wide[:2], problem.mask.cpu(), *wide[2:], problem.scaling, None, 0.0, 0)
-    error = (ours.double().cpu() - truth).abs().max() / truth.abs().max()
-    if not error <= 8 * torch.finfo(problem.x.dtype).eps:
-        raise SystemExit(f"masked_lora: relative error {error:.2e}; not timing a wrong kernel")
+    part, s, mask = slice(0, 64), problem.scaling, problem.mask
+    grad, W, x, A, B = (t.detach().double() for t in (problem.grad, problem.weight, *problem.leaves))
+    y = losa(problem)
+    _compare("y", y[part], reference.forward(x[part], W, mask, A, B, s, None, 0.0, 0))
+    y.backward(problem.grad)
+    dx, dA, dB = (leaf.grad for leaf in problem.leaves)
+    for leaf in problem.leaves:
+        leaf.grad = None
+
+    def backward(which: int, *arguments: torch.Tensor) -> torch.Tensor:
+        return reference.backward(*arguments, s, 0.0, 0, [i == which for i in range(4)])[which]
+
+    _compare("x", dx[part], backward(0, grad[part], x[part], W, mask, A, B))
+    columns = (x[:, part], W[:, part], mask[:, :8], A[:, part])
+    _compare("lora_A", dA[:, part], backward(1, grad, *columns, B), problem.x.dtype)
+    _compare("lora_B", dB[part], backward(2, grad[:, part], x, W[part], mask[part], A, B[part]), problem.x.dtype)
 
 
-def masked_rows(problem: Problem, rows: slice) -> torch.Tensor:
-    part = Problem(**(vars(problem) | {"x": problem.x[rows], "grad": problem.grad[rows]}))
-    return losa(part)
+def _compare(name: str, ours: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """``dtype``: of the products, if not the result's."""
+    error = float((ours.detach().double() - truth).abs().max() / truth.abs().max())
+    if not error <= max(8 * torch.finfo(dtype or ours.dtype).eps, 2**-16):
+        raise SystemExit(f"masked_lora: relative error {error:.2e} of {name}; not timing a wrong kernel")

@@ -50,10 +50,13 @@ class Launch:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
 
+    def build(self, arch: int):
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+        return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
+
     def compile(self, arch: int) -> dict[str, int]:
         """registers, spills (instructions), shared (bytes), hgmma, hmma (instructions), loop: see ``main_loop``."""
-        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
-        compiled = triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = self.build(arch)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()

@@ -73,6 +73,13 @@ def poisoned_native_memory():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(params=["fused", "compose"])
+def way(request, monkeypatch) -> str:
+    """Both ways of the Triton masked-LoRA linear."""
+    monkeypatch.setenv("LOSA_MASKED_LORA", request.param)
+    return request.param
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from losa_kernels import merge_masked_lora, pack_mask, unpack_mask
+from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
 
 SHAPES = [(17, 33, 1), (33, 17, 3), (64, 40, 8), (130, 129, 128)]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,3 +76,20 @@ def merge(args):
 def dropout_formula(x, weight, mask, lora_A, lora_B, scaling, bias, keep):
     kept = unpack_mask(mask, weight.shape[1])
     return F.linear(x, weight * kept, bias) + F.linear(x * keep, scaling * (lora_B @ lora_A) * kept)
+
+
+def implicit(args):
+    """The same matrix with the mask in the zeros of W."""
+    kept = unpack_mask(args["mask"], args["weight"].shape[1])
+    return args | {"weight": args["weight"] * kept, "mask": None}
+
+
+def check(args, grad_y, dtype, factor_error=2**-13):
+    """Outputs and gradients by the error model; those of the factors are nearly fp32's, whatever x's dtype."""
+    truth = run(formula, double(args), grad_y.double())
+    ours = run(masked_lora_linear, args, grad_y)
+    assert_error_model(ours, run(formula, args, grad_y), truth, dtype)
+    for name in ("lora_A", "lora_B"):
+        error = (ours[name].double() - truth[name]).abs().max()
+        assert error <= factor_error * truth[name].abs().max(), (name, error)
+    return ours

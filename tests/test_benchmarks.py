@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from benchmarks import (
     training_step,
 )
 from losa.generation import generate
-from losa_kernels import native
+from losa_kernels import masked_lora_linear, native
 
 
 def test_names_are_listed(monkeypatch, capsys):
@@ -205,6 +206,26 @@ def test_masked_lora_rows(tmp_path):
     assert {r["op"] for r in rows} == {"forward", "forward+backward"}
     ours = next(r for r in rows if r["implementation"] == "losa")
     assert ours["losa_speedup"] == 1 and {r["implementation"] for r in rows} >= {"eager_losa", "three_products"}
+
+
+def test_masked_lora_on_a_gpu_takes_minutes():
+    """Compilers and PEFT start once."""
+    grid = masked_lora._grid(argparse.Namespace(device="cuda", quick=False, shape=None, rank=None))
+    assert len(grid) == len(set(grid)) == 8 and sum(baselines for *_, baselines in grid) == 1
+
+
+@pytest.mark.parametrize("wrong", ["lora_A", "lora_B", "x"])
+def test_wrong_gradients_of_masked_lora_are_not_timed(monkeypatch, wrong):
+    def scaled(p):
+        x, A, B = (t * 1 if name != wrong else 1.001 * t - (0.001 * t).detach() for name, t in named(p))
+        return masked_lora_linear(x, p.weight, p.mask, A, B, p.scaling)
+
+    def named(p):
+        return zip(("x", "lora_A", "lora_B"), p.leaves, strict=True)
+
+    monkeypatch.setattr(masked_lora, "losa", scaled)
+    with pytest.raises(SystemExit, match=f"of {wrong}; not timing a wrong kernel"):
+        masked_lora.main(["--quick", "--device", "cpu", "--shape", "48x32x16"])
 
 
 def test_a_wrong_masked_lora_is_not_timed(monkeypatch):

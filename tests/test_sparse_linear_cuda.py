@@ -110,14 +110,14 @@ def test_emulated_mixed_and_unaligned(decode):
     ("rows", "columns", "density"),
     [(1, 32, 1), (150, 64, 0.5), (33, 1056, 0.5), (9, 2048, 1.0), (70, 3104, 0.3), (9, 5120, 0.5), (5, 14336, 0.05)],
 )
-def test_emulated_one_and_two_rows(decode, rows, columns, density, dtype):
+def test_emulated_up_to_four_rows(decode, rows, columns, density, dtype):
     """The kernel that keeps x in registers: several lots of rows, ragged windows, values longer than it holds ahead."""
     weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
     kept[rows // 2], dense[rows // 2] = False, 0
     packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
-    for batch in (1, 2):
+    for batch in (1, 2, 3, 4):
         x, added = torch.randn(batch, columns).to(dtype), bias if batch == 1 else None
-        assert_close(decode(x, packed, added, lead=3 * batch, seed=rows), x, dense, added)
+        assert_close(decode(x, packed, added, lead=2 * batch - 1, seed=rows), x, dense, added)
 
 
 @pytest.mark.subprocess
@@ -151,7 +151,7 @@ def test_emulated_damaged_files_are_not_read_beyond(decode):
 def test_emulated_order_of_threads_does_not_change_a_bit(decode):
     weight, _, kept = random_problem(12, 1504, 0.5, BF16)
     packed, x = pack_bitmask(weight, pack_mask(kept)), torch.randn(4, 1504).bfloat16()
-    for rows, split in ((4, 2), (2, 0)):
+    for rows, split in ((4, 2), (4, 0), (2, 0)):
         runs = [decode(x[:rows], packed, split=split, seed=seed) for seed in range(3)]
         assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
@@ -229,7 +229,7 @@ def on_gpu(packed, x, bias=None):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiny_on_gpu(dtype):
-    for rows, columns, density in ((1, 1, 1), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5)):
+    for rows, columns, density in ((1, 1, 1), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5), (9, 1056, 0.5)):
         weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
         packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
         for batch in (1, 3, 16):
@@ -256,7 +256,7 @@ def test_patterns_on_gpu(pattern, dtype):
 def test_full_size_on_gpu_repeats_to_the_bit(shape):
     weight, dense, kept = random_problem(*shape, 0.5, BF16)
     packed = pack_bitmask(weight, pack_mask(kept)).to("cuda")
-    for batch in (1, 4, 8, 16):
+    for batch in (1, 2, 4, 8, 16):
         x = torch.randn(batch, shape[1]).bfloat16().cuda()
         y = sparse_linear(x, packed)
         assert torch.equal(y, sparse_linear(x, packed))

@@ -1,4 +1,4 @@
-// The decode kernel for one or two rows of x of the values' 16-bit type.
+// The decode kernel for up to 4 rows of x of the values' 16-bit type.
 //
 // A warp has a window of 1024 columns for good: its x stays in registers, and the block walks down the rows of the
 // weight. A row's values of the window come from global to shared memory by way of registers, where those of the next
@@ -29,7 +29,7 @@ constexpr int kWindowWords = kWindowColumns / 32;
 
 // Blocks that a multiprocessor's registers shall allow.
 LOSA_HOST_DEVICE constexpr int resident_blocks(int warps, int batch) {
-  return warps == kFewWarps ? (batch == 1 ? 7 : 5) : 1;
+  return warps != kFewWarps ? 1 : batch == 1 ? 7 : batch == 2 ? 5 : 3;
 }
 
 // A word of the mask, and where in shared memory its first value is.

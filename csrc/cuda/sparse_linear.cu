@@ -61,18 +61,22 @@ void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStrea
   LOSA_LAUNCH(kernel, grid, 32 * shape.warps(), shape.bytes(kBatch), stream, task, shape);
 }
 
-template <Value kValue, int kBatch>
+template <Value kValue>
 void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
-  const auto launch = windows <= kFewWarps ? launch_matvec<kValue, kBatch, kFewWarps>
-                                           : launch_matvec<kValue, kBatch, kManyWarps>;
+  const bool few = windows <= kFewWarps;
+  const auto launch = task.batch > 2 ? launch_matvec<kValue, 4, kFewWarps>
+      : task.batch == 2              ? (few ? launch_matvec<kValue, 2, kFewWarps> : launch_matvec<kValue, 2, kManyWarps>)
+      : few                          ? launch_matvec<kValue, 1, kFewWarps>
+                                     : launch_matvec<kValue, 1, kManyWarps>;
   launch(task, windows, multiprocessors, stream);
 }
 
-// Whether matvec_kernel can take it: a block has a warp for each window, and a lane whole words of the mask.
-inline bool fits_matvec(const Task& task) {
+// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask and room for
+// its x.
+inline bool fits_matvec(const Task& task, int windows) {
   const Weight& weight = task.weight;
-  return task.batch <= 2 && weight.words && weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30 &&
-      weight.columns <= kManyWarps * kWindowColumns;
+  return windows <= (task.batch <= 2 ? kManyWarps : kFewWarps) && task.batch <= 4 && weight.words &&
+      weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30;
 }
 
 // kTensor: x has the values' type, of 16 bits; else it is fp32. split: of decode_kernel; 0 chooses, the kernel too.
@@ -80,10 +84,9 @@ template <bool kTensor, Value kValue>
 void launch_decode(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
   if (task.weight.rows == 0 || task.batch == 0) return;
   if constexpr (kTensor) {
-    if (split == 0 && fits_matvec(task)) {
-      const int windows = (task.weight.columns + kWindowColumns - 1) / kWindowColumns;
-      const auto run = task.batch == 1 ? launch_matvec<kValue, 1> : launch_matvec<kValue, 2>;
-      return run(task, windows, multiprocessors, stream);
+    const int windows = (task.weight.columns + kWindowColumns - 1) / kWindowColumns;
+    if (split == 0 && fits_matvec(task, windows)) {
+      return launch_matvec<kValue>(task, windows, multiprocessors, stream);
     }
   }
   if (task.batch <= 1) {

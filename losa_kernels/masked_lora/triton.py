@@ -1,10 +1,10 @@
-"""Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py.
+"""Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py and triton_project.py.
 
 Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
 formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff into a scratch that all
 layers of a device share, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in
-accumulators, or comes in slices from the vendor's GEMM. With dropout everything is fused, since composing would take a
-dropped copy of x and a second W_eff.
+accumulators, or comes in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch,
+else in fp32. With dropout everything is fused, since composing would take a dropped copy of x and a second W_eff.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
 and the CPU draw from torch's generator: a GPU result is replayed by the GPU, not compared with theirs bit for bit. The
@@ -45,7 +45,7 @@ def forward(
         drop = draw(rows.shape[0], rows.shape[1], dropout_p, seed, x.device)
         if rows.shape[0] == 0:
             y = x.new_empty(0, weight.shape[0])
-        elif drop is None and not _fused(rows, weight, lora_A, lora_B):
+        elif drop is None and not _fused(rows, weight, lora_A, lora_B, transposed=False):
             composed = compose(weight, mask, lora_A, lora_B, scaling, _scratch(weight, x.dtype))
             y = F.linear(rows, composed, None if bias is None else bias.to(x.dtype))
         else:
@@ -84,7 +84,7 @@ def backward(
         if needs_x:
             if dy.shape[0] == 0:
                 dx = dy.new_empty(0, in_features)
-            elif drop is None and not _fused(dy, weight, lora_A, lora_B):
+            elif drop is None and not _fused(dy, weight, lora_A, lora_B, transposed=True):
                 dx = dy @ compose(weight, mask, lora_A, lora_B, scaling, _scratch(weight, dtype))
             else:
                 A_terms, B_terms = split(lora_A, lora_B, dtype)
@@ -109,10 +109,10 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
         return compose(weight, _unit_columns(mask), lora_A, lora_B, scaling, merged, terms_dtype=torch.float32)
 
 
-def _fused(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _fused(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, transposed: bool) -> bool:
     depth = factor_depth(lora_A, lora_B, rows.dtype)
     wide, arch = rows.dtype == torch.float32, tuning.architecture(rows.device)
-    return tuning.fused(rows.shape[0], *weight.shape, depth, wide, arch)
+    return tuning.fused(rows.shape[0], *weight.shape, depth, wide, arch, transposed)
 
 
 def _exceeds_fp32(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Triton kernels of the masked-LoRA linear; triton.py launches them.
+"""Triton kernels of the products with W_eff; triton_launch.py launches them, triton_project.py is the rest.
 
 One identity carries the file. With W_eff = M * (W + s B A), transposing every operand turns the forward pass into the
 gradient of x:
@@ -48,14 +48,14 @@ def _load(tile, row_inside, column_inside, ROWS_WHOLE: tl.constexpr, COLUMNS_WHO
 
 
 @triton.jit
-def _load_bits(packed, stride, row, byte, rows, columns, ROWS_WHOLE: tl.constexpr, COLUMNS_WHOLE: tl.constexpr):
+def load_bits(packed, stride, row, byte, rows, columns, ROWS_WHOLE: tl.constexpr, COLUMNS_WHOLE: tl.constexpr):
     """Bytes (row, byte) of a packed mask (rows, ceil(columns / 8)), zeros outside."""
     tile = packed + row.to(tl.int64)[:, None] * stride + byte[None, :]
     return _load(tile, row < rows, byte < (columns + 7) // 8, ROWS_WHOLE, COLUMNS_WHOLE)
 
 
 @triton.jit
-def _expand(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def expand(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Packed bytes (ROWS, COLUMNS / 8) to bool (ROWS, COLUMNS).
 
     In 32 bits, where the test of a bit is one instruction. The bytes reach the registers that need them before they
@@ -66,23 +66,26 @@ def _expand(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _two_terms(value, LOW: tl.constexpr):
+def two_terms(value, LOW: tl.constexpr):
     """(high, low) in a 16-bit dtype whose sum is value up to 2^-18 (bf16)."""
     high = value.to(LOW)
     return high, (value - high.to(tl.float32)).to(LOW)
 
 
 @triton.jit
-def _split_product(high, low, right, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """fp32 (high + low) @ right by 16-bit tensor cores; WIDE: high @ right in fp32."""
-    if WIDE:
-        product = tl.dot(high, right, input_precision=PRECISION)
+def accumulate(acc, left, right, one, PRECISION: tl.constexpr):
+    """acc + left right.
+
+    fp32 products are summed apart before they are added, lest roundings pile up along the whole reduction (one chain of
+    1024 errs by 2.5 times what chains of 16 do): by an fma with a ``one`` that the compiler does not know, for it would
+    make a sum the product's own accumulator again.
+    """
+    if left.dtype == tl.float32:
+        product = tl.dot(left, right, input_precision=PRECISION)
+        acc = tl.fma(product, tl.full(product.shape, one, tl.float32), acc)
     else:
-        right_high, right_low = _two_terms(right, LOW)
-        product = tl.dot(high, right_low)
-        product = tl.dot(low, right_high, product)
-        product = tl.dot(high, right_high, product)
-    return product
+        acc = tl.dot(left, right, acc)
+    return acc
 
 
 @triton.jit
@@ -92,7 +95,7 @@ def _split_rows(source, target, source_r, source_n, target_r, features, rank, TE
     inside = (r < TERMS * rank)[:, None] & (n < features)[None, :]
     offset = component.to(tl.int64)[:, None] * source_r + n.to(tl.int64)[None, :] * source_n
     value = tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
-    high, low = _two_terms(value, target.dtype.element_ty)
+    high, low = two_terms(value, target.dtype.element_ty)
     part = tl.where((term == LOW_TERM)[:, None], low, high)
     tl.store(target + r.to(tl.int64)[:, None] * target_r + n[None, :], part, mask=(n < target_r)[None, :])
 
@@ -137,7 +140,7 @@ def linear_kernel(
     x, weight, mask, left, right, bias, y, drop,
     tokens, rows, depth,
     x_t, x_k, w_m, w_k, mask_o, left_r, right_r, y_t, drop_t,
-    scaling, drop_scale,
+    scaling, drop_scale, one,
     HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_K: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -172,9 +175,9 @@ def linear_kernel(
     if MASKED:
         # Rows of bytes may be too ill aligned for asynchronous copies, hence one step ahead by hand.
         if TRANSPOSED:
-            bits = _load_bits(mask, mask_o, tl.arange(0, BK), m_byte, depth, rows, WHOLE_K, WHOLE_M)
+            bits = load_bits(mask, mask_o, tl.arange(0, BK), m_byte, depth, rows, WHOLE_K, WHOLE_M)
         else:
-            bits = _load_bits(mask, mask_o, m, tl.arange(0, BK // 8), rows, depth, WHOLE_M, WHOLE_K)
+            bits = load_bits(mask, mask_o, m, tl.arange(0, BK // 8), rows, depth, WHOLE_M, WHOLE_K)
     steps = tl.cdiv(depth, BK)
     for step in range(0, steps):
         following = min(step + 1, steps - 1)
@@ -186,32 +189,32 @@ def linear_kernel(
             # Of the widened weight, or the compiler compares before it exchanges, and exchanges bools besides weights.
             kept = w.to(tl.float32) != 0
         elif TRANSPOSED:
-            kept = tl.trans(_expand(bits, BK, BM))
+            kept = tl.trans(expand(bits, BK, BM))
             o = following * BK + tl.arange(0, BK)
-            bits = _load_bits(mask, mask_o, o, m_byte, depth, rows, WHOLE_K, WHOLE_M)
+            bits = load_bits(mask, mask_o, o, m_byte, depth, rows, WHOLE_K, WHOLE_M)
         else:
-            kept = _expand(bits, BM, BK)
+            kept = expand(bits, BM, BK)
             byte = following * (BK // 8) + tl.arange(0, BK // 8)
-            bits = _load_bits(mask, mask_o, m, byte, rows, depth, WHOLE_M, WHOLE_K)
+            bits = load_bits(mask, mask_o, m, byte, rows, depth, WHOLE_M, WHOLE_K)
         ba = _low_rank(left_head, left_tail, right, right_r, k, HEAD, TAIL, PRECISION)
         if DROPOUT == "none":
             effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(x_block.dtype)
-            acc = tl.dot(effective, x_block.T, acc, input_precision=PRECISION)
+            acc = accumulate(acc, effective, x_block.T, one, PRECISION)
         else:
             base = tl.where(kept, w, 0.0).to(x_block.dtype)
             adapter = tl.where(kept, scaling * drop_scale * ba, 0.0).to(x_block.dtype)
-            acc = tl.dot(base, x_block.T, acc, input_precision=PRECISION)
+            acc = accumulate(acc, base, x_block.T, one, PRECISION)
             if DROPOUT == "input":
                 x_byte = step * (BK // 8) + tl.arange(0, BK // 8)
-                drop_bits = _load_bits(drop, drop_t, t, x_byte, tokens, depth, False, WHOLE_K)
-                dropped = tl.where(_expand(drop_bits, BT, BK), x_block, 0.0)
-                acc = tl.dot(adapter, dropped.T, acc, input_precision=PRECISION)
+                drop_bits = load_bits(drop, drop_t, t, x_byte, tokens, depth, False, WHOLE_K)
+                dropped = tl.where(expand(drop_bits, BT, BK), x_block, 0.0)
+                acc = accumulate(acc, adapter, dropped.T, one, PRECISION)
             else:
-                adapter_acc = tl.dot(adapter, x_block.T, adapter_acc, input_precision=PRECISION)
+                adapter_acc = accumulate(adapter_acc, adapter, x_block.T, one, PRECISION)
 
     if DROPOUT == "output":
-        drop_bits = _load_bits(drop, drop_t, t, m_byte, tokens, rows, False, WHOLE_M)
-        acc += tl.where(tl.trans(_expand(drop_bits, BT, BM)), adapter_acc, 0.0)
+        drop_bits = load_bits(drop, drop_t, t, m_byte, tokens, rows, False, WHOLE_M)
+        acc += tl.where(tl.trans(expand(drop_bits, BT, BM)), adapter_acc, 0.0)
     if bias is not None:
         acc += tl.load(bias + m, mask=m_inside, other=0.0).to(tl.float32)[:, None]
     y_tile = y + t.to(tl.int64)[:, None] * y_t + m[None, :]
@@ -221,126 +224,47 @@ def linear_kernel(
 @triton.jit
 def compose_kernel(
     weight, mask, left, right, composed,
-    rows, depth, w_m, w_k, mask_o, left_r, right_r,
+    rows, depth, w_m, w_k, mask_o, left_m, left_r, right_r, right_k,
     scaling,
-    TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned.
 
-    left (TERMS, rows) and right (TERMS, depth) from split_kernel.
+    RANK > 0: left (rows, RANK) and right (RANK, depth) are B and A, multiplied in fp32 by the ordinary units: small
+    ranks hide behind the memory, and tensor cores' sums would have to be exchanged to meet W. Else left (TERMS, rows)
+    and right (TERMS, depth) are from split_kernel. WHOLE: no tile is ragged.
     """
     tiles_k = tl.cdiv(depth, BK)
     m_tile, k_tile = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     m, k = m_tile * BM + tl.arange(0, BM), k_tile * BK + tl.arange(0, BK)
-    inside = (m < rows)[:, None] & (k < depth)[None, :]
-    w = tl.load(weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k, mask=inside, other=0.0)
-    kept = w != 0
+    m_inside, k_inside = m < rows, k < depth
+    w_tile = weight + m.to(tl.int64)[:, None] * w_m + k.to(tl.int64)[None, :] * w_k
+    w = _load(w_tile, m_inside, k_inside, WHOLE, WHOLE)
     if MASKED:
         byte = k_tile * (BK // 8) + tl.arange(0, BK // 8)
-        kept = _expand(_load_bits(mask, mask_o, m, byte, rows, depth, False, False), BM, BK)
+        kept = expand(load_bits(mask, mask_o, m, byte, rows, depth, WHOLE, WHOLE), BM, BK)
+    else:
+        kept = w != 0
     ba = tl.zeros((BM, BK), dtype=tl.float32)
-    for start in range(0, TERMS, STEP):
-        left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
-        ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
-    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0)
+    # Without a loop, across which the compiler would not let the sums have the layout of W.
+    for r in tl.static_range(RANK):
+        b_tile, a_tile = left + m.to(tl.int64) * left_m + r * left_r, right + k.to(tl.int64) * right_k + r * right_r
+        if WHOLE:
+            b, a = tl.load(b_tile), tl.load(a_tile)
+        else:
+            b, a = tl.load(b_tile, mask=m_inside, other=0.0), tl.load(a_tile, mask=k_inside, other=0.0)
+        ba += b.to(tl.float32)[:, None] * a.to(tl.float32)[None, :]
+    if TERMS > 0:
+        for start in range(0, TERMS, STEP):
+            left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
+            ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
+    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(composed.dtype.element_ty)
     target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
-    tl.store(target, effective.to(composed.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def project_kernel(
-    dy, x, G, weight, mask, lora_A, lora_B, drop, dA_parts, dB_parts,
-    tokens, outputs, inputs, rank, splits, split_tokens,
-    dy_t, dy_o, x_t, x_i, w_o, w_i, mask_o, A_r, A_i, B_o, B_r, drop_t,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, DROPOUT: tl.constexpr,
-    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of M * G, G = dY^T X, projected by A and by B before it leaves the registers.
-
-    Each program writes its share of dB (BO, R) and of dA^T (BI, R), which sum_kernel adds up in a fixed order: results
-    are the same in every run. dA is formed as dA^T = G^T B, since in B^T G the rank would be the side of the product
-    that wgmma wants to be 64. The tokens may be divided among ``splits`` programs; the projection is linear, so their
-    shares add up like the others. GIVEN: G (outputs, inputs) fp32, contiguous, is loaded instead of computed.
-
-    dA_parts (tiles of outputs * splits, inputs, R), dB_parts (tiles of inputs * splits, outputs, R).
-    """
-    tiles_o, tiles_i = tl.cdiv(outputs, BO), tl.cdiv(inputs, BI)
-    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
-    group = tile // (GROUP * tiles_i)
-    inside_group = tile % (GROUP * tiles_i)
-    group_rows = min(tiles_o - group * GROUP, GROUP)
-    o_tile, i_tile = group * GROUP + inside_group % group_rows, inside_group // group_rows
-    o, i = o_tile * BO + tl.arange(0, BO), i_tile * BI + tl.arange(0, BI)
-    i_byte = i_tile * (BI // 8) + tl.arange(0, BI // 8)
-    o_inside, i_inside = o < outputs, i < inputs
-    inside = o_inside[:, None] & i_inside[None, :]
-
-    if GIVEN:
-        g = tl.load(G + o.to(tl.int64)[:, None] * inputs + i[None, :], mask=inside, other=0.0)
+    if WHOLE:
+        tl.store(target, effective)
     else:
-        dy_tile, x_tile = dy + o.to(tl.int64)[None, :] * dy_o, x + i.to(tl.int64)[None, :] * x_i
-        g = tl.zeros((BO, BI), dtype=tl.float32)
-        begin = split * split_tokens
-        for t_start in range(begin, min(begin + split_tokens, tokens), BT):
-            t = (t_start + tl.arange(0, BT)).to(tl.int64)
-            t_inside = (t < tokens)[:, None]
-            dy_block = tl.load(dy_tile + t[:, None] * dy_t, mask=t_inside & o_inside[None, :], other=0.0)
-            x_block = tl.load(x_tile + t[:, None] * x_t, mask=t_inside & i_inside[None, :], other=0.0)
-            if DROPOUT:
-                drop_bits = _load_bits(drop, drop_t, t, i_byte, tokens, inputs, False, False)
-                x_block = tl.where(_expand(drop_bits, BT, BI), x_block, 0.0)
-            g = tl.dot(dy_block.T, x_block, g, input_precision=PRECISION)
-
-    if MASKED:
-        kept = _expand(_load_bits(mask, mask_o, o, i_byte, outputs, inputs, False, False), BO, BI)
-    else:
-        w = weight + o.to(tl.int64)[:, None] * w_o + i.to(tl.int64)[None, :] * w_i
-        kept = tl.load(w, mask=inside, other=0.0) != 0
-    g = tl.where(kept, g, 0.0)
-    high, low = g, g
-    if not WIDE:
-        high, low = _two_terms(g, LOW)
-    # In steps of the rank, or a large one would not fit the registers; unpipelined, or it would not fit shared memory.
-    for start in tl.range(0, R, RANK_STEP, num_stages=1):
-        r = start + tl.arange(0, RANK_STEP)
-        if NEEDS_B:
-            A = tl.load(
-                lora_A + r.to(tl.int64)[None, :] * A_r + i.to(tl.int64)[:, None] * A_i,
-                mask=i_inside[:, None] & (r < rank)[None, :], other=0.0,
-            )  # fmt: skip
-            dB = _split_product(high, low, A.to(tl.float32), LOW, WIDE, PRECISION)
-            dB_tile = dB_parts + ((i_tile * splits + split).to(tl.int64) * outputs + o[:, None]) * R + r[None, :]
-            tl.store(dB_tile, dB, mask=o_inside[:, None])
-        if NEEDS_A:
-            B = tl.load(
-                lora_B + o.to(tl.int64)[:, None] * B_o + r.to(tl.int64)[None, :] * B_r,
-                mask=o_inside[:, None] & (r < rank)[None, :], other=0.0,
-            )  # fmt: skip
-            dA = _split_product(high.T, low.T, B.to(tl.float32), LOW, WIDE, PRECISION)
-            dA_tile = dA_parts + ((o_tile * splits + split).to(tl.int64) * inputs + i[:, None]) * R + r[None, :]
-            tl.store(dA_tile, dA, mask=i_inside[:, None])
-
-
-@triton.jit
-def sum_kernel(
-    parts, total, count, features, rank, total_n, total_r, factor,
-    R: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """total[n, r] (+)= factor * sum of parts (count, features, R) over count, first to last."""
-    n, r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
-    inside = (n < features)[:, None] & (r < rank)[None, :]
-    part = parts + n.to(tl.int64)[:, None] * R + r[None, :]
-    sums = tl.zeros((BLOCK, R), dtype=tl.float32)
-    for _ in range(count):
-        sums += tl.load(part, mask=inside, other=0.0)
-        part += features * R
-    target = total + n.to(tl.int64)[:, None] * total_n + r.to(tl.int64)[None, :] * total_r
-    sums *= factor
-    if ACCUMULATE:
-        sums += tl.load(target, mask=inside, other=0.0)
-    tl.store(target, sums, mask=inside)
+        tl.store(target, effective, mask=m_inside[:, None] & k_inside[None, :])
 
 
 @triton.jit(do_not_specialize=["seed"])

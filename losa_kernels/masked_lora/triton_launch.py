@@ -1,4 +1,4 @@
-"""Launchers of the kernels in triton_kernels.py, one for each; triton.py composes them into the op.
+"""Launchers, one for each kernel of triton_kernels.py and triton_project.py; triton.py composes them into the op.
 
 ``LOSA_TRITON_FP32`` = ``ieee`` (default) | ``tf32x3``: how fp32 operands are multiplied. ieee is exact fp32, on the
 fp32 units; tf32x3 runs on tensor cores, three tf32 products each, which keep about 21 bits. fp16 and bf16 operands are
@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from losa_kernels.masked_lora import triton_kernels, tuning
-from losa_kernels.masked_lora.tuning import Tile
+from losa_kernels.masked_lora import triton_kernels, triton_project, tuning
+from losa_kernels.masked_lora.tuning import Tile, ceil_div, next_power_of_2
 
 PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
-G_BYTES = 64 << 20  # of G in fp32 at a time, where the vendor's GEMM makes it
+G_BYTES = 128 << 20  # of G at a time, where the vendor's GEMM makes it
 GROUP = 8  # strips of W that programs in flight share
 LONGEST = 128  # rows of the tallest tile
+RANK_STEP = 16  # components of the adapter at a time: the factors of more would not fit the registers
 
 
 def linear(
@@ -45,12 +45,12 @@ def linear(
     def run(tile: Tile) -> None:
         _launch(
             triton_kernels.linear_kernel,
-            triton.cdiv(out_features, tile.rows) * triton.cdiv(tokens, tile.columns), tile,
+            ceil_div(out_features, tile.rows) * ceil_div(tokens, tile.columns), tile,
             x=rows, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
             tokens=tokens, rows=out_features, depth=depth,
             x_t=rows.stride(0), x_k=rows.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
             mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
-            drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p),
+            drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p), one=1.0,
             HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
             PRECISION=_precision(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
             BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
@@ -58,7 +58,7 @@ def linear(
 
     aligned = _aligned(rows, weight)
     kind = (mask is not None, transposed, dropout, aligned, rows.dtype, weight.dtype)
-    key = ("linear", arch, triton.next_power_of_2(tokens), out_features, depth, head + tail, *kind)
+    key = ("linear", arch, next_power_of_2(tokens), out_features, depth, head + tail, *kind)
     whole = out_features % LONGEST == 0 and depth % 64 == 0
     tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
     run(tuning.tuned(key, tiles, rows.device, run))
@@ -75,18 +75,23 @@ def compose(
     terms_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Write M * (W + s B A), rounded once, into ``composed`` (out, in), contiguous; returns it."""
-    A_terms, B_terms = split(lora_A, lora_B, terms_dtype or composed.dtype)
-    head, tail = tuning.factor_split(A_terms.shape[0])
-    # On fp32 units a step is unrolled, hence short.
-    step = 16 if A_terms.dtype == torch.float32 else tail or head
-    tile = tuning.compose_tile(A_terms.dtype == torch.float32)
     rows, depth = weight.shape
+    rank, low = lora_A.shape[0], terms_dtype or composed.dtype
+    direct = rank <= tuning.DIRECT_RANK
+    tile = tuning.compose_tile(rows, depth, direct, low == torch.float32)
+    if direct:
+        left, right, terms, step = lora_B, lora_A.T, 0, 1
+    else:
+        A_terms, B_terms = split(lora_A, lora_B, low)
+        left, right, (head, tail) = B_terms.T, A_terms.T, tuning.factor_split(A_terms.shape[0])
+        terms, step = head + tail, min(tail or head, 32)
     _launch(
-        triton_kernels.compose_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(depth, tile.columns), tile,
-        weight=weight, mask=mask, left=B_terms, right=A_terms, composed=composed,
+        triton_kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
+        weight=weight, mask=mask, left=left, right=right, composed=composed,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
-        left_r=B_terms.stride(0), right_r=A_terms.stride(0), scaling=scaling,
-        TERMS=head + tail, STEP=min(step, 32), MASKED=mask is not None, PRECISION=_precision(),
+        left_m=left.stride(0), left_r=left.stride(1), right_r=right.stride(1), right_k=right.stride(0),
+        scaling=scaling, RANK=rank if direct else 0, TERMS=terms, STEP=step, MASKED=mask is not None,
+        WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=_precision(),
         BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
     return composed
@@ -99,11 +104,11 @@ def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     """
     rank, depth, (terms, low) = lora_A.shape[0], factor_depth(lora_A, lora_B, dtype), _terms(lora_A, lora_B, dtype)
     A_terms, B_terms = (
-        torch.empty(depth, LONGEST * triton.cdiv(n, LONGEST), dtype=low, device=lora_A.device)
+        torch.empty(depth, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
         for n in (lora_A.shape[1], lora_B.shape[0])
     )
     rows, block = 16, 128
-    grid = (triton.cdiv(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
+    grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
     _launch(
         triton_kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
         lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
@@ -118,9 +123,9 @@ def draw(tokens: int, features: int, p: float, seed: int, device: torch.device) 
     """The packed dropout mask, uint8 (tokens, ceil(features / 8)), 1 = kept; None if nothing is dropped."""
     if _threshold(p) == 0:
         return None
-    drop = torch.empty(tokens, triton.cdiv(features, 8), dtype=torch.uint8, device=device)
+    drop = torch.empty(tokens, ceil_div(features, 8), dtype=torch.uint8, device=device)
     block = Tile(16, 64, 0, 4, 1)
-    grid = (triton.cdiv(tokens, block.rows), triton.cdiv(drop.shape[1], block.columns))
+    grid = (ceil_div(tokens, block.rows), ceil_div(drop.shape[1], block.columns))
     _launch(
         triton_kernels.drop_kernel, grid, block,
         drop=drop, tokens=tokens, width=drop.shape[1], seed=seed, threshold=_threshold(p),
@@ -151,75 +156,118 @@ def project(
         return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
     dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
     dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
-    wide, arch = x.dtype == torch.float32, tuning.architecture(device)
-    in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, wide, arch)
-    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x), not in_registers)
-    R, strip = max(16, triton.next_power_of_2(rank)), tiles[0].rows
-    shares = 4 * R * (inputs * needs_A + strip * triton.cdiv(inputs, tiles[0].columns) * needs_B)
+    wide, arch, G_dtype = x.dtype == torch.float32, tuning.architecture(device), _product_dtype(x.dtype)
+    in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, G_dtype.itemsize, wide, arch)
+    terms = 0 if wide else 2 if in_registers or G_dtype == torch.float32 else 1
+    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x)) if in_registers else tuning.project_given_tiles(terms)
+    strip = tiles[0].rows if in_registers else tiles[0].step
+    shares = 4 * rank * (inputs * needs_A + strip * ceil_div(inputs, tiles[0].columns) * needs_B)
     strips = PARTIAL_BYTES // shares
     if not in_registers:
-        strips = min(strips, G_BYTES // (4 * inputs * strip))
+        strips = min(strips, G_BYTES // (G_dtype.itemsize * inputs * strip))
     step = max(1, strips) * strip
     for start in range(0, outputs, step):
         part = slice(start, min(start + step, outputs))
-        G = None if in_registers else _wide_product(dy[:, part].T, x)
-        A_parts, B_parts = _project_slice(
-            dy[:, part], x, G, weight[part], None if mask is None else mask[part], lora_A, lora_B[part], drop,
-            needs_A, needs_B, R, tiles,
-        )  # fmt: skip
-        if needs_A:
-            _sum(A_parts, dA.T, factor, accumulate=start > 0)
-        if needs_B:
-            _sum(B_parts, dB[part], factor, accumulate=False)
+        # A slice of everything is skipped: it costs the host microseconds.
+        whole = start == 0 and step >= outputs
+        dy_part, weight_part, mask_part, B_part, dB_part = (
+            t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
+        )
+        if in_registers:
+            A_parts, B_parts = _project(
+                dy_part.T, x, weight_part, mask_part, lora_A, B_part, drop, needs_A, needs_B, terms, tiles
+            )
+        else:
+            G = _product(dy_part, x, G_dtype)
+            A_parts, B_parts = _project_given(G, weight_part, mask_part, lora_A, B_part, needs_A, needs_B, terms, tiles)
+        _sum(A_parts, B_parts, dA, dB_part, factor, accumulate=start > 0)
     return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
 
 
-def _project_slice(
-    dy: Tensor, x: Tensor, G: Tensor | None, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    drop: Tensor | None, needs_A: bool, needs_B: bool, R: int, tiles: tuple[Tile, ...],
+def _project(
+    dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, drop: Tensor | None,
+    needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Shares of dA^T (shares, in, R) and of dB (shares, rows of the slice, R)."""
-    (outputs, inputs), tokens, device = weight.shape, x.shape[0], weight.device
-    wide, arch = x.dtype == torch.float32, tuning.architecture(device)
+    """Shares of dA (shares, rank, in) and of dB^T (shares, rank, rows of the slice), G formed in registers."""
+    (outputs, inputs), tokens, rank, device = weight.shape, x.shape[0], lora_A.shape[0], weight.device
+    arch, R = tuning.architecture(device), _padded(rank)
 
     def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-        tiles_o, tiles_i = triton.cdiv(outputs, tile.rows), triton.cdiv(inputs, tile.columns)
-        splits = 1 if G is not None else _token_splits(tiles_o * tiles_i, tokens, arch)
-        split_tokens = triton.cdiv(triton.cdiv(tokens, tile.step), splits) * tile.step
-        A_parts, B_parts = (
-            torch.empty(count * splits, n, R, dtype=torch.float32, device=device) if needed else None
-            for count, n, needed in ((tiles_o, inputs, needs_A), (tiles_i, outputs, needs_B))
-        )
+        tiles_o, tiles_i = ceil_div(outputs, tile.rows), ceil_div(inputs, tile.columns)
+        splits = _token_splits(tiles_o * tiles_i, tokens, arch)
+        split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
+        A_parts, B_parts = _shares(tiles_o * splits, tiles_i * splits, weight, rank, needs_A, needs_B)
         _launch(
-            triton_kernels.project_kernel, tiles_o * tiles_i * splits, tile,
-            dy=dy, x=x, G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
-            dA_parts=A_parts, dB_parts=B_parts,
-            tokens=tokens, outputs=outputs, inputs=inputs, rank=lora_A.shape[0],
-            splits=splits, split_tokens=split_tokens,
+            triton_project.project_kernel, tiles_o * tiles_i * splits, tile,
+            dy=dy, x=x, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
+            A_parts=A_parts, B_parts=B_parts,
+            tokens=tokens, outputs=outputs, inputs=inputs, rank=rank, splits=splits, split_tokens=split_tokens,
             dy_t=dy.stride(0), dy_o=dy.stride(1), x_t=x.stride(0), x_i=x.stride(1),
             w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
-            drop_t=_row_stride(drop), R=R, RANK_STEP=min(R, 32 if arch == 90 else 16),
-            MASKED=mask is not None, GIVEN=G is not None, DROPOUT=drop is not None,
-            NEEDS_A=needs_A, NEEDS_B=needs_B, LOW=_TRITON_DTYPE[_low_dtype()], WIDE=wide, PRECISION=_precision(),
+            drop_t=_row_stride(drop), one=1.0, R=R, RANK_STEP=RANK_STEP,
+            MASKED=mask is not None, DROPOUT=drop is not None,
+            LOW=_TRITON_DTYPE[_low_dtype()], TERMS=terms, PRECISION=_precision(),
             BO=tile.rows, BI=tile.columns, BT=tile.step, GROUP=GROUP,
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, G is not None, drop is not None, needs_A, needs_B, x.dtype, tiles)
-    key = ("project", arch, triton.next_power_of_2(tokens), outputs, inputs, R, *kind)
+    kind = (mask is not None, drop is not None, needs_A, needs_B, x.dtype, tiles)
+    key = ("project", arch, next_power_of_2(tokens), outputs, inputs, R, *kind)
     return run(tuning.tuned(key, tiles, device, run))
 
 
-def _sum(parts: Tensor, total: Tensor, factor: float, accumulate: bool) -> None:
-    """total (n, rank) (+)= factor * parts.sum(0)."""
-    count, features, R = parts.shape
-    block = max(1, 1024 // R)
+def _project_given(
+    G: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, needs_A: bool, needs_B: bool,
+    terms: int, tiles: tuple[Tile, ...],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The same of G (rows of the slice, in), contiguous, which goes into the products in ``terms`` terms."""
+    (outputs, inputs), rank = weight.shape, lora_A.shape[0]
+    R = _padded(rank)
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
+        A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
+        _launch(
+            triton_project.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
+            G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, A_parts=A_parts, B_parts=B_parts,
+            outputs=outputs, inputs=inputs, rank=rank,
+            w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
+            A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
+            R=R, RANK_STEP=RANK_STEP, MASKED=mask is not None, TERMS=terms, PRECISION=_precision(),
+            LOW=_TRITON_DTYPE[_low_dtype() if G.dtype == torch.float32 else G.dtype],
+            BO=tile.rows, BI=tile.columns, SPAN=tile.step,
+        )  # fmt: skip
+        return A_parts, B_parts
+
+    kind = (mask is not None, needs_A, needs_B, terms, tiles)
+    return run(tuning.tuned(("project given", outputs, inputs, R, *kind), tiles, G.device, run))
+
+
+def _shares(
+    A_count: int, B_count: int, weight: Tensor, rank: int, needs_A: bool, needs_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    outputs, inputs = weight.shape
+    return tuple(
+        torch.empty(count, rank, n, dtype=torch.float32, device=weight.device) if needed else None
+        for count, n, needed in ((A_count, inputs, needs_A), (B_count, outputs, needs_B))
+    )
+
+
+def _sum(
+    A_parts: Tensor | None, B_parts: Tensor | None, dA: Tensor | None, dB: Tensor | None, factor: float,
+    accumulate: bool,
+) -> None:  # fmt: skip
+    """dA (rank, in) (+)= factor * A_parts.sum(0) and dB (out, rank) = factor * B_parts.sum(0)^T."""
+    given = [parts for parts in (A_parts, B_parts) if parts is not None]
+    A_shape, B_shape = (given[0].shape if parts is None else parts.shape for parts in (A_parts, B_parts))
+    rank, inputs, outputs = A_shape[1], A_shape[2], B_shape[2]
+    tile = tuning.SUM
     _launch(
-        triton_kernels.sum_kernel, triton.cdiv(features, block), Tile(block, R, 0, 4, 1),
-        parts=parts, total=total, count=count, features=features, rank=total.shape[1],
-        total_n=total.stride(0), total_r=total.stride(1), factor=factor,
-        R=R, ACCUMULATE=accumulate, BLOCK=block,
+        triton_project.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
+        A_parts=A_parts, B_parts=B_parts, dA=dA, dB=dB, A_count=A_shape[0], B_count=B_shape[0],
+        inputs=inputs, outputs=outputs, rank=rank, factor=factor,
+        ACCUMULATE=accumulate, PARTS=tile.rows, BLOCK=tile.columns,
     )  # fmt: skip
 
 
@@ -252,6 +300,24 @@ def _low_dtype() -> torch.dtype:
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def _padded(rank: int) -> int:
+    """The rank as a side of tl.dot."""
+    return max(16, next_power_of_2(rank))
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of G when the vendor's GEMM makes it: bf16 as torch's own gradient, fp32 for fp16, which G may exceed."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    if right.dtype == dtype:
+        return torch.mm(left, right)
+    if right.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
 def _threshold(p: float) -> int:
     """Of 65536 equally likely half words, how many drop: at most all but one, so that something may be kept."""
     return min(round(p * 65536), 65535)
@@ -281,10 +347,3 @@ def _aligned(*matrices: Tensor) -> bool:
 
 def _row_stride(packed: Tensor | None) -> int:
     return 0 if packed is None else packed.stride(0)
-
-
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right in fp32: G may exceed what fp16 holds."""
-    if left.device.type == "cuda" and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()

@@ -24,7 +24,8 @@ WAYS = ("auto", "fused", "compose")
 class Tile(NamedTuple):
     """rows x columns of the result, the step along the reduction, warps of 32 threads, stages of the load pipeline.
 
-    ``linear``: rows are those of W_eff (or W_eff^T), columns are tokens. ``project``: rows x columns of G.
+    ``linear``: rows are those of W_eff (or W_eff^T), columns are tokens. ``project``: rows x columns of G. Where G is
+    given, step is the number of rows that a program walks down.
     """
 
     rows: int
@@ -37,9 +38,10 @@ class Tile(NamedTuple):
 # The first of each list is what runs untuned. tests/test_triton_aot.py compiles every one for its architecture: none
 # spills a register.
 LINEAR: dict[int, tuple[Tile, ...]] = {
-    # 8 warps are two warpgroups of 64 rows. 256 tokens halve what forming W_eff costs per product; with 64 rows two
-    # programs fit a multiprocessor, and one's product hides the other's forming of W_eff.
-    90: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    # With 64 rows two programs fit a multiprocessor, and one's product hides the other's forming of W_eff; 256 tokens
+    # halve what forming it costs per product. On an H100, 4096 x 4096, rank 8, 4096 tokens: 487, 353 and 562 us
+    # forward, 749, 519 and 904 us for the gradient of x.
+    90: (Tile(64, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
     80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 4, 4)),
 }
 # Up to 64 tokens the kernel streams W: many bytes in flight matter, not the shape of the product.
@@ -62,18 +64,27 @@ LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
 # tl.dot on fp32 in full precision runs on the fp32 units.
 LINEAR_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
 PROJECT: dict[int, tuple[Tile, ...]] = {
-    90: (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
+    90: (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
     80: (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4)),
 }
-PROJECT_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 4, 2),)}
+PROJECT_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
 PROJECT_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
-# G comes from memory: no loop to pipeline.
-PROJECT_GIVEN: dict[int, tuple[Tile, ...]] = {90: (Tile(128, 128, 64, 8, 1),), 80: (Tile(64, 128, 32, 8, 1),)}
-COMPOSE, COMPOSE_FP32 = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
+# By the terms in which G, from memory, goes into the products; 0 is fp32.
+PROJECT_GIVEN: dict[int, tuple[Tile, ...]] = {
+    0: (Tile(32, 64, 256, 8, 2),),
+    1: (Tile(32, 128, 512, 4, 3), Tile(64, 128, 512, 4, 3)),
+    2: (Tile(32, 64, 512, 4, 3),),
+}
+DIRECT_RANK = 16  # up to which rank the ordinary units multiply B A: at 16 that is 9 of the 23 us that the bytes take
+# Ragged tiles carry predicates and addresses in registers, hence few elements a thread; so do products of fp32 terms.
+COMPOSE_DIRECT, COMPOSE_DIRECT_RAGGED = Tile(64, 128, 0, 8, 1), Tile(32, 64, 0, 8, 1)
+COMPOSE, COMPOSE_RAGGED = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
+SUM = Tile(16, 256, 0, 4, 1)  # shares at a time x elements
 # Small enough that tests of a few rows have several programs and ragged edges.
 INTERPRETED = Tile(32, 16, 32, 4, 1)
 
 
+@cache  # Triton reads it once as well
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
@@ -103,17 +114,26 @@ def linear_tiles(
     return tuple(tile for tile in LINEAR[arch] if tile.columns < 256 or (whole and depth <= 64 and tokens > 128))
 
 
-def compose_tile(wide: bool) -> Tile:
-    return INTERPRETED if interpreted() else COMPOSE_FP32 if wide else COMPOSE
+def compose_tile(rows: int, depth: int, direct: bool, wide: bool) -> Tile:
+    """``direct``: by the ordinary units; else by tensor cores, or by fp32 units if the terms are ``wide``."""
+    if interpreted():
+        return INTERPRETED
+    whole = rows % COMPOSE.rows == 0 and depth % COMPOSE.columns == 0
+    if direct:
+        return COMPOSE_DIRECT if whole else COMPOSE_DIRECT_RAGGED
+    return COMPOSE if whole and not wide else COMPOSE_RAGGED
 
 
-def project_tiles(arch: int, wide: bool, aligned: bool, given: bool) -> tuple[Tile, ...]:
-    """Candidates of project_kernel; ``given``: G is loaded."""
+def project_tiles(arch: int, wide: bool, aligned: bool) -> tuple[Tile, ...]:
+    """Candidates of project_kernel."""
     if interpreted():
         return (INTERPRETED._replace(columns=32, step=16),)
-    if wide:
-        return PROJECT_FP32[arch]
-    return (PROJECT_GIVEN if given else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
+    return (PROJECT_FP32 if wide else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
+
+
+def project_given_tiles(terms: int) -> tuple[Tile, ...]:
+    """Candidates of project_given_kernel."""
+    return (INTERPRETED._replace(columns=32, step=64),) if interpreted() else PROJECT_GIVEN[terms]
 
 
 _best: dict[tuple, Tile] = {}
@@ -145,61 +165,70 @@ def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
         return float("inf")
 
 
-# {80 or 90: {depth of the factors: tokens up to which the fused kernel is faster}}. What is measured goes here and
-# replaces the arithmetic below; nothing is yet.
-MEASURED_CROSSOVER: dict[int, dict[int, int]] = {}
-
-
 class Machine(NamedTuple):
-    """FLOP/s in bf16 of the vendor's GEMM and of the fused kernel; bytes/s of a large copy; multiprocessors."""
+    """What decides between the ways.
+
+    FLOP/s in bf16 of the vendor's GEMM and of the fused kernel, forward and for the gradient of x, the terms of B A
+    counted; FLOP/s at which G is formed in registers, and the seconds that an element of it then takes to project;
+    bytes/s of a large copy; multiprocessors.
+    """
 
     vendor_flops: float
-    fused_flops: float
+    forward_flops: float
+    gradient_flops: float
+    project_flops: float
+    project_seconds: float
     bytes: float
     units: int
 
 
-# H100 SXM: what a bf16 GEMM and a copy reached on one. A100 SXM: 80 % of its data sheet. The fused kernel is assumed
-# to reach 85 % of the vendor's rate.
-MACHINES = {90: Machine(790e12, 670e12, 3.0e12, 132), 80: Machine(250e12, 212e12, 1.6e12, 108)}
+# H100: measured on one (benchmarks/results/nvidia-h100-80gb-hbm3.json, 4096 x 4096, rank 8, 4096 tokens): the GEMM
+# (171 us), the fused kernel by its tile of 64 x 128 (487 and 749 us), G in registers (283 us), a copy. How the 283 us
+# divide is inferred: 40 for the projection, which is what a kernel that loads G in fp32 took beyond loading it. The
+# projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions.
+MACHINES = {
+    90: Machine(800e12, 350e12, 229e12, 566e12, 2.4e-12, 2.99e12, 132),
+    80: Machine(250e12, 109e12, 72e12, 177e12, 4.5e-12, 1.6e12, 108),
+}
 LAUNCH_SECONDS = 3e-6
 
 
-def fused(tokens: int, rows: int, columns: int, depth: int, wide: bool, arch: int) -> bool:
+def fused(tokens: int, rows: int, columns: int, depth: int, wide: bool, arch: int, transposed: bool = False) -> bool:
     """Whether the product with W_eff (rows, columns) is to form it in registers rather than compose it in memory.
 
     Composing moves W and W_eff through memory once and leaves the product to the vendor's GEMM. The fused kernel reads
-    W alone and pays depth / BT of the product instead, BT = 128 tokens being its tile: small batches and ranks. fp32
-    composes: tl.dot has no tensor cores for full fp32, and the vendor's GEMM honours torch's own switch for tf32.
+    W alone, runs at less than half the GEMM's rate and pays depth / BT of the product besides, BT = 128 tokens being
+    its tile: small batches and ranks. fp32 composes: tl.dot has no tensor cores for full fp32, and the vendor's GEMM
+    honours torch's own switch for tf32. ``transposed``: for the gradient of x.
     """
     way = _way()
     if way != "auto":
         return way == "fused"
     if wide:
         return False
-    if depth in MEASURED_CROSSOVER.get(arch, {}):
-        return tokens <= MEASURED_CROSSOVER[arch][depth]
     machine, size = MACHINES[arch], rows * columns
     tile = min(128, max(16, tokens))
     # A program occupies one unit however few there are; the vendor's GEMM divides the reduction when they are few.
-    busy = min(1.0, _ceil(rows, 64) * _ceil(tokens, tile) / machine.units)
-    operations = 2 * size * _ceil(tokens, tile) * (tile + depth)
-    in_registers = max(operations / (machine.fused_flops * busy), 2 * size / machine.bytes)
+    busy = min(1.0, ceil_div(columns if transposed else rows, 64) * ceil_div(tokens, tile) / machine.units)
+    operations = 2 * size * ceil_div(tokens, tile) * (tile + depth)
+    rate = machine.gradient_flops if transposed else machine.forward_flops
+    in_registers = max(operations / (rate * busy), 2 * size / machine.bytes)
     product = max(2 * tokens * size / machine.vendor_flops, 2 * size / machine.bytes)
     composed = 4 * size / machine.bytes + LAUNCH_SECONDS + product
     return in_registers <= composed
 
 
-def fused_projection(tokens: int, rows: int, columns: int, wide: bool, arch: int) -> bool:
-    """The same for M * G: from its accumulators, or G in fp32 slices by the vendor's GEMM, 8 bytes an element more."""
+def fused_projection(tokens: int, rows: int, columns: int, itemsize: int, wide: bool, arch: int) -> bool:
+    """The same for M * G: from its accumulators, or G, ``itemsize`` bytes an element, by the vendor's GEMM."""
     way = _way()
     if way != "auto":
         return way == "fused"
     if wide:
         return False
     machine, size = MACHINES[arch], rows * columns
-    in_registers = 2 * tokens * size / machine.fused_flops
-    return in_registers <= 2 * tokens * size / machine.vendor_flops + 8 * size / machine.bytes + LAUNCH_SECONDS
+    in_registers = 2 * tokens * size / machine.project_flops + size * machine.project_seconds
+    product = max(2 * tokens * size / machine.vendor_flops, itemsize * size / machine.bytes)
+    return in_registers <= product + itemsize * size / machine.bytes + LAUNCH_SECONDS
 
 
 def _way() -> str:
@@ -209,8 +238,13 @@ def _way() -> str:
     return way
 
 
-def _ceil(value: int, step: int) -> int:
+# Plain functions: triton.cdiv and its like are callable by kernels too, and cost the host microseconds.
+def ceil_div(value: int, step: int) -> int:
     return -(-value // step)
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
 
 
 @cache
