@@ -68,12 +68,19 @@ def official_sweep(
     return work
 
 
-def trailing_products(weight: Tensor, factor: Tensor, block_size: int = 128) -> None:
-    """The trailing updates alone, the part of a sweep that is the vendor's product on either side."""
-    work = weight.clone()
-    errors = torch.ones(weight.shape[0], block_size, dtype=weight.dtype, device=weight.device)
-    for stop in range(block_size, weight.shape[1], block_size):
-        work[:, stop:].addmm_(errors, factor[stop - block_size : stop, stop:], alpha=-1)
+def trailing_products(weight: Tensor, factor: Tensor, block_size: int = 128, panel: int = 128) -> None:
+    """The trailing updates alone, the part of a sweep that is the vendor's product on either side: inside a panel after
+    every block, right of it once."""
+    work, columns = weight.clone(), weight.shape[1]
+    errors = torch.ones(weight.shape[0], panel, dtype=weight.dtype, device=weight.device)
+    for stop in range(block_size, columns, block_size):
+        first = (stop - 1) // panel * panel
+        last = first + panel
+        if stop < last:
+            end = min(last, columns)
+            work[:, stop:end].addmm_(errors[:, :block_size], factor[stop - block_size : stop, stop:end], alpha=-1)
+        else:
+            work[:, stop:].addmm_(errors, factor[first:stop, stop:], alpha=-1)
 
 
 def official_wanda(weight: Tensor, norms: Tensor, sparsity: float | None, keep_n: int | None, m: int | None) -> Tensor:

@@ -1,7 +1,8 @@
 """CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as in the official code.
 
 ``fraction_of_limit`` of Grams: the time to read the features once at copy speed, over the time taken. ``cka_error``:
-the largest difference from fp64 on features whose common component is 100 times their deviation.
+the largest difference from fp64 on features whose common component is 100 times their deviation. ``pairs_timed``: on a
+GPU two Grams per pair are timed for the pairs of two layers, and the time is scaled to all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> int:
     args = arguments.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
     count = args.features or (2048 * 4096 if on_gpu else 73_728) // (16 if args.quick else 1)
-    layers = min(args.layers, 8 if args.quick or (on_gpu and not args.features) else args.layers)
+    few = 4 if on_gpu and not args.features else 8 if args.quick else args.layers
+    layers = min(args.layers, few)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     results = measure(layers, args.samples, count, dtype, args)
     report("cka", results, args.json, args.device)
@@ -44,10 +46,16 @@ def measure(layers: int, samples: int, count: int, dtype: torch.dtype, args) -> 
     limit = features.numel() * dtype.itemsize / copy_bandwidth(args.device)
     found = []
     fields = {"layers": layers, "samples": samples, "features": count, "dtype": str(dtype).removeprefix("torch.")}
-    repetitions = 3 if args.quick or not args.device.startswith("cuda") else 15
+    on_gpu = args.device.startswith("cuda")
+    repetitions = 3 if args.quick or not on_gpu else 5
+    timed = features[: 2 if on_gpu else layers]
     whole = {name: (lambda _, run=run: run(features)) for name, run in similarities.items()}
-    for row in rows(interleaved(whole, repetitions, args.device), "per_pair", op="all_pairs", **fields):
-        found.append(row | {"cka_error": errors[row["implementation"]]})
+    whole["per_pair"] = lambda _: pairwise(timed)
+    times = interleaved(whole, repetitions, args.device)
+    times["per_pair"] = [layers**2 / len(timed) ** 2 * value for value in times["per_pair"]]
+    for row in rows(times, "per_pair", op="all_pairs", **fields):
+        pairs = len(timed) ** 2 if row["implementation"] == "per_pair" else layers**2
+        found.append(row | {"cka_error": errors[row["implementation"]], "pairs_timed": pairs})
     alone = {"losa": lambda _: gram(features), "gram_once": lambda _: grams(features)}
     for row in rows(interleaved(alone, 3 * repetitions, args.device), "gram_once", op="grams", **fields):
         found.append(row | {"fraction_of_limit": limit / (row["median_ms"] / 1e3)})

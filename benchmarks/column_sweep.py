@@ -1,12 +1,16 @@
 """SparseGPT given H and Wanda's masks, stage by stage, against the official manner (``_pruning_baselines``).
 
 ``agreement``: share of mask entries as in the fp64 reference. Stages of ours and of the official loop: the factor, the
-whole sweep given the factor, the trailing products alone, and what is left for selection and columns.
+whole sweep given the factor, both together, and what trailing products alone leave for selection and columns.
+``official_runs``: how often the official loop was timed, on a GPU once. ``sweep block``: the operator alone on the
+first 128 columns, and the time to move its bytes at copy speed over the time taken.
 """
 
 from __future__ import annotations
 
 import statistics
+
+import torch
 
 from benchmarks._pruning_baselines import (
     PATTERNS,
@@ -16,10 +20,12 @@ from benchmarks._pruning_baselines import (
     problem,
     trailing_products,
 )
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report
-from benchmarks.selection import wanda
-from losa_kernels import dispatch, sparsegpt_prune, unpack_mask
-from losa_kernels.column_sweep import inverse_factor
+from benchmarks._timing import copy_bandwidth, interleaved, parser, report, seconds
+from benchmarks.selection import BLOCK, wanda
+from losa_kernels import dispatch, native, sparsegpt_prune, unpack_mask
+from losa_kernels.bitmask import packed_width
+from losa_kernels.column_sweep import cuda, inverse_factor
+from losa_kernels.column_sweep.blocks import STATE
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +41,8 @@ def main(argv: list[str]) -> int:
         for name, pattern in PATTERNS.items():
             repetitions = args.repetitions or (3 if max(out_features, in_features) > 2048 else 7)
             results += sparsegpt(weight, hessian, name, pattern, repetitions, args)
+            if native.missing(args.device.partition(":")[0]) is None:
+                results.append(block(weight, hessian, name, pattern, repetitions, limit, args.device))
             results += wanda(weight, hessian, name, pattern, 2 * repetitions, limit, args.device)
     report("column_sweep", results, args.json, args.device)
     return 0
@@ -53,18 +61,30 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
             raise SystemExit(f"column_sweep: agreement {agreement:.5f} with fp64; not timing a wrong kernel")
     factor, official = inverse_factor(hessian, 0.01)[0], official_factor(hessian)
     sweep = dispatch.implementation("column_sweep", weight.device)
+    on_gpu = args.device.startswith("cuda")
+    panel = cuda.PANEL if on_gpu else BLOCK
     runs = {
         "losa, whole": lambda _: sparsegpt_prune(weight, hessian, **settings),
-        "official, whole": lambda _: official_sweep(weight, official_factor(hessian), *pattern),
         "losa, factor": lambda _: inverse_factor(hessian, 0.01),
         "official, factor": lambda _: official_factor(hessian),
-        "losa, sweep": lambda _: sweep(weight.clone(), factor, *pattern, 128, None),
-        "official, sweep": lambda _: official_sweep(weight, official, *pattern),
-        "trailing": lambda _: trailing_products(weight, factor),
+        "losa, sweep": lambda _: sweep(weight.clone(), factor, *pattern, BLOCK, None),
+        "losa, trailing": lambda _: trailing_products(weight, factor, BLOCK, panel),
+        "official, trailing": lambda _: trailing_products(weight, factor, BLOCK, BLOCK),
     }
-    medians = {k: statistics.median(v) for k, v in interleaved(runs, repetitions, args.device).items()}
+
+    def loop(_):
+        official_sweep(weight, official, *pattern)
+
+    if not on_gpu:
+        runs["official, sweep"] = loop
+    times = interleaved(runs, repetitions, args.device)
+    if on_gpu:
+        times["official, sweep"] = [seconds(loop, 0, args.device)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians["official, whole"] = medians["official, factor"] + medians["official, sweep"]
     for side in ("losa", "official"):
-        medians[f"{side}, selection and columns"] = max(medians[f"{side}, sweep"] - medians["trailing"], 1e-9)
+        rest = medians[f"{side}, sweep"] - medians[f"{side}, trailing"]
+        medians[f"{side}, selection and columns"] = max(rest, 1e-9)
     rows = []
     for stage in ("whole", "factor", "sweep", "selection and columns"):
         ours, theirs = medians[f"losa, {stage}"], medians[f"official, {stage}"]
@@ -76,8 +96,34 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
                 "losa_ms": 1e3 * ours,
                 "official_ms": 1e3 * theirs,
                 "speedup": theirs / ours,
-                "trailing_ms": 1e3 * medians["trailing"],
+                "trailing_ms": 1e3 * medians["losa, trailing"],
                 "agreement": agreement,
+                "official_runs": len(times["official, sweep"]),
             }
         )
     return rows
+
+
+def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
+    """Swept again and again in place: what has gone is chosen anew and stays zero, at the same cost."""
+    (rows, columns), (_, keep_n, m) = weight.shape, pattern
+    width = min(BLOCK, columns)
+    work, factor = weight.clone(), inverse_factor(hessian, 0.01)[0]
+    kept = torch.zeros(rows, packed_width(columns), dtype=torch.uint8, device=device)
+    errors, loss = work.new_empty(rows, width), work.new_zeros(rows)
+    state, group = None, (m, m - keep_n) if m else (0, 0)
+    if not m:
+        state = torch.zeros(STATE, dtype=torch.int32, device=device)
+        torch.ops.losa.select_block(work, factor, 0, width, rows * width // 2, None, errors, state)
+
+    def run(_):
+        torch.ops.losa.sweep_block(work, factor, 0, width, *group, state, None, kept, errors, loss)
+
+    seconds_taken = statistics.median(interleaved({"losa": run}, repetitions, device)["losa"])
+    return {
+        "op": "sweep block",
+        "shape": f"{rows}x{width}",
+        "pattern": name,
+        "losa_ms": 1e3 * seconds_taken,
+        "fraction_of_copy_bandwidth": (2 * 4 * rows * width + errors.nbytes) / limit / seconds_taken,
+    }

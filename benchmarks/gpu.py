@@ -15,10 +15,13 @@ import torch
 from benchmarks._timing import machine, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
+PRUNED = ["--shape", "4096x4096", "--repetitions", "5"]
 # What each is called with: always, and if not --quick. The longest last, since the file is written after each.
 MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "bitmask": ([], []),
     "cka": ([], []),
+    "selection": ([], PRUNED),
+    "column_sweep": ([], PRUNED),
     "packing": ([], DECODED),
     "sparse_linear": ([], DECODED),
     "masked_lora": ([], []),

@@ -46,7 +46,11 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def("gram(Tensor features) -> Tensor");
 
   // Packed mask by |w| norm: per row `count` go, or per group of m where m > 0; what mask (packed) lacks goes anyway.
-  library.def("wanda_select(Tensor weight, Tensor input_norms, int count, int m, Tensor? mask) -> Tensor");
+  // faults (int32, one element; CUDA alone): bit 0 is set for norms that are not finite or negative,
+  // bit 1 for weights that are not finite.
+  library.def(
+      "wanda_select(Tensor weight, Tensor input_norms, int count, int m, Tensor? mask, Tensor(a!)? faults=None) -> "
+      "Tensor");
   // int64 (ceil(in_features / block_size),): entries of each column block that the packed mask lacks
   library.def("pruned_per_block(Tensor mask, int in_features, int block_size) -> Tensor");
   // Which `count` entries of columns [start, end) have the smallest (w / u_jj)^2, what mask lacks first: state[:3] =

@@ -237,13 +237,29 @@ def test_a_wrong_masked_lora_is_not_timed(monkeypatch):
 def test_cka_rows(tmp_path):
     rows = rows_of(cka, tmp_path, "--layers", "3", "--samples", "4", "--features", "500")
     assert {r["op"] for r in rows} == {"all_pairs", "grams"}
+    assert {r["pairs_timed"] for r in rows if r["op"] == "all_pairs"} == {9}
     assert next(r["cka_error"] for r in rows if r["implementation"] == "losa") < 1e-6
 
 
 def test_column_sweep_rows(tmp_path):
     rows = rows_of(column_sweep, tmp_path, "--shape", "24x64", "--repetitions", "1")
     assert {r["op"] for r in rows} >= {"sparsegpt, whole", "sparsegpt, selection and columns", "wanda mask"}
+    if native.missing("cpu") is None:
+        assert [r["shape"] for r in rows if r["op"] == "sweep block"] == ["24x64", "24x64"]
     assert all(r["agreement"] > 0.99 for r in rows if r.get("agreement") is not None)
+
+
+@pytest.mark.parametrize("columns", [128, 256, 300, 1100])
+def test_trailing_products_are_those_of_a_sweep(columns, monkeypatch):
+    """By panels or by blocks: each column gets the errors of all blocks before its own."""
+    factor = torch.ones(columns, columns)
+    for panel in (128, 512):
+        work = torch.zeros(2, columns)
+        monkeypatch.setattr(torch.Tensor, "clone", lambda self, work=work: work)
+        baselines.trailing_products(work, factor, 128, panel)
+        monkeypatch.undo()
+        expected = -(torch.arange(columns) // 128 * 128.0)
+        assert torch.equal(work, expected.expand(2, -1)), panel
 
 
 def test_selection_rows(tmp_path):

@@ -187,18 +187,50 @@ def test_wanda(emulate, rows, columns, goal, dtype):
             assert torch.equal(load(folder, "packed", np.uint8, *expected.shape), expected)
 
 
-def test_wanda_rows_longer_than_shared_memory(emulate):
-    columns = (22 << 10) + 3
-    weight, norms = torch.randn(1, columns), torch.rand(columns)
-    folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
-    expected = reference.smallest(weight.abs() * norms, columns // 3)
-    assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
+@pytest.mark.parametrize("columns", [4095, 8200, (16 << 10) + 3])
+def test_wanda_of_long_rows(emulate, columns):
+    """More units for a thread, and beyond 16384 columns keys that no register holds."""
+    norms = torch.rand(columns)
+    for weight in (torch.randn(1, columns), torch.randint(-3, 4, (1, columns)).float()):
+        folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
+        expected = reference.smallest(weight.abs() * norms, columns // 3)
+        assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
 
 
-@pytest.mark.parametrize("block_size", [1, 5, 24, 100])
-def test_pruned_per_block(emulate, block_size):
-    kept = torch.rand(11, 77) < 0.6
-    folder = emulate("sweep", "pruned", 11, 77, block_size, mask=pack_mask(kept), result="pruned")
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("m", [0, 4, 16])
+@pytest.mark.parametrize("columns", [16, 272])
+def test_wanda_tells_what_is_wrong(emulate, kind, m, columns):
+    """Wherever it is, also where the mask lacks the weight; the norms' fault and the weight's are told apart."""
+    dtype = [torch.float32, torch.float16, torch.bfloat16][kind]
+    mask = pack_mask(torch.zeros(3, columns, dtype=torch.bool))
+
+    def faults(weight, norms):
+        arrays = {"weight": weight.to(dtype), "norms": norms, "mask": mask}
+        folder = emulate("sweep", "wanda", 3, columns, 2, m, kind, result="faults", **arrays)
+        return int(load(folder, "faults", np.int32, 1))
+
+    largest = torch.finfo(dtype).max
+    right = torch.full((3, columns), -largest), torch.zeros(columns)
+    right[1][::2] = -0.0
+    assert faults(*right) == 0
+    for value in (float("nan"), float("inf"), -float("inf")):
+        weight, norms = (given.clone() for given in right)
+        weight[2, columns - 1] = value
+        assert faults(weight, norms) == reference.BAD_WEIGHT
+        norms[columns - 3] = value
+        assert faults(weight, norms) == reference.BAD_WEIGHT | reference.BAD_NORMS
+    norms = right[1].clone()
+    norms[1] = -1e-30
+    assert faults(right[0], norms) == reference.BAD_NORMS
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size"), [(11, 77, 1), (11, 77, 5), (11, 77, 24), (11, 77, 100), (700, 256, 128)]
+)
+def test_pruned_per_block(emulate, rows, columns, block_size):
+    kept = torch.rand(rows, columns) < 0.6
+    folder = emulate("sweep", "pruned", rows, columns, block_size, mask=pack_mask(kept), result="pruned")
     expected = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
     assert load(folder, "pruned", np.int64, -1).tolist() == expected
 
@@ -238,6 +270,21 @@ def test_sweep_equals_the_reference_where_nothing_rounds(emulate, goal, rows, co
         expected = reference.column_sweep(weight, factor, *goal, block_size, mask)
         found = prune(emulate, weight, factor, block_size, goal, mask, seed)
         assert all(map(torch.equal, found, expected)), share
+
+
+@pytest.mark.parametrize("goal", GOALS[1:], ids=str)
+def test_scores_that_are_infinite_or_nothing_tie(emulate, goal):
+    """Squares beyond fp32's range on either side, of quotients within it and (largest) beyond it."""
+    generator = torch.Generator().manual_seed(0)
+    choice = torch.randint(0, 5, (40, 48), generator=generator)
+    weight = torch.tensor([1.0, -3e30, 2e30, 1e-30, -2e-30])[choice] * torch.rand(40, 48, generator=generator)
+    for columns, largest in ((48, False), (16, True)):
+        given, factor = weight[:, :columns].contiguous(), 0.75 * torch.eye(columns)
+        if largest:
+            given[5, -1] = 3.2e38
+        expected = reference.column_sweep(given, factor, *goal, 32, None)
+        found = prune(emulate, given, factor, 32, goal, None)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("columns", [5, 45])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
+from losa_kernels.column_sweep import inverse_factor
 from losa_kernels.column_sweep.reference import block_counts, prune_count, smallest, smallest_of_groups
 from tests.test_column_sweep import hessian
 
@@ -106,17 +107,19 @@ def test_wanda_is_a_stable_sort(rows, columns, sparsity, levels, seed):
 
 
 def test_decisions_are_the_same_on_every_device(device, poisoned_native_memory):
-    """In deterministic mode, with ties; an identity Hessian, so that no rounding differs."""
-    weight, norms = torch.randint(-5, 6, (64, 256)).float(), torch.randint(1, 4, (256,)).float()
+    """In deterministic mode, with ties; an identity Hessian and one factor of it, so that no rounding differs."""
+    weight, norms, h = torch.randint(-5, 6, (64, 256)).float(), torch.randint(1, 4, (256,)).float(), torch.eye(256)
     gone = pack_mask(torch.rand(64, 256) < 0.8)
+    factor, damping = inverse_factor(h, 0.01)
     for goal in ({"sparsity": 0.55}, {"keep_n": 2, "m": 8}):
         for mask in (None, gone):
             there = None if mask is None else mask.to(device)
             found = wanda_mask(weight.to(device), norms.to(device), mask=there, **goal)
             assert torch.equal(found.cpu(), wanda_mask(weight, norms, mask=mask, **goal))
-            found = sparsegpt_prune(weight.to(device), torch.eye(256, device=device), mask=there, **goal)
+            moved = (factor.to(device), damping)
+            found = sparsegpt_prune(weight.to(device), h.to(device), mask=there, factor=moved, **goal)
             assert found.weight.device.type == device.type
-            expected = sparsegpt_prune(weight, torch.eye(256), mask=mask, **goal)
+            expected = sparsegpt_prune(weight, h, mask=mask, factor=(factor, damping), **goal)
             assert torch.equal(found.mask.cpu(), expected.mask)
             assert torch.equal(found.weight.cpu(), expected.weight)
 
@@ -149,7 +152,21 @@ def test_masks_are_nested(method, first, then):
     assert torch.equal(prune(weight, {"sparsity": 0.1}, early), early), "more than asked has gone: it stays as it is"
 
 
-def test_wanda_errors_name_the_argument():
-    for norms in (torch.ones(7), -torch.ones(8), torch.full((8,), float("nan")), torch.ones(8, device="meta")):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_wanda_errors_name_the_argument(device, dtype):
+    weight, norms = torch.randn(4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
+    huge = norms.double() * (float("inf") if dtype == torch.float64 else 1e300)
+    for wrong in (norms[:7], -norms, norms * float("nan"), norms / 0, huge, norms.to("meta")):
         with pytest.raises(ValueError, match="input_norms: expected"):
-            wanda_mask(torch.randn(4, 8), norms, sparsity=0.5)
+            wanda_mask(weight, wrong, sparsity=0.5)
+    for goal in ({"sparsity": 0.5}, {"keep_n": 2, "m": 4}, {"keep_n": 1, "m": 2}):
+        for value in (float("nan"), -float("inf")):
+            wrong = weight.clone()
+            wrong[3, 7] = value
+            with pytest.raises(ValueError, match="weight: expected finite values, got nan or inf"):
+                wanda_mask(wrong, norms, **goal)
+            with pytest.raises(ValueError, match="input_norms: expected finite values >= 0"):
+                wanda_mask(wrong, -norms, **goal)
+    assert wanda_mask(weight[:0], norms, sparsity=0.5).shape == (0, 1)
+    with pytest.raises(ValueError, match="input_norms: expected finite values >= 0"):
+        wanda_mask(weight[:0], -norms, sparsity=0.5)

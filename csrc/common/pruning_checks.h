@@ -75,8 +75,9 @@ inline void check_sweep_block(const Tensor& weight, const Tensor& factor, int64_
   if (state) check_state(*state, 3);
   STD_TORCH_CHECK(is_packed_mask(kept, rows, weight.size(1)) && kept.is_contiguous(),
                   "kept: expected a contiguous packed uint8 tensor");
-  STD_TORCH_CHECK(is_dense_float(errors) && errors.dim() == 2 && errors.size(0) == rows && errors.size(1) == width,
-                  "errors: expected a contiguous float tensor (", rows, ", ", width, ")");
+  STD_TORCH_CHECK(errors.scalar_type() == ScalarType::Float && errors.dim() == 2 && errors.size(0) == rows &&
+                      errors.size(1) == width && has_dense_rows(errors),
+                  "errors: expected a float tensor (", rows, ", ", width, ") with dense rows");
   STD_TORCH_CHECK(is_dense_float(loss) && loss.dim() == 1 && loss.size(0) == rows, "loss: expected a float tensor (",
                   rows, ",)");
 }

@@ -42,7 +42,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   auto* errors_out = static_cast<float*>(errors.mutable_data_ptr());
   auto* kept_bits = static_cast<uint8_t*>(kept.mutable_data_ptr());
   auto* losses = static_cast<float*>(loss.mutable_data_ptr());
-  const int64_t stride = packed_width(columns);
+  const int64_t stride = packed_width(columns), errors_stride = errors.stride(0);
   const CpuIsa isa = selected_isa();
   const auto sweep = isa == CpuIsa::kAvx512  ? sweep_panel_avx512
                      : isa == CpuIsa::kAvx2 ? sweep_panel_avx2
@@ -56,8 +56,8 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
       const int64_t row = panel * kPanelRows, count = std::min(kPanelRows, rows - row);
       sweep({.weight = weights + row * columns,
              .weight_stride = columns,
-             .errors = errors_out + row * width,
-             .errors_stride = width,
+             .errors = errors_out + row * errors_stride,
+             .errors_stride = errors_stride,
              .kept = kept_bits + row * stride,
              .mask = mask_bits == nullptr ? nullptr : mask_bits + row * stride,
              .kept_stride = stride,

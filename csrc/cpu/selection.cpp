@@ -79,8 +79,9 @@ Bound smallest(const KeyRange& range, int64_t total, int64_t k, const Count& cou
 }
 
 Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t count, int64_t m,
-                    const std::optional<Tensor>& mask) {
+                    const std::optional<Tensor>& mask, const std::optional<Tensor>& faults) {
   pruning::check_wanda_select(weight, input_norms, count, m, mask);
+  STD_TORCH_CHECK(!faults, "faults: expected none on a CPU");
   const FloatType type = float_type(weight, "weight");
   const int64_t rows = weight.size(0), columns = weight.size(1), width = packed_width(columns);
   const Tensor source = torch::stable::contiguous(weight), norms = torch::stable::contiguous(input_norms);

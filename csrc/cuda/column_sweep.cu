@@ -1,15 +1,17 @@
-// SparseGPT's sweep of one column block on CUDA. A block of threads has 32 rows: a warp per 32 columns of the block, a
-// thread per row of them, with its weights in registers. Warp after warp sweeps its columns without a barrier, U being
-// broadcast from shared memory; then the warps to the right take the 32 errors off their columns.
+// SparseGPT's sweep of one column block on CUDA. Four lanes have a row, each four neighbours of every 16 columns, in
+// registers. A column's error goes from the lane that has it to the other three; U is in shared memory. There is no
+// barrier once U is loaded, and 4096 rows are a warp for nearly every scheduler of an H100.
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/machine.h"
 #include "cuda/scores.h"
 
 namespace losa::column_sweep {
 
-constexpr int kSub = 32;  // rows of a block of threads, and columns of a warp
-constexpr int kMaxWidth = 128;
-constexpr int kMaxSubs = kMaxWidth / kSub;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kLanes = 4, kRows = kThreads / kLanes;  // of a row; of a block of threads
+constexpr int kStrip = 4 * kLanes;                    // columns of a turn
+constexpr int kMaxWidth = 128, kStrips = kMaxWidth / kStrip;
 
 // Pointers are at the first row and column of the block, those of packed masks at the byte of the first column.
 struct Sweep {
@@ -23,172 +25,243 @@ struct Sweep {
   const uint8_t* mask;  // may be null
   uint8_t* kept;
   int64_t packed_stride;
-  float* errors;  // rows x width, dense
+  float* errors;  // rows x width
+  int64_t errors_stride;
   float* loss;
-  bool aligned;  // rows of the weight may be read 16 bytes at a time
+  bool aligned;  // rows of weight, factor and errors are whole fours and may be accessed 16 bytes at a time
 };
 
 __device__ __forceinline__ float component(const float4& four, int index) {
   return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
 }
 
-// row[0..32) of U, for a column: w[c] -= error * row[c] for c in [first, 32).
-__device__ __forceinline__ void subtract(float (&w)[kSub], float error, const float* row, int first) {
-  const auto* fours = reinterpret_cast<const float4*>(row);
+// Four columns of which `left` exist, zero beyond.
+template <bool kAligned>
+__device__ __forceinline__ float4 load_four(const float* place, int left) {
+  if constexpr (kAligned) {
+    return left > 0 ? *reinterpret_cast<const float4*>(place) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  return make_float4(left > 0 ? place[0] : 0.0f, left > 1 ? place[1] : 0.0f, left > 2 ? place[2] : 0.0f,
+                     left > 3 ? place[3] : 0.0f);
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void store_four(float* place, int left, const float4& four) {
+  if constexpr (kAligned) {
+    if (left > 0) *reinterpret_cast<float4*>(place) = four;
+  } else {
 #pragma unroll
-  for (int q = 0; q < kSub / 4; ++q) {
-    if (4 * q + 3 < first) continue;
-    const float4 u = fours[q];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      if (4 * q + t >= first) w[4 * q + t] -= error * component(u, t);
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) place[i] = component(four, i);
     }
   }
 }
 
-__device__ __forceinline__ unsigned load_bits(const uint8_t* bytes, int count) {
-  unsigned bits = 0;
-  for (int byte = 0; byte < count; ++byte) bits |= static_cast<unsigned>(bytes[byte]) << (8 * byte);
-  return bits;
+// In shared memory a row of U begins at its strip's first column. Floats of it, and before those of a strip:
+LOSA_HOST_DEVICE constexpr int row_floats(int strip) {
+  return kMaxWidth - kStrip * strip;
+}
+LOSA_HOST_DEVICE constexpr int strip_start(int strip) {
+  return kStrip * (kMaxWidth * strip - kStrip * (strip * (strip - 1) / 2));
 }
 
-// Rows [first, first + 32) of U, columns [first, width), zero beyond; by `loaders` warps, of which this is one.
-__device__ __forceinline__ void load_strip(const Sweep& job, float (*strip)[kMaxWidth], int first, int warp, int loaders) {
-  const int columns = (job.width + kSub - 1) / kSub * kSub;
-  for (int i = warp; i < kSub; i += loaders) {
-    for (int c = first + static_cast<int>(threadIdx.x); c < columns; c += kSub) {
-      const bool inside = first + i < job.width && c < job.width;
-      strip[i][c] = inside ? job.factor[(first + i) * job.factor_stride + c] : 0.0f;
+// A warp to a row, zero beyond the block's width; there after wait_copies and a barrier.
+template <bool kAligned>
+__device__ __forceinline__ void load_upper(const Sweep& job, float* upper) {
+  const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (job.width + kStrip - 1) / kStrip * kStrip;
+  for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
+    const int strip = row / kStrip, first = strip * kStrip, left = row < job.width ? job.width - column : 0;
+    if (column < first) continue;
+    float* place = upper + strip_start(strip) + (row - first) * row_floats(strip) + column - first;
+    const float* from = job.factor + row * job.factor_stride + column;
+    if (kAligned && left > 0) {
+      copy_async(shared_address(place), from);
+    } else {
+      *reinterpret_cast<float4*>(place) = load_four<false>(from, left);
     }
   }
+  commit_copies();
+}
+
+// Which of a lane's four columns are among the `prune` smallest of their group, which kM / 4 neighbouring lanes share.
+template <int kM>
+__device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, const float4& diagonal,
+                                           const float4& inverse, int part, int prune) {
+  int keys[4], before[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    keys[i] = (gone >> i & 1u) != 0 ? -1 : sweep_key(w[i], component(diagonal, i), component(inverse, i));
+    before[i] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < i) before[i] += keys[j] <= keys[i];
+      if (j > i) before[i] += keys[j] < keys[i];
+    }
+  }
+#pragma unroll
+  for (int other = 1; other < kM / 4; ++other) {
+    const int earlier = (part ^ other) < part ? 1 : 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int key = __shfl_xor_sync(0xffffffffu, keys[j], other, kLanes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) before[i] += key < keys[i] + earlier;
+    }
+  }
+  unsigned chosen = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (before[i] < prune) chosen |= 1u << i;
+  }
+  return chosen;
 }
 
 // kM = 0: the entries before `bound` go; else `prune` of each group of kM, from updated weights.
-template <int kM>
-__global__ void __launch_bounds__(kSub* kMaxSubs) sweep_kernel(Sweep job) {
-  __shared__ __align__(16) float strips[2][kSub][kMaxWidth];
-  __shared__ float errors[kSub][kSub + 1];
-  __shared__ float diagonal[kMaxWidth];
-  __shared__ float losses[kMaxSubs][kSub];
-  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-  const int first = warp * kSub, own = job.width - first < kSub ? job.width - first : kSub, bytes = (own + 7) / 8;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kSub, row = first_row + lane;
+template <int kM, bool kAligned>
+__global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
+  __shared__ __align__(16) float upper[strip_start(kStrips)];
+  __shared__ __align__(16) float diagonal[kMaxWidth];
+  __shared__ __align__(16) float inverse[kMaxWidth];
+  load_upper<kAligned>(job, upper);
+  const int part = threadIdx.x % kLanes, first = 4 * part;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
   const bool real = row < job.rows;
+  const int width = real ? job.width : 0, bytes = (width + 7) / 8;
   float* weight = job.weight + row * job.stride + first;
-  const int64_t packed = row * job.packed_stride + first / 8;
+  const int64_t packed = row * job.packed_stride;
 
-  // Rows and columns beyond the matrix are zeros that stay.
-  float w[kSub];
-  if (real && own == kSub && job.aligned) {
+  // Bit 4 k + i stands for w[k][i]. Rows and columns beyond the matrix are zeros that stay.
+  float w[kStrips][4];
+  unsigned inside = 0, gone = 0;
 #pragma unroll
-    for (int q = 0; q < kSub / 4; ++q) {
-      const float4 four = reinterpret_cast<const float4*>(weight)[q];
-      w[4 * q] = four.x;
-      w[4 * q + 1] = four.y;
-      w[4 * q + 2] = four.z;
-      w[4 * q + 3] = four.w;
-    }
-  } else {
+  for (int k = 0; k < kStrips; ++k) {
+    const int left = width - kStrip * k - first;
+    const float4 four = load_four<kAligned>(weight + kStrip * k, left);
 #pragma unroll
-    for (int j = 0; j < kSub; ++j) w[j] = real && j < own ? weight[j] : 0.0f;
+    for (int i = 0; i < 4; ++i) w[k][i] = component(four, i);
+    inside |= (left >= 4 ? 15u : left > 0 ? (1u << left) - 1 : 0u) << 4 * k;
+    const int byte = 2 * k + part / 2;
+    if (job.mask != nullptr && byte < bytes) gone |= (~job.mask[packed + byte] >> 4 * (part % 2) & 15u) << 4 * k;
   }
+  gone &= inside;
   {
-    const int column = first + lane;
-    diagonal[column] = column < job.width ? job.factor[column * (job.factor_stride + 1)] : 1.0f;
+    static_assert(kMaxWidth == kThreads);
+    const int column = threadIdx.x;
+    const float u = column < job.width ? job.factor[column * (job.factor_stride + 1)] : 1.0f;
+    diagonal[column] = u;
+    inverse[column] = __frcp_rn(u);
   }
-  load_strip(job, strips[0], 0, warp, warps);
+  wait_copies<0>();
   __syncthreads();
 
-  const unsigned inside = own == kSub ? ~0u : (1u << own) - 1;
-  unsigned gone = 0;
-  if (job.mask != nullptr && real) gone = ~load_bits(job.mask + packed, bytes) & inside;
   unsigned chosen = gone;
-  if (kM == 0) {
+  if constexpr (kM == 0) {
     const int key = job.bound[0], column = job.bound[1];
     const bool row_tied = row < job.bound[2];
 #pragma unroll
-    for (int j = 0; j < kSub; ++j) {
-      const int own_key = sweep_key(w[j], diagonal[first + j]);
-      const bool tied = first + j < column || (first + j == column && row_tied);
-      if (own_key < key || (own_key == key && tied)) chosen |= 1u << j;
+    for (int k = 0; k < kStrips; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int here = kStrip * k + first + i, own = sweep_key(w[k][i], diagonal[here], inverse[here]);
+        const bool tied = here < column || (here == column && row_tied);
+        if (own < key || (own == key && tied)) chosen |= 1u << (4 * k + i);
+      }
     }
     chosen &= inside;
   }
 
-  float loss = 0.0f;
-  for (int turn = 0; turn < warps; ++turn) {
-    float(*strip)[kMaxWidth] = strips[turn % 2];
-    if (warp == turn) {
+  const auto* diagonals = reinterpret_cast<const float4*>(diagonal);
+  const auto* inverses = reinterpret_cast<const float4*>(inverse);
 #pragma unroll
-      for (int j = 0; j < kSub; ++j) {
-        if (kM > 0 && j % (kM > 0 ? kM : 1) == 0) {
-          constexpr int kGroup = kM > 0 ? kM : 1;
-          int keys[kGroup];
-#pragma unroll
-          for (int i = 0; i < kGroup; ++i) {
-            keys[i] = (gone >> (j + i) & 1u) != 0 ? -1 : sweep_key(w[(j + i) % kSub], diagonal[first + (j + i) % kSub]);
-          }
-          chosen |= (smallest_of<kGroup>(keys, job.prune) << j) & inside;
+  for (int k = 0; k < kStrips; ++k) {
+    if (kStrip * k >= job.width) break;
+    const float* strip = upper + strip_start(k) + first;
+#pragma unroll 1
+    for (int turn = 0; turn < kLanes; ++turn) {
+      if constexpr (kM > 0) {
+        constexpr int kShare = kM / 4;  // lanes of a group
+        if (turn % kShare == 0) {
+          const int own = kStrip / 4 * k + part;
+          const unsigned smallest = choose<kM>(w[k], gone >> 4 * k, diagonals[own], inverses[own], part, job.prune);
+          if (part / kShare == turn / kShare) chosen |= smallest << 4 * k & inside;
         }
-        const bool goes = (chosen >> j & 1u) != 0;
-        const float error = goes ? __fdiv_rn(w[j], diagonal[first + j]) : 0.0f;
-        if (goes) w[j] = 0.0f;
-        errors[j][lane] = error;
-        loss += error * error;
-        subtract(w, error, &strip[j][first], j + 1);
       }
-    } else if (turn + 1 < warps) {
-      load_strip(job, strips[(turn + 1) % 2], (turn + 1) * kSub, warp < turn ? warp : warp - 1, warps - 1);
-    }
-    __syncthreads();
-    const int column = turn * kSub + lane;
-    for (int r = warp; r < kSub; r += warps) {
-      if (first_row + r < job.rows && column < job.width) {
-        job.errors[(first_row + r) * job.width + column] = errors[lane][r];
+      const float4 diagonal_now = diagonals[kStrip / 4 * k + turn], inverse_now = inverses[kStrip / 4 * k + turn];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool goes = (chosen >> (4 * k + i) & 1u) != 0;
+        const float own = quotient(w[k][i], component(diagonal_now, i), component(inverse_now, i));
+        const float error = __shfl_sync(0xffffffffu, goes ? own : 0.0f, turn, kLanes);
+        // The error takes the place of a weight that goes.
+        if (part == turn && goes) w[k][i] = error;
+        const auto* fours = reinterpret_cast<const float4*>(strip + (4 * turn + i) * row_floats(k));
+#pragma unroll
+        for (int later = k; later < kStrips; ++later) {
+          const float4 u = fours[(later - k) * kStrip / 4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (later > k || part > turn || (part == turn && j > i)) w[later][j] -= error * component(u, j);
+          }
+        }
       }
     }
-    if (warp > turn) {
-      for (int i = 0; i < kSub; ++i) subtract(w, errors[i][lane], &strip[i][first], 0);
-    }
-    __syncthreads();
   }
 
-  losses[warp][lane] = loss;
-  __syncthreads();
-  if (!real) return;
-  if (warp == 0) {
-    float sum = 0.0f;
-    for (int i = 0; i < warps; ++i) sum += losses[i][lane];
-    job.loss[row] += sum / 2;
-  }
-  if (own == kSub && job.aligned) {
+  float loss = 0.0f;
 #pragma unroll
-    for (int q = 0; q < kSub / 4; ++q) {
-      reinterpret_cast<float4*>(weight)[q] = make_float4(w[4 * q], w[4 * q + 1], w[4 * q + 2], w[4 * q + 3]);
+  for (int k = 0; k < kStrips; ++k) {
+    float kept[4], errors[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool goes = (chosen >> (4 * k + i) & 1u) != 0;
+      kept[i] = goes ? 0.0f : w[k][i];
+      errors[i] = goes ? w[k][i] : 0.0f;
+      loss += errors[i] * errors[i];
     }
+    const int left = width - kStrip * k - first;
+    store_four<kAligned>(weight + kStrip * k, left, make_float4(kept[0], kept[1], kept[2], kept[3]));
+    store_four<kAligned>(job.errors + row * job.errors_stride + first + kStrip * k, left,
+                         make_float4(errors[0], errors[1], errors[2], errors[3]));
+  }
+  loss += __shfl_xor_sync(0xffffffffu, loss, 1, kLanes);
+  loss += __shfl_xor_sync(0xffffffffu, loss, 2, kLanes);
+  if (part == 0 && real) job.loss[row] += loss / 2;
+
+  // A byte is the four bits of an even lane and those of the next one.
+  const unsigned kept = ~chosen & inside, next = __shfl_xor_sync(0xffffffffu, kept, 1, kLanes);
+#pragma unroll
+  for (int k = 0; k < kStrips; ++k) {
+    const int byte = 2 * k + part / 2;
+    if (part % 2 == 0 && byte < bytes) {
+      job.kept[packed + byte] = static_cast<uint8_t>((kept >> 4 * k & 15u) | (next >> 4 * k & 15u) << 4);
+    }
+  }
+}
+
+template <int kM>
+void launch_sweep(const Sweep& job, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((job.rows + kRows - 1) / kRows);
+  if (job.aligned) {
+    LOSA_LAUNCH((sweep_kernel<kM, true>), grid, kThreads, 0, stream, job);
   } else {
-#pragma unroll
-    for (int j = 0; j < kSub; ++j) {
-      if (j < own) weight[j] = w[j];
-    }
+    LOSA_LAUNCH((sweep_kernel<kM, false>), grid, kThreads, 0, stream, job);
   }
-  const unsigned kept = ~chosen & inside;
-  for (int byte = 0; byte < bytes; ++byte) job.kept[packed + byte] = static_cast<uint8_t>(kept >> (8 * byte));
 }
 
 // m = 0, 4, 8 or 16; width <= kMaxWidth; the block begins at a whole byte of the masks.
 void launch_sweep_block(const Sweep& job, int64_t m, cudaStream_t stream) {
   if (job.rows == 0) return;
-  const dim3 block(kSub, static_cast<unsigned>((job.width + kSub - 1) / kSub));
-  const auto grid = static_cast<unsigned>((job.rows + kSub - 1) / kSub);
   if (m == 0) {
-    LOSA_LAUNCH(sweep_kernel<0>, grid, block, 0, stream, job);
+    launch_sweep<0>(job, stream);
   } else if (m == 4) {
-    LOSA_LAUNCH(sweep_kernel<4>, grid, block, 0, stream, job);
+    launch_sweep<4>(job, stream);
   } else if (m == 8) {
-    LOSA_LAUNCH(sweep_kernel<8>, grid, block, 0, stream, job);
+    launch_sweep<8>(job, stream);
   } else {
-    LOSA_LAUNCH(sweep_kernel<16>, grid, block, 0, stream, job);
+    launch_sweep<16>(job, stream);
   }
 }
 
@@ -221,9 +294,14 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   STD_TORCH_CHECK(m == 0 || m == 4 || m == 8 || m == 16, "m: expected 0, 4, 8 or 16, got ", m);
   const DeviceGuard guard(weight.get_device_index());
   auto* weights = static_cast<float*>(weight.mutable_data_ptr()) + start;
+  const auto* upper = static_cast<const float*>(factor.const_data_ptr()) + start * (columns + 1);
+  auto* errors_out = static_cast<float*>(errors.mutable_data_ptr());
+  const int64_t errors_stride = errors.stride(0);
+  const uintptr_t places = reinterpret_cast<uintptr_t>(weights) | reinterpret_cast<uintptr_t>(upper) |
+      reinterpret_cast<uintptr_t>(errors_out);
   const Sweep job{weights,
                   columns,
-                  static_cast<const float*>(factor.const_data_ptr()) + start * (columns + 1),
+                  upper,
                   columns,
                   static_cast<int>(width),
                   static_cast<int>(prune),
@@ -232,9 +310,10 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
                   mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) + start / 8 : nullptr,
                   static_cast<uint8_t*>(kept.mutable_data_ptr()) + start / 8,
                   packed_width(columns),
-                  static_cast<float*>(errors.mutable_data_ptr()),
+                  errors_out,
+                  errors_stride,
                   static_cast<float*>(loss.mutable_data_ptr()),
-                  columns % 4 == 0 && reinterpret_cast<uintptr_t>(weights) % 16 == 0};
+                  columns % 4 == 0 && errors_stride % 4 == 0 && places % 16 == 0};
   launch_sweep_block(job, m, current_stream(weight));
 }
 

@@ -2,13 +2,15 @@
 // so that atomics leave the result the same from run to run.
 #pragma once
 
+#include "common/bits.h"
 #include "common/launch.h"
 
 namespace losa::selection {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBins = 2048;
+constexpr int kBins = 2048;  // of the first digit
+constexpr int kUnit = 8;     // neighbouring columns that a thread takes together: a byte of the mask
 // Beyond these a block takes several shares; tests set few, so that it does.
 #if defined(LOSA_MAX_BLOCKS)
 constexpr int64_t kMaxBlocks = LOSA_MAX_BLOCKS, kMaxRowBlocks = LOSA_MAX_BLOCKS;
@@ -16,11 +18,11 @@ constexpr int64_t kMaxBlocks = LOSA_MAX_BLOCKS, kMaxRowBlocks = LOSA_MAX_BLOCKS;
 constexpr int64_t kMaxBlocks = 1024, kMaxRowBlocks = 1 << 20;
 #endif
 // The three digits of a key, from the top. A key takes part if what is above the digit equals the prefix found so far.
-__device__ __forceinline__ int digit_shift(int pass) {
+LOSA_HOST_DEVICE constexpr int digit_shift(int pass) {
   return pass == 0 ? 20 : pass == 1 ? 10 : 0;
 }
-__device__ __forceinline__ int digit_bins(int pass) {
-  return pass == 0 ? 2048 : 1024;
+LOSA_HOST_DEVICE constexpr int digit_bins(int pass) {
+  return pass == 0 ? kBins : 1024;
 }
 __device__ __forceinline__ bool takes_part(int key, int pass, int prefix) {
   return key >= 0 && (pass == 0 || key >> (digit_shift(pass) + 10) == prefix);
@@ -55,26 +57,62 @@ __device__ __forceinline__ int exclusive_sum(int value, int* warp_sums, int* tot
   return before + sum - value;
 }
 
-// The bin of the k-th smallest (k from 1), by all threads of the block; the histogram is complete on entry and zero at
-// the end.
-__device__ __forceinline__ Bin find_bin(int* histogram, int bins, int k, int* warp_sums, Bin* found) {
-  const int own = bins / kThreads;
-  int* counts = histogram + threadIdx.x * own;
+// The bin of the k-th smallest (k from 1) by all threads of the block, each with the counts of kOwn neighbouring bins.
+template <int kOwn>
+__device__ __forceinline__ Bin find_bin(const int (&counts)[kOwn], int k, int* warp_sums, Bin* found) {
   int sum = 0, total;
-  for (int i = 0; i < own; ++i) sum += counts[i];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sum += counts[i];
   int before = exclusive_sum(sum, warp_sums, &total);
-  if (before < k && k <= before + sum) {
-    int i = 0;
-    while (before + counts[i] < k) before += counts[i++];
-    *found = {static_cast<int>(threadIdx.x) * own + i, before, counts[i]};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (before < k && k <= before + counts[i]) *found = {static_cast<int>(threadIdx.x) * kOwn + i, before, counts[i]};
+    before += counts[i];
   }
-  for (int i = 0; i < own; ++i) counts[i] = 0;
   __syncthreads();
   return *found;
 }
 
-__device__ __forceinline__ bool is_kept(const uint8_t* mask, int64_t column) {
-  return mask == nullptr || (mask[column / 8] >> (column % 8) & 1) != 0;
+// This thread's bins of a histogram in shared memory, which is complete; zero afterwards.
+template <int kOwn>
+__device__ __forceinline__ void take_bins(int* histogram, int (&counts)[kOwn]) {
+  auto* fours = reinterpret_cast<int4*>(histogram + threadIdx.x * kOwn);
+#pragma unroll
+  for (int q = 0; q < kOwn / 4; ++q) {
+    const int4 four = fours[q];
+    counts[4 * q] = four.x;
+    counts[4 * q + 1] = four.y;
+    counts[4 * q + 2] = four.z;
+    counts[4 * q + 3] = four.w;
+    fours[q] = make_int4(0, 0, 0, 0);
+  }
+}
+
+// A unit of which `left` columns exist; `aligned`: all, and it may be read 16 bytes (a Four) at a time.
+template <class Four, class T>
+__device__ __forceinline__ void load_unit(const T* place, int left, bool aligned, T rest, T (&values)[kUnit]) {
+  if (aligned) {
+#pragma unroll
+    for (int q = 0; q < kUnit / 4; ++q) {
+      const Four four = reinterpret_cast<const Four*>(place)[q];
+      values[4 * q] = four.x;
+      values[4 * q + 1] = four.y;
+      values[4 * q + 2] = four.z;
+      values[4 * q + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) values[i] = i < left ? place[i] : rest;
+  }
+}
+
+// Bits of eight columns of a packed row from any column on; `width` bytes in the row. Those beyond it are zero.
+__device__ __forceinline__ unsigned mask_byte(const uint8_t* row, int64_t width, int64_t column) {
+  const int64_t byte = column / 8;
+  const int shift = static_cast<int>(column % 8);
+  unsigned bits = row[byte];
+  if (shift != 0 && byte + 1 < width) bits |= static_cast<unsigned>(row[byte + 1]) << 8;
+  return bits >> shift & 0xffu;
 }
 
 }  // namespace losa::selection

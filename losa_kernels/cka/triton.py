@@ -14,6 +14,9 @@ from losa_kernels.cka import reference
 COLUMNS = 1 << 15  # most columns that one fp32 accumulator sums
 LAUNCH_COLUMNS = 1 << 24  # most columns per launch
 PARTIAL_BYTES = 64 << 20  # partial Grams in memory at a time, where one layer's are not more
+# Samples and columns together from which a product of split operands is within the error of an fp32 product: what it
+# leaves out is at most 14 roundings of the largest entry, where that error grows by one with each of either.
+SPLIT_FROM = 64
 PROGRAMS_PER_SM = 4  # for one layer: a Gram does not depend on how many are computed together
 
 
@@ -30,6 +33,7 @@ def _gram_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """partial (L, splits, pairs, ROWS, ROWS): this split's share of one pair of row blocks of one layer's Gram."""
     split, layer, pair = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -49,10 +53,13 @@ def _gram_kernel(
         left = _differences(place, common, rows, samples, stride_sample, inside)
         if BLOCKS == 1:
             left -= tl.where(rows[:, None] < samples, tl.sum(left, 0)[None, :] / samples, 0.0)
-            high, low = _halves(left)
             # High times low counts twice in the Gram: what is summed is its half, to which the host adds the transpose.
-            total = tl.dot(high, tl.trans(0.5 * high), total, input_precision="tf32")
-            total = tl.dot(high, tl.trans(low), total, input_precision="tf32")
+            if SPLIT:
+                high, low = _halves(left)
+                total = tl.dot(high, tl.trans(0.5 * high), total, input_precision="tf32")
+                total = tl.dot(high, tl.trans(low), total, input_precision="tf32")
+            else:
+                total = tl.dot(left, tl.trans(0.5 * left), total, input_precision="ieee")
         else:
             right = _differences(place, common, rows + ROWS, samples, stride_sample, inside)
             mean = (tl.sum(left, 0) + tl.sum(right, 0))[None, :] / samples
@@ -77,8 +84,8 @@ def _differences(place, common, rows, samples, stride_sample, inside):
 
 @triton.jit
 def _halves(value):
-    """value = high + low, exactly, with high a tf32 number: products of the two keep 21 bits on tensor cores, and low
-    times low is below fp32's rounding."""
+    """value = high + low, exactly, with high a tf32 number: their products on tensor cores keep 19 bits, 11 of low's 13
+    being read and low times low left out."""
     high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return high, value - high
 
@@ -95,15 +102,17 @@ def gram(features: Tensor) -> Tensor:
     return total
 
 
-def tile(samples: int, capability: int) -> dict[str, int]:
+def tile(samples: int, columns: int, capability: int) -> dict[str, int]:
     """The kernel's constants for a number of samples: an accumulator of at most 128 x 128, and tiles of columns that
     leave registers for it (``capability`` 80: products take both operands from registers)."""
+    split = samples + columns >= SPLIT_FROM
     rows = min(128, max(16, triton.next_power_of_2(samples)))
     blocks = 1 if samples <= rows else 2
     return {
         "ROWS": rows,
         "BLOCKS": blocks,
-        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if capability >= 90 else 16}[rows] // blocks,
+        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if capability >= 90 else 16}[rows] // blocks if split else 16,
+        "SPLIT": split,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": 2 if rows == 128 else 3,
     }
@@ -112,7 +121,7 @@ def tile(samples: int, capability: int) -> dict[str, int]:
 def _launch(features: Tensor) -> Tensor:
     """(L, n, n) fp64"""
     _, samples, columns = features.shape
-    constants = tile(samples, _capability(features.device))
+    constants = tile(samples, columns, _capability(features.device))
     rows, blocks = constants["ROWS"], constants["BLOCKS"]
     per_split = -(-columns // (PROGRAMS_PER_SM * _processors(features.device)))
     per_split = min(COLUMNS, -(-per_split // constants["BLOCK_P"]) * constants["BLOCK_P"])

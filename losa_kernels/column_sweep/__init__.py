@@ -140,7 +140,7 @@ def wanda_mask(
 
     Args:
         weight: (out, in) floating point; scores are taken in fp32 (fp64 for fp64).
-        input_norms: (in,) finite and non-negative, same device.
+        input_norms: (in,) finite and non-negative in the scores' dtype, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.
 
@@ -155,10 +155,7 @@ def wanda_mask(
         raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
     if input_norms.device != weight.device:
         raise ValueError(f"input_norms: expected on {weight.device} as weight, got {input_norms.device}")
-    if not all_finite(input_norms) or bool((input_norms < 0).any()):
-        raise ValueError("input_norms: expected finite values >= 0")
-    if not all_finite(weight):
-        raise ValueError("weight: expected finite values, got nan or inf")
+    # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
     run = dispatch.implementation("wanda_mask", weight.device)
     return run(weight, input_norms, sparsity, keep_n, m, mask)
 

@@ -1,7 +1,7 @@
 """The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/column_sweep.
 
-Per block: selection, one sweep of all rows, one product that brings the later columns up to date. Nothing is as large
-as the weight but the weight itself, which is swept in place.
+Per block: selection, one sweep of all rows, one product that brings later columns up to date: those of the block's
+panel, and at a panel's end, all errors of the panel together, those right of it. The weight is swept in place.
 """
 
 from __future__ import annotations
@@ -33,17 +33,23 @@ def column_sweep(
     block_size: int,
     mask: Tensor | None,
     update: Callable[[Tensor, Tensor, Tensor], None] = update_rest,
+    panel: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(swept weight (out, in), packed mask, loss (out,)) of an fp32 weight, which is given up: the result may be it."""
+    """(swept weight (out, in), packed mask, loss (out,)) of an fp32 weight, which is given up: the result may be it.
+
+    ``panel``: columns of a panel, rounded down to whole blocks, at least one.
+    """
     rows, columns = weight.shape
     work = weight.contiguous()
     mask = None if mask is None else mask.contiguous()
     kept = work.new_zeros(rows, packed_width(columns), dtype=torch.uint8)
     loss = work.new_zeros(rows)
-    space = work.new_empty(rows * min(block_size, columns))
+    panel = max(panel // block_size, 1) * block_size
+    space = work.new_empty(rows * min(panel, columns))
     starts = range(0, columns, block_size)
-    state, counts = None, []
+    scratch, state, counts = None, None, []
     if keep_n is None:
+        scratch = work.new_empty(rows * min(block_size, columns))
         state = work.new_zeros(STATE, dtype=torch.int32)
         widths = [min(block_size, columns - start) for start in starts]
         lost = [0] * len(widths)
@@ -53,12 +59,17 @@ def column_sweep(
     group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)
-        errors = space[: rows * (end - start)].view(rows, end - start)
+        first = start // panel * panel
+        last = min(first + panel, columns)
+        errors = space[: rows * (last - first)].view(rows, last - first)
+        own = errors[:, start - first : end - first]
         if state is not None:
-            torch.ops.losa.select_block(work, factor, start, end, counts[index], mask, errors, state)
-        torch.ops.losa.sweep_block(work, factor, start, end, group, prune, state, mask, kept, errors, loss)
-        if end < columns:
-            update(work[:, end:], errors, factor[start:end, end:])
+            torch.ops.losa.select_block(work, factor, start, end, counts[index], mask, scratch, state)
+        torch.ops.losa.sweep_block(work, factor, start, end, group, prune, state, mask, kept, own, loss)
+        if end < last:
+            update(work[:, end:last], own, factor[start:end, end:last])
+        elif end < columns:
+            update(work[:, end:], errors, factor[first:end, end:])
     return work, kept, loss
 
 
@@ -69,16 +80,17 @@ def wanda_mask(
     keep_n: int | None,
     m: int | None,
     mask: Tensor | None,
+    faults: Tensor | None = None,
 ) -> Tensor:
-    """Packed mask of an fp32, fp16 or bf16 weight by |W_ij| ||X_j||."""
+    """Packed mask of an fp32, fp16 or bf16 weight by |W_ij| ||X_j||; ``faults``: see the operator."""
     count, group = (prune_count(sparsity, weight.shape[1]), 0) if keep_n is None else (m - keep_n, m)
-    return torch.ops.losa.wanda_select(weight, input_norms.float(), count, group, mask)
+    return torch.ops.losa.wanda_select(weight, input_norms.float(), count, group, mask, faults)
 
 
 if native.missing("cpu") is None:
 
     @torch.library.register_fake("losa::wanda_select")
-    def _(weight, input_norms, count, m, mask):
+    def _(weight, input_norms, count, m, mask, faults=None):
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.uint8)
 
     @torch.library.register_fake("losa::pruned_per_block")

@@ -70,5 +70,7 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Packed mask by |W_ij| ||X_j||, the smallest pruned per row or group. fp64: the reference."""
-    run = reference.wanda_mask if weight.dtype not in blocks.NATIVE_WEIGHTS else blocks.wanda_mask
-    return run(weight, input_norms, sparsity, keep_n, m, mask)
+    if weight.dtype not in blocks.NATIVE_WEIGHTS:
+        return reference.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask)
+    reference.check_values(weight, input_norms)
+    return blocks.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask)

@@ -1,8 +1,8 @@
-"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and one product per column block.
+"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and a trailing product per column block.
 
-``LOSA_TRAILING=3xtf32`` runs that product on tensor cores, as three TF32 products of split operands; otherwise it is an
-fp32 product, whatever torch's global precision says. For N:M the blocks become one CUDA graph from the second call on
-(``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
+``LOSA_TRAILING=3xtf32`` runs those products on tensor cores, as three TF32 products of split operands; otherwise they
+are fp32 products, whatever torch's global precision says. For N:M the blocks become one CUDA graph from the second call
+on (``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from losa_kernels.column_sweep import blocks, reference
 from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
 
 WIDEST_BLOCK = 128  # columns that sweep_block takes
+# Columns whose errors reach what is right of them in one product: four times as deep as a block's, it moves the rest of
+# the weight a quarter as often.
+PANEL = 512
 GROUPS = (4, 8, 16)
 
 graphs = SweepGraphs(CudaCapture())
@@ -45,7 +48,7 @@ def column_sweep(
     update, precision = (update_rest_3xtf32, "tf32") if split == "3xtf32" else (blocks.update_rest, "ieee")
 
     def loop(weight: Tensor, factor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, update=update)
+        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, update=update, panel=PANEL)
 
     with matmul_precision(precision):
         if keep_n is None:
@@ -62,9 +65,12 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Packed mask by |W_ij| ||X_j||. The reference serves fp64 and groups other than 4, 8 and 16."""
-    native = weight.dtype in blocks.NATIVE_WEIGHTS and m in (None, *GROUPS)
-    run = blocks.wanda_mask if native else reference.wanda_mask
-    return run(weight, input_norms, sparsity, keep_n, m, mask)
+    if weight.dtype not in blocks.NATIVE_WEIGHTS or m not in (None, *GROUPS) or weight.numel() == 0:
+        return reference.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask)
+    faults = torch.zeros(1, dtype=torch.int32, device=weight.device)
+    packed = blocks.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask, faults)
+    reference.raise_faults(int(faults))
+    return packed
 
 
 def split_tf32(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from losa_kernels.bitmask import pack_mask, unpack_mask
 from losa_kernels.tensors import all_finite
 
 MAX_DAMPING = 1.0
+BAD_NORMS, BAD_WEIGHT = 1, 2  # faults of Wanda's arguments, as csrc/cuda/wanda.cu tells them
 
 
 class SingularHessianError(ValueError):
@@ -66,6 +67,23 @@ def smallest_of_groups(scores: Tensor, count: int) -> Tensor:
     return rank < count
 
 
+def raise_faults(faults: int) -> None:
+    """ValueError for the first of Wanda's arguments that has a fault."""
+    if faults & BAD_NORMS:
+        raise ValueError("input_norms: expected finite values >= 0")
+    if faults & BAD_WEIGHT:
+        raise ValueError("weight: expected finite values, got nan or inf")
+
+
+def check_values(weight: Tensor, input_norms: Tensor) -> None:
+    """ValueError unless the norms, as scores use them, are finite and >= 0 and the weight is finite."""
+    norms = input_norms.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if not all_finite(norms) or bool((norms < 0).any()):
+        raise_faults(BAD_NORMS)
+    if not all_finite(weight):
+        raise_faults(BAD_WEIGHT)
+
+
 def wanda_mask(
     weight: Tensor,
     input_norms: Tensor,
@@ -75,6 +93,7 @@ def wanda_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Score |W_ij| ||X_j||, smallest pruned per row; already pruned entries score below everything."""
+    check_values(weight, input_norms)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape
     scores = weight.to(wide, copy=True).abs_().mul_(input_norms.to(wide))

@@ -12,21 +12,23 @@
 namespace selection = losa::selection;
 namespace column_sweep = losa::column_sweep;
 
-// wanda ROWS COLUMNS COUNT M TYPE: weight, norms, mask (or no file) -> packed
+// wanda ROWS COLUMNS COUNT M TYPE: weight, norms, mask (or no file) -> packed, faults
 void wanda(const Driver& driver) {
   const int64_t rows = driver[0], columns = driver[1], m = driver[3];
   const auto weight = driver.read<uint8_t>("weight");
   const auto norms = driver.read<float>("norms");
   auto mask = driver.read<uint8_t>("mask");
   std::vector<uint8_t> packed(rows * losa::packed_width(columns), 0xa5);
+  std::vector<int> faults(1, 0);
   const selection::Wanda job{weight.data(), norms.data(), data_or_null(mask), rows, columns, static_cast<int>(driver[2]),
-                             packed.data()};
+                             packed.data(), faults.data(), columns % selection::kUnit == 0};
   switch (driver[4]) {
     case 0: selection::launch_wanda<selection::WeightType::kFloat>(job, m, nullptr); break;
     case 1: selection::launch_wanda<selection::WeightType::kHalf>(job, m, nullptr); break;
     default: selection::launch_wanda<selection::WeightType::kBFloat16>(job, m, nullptr);
   }
   driver.write("packed", packed);
+  driver.write("faults", faults);
 }
 
 // pruned ROWS COLUMNS BLOCK_SIZE: mask -> pruned
@@ -61,14 +63,16 @@ void prune(const Driver& driver) {
                                          start,
                                          static_cast<unsigned>(rows),
                                          static_cast<unsigned>(width),
-                                         static_cast<int>(counts.at(start / size))};
+                                         static_cast<int>(counts.at(start / size)),
+                                         columns % 4 == 0 && start % 4 == 0 && width % selection::kUnit == 0};
       selection::launch_select_block(block, keys.data(), state.data(), nullptr);
       for (std::size_t i = selection::kHistogram; i < state.size(); ++i) {
         if (state[i] != 0) std::abort();  // the next block needs them zero
       }
     }
-    std::vector<float> errors(rows * width, NAN);
-    const bool aligned = columns % 4 == 0 && start % 4 == 0;
+    const int64_t errors_stride = width + 4;
+    std::vector<float> errors(rows * errors_stride - 4, NAN);
+    const bool aligned = columns % 4 == 0 && start % 4 == 0 && width % 4 == 0;
     const column_sweep::Sweep job{weight.data() + start,
                                   columns,
                                   factor.data() + start * (columns + 1),
@@ -81,13 +85,14 @@ void prune(const Driver& driver) {
                                   kept.data() + start / 8,
                                   stride,
                                   errors.data(),
+                                  errors_stride,
                                   loss.data(),
                                   aligned};
     column_sweep::launch_sweep_block(job, m, nullptr);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = end; j < columns; ++j) {
         for (int64_t i = 0; i < width; ++i) {
-          weight[row * columns + j] -= errors[row * width + i] * factor[(start + i) * columns + j];
+          weight[row * columns + j] -= errors[row * errors_stride + i] * factor[(start + i) * columns + j];
         }
       }
     }
