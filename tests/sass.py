@@ -47,7 +47,7 @@ def paths(instructions: list[str], labels: dict[str, int], start: int, end: int,
 
     def following(at: int) -> list[int]:
         branch = re.match(r"(@!?U?P\w+\s+)?BRA\b.*(\.L_x_\d+)", instructions[at])
-        if not branch:
+        if not branch or "BRA.DIV" in instructions[at]:  # which is for warps that have come apart
             return [at + 1]
         return [labels[branch[2]], *([at + 1] if branch[1] else [])]
 
