@@ -60,7 +60,8 @@ inline void check_select_block(const Tensor& weight, const Tensor& factor, int64
   check_column_block(weight, factor, start, end, mask);
   const int64_t entries = weight.size(0) * (end - start);
   STD_TORCH_CHECK(0 <= count && count <= entries, "count: expected up to ", entries, ", got ", count);
-  STD_TORCH_CHECK(is_dense_float(scratch) && scratch.numel() >= entries, "scratch: expected a contiguous float tensor of ",
+  STD_TORCH_CHECK(is_dense_float(scratch) && scratch.numel() >= entries,
+                  "scratch: expected a contiguous float tensor of ",
                   entries, " elements");
   check_state(state, state_ints);
 }

@@ -1,4 +1,4 @@
-// SparseGPT's sweep of one column block on the CPU: panels of 16 rows, which are independent of each other, in parallel.
+// SparseGPT's sweep of one column block on the CPU: panels of 16 rows, independent of each other, in parallel.
 #include "cpu/column_sweep.h"
 
 #include <torch/csrc/stable/library.h>

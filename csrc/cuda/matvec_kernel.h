@@ -318,7 +318,6 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
       } else if (lot_row + stride + lane_of_rows < rows) {
         open.open(weight, all_values + next_slot * lot_windows + first_at);
       }
-      __syncwarp();
       float parts[kBatch];
       columns.multiply(words, permutations, parts);
       words += step * kWindowWords;

@@ -40,9 +40,11 @@ void pruned_per_block(const Driver& driver) {
   driver.write("pruned", pruned);
 }
 
-// prune ROWS COLUMNS BLOCK_SIZE M PRUNE: weight, factor, counts (of each block, for M = 0), mask -> weight, packed, loss
+// prune ROWS COLUMNS BLOCK_SIZE M PRUNE:
+// weight, factor, counts (of each block, for M = 0), mask -> weight, packed, loss
 void prune(const Driver& driver) {
-  const int64_t rows = driver[0], columns = driver[1], size = driver[2], m = driver[3], stride = losa::packed_width(columns);
+  const int64_t rows = driver[0], columns = driver[1], size = driver[2], m = driver[3];
+  const int64_t stride = losa::packed_width(columns);
   auto weight = driver.read<float>("weight");
   const auto factor = driver.read<float>("factor");
   const auto counts = driver.read<int64_t>("counts");
