@@ -83,13 +83,16 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     Raises:
         ModelError: adapters are left, or no linear has zeros enough.
     """
-    forget_decoder(model)
-    replaced, considered = 0, 0
-    for block in find_blocks(model)[1]:
-        for name, linear in find_linears(block).items():
-            if type(linear) is not nn.Linear:
+    blocks = [(block, list(find_linears(block))) for block in find_blocks(model)[1]]
+    for block, names in blocks:  # all of them before the first is replaced
+        for name in names:
+            if type(linear := block.get_submodule(name)) is not nn.Linear:
                 raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
-            considered += 1
+    forget_decoder(model)
+    replaced, considered = 0, sum(len(names) for _, names in blocks)
+    for block, names in blocks:
+        for name in names:
+            linear = block.get_submodule(name)
             if zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))

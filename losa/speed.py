@@ -42,14 +42,16 @@ def decode_speeds(
 
     Args:
         model: a pruned, merged model, dense or packed; left as it came.
-        tokens: new tokens per measurement.
+        tokens: new tokens per measurement, at least 2: the first comes with the prompt.
         repetitions: measurements of each; the median counts.
         only: names "LOOP, WEIGHTS" of what to measure; None measures all.
 
     Raises:
         ModelError: the model is not pruned.
-        LosaError: it is not of the kind that the lean loop computes.
+        LosaError: it is not of the kind that the lean loop computes, or fewer than 2 tokens are asked for.
     """
+    if tokens < 2:
+        raise LosaError(f"bench: tokens: expected at least 2, got {tokens}")
     dense = densify(copy.deepcopy(model))
     device = dense.get_input_embeddings().weight.device
     prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]

@@ -19,7 +19,7 @@ from losa.decoding import LeanDecoder, Unsupported
 from losa.errors import LosaError, ModelError, OutputError
 from losa.generation import choose, generate
 from losa.model import merge_model, sparsity_of
-from losa.modules import SparseLinear
+from losa.modules import MaskedLoRALinear, SparseLinear
 from losa.sparse import densify, pack_weight, sparsify
 from losa_kernels.packing import PackedBitmask, PackedNM
 from losa_kernels.packing.rows import join_rows, take_rows
@@ -117,6 +117,11 @@ def test_dense_and_wrapped_models_are_refused(merged):
     wrap(model)
     with pytest.raises(ModelError, match="merge_model first"):
         sparsify(model)
+    last = merged.model.layers[-1].mlp
+    last.down_proj = MaskedLoRALinear.from_linear(last.down_proj, rank=1)
+    with pytest.raises(ModelError, match="mlp.down_proj is a MaskedLoRALinear"):
+        sparsify(merged)
+    assert not any(isinstance(module, SparseLinear) for module in merged.modules())
 
 
 def test_state_dict_of_a_packed_layer_loads():
