@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         args.tokens, args.repetitions, args.text_tokens = 8, 1, 32
     if (args.random is None) == (args.directory is None):
         options.error("expected a directory or --random")
+    if args.tokens < 2:
+        options.error(f"--tokens: expected at least 2, got {args.tokens}")
     if args.random is not None:
         report("decode", _random_model.rows(args), args.json, args.device)
         return 0

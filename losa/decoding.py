@@ -47,6 +47,18 @@ class _Block:
     down: Callable[[Tensor], Tensor]
     scaling: float
 
+    def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
+        """x (..., hidden) -> queries, keys and values (..., heads, size), normed where the model norms them."""
+        heads = self.qkv(self.attention_norm(x)).view(*x.shape[:-1], queries + 2 * keys, -1)
+        if self.q_norm is None:
+            return heads
+        q, k, v = heads.split((queries, keys, keys), -2)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(self.activation(gate) * up)
+
 
 class LeanDecoder:
     """One sequence at a time through a decoder of the LLaMA kind.
@@ -179,17 +191,12 @@ class LeanDecoder:
         hidden = torch.arange(places, device=self.device) > position
         mask = torch.zeros(places, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
         for block, cache in zip(self.blocks, self.cache.flatten(1, 3), strict=True):
-            heads = block.qkv(block.attention_norm(x)).view(queries + 2 * keys, size)
-            if block.q_norm is not None:
-                q, k, v = heads.split((queries, keys, keys))
-                heads = torch.cat([block.q_norm(q), block.k_norm(k), v])
+            heads = block.heads(x, queries, keys)[0]
             heads = torch.addcmul(heads * cos, heads.roll(size // 2, -1), sin)
             cache.index_copy_(1, position, heads[queries:, None])
             k, v = cache[:keys, :places], cache[keys:, :places]
             attended = attend(heads[:queries].view(keys, -1, size), k, v, mask, block.scaling)
-            x = x + block.out(attended.view(1, -1))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
-            x = x + block.down(block.activation(gate) * up)
+            x = block.feed_forward(x + block.out(attended.view(1, -1)))
         return self.head(self.norm(x))[0]
 
     def _check_room(self, tokens: int) -> None:
@@ -203,9 +210,7 @@ class LeanDecoder:
         x = self.embeddings(ids[None])
         cos, sin = self.cos[start:stop], self.sin[start:stop]
         for block, cache in zip(self.blocks, self.cache, strict=True):
-            x = x + block.out(self._attention(block, block.attention_norm(x), cache, cos, sin, start, stop))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
-            x = x + block.down(block.activation(gate) * up)
+            x = block.feed_forward(x + block.out(self._attention(block, x, cache, cos, sin, start, stop)))
         self.length = stop
         return self.head(self.norm(x[0, -1:] if last else x[0]))
 
@@ -213,11 +218,7 @@ class LeanDecoder:
         self, block: _Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
     ) -> Tensor:
         tokens, queries, keys = x.shape[1], self.query_heads, self.key_heads
-        heads = block.qkv(x).view(1, tokens, queries + 2 * keys, self.head_dim)
-        if block.q_norm is not None:
-            q, k, v = heads.split((queries, keys, keys), 2)
-            heads = torch.cat([block.q_norm(q), block.k_norm(k), v], 2)
-        heads = heads.transpose(1, 2)
+        heads = block.heads(x, queries, keys).transpose(1, 2)
         turned = heads[:, : queries + keys]
         turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
         cache[0, :, :, start:stop] = turned[:, queries:]

@@ -65,6 +65,7 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
     return {name: {arch: row[arch] for arch in ARCHS if arch in row} for name, row in sorted(found.items())}
 
 
+@cache
 def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
     """Kernel of sparse_linear.cu -> its code on sm_90a, see sass.py."""
     (source,) = (path for path in SOURCES if path.stem == "sparse_linear")

@@ -291,6 +291,12 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
   if (lot_row + lane_of_rows < rows) open.open(weight, all_values + first_at);
 
   int slot = 0, lot = 0;
+  // Those of the lot before, which is complete behind a barrier.
+  const auto finish = [&](int thread) {
+    if (lot == 0) return;
+    const float* const sums = all_sums + (lot + 1) % 2 * lot_windows * kBatch * kParts;
+    store_sums<kValue, kBatch>(task, shape, sums, lot_row - stride, thread);
+  };
 #pragma unroll 1
   for (; lot_row < rows; lot_row += stride, ++lot) {
     const int next_slot = slot == 2 ? 0 : slot + 1;
@@ -298,12 +304,7 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
     ask();
     __syncthreads();
     float* const sums = all_sums + lot % 2 * lot_windows * kBatch * kParts;
-    if (lot > 0) {
-      const float* const before = all_sums + (lot + 1) % 2 * lot_windows * kBatch * kParts;
-      // The warps take turns at this, too.
-      const int thread = (warp + lot) % shape.warps() * 32 + static_cast<int>(threadIdx.x % 32);
-      store_sums<kValue, kBatch>(task, shape, before, lot_row - stride, thread);
-    }
+    finish((warp + lot) % shape.warps() * 32 + static_cast<int>(threadIdx.x % 32));  // the warps take turns
     const Word* words = all_words + (slot * lot_windows + first_at) * kWindowWords;
     const Values* values = all_values + slot * lot_windows + first_at;
     float* sum = sums + first_at * kBatch * kParts + part;
@@ -331,10 +332,7 @@ __global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) 
     slot = next_slot;
   }
   __syncthreads();
-  if (lot > 0) {
-    const float* const last = all_sums + (lot + 1) % 2 * lot_windows * kBatch * kParts;
-    store_sums<kValue, kBatch>(task, shape, last, lot_row - stride, static_cast<int>(threadIdx.x));
-  }
+  finish(static_cast<int>(threadIdx.x));
 }
 
 }  // namespace losa::sparse_linear

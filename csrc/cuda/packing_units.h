@@ -195,12 +195,7 @@ struct Places {
     const int lane = threadIdx.x % 32;
     const unsigned counts = bytes_counts(bits);
     const unsigned shifted = __shfl_up_sync(kAllLanes, counts, 1);
-    before = lane == 0 ? 0 : shifted;
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const unsigned from = __shfl_up_sync(kAllLanes, before, delta);
-      if (lane >= delta) before += from;
-    }
+    before = inclusive_sum(lane == 0 ? 0u : shifted);
     ends = __shfl_sync(kAllLanes, before, 31);
     tails = __shfl_sync(kAllLanes, counts, 31);
   }

@@ -4,6 +4,7 @@
 
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/packed_rows.h"
 
 namespace losa::selection {
 
@@ -38,12 +39,7 @@ struct Bin {
 // Sum over the block of one value a thread, before this thread. Ends with a barrier.
 __device__ __forceinline__ int exclusive_sum(int value, int* warp_sums, int* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const int from = __shfl_up_sync(0xffffffffu, sum, delta);
-    if (lane >= delta) sum += from;
-  }
+  const int sum = inclusive_sum(value);
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
   int before = 0, all = 0;
@@ -73,17 +69,22 @@ __device__ __forceinline__ Bin find_bin(const int (&counts)[kOwn], int k, int* w
   return *found;
 }
 
+// Four neighbours, loaded in one access, to where they go one by one.
+template <class Four, class T>
+__device__ __forceinline__ void spread(Four four, T* values) {
+  values[0] = four.x;
+  values[1] = four.y;
+  values[2] = four.z;
+  values[3] = four.w;
+}
+
 // This thread's bins of a histogram in shared memory, which is complete; zero afterwards.
 template <int kOwn>
 __device__ __forceinline__ void take_bins(int* histogram, int (&counts)[kOwn]) {
   auto* fours = reinterpret_cast<int4*>(histogram + threadIdx.x * kOwn);
 #pragma unroll
   for (int q = 0; q < kOwn / 4; ++q) {
-    const int4 four = fours[q];
-    counts[4 * q] = four.x;
-    counts[4 * q + 1] = four.y;
-    counts[4 * q + 2] = four.z;
-    counts[4 * q + 3] = four.w;
+    spread(fours[q], counts + 4 * q);
     fours[q] = make_int4(0, 0, 0, 0);
   }
 }
@@ -93,13 +94,7 @@ template <class Four, class T>
 __device__ __forceinline__ void load_unit(const T* place, int left, bool aligned, T rest, T (&values)[kUnit]) {
   if (aligned) {
 #pragma unroll
-    for (int q = 0; q < kUnit / 4; ++q) {
-      const Four four = reinterpret_cast<const Four*>(place)[q];
-      values[4 * q] = four.x;
-      values[4 * q + 1] = four.y;
-      values[4 * q + 2] = four.z;
-      values[4 * q + 3] = four.w;
-    }
+    for (int q = 0; q < kUnit / 4; ++q) spread(reinterpret_cast<const Four*>(place)[q], values + 4 * q);
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) values[i] = i < left ? place[i] : rest;

@@ -116,11 +116,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(ColumnBlock block, int*
   auto* fours = reinterpret_cast<int4*>(state + kHistogram + threadIdx.x * kOwn);
 #pragma unroll
   for (int q = 0; q < kOwn / 4; ++q) {
-    const int4 four = __ldcg(fours + q);
-    counts[4 * q] = four.x;
-    counts[4 * q + 1] = four.y;
-    counts[4 * q + 2] = four.z;
-    counts[4 * q + 3] = four.w;
+    spread(__ldcg(fours + q), counts + 4 * q);
     fours[q] = make_int4(0, 0, 0, 0);
   }
   const int k = kPass == 0 ? block.count - __ldcg(state + kLost) : __ldcg(state + kRoom);

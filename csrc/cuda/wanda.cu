@@ -58,13 +58,7 @@ struct Unit {
     const auto* from = static_cast<const Element*>(weight) + place;
     if (aligned) {
 #pragma unroll
-      for (int q = 0; q < kWords / 4; ++q) {
-        const uint4 four = reinterpret_cast<const uint4*>(from)[q];
-        words[4 * q] = four.x;
-        words[4 * q + 1] = four.y;
-        words[4 * q + 2] = four.z;
-        words[4 * q + 3] = four.w;
-      }
+      for (int q = 0; q < kWords / 4; ++q) spread(reinterpret_cast<const uint4*>(from)[q], words + 4 * q);
     } else {
       constexpr int kPerWord = kUnit / kWords;
 #pragma unroll
