@@ -82,7 +82,6 @@ class LeanDecoder:
 
     def __init__(self, model: nn.Module, max_length: int):
         self.config = model.config
-        longest_served(self.config)
         try:
             decoder = model.get_decoder()
             self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
