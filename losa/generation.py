@@ -215,7 +215,9 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probability = probability.where(finite, 1 / len(logits))
     if top_p < 1:
         ordered, order = probability.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        before = ordered.cumsum(-1) - ordered
+        before[0] = -1  # the first stays, however small top_p is
+        ordered.masked_fill_(before >= top_p, 0)
         token = order[torch.multinomial(ordered, 1, generator=generator)]
     else:
         token = torch.multinomial(probability, 1, generator=generator)
