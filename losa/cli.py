@@ -108,14 +108,18 @@ def parse_settings(settings: list[str]) -> dict:
 
 def _load(path: Path, settings: list[str] | None, data: Path | None = None, output: Path | None = None) -> Recipe:
     """The recipe with the command line's changes: --output and --data go before --set."""
-    from losa.recipe import override, parse_recipe, read_settings
+    from losa.recipe import output_path, override, parse_recipe, read_settings
 
     recipe, overrides = read_settings(path), parse_settings(settings or [])
     if output is not None:
         recipe["output"] = str(output)
     target = overrides.get("output", recipe.get("output"))
     if data is not None and target:
-        override(recipe, _own_text(recipe | overrides, data, Path(str(target)).expanduser()))
+        try:
+            place = output_path(Path(str(target)))
+        except ValueError as error:
+            raise RecipeError(f"output: {error}") from error
+        override(recipe, _own_text(recipe | overrides, data, place))
     return parse_recipe(override(recipe, overrides), where=str(path))
 
 

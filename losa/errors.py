@@ -41,4 +41,5 @@ def shown(value) -> str:
     short.maxstring = short.maxother = 80
     short.maxlist = short.maxtuple = short.maxdict = short.maxset = 8
     short.maxlevel = 4
-    return short.repr(value)
+    text = short.repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
