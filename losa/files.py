@@ -100,6 +100,8 @@ def check_output(final: Path, overwrite: bool, force: bool = False) -> None:
 
 
 def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None:
+    with suppress(FileNotFoundError):
+        os.stat(_beside(place, "partial"))  # the longest name that will be needed
     recover(place)
     if not place.exists():
         return

@@ -55,6 +55,7 @@ def pack_directory(
     dtype: torch.dtype | None = None,
     min_sparsity: float = MIN_SPARSITY,
     overwrite: bool = False,
+    force: bool = False,
 ) -> PackReport:
     """Write the checkpoint in ``source`` (a Hugging Face directory of safetensors, merged) in packed form.
 
@@ -77,7 +78,7 @@ def pack_directory(
     pack = partial(pack_weight, format=format) if ours else compressed.packer(format)
     parts = packed_parts(source, pack, dtype, min_sparsity)
     count = left = before = after = 0
-    with staged_directory(output, overwrite) as staged:
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
         state_dtype(staged, dtype)
         for part, written in _write(staged, parts) if ours else compressed.write(staged, format, parts):
@@ -103,7 +104,7 @@ def _write(directory: Path, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]
     write_json(directory / MANIFEST, manifest)
 
 
-def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> None:
+def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, force: bool = False) -> None:
     """The dense Hugging Face directory again, every tensor to the bit as it was packed (but for the sign of zeros).
 
     Raises:
@@ -112,7 +113,7 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> 
     """
     source = Path(source)
     parts = _parts(source)
-    with staged_directory(output, overwrite) as staged:
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged, leave=(MANIFEST,))
         compressed.forget(staged)
         shards = Shards(staged)

@@ -17,6 +17,7 @@ from torch import nn
 
 import losa
 import losa_kernels
+from losa.calibration import BlockStream
 from losa.checkpoint import check_saved, load_result, save_result
 from losa.data import calibration_tokens, evaluation_tokens, training_sequences
 from losa.distributed import check_agreement, on_main, start_processes
@@ -103,6 +104,10 @@ def _run(
     if resume:
         on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
     name, blocks = find_blocks(model)
+    # A model that calibration cannot take block by block is refused here, before any work.
+    BlockStream(
+        model, blocks, inputs.calibration[: recipe.calibration.batch_size], recipe.calibration.batch_size, name=name
+    )
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,

@@ -47,13 +47,14 @@ class Workspace:
         Raises:
             OutputError: another process has it; says which. Or the file cannot be written.
         """
-        place = self.output.resolve()
-        path = place.with_name(f".{place.name}.lock")
         try:
+            place = self.output.resolve()
+            path = place.with_name(f".{place.name}.lock")
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _lock(path, self.output)
-        except OSError as error:
-            raise OutputError(f"output {self.output}: cannot write in {path.parent} ({reason(error)})") from error
+        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no name
+            message = f"output {self.output}: cannot write in {self.output.parent} ({reason(error)})"
+            raise OutputError(message) from error
         try:
             if descriptor is not None:
                 with writing(path):
