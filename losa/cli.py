@@ -229,11 +229,11 @@ def evaluate(
     from losa.data import evaluation_tokens
     from losa.evaluate import evaluate_tasks, perplexity
     from losa.files import write_json
-    from losa.loading import load_model
     from losa.model import sparsity_of
+    from losa.packed import load_any
     from losa.recipe import DataSource
 
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_any(model, dtype=dtype, device=device)
     zeros, prunable = sparsity_of(loaded)
     numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
     typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
