@@ -264,8 +264,9 @@ def inspect(
 
     from losa import report
     from losa.figures import write_figures
+    from losa.inspection import inspect_directory
 
-    found = report.inspect_directory(directory)
+    found = inspect_directory(directory)
     console = Console()
     report.show_table(report.zeros_table(found), console)
     if found.record is not None:

@@ -100,7 +100,7 @@ def pack_directory(
         state_dtype(staged, dtype)
         while True:
             report = _written(_write(staged, parts) if ours else compressed.write(staged, format, parts))
-            model = _load_weights(staged, _contents(staged), torch.device("cpu"))
+            model = _load_weights(staged, open_packed(staged), torch.device("cpu"))
             read = _try(model, staged) - leave
             if not read:
                 break
@@ -163,7 +163,7 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> 
         OutputError: as for ``pack_directory``.
     """
     source = Path(source)
-    contents = _contents(source)
+    contents = open_packed(source)
     with staged_directory(output, overwrite) as staged:
         copy_other_files(source, staged, leave=(MANIFEST,))
         compressed.forget(staged)
@@ -195,7 +195,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     from transformers import AutoTokenizer, GenerationConfig
 
     directory = Path(directory)
-    contents = _contents(directory)
+    contents = open_packed(directory)
     # First, since what reading a vocabulary takes for a moment is then not taken beside all weights.
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -327,7 +327,8 @@ def _replace(model: nn.Module, where: str, target: str, packed: Packed) -> None:
     model.set_submodule(module, sparse)
 
 
-def _contents(directory: Path) -> Contents:
+def open_packed(directory: Path) -> Contents:
+    """What a packed directory holds; its parts are read one after the other. Raises ModelError as ``load``."""
     if (directory / MANIFEST).is_file():
         return _read(directory, read_manifest(directory))
     if compressed.is_compressed(directory):

@@ -75,8 +75,9 @@ def packed_parts(
         ModelError: not a Hugging Face directory of safetensors; its tensors are not those of the model; one is not
             finite; or (at the end) no linear was packed.
     """
-    model, naming = checked_names(source)
+    model = skeleton(source)
     prefix, blocks = find_blocks(model)
+    naming = check_names(source, model)
     linears = block_linears(model).keys() - leave
 
     def parts() -> Iterator[Part]:
@@ -143,13 +144,12 @@ def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None
     return rounded
 
 
-def checked_names(directory: Path) -> tuple[nn.Module, Naming]:
-    """The model that config.json describes, on meta, and where the directory's tensors go in it.
+def check_names(directory: Path, model: nn.Module) -> Naming:
+    """Where the directory's tensors go in ``model``, of ``skeleton``.
 
     Raises:
         ModelError: names the directory and the first tensor that is missing or does not fit.
     """
-    model = skeleton(directory)
     with checkpoint_tensors(directory) as files:
         stored = files.stored
     try:
@@ -162,7 +162,7 @@ def checked_names(directory: Path) -> tuple[nn.Module, Naming]:
         index = block_index(target, prefix)
         if index is not None and index >= len(blocks) and not naming.ignored(target):
             raise ModelError(f"{directory}: {shown(name)}: config.json says that there are {len(blocks)} blocks")
-    return model, naming
+    return naming
 
 
 def block_index(name: str, prefix: str) -> int | None:
