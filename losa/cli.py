@@ -201,11 +201,11 @@ def evaluate(
     from losa.data import evaluation_tokens
     from losa.evaluate import evaluate_tasks, perplexity
     from losa.files import write_json
-    from losa.loading import load_model
     from losa.model import sparsity_of
+    from losa.packed import load_any
     from losa.recipe import DataSource
 
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_any(model, dtype=dtype, device=device)
     zeros, prunable = sparsity_of(loaded)
     numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
     typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
@@ -236,8 +236,9 @@ def inspect(
 
     from losa import report
     from losa.figures import write_figures
+    from losa.inspection import inspect_directory
 
-    found = report.inspect_directory(directory)
+    found = inspect_directory(directory)
     console = Console()
     report.show_table(report.zeros_table(found), console)
     if found.record is not None:

@@ -126,19 +126,14 @@ def bench(
 
 def _load(directory: Path, dtype: str, device: str, dense: bool):
     """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
-    from losa.loading import load_model, torch_device
-    from losa.packed import is_packed, load
-    from losa.sparse import densify, sparsify
+    from losa.packed import is_packed, load_any
+    from losa.sparse import sparsify
 
-    wanted = _dtype(dtype)
-    if is_packed(directory):
-        model, tokenizer = load(directory, torch_device(device))
-        if dense:
-            densify(model)
-        return model if wanted is None else model.to(wanted), tokenizer
-    model, tokenizer = load_model(str(directory), dtype=dtype, device=device)
+    model, tokenizer = load_any(directory, dtype, device, dense=dense)
+    if dense or is_packed(directory):
+        return model, tokenizer
     try:
-        return model if dense else sparsify(model), tokenizer
+        return sparsify(model), tokenizer
     except ModelError as error:
         raise ModelError(f"{error} (--dense runs it as it is)") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from losa.errors import ModelError, RecipeError
-from losa.loading import explain_failure, locate_model
+from losa.loading import explain_failure, locate_model, refuse_other_kinds
 from losa.loss import CHUNK_BYTES
 from losa.model import find_blocks, find_linears
 from losa.pruners import get_pruner
@@ -342,9 +342,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"device: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise RecipeError("device: expected auto, cpu, cuda or another kind that computes, got 'meta'")
+    return device
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -359,6 +362,7 @@ def _skeleton(recipe: Recipe) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, gguf_file = locate_model(recipe.model, recipe.gguf_file)
+    refuse_other_kinds(recipe.model, source, gguf_file)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code, **extra)
