@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from losa import cli_sparse
+from losa.cli_errors import DEBUG, Commands, debugging, set_up_messages
 from losa.errors import LosaError, RecipeError
 
 if TYPE_CHECKING:
     from losa.recipe import Recipe
 
-DEBUG = "LOSA_DEBUG"
-MEMORY_HINT = (
-    "lower train.batch_size or train.length, or set train.activation_checkpointing: true; "
-    "`losa plan` shows where memory goes"
-)
-
-
-class _Commands(TyperGroup):
-    """Turns what a user can act on into one message on stderr: errors of losa's own (exit code 1) and Ctrl-C (130)."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            resume = "; --resume goes on after the last finished round" if ctx.invoked_subcommand == "run" else ""
-            typer.echo(f"losa: interrupted{resume}", err=True)
-            raise typer.Exit(130) from error
-        except Exception as error:
-            # By name: torch is not to be imported for this.
-            out_of_memory = type(error).__name__ == "OutOfMemoryError"
-            if not (isinstance(error, LosaError) or out_of_memory) or _debugging(ctx.params["debug"]):
-                raise
-            message = f"out of GPU memory; {MEMORY_HINT}" if out_of_memory else str(error)
-            typer.echo(f"losa: {message}", err=True)
-            raise typer.Exit(1) from error
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Prune a language model round by round while LoRA fine-tunes it under the same mask.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -56,10 +28,6 @@ app = typer.Typer(
 def main() -> None:
     """Console entry point."""
     app(prog_name="losa")
-
-
-def _debugging(option: bool) -> bool:
-    return option or os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def _version(value: bool) -> None:
@@ -82,10 +50,7 @@ def _options(
     if not sys.stderr.isatty():
         # Progress bars, our libraries' too, are for terminals: log files would get a line each time they move.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    if _debugging(debug):
-        for name in ("losa", "losa_kernels"):
-            logging.getLogger(name).setLevel(logging.INFO)
+    set_up_messages(debugging(debug))
 
 
 def parse_settings(settings: list[str]) -> dict:
@@ -148,7 +113,11 @@ Settings = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; drop unfinished work.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
 
 
 @app.command()
@@ -164,14 +133,15 @@ def run(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="In place of the recipe's output directory.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
     loaded = _load(recipe, set_, data, output)
     from losa.run import run_recipe
 
-    run_recipe(loaded, resume=resume, overwrite=overwrite)
+    run_recipe(loaded, resume=resume, overwrite=overwrite, force=force)
 
 
 @app.command()
@@ -189,7 +159,9 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 0,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Prune at once, without training."""
     from losa.recipe import parse_recipe
@@ -209,7 +181,7 @@ def prune(
     recipe = parse_recipe(settings, where="prune")
     from losa.run import run_recipe
 
-    run_recipe(recipe, overwrite=overwrite)
+    run_recipe(recipe, resume=resume, overwrite=overwrite, force=force)
 
 
 @app.command("eval")
@@ -233,11 +205,11 @@ def evaluate(
     from losa.data import evaluation_tokens
     from losa.evaluate import evaluate_tasks, perplexity
     from losa.files import write_json
-    from losa.loading import load_model
     from losa.model import sparsity_of
+    from losa.packed import load_any
     from losa.recipe import DataSource
 
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_any(model, dtype=dtype, device=device)
     zeros, prunable = sparsity_of(loaded)
     numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
     typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
@@ -268,8 +240,9 @@ def inspect(
 
     from losa import report
     from losa.figures import write_figures
+    from losa.inspection import inspect_directory
 
-    found = report.inspect_directory(directory)
+    found = inspect_directory(directory)
     console = Console()
     report.show_table(report.zeros_table(found), console)
     if found.record is not None:

@@ -137,7 +137,8 @@ class Engine:
         return record
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
-        return BlockStream(self.model, self.blocks, input_ids, self.calibration.batch_size, calls=self._calls)
+        batch_size = self.calibration.batch_size
+        return BlockStream(self.model, self.blocks, input_ids, batch_size, calls=self._calls, name=self.name)
 
     def _patterns(self, plan: RoundPlan, record: RoundRecord) -> list[Pattern]:
         """What each block keeps in this round."""
