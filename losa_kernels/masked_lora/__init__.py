@@ -48,7 +48,7 @@ def masked_lora_linear(
             backward pass replays the dropout mask from a seed drawn here from torch's default generator.
 
     Returns:
-        (..., out) in x's dtype, contiguous.
+        (..., out) in x's dtype, contiguous; it may be changed in place.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; names the argument.
@@ -149,7 +149,9 @@ def _forward(
     seed: Tensor | None,
 ) -> Tensor:
     number = 0 if seed is None else int(seed)
-    return _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
+    y = _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
+    # Autograd forbids changing in place what a Function returns as a view; decoder blocks do change outputs in place.
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def _backward(
