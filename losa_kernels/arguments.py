@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST = 2**63 - 1  # what native code and torch's sizes hold
+LARGEST = 2**62  # so that what is rounded up to bytes, groups and blocks stays within int64
 
 
 def integer(name: str, value: object) -> int:
-    """``value`` as an int: Python's, NumPy's or torch's symbolic one, within int64; a bool is none."""
+    """``value`` as an int: Python's, NumPy's or torch's symbolic one; a bool is none."""
     if isinstance(value, torch.SymInt):
         return value
     if type(value) is not int:
@@ -21,7 +21,7 @@ def integer(name: str, value: object) -> int:
             raise ValueError(f"{name}: expected an integer, got {_told(value)}")
         value = operator.index(value)
     if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{name}: expected an integer of 64 bits, got {_told(value)}")
+        raise ValueError(f"{name}: expected an integer of at most 62 bits, got {_told(value)}")
     return value
 
 
@@ -29,9 +29,10 @@ def number(name: str, value: object) -> float:
     """``value`` as a float: any real number that is no bool, or a tensor of one element."""
     if type(value) is float:
         return value
-    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta
-    if not one and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
-        raise ValueError(f"{name}: expected a number, got {_told(value)}")
+    if type(value) is not int:
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta
+        if not one and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
+            raise ValueError(f"{name}: expected a number, got {_told(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -45,6 +46,30 @@ def tensor(name: str, value: object) -> Tensor:
     if value.layout != torch.strided:
         raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
     return value
+
+
+def with_data(name: str, value: Tensor) -> Tensor:
+    """``value``, which is not on meta: the op looks at its elements."""
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with data, got one on meta")
+    return value
+
+
+def written_to(name: str, value: Tensor) -> Tensor:
+    """``value``, whose elements each have a place of their own."""
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"{name}: expected memory for every element, got strides {value.stride()}")
+    return value
+
+
+def pattern(keep_n: object, m: object, columns: int) -> tuple[int, int]:
+    """keep_n and m as plain ints, for rows of so many columns."""
+    keep_n, m = integer("keep_n", keep_n), integer("m", m)
+    if not 0 < keep_n <= m:
+        raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
+    if columns % m:
+        raise ValueError(f"m: expected a divisor of in_features {columns}, got {m}")
+    return keep_n, m
 
 
 def _told(value: object) -> str:

@@ -118,7 +118,7 @@ class PackedNM(Packed):
 
     def _check_fields(self) -> None:
         rows, columns = self.shape
-        keep_n, m = checks.pattern(self.keep_n, self.m, columns)
+        keep_n, m = arguments.pattern(self.keep_n, self.m, columns)
         object.__setattr__(self, "keep_n", keep_n)
         object.__setattr__(self, "m", m)
         checks.field("values", self.values, None, (rows, columns // m * keep_n))
@@ -186,7 +186,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
         ValueError: in is no multiple of m, or a group keeps more than keep_n.
     """
     _check(weight, mask)
-    keep_n, m = checks.pattern(keep_n, m, weight.shape[1])
+    keep_n, m = arguments.pattern(keep_n, m, weight.shape[1])
     _check_groups(weight, mask, keep_n, m)
     values, stored = _run("pack_nm", weight)(weight.detach(), mask, keep_n, m)
     return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
@@ -210,6 +210,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
 
 
 def _check(weight: Tensor, mask: Tensor) -> None:
+    arguments.with_data("weight", arguments.tensor("weight", weight))
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
     check_packed(mask, weight)

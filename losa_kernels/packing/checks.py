@@ -21,16 +21,6 @@ def shape(value: object) -> tuple[int, int]:
     return rows, columns
 
 
-def pattern(keep_n: object, m: object, columns: int) -> tuple[int, int]:
-    """keep_n and m as plain ints."""
-    keep_n, m = arguments.integer("keep_n", keep_n), arguments.integer("m", m)
-    if not 0 < keep_n <= m:
-        raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
-    if columns % m:
-        raise ValueError(f"m: expected a divisor of in_features {columns}, got {m}")
-    return keep_n, m
-
-
 def field(
     name: str, value: object, dtype: torch.dtype | None, size: tuple[int, ...], device: torch.device | None = None
 ) -> None:
