@@ -195,31 +195,48 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     task_path: Annotated[list[Path] | None, typer.Option(help="Directory with task files of your own.")] = None,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin each window with the beginning-of-text token: for models that need it (Gemma). Papers do not.",
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity."""
+    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity where it is told
+    (blocks of nn.Linear)."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
     from losa.data import evaluation_tokens
-    from losa.evaluate import evaluate_tasks, perplexity
+    from losa.evaluate import evaluate_tasks, perplexity, warn_of_missing_start, window_start
     from losa.files import write_json
-    from losa.model import sparsity_of
     from losa.packed import load_any
-    from losa.recipe import DataSource
+    from losa.recipe import data_source
 
+    source = None if data is None else data_source(data, where="eval --data", subset=subset, split=split)
     loaded, tokenizer = load_any(model, dtype=dtype, device=device)
-    zeros, prunable = sparsity_of(loaded)
-    numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
-    typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
-    if data is not None:
-        source = DataSource(path=data, subset=subset, split=split)
-        found = perplexity(
-            loaded, evaluation_tokens(source, tokenizer), length, batch_size, max_windows, progress=sys.stderr.isatty()
-        )
-        numbers["perplexity"] = vars(found) | {"data": source.model_dump()}
-        protocol = f"{found.windows} non-overlapping windows of {length} tokens, {found.tokens:,} in all"
+    zeros, prunable, reason = _count_zeros(loaded)
+    share = None if reason else zeros / prunable
+    numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": share}
+    if reason:
+        typer.echo(f"{model}: sparsity: not counted: {reason}")
+    else:
+        typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({share:.2%})")
+    if source is not None:
+        tokens = evaluation_tokens(source, tokenizer)
+        start = window_start(tokenizer, "--bos") if bos else None
+        progress = sys.stderr.isatty()
+        found = perplexity(loaded, tokens, length, batch_size, max_windows, progress=progress, bos=start)
+        if start is None:
+            warn_of_missing_start(loaded, tokenizer, tokens, length)
+        if max_windows is not None and found.windows < max_windows:
+            typer.echo(f"losa: --max-windows: {max_windows}, but the text has {found.windows}", err=True)
+        numbers["perplexity"] = vars(found) | {"data": source.model_dump(), "bos_per_window": bos}
+        begun = " that begin with the beginning-of-text token" if bos else ""
+        protocol = f"{found.windows} non-overlapping windows of {length} tokens{begun}, {found.tokens:,} in all"
         typer.echo(f"perplexity {found.value:.3f} on {data} ({protocol})")
     if tasks is not None:
         names = [name for task in tasks.split(",") if (name := task.strip())]
@@ -228,6 +245,18 @@ def evaluate(
             typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if json_file is not None:
         write_json(json_file, numbers)
+
+
+def _count_zeros(model) -> tuple[int | None, int | None, str]:
+    """(zeros, prunable weights, ""), or (None, None, the reason why a model's zeros cannot be counted)."""
+    from losa.errors import ModelError
+    from losa.model import sparsity_of
+
+    try:
+        zeros, prunable = sparsity_of(model)
+    except ModelError as error:
+        return None, None, str(error).removeprefix("model: ")
+    return (zeros, prunable, "") if prunable else (None, None, "no linear of its blocks can be pruned")
 
 
 @app.command()

@@ -129,8 +129,9 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # A number that comes back: tensors on meta have none.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
     return torch.device(device)
 

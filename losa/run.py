@@ -21,9 +21,10 @@ from losa.calibration import BlockStream
 from losa.checkpoint import check_saved, load_result, save_result
 from losa.data import calibration_tokens, evaluation_tokens, training_sequences
 from losa.distributed import check_agreement, on_main, start_processes
-from losa.evaluate import perplexity
+from losa.evaluate import evaluation_windows, perplexity, warn_of_missing_start, window_start
 from losa.export import export_model, mask_records
 from losa.fingerprint import CALIBRATION, EVALUATION, TRAINING, WEIGHTS, model_digest, tensor_digest
+from losa.limits import check_inputs
 from losa.loading import load_model
 from losa.methods import Inputs, MethodRun, Outcome
 from losa.model import block_linears, find_blocks, sparsity_of
@@ -97,7 +98,7 @@ def _run(
             device=str(process.device) if recipe.device == "auto" and process.num_processes > 1 else recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        inputs, evaluation = _inputs(recipe, tokenizer)
+        inputs, evaluation = _inputs(recipe, model, tokenizer)
         inputs.fingerprint[WEIGHTS] = model_digest(model)
     for what, digest in inputs.fingerprint.items():
         check_agreement(what, digest)
@@ -173,7 +174,7 @@ def _seed_everything(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _inputs(recipe: Recipe, tokenizer) -> tuple[Inputs, dict | None]:
+def _inputs(recipe: Recipe, model, tokenizer) -> tuple[Inputs, dict | None]:
     c, t, e = recipe.calibration, recipe.train, recipe.evaluate
     calibration = calibration_tokens(c.data, tokenizer, c.samples, c.length, recipe.seed)
     training = None
@@ -183,16 +184,22 @@ def _inputs(recipe: Recipe, tokenizer) -> tuple[Inputs, dict | None]:
     if training is not None:
         fingerprint[TRAINING] = tensor_digest(training.input_ids, training.labels)
     if e is None:
+        check_inputs(model, recipe, calibration, training, None)
         return Inputs(calibration, training, lambda model: None, fingerprint), None
     tokens = evaluation_tokens(e.data, tokenizer)
     fingerprint[EVALUATION] = tensor_digest(tokens)
-    windows = len(tokens) // e.length
-    if e.max_windows is not None:
-        windows = min(windows, e.max_windows)
-    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": windows, "tokens": windows * e.length}
+    bos = window_start(tokenizer, "evaluate.bos_per_window") if e.bos_per_window else None
+    windows = evaluation_windows(tokens, e.length, e.max_windows, bos)
+    check_inputs(model, recipe, calibration, training, windows)
+    if bos is None:
+        warn_of_missing_start(model, tokenizer, tokens, e.length)
+    text = len(windows) * (e.length - (bos is not None))
+    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": len(windows), "tokens": text}
+    if bos is not None:
+        protocol["bos_per_window"] = True
 
     def evaluate(model: nn.Module) -> float:
-        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows).value
+        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows, bos=bos).value
 
     return Inputs(calibration, training, evaluate, fingerprint), protocol
 
