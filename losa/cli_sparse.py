@@ -12,7 +12,8 @@ from losa.errors import LosaError, ModelError
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 
@@ -37,22 +38,23 @@ def pack(
     ] = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Store a pruned checkpoint without its zeros; losa.load and the commands here read it."""
     from losa.packed import pack_directory
 
-    done = pack_directory(directory, output, format=format, dtype=_dtype(dtype), overwrite=overwrite)
+    done = pack_directory(directory, output, format=format, dtype=_dtype(dtype), overwrite=overwrite, force=force)
     typer.echo(
         f"{output}: {done.packed} linears packed, {done.dense} left dense; "
         f"{done.packed_bytes:,} bytes of {done.dense_bytes:,} ({done.packed_bytes / done.dense_bytes:.2f})"
     )
 
 
-def unpack(directory: Directory, output: Output, overwrite: Overwrite = False) -> None:
+def unpack(directory: Directory, output: Output, overwrite: Overwrite = False, force: Force = False) -> None:
     """The ordinary, dense checkpoint of a packed one."""
     from losa.packed import unpack_directory
 
-    unpack_directory(directory, output, overwrite=overwrite)
+    unpack_directory(directory, output, overwrite=overwrite, force=force)
     typer.echo(f"wrote {output}")
 
 
@@ -137,19 +139,14 @@ def bench(
 
 def _load(directory: Path, dtype: str, device: str, dense: bool):
     """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
-    from losa.loading import load_model, torch_device
-    from losa.packed import is_packed, load
-    from losa.sparse import densify, sparsify
+    from losa.packed import is_packed, load_any
+    from losa.sparse import sparsify
 
-    wanted = _dtype(dtype)
-    if is_packed(directory):
-        model, tokenizer = load(directory, torch_device(device))
-        if dense:
-            densify(model)
-        return model if wanted is None else model.to(wanted), tokenizer
-    model, tokenizer = load_model(str(directory), dtype=dtype, device=device)
+    model, tokenizer = load_any(directory, dtype, device, dense=dense)
+    if dense or is_packed(directory):
+        return model, tokenizer
     try:
-        return model if dense else sparsify(model), tokenizer
+        return sparsify(model), tokenizer
     except ModelError as error:
         raise ModelError(f"{error} (--dense runs it as it is)") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from losa.errors import ModelError
 from losa.generation import forget_decoder
 from losa.model import find_blocks, find_linears
 from losa.modules import SparseLinear
+from losa.saving import guard_saving
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 from losa_kernels.packing import Packed
 from losa_kernels.packing.rows import join_rows, take_rows
@@ -101,7 +103,34 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     if considered and not replaced:
         raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
     logger.info("sparsify: %d of %d linears packed", replaced, considered)
+    guard_saving(model)
     return model
+
+
+@contextmanager
+def linears_read_directly(model: nn.Module) -> Iterator[set[str]]:
+    """Within the context, collects the names of packed linears whose ``weight`` something reads.
+
+    Some models compute with a linear's weight and never call the linear. They get the dense weight here, which
+    ``SparseLinear`` does not have.
+    """
+    found: set[str] = set()
+    watched = {name: module for name, module in model.named_modules() if type(module) is SparseLinear}
+    names = {id(module): name for name, module in watched.items()}
+
+    class Watched(SparseLinear):
+        @property
+        def weight(self) -> Tensor:
+            found.add(names[id(self)])
+            return self.packed.unpack()
+
+    for module in watched.values():
+        module.__class__ = Watched
+    try:
+        yield found
+    finally:
+        for module in watched.values():
+            module.__class__ = SparseLinear
 
 
 def zero_share(weight: Tensor) -> float:
