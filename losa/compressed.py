@@ -159,8 +159,17 @@ def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
     if "row_offsets" not in tensors:
         if columns % 4 or values.shape != (rows, columns // 2) or not (kept.reshape(-1, 4).sum(1) == 2).all():
             raise ModelError(f"{linear}: the values or the bitmask are not 2 of every 4 of a weight {shape}")
-        return PackedNM(shape, values, mask, 2, 4)
+        return _checked(linear, PackedNM, shape, values, mask, 2, 4)
     counts = kept.sum(1)
     if values.numel() != int(counts.sum()):
         raise ModelError(f"{linear}: {values.numel()} values, but the bitmask has {int(counts.sum())}")
-    return PackedBitmask(shape, values.flatten(), mask, counts.cumsum(0) - counts)
+    return _checked(linear, PackedBitmask, shape, values.flatten(), mask, counts.cumsum(0) - counts)
+
+
+def _checked(linear: str, kind: type[Packed], *fields) -> Packed:
+    try:
+        packed = kind(*fields)
+        packed.check()
+    except ValueError as error:
+        raise ModelError(f"{linear}: {error}") from error
+    return packed

@@ -44,8 +44,11 @@ class Linear:
         )
 
     def build(self, tensors: dict[str, Tensor]) -> Packed:
+        """The weight. Raises ValueError if the tensors contradict each other or this entry."""
         extra = {} if self.m is None else {"keep_n": self.keep_n, "m": self.m}
-        return CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        packed = CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        packed.check()
+        return packed
 
     def to_dict(self) -> dict:
         described = {"format": self.format, "shape": list(self.shape), "tensors": list(self.tensors)}
