@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from losa.errors import ModelError
 from losa.files import write_json
 from losa.model import find_blocks
+from losa.naming import Naming
 from losa.sparse import pack_weight
-from losa.streaming import Part, Shards, by_block, read_config, safetensors_of, skeleton
+from losa.streaming import Contents, Part, Shards, by_block, read_config, skeleton
+from losa.tensor_files import checkpoint_tensors, shown
 from losa_kernels import pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
@@ -28,9 +30,11 @@ _KEYS = ("quantization_config", "compression_config")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def packer(format: str) -> Callable[[Tensor], Packed | None]:
-    """How ``format`` stores a weight; None for one that it cannot store, which stays dense."""
-    return _pack_24 if format == BITMASK_24 else lambda weight: pack_weight(weight, "bitmask")
+def packer(format: str) -> tuple[Callable[[Tensor], Packed | None], str]:
+    """How ``format`` stores a weight (None for one that it cannot store, which stays dense), and what it needs."""
+    if format == BITMASK_24:
+        return _pack_24, "2:4 weights (at most 2 of every 4 in a row are not zero)"
+    return lambda weight: pack_weight(weight, "bitmask"), ""
 
 
 def _pack_24(weight: Tensor) -> PackedNM | None:
@@ -49,7 +53,7 @@ def write(directory: Path, format: str, parts: Iterator[Part]) -> Iterator[tuple
             tensors |= {f"{linear}.{name}": t for name, t in _stored(packed).items()}
             weights += packed.shape[0] * packed.shape[1]
             zeros += packed.shape[0] * packed.shape[1] - packed.values.numel()
-        dense -= part.linears.keys()
+        dense -= part.modules
         shards.write(tensors)
         yield part, sum(t.nbytes for t in tensors.values())
     shards.finish()
@@ -91,40 +95,59 @@ def forget(directory: Path) -> None:
 
 
 def _entry(config: dict) -> dict:
-    return next((config[key] for key in _KEYS if config.get(key)), {})
+    entry = next((config[key] for key in _KEYS if config.get(key)), {})
+    return entry if isinstance(entry, dict) else {}
 
 
 def _sparsity(config: dict) -> dict:
-    return _entry(config).get("sparsity_config") or {}
+    settings = _entry(config).get("sparsity_config")
+    return settings if isinstance(settings, dict) else {}
 
 
-def read(directory: Path) -> Iterator[tuple[int | None, dict[str, Packed | Tensor]]]:
-    """Per block (None: the rest of the model): packed weights by linear, other tensors by name.
+def read(directory: Path) -> Contents:
+    """Packed weights by linear and other tensors by name, as they are called on disk.
 
     Raises:
         ModelError: quantised besides, or tensors are missing or contradict each other; names the linear.
     """
     if _entry(read_config(directory)).get("config_groups"):
         raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(FORMATS)}")
-    prefix, blocks = find_blocks(skeleton(directory))
-    with safetensors_of(directory) as files:
-        every = set(files.names)
-        for block, names in by_block(files.names, prefix, len(blocks)):
-            stored: dict[str, dict[str, str]] = {}
-            for linear in (name.removesuffix(".compressed") for name in names if name.endswith(".compressed")):
-                tensors = ("compressed", "bitmask", "shape", "row_offsets")[
-                    : 4 if f"{linear}.row_offsets" in every else 3
-                ]
-                stored[linear] = {tensor: f"{linear}.{tensor}" for tensor in tensors}
-            taken = {name for tensors in stored.values() for name in tensors.values()}
-            found: dict[str, Packed | Tensor] = {name: files.get(name) for name in names if name not in taken}
-            for linear, tensors in stored.items():
-                found[linear] = _rebuild(linear, {tensor: files.get(name) for tensor, name in tensors.items()})
-            yield block, found
+    model = skeleton(directory)
+    prefix, blocks = find_blocks(model)
+    with checkpoint_tensors(directory) as files:
+        stored = files.stored
+    # The stored tensors of each linear, under the name that its weight has in the dense checkpoint.
+    parts: dict[str, list[str]] = {}
+    for linear in (name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")):
+        tensors = ("compressed", "bitmask", "shape", "row_offsets")
+        parts[f"{linear}.weight"] = list(tensors if f"{linear}.row_offsets" in stored else tensors[:3])
+    taken = {f"{weight.removesuffix('.weight')}.{part}" for weight, names in parts.items() for part in names}
+    if both := sorted(parts.keys() & stored.keys()):
+        raise ModelError(f"{directory}: {shown(both[0])} is stored packed and dense")
+    dense = [name for name in stored if name not in taken]
+    naming = Naming(model, [*dense, *parts])
+
+    def contents() -> Iterator[dict[str, Packed | Tensor]]:
+        with checkpoint_tensors(directory) as files:
+            for _, names in by_block(naming, [*dense, *parts], prefix, len(blocks)):
+                found: dict[str, Packed | Tensor] = {}
+                for name in names:
+                    if name in parts:
+                        linear = name.removesuffix(".weight")
+                        tensors = {part: files.get(f"{linear}.{part}") for part in parts[name]}
+                        found[linear] = _rebuild(linear, tensors)
+                    else:
+                        found[name] = files.get(name)
+                yield found
+
+    kinds = [stored[name].dtype for name in dense]
+    return Contents([*dense, *parts], kinds, contents())
 
 
 def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
     values, mask = tensors["compressed"], tensors["bitmask"]
+    if tensors["shape"].numel() != 2 or tensors["shape"].is_floating_point():
+        raise ModelError(f"{linear}: expected a shape of two whole numbers, got {tensors['shape'].flatten().tolist()}")
     rows, columns = shape = tuple(tensors["shape"].flatten().tolist())
     if values.dtype not in _FLOATS:
         raise ModelError(f"{linear}: expected floating-point values, got {values.dtype}")
@@ -136,8 +159,17 @@ def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
     if "row_offsets" not in tensors:
         if columns % 4 or values.shape != (rows, columns // 2) or not (kept.reshape(-1, 4).sum(1) == 2).all():
             raise ModelError(f"{linear}: the values or the bitmask are not 2 of every 4 of a weight {shape}")
-        return PackedNM(shape, values, mask, 2, 4)
+        return _checked(linear, PackedNM, shape, values, mask, 2, 4)
     counts = kept.sum(1)
     if values.numel() != int(counts.sum()):
         raise ModelError(f"{linear}: {values.numel()} values, but the bitmask has {int(counts.sum())}")
-    return PackedBitmask(shape, values.flatten(), mask, counts.cumsum(0) - counts)
+    return _checked(linear, PackedBitmask, shape, values.flatten(), mask, counts.cumsum(0) - counts)
+
+
+def _checked(linear: str, kind: type[Packed], *fields) -> Packed:
+    try:
+        packed = kind(*fields)
+        packed.check()
+    except ValueError as error:
+        raise ModelError(f"{linear}: {error}") from error
+    return packed

@@ -7,9 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losa.errors import ModelError
+from losa.finite import check_finite, check_rounded, is_finite
+
+ADAPTER = "adapter_config.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ADVICE = (
+    "a PEFT adapter lies beside the model; merge it (PEFT's merge_and_unload, then save_pretrained) or move it away"
+)
 
 
 def load_model(
@@ -32,12 +39,17 @@ def load_model(
         (model, tokenizer)
 
     Raises:
-        ModelError: not found, offline, quantised, not a decoder-only model, incomplete weights, or no such device.
+        ModelError: not found, offline, quantised, packed, not a decoder-only model, incomplete weights or some that
+            are not finite, a PEFT adapter beside the model, or no such device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
     target = torch_device(device)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source, gguf_file = locate_model(model, gguf_file)
+    directory = Path(source) if Path(source).is_dir() else None
+    refuse_other_kinds(model, source, gguf_file)
     trust = {"trust_remote_code": trust_remote_code}
     # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
     try:
@@ -60,7 +72,56 @@ def load_model(
     if absent := sorted(info["missing_keys"]):
         shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(f"model {model!r}: {_ADVICE}")
+    _check_finite(loaded, model, None if gguf_file else directory)
     return loaded.to(target).eval(), tokenizer
+
+
+def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
+    """Raises ModelError for a directory that holds an adapter or a packed checkpoint. Arguments: ``model`` for the
+    message, the others as ``locate_model`` gives them."""
+    from losa.packed import is_packed
+
+    if gguf_file is None and Path(source).is_dir():
+        refuse_adapter(Path(source))
+        if is_packed(Path(source)):
+            raise ModelError(f"model {model!r}: packed; `losa unpack` it first")
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raises ModelError if a PEFT adapter lies in the directory: transformers would load it over the model unasked."""
+    if not (directory / ADAPTER).is_file():
+        return
+    if (directory / "config.json").is_file():
+        raise ModelError(f"{directory / ADAPTER}: {_ADVICE}")
+    raise ModelError(
+        f"{directory}: holds a PEFT adapter alone ({ADAPTER}), no model; merge it into its base model with PEFT "
+        "(merge_and_unload, save_pretrained) and give that directory"
+    )
+
+
+def _check_finite(loaded: nn.Module, model: str, directory: Path | None) -> None:
+    """Raises ModelError with the name of the first weight that is NaN or infinite; where the file's is finite it says
+    that the type does not hold it."""
+    for name, parameter in loaded.named_parameters():
+        if not parameter.is_floating_point() or is_finite(parameter):
+            continue
+        where = f"model {model!r}: {name}"
+        stored = None if directory is None else _stored_weight(loaded, directory, name)
+        if stored is not None and is_finite(stored):
+            check_rounded(where, stored, parameter)
+        check_finite(where, parameter)
+
+
+def _stored_weight(loaded: nn.Module, directory: Path, name: str) -> Tensor | None:
+    from losa.naming import Naming
+    from losa.tensor_files import checkpoint_tensors
+
+    with checkpoint_tensors(directory) as files:
+        naming = Naming(loaded, files.names)
+        source = next((source for source, target in naming.renamed.items() if target == name), None)
+        return None if source is None else files.get(source)
 
 
 def torch_device(device: str) -> torch.device:
@@ -68,8 +129,9 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # A number that comes back: tensors on meta have none.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
     return torch.device(device)
 
@@ -114,7 +176,10 @@ def _check_config(model: str, config) -> None:
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None)
         if settings is not None:
-            settings = settings if isinstance(settings, dict) else settings.to_dict()
+            if not isinstance(settings, dict):
+                if not hasattr(settings, "to_dict"):
+                    raise ModelError(f"model {model!r}: config.json: quantization_config: expected an object")
+                settings = settings.to_dict()
             method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
             raise ModelError(f"model {model!r}: quantised ({method}); give the checkpoint with floating-point weights")
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.modules import MaskedLoRALinear, SparseLinear
+from losa.saving import guard_saving
 
 logger = logging.getLogger("losa")
 
@@ -138,10 +139,17 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _fused(module: nn.Module) -> list[str]:
-    """Names of a module's own stacked expert weights: Parameters (experts, ., .)."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    """Names of a module's own stacked expert weights: Parameters (experts, ., .).
+
+    A module of experts has no other parameters, but for biases (experts, .), and none in modules of its own: that tells
+    it from a mixer whose heads have matrices of their own.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    stacked = [name for name, p in own.items() if p.ndim == 3 and p.shape[0] > 1]
+    if not stacked or isinstance(module, nn.modules.conv._ConvNd):
         return []
-    return [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
+    inside = any(True for child in module.children() for _ in child.parameters())
+    return [] if inside or any(p.ndim < 2 for p in own.values()) else stacked
 
 
 def _expert_count(collection: nn.Module) -> int | None:
@@ -178,7 +186,8 @@ def wrap_model(
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
     The weights stay where they are in memory. Adapters are seeded by (seed, full name): another choice of targets
-    changes none of them. Stacked expert weights stay dense, with a warning.
+    changes none of them. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
+    it is merged or unwrapped.
 
     Returns:
         the new layers by full name, in model order.
@@ -215,6 +224,7 @@ def wrap_model(
     model.requires_grad_(False)
     for name, new in wrapped.items():
         model.set_submodule(name, new)
+    guard_saving(model)
     return wrapped
 
 

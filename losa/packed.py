@@ -2,16 +2,17 @@
 
 A directory holds ``losa_packed.json`` (format version, and per linear its format, shape and pattern; SHA-256 of every
 tensor), one safetensors file per decoder block and one for the rest, and the other files of the directory it was made
-from. Packing, unpacking and loading hold one block's dense weights at a time, never the model's. The directories of
-compressed-tensors (``losa.compressed``) are written and read here too.
+from. Tensors keep the names that they have there (``losa.naming`` says which of the model they are). Packing, unpacking
+and loading hold one block's dense weights at a time, never the model's. The directories of compressed-tensors
+(``losa.compressed``) are written and read here too.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,20 +22,31 @@ from torch import Tensor, nn
 
 from losa import compressed
 from losa.errors import LosaError, ModelError
-from losa.files import staged_directory, write_json
+from losa.files import staged_directory
+from losa.finite import check_finite, check_rounded
+from losa.loading import DTYPES, load_model, refuse_adapter, torch_device
+from losa.manifest import MANIFEST, Linear, Manifest, block_file, read_manifest
 from losa.model import find_blocks
 from losa.modules import SparseLinear
-from losa.sparse import FORMATS, MIN_SPARSITY, group_linears, pack_weight
-from losa.streaming import Part, Shards, copy_other_files, packed_parts, skeleton, state_dtype
-from losa.tensor_files import TensorFiles
-from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
+from losa.naming import Naming
+from losa.saving import guard_saving, state_untied, untied_though_stated
+from losa.sparse import FORMATS, MIN_SPARSITY, densify, group_linears, pack_weight, read_directly
+from losa.streaming import (
+    Contents,
+    Part,
+    Shards,
+    block_index,
+    copy_other_files,
+    packed_parts,
+    skeleton,
+    state_dtype,
+)
+from losa.tensor_files import TensorFiles, shown
+from losa_kernels.packing import Packed
 
-MANIFEST = "losa_packed.json"
-VERSION = 1
-REST = "rest.safetensors"
+logger = logging.getLogger("losa")
+
 FILE_FORMATS = (*FORMATS, *compressed.FORMATS)
-_CLASSES = {"bitmask": PackedBitmask, "nm": PackedNM, "24": Packed24}
-_NAMES = {kind: name for name, kind in _CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,13 @@ def pack_directory(
     dtype: torch.dtype | None = None,
     min_sparsity: float = MIN_SPARSITY,
     overwrite: bool = False,
+    force: bool = False,
 ) -> PackReport:
     """Write the checkpoint in ``source`` (a Hugging Face directory of safetensors, merged) in packed form.
+
+    What was written is loaded and run on a few tokens before the directory gets its name: for that time the packed
+    weights, and never the dense ones, are in memory. Linears whose weight the model reads itself, past their forward
+    (Mamba's ``dt_proj``), stay dense.
 
     Args:
         format: of every linear: see ``losa.sparse.pack_weight``; or "sparse-bitmask" or "sparse-24-bitmask", a
@@ -65,45 +82,70 @@ def pack_directory(
         min_sparsity: linears with a smaller share of zeros are stored dense.
 
     Raises:
-        ModelError: not such a directory, already packed, or no linear has zeros enough.
+        ModelError: not such a directory, already packed, tensors that are not the model's or not finite, no linear
+            has zeros enough, the format does not fit, or the packed model does not run.
         OutputError: ``output`` exists and ``overwrite`` is off, or a write failed; nothing is left behind.
     """
     source = Path(source)
     if format not in FILE_FORMATS:
         raise LosaError(f"format: expected one of {', '.join(FILE_FORMATS)}, got {format!r}")
+    refuse_adapter(source)
     if is_packed(source):
         raise ModelError(f"{source}: is packed already")
     ours = format in FORMATS
-    pack = partial(pack_weight, format=format) if ours else compressed.packer(format)
-    parts = packed_parts(source, pack, dtype, min_sparsity)
-    count = left = before = after = 0
-    with staged_directory(output, overwrite) as staged:
+    pack, needs = (partial(pack_weight, format=format), "") if ours else compressed.packer(format)
+    leave: Set[str] = frozenset()
+    parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs)
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
         state_dtype(staged, dtype)
-        for part, written in _write(staged, parts) if ours else compressed.write(staged, format, parts):
-            count, left = count + len(part.linears), left + len(part.left)
-            before, after = before + part.source_bytes, after + written
+        while True:
+            report = _written(_write(staged, parts) if ours else compressed.write(staged, format, parts))
+            model = _load_weights(staged, open_packed(staged), torch.device("cpu"))
+            try:
+                read = read_directly(model) & _packed_linears(model)
+            except ModelError as error:
+                raise ModelError(f"{source}: packed and read back, {error}; nothing was written") from error
+            if not read:
+                break
+            logger.info("pack: %s (of %d) stays dense: the model reads its weight itself", min(read), len(read))
+            leave |= read
+            parts = packed_parts(source, pack, dtype, min_sparsity, leave, needs)
+        if untied_though_stated(model):
+            state_untied(staged)
+    return report
+
+
+def _packed_linears(model: nn.Module) -> Set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def _written(parts: Iterator[tuple[Part, int]]) -> PackReport:
+    count = left = before = after = 0
+    for part, written in parts:
+        count, left = count + len(part.linears), left + len(part.left)
+        before, after = before + part.source_bytes, after + written
     return PackReport(count, left, before, after)
 
 
 def _write(directory: Path, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]:
     """Each part with the bytes of its tensors as they were written."""
-    manifest: dict = {"version": VERSION, "linears": {}, "files": {}, "sha256": {}}
+    manifest = Manifest()
     for part in parts:
-        file = REST if part.block is None else _block_file(part.block)
+        file = block_file(part.block)
         tensors = dict(part.dense)
         for linear, packed in part.linears.items():
-            manifest["linears"][linear] = _describe(packed)
+            manifest.linears[linear] = Linear.of(packed)
             tensors |= {f"{linear}.{name}": t for name, t in packed.tensors().items()}
         tensors = {name: t.contiguous() for name, t in tensors.items()}
-        manifest["sha256"] |= {name: _digest(t) for name, t in tensors.items()}
-        manifest["files"] |= dict.fromkeys(tensors, file)
+        manifest.sha256 |= {name: _digest(t) for name, t in tensors.items()}
+        manifest.files |= dict.fromkeys(tensors, file)
         save_file(tensors, directory / file, {"format": "pt"})
         yield part, sum(t.nbytes for t in tensors.values())
-    write_json(directory / MANIFEST, manifest)
+    manifest.write(directory)
 
 
-def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> None:
+def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, force: bool = False) -> None:
     """The dense Hugging Face directory again, every tensor to the bit as it was packed (but for the sign of zeros).
 
     Raises:
@@ -111,12 +153,12 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> 
         OutputError: as for ``pack_directory``.
     """
     source = Path(source)
-    parts = _parts(source)
-    with staged_directory(output, overwrite) as staged:
+    contents = open_packed(source)
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged, leave=(MANIFEST,))
         compressed.forget(staged)
         shards = Shards(staged)
-        for _, part in parts:
+        for part in contents.parts:
             shards.write(dict(_dense(name, value) for name, value in part.items()))
         shards.finish()
 
@@ -134,131 +176,194 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     """Load a packed checkpoint for inference: (model, tokenizer).
 
     The model is an ordinary transformers one whose pruned linears are ``SparseLinear``; its dense weights never exist.
+    ``save_pretrained`` writes it dense.
 
     Raises:
-        ModelError: no packed checkpoint, a checksum or shape differs, or a tensor is missing.
+        ModelError: no packed checkpoint, a damaged manifest, a checksum or shape differs, a tensor is missing, or
+            weights are not finite.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoTokenizer, GenerationConfig
 
     directory = Path(directory)
-    parts = _parts(directory)
+    contents = open_packed(directory)
     # First, since what reading a vocabulary takes for a moment is then not taken beside all weights.
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
-    with init_empty_weights(include_buffers=False):
-        model = skeleton(directory, meta=False)
+    model = _load_weights(directory, contents, torch.device(device))
     if (directory / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:
             raise ModelError(f"{directory}: generation_config.json cannot be read ({error})") from error
-    blocks = find_blocks(model)[1]
-    for block, part in parts:
-        dense = {}
+    return model, tokenizer
+
+
+def load_any(
+    model: str | Path, dtype: str = "auto", device: str = "auto", *, dense: bool = False
+) -> tuple[nn.Module, object]:
+    """Load a packed directory as ``load`` does, and any other model as ``losa.loading.load_model``.
+
+    Args:
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dense: unpack packed linears.
+
+    Raises:
+        ModelError: as those.
+    """
+    directory = Path(model).expanduser()
+    if not directory.is_dir() or not is_packed(directory):
+        return load_model(str(model), dtype=dtype, device=device)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    loaded, tokenizer = load(directory, torch_device(device))
+    if dense:
+        densify(loaded)
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+        for name, tensor in (*loaded.named_parameters(), *_packed_values(loaded)):
+            if tensor.is_floating_point() and tensor.dtype != wanted:
+                check_rounded(f"{model}: {name}", tensor, tensor.to(wanted))
+        loaded = loaded.to(wanted)
+    return loaded, tokenizer
+
+
+def _packed_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{n}.values", m.packed.values) for n, m in model.named_modules() if isinstance(m, SparseLinear))
+
+
+def _load_weights(directory: Path, contents: Contents, device: torch.device) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    kinds = [kind for kind in contents.dtypes if kind.is_floating_point]
+    with init_empty_weights(include_buffers=False):
+        model = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
+    naming = Naming(model, contents.names)
+    _fill(model, naming, contents, directory, device)
+    naming.remember()
+    guard_saving(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> None:
+    prefix, blocks = find_blocks(model)
+    targets, dtypes = naming.targets(), naming.dtypes()
+    made: dict[str, dict[str, Tensor]] = {}
+    loaded: set[str] = set()
+    for part in contents.parts:
+        dense: dict[str, Tensor] = {}
+        touched = set()
         while part:
             name, value = part.popitem()
+            target = targets[f"{name}.weight" if isinstance(value, Packed) else name]
+            touched.add(block_index(target, prefix))
+            where = f"{directory}: {shown(name)}"
             if isinstance(value, Packed):
-                _replace(model, name, value.to(device))
-            else:
-                dense[name] = value.to(device)
+                _replace(model, where, target, _rounded(where, value, dtypes.get(target)).to(device))
+                loaded.add(target)
+            elif name in naming.renamed:
+                dense[target] = _rounded(where, value, dtypes.get(target)).to(device)
+            elif target in naming.made:
+                waiting = made.setdefault(target, {})
+                waiting[name] = value
+                if len(waiting) == len(naming.made[target]):
+                    for key, tensor in naming.make(target, made.pop(target)).items():
+                        dense[key] = _rounded(where, tensor, dtypes.get(key)).to(device)
+            elif not naming.ignored(target):
+                logger.warning("%s: the model has no such tensor; left aside", where)
             del value
+        loaded |= dense.keys()
         try:
             _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{directory}: {error}") from error
         if unexpected:
             raise ModelError(f"{directory}: the model has no {unexpected[0]}")
-        if block is not None:
-            group_linears(blocks[block])
-    model.tie_weights()
+        for index in touched & set(range(len(blocks))):
+            group_linears(blocks[index])
+    # What is stored stays, whatever the config says of ties; as in transformers' own loading.
+    model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if absent:
         raise ModelError(f"{directory}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
-    return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def _replace(model: nn.Module, name: str, packed: Packed) -> None:
+def _rounded(where: str, value: Packed | Tensor, dtype: torch.dtype | None) -> Packed | Tensor:
+    """In the type that transformers would keep it in; finite."""
+    tensor = value.values if isinstance(value, Packed) else value
+    if not tensor.is_floating_point():
+        return value
+    check_finite(where, tensor)
+    if dtype is None or dtype == tensor.dtype:
+        return value
+    rounded = tensor.to(dtype)
+    check_rounded(where, tensor, rounded)
+    return replace(value, values=rounded) if isinstance(value, Packed) else rounded
+
+
+def _replace(model: nn.Module, where: str, target: str, packed: Packed) -> None:
+    module = target.removesuffix(".weight")
     try:
-        linear = model.get_submodule(name)
+        linear = model.get_submodule(module)
     except AttributeError as error:
-        raise ModelError(f"{name}: the model has no such linear") from error
+        raise ModelError(f"{where}: the model has no such linear") from error
     shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
     if tuple(packed.shape) != shape:
-        raise ModelError(f"{name}: the file has shape {tuple(packed.shape)}, the model {shape}")
+        raise ModelError(f"{where}: the file has shape {tuple(packed.shape)}, the model {shape}")
     sparse = SparseLinear(packed)
     if linear.bias is not None:
         sparse.register_buffer("bias", linear.bias.detach())  # on meta until its own tensor is read
-    model.set_submodule(name, sparse)
+    model.set_submodule(module, sparse)
 
 
-def _parts(directory: Path) -> Iterator[tuple[int | None, dict[str, Packed | Tensor]]]:
-    """Per block (None: the rest of the model): packed weights by linear, other tensors by name."""
+def open_packed(directory: Path) -> Contents:
+    """What a packed directory holds; its parts are read one after the other. Raises ModelError as ``load``."""
     if (directory / MANIFEST).is_file():
-        return _read(directory, _manifest(directory))
+        return _read(directory, read_manifest(directory))
     if compressed.is_compressed(directory):
         return compressed.read(directory)
     raise ModelError(f"{directory}: no packed checkpoint (no {MANIFEST}, nor a sparse format of compressed-tensors)")
 
 
-def _read(directory: Path, manifest: dict) -> Iterator[tuple[int | None, dict[str, Packed | Tensor]]]:
-    parts = {f"{linear}.{name}": linear for linear, d in manifest["linears"].items() for name in d["tensors"]}
-    for file in sorted(set(manifest["files"].values())):
-        found: dict[str, Packed | Tensor] = {}
-        waiting: dict[str, dict[str, Tensor]] = {}
-        with TensorFiles([directory / file]) as stored:
-            for name in (name for name, place in manifest["files"].items() if place == file):
-                tensor = stored.get(name)
-                if _digest(tensor) != manifest["sha256"].get(name):
-                    raise ModelError(f"{directory / file}: the checksum of {name} differs; the file is damaged")
-                linear = parts.get(name)
-                if linear is None:
-                    found[name] = tensor
-                    continue
-                collected = waiting.setdefault(linear, {})
-                collected[name.removeprefix(f"{linear}.")] = tensor
-                description = manifest["linears"][linear]
-                if len(collected) == len(description["tensors"]):
-                    found[linear] = _rebuild(description, waiting.pop(linear))
-        if waiting:
-            raise ModelError(f"{directory / file}: tensors of {next(iter(waiting))} are missing")
-        yield _block_index(file), found
+def _read(directory: Path, manifest: Manifest) -> Contents:
+    parts = manifest.parts()
+    by_file: dict[str, list[str]] = {}
+    for name, file in manifest.files.items():
+        by_file.setdefault(file, []).append(name)
+    with TensorFiles(directory / file for file in by_file) as files:
+        stored = files.stored
+    for name, file in manifest.files.items():
+        if name not in stored:
+            raise ModelError(f"{directory / file}: tensors are missing: {shown(name)}")
+    if odd := sorted(stored.keys() - manifest.files.keys()):
+        raise ModelError(f"{directory / MANIFEST}: does not list {shown(odd[0])}, which a file holds")
 
+    def contents() -> Iterator[dict[str, Packed | Tensor]]:
+        for file in sorted(by_file):
+            found: dict[str, Packed | Tensor] = {}
+            waiting: dict[str, dict[str, Tensor]] = {}
+            with TensorFiles([directory / file]) as opened:
+                for name in by_file[file]:
+                    tensor = opened.get(name)
+                    if _digest(tensor) != manifest.sha256[name]:
+                        raise ModelError(f"{directory / file}: the checksum of {name} differs; the file is damaged")
+                    linear = parts.get(name)
+                    if linear is None:
+                        found[name] = tensor
+                        continue
+                    collected = waiting.setdefault(linear, {})
+                    collected[name.removeprefix(f"{linear}.")] = tensor
+                    if len(collected) == len(manifest.linears[linear].tensors):
+                        try:
+                            found[linear] = manifest.linears[linear].build(waiting.pop(linear))
+                        except ValueError as error:
+                            raise ModelError(f"{directory / file}: {shown(linear)}: {error}") from error
+            yield found
 
-def _describe(packed: Packed) -> dict:
-    described = {"format": _NAMES[type(packed)], "shape": list(packed.shape), "tensors": sorted(packed.tensors())}
-    if isinstance(packed, PackedNM):
-        described |= {"keep_n": packed.keep_n, "m": packed.m}
-    return described
-
-
-def _rebuild(description: dict, tensors: dict[str, Tensor]) -> Packed:
-    extra = {key: description[key] for key in ("keep_n", "m") if key in description}
-    return _CLASSES[description["format"]](shape=tuple(description["shape"]), **tensors, **extra)
-
-
-def _manifest(directory: Path) -> dict:
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON") from error
-    if manifest.get("version") != VERSION:
-        raise ModelError(f"{path}: expected format version {VERSION}, got {manifest.get('version')}")
-    return manifest
+    dense = [stored[name].dtype for name in manifest.files if name not in parts]
+    return Contents(manifest.dense_names(), dense, contents())
 
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
-def _block_file(index: int) -> str:
-    return f"block-{index:05d}.safetensors"
-
-
-def _block_index(file: str) -> int | None:
-    return None if file == REST else int(file.removeprefix("block-").partition(".")[0])

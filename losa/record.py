@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+RECORD = "losa_config.json"
+# Methods whose rounds train no adapters.
+RANKLESS = ("prune_only", "finetune_then_prune")
 
 
 @dataclass
@@ -71,9 +77,76 @@ class RunRecord:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> RunRecord:
-        data = dict(data)
-        data["rounds"] = [RoundRecord(**r) for r in data.get("rounds", [])]
-        data["results"] = [MethodResult(**r) for r in data.get("results", [])]
-        data["masks"] = {k: MaskRecord(**v) for k, v in data.get("masks", {}).items()}
-        return cls(**data)
+    def from_dict(cls, data: object) -> RunRecord:
+        """What ``to_dict`` gave, read back.
+
+        Raises:
+            ValueError: an entry is missing, unknown, of another type or length; names it.
+        """
+        record = _read(data, cls, "the record")
+        if record.rounds and not record.blocks:
+            raise ValueError("blocks: expected the names of the blocks, found none")
+        for r in record.rounds:
+            where = f"round {r.index}"
+            lists = {name: getattr(r, name) for name in ("sparsity", "errors", "keep_n", "importance", "similarity")}
+            lists |= {f"similarity, row {i}": row for i, row in enumerate(r.similarity or [])}
+            if r.ranks or record.method not in RANKLESS:
+                lists["ranks"] = r.ranks
+            for name, values in lists.items():
+                if values is not None and len(values) != len(record.blocks):
+                    raise ValueError(f"{where}: {name}: expected {len(record.blocks)} values, found {len(values)}")
+            if (r.keep_n is None) != (r.m is None):
+                raise ValueError(f"{where}: keep_n and m: expected both or neither")
+        for name, mask in record.masks.items():
+            if len(mask.shape) != 2:
+                raise ValueError(f"masks: {name}: expected a shape of two numbers, found {mask.shape}")
+        if record.evaluation is not None:
+            _check_evaluation(record.evaluation)
+        allocation = record.recipe.get("allocation", {})
+        if not isinstance(allocation, dict) or not isinstance(allocation.get("error", ""), str):
+            raise ValueError("recipe: allocation: expected an object whose error is text")
+        return record
+
+
+def _check_evaluation(evaluation: dict) -> None:
+    for name in ("length", "windows", "tokens"):
+        _read(evaluation.get(name), int, f"evaluation: {name}")
+    data = _read(evaluation.get("data"), dict, "evaluation: data")
+    _read(data.get("path"), str, "evaluation: data: path")
+    for name in ("subset", "split"):
+        _read(data.get(name), str | None, f"evaluation: data: {name}")
+
+
+def _read(value: object, kind: Any, where: str) -> Any:
+    """``value`` as a ``kind`` (a dataclass is built from its dict), or ValueError that names ``where``."""
+    if is_dataclass(kind):
+        return _build(value, kind, where)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        if value is None:
+            return None
+        return _read(value, next(one for one in inner if one is not NoneType), where)
+    if origin is list and isinstance(value, list):
+        return [_read(item, inner[0], f"{where}, entry {index}") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(item, inner[1], f"{where}: {key[:100]}") for key, item in value.items()}
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        return value
+    if origin is None and type(value) is kind and not (kind is int and abs(value) >= 2**63):
+        return value
+    name = getattr(origin or kind, "__name__", str(kind))
+    raise ValueError(f"{where}: expected {name}, found {type(value).__name__}")
+
+
+def _build(value: object, kind: type, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected dict, found {type(value).__name__}")
+    hints = get_type_hints(kind)
+    if unknown := sorted(value.keys() - hints.keys()):
+        raise ValueError(f"{where}: unknown entry {unknown[0][:100]!r}")
+    found = {name: _read(item, hints[name], f"{where}: {name}") for name, item in value.items()}
+    try:
+        return kind(**found)
+    except TypeError as error:
+        absent = [f.name for f in fields(kind) if f.name not in found]
+        raise ValueError(f"{where}: {', '.join(absent)} missing") from error

@@ -1,27 +1,23 @@
-"""Tables of a run, its model card, and a look into any checkpoint's zeros."""
+"""Tables of a run and of a checkpoint's zeros, and the model card."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
+import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
-from losa.errors import OutputError
 from losa.figures import NAMES
-from losa.record import MethodResult, RunRecord
+from losa.inspection import BLOCK_WEIGHT, Inspection, TensorSparsity
+from losa.record import RANKLESS, RECORD, MethodResult, RunRecord
 
-RECORD = "losa_config.json"
 HOW = {
     "losa": "pruned round by round and fine-tuned under the mask with adapters of dynamic rank, merged at the end",
     "sparse_lora": "pruned at once, fine-tuned under the mask with adapters of one rank, and merged",
@@ -36,10 +32,6 @@ Pruning can change a model's behaviour, its safety training included. The files 
 only software that makes use of zeros runs them faster."""
 LICENCE = """Derived from the base model: its licence and terms of use apply, and those of the training data. losa adds
 none."""
-RANKLESS = ("prune_only", "finetune_then_prune")
-# Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight".
-BLOCK_WEIGHT = re.compile(r"(.*?\.\d+)\..*weight")
-MEASURED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
@@ -128,9 +120,11 @@ def protocol(record: RunRecord) -> str:
     e = record.evaluation
     path, parts = e["data"]["path"], []
     # Subset and split mean something for data sets of the hub only.
-    if not (path.startswith("builtin:") or Path(path).suffix or Path(path).exists()):
+    if not (path.startswith("builtin:") or Path(path).suffix or os.path.exists(path)):
         parts = [e["data"][key] for key in ("subset", "split") if e["data"].get(key)]
     text = f"{' '.join([path, *parts])}, {e['windows']} non-overlapping windows of {e['length']} tokens"
+    if e.get("bos_per_window"):
+        text += " that begin with the beginning-of-text token"
     return f"{record.model}: perplexity on {text} ({e['tokens']:,} in all)"
 
 
@@ -181,76 +175,6 @@ def blocks_table(record: RunRecord) -> Table:
     return table
 
 
-@dataclass
-class TensorSparsity:
-    """One matrix as it lies in the files; ``zeros`` counts 0.0 and -0.0."""
-
-    name: str
-    shape: tuple[int, ...]
-    zeros: int
-    total: int
-
-
-@dataclass
-class Inspection:
-    """``record``: what losa wrote, or None; ``tensors``: every matrix inside a decoder block, measured."""
-
-    record: RunRecord | None
-    tensors: list[TensorSparsity] = field(default_factory=list)
-
-    @property
-    def sparsity(self) -> float:
-        return sum(t.zeros for t in self.tensors) / max(1, sum(t.total for t in self.tensors))
-
-    @property
-    def lost_zeros(self) -> list[str]:
-        """Matrices with more nonzero weights than their recorded mask keeps: changed since losa wrote them."""
-        masks = self.record.masks if self.record is not None else {}
-        return [
-            t.name
-            for t in self.tensors
-            if (mask := masks.get(t.name.removesuffix(".weight"))) is not None and t.total - t.zeros > mask.kept
-        ]
-
-
-def inspect_directory(directory: Path) -> Inspection:
-    """Measure a checkpoint's zeros from its safetensors, one tensor in memory at a time; any Hugging Face directory.
-
-    Raises:
-        OutputError: no such directory, no safetensors or no floating-point matrix of a block in it, or a damaged file.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise OutputError(f"{directory}: no such directory")
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise OutputError(f"{directory}: expected .safetensors files, found none")
-    inspection = Inspection(_read_record(directory / RECORD))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a mapping
-                    if BLOCK_WEIGHT.fullmatch(key) and len(handle.get_slice(key).get_shape()) == 2:
-                        tensor = handle.get_tensor(key)
-                        if tensor.dtype in MEASURED:
-                            zeros = tensor.numel() - int(torch.count_nonzero(tensor))
-                            inspection.tensors.append(TensorSparsity(key, tuple(tensor.shape), zeros, tensor.numel()))
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{file}: damaged ({error})") from error
-    if not inspection.tensors:
-        raise OutputError(f"{directory}: found no floating-point matrix of a decoder block")
-    return inspection
-
-
-def _read_record(path: Path) -> RunRecord | None:
-    if not path.exists():
-        return None
-    try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OutputError(f"{path}: damaged ({error})") from error
-
-
 def zeros_table(inspection: Inspection) -> Table:
     """A row per block with the sparsity measured in the files."""
     blocks: dict[tuple[str, int], list[TensorSparsity]] = {}
@@ -258,14 +182,18 @@ def zeros_table(inspection: Inspection) -> Table:
         prefix, _, number = BLOCK_WEIGHT.fullmatch(tensor.name)[1].rpartition(".")
         blocks.setdefault((prefix, int(number)), []).append(tensor)
     lost = inspection.lost_zeros
+    notes = [f"{len(lost)} matrices have lost zeros since losa wrote them: {lost[0]}, ..."] if lost else []
+    if inspection.unchecked is not None:
+        notes.append(f"shapes were not checked against a model: {inspection.unchecked}")
+    where = "packed files" if inspection.packed else "files"
     table = _table(
         "block",
         "matrices",
         "weights",
         "zeros",
         "sparsity",
-        title=f"measured in the files: {_percent(inspection.sparsity)} zeros",
-        caption=f"{len(lost)} matrices have lost zeros since losa wrote them: {lost[0]}, ..." if lost else None,
+        title=f"measured in the {where}: {_percent(inspection.sparsity)} zeros",
+        caption="\n".join(notes) or None,
     )
     for (prefix, number), parts in sorted(blocks.items()):
         zeros, total = sum(t.zeros for t in parts), sum(t.total for t in parts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, OutputError
 from losa.files import write_json
+from losa.finite import check_finite, check_rounded
+from losa.loading import ADAPTER
 from losa.model import block_linears, find_blocks
+from losa.naming import Naming
 from losa.sparse import zero_share
-from losa.tensor_files import TensorFiles
+from losa.tensor_files import TensorFiles, checkpoint_tensors, read_json, shown
 from losa_kernels.packing import Packed
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -26,14 +30,25 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth
 class Part:
     """One block's tensors (``block`` its index), or the model's others (None).
 
-    ``left``: names of linears that were not packed; ``source_bytes``: of the tensors that all of it was made from.
+    All names are those on disk but for ``modules``: the packed linears' in the model. ``left``: linears that were not
+    packed; ``source_bytes``: of the tensors that all of it was made from.
     """
 
     block: int | None
     linears: dict[str, Packed]
     dense: dict[str, Tensor]
     left: list[str]
+    modules: set[str]
     source_bytes: int
+
+
+class Contents(NamedTuple):
+    """A packed directory. ``names``: of the tensors of the dense checkpoint; ``dtypes``: of the tensors that are not
+    packed; ``parts``: one after the other, packed weights by linear and other tensors by name, as on disk."""
+
+    names: list[str]
+    dtypes: list[torch.dtype]
+    parts: Iterator[dict[str, Packed | Tensor]]
 
 
 def packed_parts(
@@ -41,64 +56,128 @@ def packed_parts(
     pack: Callable[[Tensor], Packed | None],
     dtype: torch.dtype | None,
     min_sparsity: float,
+    leave: Set[str] = frozenset(),
+    needs: str = "",
 ) -> Iterator[Part]:
     """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
+
+    Tensors and linears keep the names that they have on disk. Weights that transformers makes from several stored
+    tensors (stacked experts, split projections) stay as they are stored.
 
     Args:
         pack: a linear's weight -> packed, or None to leave it dense.
         dtype: to round floating-point tensors to first; None keeps each tensor's.
         min_sparsity: linears with a smaller share of zeros are left dense.
+        leave: names in the model of linears to leave dense.
+        needs: what ``pack`` asks of a weight, where it may give None.
 
     Raises:
-        ModelError: not a Hugging Face directory of safetensors, or (at the end) no linear was packed.
+        ModelError: not a Hugging Face directory of safetensors; its tensors are not those of the model; one is not
+            finite; or (at the end) no linear was packed.
     """
     model = skeleton(source)
     prefix, blocks = find_blocks(model)
-    linears = block_linears(model)
+    naming = check_names(source, model)
+    linears = block_linears(model).keys() - leave
 
     def parts() -> Iterator[Part]:
-        done = left_in_all = 0
-        with safetensors_of(source) as files:
-            for block, names in by_block(files.names, prefix, len(blocks)):
-                part = Part(block, {}, {}, [], 0)
+        done, left, unfit = 0, 0, []
+        with checkpoint_tensors(source) as files:
+            for block, names in by_block(naming, files.names, prefix, len(blocks)):
+                part = Part(block, {}, {}, [], set(), 0)
                 for name in names:
-                    tensor = files.get(name)
-                    if dtype is not None and tensor.is_floating_point():
-                        tensor = tensor.to(dtype)
+                    tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
+                    module = naming.renamed.get(name, "").removesuffix(".weight")
                     linear = name.removesuffix(".weight")
-                    if linear in linears and name.endswith(".weight"):
-                        packed = pack(tensor) if zero_share(tensor) >= min_sparsity else None
+                    if module in linears and naming.renamed[name] == f"{module}.weight" and name != linear:
+                        packed = None
+                        if zero_share(tensor) >= min_sparsity:
+                            packed = _packed(pack, tensor, f"{source}: {linear}")
+                            unfit += [] if packed is not None else [linear]
                         if packed is not None:
                             part.linears[linear] = packed
+                            part.modules.add(module)
                             continue
                         part.left.append(linear)
                     part.dense[name] = tensor
-                done, left_in_all = done + len(part.linears), left_in_all + len(part.left)
+                done, left = done + len(part.linears), left + len(part.left)
                 yield part
         if not done:
-            raise ModelError(f"{source}: none of {left_in_all} linears has {min_sparsity:.0%} zeros; is it pruned?")
+            raise ModelError(f"{source}: {_nothing_packed(naming, linears, left, unfit, min_sparsity, needs)}")
 
     return parts()
 
 
-def safetensors_of(directory: Path) -> TensorFiles:
-    """All tensors of a directory. Raises ModelError if it has no safetensors files."""
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ModelError(f"{directory}: no safetensors files; expected a merged Hugging Face checkpoint")
-    return TensorFiles(paths)
+def _packed(pack: Callable[[Tensor], Packed | None], weight: Tensor, where: str) -> Packed | None:
+    try:
+        return pack(weight)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}; the format auto packs any width") from error
 
 
-def by_block(names: Iterable[str], prefix: str, blocks: int) -> Iterator[tuple[int | None, list[str]]]:
-    """Names by the block they belong to, blocks in order and all others last."""
+def _nothing_packed(
+    naming: Naming, linears: Set[str], left: int, unfit: list[str], min_sparsity: float, needs: str
+) -> str:
+    if unfit:
+        others = f" and {len(unfit) - 1} others" if len(unfit) > 1 else ""
+        return f"the format needs {needs}; {unfit[0]}{others} of {left} linears have zeros enough, but not like that"
+    if left:
+        return f"none of {left} linears has {min_sparsity:.0%} zeros; is it pruned?"
+    if linears:
+        made = f"; transformers makes them from other tensors, such as {next(iter(naming.made))}" if naming.made else ""
+        return f"none of the model's {len(linears)} linears is stored as a tensor of its own{made}"
+    return "the model's blocks have no linear that can be packed"
+
+
+def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None, parameter: bool) -> Tensor:
+    tensor = files.get(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if parameter:
+        check_finite(f"{source}: {name}", tensor)
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    if parameter:
+        check_rounded(f"{source}: {name}", tensor, rounded)
+    return rounded
+
+
+def check_names(directory: Path, model: nn.Module) -> Naming:
+    """Where the directory's tensors go in ``model``, of ``skeleton``.
+
+    Raises:
+        ModelError: names the directory and the first tensor that is missing or does not fit.
+    """
+    with checkpoint_tensors(directory) as files:
+        stored = files.stored
+    try:
+        naming = Naming(model, stored)
+        naming.check(stored)
+    except ModelError as error:
+        raise ModelError(f"{directory}: {error}") from error
+    prefix, blocks = find_blocks(model)
+    for name, target in naming.unused.items():
+        index = block_index(target, prefix)
+        if index is not None and index >= len(blocks) and not naming.ignored(target):
+            raise ModelError(f"{directory}: {shown(name)}: config.json says that there are {len(blocks)} blocks")
+    return naming
+
+
+def block_index(name: str, prefix: str) -> int | None:
+    """The number of the block that a tensor of the model belongs to; None: to none."""
+    number = name.removeprefix(f"{prefix}.").partition(".")[0] if name.startswith(f"{prefix}.") else ""
+    return int(number) if re.fullmatch(r"\d{1,9}", number, re.ASCII) else None
+
+
+def by_block(naming: Naming, names: Iterable[str], prefix: str, blocks: int) -> Iterator[tuple[int | None, list[str]]]:
+    """Names on disk by the block they belong to in the model, blocks in order and all others last."""
     groups: dict[int | None, list[str]] = {**{i: [] for i in range(blocks)}, None: []}
+    targets = naming.targets()
     for name in names:
-        number = name.removeprefix(f"{prefix}.").partition(".")[0] if name.startswith(f"{prefix}.") else ""
-        index = int(number) if number.isdigit() else None
-        if index is not None and index >= blocks:
-            raise ModelError(f"{name}: config.json says that there are {blocks} blocks")
-        groups[index].append(name)
+        index = block_index(targets[name], prefix)
+        groups[index if index in groups else None].append(name)
     yield from ((index, found) for index, found in groups.items() if found)
 
 
@@ -147,12 +226,14 @@ def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> N
 
 def read_config(directory: Path) -> dict:
     """config.json. Raises ModelError."""
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory}: no config.json; expected a Hugging Face checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: config.json cannot be read ({error})") from error
+    path = directory / "config.json"
+    if not path.is_file():
+        adapter = " (but an adapter's adapter_config.json)" if (directory / ADAPTER).is_file() else ""
+        raise ModelError(f"{directory}: no config.json{adapter}; expected a Hugging Face checkpoint")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected an object, got {shown(repr(config))}")
+    return config
 
 
 def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
@@ -163,8 +244,11 @@ def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
         write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
 
 
-def skeleton(directory: Path, meta: bool = True) -> nn.Module:
-    """The model that config.json describes, without weights: all on meta, or where the context creates them."""
+def skeleton(directory: Path, meta: bool = True, fallback: torch.dtype = torch.float32) -> nn.Module:
+    """The model that config.json describes, without weights: all on meta, or where the context creates them.
+
+    ``fallback``: the weights' type where config.json states none.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read_config(directory)
@@ -172,7 +256,7 @@ def skeleton(directory: Path, meta: bool = True) -> nn.Module:
         config = AutoConfig.from_pretrained(directory)
         # How weights are stored is not the model's business, and not every transformers knows every format.
         config.__dict__.pop("quantization_config", None)
-        dtype = config.get_text_config().dtype or torch.float32
+        dtype = config.dtype or config.get_text_config().dtype or fallback
         if not meta:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.device("meta"):

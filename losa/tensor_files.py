@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -27,6 +29,88 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds. Raises ModelError that names the file: absent, not JSON, nested too deep, a key twice."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise ModelError(f"{path}: nested too deep") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from error
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{shown(next(key for key in found if keys.count(key) > 1))!r} stands there twice")
+    return found
+
+
+def shown(name: str) -> str:
+    """A name as messages show it: not a thousand letters of it."""
+    return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"
+
+
+def checkpoint_tensors(directory: Path) -> TensorFiles:
+    """The tensors that transformers loads: of model.safetensors, else of the files that the index names.
+
+    Other safetensors files that lie there are no part of the checkpoint. Where neither exists, a single file or one
+    complete set of numbered shards is taken.
+
+    Raises:
+        ModelError: no such files, or the index is damaged or names files or tensors that are not there.
+    """
+    if (directory / WHOLE).is_file():
+        return TensorFiles([directory / WHOLE])
+    if (directory / INDEX).is_file():
+        places = _index(directory)
+        return TensorFiles(dict.fromkeys(places.values()), places)
+    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    shards = [_SHARD.fullmatch(path.name) for path in found]
+    if len(found) == 1 and shards[0] is None:
+        return TensorFiles(found)
+    if found and all(shards) and len({(shard[1], shard[3]) for shard in shards}) == 1:
+        if len(found) != int(shards[0][3]):
+            raise ModelError(f"{directory}: {len(found)} of {int(shards[0][3])} shards are there, and no {INDEX}")
+        return TensorFiles(found)
+    if found:
+        names = ", ".join(path.name for path in found[:3])
+        raise ModelError(f"{directory}: no {WHOLE} and no {INDEX} that says which of {names} are the checkpoint")
+    others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind))
+    seen = f"; found {others[0]}, which transformers can load and save again as safetensors" if others else ""
+    raise ModelError(f"{directory}: no safetensors files; expected a merged Hugging Face checkpoint{seen}")
+
+
+def _index(directory: Path) -> dict[str, Path]:
+    path = directory / INDEX
+    index = read_json(path)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise ModelError(f"{path}: expected an object with a weight_map of tensors to files")
+    for name, file in weights.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise ModelError(f"{path}: {shown(name)}: expected the name of a safetensors file, got {shown(repr(file))}")
+        inside = PurePosixPath(file)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ModelError(f"{path}: {shown(name)}: {shown(repr(file))} lies outside of the directory")
+        if not (directory / file).is_file():
+            raise ModelError(f"{path}: {shown(name)}: there is no {shown(file)}")
+    return {name: directory / file for name, file in weights.items()}
+
+
+class Stored(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class _Place(NamedTuple):
@@ -42,12 +126,17 @@ class TensorFiles:
     A mapped file counts as the process's memory as long as one of its tensors lives, beside every copy that is made
     of another; here nothing is mapped, and a tensor is aligned as torch allocates.
 
+    Args:
+        expected: which tensors must be there, and the file of each.
+
     Raises:
-        ModelError: a file cannot be read, is no safetensors file, or holds a name that another one has.
+        ModelError: a file cannot be read, is no safetensors file, lacks an expected tensor, or holds a name that
+            another one has.
     """
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Iterable[Path], expected: Mapping[str, Path] | None = None):
         self._paths = list(paths)
+        self._expected = expected or {}
         self._stack = ExitStack()
         self._files: dict[Path, BinaryIO] = {}
         self._places: dict[str, _Place] = {}
@@ -58,11 +147,14 @@ class TensorFiles:
                 try:
                     self._files[path] = file = opening.enter_context(path.open("rb"))
                     found = _header(file, path)
-                except (OSError, ValueError, KeyError, TypeError) as error:
+                except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise _unreadable(path, getattr(error, "strerror", None) or "no safetensors file") from error
                 if twice := sorted(self._places.keys() & found.keys()):
-                    raise ModelError(f"{path}: {twice[0]} is in another file too")
+                    raise ModelError(f"{path}: {shown(twice[0])} is in another file too")
                 self._places |= found
+            for name, path in self._expected.items():
+                if name not in self._places or self._places[name].path != path:
+                    raise ModelError(f"{path}: {shown(name)} is not in it, though {INDEX} says so")
             self._stack = opening.pop_all()
         return self
 
@@ -72,6 +164,11 @@ class TensorFiles:
     @property
     def names(self) -> list[str]:
         return list(self._places)
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """Types and shapes, by name; no tensor is read."""
+        return {name: Stored(place.dtype, place.shape) for name, place in self._places.items()}
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the CPU.
@@ -97,21 +194,36 @@ class TensorFiles:
 
 
 def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:
-    length = int.from_bytes(file.read(8), "little")
-    if length > _LONGEST_HEADER:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > _LONGEST_HEADER:
         raise ValueError("header")
-    entries = json.loads(file.read(length))
+    entries = json.loads(file.read(length), object_pairs_hook=_each_key_once)
     entries.pop("__metadata__", None)
+    held = file.seek(0, 2) - 8 - length
     places = {}
+    spans = []
     for name, entry in entries.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ModelError(f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(int(side) for side in entry["shape"])
-        begin, end = entry["data_offsets"]
-        if min((0, *shape)) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(name)
-        places[name] = _Place(path, dtype, shape, 8 + length + begin)
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+            raise ModelError(f"{path}: {shown(name)} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+        dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+            raise ModelError(f"{path}: {shown(name)}: shape and data_offsets must be lists of whole numbers")
+        begin, end = offsets
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ModelError(f"{path}: {shown(name)}: the header gives a shape of {shape} {end - begin} bytes")
+        if end > held:
+            raise _unreadable(path, f"it ends within {shown(name)}")
+        places[name] = _Place(path, dtype, tuple(shape), 8 + length + begin)
+        spans.append((begin, end, name))
+    for (_, end, first), (begin, stop, second) in pairwise(sorted(span for span in spans if span[0] < span[1])):
+        if begin < end:
+            raise ModelError(f"{path}: {shown(first)} and {shown(second)} overlap (bytes {begin} to {min(end, stop)})")
     return places
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _unreadable(path: Path, reason: str | None) -> ModelError:

@@ -42,8 +42,8 @@ def test_tensor_files_name_what_is_wrong(tmp_path):
             files.get("y")
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    with TensorFiles([path]) as files, pytest.raises(ModelError, match="a.safetensors: cannot be read .it ends within"):
-        [files.get(name) for name in files.names]
+    with pytest.raises(ModelError, match="a.safetensors: cannot be read .it ends within"), TensorFiles([path]):
+        pass
     for damaged in (b"", whole[:40], b"\xff" * 16, b"\x02" + 7 * b"\0" + b"[]"):
         path.write_bytes(damaged)
         with pytest.raises(ModelError, match="a.safetensors: cannot be read .no safetensors file"), TensorFiles([path]):
