@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from losa import cli
+from losa.cli_errors import UNEXPECTED
 from losa.errors import LosaError
 from losa.packed import pack_directory
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -124,7 +125,7 @@ def run(*arguments) -> str:
     assert result.exit_code in (0, 1, 2), printed
     if result.exit_code == 1:
         assert "losa: " in result.stderr and "Traceback" not in result.output, printed
-        assert getattr(cli, "UNEXPECTED", "unexpected error") not in result.stderr, printed
+        assert UNEXPECTED not in result.stderr, printed
     return result.output
 
 
@@ -294,8 +295,8 @@ def test_the_check_can_fail(monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("nobody expected this")
 
-    monkeypatch.setattr("losa.report.inspect_directory", broken)
+    monkeypatch.setattr("losa.inspection.inspect_directory", broken)
     with pytest.raises(AssertionError, match="nobody expected this"):
         run("inspect", "anything")
-    monkeypatch.setattr("losa.report.inspect_directory", lambda path: (_ for _ in ()).throw(LosaError("a sentence")))
+    monkeypatch.setattr("losa.inspection.inspect_directory", lambda path: (_ for _ in ()).throw(LosaError("a sentence")))
     assert "a sentence" in run("inspect", "anything")
