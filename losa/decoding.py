@@ -93,7 +93,7 @@ class LeanDecoder:
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [self._read(block) for block in blocks]
-            self._windows = [w for b in blocks if (w := getattr(b.self_attn, "sliding_window", None)) is not None]
+            self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
             _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
         except (AttributeError, NotImplementedError, ModelError) as error:
@@ -130,7 +130,8 @@ class LeanDecoder:
         self.max_length, self.length = max_length, 0
 
     def _check_length(self, max_length: int) -> None:
-        window = min([*self._windows, *([] if (w := longest_served(self.config)) is None else [w])], default=max_length)
+        windows = [*self._windows, longest_served(self.config)] if max_length else []
+        window = min((w for w in windows if w is not None), default=max_length)
         if max_length > window:
             raise Unsupported(
                 f"generate: attention in a sliding window of {window} tokens, fewer than the {max_length} of this text"
@@ -263,9 +264,9 @@ class LeanDecoder:
     @torch.inference_mode()
     def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
-        window = longest_served(self.config)
         count = PROBE if sum(p.numel() for p in model.parameters()) < LARGE else SHORT_PROBE
-        count = min([count, *self._windows, *([] if window is None else [window])])
+        windows = [*self._windows, longest_served(self.config)]
+        count = min([count, *(w for w in windows if w is not None)])
         self.resize(count)
         vocabulary = self.embeddings.weight.shape[0]
         # From all over the vocabulary, the first and the last token among them.
