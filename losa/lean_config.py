@@ -15,13 +15,14 @@ tie_word_embeddings max_position_embeddings rope_theta default_theta quantizatio
 """
 # No part of a forward pass in evaluation mode.
 _NO_PART = """
-architectures model_type transformers_version dtype torch_dtype auto_map name_or_path _name_or_path _commit_hash
-tokenizer_class initializer_range use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward
-pretraining_tp id2label label2id num_labels problem_type attn_implementation _attn_implementation
-_attn_implementation_autoset attention_dropout residual_dropout hidden_dropout embedding_dropout embd_pdrop resid_pdrop
-dropout mlp_dropout max_sequence_length model_max_length bos_token_id eos_token_id pad_token_id unk_token_id
-sep_token_id is_llama_config unsloth_fixed unsloth_version transformers.js_config
+architectures model_type transformers_version dtype torch_dtype auto_map _commit_hash tokenizer_class initializer_range
+use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp id2label label2id
+num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+attention_dropout residual_dropout hidden_dropout embedding_dropout embd_pdrop resid_pdrop dropout mlp_dropout
+max_sequence_length model_max_length is_llama_config unsloth_fixed unsloth_version transformers.js_config
 """
+# Ends of names that have no part either: a GGUF file brings _model_name_or_path.
+_NO_PART_ENDS = ("name_or_path", "_token_id")
 _KNOWN = frozenset((_IN_THE_MODULES + _NO_PART).split())
 # A rotary embedding computes cosines and sines from these, and the loop takes them from there.
 _IN_ROPE = """
@@ -84,7 +85,8 @@ def _check(config, key: str, value) -> None:
     else:
         generation, default = _of_all()
         usual = key in default and value == default[key]
-        fine = key in _KNOWN or key in generation or usual or _off(key, value)
+        known = key in _KNOWN or key.endswith(_NO_PART_ENDS) or key in generation
+        fine = known or usual or _off(key, value)
     if not fine:
         _refuse(key, value)
 

@@ -25,6 +25,7 @@ PLAIN = {
     "llama": ("Llama", {}),
     "llama, scaled positions": ("Llama", {"rope_parameters": YARN}),
     "llama, settings of generation": ("Llama", {"num_beams": 4, "unsloth_version": "2", "temperature": 0.6}),
+    "llama, of a GGUF file": ("Llama", {"_model_name_or_path": "a name", "unk_token_id": 0}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "ministral": ("Ministral", {"head_dim": 8, "layer_types": FULL}),
     "qwen2": ("Qwen2", {"sliding_window": 4}),
