@@ -36,7 +36,7 @@ READ = (
 # Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
 # is off by 2e-5 of fp64. Another function is off by more than a thousandth.
 SAME = 2**-10
-# Tokens of that comparison; fewer where they would take seconds on a CPU.
+# Tokens of that comparison; fewer from so many weights on, where they would take seconds on a CPU.
 PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
 
 
@@ -81,8 +81,8 @@ class LeanDecoder:
     """
 
     def __init__(self, model: nn.Module, max_length: int):
-        self.config = model.config
         try:
+            self.config = model.config
             decoder = model.get_decoder()
             self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
             first = self.embeddings.weight
@@ -93,7 +93,7 @@ class LeanDecoder:
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [self._read(block) for block in blocks]
-            self._windows = [w for b in blocks if (w := getattr(b.self_attn, "sliding_window", None)) is not None]
+            self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
             _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
         except (AttributeError, NotImplementedError, ModelError) as error:
@@ -130,7 +130,8 @@ class LeanDecoder:
         self.max_length, self.length = max_length, 0
 
     def _check_length(self, max_length: int) -> None:
-        window = min([*self._windows, *([] if (w := longest_served(self.config)) is None else [w])], default=max_length)
+        windows = [*self._windows, longest_served(self.config)] if max_length else []
+        window = min((w for w in windows if w is not None), default=max_length)
         if max_length > window:
             raise Unsupported(
                 f"generate: attention in a sliding window of {window} tokens, fewer than the {max_length} of this text"
@@ -263,20 +264,23 @@ class LeanDecoder:
     @torch.inference_mode()
     def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
-        window = longest_served(self.config)
-        count = PROBE if sum(p.numel() for p in model.parameters()) < LARGE else SHORT_PROBE
-        count = min([count, *self._windows, *([] if window is None else [window])])
-        self.resize(count)
+        weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
+        count = PROBE if weights < LARGE else SHORT_PROBE
+        windows = [*self._windows, longest_served(self.config)]
+        count = min([count, *(w for w in windows if w is not None)])
         vocabulary = self.embeddings.weight.shape[0]
         # From all over the vocabulary, the first and the last token among them.
         ids = (torch.arange(count, device=self.device) * 0.6180339887 % 1 * vocabulary).long()
         ids[count // 2] = vocabulary - 1
         try:
+            self.resize(count)
             expected = model(ids[None], use_cache=False).logits[0].float()
-        except Exception as error:  # of any kind: it is not our code
-            raise Unsupported(f"generate: {type(model).__name__}'s forward pass fails ({error})") from error
-        found = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
-        found = torch.cat([*found, self(ids[-1:])[None]]).float()
+            found = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
+            found = torch.cat([*found, self(ids[-1:])[None]]).float()
+        except LosaError:
+            raise
+        except Exception as error:  # the model's own, or shapes that do not fit the loop
+            raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         if not expected.isfinite().all():
             raise Unsupported(f"generate: {type(model).__name__}'s own logits are not finite for some tokens")
         allowed = max(64 * torch.finfo(self.dtype).eps, SAME) * expected.abs().max()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from losa.decoding import LeanDecoder, Unsupported, hooked
 from losa.detokenizer import Detokenizer
 from losa.errors import LosaError, NumericsError
+from losa.finite import is_finite
 from losa.limits import check_ids, check_length, positions
 from losa.modules import SparseLinear
 from losa.transformers_loop import through_transformers
@@ -306,7 +307,7 @@ def _check_finite(model: nn.Module, logits: Tensor) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             weights |= {f"{name}.weight": module.packed.values}
-    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    wrong = next((name for name, weight in weights.items() if not is_finite(weight)), None)
     why = (
         f"{wrong} holds values that are not" if wrong else f"all weights are; {logits.dtype} may be too narrow for them"
     )

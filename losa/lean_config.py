@@ -15,13 +15,14 @@ tie_word_embeddings max_position_embeddings rope_theta default_theta quantizatio
 """
 # No part of a forward pass in evaluation mode.
 _NO_PART = """
-architectures model_type transformers_version dtype torch_dtype auto_map name_or_path tokenizer_class initializer_range
+architectures model_type transformers_version dtype torch_dtype auto_map _commit_hash tokenizer_class initializer_range
 use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp id2label label2id
-num_labels problem_type attn_implementation attention_dropout residual_dropout hidden_dropout embedding_dropout
-embd_pdrop resid_pdrop dropout mlp_dropout max_sequence_length model_max_length
-bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-is_llama_config unsloth_fixed transformers.js_config
+num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+attention_dropout residual_dropout hidden_dropout embedding_dropout embd_pdrop resid_pdrop dropout mlp_dropout
+max_sequence_length model_max_length is_llama_config unsloth_fixed unsloth_version transformers.js_config
 """
+# Ends of names that have no part either: a GGUF file brings _model_name_or_path.
+_NO_PART_ENDS = ("name_or_path", "_token_id")
 _KNOWN = frozenset((_IN_THE_MODULES + _NO_PART).split())
 # A rotary embedding computes cosines and sines from these, and the loop takes them from there.
 _IN_ROPE = """
@@ -48,7 +49,12 @@ def longest_served(config) -> int | None:
     Raises:
         Unsupported: the configuration asks for something that the loop does not compute; names key and value.
     """
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except (AttributeError, ValueError) as error:
+        raise Unsupported(
+            f"generate: the model's configuration does not say which part is the text's ({error})"
+        ) from error
     for part in [config] if text is config else [config, text]:
         for key, value in part.to_dict().items():
             _check(part, str(key), value)
@@ -56,11 +62,12 @@ def longest_served(config) -> int | None:
 
 
 @functools.cache
-def _of_generation() -> frozenset[str]:
-    """Settings of generation, which a configuration may hold too, are no part of a forward pass."""
-    from transformers import GenerationConfig
+def _of_all() -> tuple[frozenset[str], dict]:
+    """What says nothing of one model: settings of generation, which a configuration may hold too, and what every
+    configuration holds by default."""
+    from transformers import GenerationConfig, PreTrainedConfig
 
-    return frozenset(vars(GenerationConfig()))
+    return frozenset(vars(GenerationConfig())), PreTrainedConfig().to_dict()
 
 
 def _check(config, key: str, value) -> None:
@@ -76,8 +83,10 @@ def _check(config, key: str, value) -> None:
     elif key == "is_causal":
         fine = value is True
     else:
-        known = key in _KNOWN or key[:1] == "_" or key.endswith("_version") or key in _of_generation()
-        fine = known or _off(key, value)
+        generation, default = _of_all()
+        usual = key in default and value == default[key]
+        known = key in _KNOWN or key.endswith(_NO_PART_ENDS) or key in generation
+        fine = known or usual or _off(key, value)
     if not fine:
         _refuse(key, value)
 

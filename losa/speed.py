@@ -14,6 +14,7 @@ from torch import nn
 
 from losa.decoding import LeanDecoder, Unsupported
 from losa.errors import LosaError, ModelError
+from losa.limits import check_length
 from losa.model import find_blocks
 from losa.modules import SparseLinear
 from losa.sparse import densify, join_linears, sparsify
@@ -54,7 +55,7 @@ def decode_speeds(
         only: names "LOOP, WEIGHTS" of what to measure; None measures all.
 
     Raises:
-        ModelError: the model is not pruned, or nothing can be measured.
+        ModelError: the model is not pruned, has a table of too few positions, or nothing can be measured.
         LosaError: fewer than 2 tokens are asked for.
     """
     if tokens < 2:
@@ -62,6 +63,7 @@ def decode_speeds(
     dense = densify(copy.deepcopy(model))
     device = dense.get_input_embeddings().weight.device
     prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
+    check_length(dense, len(prompt) + tokens - 1, "bench: tokens")
     runs: dict[str, tuple[int, Callable[[], float]]] = {}
     warned = False
     for weights in WEIGHTS[:2] if dense.dtype == torch.bfloat16 else WEIGHTS:

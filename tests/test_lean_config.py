@@ -24,7 +24,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 PLAIN = {
     "llama": ("Llama", {}),
     "llama, scaled positions": ("Llama", {"rope_parameters": YARN}),
-    "llama, settings of generation": ("Llama", {"num_beams": 4, "unsloth_version": "2", "_note": "x"}),
+    "llama, settings of generation": ("Llama", {"num_beams": 4, "unsloth_version": "2", "temperature": 0.6}),
+    "llama, of a GGUF file": ("Llama", {"_model_name_or_path": "a name", "unk_token_id": 0}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "ministral": ("Ministral", {"head_dim": 8, "layer_types": FULL}),
     "qwen2": ("Qwen2", {"sliding_window": 4}),
@@ -123,7 +124,7 @@ def test_other_functions_are_refused_by_name(name):
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, True, "on", [0], {"a": 1}])
 def test_an_unknown_key_that_is_on(value):
-    for key in ("attention_wormhole", "wormhole"):
+    for key in ("attention_wormhole", "wormhole", "_wormhole", "wormhole_version"):
         with pytest.raises(Unsupported, match=f"does not compute {key} = "):
             longest_served(config_of("Llama", {key: value}))
 
