@@ -69,6 +69,8 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
+        if directory is not None and gguf_file is None:
+            _name_what_is_damaged(directory, error)
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
     if absent := sorted(info["missing_keys"]):
         shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
@@ -100,6 +102,25 @@ def refuse_adapter(directory: Path) -> None:
         f"{directory}: holds a PEFT adapter alone ({ADAPTER}), no model; merge it into its base model with PEFT "
         "(merge_and_unload, save_pretrained) and give that directory"
     )
+
+
+def _name_what_is_damaged(directory: Path, error: Exception) -> None:
+    """Raises ModelError if the files can be told to be damaged, or not to be the model's: transformers names neither
+    file nor tensor."""
+    from losa.streaming import check_names, skeleton
+    from losa.tensor_files import checkpoint_tensors
+
+    if not any(directory.glob("*.safetensors")):
+        return
+    try:
+        with checkpoint_tensors(directory):
+            pass
+        model = skeleton(directory)
+    except ModelError as found:
+        if "config.json" not in str(found):
+            raise found from error
+        return
+    check_names(directory, model)
 
 
 def _check_finite(loaded: nn.Module, model: str, directory: Path | None) -> None:

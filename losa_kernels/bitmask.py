@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import native
+from . import arguments, native
 from .dispatch import implementation
 
 
@@ -17,6 +17,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     Returns uint8 (out, ceil(in / 8)) on the mask's device, contiguous, in the bit order of
     ``numpy.packbits(bitorder="little")``. The mask may be strided. Raises ValueError if it is not 2-D or not bool.
     """
+    arguments.tensor("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask: expected 2 dimensions (out, in), got shape {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
@@ -32,6 +33,8 @@ def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     Padding bits are ignored. Raises ValueError if ``packed`` is not a 2-D uint8 tensor or its width does not fit
     ``in_features``.
     """
+    arguments.tensor("packed", packed)
+    in_features = arguments.integer("in_features", in_features)
     if packed.dim() != 2:
         raise ValueError(f"packed: expected 2 dimensions (out, ceil(in / 8)), got shape {tuple(packed.shape)}")
     if packed.dtype != torch.uint8:
@@ -54,6 +57,7 @@ def packed_width(in_features: int) -> int:
 
 def check_packed(mask: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises ValueError unless ``mask`` is a packed mask of ``weight`` (out, in) on the same device."""
+    arguments.tensor("mask", mask)
     expected = (weight.shape[0], packed_width(weight.shape[1]))
     if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
         raise ValueError(f"mask: expected packed uint8 {expected}, got {mask.dtype} {tuple(mask.shape)}")

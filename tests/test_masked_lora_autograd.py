@@ -31,6 +31,67 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
 
 
+def sliced(y, other):
+    y[..., 1:9] += other[..., 1:9]
+    return y
+
+
+def sliced_elsewhere(y, other):
+    return torch.cat([y[..., :1], y[..., 1:9] + other[..., 1:9], y[..., 9:]], -1)
+
+
+EDITS = {  # in place, and the same out of place
+    "add_": (lambda y, other: y.add_(other), lambda y, other: y + other),
+    "clamp_": (lambda y, other: y.clamp_(-0.5, 0.5), lambda y, other: y.clamp(-0.5, 0.5)),
+    "mul_": (lambda y, other: y.mul_(other), lambda y, other: y * other),
+    "+= of a slice": (sliced, sliced_elsewhere),
+    "of a view": (lambda y, other: (y.view(-1, 2).mul_(3), y)[1], lambda y, other: y * 3),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("shape", [(20,), (7, 20), (2, 3, 20), (0, 20), (1, 1, 1, 20)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_outputs_may_be_changed_in_place(edit, shape, dropout_p):
+    args = problem(dtype=torch.float32) | {"x": torch.randn(shape), "dropout_p": dropout_p}
+    other, results = torch.randn(*shape[:-1], 24), []
+    for form in EDITS[edit]:
+        torch.manual_seed(1)
+        inputs = leaves(args)
+        x = inputs["x"] * 1  # no leaf, as in a model
+        y = form(masked_lora_linear(**(args | inputs | {"x": x})), other)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in inputs.values())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_outputs_of_no_grad_may_be_changed_where_gradients_are_enabled():
+    args, other = problem(dtype=torch.float32), torch.randn(7, 24, requires_grad=True)
+    with torch.no_grad():
+        y = masked_lora_linear(**args)
+    y.add_(other).sum().backward()
+    assert torch.equal(other.grad, torch.ones(7, 24))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_trains_whose_output_is_changed_in_place(compiled):
+    """A block like Llama 4's (add_ on the shared expert's output) and OLMo's (clamp_ of queries)."""
+    torch.compiler.reset()
+    args, other = problem(dtype=torch.float32), torch.randn(7, 24)
+    results = []
+    for name in (0, 1):
+        inputs = leaves(args)
+
+        def block(inputs, name=name):
+            y = masked_lora_linear(**(args | inputs))
+            return EDITS["clamp_"][name](EDITS["add_"][name](y, other), other).square().sum()
+
+        run_block = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+        run_block(inputs).backward()
+        results.append([leaf.grad for leaf in inputs.values()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",), ("bias",), ("x", "lora_B"), ("lora_A", "lora_B")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_any_subset_of_gradients(wanted, dtype):

@@ -427,6 +427,17 @@ def test_errors_name_the_argument(call, message):
         call(pack_bitmask(WEIGHT, pack_mask(HALF)))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_outputs_may_be_changed_in_place(tokens):
+    """Where gradients are enabled too, though the output was made without."""
+    packed, scale = pack_bitmask(WEIGHT, pack_mask(HALF)), torch.ones(32, requires_grad=True)
+    with torch.no_grad():
+        y = sparse_linear(torch.randn(1, tokens, 64), packed)
+    before = y.clone()
+    y.mul_(scale).sum().backward()
+    assert torch.equal(y, before) and torch.allclose(scale.grad, before.sum((0, 1)))
+
+
 @pytest.mark.parametrize("name", ["x", "bias"])
 def test_no_backward_pass(name):
     packed = pack_bitmask(WEIGHT, pack_mask(HALF))

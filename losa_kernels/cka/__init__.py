@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch
+from losa_kernels import arguments, dispatch
 
 MAX_SAMPLES = 256
 
@@ -29,6 +29,7 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
         ValueError: a wrong shape, dtype or device, or features that are not finite or whose squares are not (``out``
             stays as it was then).
     """
+    arguments.with_data("features", arguments.tensor("features", features))
     if features.dim() not in (2, 3) or not features.is_floating_point():
         raise ValueError(
             f"features: expected floating point (n, p) or (L, n, p), got {features.dtype} {tuple(features.shape)}"
@@ -37,6 +38,8 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
     if not 2 <= samples <= MAX_SAMPLES:
         raise ValueError(f"features: expected 2..{MAX_SAMPLES} samples, got {samples}")
     expected, wide = _shape(features), _wide(features)
+    if out is not None:
+        arguments.written_to("out", arguments.tensor("out", out))
     if out is not None and (tuple(out.shape) != expected or out.dtype != wide or out.device != features.device):
         raise ValueError(
             f"out: expected {wide} {expected} on {features.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
@@ -66,7 +69,7 @@ def _wide(features: Tensor) -> torch.dtype:
 
 
 def _what_is_not_finite(features: Tensor) -> str:
-    places = (~torch.isfinite(features)).nonzero()
+    places = (~torch.isfinite(features.to(_wide(features)))).nonzero()  # of dtypes of 8 bits too
     if len(places) == 0:
         return "features: too large: their squares, or the values of out, are not finite"
     *layer, sample, column = places[0].tolist()
@@ -88,6 +91,7 @@ def cka_similarity(grams: Tensor) -> Tensor:
         ValueError: a wrong shape or dtype, non-finite values, or a zero Gram (features that are the same for all
             samples); names the Gram's index.
     """
+    arguments.with_data("grams", arguments.tensor("grams", grams))
     if grams.dim() != 3 or grams.shape[1] != grams.shape[2] or not grams.is_floating_point():
         raise ValueError(f"grams: expected floating point (L, n, n), got {grams.dtype} {tuple(grams.shape)}")
     return (_similarity_op if torch.compiler.is_compiling() else _similarity)(grams)

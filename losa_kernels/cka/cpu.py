@@ -11,7 +11,7 @@ from losa_kernels.cka import reference
 
 def gram(features: Tensor) -> Tensor:
     """features (L, n, p) -> (L, n, n) fp64, of fp32 products; fp64 features: the reference."""
-    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if features.numel() == 0 or features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return reference.gram(features)
     return torch.ops.losa.gram.default(features if features.stride(2) == 1 else features.contiguous())
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch
+from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
@@ -49,8 +49,10 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         ValueError: a wrong shape or damping, or a non-finite Hessian; names the argument.
         SingularHessianError: no damping up to 1 makes it positive definite.
     """
+    arguments.with_data("hessian", arguments.tensor("hessian", hessian))
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
         raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
+    damping = arguments.number("damping", damping)
     if not 0 < damping <= MAX_DAMPING:
         raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
     hessian = hessian.to(_wide(hessian))
@@ -85,43 +87,64 @@ def sparsegpt_prune(
             where the pattern lets them go, and are zero in any case.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         damping: share of the mean diagonal added, 0 < damping <= 1; grows tenfold, up to 1, until the factor exists.
-        block_size: columns per block, a multiple of m for keep_n:m.
+        block_size: columns per block, a multiple of m for keep_n:m; more than there are: all of them in one.
         mask: packed; weights already pruned stay pruned and count, and where the matrix (keep_n:m: a group) has lost
             more than asked, nothing else goes. Their values are compensated for like any other pruned weight's: pass
             zeros there if that has happened already. With sparsity=0 this is the elimination for a given mask.
         factor: ``inverse_factor(hessian, damping)``, for weights that share a Hessian; ``damping`` is then unused.
 
     Raises:
-        ValueError: a bad argument, or a non-finite Hessian or weight.
+        ValueError: a bad argument; or a weight, Hessian or factor that is not finite, or so large that the swept weight
+            or its loss would not be. No result is not finite.
         SingularHessianError: no damping up to 1 gives a factor.
     """
-    _check(weight, sparsity, keep_n, m, mask)
+    sparsity, keep_n, m = _check(weight, sparsity, keep_n, m, mask)
     columns = weight.shape[1]
+    arguments.tensor("hessian", hessian)
     if tuple(hessian.shape) != (columns, columns):
         raise ValueError(f"hessian: expected ({columns}, {columns}), got {tuple(hessian.shape)}")
+    if not hessian.is_floating_point():
+        raise ValueError(f"hessian: expected floating point, got {hessian.dtype}")
     if hessian.device != weight.device:
         raise ValueError(f"hessian: expected on {weight.device} as weight, got {hessian.device}")
+    block_size = arguments.integer("block_size", block_size)
     if block_size < 1 or (m is not None and block_size % m):
         expected = "a positive number" if m is None else f"a positive multiple of m={m}"
         raise ValueError(f"block_size: expected {expected}, got {block_size}")
+    # A wider block would be the same one; this one begins at a whole byte of the mask and at a whole group.
+    block_size = min(block_size, -(-max(columns, 1) // (8 * (m or 1))) * 8 * (m or 1))
     wide = _wide(weight)
     work = weight.to(wide, copy=True)
     if not all_finite(work):
         raise ValueError("weight: expected finite values, got nan or inf")
     if factor is None:
         factor = inverse_factor(hessian.to(wide), damping)
-    upper, used = factor
-    if tuple(upper.shape) != (columns, columns) or upper.dtype != wide or upper.device != weight.device:
-        raise ValueError(
-            f"factor: expected {wide} ({columns}, {columns}) on {weight.device}, "
-            f"got {upper.dtype} {tuple(upper.shape)} on {upper.device}"
-        )
+    elif not isinstance(factor, tuple | list) or len(factor) != 2:
+        raise ValueError(f"factor: expected (U, damping) of inverse_factor, got {type(factor).__name__}")
+    else:
+        _check_factor(arguments.tensor("factor", factor[0]), hessian, weight)
+    upper, used = factor[0], arguments.number("factor", factor[1])
     dead = hessian.diagonal() == 0
     if dead.any():
         work[:, dead] = 0
     sweep = dispatch.implementation("column_sweep", weight.device)
     swept, packed, loss = sweep(work, upper, sparsity, keep_n, m, block_size, mask)
+    if not all_finite(swept) or not all_finite(loss):
+        raise ValueError(f"weight: too large: what pruning makes of it, or the loss, is beyond {wide}")
     return SweepResult(swept, packed, loss, used)
+
+
+def _check_factor(upper: Tensor, hessian: Tensor, weight: Tensor) -> None:
+    columns, wide = weight.shape[1], _wide(weight)
+    if tuple(upper.shape) != (columns, columns) or upper.dtype != wide or upper.device != weight.device:
+        raise ValueError(
+            f"factor: expected {wide} ({columns}, {columns}) on {weight.device}, "
+            f"got {upper.dtype} {tuple(upper.shape)} on {upper.device}"
+        )
+    if not all_finite(upper) or not bool((upper.diagonal() > 0).all()):
+        raise ValueError("factor: expected finite values and a positive diagonal")
+    if not all_finite(hessian):
+        raise ValueError("hessian: expected finite values, got nan or inf")
 
 
 @torch.no_grad()
@@ -150,9 +173,12 @@ def wanda_mask(
     Raises:
         ValueError: a bad argument, or non-finite values; names the argument.
     """
-    _check(weight, sparsity, keep_n, m, mask)
+    sparsity, keep_n, m = _check(weight, sparsity, keep_n, m, mask)
+    arguments.tensor("input_norms", input_norms)
     if tuple(input_norms.shape) != (weight.shape[1],):
         raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
+    if input_norms.is_complex():
+        raise ValueError(f"input_norms: expected real numbers, got {input_norms.dtype}")
     if input_norms.device != weight.device:
         raise ValueError(f"input_norms: expected on {weight.device} as weight, got {input_norms.device}")
     # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
@@ -160,20 +186,24 @@ def wanda_mask(
     return run(weight, input_norms, sparsity, keep_n, m, mask)
 
 
-def _check(weight: Tensor, sparsity: float | None, keep_n: int | None, m: int | None, mask: Tensor | None) -> None:
+def _check(
+    weight: Tensor, sparsity: float | None, keep_n: int | None, m: int | None, mask: Tensor | None
+) -> tuple[float | None, int | None, int | None]:
+    """sparsity, keep_n and m as plain numbers."""
+    arguments.with_data("weight", arguments.tensor("weight", weight))
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
     if (sparsity is None) == (keep_n is None) or (keep_n is None) != (m is None):
         raise ValueError(f"sparsity: give sparsity, or keep_n and m; got sparsity={sparsity}, keep_n={keep_n}, m={m}")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+    if sparsity is not None:
+        sparsity = arguments.number("sparsity", sparsity)
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
     if keep_n is not None:
-        if not 0 < keep_n <= m:
-            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
-        if weight.shape[1] % m:
-            raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
+        keep_n, m = arguments.pattern(keep_n, m, weight.shape[1])
     if mask is not None:
         check_packed(mask, weight)
+    return sparsity, keep_n, m
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

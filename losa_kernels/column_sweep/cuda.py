@@ -37,9 +37,11 @@ def column_sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(swept weight (out, in), packed mask, loss (out,)); an fp32 ``weight`` is given up.
 
-    The reference serves fp64, blocks that are wider than 128 columns or begin inside a byte of the mask, and groups
-    other than 4, 8 and 16.
+    The reference serves fp64, blocks that are wider than 128 columns or begin inside a byte of the mask, groups other
+    than 4, 8 and 16, and weights of nothing.
     """
+    if weight.numel() == 0:
+        return reference.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask)
     if weight.dtype != torch.float32 or block_size > WIDEST_BLOCK or block_size % 8 or m not in (None, *GROUPS):
         return reference.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask)
     split = os.environ.get("LOSA_TRAILING", "fp32").strip().lower()

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch
+from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed
 
 MAX_RANK = 128
@@ -48,13 +48,14 @@ def masked_lora_linear(
             backward pass replays the dropout mask from a seed drawn here from torch's default generator.
 
     Returns:
-        (..., out) in x's dtype, contiguous.
+        (..., out) in x's dtype, contiguous; it may be changed in place.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; names the argument.
     """
-    _check(weight, mask, lora_A, lora_B, scaling)
+    scaling = _check(weight, mask, lora_A, lora_B, scaling)
     x = _check_input(x, weight, lora_A, lora_B, bias)
+    dropout_p = arguments.number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     # A tensor, because a compiled graph cannot turn it into an int; it is drawn on the CPU, so reading it waits for
@@ -64,7 +65,7 @@ def masked_lora_linear(
     # same functions.
     eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     call = _MaskedLoRALinear.apply if eager else _forward_op
-    return call(x, weight, mask, lora_A, lora_B, float(scaling), bias, float(dropout_p), seed)
+    return call(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
 
 
 def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -73,13 +74,16 @@ def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_
     Pruned entries are exactly +0.0, whatever W holds there (NaN, inf, -0.0). Not differentiable. Arguments and errors:
     see ``masked_lora_linear``.
     """
-    _check(weight, mask, lora_A, lora_B, scaling)
+    scaling = _check(weight, mask, lora_A, lora_B, scaling)
     _check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")
     with torch.no_grad():
-        return _run("merge_masked_lora", weight.device, weight, mask, lora_A, lora_B, float(scaling))
+        return _run("merge_masked_lora", weight.device, weight, mask, lora_A, lora_B, scaling)
 
 
-def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+    """scaling as a float."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        arguments.tensor(name, tensor)
     if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.numel() == 0:
         got = f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"weight: expected floating point (out, in), out and in at least 1, got {got}")
@@ -94,12 +98,17 @@ def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, 
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor.device != weight.device:
             raise ValueError(f"{name}: expected on {weight.device} as weight, got {tensor.device}")
+    scaling = arguments.number("scaling", scaling)
     if not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    return scaling
 
 
 def _check_input(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     """x, cast where autocast asks for it."""
+    arguments.tensor("x", x)
+    if bias is not None:
+        arguments.tensor("bias", bias)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected (..., {weight.shape[1]}), got {tuple(x.shape)}")
     if x.dtype not in _FLOATS:
@@ -149,7 +158,9 @@ def _forward(
     seed: Tensor | None,
 ) -> Tensor:
     number = 0 if seed is None else int(seed)
-    return _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
+    y = _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
+    # Autograd forbids changing in place what a Function returns as a view; decoder blocks do change outputs in place.
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def _backward(

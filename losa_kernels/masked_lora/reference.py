@@ -31,6 +31,8 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
 
 def dropout_keep(x: Tensor, p: float, seed: int) -> Tensor:
     """The replayable dropout mask, scaled by 1/(1-p), in x's dtype."""
+    if x.is_meta:
+        return torch.empty_like(x)
     generator = torch.Generator(device=x.device).manual_seed(seed)
     uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     return uniform.ge_(p).div_(1 - p).to(x.dtype)

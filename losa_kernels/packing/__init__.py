@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch, native
-from losa_kernels.bitmask import check_packed
-from losa_kernels.packing import cpu, cuda, reference
+from losa_kernels import arguments, dispatch, native
+from losa_kernels.bitmask import check_packed, packed_width
+from losa_kernels.packing import checks, cpu, cuda, reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
 
@@ -20,10 +20,37 @@ class Packed(ABC):
     """What the formats share: ``shape`` (out, in) and ``values``, whose dtype is the weight's.
 
     Two objects are equal only if they are the same object: tensors have no single answer to ``==``.
+
+    Making one checks what can be told without reading data: types, dtypes, shapes, strides and devices. What comes from
+    elsewhere (a file) needs :meth:`check` besides: with data that contradict each other, ops give wrong numbers or
+    raise ValueError.
+
+    Raises:
+        ValueError: names the field, what was expected and what it got.
     """
 
     shape: tuple[int, int]
     values: Tensor
+
+    def __post_init__(self):
+        # A compiled graph makes objects from checked ones only, and has sizes that are not known yet.
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "shape", checks.shape(self.shape))
+            self._check_fields()
+
+    def check(self) -> None:
+        """Read all but the values and raise ValueError where they contradict each other or the format (FORMAT.md)."""
+        if self.values.is_meta:
+            raise ValueError("values: expected tensors with data, got tensors on meta")
+        self._check_data()
+
+    @abstractmethod
+    def _check_fields(self) -> None:
+        """Types, dtypes, shapes, strides and devices."""
+
+    @abstractmethod
+    def _check_data(self) -> None:
+        """What only the data tell."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +89,18 @@ class PackedBitmask(Packed):
     bitmask: Tensor
     row_offsets: Tensor
 
+    def _check_fields(self) -> None:
+        rows, columns = self.shape
+        arguments.tensor("values", self.values)
+        checks.field("values", self.values, None, (self.values.numel(),))
+        if self.values.numel() > rows * columns:
+            raise ValueError(f"values: expected at most {rows * columns} of shape {self.shape}, got {len(self.values)}")
+        checks.field("bitmask", self.bitmask, torch.uint8, (rows, packed_width(columns)), self.device)
+        checks.field("row_offsets", self.row_offsets, torch.int64, (rows,), self.device)
+
+    def _check_data(self) -> None:
+        checks.bitmask_data(self.values, self.bitmask, self.row_offsets, self.shape[1])
+
     def unpack(self) -> Tensor:
         return _run("unpack_bitmask", self.values)(self.values, self.bitmask, self.row_offsets, self.shape)
 
@@ -77,6 +116,18 @@ class PackedNM(Packed):
     keep_n: int
     m: int
 
+    def _check_fields(self) -> None:
+        rows, columns = self.shape
+        keep_n, m = arguments.pattern(self.keep_n, self.m, columns)
+        object.__setattr__(self, "keep_n", keep_n)
+        object.__setattr__(self, "m", m)
+        checks.field("values", self.values, None, (rows, columns // m * keep_n))
+        checks.field("bitmask", self.bitmask, torch.uint8, (rows, packed_width(columns)), self.device)
+
+    def _check_data(self) -> None:
+        largest = _run("largest_group", self.bitmask)(self.bitmask, self.shape[1], self.m)
+        checks.nm_data(self.bitmask, self.shape[1], self.keep_n, self.m, largest)
+
     def unpack(self) -> Tensor:
         return _run("unpack_bitmask", self.values)(self.values, self.bitmask, None, self.shape)
 
@@ -90,6 +141,16 @@ class Packed24(Packed):
     int16 (out, in / 16)."""
 
     meta: Tensor
+
+    def _check_fields(self) -> None:
+        rows, columns = self.shape
+        if rows % 32 or columns % 64:
+            raise ValueError(f"shape: expected out a multiple of 32 and in of 64, got {self.shape}")
+        checks.field("values", self.values, None, (rows, columns // 2))
+        checks.field("meta", self.meta, torch.int16, (rows, columns // 16), self.device)
+
+    def _check_data(self) -> None:
+        checks.data_24(self.meta)
 
     def unpack(self) -> Tensor:
         return _run("unpack_24", self.values)(self.values, self.meta)
@@ -125,10 +186,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
         ValueError: in is no multiple of m, or a group keeps more than keep_n.
     """
     _check(weight, mask)
-    if not 0 < keep_n <= m:
-        raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n} of {m}")
-    if weight.shape[1] % m:
-        raise ValueError(f"m: expected a divisor of in_features {weight.shape[1]}, got {m}")
+    keep_n, m = arguments.pattern(keep_n, m, weight.shape[1])
     _check_groups(weight, mask, keep_n, m)
     values, stored = _run("pack_nm", weight)(weight.detach(), mask, keep_n, m)
     return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
@@ -152,6 +210,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
 
 
 def _check(weight: Tensor, mask: Tensor) -> None:
+    arguments.with_data("weight", arguments.tensor("weight", weight))
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
     check_packed(mask, weight)

@@ -23,8 +23,13 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """Dense (out, in). The mask alone says where values go; what takes rows in parallel needs their offsets too."""
+    if values.is_meta:
+        return values.new_empty(shape)
+    kept = unpack_mask(mask, shape[1])
+    if not torch.compiler.is_compiling() and (total := int(kept.sum())) != values.numel():
+        raise ValueError(f"values: expected {total}, as many as bitmask keeps, got {values.numel()}")
     dense = torch.zeros(shape, dtype=INTEGERS[values.element_size()], device=values.device)
-    dense[unpack_mask(mask, shape[1])] = as_bits(values).reshape(-1)
+    dense[kept] = as_bits(values).reshape(-1)
     return dense.view(values.dtype)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import dispatch, native
+from losa_kernels import arguments, dispatch, native
 from losa_kernels.packing import Packed
 from losa_kernels.sparse_linear import cpu, cuda, reference
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch multiplies
 _IN_GRAPH = {"cpu": cpu, "cuda": cuda}
 
 
@@ -29,15 +30,22 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     """
     if not isinstance(packed, Packed):
         raise ValueError(f"packed: expected a packed weight, got {type(packed).__name__}")
+    arguments.tensor("x", x)
+    if bias is not None:
+        arguments.tensor("bias", bias)
     out_features, in_features = packed.shape
     device = x.device
     if x.dim() < 1 or x.shape[-1] != in_features or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (..., {in_features}), got {x.dtype} {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
     if device != packed.values.device:
         raise ValueError(f"x: expected on {packed.device} as packed, got {device}")
     if bias is not None:
         if tuple(bias.shape) != (out_features,):
             raise ValueError(f"bias: expected ({out_features},), got {tuple(bias.shape)}")
+        if not bias.is_floating_point():
+            raise ValueError(f"bias: expected floating point, got {bias.dtype}")
         if bias.device != device:
             raise ValueError(f"bias: expected on {device} as x, got {bias.device}")
     if torch.is_grad_enabled():

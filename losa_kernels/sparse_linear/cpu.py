@@ -69,7 +69,8 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
         if values.dtype != wide:
             panel = scratch("widened", shape, wide).copy_(panel)
         y[:, part] = rows @ panel.T if bias is None else torch.addmm(bias[part].to(wide), rows, panel.T)
-    return y.view(*x.shape[:-1], out_features)
+    # No view: one that was made without gradients could not be changed in place where they are enabled.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out_features))
 
 
 if native.missing("cpu") is None:
