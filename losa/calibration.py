@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from losa.block_calls import Call, hidden_of, same, split_call
 from losa.errors import LosaError, ModelError, NumericsError
 from losa.pruners.base import Statistic
 from losa_kernels import gram
@@ -22,20 +22,6 @@ from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
 
 class _Stop(Exception):
     """Ends a forward pass once the first block's input is known."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Everything a block is called with besides its hidden states."""
-
-    args: tuple
-    kwargs: dict
-    hidden_keyword: str | None
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        if self.hidden_keyword is None:
-            return _hidden_of(block(hidden, *self.args, **self.kwargs))
-        return _hidden_of(block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs))
 
 
 # What a model's own code raises is told with the model; these speak for themselves.
@@ -53,57 +39,6 @@ def _forward(model: nn.Module, batch: Tensor) -> None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _hidden_of(output) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a sequence or mapping that they are the first of."""
-    first = output
-    if isinstance(output, Mapping):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, (tuple, list)):
-        first = output[0] if output else None
-    if not isinstance(first, Tensor):
-        raise ModelError(
-            f"decoder block: expected it to return hidden states, first of all; got {type(first).__name__}"
-        )
-    return first
-
-
-def _split_call(args: tuple, kwargs: dict) -> tuple[Tensor, _Call]:
-    if args:
-        hidden, call = args[0], _Call(tuple(args[1:]), dict(kwargs), None)
-    elif "hidden_states" in kwargs:
-        rest = dict(kwargs)
-        hidden, call = rest.pop("hidden_states"), _Call((), rest, "hidden_states")
-    else:
-        raise ModelError(f"decoder block: expected hidden states as first argument, got keywords {sorted(kwargs)}")
-    if not isinstance(hidden, Tensor):
-        raise ModelError(f"decoder block: expected hidden states as first argument, got {type(hidden).__name__}")
-    return hidden, call
-
-
-def _same(a, b, inside: tuple[int, ...] = ()) -> bool:
-    """Whether two arguments are equal in all that a block could read. An object is what its attributes are; of what
-    cannot be looked into, only the same object is the same."""
-    if a is b or id(a) in inside:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    inside = (*inside, id(a))
-    if isinstance(a, Mapping):
-        if a.keys() != b.keys() or not all(_same(a[key], b[key], inside) for key in a):
-            return False
-    elif isinstance(a, (tuple, list)):
-        if len(a) != len(b) or not all(_same(x, y, inside) for x, y in zip(a, b, strict=True)):
-            return False
-    elif callable(a) or not hasattr(a, "__dict__"):
-        try:
-            return bool(a == b)
-        except (TypeError, ValueError, RuntimeError):
-            return False
-    return _same(getattr(a, "__dict__", None), getattr(b, "__dict__", None), inside)
 
 
 class BlockStream:
@@ -131,7 +66,7 @@ class BlockStream:
         input_ids: Tensor,
         batch_size: int = 1,
         storage: torch.device | str = "cpu",
-        calls: dict[tuple[int, int], list[_Call]] | None = None,
+        calls: dict[tuple[int, int], list[Call]] | None = None,
         name: str = "blocks",
     ):
         self.blocks = blocks
@@ -213,22 +148,22 @@ class BlockStream:
 
     def _whole_pass(
         self, model: nn.Module, batch: Tensor, outputs: list[Tensor] | None = None
-    ) -> tuple[list[_Call], Tensor]:
+    ) -> tuple[list[Call], Tensor]:
         """What each block is called with (sliding-window models give each its own), and the last block's output.
         ``outputs`` takes all blocks' outputs, in host memory."""
         count = len(self.blocks)
-        calls: dict[int, _Call] = {}
+        calls: dict[int, Call] = {}
         last: list[Tensor] = []
 
         def before(index):
             def hook(_module, args, kwargs):
-                calls[index] = _split_call(args, kwargs)[1]
+                calls[index] = split_call(args, kwargs)[1]
 
             return hook
 
         def after(index):
             def hook(_module, _args, output):
-                hidden = _hidden_of(output)
+                hidden = hidden_of(output)
                 if index == count - 1:
                     last[:] = [hidden.to(self.storage, copy=True)]
                 if outputs is not None:
@@ -250,7 +185,7 @@ class BlockStream:
         seen = []
 
         def hook(_module, args, kwargs):
-            seen.append(_split_call(args, kwargs))
+            seen.append(split_call(args, kwargs))
             raise _Stop
 
         handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
@@ -262,7 +197,7 @@ class BlockStream:
             handle.remove()
         hidden, call = seen[0]
         known = self._calls[tuple(batch.shape)][0]
-        if not (_same(call.args, known.args) and _same(call.kwargs, known.kwargs)):
+        if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
             raise ModelError(
                 f"{self.name}.0: its arguments besides hidden states depend on the tokens, so it cannot be run by "
                 "itself, as calibration does; losa cannot prune this model"

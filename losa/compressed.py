@@ -19,7 +19,7 @@ from losa.model import find_blocks
 from losa.naming import Naming
 from losa.sparse import pack_weight
 from losa.streaming import Contents, Part, Shards, by_block, read_config, skeleton
-from losa.tensor_files import checkpoint_tensors, shown
+from losa.tensor_files import Stored, checkpoint_tensors, shown
 from losa_kernels import pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
@@ -124,31 +124,40 @@ def read(directory: Path) -> Contents:
     taken = {f"{weight.removesuffix('.weight')}.{part}" for weight, names in parts.items() for part in names}
     if both := sorted(parts.keys() & stored.keys()):
         raise ModelError(f"{directory}: {shown(both[0])} is stored packed and dense")
-    dense = [name for name in stored if name not in taken]
-    naming = Naming(model, [*dense, *parts])
+    dense = {name: entry for name, entry in stored.items() if name not in taken}
+    with checkpoint_tensors(directory) as files:
+        for weight in parts:
+            linear = weight.removesuffix(".weight")
+            shape = _shape(f"{directory}: {shown(linear)}", files.get(f"{linear}.shape"))
+            dense[weight] = Stored(stored[f"{linear}.compressed"].dtype, shape)
+    naming = Naming(model, dense)
 
     def contents() -> Iterator[dict[str, Packed | Tensor]]:
         with checkpoint_tensors(directory) as files:
-            for _, names in by_block(naming, [*dense, *parts], prefix, len(blocks)):
+            for _, names in by_block(naming, dense, prefix, len(blocks)):
                 found: dict[str, Packed | Tensor] = {}
                 for name in names:
                     if name in parts:
                         linear = name.removesuffix(".weight")
                         tensors = {part: files.get(f"{linear}.{part}") for part in parts[name]}
-                        found[linear] = _rebuild(linear, tensors)
+                        found[linear] = _rebuild(f"{directory}: {shown(linear)}", dense[name].shape, tensors)
                     else:
                         found[name] = files.get(name)
                 yield found
 
-    kinds = [stored[name].dtype for name in dense]
-    return Contents([*dense, *parts], kinds, contents())
+    return Contents(directory, dense, contents())
 
 
-def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
+def _shape(where: str, stored: Tensor) -> tuple[int, int]:
+    sides = stored.flatten().tolist()
+    if stored.is_floating_point() or len(sides) != 2 or min(sides) < 1:
+        raise ModelError(f"{where}: expected a shape of two positive numbers, got {sides[:4]}")
+    return (int(sides[0]), int(sides[1]))
+
+
+def _rebuild(linear: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Packed:
     values, mask = tensors["compressed"], tensors["bitmask"]
-    if tensors["shape"].numel() != 2 or tensors["shape"].is_floating_point():
-        raise ModelError(f"{linear}: expected a shape of two whole numbers, got {tensors['shape'].flatten().tolist()}")
-    rows, columns = shape = tuple(tensors["shape"].flatten().tolist())
+    rows, columns = shape
     if values.dtype not in _FLOATS:
         raise ModelError(f"{linear}: expected floating-point values, got {values.dtype}")
     if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
@@ -159,8 +168,17 @@ def _rebuild(linear: str, tensors: dict[str, Tensor]) -> Packed:
     if "row_offsets" not in tensors:
         if columns % 4 or values.shape != (rows, columns // 2) or not (kept.reshape(-1, 4).sum(1) == 2).all():
             raise ModelError(f"{linear}: the values or the bitmask are not 2 of every 4 of a weight {shape}")
-        return PackedNM(shape, values, mask, 2, 4)
+        return _checked(linear, PackedNM, shape, values, mask, 2, 4)
     counts = kept.sum(1)
     if values.numel() != int(counts.sum()):
         raise ModelError(f"{linear}: {values.numel()} values, but the bitmask has {int(counts.sum())}")
-    return PackedBitmask(shape, values.flatten(), mask, counts.cumsum(0) - counts)
+    return _checked(linear, PackedBitmask, shape, values.flatten(), mask, tensors["row_offsets"].flatten())
+
+
+def _checked(linear: str, kind: type[Packed], *fields) -> Packed:
+    try:
+        packed = kind(*fields)
+        packed.check()
+    except ValueError as error:
+        raise ModelError(f"{linear}: {error}") from error
+    return packed

@@ -16,8 +16,9 @@ from losa.errors import OutputError
 from losa.figures import write_figures
 from losa.files import WRITE_ERRORS, staged_directory, write_json, write_text
 from losa.model import sparsity_of, wrapped_linears
-from losa.record import MaskRecord, RunRecord
-from losa.report import RECORD, model_card
+from losa.record import RECORD, MaskRecord, RunRecord
+from losa.report import model_card
+from losa.saving import state_untied, untied_though_stated
 from losa_kernels import unpack_mask
 from losa_kernels.tensors import as_bits
 
@@ -85,6 +86,8 @@ def _save(model: nn.Module, tokenizer, directory: Path) -> None:
         raise
     except Exception as error:  # transformers raises errors of many kinds
         raise OutputError(f"export: transformers cannot save this model: {error}") from error
+    if untied_though_stated(model):
+        state_untied(directory)
     path = directory / "config.json"
     for file in directory.glob("*.safetensors"):
         file.chmod(path.stat().st_mode)  # safetensors writes for the owner only, whatever the umask

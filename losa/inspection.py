@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losa.errors import ModelError, OutputError
 from losa.record import RECORD, RunRecord
-from losa.tensor_files import checkpoint_tensors, read_json
+from losa.tensor_files import Stored, checkpoint_tensors, read_json
 from losa_kernels.packing import Packed
 
 # Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight".
@@ -35,7 +35,7 @@ class Inspection:
     """``record``: what losa wrote, or None; ``tensors``: every matrix inside a decoder block, measured.
 
     ``targets``: what tensors are called in the model, by their name in the files. ``unchecked``: why names and shapes
-    of a dense checkpoint were not compared with the model's; None if they were.
+    were not compared with the model's; None if they were.
     """
 
     record: RunRecord | None
@@ -91,29 +91,38 @@ def _tensors(directory: Path, inspection: Inspection) -> Iterator[tuple[str, Pac
     """Every tensor under its name in the dense checkpoint; what is known of them goes into ``inspection``."""
     from losa.loading import refuse_adapter
     from losa.packed import is_packed, open_packed
-    from losa.streaming import check_names, read_config, skeleton
+    from losa.streaming import read_config
 
     if not (directory / "config.json").is_file():
         refuse_adapter(directory)
         inspection.unchecked = "no config.json"
     elif is_packed(directory):
-        inspection.packed = True
-        for part in open_packed(directory).parts:
+        inspection.packed, contents = True, open_packed(directory)
+        inspection.unchecked = _compare(inspection, directory, contents.stored, contents.where)
+        for part in contents.parts:
             yield from ((f"{n}.weight" if isinstance(t, Packed) else n, t) for n, t in part.items())
         return
     elif read_config(directory).get("quantization_config"):
         inspection.unchecked = "quantised"
     else:
-        try:
-            model = skeleton(directory)
-        except ModelError as error:
-            inspection.unchecked = str(error)
-        else:
-            inspection.targets = check_names(directory, model).targets()
+        with checkpoint_tensors(directory) as files:
+            inspection.unchecked = _compare(inspection, directory, files.stored, directory)
     with checkpoint_tensors(directory) as files:
         for name, stored in files.stored.items():
             if len(stored.shape) == 2 and BLOCK_WEIGHT.fullmatch(name):
                 yield name, files.get(name)
+
+
+def _compare(inspection: Inspection, directory: Path, stored: dict[str, Stored], where: Path) -> str | None:
+    """Compare with config.json's model: why that is not possible, or None. Raises ModelError if a tensor does not fit."""
+    from losa.streaming import checked_naming, skeleton
+
+    try:
+        model = skeleton(directory)
+    except ModelError as error:
+        return str(error)
+    inspection.targets = checked_naming(model, stored, where).targets()
+    return None
 
 
 def _read_record(path: Path) -> RunRecord | None:

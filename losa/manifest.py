@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losa.errors import ModelError
 from losa.files import write_json
-from losa.tensor_files import read_json, shown
+from losa.tensor_files import Stored, read_json, shown
 from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
 
 MANIFEST = "losa_packed.json"
@@ -44,8 +44,11 @@ class Linear:
         )
 
     def build(self, tensors: dict[str, Tensor]) -> Packed:
+        """The weight. Raises ValueError if the tensors contradict each other or this entry."""
         extra = {} if self.m is None else {"keep_n": self.keep_n, "m": self.m}
-        return CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        packed = CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        packed.check()
+        return packed
 
     def to_dict(self) -> dict:
         described = {"format": self.format, "shape": list(self.shape), "tensors": list(self.tensors)}
@@ -71,10 +74,14 @@ class Manifest:
         """Stored tensor -> the linear that it is a part of."""
         return {f"{name}.{part}": name for name, linear in self.linears.items() for part in linear.tensors}
 
-    def dense_names(self) -> list[str]:
-        """The tensors of the directory that this one was made from."""
+    def dense(self, stored: dict[str, Stored]) -> dict[str, Stored]:
+        """Type and shape of each tensor of the directory that this one was made from, of those of the stored ones."""
         parts = self.parts()
-        return [name for name in self.files if name not in parts] + [f"{name}.weight" for name in self.linears]
+        packed = {
+            f"{name}.weight": Stored(stored[f"{name}.values"].dtype, linear.shape)
+            for name, linear in self.linears.items()
+        }
+        return {name: entry for name, entry in stored.items() if name not in parts} | packed
 
 
 def block_file(index: int | None) -> str:
@@ -131,6 +138,12 @@ def _parse(data: object) -> Manifest:
             raise _WrongError(f"files: the tensors of {shown(name)} are in more than one file")
         if f"{name}.weight" in files:
             raise _WrongError(f"{shown(name)} is stored packed and dense")
+    parts = manifest.parts()
+    for name in files:
+        linear = name.removesuffix(".values")
+        packed = {f"{linear}.bitmask", f"{linear}.meta"} & files.keys()
+        if name != linear and name not in parts and packed:
+            raise _WrongError(f"linears: {shown(linear)} is missing, whose tensors are in files")
     return manifest
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.modules import MaskedLoRALinear, SparseLinear
+from losa.saving import guard_saving
 
 logger = logging.getLogger("losa")
 
@@ -185,7 +186,8 @@ def wrap_model(
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
     The weights stay where they are in memory. Adapters are seeded by (seed, full name): another choice of targets
-    changes none of them. Stacked expert weights stay dense, with a warning.
+    changes none of them. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
+    it is merged or unwrapped.
 
     Returns:
         the new layers by full name, in model order.
@@ -222,6 +224,7 @@ def wrap_model(
     model.requires_grad_(False)
     for name, new in wrapped.items():
         model.set_submodule(name, new)
+    guard_saving(model)
     return wrapped
 
 

@@ -30,12 +30,13 @@ from losa.model import find_blocks
 from losa.modules import SparseLinear
 from losa.naming import Naming
 from losa.saving import guard_saving, state_untied, untied_though_stated
-from losa.sparse import FORMATS, MIN_SPARSITY, densify, group_linears, linears_read_directly, pack_weight
+from losa.sparse import FORMATS, MIN_SPARSITY, densify, group_linears, pack_weight, read_directly
 from losa.streaming import (
     Contents,
     Part,
     Shards,
     block_index,
+    checked_naming,
     copy_other_files,
     packed_parts,
     skeleton,
@@ -101,16 +102,34 @@ def pack_directory(
         state_dtype(staged, dtype)
         while True:
             report = _written(_write(staged, parts) if ours else compressed.write(staged, format, parts))
-            model = _load_weights(staged, open_packed(staged), torch.device("cpu"))
-            read = _try(model, staged) - leave
+            read, untied = _try(staged, source)
             if not read:
                 break
             logger.info("pack: %s (of %d) stays dense: the model reads its weight itself", min(read), len(read))
             leave |= read
             parts = packed_parts(source, pack, dtype, min_sparsity, leave, needs)
-        if untied_though_stated(model):
+        if untied:
             state_untied(staged)
     return report
+
+
+def _try(directory: Path, source: Path) -> tuple[Set[str], bool]:
+    """Load what was written and run a few tokens: (packed linears whose weight the model reads itself, whether the
+    config wrongly says that embeddings are tied).
+
+    Raises:
+        ModelError: it cannot be loaded, does not run, or its logits are not finite; speaks of ``source``.
+    """
+    try:
+        if any(path.name.startswith(("token", "vocab", "spiece")) for path in directory.iterdir()):
+            model, _ = load(directory)
+        else:  # can be unpacked, and get a tokenizer later
+            model = _load_weights(directory, open_packed(directory), torch.device("cpu"))
+        packed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+        return read_directly(model) & packed, untied_though_stated(model)
+    except ModelError as error:
+        reason = str(error).replace(str(directory), str(source))
+        raise ModelError(f"pack: nothing was written, since it could not be used: {reason}") from error
 
 
 def _written(parts: Iterator[tuple[Part, int]]) -> PackReport:
@@ -119,24 +138,6 @@ def _written(parts: Iterator[tuple[Part, int]]) -> PackReport:
         count, left = count + len(part.linears), left + len(part.left)
         before, after = before + part.source_bytes, after + written
     return PackReport(count, left, before, after)
-
-
-@torch.no_grad()
-def _try(model: nn.Module, directory: Path) -> Set[str]:
-    """Run a few tokens through a model that was just read back: names of packed linears that it reads itself.
-
-    Raises:
-        ModelError: it fails, or its logits are not finite.
-    """
-    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))[None]
-    with linears_read_directly(model) as read:
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits
-        except Exception as error:  # models raise errors of many kinds
-            raise ModelError(f"pack: the packed model does not run ({type(error).__name__}: {error})") from error
-    if not bool(logits.isfinite().all()):
-        raise ModelError(f"pack: the packed model's logits are not finite in {model.dtype}; take another dtype")
-    return read
 
 
 def _write(directory: Path, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]:
@@ -247,10 +248,10 @@ def _packed_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _load_weights(directory: Path, contents: Contents, device: torch.device) -> nn.Module:
     from accelerate import init_empty_weights
 
-    kinds = [kind for kind in contents.dtypes if kind.is_floating_point]
+    kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
     with init_empty_weights(include_buffers=False):
         model = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
-    naming = Naming(model, contents.names)
+    naming = checked_naming(model, contents.stored, contents.where)
     _fill(model, naming, contents, directory, device)
     naming.remember()
     guard_saving(model)
@@ -271,7 +272,9 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
             touched.add(block_index(target, prefix))
             where = f"{directory}: {shown(name)}"
             if isinstance(value, Packed):
-                _replace(model, where, target, _rounded(where, value, dtypes.get(target)).to(device))
+                if not _is_linear(model, naming.renamed.get(f"{name}.weight", "")):
+                    raise ModelError(f"{where}: packed, but the model has no such linear")
+                _replace(model, target, _rounded(where, value, dtypes.get(target)).to(device))
                 loaded.add(target)
             elif name in naming.renamed:
                 dense[target] = _rounded(where, value, dtypes.get(target)).to(device)
@@ -285,19 +288,14 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
                 logger.warning("%s: the model has no such tensor; left aside", where)
             del value
         loaded |= dense.keys()
-        try:
-            _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
-        except RuntimeError as error:
-            raise ModelError(f"{directory}: {error}") from error
-        if unexpected:
-            raise ModelError(f"{directory}: the model has no {unexpected[0]}")
+        model.load_state_dict(dense, strict=False, assign=True)  # names and shapes were checked
         for index in touched & set(range(len(blocks))):
             group_linears(blocks[index])
     # What is stored stays, whatever the config says of ties; as in transformers' own loading.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if absent:
-        raise ModelError(f"{directory}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
+        raise ModelError(f"{contents.where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
 
 
 def _rounded(where: str, value: Packed | Tensor, dtype: torch.dtype | None) -> Packed | Tensor:
@@ -313,15 +311,14 @@ def _rounded(where: str, value: Packed | Tensor, dtype: torch.dtype | None) -> P
     return replace(value, values=rounded) if isinstance(value, Packed) else rounded
 
 
-def _replace(model: nn.Module, where: str, target: str, packed: Packed) -> None:
+def _is_linear(model: nn.Module, target: str) -> bool:
+    module, _, kind = target.rpartition(".")
+    return kind == "weight" and isinstance(model.get_submodule(module), nn.Linear)
+
+
+def _replace(model: nn.Module, target: str, packed: Packed) -> None:
     module = target.removesuffix(".weight")
-    try:
-        linear = model.get_submodule(module)
-    except AttributeError as error:
-        raise ModelError(f"{where}: the model has no such linear") from error
-    shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
-    if tuple(packed.shape) != shape:
-        raise ModelError(f"{where}: the file has shape {tuple(packed.shape)}, the model {shape}")
+    linear = model.get_submodule(module)
     sparse = SparseLinear(packed)
     if linear.bias is not None:
         sparse.register_buffer("bias", linear.bias.detach())  # on meta until its own tensor is read
@@ -342,11 +339,9 @@ def _read(directory: Path, manifest: Manifest) -> Contents:
     by_file: dict[str, list[str]] = {}
     for name, file in manifest.files.items():
         by_file.setdefault(file, []).append(name)
-    with TensorFiles(directory / file for file in by_file) as files:
+    places = {name: directory / file for name, file in manifest.files.items()}
+    with TensorFiles(dict.fromkeys(places.values()), places, MANIFEST) as files:
         stored = files.stored
-    for name, file in manifest.files.items():
-        if name not in stored:
-            raise ModelError(f"{directory / file}: tensors are missing: {shown(name)}")
     if odd := sorted(stored.keys() - manifest.files.keys()):
         raise ModelError(f"{directory / MANIFEST}: does not list {shown(odd[0])}, which a file holds")
 
@@ -366,11 +361,13 @@ def _read(directory: Path, manifest: Manifest) -> Contents:
                     collected = waiting.setdefault(linear, {})
                     collected[name.removeprefix(f"{linear}.")] = tensor
                     if len(collected) == len(manifest.linears[linear].tensors):
-                        found[linear] = manifest.linears[linear].build(waiting.pop(linear))
+                        try:
+                            found[linear] = manifest.linears[linear].build(waiting.pop(linear))
+                        except ValueError as error:
+                            raise ModelError(f"{directory / file}: {shown(linear)}: {error}") from error
             yield found
 
-    dense = [stored[name].dtype for name in manifest.files if name not in parts]
-    return Contents(manifest.dense_names(), dense, contents())
+    return Contents(directory / MANIFEST, manifest.dense(stored), contents())
 
 
 def _digest(tensor: Tensor) -> str:

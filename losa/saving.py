@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -24,19 +25,23 @@ def guard_saving(model: nn.Module) -> None:
     them. Models that are not of transformers stay as they are.
     """
     if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        model.save_pretrained = MethodType(save_pretrained, model)
 
 
-def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
+def save_pretrained(self, *args, **kwargs):
+    """What takes the place of a model's own ``save_pretrained``; its arguments."""
+    save = type(self).save_pretrained
     wrapped = [name for name, module in self.named_modules() if isinstance(module, MaskedLoRALinear)]
     if wrapped:
         raise ModelError(
-            f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}), which transformers cannot load; "
-            "merge_model first, or torch.save(model.state_dict(), ...) to go on later"
+            f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}, ...), which transformers cannot "
+            "load; merge_model first, or torch.save(model.state_dict(), ...) to go on later"
         )
     if any(isinstance(module, SparseLinear) for module in self.modules()):
-        state_dict = dense_state_dict(self, state_dict)
-    return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+        call = signature(save).bind(self, *args, **kwargs)
+        call.arguments["state_dict"] = dense_state_dict(self, call.arguments.get("state_dict"))
+        return save(*call.args, **call.kwargs)
+    return save(self, *args, **kwargs)
 
 
 def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from losa.errors import ModelError
 from losa.generation import forget_decoder
@@ -74,6 +74,9 @@ def _pattern(kept: Tensor) -> tuple[int, int] | None:
 def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_SPARSITY) -> nn.Module:
     """Replace the block linears of a merged model by packed ones, in place; one layer's dense weight goes at a time.
 
+    The model runs on a few tokens first: linears whose weight it reads itself stay dense. ``save_pretrained`` writes
+    the model dense afterwards.
+
     Args:
         model: decoder with plain linears (``merge_model`` first).
         format: see ``pack_weight``.
@@ -85,17 +88,23 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     Raises:
         ModelError: adapters are left, or no linear has zeros enough.
     """
-    blocks = [(block, list(find_linears(block))) for block in find_blocks(model)[1]]
+    prefix, found = find_blocks(model)
+    blocks = [(block, list(find_linears(block))) for block in found]
     for block, names in blocks:  # all of them before the first is replaced
         for name in names:
             if type(linear := block.get_submodule(name)) is not nn.Linear:
                 raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
     forget_decoder(model)
     replaced, considered = 0, sum(len(names) for _, names in blocks)
-    for block, names in blocks:
+    try:
+        leave = read_directly(model)
+    except ModelError as error:
+        logger.info("sparsify: %s", error)
+        leave = set()
+    for index, (block, names) in enumerate(blocks):
         for name in names:
             linear = block.get_submodule(name)
-            if zero_share(linear.weight) >= min_sparsity:
+            if f"{prefix}.{index}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
                 replaced += 1
@@ -107,30 +116,52 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     return model
 
 
-@contextmanager
-def linears_read_directly(model: nn.Module) -> Iterator[set[str]]:
-    """Within the context, collects the names of packed linears whose ``weight`` something reads.
+def read_directly(model: nn.Module) -> set[str]:
+    """Names of linears whose ``weight`` the model reads itself when it runs: some models compute with it and never call
+    the linear. Found by running a few tokens; packed linears give their dense weight for that time.
 
-    Some models compute with a linear's weight and never call the linear. They get the dense weight here, which
-    ``SparseLinear`` does not have.
+    Raises:
+        ModelError: the model does not run, or its logits are not finite.
     """
     found: set[str] = set()
-    watched = {name: module for name, module in model.named_modules() if type(module) is SparseLinear}
+    watched = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, SparseLinear)}
     names = {id(module): name for name, module in watched.items()}
+    kinds = {name: type(module) for name, module in watched.items()}
 
-    class Watched(SparseLinear):
+    class Dense(nn.Linear):
+        @property
+        def weight(self) -> Tensor:
+            found.add(names[id(self)])
+            return self._parameters["weight"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self._parameters["weight"], self.bias)
+
+    class Sparse(SparseLinear):
         @property
         def weight(self) -> Tensor:
             found.add(names[id(self)])
             return self.packed.unpack()
 
-    for module in watched.values():
-        module.__class__ = Watched
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(min(8, embeddings.shape[0]), device=embeddings.device)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        yield found
+        for name, module in watched.items():
+            module.__class__ = Dense if kinds[name] is nn.Linear else Sparse
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # models raise errors of many kinds
+        raise ModelError(f"the model does not run ({type(error).__name__}: {error})") from error
     finally:
-        for module in watched.values():
-            module.__class__ = SparseLinear
+        for name, module in watched.items():
+            module.__class__ = kinds[name]
+        for module, mode in modes:
+            module.training = mode
+    if not bool(logits.isfinite().all()):
+        raise ModelError(f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}")
+    return found
 
 
 def zero_share(weight: Tensor) -> float:

@@ -20,7 +20,7 @@ from losa.loading import ADAPTER
 from losa.model import block_linears, find_blocks
 from losa.naming import Naming
 from losa.sparse import zero_share
-from losa.tensor_files import TensorFiles, checkpoint_tensors, read_json, shown
+from losa.tensor_files import Stored, TensorFiles, checkpoint_tensors, read_json, shown
 from losa_kernels.packing import Packed
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -43,11 +43,11 @@ class Part:
 
 
 class Contents(NamedTuple):
-    """A packed directory. ``names``: of the tensors of the dense checkpoint; ``dtypes``: of the tensors that are not
-    packed; ``parts``: one after the other, packed weights by linear and other tensors by name, as on disk."""
+    """A packed directory. ``where``: what lists its tensors; ``stored``: type and shape of the tensors of the dense
+    checkpoint; ``parts``: one after the other, packed weights by linear and other tensors by name, as on disk."""
 
-    names: list[str]
-    dtypes: list[torch.dtype]
+    where: Path
+    stored: dict[str, Stored]
     parts: Iterator[dict[str, Packed | Tensor]]
 
 
@@ -145,23 +145,31 @@ def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None
 
 
 def check_names(directory: Path, model: nn.Module) -> Naming:
-    """Where the directory's tensors go in ``model``, of ``skeleton``.
+    """Where the tensors of a dense directory go in ``model``, of ``skeleton``.
 
     Raises:
         ModelError: names the directory and the first tensor that is missing or does not fit.
     """
     with checkpoint_tensors(directory) as files:
         stored = files.stored
+    return checked_naming(model, stored, directory)
+
+
+def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> Naming:
+    """The same for the tensors that ``where`` lists."""
     try:
         naming = Naming(model, stored)
         naming.check(stored)
     except ModelError as error:
-        raise ModelError(f"{directory}: {error}") from error
-    prefix, blocks = find_blocks(model)
+        raise ModelError(f"{where}: {error}") from error
+    try:
+        prefix, blocks = find_blocks(model)
+    except ModelError:  # no structure that could be pruned; the tensors fit all the same
+        return naming
     for name, target in naming.unused.items():
         index = block_index(target, prefix)
         if index is not None and index >= len(blocks) and not naming.ignored(target):
-            raise ModelError(f"{directory}: {shown(name)}: config.json says that there are {len(blocks)} blocks")
+            raise ModelError(f"{where}: {shown(name)}: config.json says that there are {len(blocks)} blocks")
     return naming
 
 

@@ -55,7 +55,8 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
 
 
 def shown(name: str) -> str:
-    """A name as messages show it: not a thousand letters of it."""
+    """A name as messages show it: not a thousand letters of it, and nothing that a terminal cannot print."""
+    name = name.encode(errors="backslashreplace").decode()
     return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"
 
 
@@ -127,15 +128,16 @@ class TensorFiles:
     of another; here nothing is mapped, and a tensor is aligned as torch allocates.
 
     Args:
-        expected: which tensors must be there, and the file of each.
+        expected: which tensors must be there, and the file of each, as a file called ``listed`` says.
 
     Raises:
         ModelError: a file cannot be read, is no safetensors file, lacks an expected tensor, or holds a name that
             another one has.
     """
 
-    def __init__(self, paths: Iterable[Path], expected: Mapping[str, Path] | None = None):
+    def __init__(self, paths: Iterable[Path], expected: Mapping[str, Path] | None = None, listed: str = INDEX):
         self._paths = list(paths)
+        self._listed = listed
         self._expected = expected or {}
         self._stack = ExitStack()
         self._files: dict[Path, BinaryIO] = {}
@@ -154,7 +156,7 @@ class TensorFiles:
                 self._places |= found
             for name, path in self._expected.items():
                 if name not in self._places or self._places[name].path != path:
-                    raise ModelError(f"{path}: {shown(name)} is not in it, though {INDEX} says so")
+                    raise ModelError(f"{path}: {shown(name)} is not in it, though {self._listed} says so")
             self._stack = opening.pop_all()
         return self
 
