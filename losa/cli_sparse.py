@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -75,14 +76,23 @@ def generate(
     model, tokenizer = _load(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    typer.echo("" if chat else prompt, nl=False)
-    made = run(model, tokenizer, message, on_text=lambda text: typer.echo(text, nl=False), **settings)
+    if not chat:
+        _show(prompt)
+    made = run(model, tokenizer, message, on_text=_show, **settings)
     typer.echo()
+    if made.fallback is not None:
+        typer.echo(f"through transformers: {made.fallback}", err=True)
     typer.echo(
         f"{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s; prompt of {made.prompt_tokens} tokens in "
         f"{made.prefill_seconds:.2f} s",
         err=True,
     )
+
+
+def _show(text: str) -> None:
+    """On stdout, at once, with "?" for what its encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
 
 
 def bench(
@@ -96,7 +106,10 @@ def bench(
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed."""
+    """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed.
+
+    Models that losa's own loop does not serve are measured through transformers only.
+    """
     from rich.console import Console
     from rich.table import Table
 
