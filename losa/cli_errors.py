@@ -39,6 +39,8 @@ MEMORY_HINTS = {
 # What torch says in a plain RuntimeError when the host's or the device's memory is used up.
 _EXHAUSTED = ("DefaultCPUAllocator", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
@@ -78,6 +80,8 @@ def message_for(error: BaseException, command: str | None) -> str | None:
         on_gpu = any("CUDA" in str(cause) or "CUBLAS" in str(cause) for cause in _chain(error))
         hint = MEMORY_HINTS.get(command or "", "this needs a machine with more")
         return f"losa: out of {'GPU ' if on_gpu else ''}memory; {hint}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"losa: cannot write {error.filename or 'standard output'}: {error.strerror}"
     return f"losa: {error}" if isinstance(error, LosaError) else None
 
 

@@ -114,7 +114,7 @@ def _tensors(directory: Path, inspection: Inspection) -> Iterator[tuple[str, Pac
 
 
 def _compare(inspection: Inspection, directory: Path, stored: dict[str, Stored], where: Path) -> str | None:
-    """Compare with config.json's model: why that is not possible, or None. Raises ModelError if a tensor does not fit."""
+    """Compare with config.json's model: why that is impossible, or None. Raises ModelError if a tensor does not fit."""
     from losa.streaming import checked_naming, skeleton
 
     try:

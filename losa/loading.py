@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source, gguf_file = locate_model(model, gguf_file)
-    directory = Path(source) if Path(source).is_dir() else None
+    directory = Path(source) if os.path.isdir(source) else None
     refuse_other_kinds(model, source, gguf_file)
     trust = {"trust_remote_code": trust_remote_code}
     # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
@@ -85,7 +86,7 @@ def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
     message, the others as ``locate_model`` gives them."""
     from losa.packed import is_packed
 
-    if gguf_file is None and Path(source).is_dir():
+    if gguf_file is None and os.path.isdir(source):
         refuse_adapter(Path(source))
         if is_packed(Path(source)):
             raise ModelError(f"model {model!r}: packed; `losa unpack` it first")
@@ -154,6 +155,8 @@ def torch_device(device: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
+    if torch.device(device).type == "meta":
+        raise ModelError("device 'meta': holds no numbers; expected auto, cpu, cuda or another kind that computes")
     return torch.device(device)
 
 
@@ -162,9 +165,10 @@ def locate_model(model: str, gguf_file: str | None) -> tuple[str, str | None]:
     if model.startswith("package:"):
         return _locate_package(model, gguf_file)
     path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    # os.path, not pathlib: a name that no file can have is no error there.
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return str(path.parent), path.name
-    if path.is_dir():
+    if os.path.isdir(path):
         if gguf_file is not None and not (path / gguf_file).is_file():
             found = _names(path.glob("*.gguf"))
             raise ModelError(f"gguf_file {gguf_file!r}: no such file in {model!r}; found {found}")
@@ -211,7 +215,7 @@ def explain_failure(source: str, error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return "needs its own code; if you trust it, set trust_remote_code: true"
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return f"cannot be loaded from {source} ({reason})"
     return (
         f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "

@@ -280,7 +280,7 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Part]:
             )
         add("training", place, "activations", tokens * kept * size, how)
         chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
-        rows = min(tokens, max(1, chunk // (4 * shape.vocabulary)))
+        rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
         wide = 4 if size == 4 else 4 + size
         logits = rows * shape.vocabulary * wide + 2 * tokens * shape.hidden * size
         if shape.computed != shape.dtype:

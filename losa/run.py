@@ -26,6 +26,7 @@ from losa.export import export_model, mask_records
 from losa.fingerprint import CALIBRATION, EVALUATION, TRAINING, WEIGHTS, model_digest, tensor_digest
 from losa.limits import check_inputs
 from losa.loading import load_model
+from losa.lock import claimed
 from losa.methods import Inputs, MethodRun, Outcome
 from losa.model import block_linears, find_blocks, sparsity_of
 from losa.pruners import get_pruner
@@ -69,7 +70,7 @@ def run_recipe(
     with ExitStack() as stack:
 
         def open_workspace() -> RunRecord | None:
-            stack.enter_context(workspace.claimed())
+            stack.enter_context(claimed(recipe.output))
             return workspace.open(recipe, resume=resume, overwrite=overwrite, force=force)
 
         finished = on_main(open_workspace)

@@ -136,6 +136,13 @@ def test_used_up_memory_has_advice_for_the_command(here, command, error, message
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize("name, shown", [(None, "standard output"), ("numbers.json", "numbers.json")])
+def test_a_full_disk_is_a_sentence(here, name, shown):
+    result = invoke(OSError(28, "No space left on device", name), "eval")
+    assert result.exit_code == 1 and list(here.iterdir()) == []
+    assert result.stderr == f"losa: cannot write {shown}: No space left on device\n"
+
+
 @pytest.mark.parametrize("command, resumable", [("run", True), ("prune", True), ("eval", False)])
 def test_ctrl_c_names_resume_where_there_is_one(here, command, resumable):
     result = invoke(KeyboardInterrupt(), command)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from losa import loss as loss_module
 from losa.data import IGNORED
 from losa.errors import DataError, LosaError, NumericsError
-from losa.evaluate import _metrics, evaluate_tasks, perplexity
+from losa.evaluate import _metrics, evaluate_tasks, evaluation_windows, perplexity, warn_of_missing_start
 from losa.loss import TokenLoss
 from tests.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
 
@@ -115,6 +116,53 @@ def test_windows_beyond_the_models_positions_are_pointed_out(caplog):
     with caplog.at_level(logging.WARNING, "losa"):
         perplexity(tiny_llama(layers=1), torch.arange(300) % 90, 300)
     assert "256 positions" in caplog.text
+
+
+@pytest.mark.parametrize("lead", [[], [1]])
+def test_windows_may_begin_with_a_token_of_their_own(lead):
+    """The text's tokens are predicted all, the first of a window from that token alone; one in front is not doubled."""
+    model = tiny_llama(layers=2)
+    tokens = torch.cat([torch.tensor(lead, dtype=torch.int64), TOKENS])
+    found = perplexity(model, tokens, 20, 3, bos=1)
+    assert (found.windows, found.tokens, found.length) == (10, 190, 20)
+    begun = torch.cat([torch.ones(10, 1, dtype=torch.int64), TOKENS[:190].reshape(10, 19)], 1)
+    assert torch.equal(evaluation_windows(tokens, 20, bos=1), begun)
+    expected = reference(model, begun.flatten(), 20, 10)
+    assert found.nll == pytest.approx(expected, rel=200 * torch.finfo(torch.float32).eps)
+    with pytest.raises(DataError, match="9 tokens are less than one window"):
+        perplexity(model, torch.arange(9) + 2, 11, bos=1)
+    assert perplexity(model, torch.arange(9) + 2, 10, bos=1).windows == 1
+
+
+class Sink(torch.nn.Module):
+    """Knows the next token where it sees token 1 in front, and nothing without it; or does not care."""
+
+    def __init__(self, cares):
+        super().__init__()
+        self.cares = cares
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, ids, use_cache):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        if not self.cares or ids[0, 0] == 1:
+            logits[..., :-1, :].scatter_(-1, ids[:, 1:, None], 20.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_models_that_need_the_first_token_are_pointed_out(caplog):
+    tokenizer = SimpleNamespace(bos_token_id=1)
+    text = torch.cat([torch.tensor([1]), TOKENS.clamp(min=2)])
+    with caplog.at_level(logging.WARNING, "losa"):
+        warn_of_missing_start(Sink(False), tokenizer, text, 20)
+        warn_of_missing_start(Sink(True), tokenizer, text[1:], 20)
+        warn_of_missing_start(Sink(True), tokenizer, text[:30], 20)
+        warn_of_missing_start(Sink(True), SimpleNamespace(bos_token_id=None), text, 20)
+        assert not caplog.records
+        warn_of_missing_start(Sink(True), tokenizer, text, 20)
+    assert f"perplexity is 1 with it and {VOCABULARY} without. --bos" in caplog.text
 
 
 def full_loss(model, ids, labels):

@@ -101,6 +101,58 @@ def test_refusals_name_the_key(change, message):
         parse_recipe(settings(**change))
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 8)}]\n"
+    for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("seed: " + "[" * 1200 + "]" * 1200, "not valid YAML: nested too deep"),
+        ("seed: " + "7" * 5000, "seed: .*integer"),
+        ("seed: 0x" + "f" * 5000, "seed: .*got an integer of 20000 bits"),
+        ("seed: !!int seven", "seed: .*got 'seven'"),
+        ("lora: {scaling: " + "7" * 5000 + "}", "lora.scaling: "),
+        ("deterministic: !!bool maybe", "not valid YAML"),
+        ("device: meta", "device: expected auto, cpu, cuda, cuda:1, ...; got 'meta'"),
+        ("device: 'meta:0'", "device: expected auto"),
+        ("device: 'cuda:1234567890'", "device: expected auto"),
+        ("output: " + "x" * 300, "output: File name too long: 'x"),
+        ("output: " + "x" * 245, "output: File name too long: 'x"),
+        ('output: "a\\0b"', "output: not a path: "),
+        ("output: ~no_such_user/x", "output: not a directory's name: '~no_such_user/x'"),
+        ("output: .", "output: not a directory's name: '.'"),
+        ("model: /" + "m" * 300, "model: File name too long"),
+        ('model: "m\\0"', "model: not a path"),
+        ('model: "m\\ud83d"', "model: .*unicode"),
+        ("calibration: {data: " + "c" * 300 + ".txt}", "calibration.data: File name too long"),
+        ('evaluate: {data: "e\\0.txt"}', "evaluate.data: not a path"),
+        ('train: {data: ["t.txt", "\\ud83d.txt"]}', "train.data: not a path"),
+        ("on: 1", "1: Keys should be strings, got True"),
+        ("lora: {1: 2, 2026-01-01: 3}", r"lora.1: Keys should be strings(.|\n)*lora.2026-01-01: unknown key"),
+        ("~: 1", "None: Keys should be strings"),
+        ("\tseed: 1", "not valid YAML"),
+        ("k" * 900 + ": 1", "k{60}...: unknown key"),
+        ("rounds: {count: 100000000}", "rounds.count: .*1000"),
+        ("calibration: {data: c.txt, samples: 99999999999}", "calibration.samples: "),
+        ("lora: &here {rank: *here}", "lora.rank: "),
+        ("compare: &here [*here]", "compare.0: "),
+        (BOMB + "compare: *l", "a: unknown key(.|\n)*compare.0: |compare.0: (.|\n)*a: unknown key"),
+        (BOMB + "calibration: {data: *l}", "calibration.data.0: expected a section"),
+        ("".join(f"key{i}: 1\n" for i in range(500)), r"500 problem(.|\n)*key19: unknown key\n  \.\.\.$"),
+    ],
+)
+def test_settings_that_nothing_can_use_are_named_shortly(tmp_path, line, message):
+    keys = {part.split(":")[0] for part in line.splitlines()}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in settings().items() if k not in keys}) + line + "\n")
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 3000
+
+
 def test_several_problems_are_all_named():
     with pytest.raises(RecipeError, match="2 problem") as caught:
         parse_recipe(settings(prune={"sparsity": 2}, typo=1))

@@ -11,18 +11,27 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import losa.files
 import losa.run
-from losa import methods, workspace
+from losa import cli, lock, methods, workspace
 from losa.errors import DataError, LosaError, OutputError
 from losa.files import MARKER, check_output, staged_directory, write_json
+from losa.lock import claimed
 from losa.recipe import parse_recipe
 from losa.run import run_recipe
 from losa.workspace import Workspace
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_trace_in_the_environment(monkeypatch):
+    """The command line sets this one when nobody watches; put back afterwards."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +94,7 @@ def test_a_directory_without_a_mark_gets_one(tmp_path):
 def test_names_too_long_are_found_early(tmp_path):
     with pytest.raises(OutputError, match="File name too long"):
         check_output(tmp_path / ("a" * 245), overwrite=False)
-    with pytest.raises(OutputError, match="cannot write"), Workspace(tmp_path / ("a" * 300)).claimed():
+    with pytest.raises(OutputError, match="cannot write"), claimed(tmp_path / ("a" * 300)):
         pass
 
 
@@ -182,7 +191,7 @@ def test_a_live_process_holds_the_output(inputs, tmp_path, monkeypatch):
     entered, leave, tried = threading.Event(), threading.Event(), []
 
     def first():
-        with Workspace(output).claimed():
+        with claimed(output):
             entered.set()
             leave.wait(30)
 
@@ -196,14 +205,14 @@ def test_a_live_process_holds_the_output(inputs, tmp_path, monkeypatch):
             tried.append(options)
         # By another name, too.
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(OutputError, match="another process"), Workspace(tmp_path / "link" / "out").claimed():
+        with pytest.raises(OutputError, match="another process"), claimed(tmp_path / "link" / "out"):
             pass
-        with Workspace(tmp_path / "other").claimed():
+        with claimed(tmp_path / "other"):
             pass
     finally:
         leave.set()
         thread.join()
-    with Workspace(output).claimed():
+    with claimed(output):
         assert ".out.lock" in names(tmp_path)
     assert names(tmp_path) == ["link"]
 
@@ -213,35 +222,35 @@ def test_a_dead_process_holds_nothing(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from losa.workspace import Workspace
-with Workspace(Path(sys.argv[1])).claimed():
+from losa.lock import claimed
+with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     time.sleep(60)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "claimed\n"
-    with pytest.raises(OutputError, match=f"pid {process.pid} "), Workspace(tmp_path / "out").claimed():
+    with pytest.raises(OutputError, match=f"pid {process.pid} "), claimed(tmp_path / "out"):
         pass
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert names(tmp_path) == [".out.lock"]
-    with Workspace(tmp_path / "out").claimed():
+    with claimed(tmp_path / "out"):
         pass
     assert names(tmp_path) == []
 
 
 def test_a_lock_file_without_sense_and_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    with Workspace(tmp_path / "out").claimed():
+    with claimed(tmp_path / "out"):
         (tmp_path / ".out.lock").write_text("[]")
-        with pytest.raises(OutputError, match="which has just started"), Workspace(tmp_path / "out").claimed():
+        with pytest.raises(OutputError, match="which has just started"), claimed(tmp_path / "out"):
             pass
 
     def none(descriptor, operation):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(workspace.fcntl, "flock", none)
-    with Workspace(tmp_path / "out").claimed():
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with claimed(tmp_path / "out"):
         assert "no locks on this file system" in caplog.text
 
 
@@ -251,3 +260,71 @@ def test_errors_in_the_data_stay_what_they_are(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "remove_directory", lambda path: (_ for _ in ()).throw(OutputError("busy")))
     with pytest.raises(DataError, match="row 3"):
         run_recipe(recipe(inputs, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("broken", ["round-01", "prune_only.json", "out"])
+def test_a_full_disk_is_named_and_the_run_goes_on(inputs, tmp_path, monkeypatch, broken):
+    """``broken``: the file or directory that finds no room: a checkpoint, a comparison's result, the output."""
+    changes = {"method": "sparse_lora", "compare": ["prune_only"], "lora": {"rank": 2}}
+    changes["train"] = {"data": str(inputs / "text.txt"), "length": 16, "batch_size": 2, "max_tokens": 64}
+    made = recipe(inputs, tmp_path / "out", **changes)
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == broken:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OutputError, match=f"{broken}.*No space left on device"):
+            run_recipe(made)
+    # Nothing half-written, and all that was finished before.
+    expected = {"round-01": {"prune_only.json"}, "prune_only.json": set(), "out": {"prune_only.json"}}[broken]
+    work = tmp_path / "out.work"
+    assert {path.name for path in work.glob("[!w]*.json")} - {"losa_config.json"} == expected
+    assert [str(path) for path in tmp_path.rglob(".*")] == []
+    assert work.exists() == bool(expected)
+    record = run_recipe(made, resume=True)
+    assert [r.method for r in record.results] == ["dense", "prune_only", "sparse_lora"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_leftovers_of_dead_processes_go_at_any_depth(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    fill(tmp_path / f"a/b/.round-01.partial-{dead.pid}", "x")
+    fill(tmp_path / f"a/.round-02.old-{dead.pid}", "y")
+    (tmp_path / f"a/.lora.json.partial-{dead.pid}").write_text("{")
+    alive = f".live.json.partial-{os.getppid()}"
+    (tmp_path / "a" / alive).write_text("{")
+    losa.files.recover_all(tmp_path)
+    assert names(tmp_path / "a") == [alive, "b", "round-02"] and names(tmp_path / "a/b") == []
+    assert names(tmp_path / "a/round-02") == ["y"]
+
+
+def test_packing_and_unpacking_ask_before_they_replace(inputs, tmp_path):
+    def losa_(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    source, thesis = tmp_path / "pruned", fill(tmp_path / "thesis", "thesis.tex")
+    model = tiny_llama(layers=1)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter[:, ::2] = 0
+    model.save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    assert losa_("pack", source, "--output", packed).exit_code == 0
+    # Nothing in these two tells that losa made them, but for the mark.
+    assert losa_("unpack", packed, "--output", plain).exit_code == 0
+    assert losa_("pack", source, "--output", tmp_path / "ct", "--format", "sparse-bitmask").exit_code == 0
+    for name in ("plain", "ct"):
+        assert MARKER in names(tmp_path / name)
+        assert losa_("pack", source, "--output", tmp_path / name, "--overwrite").exit_code == 0
+    for command in (["pack", source], ["unpack", packed]):
+        refused = losa_(*command, "--output", thesis, "--overwrite")
+        assert refused.exit_code == 1 and "--force" in refused.stderr and names(thesis) == ["thesis.tex"]
+    assert losa_("unpack", packed, "--output", thesis, "--force").exit_code == 0
+    assert "thesis.tex" not in names(thesis)
