@@ -1,4 +1,4 @@
-"""Random arguments for fuzz tests: right ones, and ones that are wrong in every way that a caller may get them wrong."""
+"""Random arguments for fuzz tests: right ones, and ones that are wrong in every way that a caller may get wrong."""
 
 from __future__ import annotations
 

@@ -124,6 +124,8 @@ def sparsegpt_prune(
     else:
         _check_factor(arguments.tensor("factor", factor[0]), hessian, weight)
     upper, used = factor[0], arguments.number("factor", factor[1])
+    if not 0 <= used <= MAX_DAMPING * (1 + 1e-9):
+        raise ValueError(f"factor: expected a damping of 0 to {MAX_DAMPING:g}, got {used}")
     dead = hessian.diagonal() == 0
     if dead.any():
         work[:, dead] = 0
