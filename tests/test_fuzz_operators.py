@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import os
 import random
@@ -12,8 +13,12 @@ import pytest
 import torch
 from hostile import size, spoilt
 
-from losa_kernels import native, pack_bitmask, pack_mask, pack_nm
+from losa_kernels import dispatch, native, pack_bitmask, pack_mask, pack_nm
 from losa_kernels.bitmask import packed_width
+
+for implementations in dispatch.TABLE.values():  # they register what operators do on meta
+    if "cpu" in implementations:
+        importlib.import_module(implementations["cpu"].partition(":")[0])
 
 CALLS = 2000
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)

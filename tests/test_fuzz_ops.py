@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hostile import FLOATS, hostile, normal, size, spoilt, with_special
+from hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt, with_special
 
 import losa_kernels as kernels
 from losa_kernels import native, unpack_mask
@@ -345,37 +345,6 @@ def _double(t):
 def _kept(a):
     W = a["weight"]
     return W != 0 if a["mask"] is None else unpack_mask(a["mask"], W.shape[1])
-
-
-def same_bits(expected, found):
-    pairs = zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]
-    for one, other in pairs:
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert one.is_meta or torch.equal(as_bits(one), as_bits(other))
-
-
-def assert_near(expected, found, bound, roundings, terms, must=None, may=None, dtype=None):
-    """Apart by so many roundings of ``bound`` (sums of magnitudes), and by those of fp32 sums of so many ``terms``.
-
-    ``must``: where both are not finite. ``may``: where either may be.
-    """
-    assert expected.dtype == found.dtype and expected.shape == found.shape
-    if expected.is_meta or not expected.numel():
-        return
-    wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
-    eps = max(torch.finfo(t).eps for t in (expected.dtype, dtype or expected.dtype))
-    smallest = max(torch.finfo(t).tiny for t in (expected.dtype, dtype or expected.dtype))
-    largest = min(torch.finfo(t).max for t in (expected.dtype, dtype or expected.dtype))
-    bound = bound.nan_to_num(torch.inf, torch.inf)
-    allowed = (roundings * eps + 2 * terms * torch.finfo(wide).eps) * bound + smallest
-    must = torch.zeros(expected.shape, dtype=torch.bool) if must is None else must
-    may = (must if may is None else may | must) | (bound > largest / 4)
-    one, other = _double(expected), _double(found)
-    finite = one.isfinite(), other.isfinite()
-    assert not (must & (bound <= largest / 4) & (finite[0] | finite[1])).any(), "finite"
-    assert (may | finite[0] & finite[1]).all(), "not finite"
-    both = finite[0] & finite[1]
-    assert ((one - other).abs() <= allowed)[both].all(), float(((one - other).abs() / allowed)[both].max())
 
 
 CASES = {
