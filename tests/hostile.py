@@ -1,4 +1,5 @@
-"""Random arguments for fuzz tests: right ones, and ones that are wrong in every way that a caller may get them wrong."""
+"""What fuzz tests share: random arguments, right ones and ones that are wrong in every way that a caller may get them;
+and how results of two implementations are compared."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
+
+from losa_kernels.tensors import as_bits
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40)
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,3 +143,34 @@ def spoilt(r: random.Random, arguments: dict, share: float = 0.6) -> dict:
             if arguments[name] is not None or r.random() < 0.2:
                 arguments[name] = hostile(r, arguments[name])
     return arguments
+
+
+def same_bits(expected, found):
+    pairs = zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]
+    for one, other in pairs:
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert one.is_meta or torch.equal(as_bits(one), as_bits(other))
+
+
+def assert_near(expected, found, bound, roundings, terms, must=None, may=None, dtype=None):
+    """Apart by so many roundings of ``bound`` (sums of magnitudes), and by those of fp32 sums of so many ``terms``.
+
+    ``must``: where both are not finite. ``may``: where either may be.
+    """
+    assert expected.dtype == found.dtype and expected.shape == found.shape
+    if expected.is_meta or not expected.numel():
+        return
+    wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
+    eps = max(torch.finfo(t).eps for t in (expected.dtype, dtype or expected.dtype))
+    smallest = max(torch.finfo(t).tiny for t in (expected.dtype, dtype or expected.dtype))
+    largest = min(torch.finfo(t).max for t in (expected.dtype, dtype or expected.dtype))
+    bound = bound.nan_to_num(torch.inf, torch.inf)
+    allowed = (roundings * eps + 2 * terms * torch.finfo(wide).eps) * bound + smallest
+    must = torch.zeros(expected.shape, dtype=torch.bool) if must is None else must
+    may = (must if may is None else may | must) | (bound > largest / 4)
+    one, other = expected.double(), found.double()
+    finite = one.isfinite(), other.isfinite()
+    assert not (must & (bound <= largest / 4) & (finite[0] | finite[1])).any(), "finite"
+    assert (may | finite[0] & finite[1]).all(), "not finite"
+    both = finite[0] & finite[1]
+    assert ((one - other).abs() <= allowed)[both].all(), float(((one - other).abs() / allowed)[both].max())

@@ -9,12 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hostile import FLOATS, hostile, normal, size, spoilt, with_special
+from hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt, with_special
 
 import losa_kernels as kernels
 from losa_kernels import native, unpack_mask
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
-from losa_kernels.packing import Packed24
 from losa_kernels.tensors import as_bits
 
 CALLS = 2000
@@ -60,10 +59,12 @@ def merge_masked_lora(r):
 
     def compare(expected, found):
         W = _double(a["weight"])
-        bound = (W.abs() + abs(float(a["scaling"])) * _double(a["lora_B"]).abs() @ _double(a["lora_A"]).abs()).nan_to_num()
+        bound = W.abs() + abs(float(a["scaling"])) * _double(a["lora_B"]).abs() @ _double(a["lora_A"]).abs()
         kept = _kept(a)
         assert torch.equal(as_bits(expected).masked_fill(kept, 0), as_bits(found).masked_fill(kept, 0))
-        assert_near(expected, found, bound, 4, rank_of(a), kept & ~torch.isfinite(expected), ~kept)
+        assert_near(
+            expected, found, bound.nan_to_num(0, 0), 4, len(a["lora_A"]), kept & ~torch.isfinite(expected), ~kept
+        )
 
     return lambda: kernels.merge_masked_lora(**a), compare
 
@@ -169,7 +170,8 @@ def cka_similarity(r):
 
 
 def hessian_of(r, columns, dtype):
-    x = torch.randn(r.choice((1, columns, 2 * columns + 1)), columns, dtype=dtype)
+    # Rounded, so that the Hessian is exact: the same for both, whatever order a product's sums have.
+    x = torch.randn(r.choice((1, columns, 2 * columns + 1)), columns, dtype=dtype).mul(64).round() / 64
     if columns and r.random() < 0.2:
         x[:, r.randrange(columns)] = 0
     return x.T @ x
@@ -188,7 +190,8 @@ def hessian(r):
 
 
 def inverse_factor_(r):
-    columns, dtype = r.choice((0, 1, 4, 17, 33, 150 if r.random() < 0.03 else 8)), r.choice((torch.float32, torch.float64))
+    dtype = r.choice((torch.float32, torch.float64))
+    columns = r.choice((0, 1, 4, 17, 33, 150 if r.random() < 0.03 else 8))
     a = spoilt(r, {"hessian": hessian_of(r, columns, dtype), "damping": r.choice((0.01, 0.1, 1.0, 1e-3))}, 0.5)
 
     def compare(expected, found):
@@ -216,8 +219,8 @@ def sparsegpt_prune(r):
     rows, columns, dtype = size(r), r.choice((1, 4, 8, 24, 32, 33, 48, 0 if r.random() < 0.3 else 16)), r.choice(FLOATS)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a = {"weight": normal(r, rows, columns, dtype=dtype), "hessian": hessian_of(r, columns, wide)} | goal(r, columns)
-    a |= {"damping": 0.01, "block_size": (a["m"] or 1) * r.choice((1, 2, 8, 100)), "mask": packed_mask(r, rows, columns)}
-    a = spoilt(r, a)
+    a |= {"damping": 0.01, "block_size": (a["m"] or 1) * r.choice((1, 2, 8, 100))}
+    a = spoilt(r, a | {"mask": packed_mask(r, rows, columns)})
     upper = torch.eye(columns, dtype=wide) + torch.randn(columns, columns, dtype=wide).triu(1) / (columns + 1)
     factor = (upper, 0.01) if r.random() < 0.3 else None
     if factor and r.random() < 0.3:
@@ -230,7 +233,7 @@ def sparsegpt_prune(r):
         eps = torch.finfo(found.weight.dtype).eps
         for one, other in zip(expected[::2], found[::2], strict=True):
             assert one.isfinite().all() and other.isfinite().all()
-            assert torch.allclose(one, other, rtol=2**11 * eps, atol=2**11 * eps * float(one.abs().sum()) / max(1, len(one)))
+            assert torch.allclose(one, other, 2**11 * eps, 2**11 * eps * float(one.abs().sum()) / max(1, len(one)))
 
     return lambda: kernels.sparsegpt_prune(**a, factor=factor), compare
 
@@ -252,7 +255,8 @@ def weight_and_mask(r, columns, kept):
 
 def kept_nm(rows, columns, keep_n, m):
     scores = torch.rand(rows, columns // m, m)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(keep_n, 2).indices, True).view(rows, columns)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.scatter_(2, scores.topk(keep_n, 2).indices, True).view(rows, columns)
 
 
 def a_format(r):
@@ -328,8 +332,8 @@ def sparse_linear(r):
         x, W, bias = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, bias))
         must = bad_x @ k.T + bad
         may = must + bad_x.sum(1, True)
-        shape = expected.shape
-        assert_near(expected, found, (x @ W.T + bias).view(shape), 8, len(W.T), must.view(shape) > 0, may.view(shape) > 0)
+        bound, must, may = (t.view(expected.shape) for t in (x @ W.T + bias, must, may))
+        assert_near(expected, found, bound, 8, len(W.T), must > 0, may > 0)
 
     return run, compare
 
@@ -341,40 +345,6 @@ def _double(t):
 def _kept(a):
     W = a["weight"]
     return W != 0 if a["mask"] is None else unpack_mask(a["mask"], W.shape[1])
-
-
-def rank_of(a):
-    return len(a["lora_A"])
-
-
-def same_bits(expected, found):
-    pairs = zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]
-    for one, other in pairs:
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert one.is_meta or torch.equal(as_bits(one), as_bits(other))
-
-
-def assert_near(expected, found, bound, roundings, terms, must=None, may=None, dtype=None):
-    """Apart by so many roundings of ``bound`` (sums of magnitudes), and by those of fp32 sums of so many ``terms``.
-
-    ``must``: where both are not finite. ``may``: where either may be.
-    """
-    assert expected.dtype == found.dtype and expected.shape == found.shape
-    if expected.is_meta or not expected.numel():
-        return
-    wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
-    eps = max(torch.finfo(t).eps for t in (expected.dtype, dtype or expected.dtype))
-    smallest = max(torch.finfo(t).tiny for t in (expected.dtype, dtype or expected.dtype))
-    largest = min(torch.finfo(t).max for t in (expected.dtype, dtype or expected.dtype))
-    allowed = (roundings * eps + 2 * terms * torch.finfo(wide).eps) * bound + smallest
-    must = torch.zeros(expected.shape, dtype=torch.bool) if must is None else must
-    may = (must if may is None else may | must) | (bound > largest / 4)
-    one, other = _double(expected), _double(found)
-    finite = one.isfinite(), other.isfinite()
-    assert not (must & (bound <= largest / 4) & (finite[0] | finite[1])).any(), "finite"
-    assert (may | finite[0] & finite[1]).all(), "not finite"
-    both = finite[0] & finite[1]
-    assert ((one - other).abs() <= allowed)[both].all(), float(((one - other).abs() / allowed)[both].max())
 
 
 CASES = {

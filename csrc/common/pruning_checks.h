@@ -32,7 +32,7 @@ inline void check_wanda_select(const Tensor& weight, const Tensor& input_norms, 
 inline void check_pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_size) {
   STD_TORCH_CHECK(in_features >= 0 && mask.dim() == 2 && is_packed_mask(mask, mask.size(0), in_features),
                   "mask: expected a uint8 tensor (out, ceil(in / 8))");
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected a positive number, got ", block_size);
+  STD_TORCH_CHECK(0 < block_size && block_size <= int64_t{1} << 40, "block_size: expected 1 to 2^40, got ", block_size);
 }
 
 // Columns [start, end) of a weight, with the factor of all columns and a mask.

@@ -22,7 +22,8 @@ inline bool is_dense_float(const torch::stable::Tensor& tensor) {
 }
 
 inline bool has_dense_rows(const torch::stable::Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1;
+  // Strides of nothing mean nothing, and torch does not change them.
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 || matrix.numel() == 0;
 }
 
 // The matrix itself, or a copy where its rows have gaps.

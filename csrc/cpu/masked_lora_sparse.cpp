@@ -44,6 +44,7 @@ void multiply_masked_lora(const Tensor& passes, const Tensor& weight, const Tens
                           const Tensor& lora_B, const std::optional<Tensor>& bias, bool transposed,
                           const Tensor& out) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float, "weight: expected float32 (out, in)");
+  STD_TORCH_CHECK(lora_A.dim() == 2, "lora_A: expected (r, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1), rank = lora_A.size(0);
   const int64_t ins = transposed ? rows : columns, outs = transposed ? columns : rows;
   STD_TORCH_CHECK(out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.size(1) == outs &&
@@ -86,6 +87,7 @@ void multiply_masked_lora(const Tensor& passes, const Tensor& weight, const Tens
 void sample_masked_lora(const Tensor& dy_passes, const Tensor& x_passes, int64_t tokens, const Tensor& mask,
                         const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& dA,
                         const std::optional<Tensor>& dB) {
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_B.dim() == 2, "lora_A and lora_B: expected (r, in) and (out, r)");
   const int64_t rank = lora_A.size(0), columns = lora_A.size(1), rows = lora_B.size(0);
   check_factors(lora_A, lora_B, rows, columns);
   check_passes(dy_passes, tokens, rows, "dy_passes");

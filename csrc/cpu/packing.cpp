@@ -57,6 +57,7 @@ constexpr int64_t kColumnsPerTask = 1 << 16;
 
 template <class Body>
 void for_each_row(int64_t rows, int64_t columns, const Body& body) {
+  if (columns == 0) return;  // such rows take no memory, so that there may be any number of them
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, columns)),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t row = begin; row < end; ++row) body(row);
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   Tensor row_offsets = torch::stable::new_empty(weight, {source.rows}, ScalarType::Long);
   auto* offsets = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
 
-  for_each_row(source.rows, source.columns,
+  for_each_row(source.rows, std::max<int64_t>(1, source.columns),
                [&](int64_t row) { offsets[row] = count_bits(source.mask_row(row), source.columns); });
   int64_t total = 0;
   for (int64_t row = 0; row < source.rows; ++row) {

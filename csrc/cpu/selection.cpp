@@ -88,6 +88,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   std::optional<Tensor> before;
   if (mask) before = torch::stable::contiguous(*mask);
   Tensor packed = torch::stable::new_empty(source, {rows, width}, ScalarType::Byte);
+  if (rows == 0 || columns == 0) return packed;
 
   const Kernels& run = kernels();
   const auto pack = pack_row();

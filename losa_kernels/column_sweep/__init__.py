@@ -124,6 +124,8 @@ def sparsegpt_prune(
     else:
         _check_factor(arguments.tensor("factor", factor[0]), hessian, weight)
     upper, used = factor[0], arguments.number("factor", factor[1])
+    if not 0 <= used <= MAX_DAMPING * (1 + 1e-9):
+        raise ValueError(f"factor: expected a damping of 0 to {MAX_DAMPING:g}, got {used}")
     dead = hessian.diagonal() == 0
     if dead.any():
         work[:, dead] = 0
@@ -162,7 +164,7 @@ def wanda_mask(
     Exactly floor(sparsity * in) entries go per row, or m - keep_n of every m; ties lowest column first.
 
     Args:
-        weight: (out, in) floating point; scores are taken in fp32 (fp64 for fp64).
+        weight: (out, in) floating point, finite; scores are taken in fp32 (fp64 for fp64), one that overflows is inf.
         input_norms: (in,) finite and non-negative in the scores' dtype, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.

@@ -95,6 +95,8 @@ if native.missing("cpu") is None:
 
     @torch.library.register_fake("losa::pruned_per_block")
     def _(mask, in_features, block_size):
+        if block_size < 1:
+            raise ValueError(f"block_size: expected a positive number, got {block_size}")
         return mask.new_empty((-(-in_features // block_size),), dtype=torch.int64)
 
     @torch.library.register_fake("losa::select_block")

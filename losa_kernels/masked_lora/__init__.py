@@ -31,8 +31,11 @@ def masked_lora_linear(
     With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. W_eff is formed in fp32
     (fp64 for fp64) and rounded once to x's dtype. The backward pass saves x and references to the other arguments, and
     computes only the gradients that are asked for; on a GPU, G of a bf16 layer may be rounded to bf16. No second
-    derivatives. What stands at pruned places of W reaches no result; whether an inf or NaN of x passes through pruned
-    weights (0 * NaN) depends on the implementation.
+    derivatives.
+
+    A NaN or inf of x, W, A, B, bias or dY makes each result not finite (NaN or inf, which of the two is not defined)
+    that a kept weight connects it to. What stands at pruned places of W reaches no result. Whether NaN and inf of x,
+    dY, A and B also pass through pruned weights (0 * NaN) is not defined: implementations differ.
 
     Args:
         x: (..., in), any strides, an empty batch allowed; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
@@ -40,7 +43,7 @@ def masked_lora_linear(
         weight: (out, in) in x's dtype (under autocast in any floating-point dtype); never differentiated.
         mask: packed uint8 (out, ceil(in/8)), bit b of byte j = column 8j+b, 1 = kept; None means W != 0.
         lora_A: (r, in) and lora_B: (out, r), 1 <= r <= 128, in fp32 or in x's or the weight's dtype.
-        scaling: s, finite.
+        scaling: s, finite in fp32 (fp64 for fp64).
         bias: (out,) or None, floating point.
         dropout_p: 0 <= p < 1, on the adapter's input only: y = x (M * W)^T + s drop(x) (M * BA)^T + bias. The
             backward pass replays the dropout mask from a seed drawn here from torch's default generator.
@@ -69,8 +72,8 @@ def masked_lora_linear(
 def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """M * (W + s B A) in fp32 (fp64 for fp64 weights) with one rounding to the weight's dtype; (out, in), a new tensor.
 
-    Pruned entries are exactly +0.0, whatever W holds there (NaN, inf, -0.0). Not differentiable. Arguments and errors:
-    see ``masked_lora_linear``.
+    Pruned entries are exactly +0.0, whatever W, A and B hold there (NaN, inf, -0.0); a NaN or inf makes the kept
+    entries that it is part of not finite. Not differentiable. Arguments and errors: see ``masked_lora_linear``.
     """
     scaling = _check(weight, mask, lora_A, lora_B, scaling)
     _check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")

@@ -165,7 +165,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
     """Store kept values only, whatever the pattern (compressed-tensors' sparse-bitmask).
 
     Args:
-        weight: (out, in) floating point; values at pruned places are dropped.
+        weight: (out, in) floating point; values at pruned places are dropped, NaN and inf at kept ones kept to the bit.
         mask: packed uint8 (out, ceil(in/8)), 1 = kept. A kept 0.0 or -0.0 is stored.
 
     Raises:

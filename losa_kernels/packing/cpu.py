@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import native
+from losa_kernels import arguments, native
 
 
 def pack_bitmask(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,7 @@ if native.missing("cpu") is None:
 
     @torch.library.register_fake("losa::pack_nm")
     def _(weight, mask, keep_n, m):
+        arguments.pattern(keep_n, m, weight.shape[1])
         values = weight.new_empty(weight.shape[0], weight.shape[1] // m * keep_n)
         return values, mask.new_empty(mask.shape)
 

@@ -16,8 +16,12 @@ _IN_GRAPH = {"cpu": cpu, "cuda": cuda}
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with W in a packed format.
 
+    A NaN or inf of x makes each output not finite (NaN or inf, which of the two is not defined) that a stored weight
+    connects it to; whether it also passes through pruned weights (0 * NaN) is not defined. One of W or bias does so to
+    its output feature only.
+
     Args:
-        x: (..., in) floating point on the packed weight's device; the product runs in its dtype.
+        x: (..., in) bf16, fp16, fp32 or fp64 on the packed weight's device; the product runs in its dtype.
         packed: what ``pack_bitmask``, ``pack_nm`` or ``pack_24`` returned.
         bias: (out,) or None.
 
