@@ -6,14 +6,15 @@ number of blocks; statistics live for one block; Grams take L n^2 floats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError, NumericsError
+from losa.block_calls import Call, hidden_of, same, split_call
+from losa.errors import LosaError, ModelError, NumericsError
 from losa.pruners.base import Statistic
 from losa_kernels import gram
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
@@ -23,39 +24,21 @@ class _Stop(Exception):
     """Ends a forward pass once the first block's input is known."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Everything a block is called with besides its hidden states."""
-
-    args: tuple
-    kwargs: dict
-    hidden_keyword: str | None
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        if self.hidden_keyword is None:
-            output = block(hidden, *self.args, **self.kwargs)
-        else:
-            output = block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+# What a model's own code raises is told with the model; these speak for themselves.
+_PASSED_ON = (LosaError, _Stop, MemoryError, torch.OutOfMemoryError)
 
 
-def _split_call(args: tuple, kwargs: dict) -> tuple[Tensor, _Call]:
-    if args:
-        return args[0], _Call(tuple(args[1:]), dict(kwargs), None)
-    if "hidden_states" not in kwargs:
-        raise ModelError(f"decoder block: expected hidden states as first argument, got keywords {sorted(kwargs)}")
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), _Call((), rest, "hidden_states")
+def _forward(model: nn.Module, batch: Tensor) -> None:
+    try:
+        model.base_model(batch, use_cache=False)
+    except _PASSED_ON:
+        raise
+    except Exception as error:
+        raise ModelError(f"model: its forward pass fails on calibration tokens ({_reason(error)})") from error
 
 
-def _same(a, b) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return isinstance(a, Tensor) == isinstance(b, Tensor)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class BlockStream:
@@ -67,10 +50,13 @@ class BlockStream:
         batch_size: samples per block call.
         storage: device where hidden states wait between blocks; default: host memory.
         calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
-            takes a whole forward pass to find out.
+            takes a whole forward pass to find out. While it is empty, a stream of two batches is compared with whole
+            forward passes first.
+        name: of the list of blocks, for messages.
 
     Raises:
-        ModelError: a block's other arguments depend on the tokens, so that they cannot be replayed.
+        ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
+            depend on the tokens, or something else passes between blocks. Names the first such block.
     """
 
     def __init__(
@@ -80,58 +66,142 @@ class BlockStream:
         input_ids: Tensor,
         batch_size: int = 1,
         storage: torch.device | str = "cpu",
-        calls: dict[tuple[int, int], list[_Call]] | None = None,
+        calls: dict[tuple[int, int], list[Call]] | None = None,
+        name: str = "blocks",
     ):
         self.blocks = blocks
         self.device = next(blocks.parameters()).device
         self.storage = torch.device(storage)
+        self.name = name
         self.hidden: list[Tensor] = []
         self.position = ""
         self._calls = {} if calls is None else calls
-        batches = input_ids.split(batch_size)
+        self._shapes: list[tuple[int, int]] = []
         with torch.no_grad():
-            for batch in batches:
-                if tuple(batch.shape) not in self._calls:
-                    self._calls[tuple(batch.shape)] = self._capture_all(model, batch)
-                self.hidden.append(self._capture_first(model, batch).to(self.storage))
+            if not self._calls:
+                self._check_replay(model, input_ids[:batch_size])
+            for batch in input_ids.split(batch_size):
+                self._add(model, batch)
 
-    def _capture_all(self, model, batch: Tensor) -> list[_Call]:
-        """One whole forward pass per batch shape: sliding-window models give each block arguments of its own."""
-        calls: dict[int, _Call] = {}
+    def _add(self, model: nn.Module, batch: Tensor) -> None:
+        shape = tuple(batch.shape)
+        if shape not in self._calls:
+            self._calls[shape], _ = self._whole_pass(model, batch)
+        self.hidden.append(self._capture_first(model, batch).to(self.storage))
+        self._shapes.append(shape)
 
-        def record(index):
+    def _check_replay(self, model: nn.Module, batch: Tensor) -> None:
+        """Stream two batches and compare with what whole forward passes give.
+
+        Blocks are called with what the first batch's pass called them with: the second one, the same tokens backwards,
+        shows what depends on the tokens. Two in turn show what a block leaves behind for the next one.
+        """
+        batches = [batch, batch.flip(0, 1)]
+        self._calls[tuple(batch.shape)], first = self._whole_pass(model, batch)
+        expected = [first, self._whole_pass(model, batches[1])[1]]
+        for other in batches:
+            self._add(model, other)
+        for index in range(len(self.blocks)):
+            self._replay(index)
+        if not all(self._near(s, e) for s, e in zip(self.hidden, expected, strict=True)):
+            self._find_difference(model, batches, expected)
+        self.hidden, self._shapes = [], []
+
+    def _replay(self, index: int) -> None:
+        try:
+            self.advance(index)
+        except _PASSED_ON:
+            raise
+        except Exception as error:  # a model's own code, called in a way that it may not expect
+            message = f"{self.name}.{index}: cannot be run by itself, as calibration does"
+            raise ModelError(f"{message} ({_reason(error)})") from error
+
+    def _find_difference(self, model: nn.Module, batches: list[Tensor], expected: list[Tensor]) -> None:
+        """Replays once more, beside all blocks' outputs, and names the first block that differs by more than twice as
+        much as the model's passes differ among themselves: atomic sums on GPUs come in any order."""
+        outputs: list[list[Tensor]] = []
+        noise = 0.0
+        for batch, last in zip(batches, expected, strict=True):
+            outputs.append([])
+            again = self._whole_pass(model, batch, outputs[-1])[1]
+            noise = max(noise, _distance(again, last))
+        self.hidden, self._shapes = [], []
+        for batch in batches:
+            self._add(model, batch)
+        for index in range(len(self.blocks)):
+            self._replay(index)
+            if not all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True)):
+                raise ModelError(
+                    f"{self.name}.{index}: calibration runs blocks one by one, and this one then gives another output "
+                    "than in a whole forward pass: its arguments depend on the tokens, or the model passes more than "
+                    "hidden states from block to block, or changes them in between; losa cannot prune this model"
+                )
+
+    def _near(self, streamed: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
+        """The same kernels on the same shapes: at most a rounding or two for each block, which add up like a walk."""
+        if streamed.shape != expected.shape:
+            return False
+        if torch.equal(streamed, expected) or not torch.isfinite(expected).all():
+            return True  # what is not finite is told with the linear that meets it first
+        bound = 2 * torch.finfo(streamed.dtype).eps * len(self.blocks) ** 0.5
+        return _distance(streamed, expected) <= bound + 2 * noise
+
+    def _whole_pass(
+        self, model: nn.Module, batch: Tensor, outputs: list[Tensor] | None = None
+    ) -> tuple[list[Call], Tensor]:
+        """What each block is called with (sliding-window models give each its own), and the last block's output.
+        ``outputs`` takes all blocks' outputs, in host memory."""
+        count = len(self.blocks)
+        calls: dict[int, Call] = {}
+        last: list[Tensor] = []
+
+        def before(index):
             def hook(_module, args, kwargs):
-                calls[index] = _split_call(args, kwargs)[1]
+                calls[index] = split_call(args, kwargs)[1]
+
+            return hook
+
+        def after(index):
+            def hook(_module, _args, output):
+                hidden = hidden_of(output)
+                if index == count - 1:
+                    last[:] = [hidden.to(self.storage, copy=True)]
+                if outputs is not None:
+                    outputs.append(hidden.to(self.storage, copy=True))
 
             return hook
 
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_pre_hook(record(index), with_kwargs=True).remove)
-            model.base_model(batch.to(self.device), use_cache=False)
-        missing = [i for i in range(len(self.blocks)) if i not in calls]
+                stack.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after(index)).remove)
+            _forward(model, batch.to(self.device))
+        missing = [i for i in range(count) if i not in calls]
         if missing:
             raise ModelError(f"blocks {missing} are not reached by a forward pass")
-        return [calls[i] for i in range(len(self.blocks))]
+        return [calls[i] for i in range(count)], last[0]
 
     def _capture_first(self, model, batch: Tensor) -> Tensor:
         seen = []
 
         def hook(_module, args, kwargs):
-            seen.append(_split_call(args, kwargs))
+            seen.append(split_call(args, kwargs))
             raise _Stop
 
         handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            model.base_model(batch.to(self.device), use_cache=False)
+            _forward(model, batch.to(self.device))
         except _Stop:
             pass
         finally:
             handle.remove()
         hidden, call = seen[0]
         known = self._calls[tuple(batch.shape)][0]
-        if not (_same(call.args, known.args) and _same(call.kwargs, known.kwargs)):
-            raise ModelError("decoder block: arguments besides hidden states depend on the tokens; cannot be replayed")
+        if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
+            raise ModelError(
+                f"{self.name}.0: its arguments besides hidden states depend on the tokens, so it cannot be run by "
+                "itself, as calibration does; losa cannot prune this model"
+            )
         return hidden
 
     @property
@@ -145,8 +215,8 @@ class BlockStream:
     def run(self, index: int) -> Iterator[Tensor]:
         """Yield block ``index``'s output for each batch, (batch, length, hidden), on the model's device."""
         start = 0
-        for hidden in self.hidden:
-            call = self._calls[tuple(hidden.shape[:2])][index]
+        for hidden, shape in zip(self.hidden, self._shapes, strict=True):
+            call = self._calls[shape][index]
             self.position = f"samples {start}..{start + len(hidden) - 1}"
             start += len(hidden)
             yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True))
@@ -167,6 +237,12 @@ class BlockStream:
             features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
             out = gram(features, out=out)
         return out
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||; infinity where that is no number."""
+    distance = (torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double())).item()
+    return distance if math.isfinite(distance) else math.inf
 
 
 class _InputNorms:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from losa import cli_sparse
+from losa.cli_errors import DEBUG, Commands, debugging, set_up_messages
 from losa.errors import LosaError, RecipeError
 
 if TYPE_CHECKING:
     from losa.recipe import Recipe
 
-DEBUG = "LOSA_DEBUG"
-MEMORY_HINT = (
-    "lower train.batch_size or train.length, or set train.activation_checkpointing: true; "
-    "`losa plan` shows where memory goes"
-)
-
-
-class _Commands(TyperGroup):
-    """Turns what a user can act on into one message on stderr: errors of losa's own (exit code 1) and Ctrl-C (130)."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            resume = "; --resume goes on after the last finished round" if ctx.invoked_subcommand == "run" else ""
-            typer.echo(f"losa: interrupted{resume}", err=True)
-            raise typer.Exit(130) from error
-        except Exception as error:
-            # By name: torch is not to be imported for this.
-            out_of_memory = type(error).__name__ == "OutOfMemoryError"
-            if not (isinstance(error, LosaError) or out_of_memory) or _debugging(ctx.params["debug"]):
-                raise
-            message = f"out of GPU memory; {MEMORY_HINT}" if out_of_memory else str(error)
-            typer.echo(f"losa: {message}", err=True)
-            raise typer.Exit(1) from error
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Prune a language model round by round while LoRA fine-tunes it under the same mask.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -56,10 +28,6 @@ app = typer.Typer(
 def main() -> None:
     """Console entry point."""
     app(prog_name="losa")
-
-
-def _debugging(option: bool) -> bool:
-    return option or os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def _version(value: bool) -> None:
@@ -82,10 +50,7 @@ def _options(
     if not sys.stderr.isatty():
         # Progress bars, our libraries' too, are for terminals: log files would get a line each time they move.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    if _debugging(debug):
-        for name in ("losa", "losa_kernels"):
-            logging.getLogger(name).setLevel(logging.INFO)
+    set_up_messages(debugging(debug))
 
 
 def parse_settings(settings: list[str]) -> dict:
@@ -108,14 +73,18 @@ def parse_settings(settings: list[str]) -> dict:
 
 def _load(path: Path, settings: list[str] | None, data: Path | None = None, output: Path | None = None) -> Recipe:
     """The recipe with the command line's changes: --output and --data go before --set."""
-    from losa.recipe import override, parse_recipe, read_settings
+    from losa.recipe import output_path, override, parse_recipe, read_settings
 
     recipe, overrides = read_settings(path), parse_settings(settings or [])
     if output is not None:
         recipe["output"] = str(output)
     target = overrides.get("output", recipe.get("output"))
     if data is not None and target:
-        override(recipe, _own_text(recipe | overrides, data, Path(str(target)).expanduser()))
+        try:
+            place = output_path(Path(str(target)))
+        except ValueError as error:
+            raise RecipeError(f"output: {error}") from error
+        override(recipe, _own_text(recipe | overrides, data, place))
     return parse_recipe(override(recipe, overrides), where=str(path))
 
 
@@ -144,7 +113,11 @@ Settings = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; drop unfinished work.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
 
 
 @app.command()
@@ -160,14 +133,15 @@ def run(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="In place of the recipe's output directory.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
     loaded = _load(recipe, set_, data, output)
     from losa.run import run_recipe
 
-    run_recipe(loaded, resume=resume, overwrite=overwrite)
+    run_recipe(loaded, resume=resume, overwrite=overwrite, force=force)
 
 
 @app.command()
@@ -185,7 +159,9 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 0,
+    resume: Resume = False,
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Prune at once, without training."""
     from losa.recipe import parse_recipe
@@ -205,7 +181,7 @@ def prune(
     recipe = parse_recipe(settings, where="prune")
     from losa.run import run_recipe
 
-    run_recipe(recipe, overwrite=overwrite)
+    run_recipe(recipe, resume=resume, overwrite=overwrite, force=force)
 
 
 @app.command("eval")
@@ -219,31 +195,48 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     task_path: Annotated[list[Path] | None, typer.Option(help="Directory with task files of your own.")] = None,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin each window with the beginning-of-text token: for models that need it (Gemma). Papers do not.",
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity."""
+    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity where it is told
+    (blocks of nn.Linear)."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
     from losa.data import evaluation_tokens
-    from losa.evaluate import evaluate_tasks, perplexity
+    from losa.evaluate import evaluate_tasks, perplexity, warn_of_missing_start, window_start
     from losa.files import write_json
-    from losa.model import sparsity_of
     from losa.packed import load_any
-    from losa.recipe import DataSource
+    from losa.recipe import data_source
 
+    source = None if data is None else data_source(data, where="eval --data", subset=subset, split=split)
     loaded, tokenizer = load_any(model, dtype=dtype, device=device)
-    zeros, prunable = sparsity_of(loaded)
-    numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": zeros / prunable}
-    typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({zeros / prunable:.2%})")
-    if data is not None:
-        source = DataSource(path=data, subset=subset, split=split)
-        found = perplexity(
-            loaded, evaluation_tokens(source, tokenizer), length, batch_size, max_windows, progress=sys.stderr.isatty()
-        )
-        numbers["perplexity"] = vars(found) | {"data": source.model_dump()}
-        protocol = f"{found.windows} non-overlapping windows of {length} tokens, {found.tokens:,} in all"
+    zeros, prunable, reason = _count_zeros(loaded)
+    share = None if reason else zeros / prunable
+    numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": share}
+    if reason:
+        typer.echo(f"{model}: sparsity: not counted: {reason}")
+    else:
+        typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({share:.2%})")
+    if source is not None:
+        tokens = evaluation_tokens(source, tokenizer)
+        start = window_start(tokenizer, "--bos") if bos else None
+        progress = sys.stderr.isatty()
+        found = perplexity(loaded, tokens, length, batch_size, max_windows, progress=progress, bos=start)
+        if start is None:
+            warn_of_missing_start(loaded, tokenizer, tokens, length)
+        if max_windows is not None and found.windows < max_windows:
+            typer.echo(f"losa: --max-windows: {max_windows}, but the text has {found.windows}", err=True)
+        numbers["perplexity"] = vars(found) | {"data": source.model_dump(), "bos_per_window": bos}
+        begun = " that begin with the beginning-of-text token" if bos else ""
+        protocol = f"{found.windows} non-overlapping windows of {length} tokens{begun}, {found.tokens:,} in all"
         typer.echo(f"perplexity {found.value:.3f} on {data} ({protocol})")
     if tasks is not None:
         names = [name for task in tasks.split(",") if (name := task.strip())]
@@ -252,6 +245,18 @@ def evaluate(
             typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if json_file is not None:
         write_json(json_file, numbers)
+
+
+def _count_zeros(model) -> tuple[int | None, int | None, str]:
+    """(zeros, prunable weights, ""), or (None, None, the reason why a model's zeros cannot be counted)."""
+    from losa.errors import ModelError
+    from losa.model import sparsity_of
+
+    try:
+        zeros, prunable = sparsity_of(model)
+    except ModelError as error:
+        return None, None, str(error).removeprefix("model: ")
+    return (zeros, prunable, "") if prunable else (None, None, "no linear of its blocks can be pruned")
 
 
 @app.command()

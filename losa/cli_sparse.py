@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from losa.errors import LosaError, ModelError
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 
@@ -36,22 +38,23 @@ def pack(
     ] = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
+    force: Force = False,
 ) -> None:
     """Store a pruned checkpoint without its zeros; losa.load and the commands here read it."""
     from losa.packed import pack_directory
 
-    done = pack_directory(directory, output, format=format, dtype=_dtype(dtype), overwrite=overwrite)
+    done = pack_directory(directory, output, format=format, dtype=_dtype(dtype), overwrite=overwrite, force=force)
     typer.echo(
         f"{output}: {done.packed} linears packed, {done.dense} left dense; "
         f"{done.packed_bytes:,} bytes of {done.dense_bytes:,} ({done.packed_bytes / done.dense_bytes:.2f})"
     )
 
 
-def unpack(directory: Directory, output: Output, overwrite: Overwrite = False) -> None:
+def unpack(directory: Directory, output: Output, overwrite: Overwrite = False, force: Force = False) -> None:
     """The ordinary, dense checkpoint of a packed one."""
     from losa.packed import unpack_directory
 
-    unpack_directory(directory, output, overwrite=overwrite)
+    unpack_directory(directory, output, overwrite=overwrite, force=force)
     typer.echo(f"wrote {output}")
 
 
@@ -73,14 +76,23 @@ def generate(
     model, tokenizer = _load(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    typer.echo("" if chat else prompt, nl=False)
-    made = run(model, tokenizer, message, on_text=lambda text: typer.echo(text, nl=False), **settings)
+    if not chat:
+        _show(prompt)
+    made = run(model, tokenizer, message, on_text=_show, **settings)
     typer.echo()
+    if made.fallback is not None:
+        typer.echo(f"through transformers: {made.fallback}", err=True)
     typer.echo(
         f"{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s; prompt of {made.prompt_tokens} tokens in "
         f"{made.prefill_seconds:.2f} s",
         err=True,
     )
+
+
+def _show(text: str) -> None:
+    """On stdout, at once, with "?" for what its encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
 
 
 def bench(
@@ -94,7 +106,10 @@ def bench(
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed."""
+    """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed.
+
+    Models that losa's own loop does not serve are measured through transformers only.
+    """
     from rich.console import Console
     from rich.table import Table
 

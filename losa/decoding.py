@@ -1,14 +1,17 @@
 """The lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
 
 Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
-gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: the loop's logits are compared
-with the model's own on a few tokens, and other models generate through transformers.
+gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: every key of its configuration
+must be known (``losa.lean_config``), the loop must read all weights, and its logits are compared with the model's own
+on some tokens. Other models generate through transformers.
 
 On a GPU single tokens go through ``LeanDecoder.step`` as a CUDA graph (``losa.token_graphs``).
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,22 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losa.errors import LosaError
+from losa.errors import LosaError, ModelError
+from losa.lean_config import Unsupported, longest_served
 from losa.model import find_blocks
 from losa.modules import SparseLinear
 from losa.token_graphs import TokenGraphs, graphs_for, places_for
 from losa_kernels import native, sparse_linear
 
-# Scaled rotary positions whose frequencies do not depend on the length that is reached.
-FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+# What of a block the loop reads.
+READ = (
+    *("input_layernorm.", "post_attention_layernorm.", "self_attn.q_norm.", "self_attn.k_norm."),
+    *("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.", "self_attn.o_proj."),
+    *("mlp.gate_proj.", "mlp.up_proj.", "mlp.down_proj."),
+)
 
 # Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
 # is off by 2e-5 of fp64. Another function is off by more than a thousandth.
 SAME = 2**-10
-
-
-class Unsupported(LosaError):
-    """The model's blocks are not of the kind that the lean loop computes."""
+# Tokens of that comparison; fewer where they would take seconds on a CPU.
+PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
 
 
 @dataclass(frozen=True)
@@ -75,33 +81,45 @@ class LeanDecoder:
     """
 
     def __init__(self, model: nn.Module, max_length: int):
-        decoder = model.get_decoder()
-        self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        first = self.embeddings.weight
-        self.device, self.dtype = first.device, first.dtype
+        self.config = model.config
         try:
-            _, blocks = find_blocks(model)
+            decoder = model.get_decoder()
+            self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+            first = self.embeddings.weight
+            self.device, self.dtype = first.device, first.dtype
+            prefix, blocks = find_blocks(model)
             attention = blocks[0].self_attn
             self.head_dim = attention.head_dim
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [self._read(block) for block in blocks]
+            self._windows = [w for b in blocks if (w := getattr(b.self_attn, "sliding_window", None)) is not None]
             self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
-        except AttributeError as error:
+            _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
+        except (AttributeError, NotImplementedError, ModelError) as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
-        if getattr(self.rotary, "rope_type", "default") not in FIXED_ROPE:
-            raise Unsupported(f"generate: rotary positions of type {self.rotary.rope_type} depend on the length")
         self.graphs: TokenGraphs | None = None
+        self.logits: Tensor | None = None
         self._recordable = _recordable(model, self.device)
+        self._check_length(max_length)
         self._check(model)
         self.resize(max_length)
 
     def resize(self, max_length: int) -> None:
-        """Forget what was read, and make room for so many tokens; 0 frees cache and graphs."""
+        """Forget what was read, and make room for so many tokens; 0 frees cache and graphs.
+
+        Raises:
+            Unsupported: within so many tokens the model does not attend to all of them.
+            LosaError: the cache does not fit into memory.
+        """
+        self._check_length(max_length)
         if self.graphs is not None:
             self.graphs.close()
         self.graphs = graphs_for(self.device) if max_length and self._recordable else None
         room = max_length if self.graphs is None else places_for(max_length)
+        shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
+        self.cache = self.logits = None  # the old one's memory, before the new one is asked for
+        self.cache = _zeros(shape, self.dtype, self.device)
         positions = torch.arange(room, device=self.device)[None]
         cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
@@ -109,15 +127,17 @@ class LeanDecoder:
         half = self.head_dim // 2
         # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
-        # Zeros: ``step`` multiplies what it masks by 0.
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.max_length, self.length = max_length, 0
+
+    def _check_length(self, max_length: int) -> None:
+        window = min([*self._windows, *([] if (w := longest_served(self.config)) is None else [w])], default=max_length)
+        if max_length > window:
+            raise Unsupported(
+                f"generate: attention in a sliding window of {window} tokens, fewer than the {max_length} of this text"
+            )
 
     def _read(self, block: nn.Module) -> _Block:
         attention, mlp = block.self_attn, block.mlp
-        if getattr(attention, "sliding_window", None):
-            raise Unsupported("generate: attention in a sliding window")
         return _Block(
             attention_norm=_norm(block.input_layernorm),
             mlp_norm=_norm(block.post_attention_layernorm),
@@ -141,14 +161,16 @@ class LeanDecoder:
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """ids (tokens,) that follow what was read before -> logits (vocabulary,) of the last one, which the next call
-        may overwrite.
+        may overwrite. They are ``logits`` of the decoder too.
 
         Raises:
             LosaError: the cache is full.
         """
         if len(ids) == 1 and self._graphed(ids):
-            return self.graphs.logits
-        return self._logits(ids, last=True)[-1]
+            self.logits = self.graphs.logits
+        else:
+            self.logits = self._logits(ids, last=True)[-1]
+        return self.logits
 
     @torch.inference_mode()
     def likeliest(self, token: Tensor) -> Tensor:
@@ -159,8 +181,10 @@ class LeanDecoder:
             LosaError: the cache is full.
         """
         if self._graphed(token):
+            self.logits = self.graphs.logits
             return self.graphs.token
-        return self._logits(token, last=True)[-1].argmax(-1, keepdim=True)
+        self.logits = self._logits(token, last=True)[-1]
+        return self.logits.argmax(-1, keepdim=True)
 
     def _graphed(self, token: Tensor) -> bool:
         """Has a graph read the token?"""
@@ -239,14 +263,58 @@ class LeanDecoder:
     @torch.inference_mode()
     def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
-        self.resize(6)
-        ids = torch.arange(3, 9, device=self.device) % self.embeddings.weight.shape[0]
-        expected = model(ids[None], use_cache=False).logits[0].float()
-        found = [self._logits(ids[:-2], last=False), self._logits(ids[-2:-1], last=False), self(ids[-1:])[None]]
-        found = torch.cat(found).float()
+        window = longest_served(self.config)
+        count = PROBE if sum(p.numel() for p in model.parameters()) < LARGE else SHORT_PROBE
+        count = min([count, *self._windows, *([] if window is None else [window])])
+        self.resize(count)
+        vocabulary = self.embeddings.weight.shape[0]
+        # From all over the vocabulary, the first and the last token among them.
+        ids = (torch.arange(count, device=self.device) * 0.6180339887 % 1 * vocabulary).long()
+        ids[count // 2] = vocabulary - 1
+        try:
+            expected = model(ids[None], use_cache=False).logits[0].float()
+        except Exception as error:  # of any kind: it is not our code
+            raise Unsupported(f"generate: {type(model).__name__}'s forward pass fails ({error})") from error
+        found = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
+        found = torch.cat([*found, self(ids[-1:])[None]]).float()
+        if not expected.isfinite().all():
+            raise Unsupported(f"generate: {type(model).__name__}'s own logits are not finite for some tokens")
         allowed = max(64 * torch.finfo(self.dtype).eps, SAME) * expected.abs().max()
         if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
             raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
+
+
+def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module]) -> None:
+    """The loop reads every weight of the model: of the blocks, at ``prefix``, and of ``others``."""
+    read = {id(parameter) for module in others for parameter in module.parameters()}
+    packed = {f"{name}.packed": module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, weight in (dict(model.named_parameters()) | packed).items():
+        inside = name.removeprefix(f"{prefix}.")
+        if id(weight) not in read if inside == name else not inside.partition(".")[2].startswith(READ):
+            raise Unsupported(f"generate: the lean loop does not read {name} of {type(model).__name__}")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    needed = math.prod(shape) * dtype.itemsize
+    message = (
+        f"generate: the cache for {shape[-2]:,} tokens does not fit into memory ({needed / 1e9:.1f} GB); give a "
+        "smaller max_new_tokens or a shorter prompt"
+    )
+    # A CPU gives out more memory than it has, and ends the process that fills it.
+    if device.type == "cpu" and needed > (_memory() or needed):
+        raise LosaError(message)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's for memory of any kind
+        raise LosaError(message) from error
+
+
+def _memory() -> int | None:
+    """Bytes of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def hooked(model: nn.Module) -> bool:

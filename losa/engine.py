@@ -105,7 +105,10 @@ class Engine:
                     grams.append(stream.gram())
                 except ValueError as error:
                     raise NumericsError(f"calibration: output of {self.name}.{index}: {error}") from error
-        return _from_rank_zero(cka_similarity(torch.stack(grams)).double())
+        try:
+            return _from_rank_zero(cka_similarity(torch.stack(grams)).double())
+        except ValueError as error:
+            raise NumericsError(f"calibration: blocks of {self.name} cannot be compared: {error}") from error
 
     def run_round(self, plan: RoundPlan) -> RoundRecord:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
@@ -137,7 +140,8 @@ class Engine:
         return record
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
-        return BlockStream(self.model, self.blocks, input_ids, self.calibration.batch_size, calls=self._calls)
+        batch_size = self.calibration.batch_size
+        return BlockStream(self.model, self.blocks, input_ids, batch_size, calls=self._calls, name=self.name)
 
     def _patterns(self, plan: RoundPlan, record: RoundRecord) -> list[Pattern]:
         """What each block keeps in this round."""

@@ -1,5 +1,9 @@
 """Errors a user can act on. The CLI prints their message without a traceback and exits with code 1."""
 
+from __future__ import annotations
+
+import reprlib
+
 
 class LosaError(Exception):
     """Base of every error that losa raises on purpose."""
@@ -23,3 +27,19 @@ class NumericsError(LosaError):
 
 class OutputError(LosaError):
     """The output cannot be written, or fails its final check."""
+
+
+class _Repr(reprlib.Repr):
+    def repr_int(self, x, level):
+        # Python refuses to write integers of thousands of digits.
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"an integer of {x.bit_length()} bits"
+
+
+def shown(value) -> str:
+    """How a value of a user's is quoted in a message: its repr, cut where it is long, deep or goes round in circles."""
+    short = _Repr()
+    short.maxstring = short.maxother = 80
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 8
+    short.maxlevel = 4
+    text = short.repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."

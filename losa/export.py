@@ -47,6 +47,7 @@ def export_model(
     masks: Mapping[str, Tensor],
     *,
     overwrite: bool = False,
+    force: bool = False,
     sample_ids: Tensor | None = None,
     extra_files: Mapping[str, Path] | None = None,
 ) -> None:
@@ -66,7 +67,7 @@ def export_model(
     """
     if left := list(wrapped_linears(model)):
         raise ValueError(f"model: expected a merged model, found {len(left)} adapters ({left[0]}); merge_model first")
-    with staged_directory(output, overwrite) as staged:
+    with staged_directory(output, overwrite, force) as staged:
         _save(model, tokenizer, staged)
         write_json(staged / RECORD, record.to_dict())
         write_text(staged / "README.md", model_card(record))

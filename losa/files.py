@@ -14,10 +14,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from losa import __version__
 from losa.errors import OutputError
+
+# What tells a directory that losa wrote from others; the last one is for directories that have none of the others.
+MARKER = "losa_output.json"
+MARKERS = ("losa_config.json", "losa_packed.json", MARKER)
 
 # safetensors has no OSError of its own: "... I/O error: No space left on device (os error 28)".
 WRITE_ERRORS = (OSError, SafetensorError)
+
+
+_LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-(\d+)")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -25,16 +33,24 @@ def write_bytes(path: Path, data: bytes) -> None:
     path = Path(path)
     temporary = _beside(path, "partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+        with writing(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write within the context (disk full, no permission) into an OutputError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,49 +68,76 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def check_output(final: Path, overwrite: bool) -> None:
+def is_ours(directory: Path, markers: tuple[str, ...] = MARKERS) -> bool:
+    """Whether losa wrote the directory, or it is empty: what may be replaced without asking twice."""
+    return any((directory / name).is_file() for name in markers) or not any(directory.iterdir())
+
+
+def check_output(final: Path, overwrite: bool, force: bool = False) -> None:
     """Find out before any work whether the directory ``final`` can be written at the end.
 
     What processes that died left behind is cleaned up first: partial outputs go, and an old output that was about to
     be replaced comes back.
 
+    Args:
+        overwrite: replace a directory that losa wrote.
+        force: replace any directory.
+
     Raises:
-        OutputError: ``final`` exists (an empty directory is fine) and ``overwrite`` is off; it is a file, or holds the
-            current or the home directory; or its parent cannot be written to.
+        OutputError: ``final`` exists (an empty directory is fine) and ``overwrite`` is off, or losa did not write it
+            and ``force`` is off; it is a file, or holds the current or the home directory; or its parent cannot be
+            written to.
     """
     final = Path(final)
-    place = final.resolve()
-    _recover(place)
-    if place.exists():
-        if not place.is_dir():
-            raise OutputError(f"output {final}: expected a directory, found a file")
-        for inside, what in ((os.getcwd(), "the current"), (os.path.expanduser("~"), "your home")):
-            if Path(inside).resolve().is_relative_to(place):
-                raise OutputError(f"output {final}: holds {what} directory; give the output a directory of its own")
-        if not overwrite and any(place.iterdir()):
-            raise OutputError(f"output {final}: exists; give another directory or --overwrite")
     try:
+        place = final.resolve()
+        _check_place(final, place, overwrite, force)
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place.parent):
             pass
-    except OSError as error:
-        raise OutputError(f"output {final}: cannot write in {place.parent} ({reason(error)})") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte in the name
+        raise OutputError(f"output {final}: cannot write in {final.parent} ({reason(error)})") from error
+
+
+def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None:
+    with suppress(FileNotFoundError):
+        os.stat(_beside(place, "partial"))  # the longest name that will be needed
+    recover(place)
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise OutputError(f"output {final}: expected a directory, found a file")
+    for inside, what in ((os.getcwd(), "the current"), (os.path.expanduser("~"), "your home")):
+        if Path(inside).resolve().is_relative_to(place):
+            raise OutputError(f"output {final}: holds {what} directory; give the output a directory of its own")
+    if force or not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"output {final}: exists; give another directory or --overwrite")
+    if not is_ours(place):
+        raise OutputError(
+            f"output {final}: exists, and losa did not write it (it has no {', '.join(MARKERS[:-1])} or {MARKER}); "
+            "give another directory, or --force to replace it all the same"
+        )
 
 
 @contextmanager
-def staged_directory(final: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(final: Path, overwrite: bool = False, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside ``final`` that takes its place when the body ends well and is removed when it
-    does not (Ctrl-C included). An old ``final`` stays until the new one is complete and on the disk.
+    does not (Ctrl-C included). An old ``final`` stays until the new one is complete and on the disk. A directory
+    without one of ``MARKERS`` gets the last of them.
 
     Raises:
         OutputError: as ``check_output``, or a write failed; names ``final`` and the reason.
     """
-    check_output(final, overwrite)
+    check_output(final, overwrite, force)
     place = Path(final).resolve()
     staged = _beside(place, "partial")
     try:
         staged.mkdir()
         yield staged
+        if not any((staged / name).is_file() for name in MARKERS):
+            write_json(staged / MARKER, {"losa_version": __version__})
         _sync(staged)
         _swap(staged, place)
     except WRITE_ERRORS as error:
@@ -140,15 +183,33 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _recover(place: Path) -> None:
+def remove_directory(path: Path) -> None:
+    """Remove a directory: its name goes first, at once, so that no half of it stays under that name."""
+    aside = _beside(path, "partial")
+    with writing(path):
+        os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(place: Path) -> None:
+    """Clean up what dead processes left of ``place``, a file or directory: partial ones go, an old one comes back."""
     for path in place.parent.glob(glob.escape(f".{place.name}.") + "*"):
-        found = re.fullmatch(r"(partial|old)-(\d+)", path.name.removeprefix(f".{place.name}."))
-        if found is None or _is_another_process(int(found[2])):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or found[1] != place.name or _is_another_process(int(found[3])):
             continue
-        if found[1] == "old" and not place.exists():
+        if found[2] == "old" and not place.exists():
             os.replace(path, place)
-        else:
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def recover_all(directory: Path) -> None:
+    """``recover`` of everything in a directory, at any depth."""
+    for path in list(directory.rglob(".*")):
+        if found := _LEFTOVER.fullmatch(path.name):
+            recover(path.with_name(found[1]))
 
 
 def _is_another_process(pid: int) -> bool:

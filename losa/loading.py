@@ -44,17 +44,12 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
-    from losa.packed import is_packed
-
     target = torch_device(device)
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source, gguf_file = locate_model(model, gguf_file)
     directory = Path(source) if Path(source).is_dir() else None
-    if directory is not None and gguf_file is None:
-        refuse_adapter(directory)
-        if is_packed(directory):
-            raise ModelError(f"model {model!r}: packed; `losa unpack` it first")
+    refuse_other_kinds(model, source, gguf_file)
     trust = {"trust_remote_code": trust_remote_code}
     # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
     try:
@@ -83,6 +78,17 @@ def load_model(
         raise ModelError(f"model {model!r}: {_ADVICE}")
     _check_finite(loaded, model, None if gguf_file else directory)
     return loaded.to(target).eval(), tokenizer
+
+
+def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
+    """Raises ModelError for a directory that holds an adapter or a packed checkpoint. Arguments: ``model`` for the
+    message, the others as ``locate_model`` gives them."""
+    from losa.packed import is_packed
+
+    if gguf_file is None and Path(source).is_dir():
+        refuse_adapter(Path(source))
+        if is_packed(Path(source)):
+            raise ModelError(f"model {model!r}: packed; `losa unpack` it first")
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -144,8 +150,9 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # A number that comes back: tensors on meta have none.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
     return torch.device(device)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from losa.checkpoint import load_checkpoint, save_checkpoint
+from losa.checkpoint import CHECKPOINTS, load_checkpoint, save_checkpoint
 from losa.data import PackedData
+from losa.distributed import check_agreement, on_main
 from losa.engine import Engine
-from losa.errors import RecipeError
+from losa.errors import OutputError, RecipeError
+from losa.fingerprint import tensor_digest
 from losa.model import merge_model, sparsity_of, wrap_model, wrapped_linears
 from losa.modules import LoRALinear, MaskedLoRALinear
 from losa.recipe import AllocationConfig, Method, Recipe
@@ -26,11 +29,13 @@ Evaluator = Callable[[nn.Module], float | None]
 
 @dataclass
 class Inputs:
-    """What every method gets: tokens on the host and a way to measure perplexity."""
+    """What every method gets: tokens on the host and a way to measure perplexity. ``fingerprint``: digests of all that
+    the results depend on besides the recipe, by what it is of; a checkpoint belongs to it."""
 
     calibration: Tensor
     training: PackedData | None
     evaluate: Evaluator
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,14 +167,24 @@ class MethodRun:
         trainer = self._trainer() if trains else None
         plans = self._plans()
         done: list[RoundRecord] = []
-        checkpoints = self.work_dir / "checkpoints"
+        checkpoints = self.work_dir / CHECKPOINTS
+        # A single round of a method that is compared is followed by its result's file. The main method's is not, and
+        # its export may fail. Fine-tuning before the wrapping is no part of a checkpoint, and is repeated anyway.
+        keep = len(plans) > 1 or (self.method == recipe.method and self.method != "finetune_then_prune")
         if resume:
-            state = load_checkpoint(checkpoints, self.model, recipe)
+            state = load_checkpoint(checkpoints, self.model, recipe, self.method, self.inputs.fingerprint)
             if state is not None:
-                done = [RoundRecord(**r) for r in state["rounds"]]
+                try:
+                    done = [RoundRecord(**r) for r in state["rounds"]]
+                    step = state["global_step"]
+                except (KeyError, TypeError) as error:
+                    message = "was written by another version of losa; go on with that one, or --overwrite"
+                    raise OutputError(f"checkpoints in {checkpoints}: {message}") from error
                 if trainer is not None:
-                    trainer.global_step = state["global_step"]
+                    trainer.global_step = step
                 self.log(f"{self.method}: resuming after round {len(done)} of {len(plans)}")
+            if PartialState().num_processes > 1:
+                check_agreement(f"{self.method}: the newest checkpoint", self._standing(done))
         first = sum(plan.sequences for plan in plans[: len(done)])
         for plan in plans[len(done) :]:
             record = engine.run_round(plan)
@@ -185,13 +200,30 @@ class MethodRun:
                 record.seconds["evaluate"] = time.perf_counter() - began
             done.append(record)
             self.log(_round_line(self.method, record, len(plans)))
-            if len(plans) > 1:
+            if keep:
                 step = trainer.global_step if trainer is not None else 0
                 state = {"rounds": [vars(r) for r in done], "global_step": step}
-                if PartialState().is_main_process:
-                    save_checkpoint(checkpoints, self.model, recipe=recipe, completed_round=plan.index, state=state)
-                PartialState().wait_for_everyone()
+                on_main(partial(self._save, checkpoints, plan.index, state))
         return done
+
+    def _save(self, checkpoints: Path, completed: int, state: dict) -> None:
+        save_checkpoint(
+            checkpoints,
+            self.model,
+            recipe=self.recipe,
+            completed_round=completed,
+            state=state,
+            method=self.method,
+            inputs=self.inputs.fingerprint,
+        )
+
+    def _standing(self, done: list[RoundRecord]) -> str:
+        """What this process goes on from."""
+        if not done:
+            return "none"
+        layers = wrapped_linears(self.model).values()
+        digest = tensor_digest(*(getattr(m, part) for m in layers for part in ("weight", "mask", "lora_A", "lora_B")))
+        return f"round {len(done)} ({digest[:16]})"
 
 
 def _kept(layer: MaskedLoRALinear) -> int:

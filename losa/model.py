@@ -139,10 +139,17 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _fused(module: nn.Module) -> list[str]:
-    """Names of a module's own stacked expert weights: Parameters (experts, ., .)."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    """Names of a module's own stacked expert weights: Parameters (experts, ., .).
+
+    A module of experts has no other parameters, but for biases (experts, .), and none in modules of its own: that tells
+    it from a mixer whose heads have matrices of their own.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    stacked = [name for name, p in own.items() if p.ndim == 3 and p.shape[0] > 1]
+    if not stacked or isinstance(module, nn.modules.conv._ConvNd):
         return []
-    return [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
+    inside = any(True for child in module.children() for _ in child.parameters())
+    return [] if inside or any(p.ndim < 2 for p in own.values()) else stacked
 
 
 def _expert_count(collection: nn.Module) -> int | None:

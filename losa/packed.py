@@ -68,6 +68,7 @@ def pack_directory(
     dtype: torch.dtype | None = None,
     min_sparsity: float = MIN_SPARSITY,
     overwrite: bool = False,
+    force: bool = False,
 ) -> PackReport:
     """Write the checkpoint in ``source`` (a Hugging Face directory of safetensors, merged) in packed form.
 
@@ -96,7 +97,7 @@ def pack_directory(
     pack, needs = (partial(pack_weight, format=format), "") if ours else compressed.packer(format)
     leave: Set[str] = frozenset()
     parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs)
-    with staged_directory(output, overwrite) as staged:
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
         state_dtype(staged, dtype)
         while True:
@@ -156,7 +157,7 @@ def _write(directory: Path, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]
     manifest.write(directory)
 
 
-def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> None:
+def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, force: bool = False) -> None:
     """The dense Hugging Face directory again, every tensor to the bit as it was packed (but for the sign of zeros).
 
     Raises:
@@ -165,7 +166,7 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False) -> 
     """
     source = Path(source)
     contents = open_packed(source)
-    with staged_directory(output, overwrite) as staged:
+    with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged, leave=(MANIFEST,))
         compressed.forget(staged)
         shards = Shards(staged)

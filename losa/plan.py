@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from losa.errors import ModelError, RecipeError
-from losa.loading import explain_failure, locate_model
+from losa.loading import explain_failure, locate_model, refuse_other_kinds
 from losa.loss import CHUNK_BYTES
 from losa.model import find_blocks, find_linears
 from losa.pruners import get_pruner
@@ -136,8 +136,8 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Shape:
-    """All that the formulae need to know of a model. ``heads``: width of all attention heads of a block together;
-    ``computed``: dtype of training's products."""
+    """All that the formulae need to know of a model. ``heads``: width of all attention heads of a block together, 0
+    where there is no attention; ``computed``: dtype of training's products."""
 
     device: torch.device
     dtype: torch.dtype
@@ -166,7 +166,8 @@ class _Shape:
         if not pruned:
             raise RecipeError(f"prune.targets: {recipe.prune.targets!r} matches no linear of {recipe.model!r}")
         head = model.get_output_embeddings()
-        count = config.num_attention_heads
+        embedding = model.get_input_embeddings().weight
+        hidden = _number(config, "hidden_size") or embedding.shape[-1]
         precision = recipe.train.precision if recipe.train is not None else "float32"
         return cls(
             device=device,
@@ -174,10 +175,10 @@ class _Shape:
             computed=_training_dtype(precision, device) or model.dtype,
             weight_bytes=sum(p.nbytes for p in model.parameters()),
             blocks=len(blocks),
-            hidden=config.hidden_size,
-            heads=count * (getattr(config, "head_dim", None) or config.hidden_size // count),
+            hidden=hidden,
+            heads=_attention_width(config, blocks, hidden),
             head=0 if head is None else head.weight.numel(),
-            vocabulary=config.vocab_size,
+            vocabulary=_number(config, "vocab_size") or embedding.shape[0],
             linears=every,
             pruned=pruned,
         )
@@ -185,6 +186,24 @@ class _Shape:
     @property
     def widest(self) -> int:
         return max(w.numel for w in self.pruned)
+
+
+def _number(config, name: str) -> int | None:
+    """A positive integer of a configuration; None where it has none, or a different one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers' own for what differs between layers
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _attention_width(config, blocks: nn.ModuleList, hidden: int) -> int:
+    """From the configuration; where heads differ between layers, the widest of the modules' own."""
+    count = _number(config, "num_attention_heads")
+    if count is None:
+        return 0
+    sizes = [size for module in blocks.modules() if isinstance(size := getattr(module, "head_dim", None), int)]
+    return count * (_number(config, "head_dim") or max(sizes, default=0) or hidden // count)
 
 
 class _Run:
@@ -323,9 +342,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"device: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise RecipeError("device: expected auto, cpu, cuda or another kind that computes, got 'meta'")
+    return device
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -340,6 +362,7 @@ def _skeleton(recipe: Recipe) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, gguf_file = locate_model(recipe.model, recipe.gguf_file)
+    refuse_other_kinds(recipe.model, source, gguf_file)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code, **extra)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from losa.errors import RecipeError
+from losa.errors import RecipeError, shown
+from losa.reading import read_yaml
 
 Method = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
 MAX_SPARSITY = 0.95
+MAX_COUNT = 2**31 - 1
+# What messages quote: characters of a key, and problems.
+MAX_KEY, MAX_PROBLEMS = 60, 20
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+
+_S = TypeVar("_S", bound=_Section)
 
 
 class DataSource(_Section):
@@ -34,14 +42,14 @@ class DataSource(_Section):
     split: str = "train"
     subset: str | None = None
     text_field: str = "text"
-    limit: int | None = Field(None, gt=0, description="use at most this many rows")
+    limit: int | None = Field(None, gt=0, le=MAX_COUNT, description="use at most this many rows")
 
 
 def _as_sources(value):
     if isinstance(value, (str, dict, DataSource)):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a path, a mapping with a path, or a list of those; got {value!r}")
+        raise ValueError(f"expected a path, a mapping with a path, or a list of those; got {shown(value)}")
     return [_as_source(v) for v in value]
 
 
@@ -57,7 +65,7 @@ def _targets(value):
     """One message for the union of text and list, instead of pydantic's one for each."""
     names = [value] if isinstance(value, str) else value
     if value is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
-        raise ValueError(f"expected names of linears, such as [q_proj, v_proj], or 're:<regex>'; got {value!r}")
+        raise ValueError(f"expected names of linears, such as [q_proj, v_proj], or 're:<regex>'; got {shown(value)}")
     return value
 
 
@@ -69,12 +77,12 @@ class PruneConfig(_Section):
 
     pruner: str = "wanda"
     sparsity: float | None = Field(None, gt=0, le=MAX_SPARSITY)
-    pattern: Annotated[str | None, Field(pattern=r"^\d+:\d+$")] = None
+    pattern: Annotated[str | None, Field(pattern=r"^[0-9]{1,4}:[0-9]{1,4}$")] = None
     mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
     targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
     regrow: bool = Field(False, description="later rounds may bring pruned weights back")
     damping: float = Field(0.01, gt=0, le=1)
-    block_size: int = Field(128, gt=0)
+    block_size: int = Field(128, gt=0, le=MAX_COUNT)
     on_singular: Literal["error", "wanda"] = "error"
 
     @model_validator(mode="after")
@@ -109,7 +117,7 @@ class PruneConfig(_Section):
 class RoundsConfig(_Section):
     """T rounds; cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
 
-    count: int = Field(5, ge=1)
+    count: int = Field(5, ge=1, le=1000)
     schedule: Literal["cubic", "linear", "oneshot"] = "cubic"
 
 
@@ -121,7 +129,7 @@ class AllocationConfig(_Section):
     ranks: Literal["error", "uniform", "sparsity"] = "error"
     error: Literal["relative", "frobenius"] = Field("relative", description="E_l of Eq. 7: per-channel or Eq. 1's")
     mean_rank: int = Field(6, ge=1, le=128, description="Omega_0, mean rank of the first round")
-    rank_growth: int = Field(1, ge=0)
+    rank_growth: int = Field(1, ge=0, le=128)
     rank_min: int = Field(1, ge=1)
     rank_max: int = Field(16, ge=1, le=128)
 
@@ -145,18 +153,20 @@ class LoraConfig(_Section):
 
 class CalibrationConfig(_Section):
     data: Sources
-    samples: int = Field(128, ge=1)
-    length: int = Field(2048, ge=8)
+    samples: int = Field(128, ge=1, le=MAX_COUNT)
+    length: int = Field(2048, ge=8, le=MAX_COUNT)
     cka_samples: int = Field(64, ge=2, le=256)
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
 
 
 class TrainConfig(_Section):
     data: Sources
-    length: int = Field(1024, ge=8)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    max_tokens: int | None = Field(None, gt=0, description="packed tokens over all rounds; default: the data once")
+    length: int = Field(1024, ge=8, le=MAX_COUNT)
+    batch_size: int = Field(8, ge=1, le=MAX_COUNT)
+    gradient_accumulation: int = Field(1, ge=1, le=MAX_COUNT)
+    max_tokens: int | None = Field(
+        None, gt=0, lt=2**63, description="packed tokens over all rounds; default: the data once"
+    )
     round_share: float = Field(0.1, gt=0, le=1, description="share of the data per round; the last takes the rest")
     learning_rate: float = Field(2e-4, gt=0)
     lr_schedule: Literal["per_round", "global"] = "per_round"
@@ -171,10 +181,44 @@ class TrainConfig(_Section):
 
 class EvaluateConfig(_Section):
     data: Source
-    length: int = Field(2048, ge=8)
-    max_windows: int | None = Field(None, gt=0)
-    batch_size: int = Field(1, ge=1)
+    length: int = Field(2048, ge=8, le=MAX_COUNT)
+    max_windows: int | None = Field(None, gt=0, le=MAX_COUNT)
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
     each_round: bool = True
+    bos_per_window: bool = Field(
+        False, description="begin each window with the beginning-of-text token; published protocols do not"
+    )
+
+
+def _device(name: str) -> str:
+    # Tensors on meta have no values to compute with.
+    if not re.fullmatch(r"(?!meta)[a-z]+(:[0-9]{1,3})?", name):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:1, ...; got {shown(name)}")
+    return name
+
+
+def output_path(path: Path) -> Path:
+    """Where a run may write, with ~ resolved. Raises ValueError for what cannot be a directory's name."""
+    try:
+        path = path.expanduser()
+        # The longest of the names beside it that the output has while it is written.
+        beside = path.with_name(f".{path.name}.partial-{2**22}")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"not a directory's name: {shown(str(path))} ({error})") from error
+    check_name(str(beside), str(path))
+    return path
+
+
+def check_name(path: str, said: str) -> None:
+    """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable), and says ``said``
+    for it."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{error.strerror}: {shown(said)}") from error
+    except ValueError as error:
+        raise ValueError(f"not a path: {shown(said)} ({error})") from error
 
 
 class Recipe(_Section):
@@ -185,9 +229,9 @@ class Recipe(_Section):
     )
     gguf_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     trust_remote_code: bool = False
-    output: Annotated[Path, AfterValidator(Path.expanduser)]
+    output: Annotated[Path, AfterValidator(output_path)]
     seed: int = Field(0, ge=0, lt=2**32)
     deterministic: bool = False
     method: Method = "losa"
@@ -222,44 +266,13 @@ class Recipe(_Section):
             inputs.append(("evaluate.data", self.evaluate.data.path))
         for key, name in inputs:
             path = os.path.expanduser(name)
+            try:
+                check_name(path, name)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
             if os.path.exists(path) and Path(path).resolve().is_relative_to(self.output.resolve()):
                 raise ValueError(f"output: {str(self.output)!r} holds {key} {name!r}, which overwriting would destroy")
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 2:4 and 2026-01-01 as text and 1e-3 as a number, unlike YAML 1.1 (124, a date and text), and
-    refuses repeated keys."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"repeated key {key.value!r}", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
-    "tag:yaml.org,2002:float": (
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, (_pattern, _first) in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def read_yaml(text: str):
-    """One YAML document, as recipes are read. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def load_recipe(path: str | Path, overrides: dict | None = None) -> Recipe:
@@ -308,31 +321,46 @@ def override(data: dict, overrides: dict) -> dict:
 
 def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
     """Validate a mapping. Raises RecipeError naming each offending key, what was expected and what came."""
+    return _validated(Recipe, data, where)
+
+
+def data_source(path: str, where: str, **settings) -> DataSource:
+    """A source that the command line names. Raises RecipeError."""
+    return _validated(DataSource, {"path": path} | settings, where)
+
+
+def _validated(section: type[_S], data: dict, where: str) -> _S:
     try:
-        return Recipe.model_validate(data)
+        return section.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {error.error_count()} problem(s)"]
+        problems = error.errors()
+        lines = [f"{where}: {len(problems)} problem(s)"]
         # Checks across sections have no location; their messages name the keys.
-        lines += ["  " + ": ".join([*_location(item), _reason(item)]) for item in error.errors()]
+        lines += ["  " + ": ".join([*_location(item), _reason(item)]) for item in problems[:MAX_PROBLEMS]]
+        lines += ["  ..."] * (len(problems) > MAX_PROBLEMS)
         raise RecipeError("\n".join(lines)) from error
 
 
 def _location(item: dict) -> list[str]:
-    return [".".join(map(str, item["loc"]))] if item["loc"] else []
+    return [".".join(map(_key, item["loc"]))] if item["loc"] else []
+
+
+def _key(part) -> str:
+    name = part if isinstance(part, str) else shown(part)
+    return name if len(name) <= MAX_KEY else f"{name[:MAX_KEY]}..."
 
 
 def _reason(item: dict) -> str:
     if item["type"] == "extra_forbidden":
-        near = _nearest([str(part) for part in item["loc"]])
+        near = _nearest([_key(part) for part in item["loc"]])
         return f"unknown key; did you mean {near}?" if near else "unknown key"
     if item["type"] == "missing":
         return "missing"
     if item["type"] == "model_type":
-        return f"expected a section of settings (key: value), got {item['input']!r}"
+        return f"expected a section of settings (key: value), got {shown(item['input'])}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    came = repr(item["input"])
-    return f"{item['msg']}, got {came if len(came) <= 80 else came[:77] + '...'}"
+    return f"{item['msg']}, got {shown(item['input'])}"
 
 
 def _nearest(location: list[str]) -> str | None:

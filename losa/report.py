@@ -123,6 +123,8 @@ def protocol(record: RunRecord) -> str:
     if not (path.startswith("builtin:") or Path(path).suffix or os.path.exists(path)):
         parts = [e["data"][key] for key in ("subset", "split") if e["data"].get(key)]
     text = f"{' '.join([path, *parts])}, {e['windows']} non-overlapping windows of {e['length']} tokens"
+    if e.get("bos_per_window"):
+        text += " that begin with the beginning-of-text token"
     return f"{record.model}: perplexity on {text} ({e['tokens']:,} in all)"
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import random
-import shutil
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -18,11 +17,14 @@ from torch import nn
 
 import losa
 import losa_kernels
+from losa.calibration import BlockStream
+from losa.checkpoint import check_saved, load_result, save_result
 from losa.data import calibration_tokens, evaluation_tokens, training_sequences
-from losa.errors import OutputError
-from losa.evaluate import perplexity
+from losa.distributed import check_agreement, on_main, start_processes
+from losa.evaluate import evaluation_windows, perplexity, warn_of_missing_start, window_start
 from losa.export import export_model, mask_records
-from losa.files import check_output, write_json
+from losa.fingerprint import CALIBRATION, EVALUATION, TRAINING, WEIGHTS, model_digest, tensor_digest
+from losa.limits import check_inputs
 from losa.loading import load_model
 from losa.methods import Inputs, MethodRun, Outcome
 from losa.model import block_linears, find_blocks, sparsity_of
@@ -30,34 +32,62 @@ from losa.pruners import get_pruner
 from losa.recipe import Recipe
 from losa.record import MethodResult, RunRecord
 from losa.report import results_table, show_table
+from losa.workspace import Workspace
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    console: Console | None = None,
 ) -> RunRecord:
     """Run a recipe and write its output directory.
 
     Methods in ``recipe.compare`` run first, the main one last; all start from the same dense weights and see the
-    same tokens. Unfinished work lives in ``<output>.work`` beside the output and is removed at the end.
+    same tokens. Unfinished work lives in ``<output>.work`` beside the output and is removed at the end, and at a
+    failure before the first method or round is finished.
 
     Args:
-        resume: go on after the last finished round of an interrupted run.
-        overwrite: replace an existing output and throw away unfinished work.
+        resume: go on after the last finished round of an interrupted run. Where the output is complete already, its
+            record is returned and nothing is done but cleaning up.
+        overwrite: replace an existing output that losa wrote and throw away unfinished work.
+        force: replace an existing output whoever wrote it.
 
     Raises:
-        LosaError: bad input, failed numerics or an output that fails its check; nothing half-written stays.
+        LosaError: bad input, failed numerics, another process works on the same output, finished work belongs to
+            another recipe, model or data, or an output that fails its check; nothing half-written stays.
     """
-    process = PartialState(cpu=recipe.device == "cpu" or not torch.cuda.is_available())
+    overwrite = overwrite or force
+    process = start_processes(recipe.device)
     if not process.is_main_process:
         console = Console(quiet=True)
     console = console or Console()
-    start = time.perf_counter()
     get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
-    work_dir = _work_directory(recipe)
-    if process.is_main_process:
-        check_output(recipe.output, overwrite)
-        _start_work(work_dir, resume, overwrite)
-    process.wait_for_everyone()
+    workspace = Workspace(recipe.output)
+    with ExitStack() as stack:
+
+        def open_workspace() -> RunRecord | None:
+            stack.enter_context(workspace.claimed())
+            return workspace.open(recipe, resume=resume, overwrite=overwrite, force=force)
+
+        finished = on_main(open_workspace)
+        if finished is not None:
+            console.print(f"{recipe.output}: complete already; --overwrite makes it anew", markup=False)
+            return finished
+        if process.is_main_process:
+            stack.enter_context(workspace.kept_if_worth_it())
+        return _run(recipe, workspace, resume, overwrite, force, console)
+
+
+def _run(
+    recipe: Recipe, workspace: Workspace, resume: bool, overwrite: bool, force: bool, console: Console
+) -> RunRecord:
+    process = PartialState()
+    start = time.perf_counter()
+    work_dir = workspace.path
+    methods = [m for m in dict.fromkeys(recipe.compare) if m != recipe.method] + [recipe.method]
     _seed_everything(recipe)
 
     with console.status("loading model and data"):
@@ -68,8 +98,17 @@ def run_recipe(
             device=str(process.device) if recipe.device == "auto" and process.num_processes > 1 else recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        inputs, evaluation = _inputs(recipe, tokenizer)
+        inputs, evaluation = _inputs(recipe, model, tokenizer)
+        inputs.fingerprint[WEIGHTS] = model_digest(model)
+    for what, digest in inputs.fingerprint.items():
+        check_agreement(what, digest)
+    if resume:
+        on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
     name, blocks = find_blocks(model)
+    # A model that calibration cannot take block by block is refused here, before any work.
+    BlockStream(
+        model, blocks, inputs.calibration[: recipe.calibration.batch_size], recipe.calibration.batch_size, name=name
+    )
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,
@@ -85,27 +124,27 @@ def run_recipe(
     # The linears themselves, references and not copies: to restore is to put these modules back.
     originals = block_linears(model)
     outcome: Outcome | None = None
-    methods = [m for m in dict.fromkeys(recipe.compare) if m != recipe.method] + [recipe.method]
     for method in methods:
-        saved = work_dir / f"{method}.json"
-        if resume and method != recipe.method and saved.exists():
-            record.results.append(MethodResult(**json.loads(saved.read_text())))
-            continue
+        if resume and method != recipe.method:
+            saved = load_result(work_dir, method, recipe, inputs.fingerprint)
+            check_agreement(f"result of {method}", "none" if saved is None else json.dumps(vars(saved)))
+            if saved is not None:
+                record.results.append(saved)
+                continue
         _restore(model, originals)
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(method, model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         record.results.append(outcome.result)
-        if process.is_main_process:
-            write_json(saved, vars(outcome.result))
+        if process.is_main_process and method != recipe.method:
+            save_result(work_dir, outcome.result, recipe, inputs.fingerprint)
         _log_result(console, outcome.result)
     record.rounds = outcome.rounds
     record.masks = mask_records(outcome.masks, {name: linear.in_features for name, linear in originals.items()})
     record.seconds = time.perf_counter() - start
-    if not process.is_main_process:
-        process.wait_for_everyone()
-        return record
     metrics = [p for m in methods if (p := work_dir / m / "metrics.jsonl").exists()]
-    with console.status("exporting and checking"):
+
+    def export() -> None:
+        workspace.expect(record)
         export_model(
             model,
             tokenizer,
@@ -113,31 +152,18 @@ def run_recipe(
             record,
             outcome.masks,
             overwrite=overwrite,
+            force=force,
             sample_ids=inputs.calibration[:1, :64],
             extra_files={f"metrics-{p.parent.name}.jsonl": p for p in metrics},
         )
-    shutil.rmtree(work_dir, ignore_errors=True)
-    process.wait_for_everyone()
-    show_table(results_table(record), console)
-    console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
+        workspace.close()
+
+    with console.status("exporting and checking"):
+        on_main(export)
+    if process.is_main_process:
+        show_table(results_table(record), console)
+        console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
     return record
-
-
-def _work_directory(recipe: Recipe) -> Path:
-    return recipe.output.parent / f"{recipe.output.name}.work"
-
-
-def _start_work(work: Path, resume: bool, overwrite: bool) -> None:
-    if work.exists() and not resume:
-        if not overwrite:
-            raise OutputError(
-                f"output: unfinished work in {work}; continue it with --resume or discard with --overwrite"
-            )
-        shutil.rmtree(work)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"output: cannot create {work} ({error.strerror})") from error
 
 
 def _seed_everything(recipe: Recipe) -> None:
@@ -148,24 +174,34 @@ def _seed_everything(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _inputs(recipe: Recipe, tokenizer) -> tuple[Inputs, dict | None]:
+def _inputs(recipe: Recipe, model, tokenizer) -> tuple[Inputs, dict | None]:
     c, t, e = recipe.calibration, recipe.train, recipe.evaluate
     calibration = calibration_tokens(c.data, tokenizer, c.samples, c.length, recipe.seed)
     training = None
     if t is not None:
         training = training_sequences(t.data, tokenizer, t.length, recipe.seed, t.train_on, t.max_tokens)
+    fingerprint = {CALIBRATION: tensor_digest(calibration)}
+    if training is not None:
+        fingerprint[TRAINING] = tensor_digest(training.input_ids, training.labels)
     if e is None:
-        return Inputs(calibration, training, lambda model: None), None
+        check_inputs(model, recipe, calibration, training, None)
+        return Inputs(calibration, training, lambda model: None, fingerprint), None
     tokens = evaluation_tokens(e.data, tokenizer)
-    windows = len(tokens) // e.length
-    if e.max_windows is not None:
-        windows = min(windows, e.max_windows)
-    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": windows, "tokens": windows * e.length}
+    fingerprint[EVALUATION] = tensor_digest(tokens)
+    bos = window_start(tokenizer, "evaluate.bos_per_window") if e.bos_per_window else None
+    windows = evaluation_windows(tokens, e.length, e.max_windows, bos)
+    check_inputs(model, recipe, calibration, training, windows)
+    if bos is None:
+        warn_of_missing_start(model, tokenizer, tokens, e.length)
+    text = len(windows) * (e.length - (bos is not None))
+    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": len(windows), "tokens": text}
+    if bos is not None:
+        protocol["bos_per_window"] = True
 
     def evaluate(model: nn.Module) -> float:
-        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows).value
+        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows, bos=bos).value
 
-    return Inputs(calibration, training, evaluate), protocol
+    return Inputs(calibration, training, evaluate, fingerprint), protocol
 
 
 def _dense_result(model, inputs: Inputs) -> MethodResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 from losa.decoding import LeanDecoder, Unsupported
-from losa.errors import LosaError
+from losa.errors import LosaError, ModelError
 from losa.model import find_blocks
 from losa.modules import SparseLinear
 from losa.sparse import densify, join_linears, sparsify
+from losa.transformers_loop import failure, with_settings
+
+logger = logging.getLogger("losa")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ def decode_speeds(
 ) -> list[DecodeSpeed]:
     """Greedy decoding of one sequence, in turns, by transformers' ``generate`` and by the lean loop.
 
+    Where the lean loop does not compute the model, a warning says why, and transformers takes its place with the same
+    weights. A way that fails in transformers is left out with a warning.
+
     Args:
         model: a pruned, merged model, dense or packed; left as it came.
         tokens: new tokens per measurement, at least 2: the first comes with the prompt.
@@ -47,8 +54,8 @@ def decode_speeds(
         only: names "LOOP, WEIGHTS" of what to measure; None measures all.
 
     Raises:
-        ModelError: the model is not pruned.
-        LosaError: it is not of the kind that the lean loop computes, or fewer than 2 tokens are asked for.
+        ModelError: the model is not pruned, or nothing can be measured.
+        LosaError: fewer than 2 tokens are asked for.
     """
     if tokens < 2:
         raise LosaError(f"bench: tokens: expected at least 2, got {tokens}")
@@ -56,6 +63,7 @@ def decode_speeds(
     device = dense.get_input_embeddings().weight.device
     prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
     runs: dict[str, tuple[int, Callable[[], float]]] = {}
+    warned = False
     for weights in WEIGHTS[:2] if dense.dtype == torch.bfloat16 else WEIGHTS:
         names = [f"{loop}, {weights}" for loop in LOOPS]
         names = [name for name in names if only is None or name in only]
@@ -74,29 +82,40 @@ def decode_speeds(
             if name.startswith("losa"):
                 try:
                     decoder = LeanDecoder(variant, len(prompt) + tokens)
+                    runs[name] = moved, lambda d=decoder: seconds_per_token(d, prompt, tokens)
+                    continue
                 except Unsupported as error:
-                    raise LosaError(f"bench: {error}") from error
-                runs[name] = moved, lambda d=decoder: seconds_per_token(d, prompt, tokens)
-            else:
-                runs[name] = moved, lambda m=variant: _transformers(m, prompt, tokens)
+                    if not warned:
+                        reason = str(error).removeprefix("generate: ")
+                        logger.warning("bench: through transformers only: %s", reason)
+                    warned, name = True, f"{LOOPS[0]}, {weights}"
+            runs[name] = moved, lambda m=variant: _transformers(m, prompt, tokens)
     del dense
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(-1, repetitions):
-        for name, (_, run) in runs.items():
-            taken = run()
+        for name in list(seconds):
+            try:
+                taken = runs[name][1]()
+            except ModelError as error:
+                logger.warning("%s, not measured: %s", name, error)
+                del seconds[name]
+                continue
             if repetition >= 0:
                 seconds[name].append(taken)
+    if not seconds:
+        raise ModelError("bench: the model generates neither through transformers nor by losa's own loop")
     bandwidth = copy_bandwidth(device, 128)
     found = []
-    for name, (moved, _) in runs.items():
-        per_token = statistics.median(seconds[name])
+    for name, times in seconds.items():
+        moved, per_token = runs[name][0], statistics.median(times)
         found.append(DecodeSpeed(name, 1 / per_token, moved, moved / bandwidth / per_token))
     return found
 
 
 def bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
-    total = model.get_output_embeddings().weight.nbytes
+    head = model.get_output_embeddings()
+    total = head.weight.nbytes if head is not None else 0
     for block in find_blocks(model)[1]:
         for module in block.modules():
             if isinstance(module, SparseLinear):
@@ -136,7 +155,7 @@ def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -
 
 
 def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds a token of ``generate``, from its first new token to its last."""
+    """Seconds a token of ``generate``, from its first new token to its last. ModelError: the model's own code fails."""
     times = []
 
     def clock(ids, scores, **_):
@@ -145,8 +164,11 @@ def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     ids = prompt[None]
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "stopping_criteria": [clock]}
-    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    plain = with_settings(model, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    try:
+        plain.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock])
+    except Exception as error:
+        raise ModelError(failure("bench", model, error)) from error
     return (times[-1] - times[0]) / (len(times) - 1)
 
 

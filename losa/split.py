@@ -9,7 +9,7 @@ from pathlib import Path
 from losa.errors import DataError, OutputError
 from losa.files import reason, write_text
 from losa.recipe import DataSource
-from losa.sources import PLAIN_TEXT, located_rows
+from losa.sources import PLAIN_TEXT, Row, located_rows
 
 PARTS = ("calibration", "train", "heldout")
 SHARES = (0.15, 0.6, 0.25)
@@ -22,10 +22,14 @@ def named_parts(data: Path) -> dict[str, Path]:
     Raises:
         DataError: no such file or directory, or two of one name.
     """
-    if not data.exists():
-        raise DataError(f"--data {data}: no such file or directory")
+    try:
+        if not data.exists():
+            raise DataError(f"--data {data}: no such file or directory")
+        inside = sorted(data.iterdir()) if data.is_dir() else []
+    except OSError as error:  # a name too long, a directory that may not be read
+        raise DataError(f"--data {data}: cannot be read ({reason(error)})") from error
     found: dict[str, Path] = {}
-    for path in sorted(data.iterdir()) if data.is_dir() else []:
+    for path in inside:
         if path.stem in PARTS and path.stem in found:
             raise DataError(f"--data {data}: {found[path.stem].name} and {path.name} are both named {path.stem}")
         if path.stem in PARTS:
@@ -53,7 +57,7 @@ def split(data: Path, directory: Path) -> tuple[dict[str, Path], str]:
         sizes = [len(text) for text in texts]
     else:
         suffix, unit = ".jsonl", "rows"
-        dealt = _deal([json.dumps(row.values, ensure_ascii=False, sort_keys=True, default=str) for row in rows])
+        dealt = _deal([_as_line(row) for row in rows])
         texts = ["".join(line + "\n" for line in lines) for lines in dealt]
         sizes = [len(lines) for lines in dealt]
     if not all(text.strip() for text in texts):
@@ -67,6 +71,13 @@ def split(data: Path, directory: Path) -> tuple[dict[str, Path], str]:
         write_text(path, text)
     counts = ", ".join(f"{size:,} {part}" for part, size in zip(PARTS, sizes, strict=True))
     return files, f"{data} was split by {unit} ({counts}); the parts are in {directory}"
+
+
+def _as_line(row: Row) -> str:
+    try:
+        return json.dumps(row.values, ensure_ascii=False, sort_keys=True, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{row.where}: cannot be written as a line of JSON ({error})") from error
 
 
 def _deal(lines: list[str]) -> list[list[str]]:

@@ -6,29 +6,27 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from losa.data import IGNORED, PackedData
-from losa.errors import LosaError, NumericsError
+from losa.distributed import check_kind
+from losa.errors import LosaError, NumericsError, OutputError
+from losa.files import reason, write_bytes, writing
 from losa.loss import TokenLoss
 from losa.recipe import TrainConfig
 from losa_kernels import native
 
 logger = logging.getLogger("losa")
-
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,7 @@ class Trainer:
         # accelerate deals out data and synchronises gradients. Device and precision are set here: its own settings
         # belong to the process and cannot differ between two trainers.
         self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
-        kind = self.accelerator.distributed_type
-        if kind == DistributedType.DEEPSPEED:
-            raise LosaError(
-                "train: DeepSpeed is not supported: pruning needs whole weights, which ZeRO-3 shards, and the "
-                "adapters' optimiser state is small; launch plain DDP (accelerate launch --multi_gpu)"
-            )
-        if kind not in SUPPORTED:
-            raise LosaError(f"train: {kind.value} is not supported; launch plain DDP (accelerate launch --multi_gpu)")
+        check_kind(self.accelerator.distributed_type)
         self.processes = self.accelerator.num_processes
         self.device = torch.device(device) if self.processes == 1 else self.accelerator.device
         self.autocast = autocast_dtype(config.precision, self.device)
@@ -105,6 +96,7 @@ class Trainer:
 
         Raises:
             NumericsError: non-finite loss or gradient norm, before the weights are touched; names round and step.
+            OutputError: metrics cannot be written (disk full); names the file.
         """
         start = time.perf_counter()
         torch.manual_seed(1_000_003 * self.seed + 1_009 * round_index + self.accelerator.process_index)
@@ -263,6 +255,7 @@ class _Metrics:
         self._writer = None
         if directory is None:
             return
+        self._path, self._board = directory / "metrics.jsonl", directory / "tensorboard"
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -270,7 +263,8 @@ class _Metrics:
                 message = "train.tensorboard: TensorBoard is not installed; pip install tensorboard, or set it to false"
                 raise LosaError(message) from error
             self._writer_class = SummaryWriter
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def open(self, global_step: int) -> Iterator[None]:
@@ -278,33 +272,61 @@ class _Metrics:
         if self.directory is None:
             yield
             return
-        path = self.directory / "metrics.jsonl"
-        _drop_later_steps(path, global_step)
-        with path.open("a", buffering=1, encoding="utf-8") as self._file:
+        _drop_later_steps(self._path, global_step)
+        with writing(self._path):
+            # Unbuffered: a line that could not be written must not be tried again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+        try:
             if self._writer_class is not None:
-                self._writer = self._writer_class(str(self.directory / "tensorboard"), purge_step=global_step + 1)
-            try:
-                yield
-            finally:
-                if self._writer is not None:
-                    self._writer.close()
-                self._file = self._writer = None
+                with writing(self._board):
+                    self._writer = self._writer_class(str(self._board), purge_step=global_step + 1)
+            yield
+        except BaseException:
+            with suppress(OutputError):  # it would hide the first error, of which it may be a consequence
+                self._close()
+            raise
+        self._close()
 
     def write(self, *, step: int, **values) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line = memoryview(json.dumps({"step": step, **values}).encode() + b"\n")
+            with writing(self._path):
+                while line:  # a disk that is nearly full takes a part of it
+                    line = line[self._file.write(line) :]
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+            with writing(self._board):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"train/{name}", value, step)
+
+    def _close(self) -> None:
+        file, writer = self._file, self._writer
+        self._file = self._writer = None
+        try:
+            if writer is not None:
+                with writing(self._board):
+                    writer.close()
+        finally:
+            with writing(self._path):
+                file.close()
 
 
 def _drop_later_steps(path: Path, global_step: int) -> None:
-    """Of an interrupted round that is about to be repeated, remove the lines (and one that was cut off)."""
+    """Of an interrupted round that is about to be repeated, remove the lines; and any that is cut or broken."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= global_step]
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {reason(error)}") from error
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= global_step]
     if len(kept) < len(lines):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_bytes(path, b"".join(kept))
+
+
+def _step(line: bytes) -> float:
+    """The step of a line of metrics; infinity of what is no such line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf

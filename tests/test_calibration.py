@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections import UserDict
 
 import pytest
 import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.utils import ModelOutput
 
+from losa.block_calls import hidden_of, same
 from losa.calibration import BlockStream, ErrorMeter, collect
 from losa.errors import ModelError, NumericsError
 from losa.model import find_blocks, find_linears
@@ -179,6 +182,158 @@ def test_arguments_that_depend_on_tokens_are_refused():
     with pytest.raises(ModelError, match="depend on the tokens"):
         BlockStream(model, model.model.layers, IDS, 1)
     assert original is not None
+
+
+class Wrapped(nn.Module):
+    """A block of a model whose ``store`` all its blocks share."""
+
+    def __init__(self, block, index, store):
+        super().__init__()
+        self.block, self.index, self.store = block, index, store
+
+    def forward(self, hidden_states, **kwargs):
+        return self.block(hidden_states, **kwargs)
+
+
+class Remembering(Wrapped):
+    """What one block leaves behind is read by the next one: shared keys and values, residuals."""
+
+    def forward(self, hidden_states, **kwargs):
+        if self.index == 2:
+            hidden_states = hidden_states + self.store["mean"]
+        self.store["mean"] = hidden_states.mean((1, 2), keepdim=True)
+        return super().forward(hidden_states, **kwargs)
+
+
+class TakingExtra(Wrapped):
+    """The model hands the second block an argument that depends on the tokens."""
+
+    def forward(self, hidden_states, extra=None, **kwargs):
+        return super().forward(hidden_states if extra is None else hidden_states * extra, **kwargs)
+
+
+class NotAlone(Wrapped):
+    """The second block takes away what the first one left."""
+
+    def forward(self, hidden_states, **kwargs):
+        if self.index == 0:
+            self.store["left"] = True
+        elif self.index == 1:
+            self.store.pop("left")
+        return super().forward(hidden_states, **kwargs)
+
+
+def wrapped_blocks(kind):
+    model, store = tiny_llama(), {}
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = kind(block, index, store)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: wrapped_blocks(Remembering), r"model\.layers\.2: .* another output"),
+        (lambda: extra_by_tokens(wrapped_blocks(TakingExtra)), r"model\.layers\.1: .* another output"),
+        (lambda: wrapped_blocks(NotAlone), r"model\.layers\.1: cannot be run by itself.*KeyError: 'left'"),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 6])
+def test_blocks_that_cannot_be_replayed_are_refused_by_name(build, message, samples):
+    model = build()
+    with pytest.raises(ModelError, match=message):
+        BlockStream(model, model.model.layers, IDS[:samples], 1, name="model.layers")
+
+
+def extra_by_tokens(model):
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+
+    def add(_module, args, kwargs):
+        return args, {**kwargs, "extra": 1 + seen[-1][:, :, None] / 90}
+
+    model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True, prepend=True)
+    return model
+
+
+def test_prompts_in_front_of_the_tokens():
+    """Hidden states may be longer than the tokens that they come from."""
+    model = tiny_llama()
+    prompt = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    inner = model.model.forward
+
+    def forward(input_ids=None, inputs_embeds=None, **kwargs):
+        embedded = torch.cat([prompt.expand(len(input_ids), -1, -1), model.model.embed_tokens(input_ids)], 1)
+        return inner(inputs_embeds=embedded, **kwargs)
+
+    model.model.forward = forward
+    expected = outputs_of_blocks(model, model.model.layers, IDS)[-1]
+    with torch.no_grad():
+        stream = BlockStream(model, model.model.layers, IDS, 4)
+        for index in range(len(model.model.layers)):
+            stream.advance(index)
+    assert expected.shape == (6, 19, 32)
+    assert (torch.cat(stream.hidden) - expected).abs().max() <= 48 * torch.finfo(
+        torch.float32
+    ).eps * expected.abs().max()
+
+
+def test_a_model_that_fails_on_the_tokens_is_named():
+    model = tiny_llama()
+    with pytest.raises(ModelError, match="forward pass fails on calibration tokens .*IndexError"):
+        BlockStream(model, model.model.layers, IDS + 50, 1)
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, lambda x: ModelOutput(last_hidden_state=x[0]), lambda x: {"h": x[0]}])
+def test_hidden_states_in_any_container(wrap):
+    hidden = torch.randn(1, 2, 3)
+    assert hidden_of(wrap([hidden])) is hidden and hidden_of(hidden) is hidden
+    for other in ([], {}, None, [None]):
+        with pytest.raises(ModelError, match="expected it to return hidden states"):
+            hidden_of(other)
+
+
+class Cache:
+    def __init__(self, *tensors):
+        self.layers = list(tensors)
+        self.me = self
+
+
+class Keys(UserDict):
+    pass
+
+
+class Slots:
+    __slots__ = ("x",)
+
+
+def test_arguments_are_the_same_only_if_all_of_them_is():
+    one, two = torch.ones(2), torch.zeros(2)
+    alike = [
+        (one, one.clone()),
+        ([one, None, "a"], [one.clone(), None, "a"]),
+        ({"a": (1, 2.5)}, {"a": (1, 2.5)}),
+        (Cache(one), Cache(one.clone())),
+        (Keys(a=one), Keys(a=one.clone())),
+        (slice(1, 2), slice(1, 2)),
+        (torch.float32, torch.float32),
+    ]
+    different = [
+        (one, two),
+        (one, one.half()),
+        (1, 2),
+        ("a", "b"),
+        (None, one),
+        (Cache(one), Cache(two)),
+        (Cache(one), Cache()),
+        (Keys(a=one), Keys(a=two)),
+        (Keys(a=one), {"a": one}),
+        (Slots(), Slots()),
+        (lambda: one, lambda: two),
+        ({"a": one}, {"b": one}),
+    ]
+    assert all(same(a, b) and same(b, a) for a, b in alike)
+    assert not any(same(a, b) or same(b, a) for a, b in different)
 
 
 def test_error_meter():

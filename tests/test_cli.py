@@ -104,8 +104,10 @@ def test_prune_without_training(workspace, tmp_path):
 
 def test_prune_builds_a_recipe_without_training(passed):
     arguments = ["--pruner", "sparsegpt", "--sparsity", 0.6, "--samples", 8, "--length", 64, "--seed", 3]
-    succeed("prune", "m", "--output", "o", "--data", "c.txt", "--eval-data", "e.txt", "--overwrite", *arguments)
+    flags = ["--overwrite", "--resume", "--force"]
+    succeed("prune", "m", "--output", "o", "--data", "c.txt", "--eval-data", "e.txt", *flags, *arguments)
     recipe = passed["recipe"]
+    assert passed["resume"] and passed["force"]
     assert (recipe.method, recipe.train, recipe.seed) == ("prune_only", None, 3)
     assert (recipe.prune.pruner, recipe.prune.sparsity, recipe.prune.pattern) == ("sparsegpt", 0.6, None)
     assert (recipe.calibration.samples, recipe.calibration.length) == (8, 64)
@@ -263,16 +265,12 @@ def test_gpu_out_of_memory_says_what_helps(workspace, monkeypatch):
     assert "train.batch_size" in fail("run", workspace / "recipe.yaml")
 
 
-def test_other_errors_are_not_hidden(workspace, monkeypatch):
+def test_debug_shows_the_traceback(workspace, monkeypatch):
     def broken(recipe, **options):
         raise ValueError("a bug")
 
     monkeypatch.setattr(losa.run, "run_recipe", broken)
-    result = invoke("run", workspace / "recipe.yaml")
-    assert isinstance(result.exception, ValueError)
-
-
-def test_debug_shows_the_traceback(monkeypatch):
+    assert isinstance(invoke("--debug", "run", workspace / "recipe.yaml").exception, ValueError)
     assert isinstance(invoke("--debug", "run", "/nowhere.yaml").exception, RecipeError)
     monkeypatch.setenv("LOSA_DEBUG", "1")
     assert isinstance(invoke("run", "/nowhere.yaml").exception, RecipeError)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from losa import export
 from losa.errors import OutputError
 from losa.export import check_export, export_model, mask_records
-from losa.files import check_output, staged_directory, write_json, write_text
+from losa.files import MARKER, check_output, staged_directory, write_json, write_text
 from losa.loading import load_model
 from losa.model import merge_model, sparsity_of, wrap_model
 from losa.record import MethodResult, RoundRecord, RunRecord
@@ -291,14 +291,14 @@ def test_existing_output_needs_overwrite(tmp_path):
     with staged_directory(final, overwrite=True) as staged:
         assert (final / "a").read_text() == "1"
         (staged / "b").write_text("2")
-    assert leftovers(final) == ["b"] and leftovers(tmp_path) == ["out"]
+    assert leftovers(final) == ["b", MARKER] and leftovers(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OutputError])
 def test_failure_keeps_the_old_output(tmp_path, error):
     final = tmp_path / "out"
     write_old(final)
-    with pytest.raises(error), staged_directory(final, overwrite=True) as staged:
+    with pytest.raises(error), staged_directory(final, force=True) as staged:
         (staged / "new").write_text("new")
         raise error
     assert leftovers(final) == ["old"] and leftovers(tmp_path) == ["out"]
@@ -315,7 +315,7 @@ def test_failed_rename_brings_the_old_output_back(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OutputError, match="out.*Input/output error"), staged_directory(final, overwrite=True) as staged:
+    with pytest.raises(OutputError, match="out.*Input/output error"), staged_directory(final, force=True) as staged:
         (staged / "new").write_text("new")
     assert leftovers(final) == ["old"] and leftovers(tmp_path) == ["out"]
 
@@ -335,7 +335,7 @@ def test_leftovers_of_dead_processes(tmp_path, dead_pid):
     assert leftovers(tmp_path / "out") == ["old"]
     assert leftovers(tmp_path) == sorted([f".other.partial-{dead_pid}", alive, "out"])
     write_old(tmp_path / f".out.old-{dead_pid}")
-    check_output(tmp_path / "out", overwrite=True)
+    check_output(tmp_path / "out", overwrite=True, force=True)
     assert leftovers(tmp_path) == sorted([f".other.partial-{dead_pid}", alive, "out"])
 
 

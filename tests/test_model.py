@@ -201,6 +201,49 @@ def test_a_mixture_of_experts_keeps_routers_and_fused_experts_dense(caplog):
     assert logits(model).isfinite().all()
 
 
+class Gates(nn.Module):
+    """A recurrent mixer: a matrix a head, and a value a channel."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.gate_weight = nn.Parameter(torch.randn(heads, 4, 4))
+        self.gate_bias = nn.Parameter(torch.zeros(heads, 4))
+        self.decay = nn.Parameter(torch.zeros(16))
+
+
+class Mixer(nn.Module):
+    """Matrices a head beside linears of its own."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.x_proj_weight = nn.Parameter(torch.randn(heads, 4, 4))
+        self.in_proj = nn.Linear(16, 16)
+
+
+class Stack(nn.Module):
+    """Experts with biases, of which one stack holds two more that compute nothing."""
+
+    def __init__(self, experts=4):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts + 2, 16, 32))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts + 2, 32))
+        self.down_proj = nn.Parameter(torch.randn(experts, 16, 16))
+        self.act_fn = nn.SiLU()
+
+
+@pytest.mark.parametrize("part, stacked", [(Gates, []), (Mixer, []), (Stack, ["gate_up_proj", "down_proj"])])
+def test_experts_are_told_from_heads_by_structure(caplog, part, stacked):
+    def block():
+        return nn.ModuleDict({"mixer": part(), "per_head": nn.Linear(16, 6), "out": nn.Linear(16, 16)})
+
+    with caplog.at_level(logging.WARNING, logger="losa"):
+        layers = wrap(nn.Sequential(nn.ModuleList(block() for _ in range(2))), rank=2)
+    assert [f"mixer.{name}" in caplog.text for name in stacked] == [True] * len(stacked)
+    assert bool(caplog.text) == bool(stacked)
+    # Beside experts a linear with an output for each is a router.
+    assert ("0.0.per_head" in layers) == (not stacked) and "0.0.out" in layers
+
+
 class Experts(nn.Module):
     """A block in the older style: a router beside a list of experts."""
 

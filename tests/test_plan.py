@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from losa.errors import ModelError, RecipeError
 from losa.model import find_blocks, wrap_model
@@ -186,3 +187,45 @@ def test_tables_name_every_part(model_directory):
     assert all(part.what in memory and part.how in memory for part in found.parts)
     assert f"{PARAMETERS:,} parameters (float32), {2 * BLOCK:,} prunable in 2 blocks" in memory
     assert "43.8 %" in rounds and "losa: training" in work and "not measured" in work
+
+
+def configured(tmp_path, kind, **settings):
+    common = {"vocab_size": 98, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1}
+    getattr(transformers, f"{kind}Config")(**common | settings).save_pretrained(tmp_path / kind)
+    return recipe(tmp_path / kind, evaluate={"data": "e.txt", "length": 16, "max_windows": 2})
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
+def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
+    settings = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
+    found = plan(configured(tmp_path, kind, **settings), probe=False)
+    linears = found.prunable
+    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
+    # Two windows of 16 tokens through the prunable linears and the head, two operations a weight.
+    assert evaluation.flops == 2 * 16 * 2.0 * (linears + 98 * 32)
+    assert plan_tables(found)
+
+
+def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    settings |= {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    settings |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 98}
+    found = plan(configured(tmp_path, "Gemma4Text", **settings), probe=False)
+    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
+    # Four heads of the wider kind in both blocks, q k^T and p v over half a window each.
+    attention = 2.0 * 16 * (4 * 16) * 2
+    assert evaluation.flops == 2 * 16 * (2.0 * (found.prunable + 98 * 32) + attention)
+
+
+def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, model_directory):
+    packed, adapter = tmp_path / "packed", tmp_path / "adapter"
+    for directory in (packed, adapter):
+        tiny_llama(layers=2).config.save_pretrained(directory)
+    (packed / "losa_packed.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="packed; `losa unpack` it first"):
+        plan(recipe(packed), probe=False)
+    with pytest.raises(ModelError, match="adapter"):
+        plan(recipe(adapter), probe=False)
+    with pytest.raises(RecipeError, match="device: expected .* got 'meta'"):
+        plan(recipe(model_directory, device="meta"), probe=False)

@@ -123,9 +123,12 @@ def test_existing_output_is_kept_unless_told(workspace, tmp_path):
     recipe = parse_recipe(settings(workspace, output, method="prune_only"))
     with pytest.raises(OutputError, match="out"):
         run_recipe(recipe)
+    with pytest.raises(OutputError, match="losa did not write it.*--force"):
+        run_recipe(recipe, overwrite=True)
     assert (output / "precious").read_text() == "mine"
-    run_recipe(recipe, overwrite=True)
+    run_recipe(recipe, overwrite=True, force=True)
     assert (output / "losa_config.json").exists()
+    run_recipe(recipe, overwrite=True)
 
 
 @pytest.mark.parametrize("section, key, value", [("train", "data", "nowhere.txt"), ("evaluate", "data", "nowhere.txt")])

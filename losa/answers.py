@@ -1,0 +1,169 @@
+"""Where the assistant's turns lie in the text that a chat template makes of a conversation.
+
+A template may render a message differently once others follow it (Qwen3's empty <think> block), rename roles, strip
+contents or leave messages out. So turns are found in the text of the whole conversation, by rendering it again with
+changed messages: what changes in the text belongs to the message that was changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from os.path import commonprefix
+from typing import NamedTuple
+
+from losa.errors import DataError
+
+# render(messages, prompt=False) -> text; prompt: with the opening of the assistant's next turn. May raise DataError.
+Render = Callable[..., str]
+
+# Fields that a template checks or copies; changing them could change what is rendered elsewhere.
+_KEPT_FIELDS = ("role", "type", "id", "tool_call_id")
+
+
+class Span(NamedTuple):
+    """Characters start..stop - 1 are one turn of the assistant's; free..start - 1 before it are the template's own."""
+
+    start: int
+    stop: int
+    free: int
+
+
+class _Region(NamedTuple):
+    """Characters start..stop - 1 depend on one message; ``varied``: the whole text with that message marked."""
+
+    start: int
+    stop: int
+    varied: str
+
+
+class _Unclear(Exception):
+    """The text does not show which part of it belongs to a message."""
+
+
+def answer_spans(render: Render, messages: list[dict]) -> list[Span] | None:
+    """The assistant's turns in ``render(messages)``, in the order of the text: from the end of the opening that the
+    template gives to an answer, to the end of its own markup after that answer (the end-of-turn token).
+
+    None: they cannot be told from the rest. No span holds text of another message.
+    """
+    text = render(messages)
+    try:
+        return _by_prefixes(render, messages, text) or _by_changes(render, messages, text)
+    except (DataError, _Unclear):
+        # The template refuses a part of the conversation, or one with other contents.
+        return None
+
+
+def marked(message: dict, mark: str) -> dict:
+    """The message with ``mark`` for its content; the assistant's with ``mark`` for every text in it."""
+    return _with_mark(message, mark) if message["role"] == "assistant" else message | {"content": mark}
+
+
+def unused_character(text: str) -> str:
+    """A character of the private use area that ``text`` does not hold."""
+    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+
+
+def _with_mark(value, mark: str):
+    if isinstance(value, dict):
+        return {k: v if k in _KEPT_FIELDS else _with_mark(v, mark) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_mark(v, mark) for v in value]
+    return mark if isinstance(value, str) else value
+
+
+def _by_prefixes(render: Render, messages: list[dict], text: str) -> list[Span] | None:
+    """Spans between renderings of the conversation up to each answer, where those are beginnings of ``text`` and the
+    spans stay the same with other contents in all other messages; else None."""
+    mark = unused_character(text)
+    others = [m if m["role"] == "assistant" else marked(m, mark) for m in messages]
+    spans = []
+    try:
+        changed = render(others)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            (start, stop), (start_there, stop_there) = (
+                _between(render, conversation, whole, index)
+                for conversation, whole in ((messages, text), (others, changed))
+            )
+            if text[start:stop] != changed[start_there:stop_there]:
+                return None
+            before = _common_suffix(text[:start], changed[:start_there])
+            spans.append(Span(start, stop, start - before))
+    except (DataError, _Unclear):
+        return None
+    return spans
+
+
+def _between(render: Render, messages: list[dict], text: str, index: int) -> tuple[int, int]:
+    opened = render(messages[:index], prompt=True)
+    closed = text if index == len(messages) - 1 else render(messages[: index + 1])
+    if not (text.startswith(opened) and text.startswith(closed) and len(opened) <= len(closed)):
+        raise _Unclear
+    return len(opened), len(closed)
+
+
+def _by_changes(render: Render, messages: list[dict], text: str) -> list[Span]:
+    """Spans around what depends on each answer in place. Raises _Unclear."""
+    mark = unused_character(text)
+    regions = {}
+    for index, message in enumerate(messages):
+        region = _region(render, messages[:index] + [marked(message, mark)] + messages[index + 1 :], text, mark)
+        if region is not None:
+            regions[index] = region
+    # A system's message may be rendered anywhere; all others in their order, each in one place.
+    turns = [region for index, region in regions.items() if messages[index]["role"] != "system"]
+    for ordered in (turns, sorted(regions.values())):
+        if any(one.stop > following.start for one, following in pairwise(ordered)):
+            raise _Unclear
+    spans = []
+    for index, region in regions.items():
+        if messages[index]["role"] == "assistant":
+            rest = [other for i, other in regions.items() if i != index]
+            free = max((other.stop for other in rest if other.stop <= region.start), default=0)
+            limit = min((other.start for other in rest if other.start >= region.stop), default=len(text))
+            start = _opening_end(render, messages[:index], text, free, region.start)
+            closing = _closing(render, [*messages[:index], marked(messages[index], mark)], region.varied, mark)
+            spans.append(Span(start, max(region.stop, min(len(text) - closing, limit)), free))
+    return spans
+
+
+def _region(render: Render, conversation: list[dict], text: str, mark: str) -> _Region | None:
+    """What differs between ``text`` and the conversation with one marked message; None: that is not rendered."""
+    varied = render(conversation)
+    if varied == text:
+        return None
+    if mark not in varied:
+        raise _Unclear
+    start = len(commonprefix([text, varied]))
+    stop = len(text) - min(_common_suffix(text, varied), len(text) - start)
+    return _Region(start, stop, varied)
+
+
+def _opening_end(render: Render, before: list[dict], text: str, free: int, start: int) -> int:
+    """Where the template's opening of an answer ends, somewhere in text[free:start]; ``start`` if it is not there."""
+    try:
+        opened, closed = render(before, prompt=True), render(before)
+    except DataError:  # templates refuse an empty conversation
+        return start
+    opening = opened[len(closed) :] if opened.startswith(closed) else ""
+    found = text.rfind(opening, free, start) if opening else -1
+    return start if found < 0 else found + len(opening)
+
+
+def _closing(render: Render, conversation: list[dict], varied: str, mark: str) -> int:
+    """How many characters at the end of the whole text come after the markup that ends the last, marked message: that
+    is what follows the mark both in the whole text and where nothing comes after the message."""
+    after = varied[varied.rfind(mark) + 1 :]
+    try:
+        alone = render(conversation)
+    except DataError:
+        return len(after)
+    tail = alone[alone.rfind(mark) + 1 :] if mark in alone else ""
+    return len(after) - len(commonprefix([tail, after]))
+
+
+def _common_suffix(one: str, other: str) -> int:
+    return len(commonprefix([one[::-1], other[::-1]]))

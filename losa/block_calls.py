@@ -1,0 +1,77 @@
+"""What a decoder block is called with and what it returns, whatever their form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything a block is called with besides its hidden states."""
+
+    args: tuple
+    kwargs: dict
+    hidden_keyword: str | None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if self.hidden_keyword is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs))
+
+
+def hidden_of(output) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a sequence or mapping that they are the first of."""
+    first = output
+    if isinstance(output, Mapping):
+        first = next(iter(output.values()), None)
+    elif isinstance(output, (tuple, list)):
+        first = output[0] if output else None
+    if not isinstance(first, Tensor):
+        raise ModelError(
+            f"decoder block: expected it to return hidden states, first of all; got {type(first).__name__}"
+        )
+    return first
+
+
+def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
+    """The hidden states that a block is called with, and the rest. Raises ModelError."""
+    if args:
+        hidden, call = args[0], Call(tuple(args[1:]), dict(kwargs), None)
+    elif "hidden_states" in kwargs:
+        rest = dict(kwargs)
+        hidden, call = rest.pop("hidden_states"), Call((), rest, "hidden_states")
+    else:
+        raise ModelError(f"decoder block: expected hidden states as first argument, got keywords {sorted(kwargs)}")
+    if not isinstance(hidden, Tensor):
+        raise ModelError(f"decoder block: expected hidden states as first argument, got {type(hidden).__name__}")
+    return hidden, call
+
+
+def same(a, b, inside: tuple[int, ...] = ()) -> bool:
+    """Whether two arguments are equal in all that a block could read. An object is what its attributes are; of what
+    cannot be looked into, only the same object is the same."""
+    if a is b or id(a) in inside:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    inside = (*inside, id(a))
+    if isinstance(a, Mapping):
+        if a.keys() != b.keys() or not all(same(a[key], b[key], inside) for key in a):
+            return False
+    elif isinstance(a, (tuple, list)):
+        if len(a) != len(b) or not all(same(x, y, inside) for x, y in zip(a, b, strict=True)):
+            return False
+    elif callable(a) or not hasattr(a, "__dict__"):
+        try:
+            return bool(a == b)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+    return same(getattr(a, "__dict__", None), getattr(b, "__dict__", None), inside)

@@ -1,0 +1,84 @@
+"""Text from tokens as they come: what each adds to the text of all tokens before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+# Tokens that are decoded anew for each new one: no fewer than TAIL, and no more than LONGEST.
+TAIL, LONGEST = 8, 256
+# How ``clean_up_tokenization_spaces`` of transformers shortens text.
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+# A character takes no more bytes, and so no more tokens, in UTF-8.
+_CHARACTER = 4
+
+
+class Detokenizer:
+    """prompt tokens, then new ones by ``add``: its pieces and that of ``finish`` make up decode(prompt + new) without
+    decode(prompt), special tokens left out of both.
+
+    Tokens cannot be decoded one by one: spaces at the start of a text vanish, and characters lie in several tokens. So
+    the last tokens are decoded together with the new one, as many as give the same text as decoding all of them.
+    """
+
+    def __init__(self, tokenizer, prompt: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._window = list(prompt)
+        # The window's text as far as it belongs to the prompt or was given out.
+        self._given = self._decode(self._window)
+        self._waited = 0
+        self._shorten(self._given)
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; "" in the middle of a character."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        # Bytes of a character that is not whole may spoil those before it, until it is.
+        waits = not text.startswith(self._given) and self._waited < _CHARACTER
+        self._waited = self._waited + 1 if waits else 0
+        piece = "" if waits else self._give(text, len(text) - self._unsure(text))
+        self._shorten(text)
+        return piece
+
+    def finish(self) -> str:
+        """The rest, whole or not."""
+        text = self._decode(self._window)
+        return self._give(text, len(text))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _give(self, text: str, stop: int) -> str:
+        start = len(os.path.commonprefix([self._given, text]))
+        if stop <= start:
+            return ""
+        self._given = text[:stop]
+        return text[start:stop]
+
+    def _unsure(self, text: str) -> int:
+        """How many characters at the end the next token may change."""
+        if text.endswith("\ufffd"):
+            return min(_CHARACTER - 1, len(text) - len(text.rstrip("\ufffd")))
+        if self._cleans:
+            for count in (3, 2, 1):
+                if any(len(text) >= count and pattern.startswith(text[-count:]) for pattern in _CLEANED):
+                    return count
+        return 0
+
+    def _shorten(self, text: str) -> None:
+        """Let go of tokens at the window's start, where what is left decodes to the end of the same text."""
+        if len(self._window) < 2 * TAIL or not text.startswith(self._given):
+            return
+        held, size = len(text) - len(self._given), TAIL
+        while size < len(self._window):
+            short = self._decode(self._window[-size:])
+            if len(short) > held and text.endswith(short) and not short.startswith("\ufffd"):
+                break
+            size *= 2
+        else:
+            if len(self._window) <= LONGEST:
+                return
+            size = LONGEST // 2
+            short = self._decode(self._window[-size:])
+        self._window, self._given = self._window[-size:], short[: max(0, len(short) - held)]

@@ -1,0 +1,113 @@
+"""Several processes under ``torchrun`` or ``accelerate launch``: what they may be, and how they wait and agree."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
+
+from losa.errors import LosaError, OutputError
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_DEEPSPEED = (
+    "train: DeepSpeed is not supported: pruning needs whole weights, which ZeRO-3 shards, and the adapters' optimiser "
+    "state is small; launch plain DDP (accelerate launch --multi_gpu)"
+)
+# Seconds between two looks at whether the main process is done.
+_POLL = 0.05
+
+_T = TypeVar("_T")
+_calls = itertools.count()
+
+
+def check_kind(kind: DistributedType) -> None:
+    """Raises LosaError unless it is one process or plain DDP."""
+    if kind == DistributedType.DEEPSPEED:
+        raise LosaError(_DEEPSPEED)
+    if kind not in SUPPORTED:
+        raise LosaError(f"train: {kind.value} is not supported; launch plain DDP (accelerate launch --multi_gpu)")
+
+
+def start_processes(device: str) -> PartialState:
+    """Join the other processes, if there are any.
+
+    Raises:
+        LosaError: launched with a plugin that shards weights. The launcher's variables say so before anything is
+            loaded; accelerate itself finds out when a trainer is made.
+    """
+    if _launched_with("DEEPSPEED"):
+        raise LosaError(_DEEPSPEED)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for plugin, kind in (("FSDP", DistributedType.FSDP), ("MEGATRON_LM", DistributedType.MEGATRON_LM)):
+            if _launched_with(plugin):
+                check_kind(kind)
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def _launched_with(plugin: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes")
+
+
+def on_main(work: Callable[[], _T]) -> _T:
+    """Run ``work`` in the main process and return its result in every one.
+
+    The others look into the processes' key-value store, without a collective: they may wait for hours, where a barrier
+    would give up after its time limit, and they learn at once that the main process failed or is gone.
+
+    Args:
+        work: its result can be pickled.
+
+    Raises:
+        LosaError: in the others, when ``work`` failed in the main process. There its own error is raised.
+    """
+    process = PartialState()
+    if process.num_processes == 1:
+        return work()
+    store, key = dist.distributed_c10d._get_default_store(), f"losa/{next(_calls)}"
+    if not process.is_main_process:
+        return _wait(store, key)
+    try:
+        result = work()
+    except BaseException:
+        store.set(key, pickle.dumps((False, None)))
+        raise
+    store.set(key, pickle.dumps((True, result)))
+    return result
+
+
+def _wait(store, key: str):
+    try:
+        while not store.check([key]):
+            time.sleep(_POLL)
+        done, result = pickle.loads(store.get(key))
+    except RuntimeError as error:  # the store went with the process that held it
+        raise LosaError("the main process ended before its work was done; its own message says why") from error
+    if not done:
+        raise LosaError("the main process failed; its own message says why")
+    return result
+
+
+def check_agreement(what: str, value: str) -> None:
+    """Make sure that every process has the same ``value``.
+
+    Raises:
+        OutputError: in every process; names two that differ and what each has.
+    """
+    process = PartialState()
+    if process.num_processes == 1:
+        return
+    values = gather_object([value])
+    other = next((i for i, found in enumerate(values) if found != values[0]), None)
+    if other is not None:
+        raise OutputError(
+            f"{what}: process 0 has {values[0]}, process {other} has {values[other]}; the processes must read the same "
+            "files, so inputs and output belong on a file system that all of them share"
+        )

@@ -1,0 +1,126 @@
+"""Which configurations the lean loop computes: a key that is not known here, and is not off, refuses the model."""
+
+from __future__ import annotations
+
+import functools
+
+from losa.errors import LosaError
+
+# Their values are in the modules that the loop calls, or in the shapes of weights that it reads.
+_IN_THE_MODULES = """
+vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+attention_bias attention_out_bias qkv_bias mlp_bias bias use_bias use_qkv_bias hidden_act hidden_activation
+rms_norm_eps layer_norm_eps norm_eps norm_epsilon attention_multiplier query_pre_attn_scalar
+tie_word_embeddings max_position_embeddings rope_theta default_theta quantization_config
+"""
+# No part of a forward pass in evaluation mode.
+_NO_PART = """
+architectures model_type transformers_version dtype torch_dtype auto_map name_or_path tokenizer_class initializer_range
+use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp id2label label2id
+num_labels problem_type attn_implementation attention_dropout residual_dropout hidden_dropout embedding_dropout
+embd_pdrop resid_pdrop dropout mlp_dropout max_sequence_length model_max_length
+bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+is_llama_config unsloth_fixed transformers.js_config
+"""
+_KNOWN = frozenset((_IN_THE_MODULES + _NO_PART).split())
+# A rotary embedding computes cosines and sines from these, and the loop takes them from there.
+_IN_ROPE = """
+rope_theta type factor attention_factor beta_fast beta_slow low_freq_factor high_freq_factor truncate finetuned
+original_max_position_embeddings max_position_embeddings mscale mscale_all_dim
+"""
+_KNOWN_IN_ROPE = frozenset(_IN_ROPE.split())
+_ROPE = ("rope_parameters", "rope_scaling")
+# Rotary positions whose frequencies do not depend on the length that is reached.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+# Here a one changes nothing.
+_FACTORS = ("factor", "multiplier", "scale", "scaling")
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_NO_ROPE = ("no_rope_layers", "no_rope_layer_interval")
+
+
+class Unsupported(LosaError):
+    """The model's blocks are not of the kind that the lean loop computes."""
+
+
+def longest_served(config) -> int | None:
+    """How many tokens the lean loop can read as the model does, by a transformers configuration; None: any number.
+
+    Raises:
+        Unsupported: the configuration asks for something that the loop does not compute; names key and value.
+    """
+    text = config.get_text_config()
+    for part in [config] if text is config else [config, text]:
+        for key, value in part.to_dict().items():
+            _check(part, str(key), value)
+    return _window(text)
+
+
+@functools.cache
+def _of_generation() -> frozenset[str]:
+    """Settings of generation, which a configuration may hold too, are no part of a forward pass."""
+    from transformers import GenerationConfig
+
+    return frozenset(vars(GenerationConfig()))
+
+
+def _check(config, key: str, value) -> None:
+    if key in _WINDOWS:  # see _window
+        return
+    if key in _ROPE and isinstance(value, dict):
+        _check_rope(key, value)
+        return
+    if key in _NO_ROPE:
+        # 1 means that a layer has positions. The list was made from the interval where it was not given.
+        layers = getattr(config, _NO_ROPE[0], None)
+        fine = all(layers) if layers else _off(key, value)
+    elif key == "is_causal":
+        fine = value is True
+    else:
+        known = key in _KNOWN or key[:1] == "_" or key.endswith("_version") or key in _of_generation()
+        fine = known or _off(key, value)
+    if not fine:
+        _refuse(key, value)
+
+
+def _check_rope(name: str, settings: dict) -> None:
+    for key, value in settings.items():
+        if key == "rope_type" or (key == "type" and "rope_type" not in settings):
+            if value not in _FIXED_ROPE:
+                raise Unsupported(f"generate: rotary positions of type {value} ({name}) depend on the length")
+        elif key not in _KNOWN_IN_ROPE and not _off(key, value):
+            _refuse(f"{name}.{key}", value)
+
+
+def _window(config) -> int | None:
+    """Tokens that every layer attends to.
+
+    Only a configuration's own class tells whether its model reads ``layer_types`` or ``use_sliding_window``: a file may
+    hold any key.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                _refuse("layer_types", kind)
+        if "sliding_attention" in kinds and window is None:
+            _refuse("layer_types", "sliding_attention")
+        if "sliding_attention" not in kinds and hasattr(type(config), "layer_types"):
+            return None
+    elif getattr(config, "use_sliding_window", None) is False and hasattr(type(config), "use_sliding_window"):
+        return None
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        _refuse("sliding_window", window)
+    return window
+
+
+def _off(key: str, value) -> bool:
+    if isinstance(value, int | float) and value == 1 and not isinstance(value, bool):
+        return key.endswith(_FACTORS)
+    return not value
+
+
+def _refuse(key: str, value) -> None:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    raise Unsupported(f"generate: the lean loop does not compute {key} = {shown} of the model's configuration")
