@@ -284,13 +284,14 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
                 if len(waiting) == len(naming.made[target]):
                     for key, tensor in naming.make(target, made.pop(target)).items():
                         dense[key] = _rounded(where, tensor, dtypes.get(key)).to(device)
-            elif not naming.ignored(target):
-                logger.warning("%s: the model has no such tensor; left aside", where)
             del value
         loaded |= dense.keys()
         model.load_state_dict(dense, strict=False, assign=True)  # names and shapes were checked
         for index in touched & set(range(len(blocks))):
             group_linears(blocks[index])
+    unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
+    if unused:
+        logger.warning("%s: the model has no place for %d tensors: %s, ...", directory, len(unused), shown(unused[0]))
     # What is stored stays, whatever the config says of ties; as in transformers' own loading.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]

@@ -24,8 +24,9 @@ def guard_saving(model: nn.Module) -> None:
     that time (``losa unpack`` takes a block at a time). Adapters are refused: the file would hold the weights without
     them. Models that are not of transformers stay as they are.
     """
-    if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = MethodType(save_pretrained, model)
+    for module in model.modules():  # a part of it can be saved alone
+        if hasattr(type(module), "save_pretrained"):
+            module.save_pretrained = MethodType(save_pretrained, module)
 
 
 def save_pretrained(self, *args, **kwargs):

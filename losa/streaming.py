@@ -78,7 +78,7 @@ def packed_parts(
     model = skeleton(source)
     prefix, blocks = find_blocks(model)
     naming = check_names(source, model)
-    linears = block_linears(model).keys() - leave
+    linears = block_linears(model).keys()
 
     def parts() -> Iterator[Part]:
         done, left, unfit = 0, 0, []
@@ -92,7 +92,7 @@ def packed_parts(
                     linear = name.removesuffix(".weight")
                     if module in linears and naming.renamed[name] == f"{module}.weight" and name != linear:
                         packed = None
-                        if zero_share(tensor) >= min_sparsity:
+                        if module not in leave and zero_share(tensor) >= min_sparsity:
                             packed = _packed(pack, tensor, f"{source}: {linear}")
                             unfit += [] if packed is not None else [linear]
                         if packed is not None:
