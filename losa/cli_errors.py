@@ -25,6 +25,7 @@ import losa
 from losa.errors import LosaError
 
 DEBUG = "LOSA_DEBUG"
+UNEXPECTED = "unexpected error"
 RESUMABLE = ("run", "prune")
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "typer")
 MEMORY_HINTS = {
@@ -110,7 +111,7 @@ def report(error: BaseException) -> str:
     text = str(error).strip()
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     lines = [
-        f"losa: unexpected error: {first}",
+        f"losa: {UNEXPECTED}: {first}",
         f"  versions: {_versions()}",
         f"  command: {shlex.join(['losa', *sys.argv[1:]])}",
     ]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.bitmask import check_packed
+from losa_kernels.bitmask import check_packed, packed_width
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
-from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError
+from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, check_values
 from losa_kernels.tensors import all_finite
 
 __all__ = [
@@ -181,6 +181,9 @@ def wanda_mask(
         raise ValueError(f"input_norms: expected real numbers, got {input_norms.dtype}")
     if input_norms.device != weight.device:
         raise ValueError(f"input_norms: expected on {weight.device} as weight, got {input_norms.device}")
+    if weight.numel() == 0:
+        check_values(weight, input_norms)
+        return weight.new_zeros(len(weight), packed_width(weight.shape[1]), dtype=torch.uint8)
     # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
     run = dispatch.implementation("wanda_mask", weight.device)
     return run(weight, input_norms, sparsity, keep_n, m, mask)

@@ -164,7 +164,7 @@ def column_sweep(
     counts = []
     if keep_n is None:
         widths = [min(block_size, columns - start) for start in starts]
-        lost = [0] * len(widths) if gone is None else [int(part.sum()) for part in gone.split(block_size)]
+        lost = [0] * len(widths) if gone is None else [int(gone[i : i + block_size].sum()) for i in starts]
         counts = block_counts(sparsity, rows, widths, lost)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)

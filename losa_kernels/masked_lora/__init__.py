@@ -6,8 +6,6 @@ product with W. This op needs three large products per step (Y, dX, G) and saves
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -99,8 +97,9 @@ def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, 
         if tensor.device != weight.device:
             raise ValueError(f"{name}: expected on {weight.device} as weight, got {tensor.device}")
     scaling = arguments.number("scaling", scaling)
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    largest = torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).max
+    if not abs(scaling) <= largest:
+        raise ValueError(f"scaling: expected a finite number up to {largest:g}, got {scaling}")
     return scaling
 
 

@@ -21,7 +21,8 @@ def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
 def effective_weight(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """M * (W + s B A) in fp32 (fp64 for fp64 input), a new tensor; +0.0 wherever the mask prunes."""
     wide = accumulator(weight.dtype)
-    composed = torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling)
+    # A factor of the product of its own would hide NaN where it is 0.
+    composed = torch.addmm(weight.to(wide), lora_B.to(wide) * scaling, lora_A.to(wide))
     return composed.masked_fill_(~kept(weight, mask), 0)
 
 

@@ -147,6 +147,8 @@ class Packed24(Packed):
         if rows % 32 or columns % 64:
             raise ValueError(f"shape: expected out a multiple of 32 and in of 64, got {self.shape}")
         checks.field("values", self.values, None, (rows, columns // 2))
+        if self.values.element_size() != 2:
+            raise ValueError(f"values: expected bfloat16 or float16, got {self.values.dtype}")
         checks.field("meta", self.meta, torch.int16, (rows, columns // 16), self.device)
 
     def _check_data(self) -> None:
