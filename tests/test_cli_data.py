@@ -164,6 +164,6 @@ def test_output_names_with_data_of_ones_own(text, tmp_path):
     recipe.write_text('model: m\noutput: "."\nprune: {sparsity: 0.5}\ncalibration: {data: c.txt}\nmethod: prune_only\n')
     assert "output: not a directory's name: '.'" in fail("run", recipe, "--data", text)
     assert "output: File name too long" in fail("run", recipe, "--data", text, "--output", "x" * 300)
-    deep = "seed=" + "[" * 1200 + "]" * 1200
+    deep = "seed=" + "[" * 600 + "]" * 600
     assert "the value is not YAML" in fail("run", recipe, "--set", deep)
     assert "seed: " in fail("run", recipe, "--output", tmp_path / "out", "--set", "seed=" + "7" * 5000)

@@ -59,7 +59,9 @@ small = hostile.filter(lambda value: not (isinstance(value, int) and abs(value) 
 
 def places(document, at: tuple = ()) -> list[tuple]:
     """Paths of all values of a JSON document, the whole one first."""
-    inside = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    inside = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     return [at, *(place for key, value in inside for place in places(value, (*at, key)))]
 
 
@@ -130,9 +132,10 @@ def run(*arguments) -> str:
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """No progress bars; and what the command line sets for itself is put back."""
+def quiet(monkeypatch, tmp_path):
+    """No progress bars; the environment is put back, and reports of errors go into no checkout."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -298,5 +301,9 @@ def test_the_check_can_fail(monkeypatch):
     monkeypatch.setattr("losa.inspection.inspect_directory", broken)
     with pytest.raises(AssertionError, match="nobody expected this"):
         run("inspect", "anything")
-    monkeypatch.setattr("losa.inspection.inspect_directory", lambda path: (_ for _ in ()).throw(LosaError("a sentence")))
+
+    def refusing(path):
+        raise LosaError("a sentence")
+
+    monkeypatch.setattr("losa.inspection.inspect_directory", refusing)
     assert "a sentence" in run("inspect", "anything")
