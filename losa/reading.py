@@ -6,6 +6,9 @@ import re
 
 import yaml
 
+# Levels of sections and lists. A recipe has four; Python's own limit on recursion is no fixed number of levels.
+_DEEPEST = 64
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 2:4 and 2026-01-01 as text and 1e-3 as a number, unlike YAML 1.1 (124, a date and text), and
@@ -48,9 +51,12 @@ for _tag, (_pattern, _first) in _NUMBERS.items():
 
 def read_yaml(text: str):
     """One YAML document, as recipes are read. Raises yaml.YAMLError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError("nested too deep")
     try:
         return yaml.load(text, Loader=_Loader)
-    except RecursionError as error:
-        raise yaml.YAMLError("nested too deep") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # of values that their !!tag does not fit
         raise yaml.YAMLError(f"a value cannot be read ({error})") from error

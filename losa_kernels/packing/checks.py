@@ -10,6 +10,8 @@ from torch import Tensor
 
 from losa_kernels import arguments
 
+_SLICE = 1 << 15  # bytes
+
 
 def shape(value: object) -> tuple[int, int]:
     """(out, in) as a plain tuple."""
@@ -40,6 +42,12 @@ def kept_per_row(bitmask: Tensor, columns: int) -> Tensor:
         wrong = ((bitmask[:, -1] >> columns % 8) != 0).nonzero()
         if len(wrong):
             raise ValueError(f"bitmask: expected padding bits of 0, got a 1 in row {int(wrong[0])}")
+    # On a CPU in slices: large temporaries between the weights of a model that is loaded leave holes in the heap.
+    rows = _SLICE // max(1, bitmask.shape[1]) if bitmask.device.type == "cpu" else len(bitmask)
+    return torch.cat([_count(part) for part in bitmask.split(max(1, rows))])
+
+
+def _count(bitmask: Tensor) -> Tensor:
     # Bits are counted in pairs, then in fours, then in eights.
     count = bitmask - (bitmask >> 1 & 0x55)
     count = (count & 0x33) + (count >> 2 & 0x33)
