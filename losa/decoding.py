@@ -36,7 +36,8 @@ READ = (
 # Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
 # is off by 2e-5 of fp64. Another function is off by more than a thousandth.
 SAME = 2**-10
-# Tokens of that comparison; fewer from so many weights on, where they would take seconds on a CPU.
+# Tokens of that comparison; fewer where they would take seconds: from so many weights on, and for half precision on a
+# CPU, which may compute it by detours.
 PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
 
 
@@ -265,7 +266,8 @@ class LeanDecoder:
     def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
         weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
-        count = PROBE if weights < LARGE else SHORT_PROBE
+        slow = weights >= LARGE or (self.device.type == "cpu" and self.dtype.itemsize < 4)
+        count = SHORT_PROBE if slow else PROBE
         windows = [*self._windows, longest_served(self.config)]
         count = min([count, *(w for w in windows if w is not None)])
         vocabulary = self.embeddings.weight.shape[0]

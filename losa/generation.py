@@ -39,8 +39,9 @@ _named: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(frozen=True)
 class Generated:
-    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``decode_seconds``: of all new
-    tokens but the first, which the prompt's pass gives. ``fallback``: why transformers' loop ran, not the lean one."""
+    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``prefill_seconds``: of the
+    prompt's pass, which gives the first of them; ``decode_seconds``: of all others. ``fallback``: why transformers'
+    loop ran, not the lean one."""
 
     text: str
     tokens: list[int]
@@ -140,15 +141,16 @@ def generate(
     ids = ids.to(next(model.parameters()).device)
     stops = _end_tokens(model, tokenizer) if stop_at_eos else set()
     generator = torch.Generator(ids.device).manual_seed(seed)
-    made = _Continuation(tokenizer, ids.tolist(), on_text)
 
     def next_token(logits: Tensor) -> Tensor:
         return choose(logits, temperature, top_p, generator)
 
     try:
-        looks, decoder = _take_decoder(model, len(ids) + max_new_tokens)
+        (looks, decoder), fallback = _take_decoder(model, len(ids) + max_new_tokens), None
     except Unsupported as error:
         fallback = str(error).removeprefix("generate: ")
+    made = _Continuation(tokenizer, ids.tolist(), on_text)
+    if fallback is not None:
 
         def checked(logits: Tensor) -> Tensor:
             _check_finite(model, logits)
@@ -253,7 +255,10 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
     except UnicodeEncodeError as error:
         wrong = f"{text[error.start]!a} at character {error.start}"
         raise LosaError(f"generate: the prompt is not Unicode text ({wrong} is half of a pair)") from error
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
+    try:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise LosaError(f"generate: the tokenizer cannot encode the prompt ({error})") from error
     if len(ids) == 0:
         raise LosaError("generate: the prompt is empty")
     return ids
