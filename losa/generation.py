@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from losa.decoding import LeanDecoder, Unsupported, hooked
 from losa.detokenizer import Detokenizer
-from losa.errors import LosaError, NumericsError
+from losa.errors import LosaError, NumericsError, reason
 from losa.finite import is_finite
 from losa.limits import check_ids, check_length, positions
 from losa.modules import SparseLinear
@@ -89,12 +89,14 @@ def forget_decoder(model: nn.Module) -> None:
 
 
 def _looks(model: nn.Module) -> list | None:
-    """What a decoder depends on: which modules there are and where their tensors lie. None: that cannot be told."""
+    """What a decoder depends on: which modules there are, their numbers, and where their tensors lie. None: that cannot
+    be told."""
     if hooked(model):
         return None
     seen: list = []
     for name, module in model.named_modules():
         seen += name, ref(module)
+        seen += [(key, value) for key, value in vars(module).items() if isinstance(value, int | float | str)]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 seen.append((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device))
@@ -248,8 +250,9 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
         try:
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LosaError(f"generate: the tokenizer's chat template refuses the messages ({reason})") from error
+            raise LosaError(
+                f"generate: the tokenizer's chat template refuses the messages ({reason(error)})"
+            ) from error
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -258,7 +261,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
     try:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
     except Exception as error:  # tokenizers raises nothing narrower
-        raise LosaError(f"generate: the tokenizer cannot encode the prompt ({error})") from error
+        raise LosaError(f"generate: the tokenizer cannot encode the prompt ({reason(error)})") from error
     if len(ids) == 0:
         raise LosaError("generate: the prompt is empty")
     return ids

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.directory import PEFT_ADVICE, is_packed, refuse_adapter
-from losa.errors import ModelError
+from losa.errors import ModelError, reason
 from losa.finite import check_finite, check_rounded, is_finite
 from losa.naming import Naming
 from losa.streaming import check_names, skeleton
@@ -137,7 +137,7 @@ def torch_device(device: str) -> torch.device:
         # A number that comes back: tensors on meta have none.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"device {device!r}: not available here ({reason(error)})") from error
     if torch.device(device).type == "meta":
         raise ModelError("device 'meta': holds no numbers; expected auto, cpu, cuda or another kind that computes")
     return torch.device(device)
@@ -194,13 +194,12 @@ def _check_config(model: str, config) -> None:
 
 def explain_failure(source: str, error: Exception) -> str:
     """One sentence for the user on why transformers could not load ``source``."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     text = str(error)
     if "trust_remote_code" in text:
         return "needs its own code; if you trust it, set trust_remote_code: true"
     if os.path.isdir(source):
-        return f"cannot be loaded from {source} ({reason})"
+        return f"cannot be loaded from {source} ({reason(error)})"
     return (
-        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "
-        "network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
+        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason(error)}). Check the name and "
+        "the network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
     )

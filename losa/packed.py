@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from losa import compressed
 from losa.directory import COMPRESSED, is_compressed, is_packed, refuse_adapter
-from losa.errors import LosaError, ModelError
+from losa.errors import LosaError, ModelError, reason
 from losa.files import staged_directory
 from losa.finite import check_finite, check_rounded, is_finite
 from losa.loading import DTYPES, load_model, torch_device
@@ -129,8 +129,8 @@ def _try(directory: Path, source: Path) -> tuple[Set[str], bool]:
         packed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
         return read_directly(model) & packed, untied_though_stated(model)
     except ModelError as error:
-        reason = str(error).replace(str(directory), str(source))
-        raise ModelError(f"pack: nothing was written, since it could not be used: {reason}") from error
+        told = str(error).replace(str(directory), str(source))
+        raise ModelError(f"pack: nothing was written, since it could not be used: {told}") from error
 
 
 def _written(parts: Iterator[tuple[Part, int]]) -> PackReport:
@@ -198,13 +198,13 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
+        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({reason(error)})") from error
     model = _load_weights(directory, contents, torch.device(device))
     if (directory / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:
-            raise ModelError(f"{directory}: generation_config.json cannot be read ({error})") from error
+            raise ModelError(f"{directory}: generation_config.json cannot be read ({reason(error)})") from error
     return model, tokenizer
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from losa.directory import read_config
-from losa.errors import ModelError, OutputError
+from losa.errors import ModelError, OutputError, reason
 from losa.files import write_json
 from losa.finite import check_finite, check_rounded
 from losa.model import block_linears, find_blocks
@@ -258,4 +258,4 @@ def skeleton(directory: Path, meta: bool = True, fallback: torch.dtype = torch.f
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"{directory}: the model cannot be built from config.json ({error})") from error
+        raise ModelError(f"{directory}: the model cannot be built from config.json ({reason(error)})") from error

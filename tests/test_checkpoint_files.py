@@ -201,6 +201,23 @@ def test_settings_of_another_kind_are_named(value, source, tmp_path):
             refused()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"num_hidden_layers": "2"}, "'num_hidden_layers'.* expected int, got str"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ],
+)
+def test_settings_that_no_model_has_are_one_line(change, message, source, tmp_path):
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for refused in (lambda: pack_directory(source, tmp_path / "packed"), lambda: load_model(str(source), device="cpu")):
+        with pytest.raises(ModelError, match=message) as found:
+            refused()
+        assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
 def test_weights_that_are_not_finite_are_named(value, name, source, tmp_path):

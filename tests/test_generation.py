@@ -420,3 +420,12 @@ def test_a_lean_decoders_last_logits():
     assert decoder(ids) is decoder.logits
     token = decoder.likeliest(ids[:1])
     assert decoder.logits.argmax() == token
+
+
+def test_a_waiting_decoder_sees_a_modules_numbers():
+    model = llama()
+    generate(model, tiny_tokenizer(), "hello", max_new_tokens=2)
+    model.model.layers[0].self_attn.scaling *= 4
+    model.model.norm.variance_epsilon = 0.5
+    found = generate(model, tiny_tokenizer(), "hello", max_new_tokens=8, stop_at_eos=False)
+    assert found.fallback is None and found.tokens == likeliest(model, tiny_tokenizer()("hello").input_ids, 8)
