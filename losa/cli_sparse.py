@@ -76,10 +76,18 @@ def generate(
     model, tokenizer = _load(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    if not chat:
-        _show(prompt)
-    made = run(model, tokenizer, message, on_text=_show, **settings)
-    typer.echo()
+    waiting = ["" if chat else prompt]  # until it is known that the model takes it
+
+    def show(text: str) -> None:
+        _show("".join(waiting) + text)
+        waiting.clear()
+
+    try:
+        made = run(model, tokenizer, message, on_text=show, **settings)
+        show("")
+    finally:
+        if not waiting:
+            typer.echo()
     if made.fallback is not None:
         typer.echo(f"through transformers: {made.fallback}", err=True)
     typer.echo(
@@ -139,7 +147,8 @@ def bench(
 
 def _load(directory: Path, dtype: str, device: str, dense: bool):
     """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
-    from losa.packed import is_packed, load_any
+    from losa.directory import is_packed
+    from losa.packed import load_any
     from losa.sparse import sparsify
 
     model, tokenizer = load_any(directory, dtype, device, dense=dense)

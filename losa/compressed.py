@@ -13,20 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from losa.directory import BITMASK_24, COMPRESSED, COMPRESSED_KEYS, compressed_format, compression, read_config
 from losa.errors import ModelError
 from losa.files import write_json
 from losa.model import find_blocks
 from losa.naming import Naming
 from losa.sparse import pack_weight
-from losa.streaming import Contents, Part, Shards, by_block, read_config, skeleton
+from losa.streaming import Contents, Part, Shards, by_block, skeleton
 from losa.tensor_files import Stored, checkpoint_tensors, shown
 from losa_kernels import pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
-BITMASK, BITMASK_24 = FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 VERSION = "0.12.2"
-# Older writers used the second key.
-_KEYS = ("quantization_config", "compression_config")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,26 +80,11 @@ def _stored(packed: Packed) -> dict[str, Tensor]:
     return tensors | {"shape": shape, "row_offsets": packed.row_offsets}
 
 
-def is_compressed(directory: Path) -> bool:
-    """Whether config.json states one of ``FORMATS``."""
-    return (directory / "config.json").is_file() and _sparsity(read_config(directory)).get("format") in FORMATS
-
-
 def forget(directory: Path) -> None:
     """Take the entry out of config.json: the weights are dense again."""
     config = read_config(directory)
-    if _sparsity(config).get("format") in FORMATS:
-        write_json(directory / "config.json", {key: v for key, v in config.items() if key not in _KEYS})
-
-
-def _entry(config: dict) -> dict:
-    entry = next((config[key] for key in _KEYS if config.get(key)), {})
-    return entry if isinstance(entry, dict) else {}
-
-
-def _sparsity(config: dict) -> dict:
-    settings = _entry(config).get("sparsity_config")
-    return settings if isinstance(settings, dict) else {}
+    if compressed_format(config) in COMPRESSED:
+        write_json(directory / "config.json", {key: v for key, v in config.items() if key not in COMPRESSED_KEYS})
 
 
 def read(directory: Path) -> Contents:
@@ -110,8 +93,8 @@ def read(directory: Path) -> Contents:
     Raises:
         ModelError: quantised besides, or tensors are missing or contradict each other; names the linear.
     """
-    if _entry(read_config(directory)).get("config_groups"):
-        raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(FORMATS)}")
+    if compression(read_config(directory)).get("config_groups"):
+        raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(COMPRESSED)}")
     model = skeleton(directory)
     prefix, blocks = find_blocks(model)
     with checkpoint_tensors(directory) as files:

@@ -36,7 +36,8 @@ READ = (
 # Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
 # is off by 2e-5 of fp64. Another function is off by more than a thousandth.
 SAME = 2**-10
-# Tokens of that comparison; fewer from so many weights on, where they would take seconds on a CPU.
+# Tokens of that comparison; fewer where they would take seconds: from so many weights on, and for half precision on a
+# CPU, which may compute it by detours.
 PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
 
 
@@ -130,12 +131,15 @@ class LeanDecoder:
         self.max_length, self.length = max_length, 0
 
     def _check_length(self, max_length: int) -> None:
-        windows = [*self._windows, longest_served(self.config)] if max_length else []
-        window = min((w for w in windows if w is not None), default=max_length)
-        if max_length > window:
+        window = self._shortest_window() if max_length else None
+        if window is not None and max_length > window:
             raise Unsupported(
                 f"generate: attention in a sliding window of {window} tokens, fewer than the {max_length} of this text"
             )
+
+    def _shortest_window(self) -> int | None:
+        windows = [*self._windows, longest_served(self.config)]
+        return min((window for window in windows if window is not None), default=None)
 
     def _read(self, block: nn.Module) -> _Block:
         attention, mlp = block.self_attn, block.mlp
@@ -265,9 +269,10 @@ class LeanDecoder:
     def _check(self, model: nn.Module) -> None:
         """The loop computes what the model computes, read at once and token by token, or it is not used."""
         weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
-        count = PROBE if weights < LARGE else SHORT_PROBE
-        windows = [*self._windows, longest_served(self.config)]
-        count = min([count, *(w for w in windows if w is not None)])
+        slow = weights >= LARGE or (self.device.type == "cpu" and self.dtype.itemsize < 4)
+        count = SHORT_PROBE if slow else PROBE
+        window = self._shortest_window()
+        count = count if window is None else min(count, window)
         vocabulary = self.embeddings.weight.shape[0]
         # From all over the vocabulary, the first and the last token among them.
         ids = (torch.arange(count, device=self.device) * 0.6180339887 % 1 * vocabulary).long()

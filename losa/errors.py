@@ -29,6 +29,16 @@ class OutputError(LosaError):
     """The output cannot be written, or fails its final check."""
 
 
+def reason(error: BaseException) -> str:
+    """A library's message in one line: its first, with the next where the first announces it, and with the error's type
+    where the message is only a key or nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told
+
+
 class _Repr(reprlib.Repr):
     def repr_int(self, x, level):
         # Python refuses to write integers of thousands of digits.

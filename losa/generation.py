@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from losa.decoding import LeanDecoder, Unsupported, hooked
 from losa.detokenizer import Detokenizer
-from losa.errors import LosaError, NumericsError
+from losa.errors import LosaError, NumericsError, reason
 from losa.finite import is_finite
 from losa.limits import check_ids, check_length, positions
 from losa.modules import SparseLinear
@@ -39,8 +39,9 @@ _named: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(frozen=True)
 class Generated:
-    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``decode_seconds``: of all new
-    tokens but the first, which the prompt's pass gives. ``fallback``: why transformers' loop ran, not the lean one."""
+    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``prefill_seconds``: of the
+    prompt's pass, which gives the first of them; ``decode_seconds``: of all others. ``fallback``: why transformers'
+    loop ran, not the lean one."""
 
     text: str
     tokens: list[int]
@@ -88,12 +89,14 @@ def forget_decoder(model: nn.Module) -> None:
 
 
 def _looks(model: nn.Module) -> list | None:
-    """What a decoder depends on: which modules there are and where their tensors lie. None: that cannot be told."""
+    """What a decoder depends on: which modules there are, their numbers, and where their tensors lie. None: that cannot
+    be told."""
     if hooked(model):
         return None
     seen: list = []
     for name, module in model.named_modules():
         seen += name, ref(module)
+        seen += [(key, value) for key, value in vars(module).items() if isinstance(value, int | float | str)]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 seen.append((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device))
@@ -140,15 +143,16 @@ def generate(
     ids = ids.to(next(model.parameters()).device)
     stops = _end_tokens(model, tokenizer) if stop_at_eos else set()
     generator = torch.Generator(ids.device).manual_seed(seed)
-    made = _Continuation(tokenizer, ids.tolist(), on_text)
 
     def next_token(logits: Tensor) -> Tensor:
         return choose(logits, temperature, top_p, generator)
 
     try:
-        looks, decoder = _take_decoder(model, len(ids) + max_new_tokens)
+        (looks, decoder), fallback = _take_decoder(model, len(ids) + max_new_tokens), None
     except Unsupported as error:
         fallback = str(error).removeprefix("generate: ")
+    made = _Continuation(tokenizer, ids.tolist(), on_text)
+    if fallback is not None:
 
         def checked(logits: Tensor) -> Tensor:
             _check_finite(model, logits)
@@ -246,14 +250,18 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
         try:
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LosaError(f"generate: the tokenizer's chat template refuses the messages ({reason})") from error
+            raise LosaError(
+                f"generate: the tokenizer's chat template refuses the messages ({reason(error)})"
+            ) from error
     try:
         text.encode()
     except UnicodeEncodeError as error:
         wrong = f"{text[error.start]!a} at character {error.start}"
         raise LosaError(f"generate: the prompt is not Unicode text ({wrong} is half of a pair)") from error
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
+    try:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise LosaError(f"generate: the tokenizer cannot encode the prompt ({reason(error)})") from error
     if len(ids) == 0:
         raise LosaError("generate: the prompt is empty")
     return ids

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from losa.directory import is_packed, read_config, refuse_adapter
 from losa.errors import ModelError, OutputError
 from losa.record import RECORD, RunRecord
 from losa.tensor_files import Stored, checkpoint_tensors, read_json
@@ -89,9 +90,7 @@ def inspect_directory(directory: Path) -> Inspection:
 
 def _tensors(directory: Path, inspection: Inspection) -> Iterator[tuple[str, Packed | Tensor]]:
     """Every tensor under its name in the dense checkpoint; what is known of them goes into ``inspection``."""
-    from losa.loading import refuse_adapter
-    from losa.packed import is_packed, open_packed
-    from losa.streaming import read_config
+    from losa.packed import open_packed
 
     if not (directory / "config.json").is_file():
         refuse_adapter(directory)

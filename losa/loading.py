@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError
+from losa.directory import PEFT_ADVICE, is_packed, refuse_adapter
+from losa.errors import ModelError, reason
 from losa.finite import check_finite, check_rounded, is_finite
+from losa.naming import Naming
+from losa.streaming import check_names, skeleton
+from losa.tensor_files import checkpoint_tensors
 
-ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_ADVICE = (
-    "a PEFT adapter lies beside the model; merge it (PEFT's merge_and_unload, then save_pretrained) or move it away"
-)
 
 
 def load_model(
@@ -76,7 +76,7 @@ def load_model(
         shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
     if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise ModelError(f"model {model!r}: {_ADVICE}")
+        raise ModelError(f"model {model!r}: {PEFT_ADVICE}")
     _check_finite(loaded, model, None if gguf_file else directory)
     return loaded.to(target).eval(), tokenizer
 
@@ -84,32 +84,15 @@ def load_model(
 def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
     """Raises ModelError for a directory that holds an adapter or a packed checkpoint. Arguments: ``model`` for the
     message, the others as ``locate_model`` gives them."""
-    from losa.packed import is_packed
-
     if gguf_file is None and os.path.isdir(source):
         refuse_adapter(Path(source))
         if is_packed(Path(source)):
             raise ModelError(f"model {model!r}: packed; `losa unpack` it first")
 
 
-def refuse_adapter(directory: Path) -> None:
-    """Raises ModelError if a PEFT adapter lies in the directory: transformers would load it over the model unasked."""
-    if not (directory / ADAPTER).is_file():
-        return
-    if (directory / "config.json").is_file():
-        raise ModelError(f"{directory / ADAPTER}: {_ADVICE}")
-    raise ModelError(
-        f"{directory}: holds a PEFT adapter alone ({ADAPTER}), no model; merge it into its base model with PEFT "
-        "(merge_and_unload, save_pretrained) and give that directory"
-    )
-
-
 def _name_what_is_damaged(directory: Path, error: Exception) -> None:
     """Raises ModelError if the files can be told to be damaged, or not to be the model's: transformers names neither
     file nor tensor."""
-    from losa.streaming import check_names, skeleton
-    from losa.tensor_files import checkpoint_tensors
-
     if not any(directory.glob("*.safetensors")):
         return
     try:
@@ -137,13 +120,13 @@ def _check_finite(loaded: nn.Module, model: str, directory: Path | None) -> None
 
 
 def _stored_weight(loaded: nn.Module, directory: Path, name: str) -> Tensor | None:
-    from losa.naming import Naming
-    from losa.tensor_files import checkpoint_tensors
-
-    with checkpoint_tensors(directory) as files:
-        naming = Naming(loaded, files.names)
-        source = next((source for source, target in naming.renamed.items() if target == name), None)
-        return None if source is None else files.get(source)
+    try:
+        with checkpoint_tensors(directory) as files:
+            naming = Naming(loaded, files.names)
+            source = next((source for source, target in naming.renamed.items() if target == name), None)
+            return None if source is None else files.get(source)
+    except ModelError:  # files of another kind, which transformers loads too
+        return None
 
 
 def torch_device(device: str) -> torch.device:
@@ -154,7 +137,7 @@ def torch_device(device: str) -> torch.device:
         # A number that comes back: tensors on meta have none.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"device {device!r}: not available here ({reason(error)})") from error
     if torch.device(device).type == "meta":
         raise ModelError("device 'meta': holds no numbers; expected auto, cpu, cuda or another kind that computes")
     return torch.device(device)
@@ -211,13 +194,12 @@ def _check_config(model: str, config) -> None:
 
 def explain_failure(source: str, error: Exception) -> str:
     """One sentence for the user on why transformers could not load ``source``."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     text = str(error)
     if "trust_remote_code" in text:
         return "needs its own code; if you trust it, set trust_remote_code: true"
     if os.path.isdir(source):
-        return f"cannot be loaded from {source} ({reason})"
+        return f"cannot be loaded from {source} ({reason(error)})"
     return (
-        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason}). Check the name and the "
-        "network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
+        f"not a local directory, and cannot be loaded from the Hugging Face hub ({reason(error)}). Check the name and "
+        "the network (and HF_TOKEN for a gated model), or download it elsewhere and give the directory"
     )

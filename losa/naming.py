@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError
+from losa.errors import ModelError, reason
 from losa.tensor_files import Stored, shown
 
 
@@ -86,7 +86,9 @@ class Naming:
         try:
             made = converter.convert(target, model=self.model, config=self.model.config)
         except Exception as error:  # transformers' operations raise errors of many kinds
-            raise ModelError(f"{shown(sources[0])}: {len(sources)} tensors do not make {target} ({error})") from error
+            raise ModelError(
+                f"{shown(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
+            ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def missing(self, loaded: Iterable[str]) -> list[str]:

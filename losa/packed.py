@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from losa import compressed
-from losa.errors import LosaError, ModelError
+from losa.directory import COMPRESSED, is_compressed, is_packed, refuse_adapter
+from losa.errors import LosaError, ModelError, reason
 from losa.files import staged_directory
-from losa.finite import check_finite, check_rounded
-from losa.loading import DTYPES, load_model, refuse_adapter, torch_device
+from losa.finite import check_finite, check_rounded, is_finite
+from losa.loading import DTYPES, load_model, torch_device
 from losa.manifest import MANIFEST, Linear, Manifest, block_file, read_manifest
 from losa.model import find_blocks
 from losa.modules import SparseLinear
@@ -47,7 +48,7 @@ from losa_kernels.packing import Packed
 
 logger = logging.getLogger("losa")
 
-FILE_FORMATS = (*FORMATS, *compressed.FORMATS)
+FILE_FORMATS = (*FORMATS, *COMPRESSED)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def _try(directory: Path, source: Path) -> tuple[Set[str], bool]:
         packed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
         return read_directly(model) & packed, untied_though_stated(model)
     except ModelError as error:
-        reason = str(error).replace(str(directory), str(source))
-        raise ModelError(f"pack: nothing was written, since it could not be used: {reason}") from error
+        told = str(error).replace(str(directory), str(source))
+        raise ModelError(f"pack: nothing was written, since it could not be used: {told}") from error
 
 
 def _written(parts: Iterator[tuple[Part, int]]) -> PackReport:
@@ -179,11 +180,6 @@ def _dense(name: str, value: Packed | Tensor) -> tuple[str, Tensor]:
     return (f"{name}.weight", value.unpack()) if isinstance(value, Packed) else (name, value)
 
 
-def is_packed(directory: Path) -> bool:
-    """Whether ``load`` reads it: packed by losa, or in a sparse format of compressed-tensors."""
-    return (Path(directory) / MANIFEST).is_file() or compressed.is_compressed(Path(directory))
-
-
 def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
     """Load a packed checkpoint for inference: (model, tokenizer).
 
@@ -202,13 +198,13 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
+        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({reason(error)})") from error
     model = _load_weights(directory, contents, torch.device(device))
     if (directory / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:
-            raise ModelError(f"{directory}: generation_config.json cannot be read ({error})") from error
+            raise ModelError(f"{directory}: generation_config.json cannot be read ({reason(error)})") from error
     return model, tokenizer
 
 
@@ -234,15 +230,11 @@ def load_any(
         densify(loaded)
     if dtype != "auto":
         wanted = getattr(torch, dtype)
-        for name, tensor in (*loaded.named_parameters(), *_packed_values(loaded)):
-            if tensor.is_floating_point() and tensor.dtype != wanted:
-                check_rounded(f"{model}: {name}", tensor, tensor.to(wanted))
+        packed = {n: m.packed for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}
+        for name, value in (dict(loaded.named_parameters()) | packed).items():
+            _rounded(f"{model}: {name}", value, wanted)
         loaded = loaded.to(wanted)
     return loaded, tokenizer
-
-
-def _packed_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((f"{n}.values", m.packed.values) for n, m in model.named_modules() if isinstance(m, SparseLinear))
 
 
 def _load_weights(directory: Path, contents: Contents, device: torch.device) -> nn.Module:
@@ -291,7 +283,8 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
             group_linears(blocks[index])
     unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
     if unused:
-        logger.warning("%s: the model has no place for %d tensors: %s, ...", directory, len(unused), shown(unused[0]))
+        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        logger.warning("%s: the model has no place for %s%s", directory, shown(unused[0]), others)
     # What is stored stays, whatever the config says of ties; as in transformers' own loading.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
@@ -304,12 +297,20 @@ def _rounded(where: str, value: Packed | Tensor, dtype: torch.dtype | None) -> P
     tensor = value.values if isinstance(value, Packed) else value
     if not tensor.is_floating_point():
         return value
-    check_finite(where, tensor)
+    if not is_finite(tensor):
+        check_finite(where, _whole(value))
     if dtype is None or dtype == tensor.dtype:
         return value
     rounded = tensor.to(dtype)
-    check_rounded(where, tensor, rounded)
-    return replace(value, values=rounded) if isinstance(value, Packed) else rounded
+    result = replace(value, values=rounded) if isinstance(value, Packed) else rounded
+    if not is_finite(rounded):
+        check_rounded(where, _whole(value), _whole(result))
+    return result
+
+
+def _whole(value: Packed | Tensor) -> Tensor:
+    """The weight, whose rows and columns a message can name."""
+    return value.unpack() if isinstance(value, Packed) else value
 
 
 def _is_linear(model: nn.Module, target: str) -> bool:
@@ -330,7 +331,7 @@ def open_packed(directory: Path) -> Contents:
     """What a packed directory holds; its parts are read one after the other. Raises ModelError as ``load``."""
     if (directory / MANIFEST).is_file():
         return _read(directory, read_manifest(directory))
-    if compressed.is_compressed(directory):
+    if is_compressed(directory):
         return compressed.read(directory)
     raise ModelError(f"{directory}: no packed checkpoint (no {MANIFEST}, nor a sparse format of compressed-tensors)")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,24 @@ def guard_saving(model: nn.Module) -> None:
     """
     for module in model.modules():  # a part of it can be saved alone
         if hasattr(type(module), "save_pretrained"):
-            module.save_pretrained = MethodType(save_pretrained, module)
+            # No method of the module: pickle would read that back as the class's own.
+            module.save_pretrained = partial(save_pretrained, module)
 
 
-def save_pretrained(self, *args, **kwargs):
+def save_pretrained(model: nn.Module, *args, **kwargs):
     """What takes the place of a model's own ``save_pretrained``; its arguments."""
-    save = type(self).save_pretrained
-    wrapped = [name for name, module in self.named_modules() if isinstance(module, MaskedLoRALinear)]
+    save = type(model).save_pretrained
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)]
     if wrapped:
         raise ModelError(
             f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}, ...), which transformers cannot "
             "load; merge_model first, or torch.save(model.state_dict(), ...) to go on later"
         )
-    if any(isinstance(module, SparseLinear) for module in self.modules()):
-        call = signature(save).bind(self, *args, **kwargs)
-        call.arguments["state_dict"] = dense_state_dict(self, call.arguments.get("state_dict"))
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        call = signature(save).bind(model, *args, **kwargs)
+        call.arguments["state_dict"] = dense_state_dict(model, call.arguments.get("state_dict"))
         return save(*call.args, **call.kwargs)
-    return save(self, *args, **kwargs)
+    return save(model, *args, **kwargs)
 
 
 def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

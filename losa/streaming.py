@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from losa.errors import ModelError, OutputError
+from losa.directory import read_config
+from losa.errors import ModelError, OutputError, reason
 from losa.files import write_json
 from losa.finite import check_finite, check_rounded
-from losa.loading import ADAPTER
 from losa.model import block_linears, find_blocks
 from losa.naming import Naming
 from losa.sparse import zero_share
-from losa.tensor_files import Stored, TensorFiles, checkpoint_tensors, read_json, shown
+from losa.tensor_files import Stored, TensorFiles, checkpoint_tensors, shown
 from losa_kernels.packing import Packed
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -218,30 +218,18 @@ class Shards:
 
 
 def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> None:
-    """All but weights and what ``leave`` names."""
+    """All but weights, in subdirectories too, and what ``leave`` names."""
     weights = {path for pattern in (*_WEIGHTS, *leave) for path in source.glob(pattern)}
     for path in source.iterdir():
         if path in weights:
             continue
         try:
             if path.is_dir():
-                shutil.copytree(path, target / path.name)
+                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*_WEIGHTS))
             else:
                 shutil.copyfile(path, target / path.name)
         except OSError as error:
             raise OutputError(f"cannot copy {path}: {error}") from error
-
-
-def read_config(directory: Path) -> dict:
-    """config.json. Raises ModelError."""
-    path = directory / "config.json"
-    if not path.is_file():
-        adapter = " (but an adapter's adapter_config.json)" if (directory / ADAPTER).is_file() else ""
-        raise ModelError(f"{directory}: no config.json{adapter}; expected a Hugging Face checkpoint")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected an object, got {shown(repr(config))}")
-    return config
 
 
 def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
@@ -270,4 +258,4 @@ def skeleton(directory: Path, meta: bool = True, fallback: torch.dtype = torch.f
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers raises errors of many kinds
-        raise ModelError(f"{directory}: the model cannot be built from config.json ({error})") from error
+        raise ModelError(f"{directory}: the model cannot be built from config.json ({reason(error)})") from error

@@ -67,8 +67,10 @@ def checkpoint_tensors(directory: Path) -> TensorFiles:
     complete set of numbered shards is taken.
 
     Raises:
-        ModelError: no such files, or the index is damaged or names files or tensors that are not there.
+        ModelError: no such files, config.json names a file of its own, or the index is damaged or names files or
+            tensors that are not there.
     """
+    _refuse_others(directory / "config.json")
     if (directory / WHOLE).is_file():
         return TensorFiles([directory / WHOLE])
     if (directory / INDEX).is_file():
@@ -88,6 +90,17 @@ def checkpoint_tensors(directory: Path) -> TensorFiles:
     others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind))
     seen = f"; found {others[0]}, which transformers can load and save again as safetensors" if others else ""
     raise ModelError(f"{directory}: no safetensors files; expected a merged Hugging Face checkpoint{seen}")
+
+
+def _refuse_others(path: Path) -> None:
+    """transformers loads the file that config.json names; what losa writes has no file of that name."""
+    config = read_json(path) if path.is_file() else None
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    if named is not None:
+        raise ModelError(
+            f"{path}: transformers_weights: expected none, got {shown(repr(named))}; load the model by transformers "
+            "and save it again"
+        )
 
 
 def _index(directory: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losa.errors import LosaError, ModelError
+from losa.errors import LosaError, ModelError, reason
 
 
 def with_settings(model: nn.Module, **settings) -> nn.Module:
@@ -63,8 +63,8 @@ def through_transformers(
 
 def failure(command: str, model: nn.Module, error: Exception) -> str:
     """One sentence on what a model's own code raised."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{command}: {type(model).__name__} fails in transformers ({type(error).__name__}: {reason})"
+    told = reason(error).removeprefix(f"{type(error).__name__}: ")
+    return f"{command}: {type(model).__name__} fails in transformers ({type(error).__name__}: {told})"
 
 
 class _Ours:

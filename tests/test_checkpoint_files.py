@@ -17,7 +17,7 @@ from losa.errors import LosaError, ModelError, OutputError
 from losa.inspection import inspect_directory
 from losa.loading import load_model
 from losa.model import block_linears
-from losa.packed import load, load_any, pack_directory
+from losa.packed import load, load_any, pack_directory, unpack_directory
 from losa.tensor_files import INDEX, WHOLE, checkpoint_tensors
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -201,6 +201,23 @@ def test_settings_of_another_kind_are_named(value, source, tmp_path):
             refused()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"num_hidden_layers": "2"}, "'num_hidden_layers'.* expected int, got str"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ],
+)
+def test_settings_that_no_model_has_are_one_line(change, message, source, tmp_path):
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for refused in (lambda: pack_directory(source, tmp_path / "packed"), lambda: load_model(str(source), device="cpu")):
+        with pytest.raises(ModelError, match=message) as found:
+            refused()
+        assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
 def test_weights_that_are_not_finite_are_named(value, name, source, tmp_path):
@@ -211,6 +228,37 @@ def test_weights_that_are_not_finite_are_named(value, name, source, tmp_path):
     for refused in (lambda: pack_directory(source, tmp_path / "packed"), lambda: load_model(str(source), device="cpu")):
         with pytest.raises(ModelError, match=f"{name} is {value:g} at {place}"):
             refused()
+
+
+def test_weights_that_are_not_finite_are_named_in_other_files(made, source):
+    tensors = load_file(source / WHOLE)
+    tensors[UP][3, 5] = float("nan")
+    (source / WHOLE).unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=f"{UP} is nan at row 3, column 5"):
+        load_model(str(source), device="cpu")
+
+
+def test_files_that_a_config_names_are_not_passed_over(source, tmp_path):
+    shutil.copy(source / WHOLE, source / "other.safetensors")
+    store(source, **{UP: lambda weight: weight + 1})
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("other.safetensors", ["other.safetensors"]):
+        path.write_text(json.dumps(config | {"transformers_weights": name}))
+        for refused in (lambda: pack_directory(source, tmp_path / "packed"), lambda: inspect_directory(source)):
+            with pytest.raises(LosaError, match="config.json: transformers_weights: expected none, got .*other"):
+                refused()
+
+
+def test_weights_of_other_formats_are_not_copied(source, tmp_path):
+    (source / "original").mkdir()
+    for name in ("consolidated.00.pth", "part.safetensors", "params.json"):
+        (source / "original" / name).write_text("{}")
+    pack_directory(source, tmp_path / "packed")
+    unpack_directory(tmp_path / "packed", tmp_path / "dense")
+    for directory in (tmp_path / "packed", tmp_path / "dense"):
+        assert [path.name for path in (directory / "original").iterdir()] == ["params.json"]
 
 
 def test_numbers_that_a_type_does_not_hold_are_told_apart(made, source, tmp_path):
@@ -225,7 +273,7 @@ def test_numbers_that_a_type_does_not_hold_are_told_apart(made, source, tmp_path
         load_model(str(source), dtype="float16", device="cpu")
     assert load_model(str(source), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
     pack_directory(source, tmp_path / "large", dtype=torch.bfloat16)
-    with pytest.raises(ModelError, match="up_proj.values is -7.*beyond 65504"):
+    with pytest.raises(ModelError, match="up_proj is -7.* at row 3, column 5, beyond 65504"):
         load_any(tmp_path / "large", "float16", "cpu")
     with pytest.raises(ModelError, match="dtype: expected one of auto, float32.*got 'half'"):
         load_any(tmp_path / "packed", "half", "cpu")

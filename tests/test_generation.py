@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 
 import pytest
 import torch
@@ -256,6 +257,26 @@ def test_prompts_that_are_odd(tmp_path):
         assert done.exit_code == 1 and isinstance(done.exception, SystemExit) and "losa: generate: " in done.output
 
 
+def test_text_that_a_tokenizer_cannot_encode(loop):
+    plain = Tokenizer(models.WordLevel({"h": 0, "i": 1}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+    for prompt in ("ho", "hi there"):
+        with pytest.raises(LosaError, match="the tokenizer cannot encode the prompt .*Missing"):
+            generate(llama(), tokenizer, prompt)
+
+
+def test_the_time_of_a_prompt_is_its_passes(monkeypatch):
+    taken = generation._take_decoder
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return taken(*arguments)
+
+    monkeypatch.setattr(generation, "_take_decoder", slow)
+    for model in (llama(), other("recurrent")):
+        assert generate(model, tiny_tokenizer(), "hi", max_new_tokens=1).prefill_seconds < 0.5
+
+
 def byte_tokenizer():
     """One token a byte, as SentencePiece's for what it has no word for."""
     tokens = {"<unk>": 0, "<eos>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)} | {"\u2581a": 258}
@@ -353,6 +374,12 @@ def test_the_command_prints_what_other_models_generate(name, tmp_path):
     assert f"through transformers: {expected.fallback}\n" in done.stderr and "tokens/s; prompt of 12" in done.stderr
 
 
+def test_the_command_shows_no_prompt_that_it_refuses(tmp_path):
+    source = saved(other("learned positions"), tiny_tokenizer(), tmp_path)
+    done = invoke("generate", source, "--dense", "--prompt", "the old mill " * 9)
+    assert done.exit_code == 1 and done.stdout == "" and "117 tokens are more than the 64" in done.output
+
+
 def test_bench_of_other_models(tmp_path):
     source = saved(halved(other("learned positions")), tiny_tokenizer(), tmp_path / "model")
     done = invoke("bench", source, "--tokens", 3, "--repetitions", 1, "--json", tmp_path / "speed.json")
@@ -393,3 +420,12 @@ def test_a_lean_decoders_last_logits():
     assert decoder(ids) is decoder.logits
     token = decoder.likeliest(ids[:1])
     assert decoder.logits.argmax() == token
+
+
+def test_a_waiting_decoder_sees_a_modules_numbers():
+    model = llama()
+    generate(model, tiny_tokenizer(), "hello", max_new_tokens=2)
+    model.model.layers[0].self_attn.scaling *= 4
+    model.model.norm.variance_epsilon = 0.5
+    found = generate(model, tiny_tokenizer(), "hello", max_new_tokens=8, stop_at_eos=False)
+    assert found.fallback is None and found.tokens == likeliest(model, tiny_tokenizer()("hello").input_ids, 8)
