@@ -187,6 +187,9 @@ def test_output_must_not_hold_what_the_run_reads(tmp_path, key):
         parse_recipe(settings(**change, output=str(tmp_path)))
     with pytest.raises(RecipeError, match=f"output: .* holds {key} "):
         parse_recipe(settings(**change, output=str(tmp_path / "x" / ".." / "inputs")))
+    (tmp_path / "out.work").symlink_to(tmp_path / "inputs")
+    with pytest.raises(RecipeError, match=rf"output: .*out\.work' holds {key} "):
+        parse_recipe(settings(**change, output=str(tmp_path / "out")))
     assert parse_recipe(settings(**change, output=str(tmp_path / "inputs" / "new"))).output.name == "new"
 
 

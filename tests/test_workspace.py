@@ -117,6 +117,21 @@ def test_work_that_was_killed_before_its_first_result_is_no_obstacle(inputs, tmp
     assert names(tmp_path) == ["out"]
 
 
+def test_work_that_was_killed_before_it_had_its_mark_is_no_obstacle(inputs, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    fill(tmp_path / "out.work", f".{workspace.MARKER}.partial-{dead.pid}")
+    run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out"]
+
+
+def test_work_elsewhere_behind_a_link_is_left_there(inputs, tmp_path):
+    elsewhere = fill(tmp_path / "scratch" / "work", workspace.MARKER)
+    (tmp_path / "out.work").symlink_to(elsewhere)
+    run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out", "scratch"] and names(elsewhere) == [workspace.MARKER]
+
+
 def test_somebody_elses_work_directory_is_left_alone(inputs, tmp_path):
     fill(tmp_path / "out.work", "notes")
     for options in ({}, {"overwrite": True}, {"resume": True}):
@@ -152,6 +167,21 @@ def test_killed_between_the_last_rename_and_the_cleaning_up(inputs, tmp_path, mo
         run_recipe(recipe(inputs, output, seed=1), resume=True)
     with pytest.raises(OutputError, match="exists"):
         run_recipe(made)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}, {"resume": True, "overwrite": True}])
+def test_another_recipe_does_not_pass_for_the_one_that_was_killed_at_its_end(inputs, tmp_path, monkeypatch, options):
+    output = tmp_path / "out"
+    monkeypatch.setattr(Workspace, "close", killed)
+    with pytest.raises(Killed):
+        run_recipe(recipe(inputs, output))
+    monkeypatch.undo()
+    if "overwrite" in options:
+        assert run_recipe(recipe(inputs, output, seed=1), **options).recipe["seed"] == 1
+    else:
+        with pytest.raises(OutputError, match="exists"):
+            run_recipe(recipe(inputs, output, seed=1), **options)
+    assert names(tmp_path) == ["out"]
 
 
 def test_unfinished_work_beside_an_older_output_is_not_taken_for_finished(inputs, tmp_path, monkeypatch):
