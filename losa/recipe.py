@@ -364,6 +364,8 @@ def _reason(item: dict) -> str:
         return "missing"
     if item["type"] == "model_type":
         return f"expected a section of settings (key: value), got {shown(item['input'])}"
+    if item["type"] == "path_type":
+        return f"expected a directory's name, got {shown(item['input'])}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     return f"{item['msg']}, got {shown(item['input'])}"

@@ -36,8 +36,14 @@ class Workspace:
 
         Raises:
             OutputError: as ``check_output``; there is unfinished work and neither ``resume`` nor ``overwrite``; or
-                something that losa did not make has the directory's name.
+                something that losa did not make, or may not read or write, has the directory's name.
         """
+        try:
+            return self._open(recipe, resume, overwrite, force)
+        except OSError as error:
+            raise OutputError(f"output: cannot work in {self.path} ({reason(error)})") from error
+
+    def _open(self, recipe: Recipe, resume: bool, overwrite: bool, force: bool) -> RunRecord | None:
         recover(self.path)
         recover(self.path / MARKER)  # a process that died while it wrote the marker left no other sign
         exists = self.path.exists()
@@ -49,11 +55,10 @@ class Workspace:
             exists = False
         if exists:
             recover_all(self.path)
-        done = exists and self._is_done()
-        if done:
+        if done := exists and self._is_done():
             remove_directory(self.path)
-        # Work that is not done belongs to an output still to come.
-        exists = exists and not done
+            exists = False
+        # Work that is left belongs to an output still to come.
         if resume and not exists and (done or not overwrite) and (record := self._finished(recipe)) is not None:
             return record
         check_output(self.output, overwrite, force)
@@ -63,10 +68,7 @@ class Workspace:
             )
         if exists and not (resume and self.worth_keeping()):
             remove_directory(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"output: cannot create {self.path} ({reason(error)})") from error
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / MARKER, {"losa_version": __version__, "output": str(self.output)})
         return None
 

@@ -142,6 +142,18 @@ def test_somebody_elses_work_directory_is_left_alone(inputs, tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("function", ["recover", "is_ours", "recover_all"])
+def test_a_work_directory_that_may_not_be_read_is_named(inputs, tmp_path, monkeypatch, function):
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    fill(tmp_path / "out.work", workspace.MARKER)
+    monkeypatch.setattr(workspace, function, refused)
+    with pytest.raises(OutputError, match=r"cannot work in .*out\.work \(Permission denied\)"):
+        run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out.work"]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: what cleans up in Python does not run where it is raised."""
 
