@@ -121,6 +121,12 @@ def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None
         )
 
 
+def check_apart(final: Path, source: Path) -> None:
+    """Raises OutputError if ``final`` is, or holds, the directory ``source`` that is read: it would be destroyed."""
+    if Path(source).resolve().is_relative_to(Path(final).resolve()):
+        raise OutputError(f"output {final}: holds {source}, which overwriting would destroy; give another directory")
+
+
 @contextmanager
 def staged_directory(final: Path, overwrite: bool = False, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside ``final`` that takes its place when the body ends well and is removed when it

@@ -345,6 +345,22 @@ def test_leftovers_of_dead_processes_go_at_any_depth(tmp_path):
     assert names(tmp_path / "a/round-02") == ["y"]
 
 
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_packing_and_unpacking_never_replace_what_they_read(inputs, tmp_path, command):
+    run_recipe(recipe(inputs, tmp_path / "all" / "model"))
+    source = tmp_path / "all" / "model"
+    if command == "unpack":
+        source = tmp_path / "all" / "packed"
+        assert (
+            CliRunner().invoke(cli.app, ["pack", str(tmp_path / "all/model"), "--output", str(source)]).exit_code == 0
+        )
+    (tmp_path / "link").symlink_to(tmp_path / "all")
+    for output in (tmp_path / "all", tmp_path / "link", source):
+        told = CliRunner().invoke(cli.app, [command, str(source), "--output", str(output), "--force"])
+        assert told.exit_code == 1 and "overwriting would destroy" in told.output
+    assert (source / "config.json").exists()
+
+
 def test_packing_and_unpacking_ask_before_they_replace(inputs, tmp_path):
     def losa_(*arguments):
         return CliRunner().invoke(cli.app, [str(a) for a in arguments])
