@@ -124,9 +124,10 @@ def _by_changes(render: Render, messages: list[dict], text: str) -> list[Span]:
             rest = [other for i, other in regions.items() if i != index]
             free = max((other.stop for other in rest if other.stop <= region.start), default=0)
             limit = min((other.start for other in rest if other.start >= region.stop), default=len(text))
-            start = _opening_end(render, messages[:index], text, free, region.start)
-            closing = _closing(render, [*messages[:index], marked(messages[index], mark)], region.varied, mark)
-            spans.append(Span(start, max(region.stop, min(len(text) - closing, limit)), free))
+            start = _opening_end(render, messages[:index], text, free, region.start, mark)
+            after = region.varied[region.varied.rfind(mark) + 1 :]
+            own = commonprefix([_closing(render, messages[: index + 1], mark, otherwise=""), after])
+            spans.append(Span(start, max(region.stop, min(len(text) - len(after) + len(own), limit)), free))
     return spans
 
 
@@ -142,27 +143,28 @@ def _region(render: Render, conversation: list[dict], text: str, mark: str) -> _
     return _Region(start, stop, varied)
 
 
-def _opening_end(render: Render, before: list[dict], text: str, free: int, start: int) -> int:
-    """Where the template's opening of an answer ends, somewhere in text[free:start]; ``start`` if it is not there."""
+def _opening_end(render: Render, before: list[dict], text: str, free: int, start: int, mark: str) -> int:
+    """Where the template's opening of an answer ends, somewhere in text[free:start]; ``start`` if it is not there. An
+    answer without an opening (Mistral's) begins where the message before it ends, its markup included."""
     try:
         opened, closed = render(before, prompt=True), render(before)
     except DataError:  # templates refuse an empty conversation
         return start
-    opening = opened[len(closed) :] if opened.startswith(closed) else ""
+    opening = opened[len(closed) :] if opened.startswith(closed) else None
+    if opening == "" and before:
+        closing = _closing(render, before, mark, otherwise=None)
+        return start if closing is None or not text[free:start].startswith(closing) else free + len(closing)
     found = text.rfind(opening, free, start) if opening else -1
     return start if found < 0 else found + len(opening)
 
 
-def _closing(render: Render, conversation: list[dict], varied: str, mark: str) -> int:
-    """How many characters at the end of the whole text come after the markup that ends the last, marked message: that
-    is what follows the mark both in the whole text and where nothing comes after the message."""
-    after = varied[varied.rfind(mark) + 1 :]
+def _closing(render: Render, conversation: list[dict], mark: str, otherwise: str | None) -> str | None:
+    """The markup that ends the last message of a conversation; ``otherwise`` if it is not known."""
     try:
-        alone = render(conversation)
+        alone = render([*conversation[:-1], marked(conversation[-1], mark)])
     except DataError:
-        return len(after)
-    tail = alone[alone.rfind(mark) + 1 :] if mark in alone else ""
-    return len(after) - len(commonprefix([tail, after]))
+        return otherwise
+    return alone[alone.rfind(mark) + 1 :] if mark in alone else otherwise
 
 
 def _common_suffix(one: str, other: str) -> int:

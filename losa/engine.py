@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from losa import allocation
+from losa.block_calls import Call
 from losa.calibration import BlockStream, ErrorMeter, collect
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model import find_blocks
@@ -36,6 +37,7 @@ class Engine:
         prune, allocation, calibration: the recipe's sections.
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
         seed: for the Gaussian rows of growing adapters.
+        calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors, and the
     originals serve as the dense model of later rounds (kept in host memory).
@@ -51,6 +53,7 @@ class Engine:
         *,
         measure_errors: bool = True,
         seed: int = 0,
+        calls: dict[tuple[int, int], list[Call]] | None = None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -74,14 +77,11 @@ class Engine:
             ]
             if odd:
                 raise RecipeError(f"prune.pattern: {odd[0]} has in_features that are no multiple of {m}")
-        self._calls: dict = {}
+        self._calls = {} if calls is None else calls
         # References, not copies, until a weight is first replaced; then the original moves to host memory.
         self._originals: dict[MaskedLoRALinear, Tensor] = {}
         if self.pruner.updates_weight:
             self._originals = {m: m.weight.data for layers in self.layers for m in layers.values()}
-
-    def block_names(self) -> list[str]:
-        return [f"{self.name}.{i}" for i in range(len(self.blocks))]
 
     def block_sparsity(self) -> list[float]:
         """Share of pruned weights per block, counted from the masks."""

@@ -121,6 +121,12 @@ def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None
         )
 
 
+def check_apart(final: Path, source: Path) -> None:
+    """Raises OutputError if ``final`` is, or holds, the directory ``source`` that is read: it would be destroyed."""
+    if Path(source).resolve().is_relative_to(Path(final).resolve()):
+        raise OutputError(f"output {final}: holds {source}, which overwriting would destroy; give another directory")
+
+
 @contextmanager
 def staged_directory(final: Path, overwrite: bool = False, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside ``final`` that takes its place when the body ends well and is removed when it
@@ -188,7 +194,16 @@ def remove_directory(path: Path) -> None:
     aside = _beside(path, "partial")
     with writing(path):
         os.replace(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """A directory with all that is in it, or a file; of a link the link alone. What cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def recover(place: Path) -> None:
@@ -199,10 +214,8 @@ def recover(place: Path) -> None:
             continue
         if found[2] == "old" and not place.exists():
             os.replace(path, place)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def recover_all(directory: Path) -> None:
@@ -221,5 +234,5 @@ def _is_another_process(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass  # somebody else's
     return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from losa.block_calls import Call
 from losa.checkpoint import CHECKPOINTS, load_checkpoint, save_checkpoint
 from losa.data import PackedData
 from losa.distributed import check_agreement, on_main
@@ -30,12 +31,14 @@ Evaluator = Callable[[nn.Module], float | None]
 @dataclass
 class Inputs:
     """What every method gets: tokens on the host and a way to measure perplexity. ``fingerprint``: digests of all that
-    the results depend on besides the recipe, by what it is of; a checkpoint belongs to it."""
+    the results depend on besides the recipe, by what it is of; a checkpoint belongs to it. ``calls``: what the model's
+    blocks are called with (``BlockStream``), the same for all methods."""
 
     calibration: Tensor
     training: PackedData | None
     evaluate: Evaluator
     fingerprint: dict[str, str] = field(default_factory=dict)
+    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +84,7 @@ class MethodRun:
             recipe.calibration,
             measure_errors=self.dynamic,
             seed=recipe.seed,
+            calls=self.inputs.calls,
         )
         rounds = self._rounds(engine, resume)
         unmerged = None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from losa import compressed
 from losa.directory import COMPRESSED, is_compressed, is_packed, refuse_adapter
 from losa.errors import LosaError, ModelError, reason
-from losa.files import staged_directory
+from losa.files import check_apart, staged_directory
 from losa.finite import check_finite, check_rounded, is_finite
 from losa.loading import DTYPES, load_model, torch_device
 from losa.manifest import MANIFEST, Linear, Manifest, block_file, read_manifest
@@ -98,6 +98,7 @@ def pack_directory(
     pack, needs = (partial(pack_weight, format=format), "") if ours else compressed.packer(format)
     leave: Set[str] = frozenset()
     parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs)
+    check_apart(output, source)
     with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
         state_dtype(staged, dtype)
@@ -167,6 +168,7 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, for
     """
     source = Path(source)
     contents = open_packed(source)
+    check_apart(output, source)
     with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged, leave=(MANIFEST,))
         compressed.forget(staged)

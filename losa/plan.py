@@ -68,8 +68,7 @@ class Plan:
 
     def size(self, what: str) -> int:
         """Bytes of the part of that name. Raises KeyError."""
-        sizes = {part.what: part.size for part in self.parts}
-        return sizes[what]
+        return {part.what: part.size for part in self.parts}[what]
 
     def peak(self, place: str) -> tuple[int, str]:
         """Most bytes held at a time on ``place``, and the phase: what is always there and the largest phase's own."""
@@ -274,10 +273,8 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Part]:
         sides = sum(w.inputs + w.outputs for w in shape.linears)
         kept, how = sides, "tokens x (in + out) of every linear: x once, and as much as y for the rest of a block"
         if train.activation_checkpointing:
-            kept, how = (
-                shape.blocks * shape.hidden + sides / shape.blocks,
-                "tokens x (hidden a block + one whole block)",
-            )
+            kept = shape.blocks * shape.hidden + sides / shape.blocks
+            how = "tokens x (hidden a block + one whole block)"
         add("training", place, "activations", tokens * kept * size, how)
         chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
         rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
@@ -342,12 +339,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"device: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise RecipeError("device: expected auto, cpu, cuda or another kind that computes, got 'meta'")
-    return device
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:

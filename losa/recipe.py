@@ -209,6 +209,11 @@ def output_path(path: Path) -> Path:
     return path
 
 
+def work_path(output: Path) -> Path:
+    """Where a run keeps unfinished work."""
+    return output.with_name(f"{output.name}.work")
+
+
 def check_name(path: str, said: str) -> None:
     """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable), and says ``said``
     for it."""
@@ -270,8 +275,9 @@ class Recipe(_Section):
                 check_name(path, name)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-            if os.path.exists(path) and Path(path).resolve().is_relative_to(self.output.resolve()):
-                raise ValueError(f"output: {str(self.output)!r} holds {key} {name!r}, which overwriting would destroy")
+            for place in (self.output, work_path(self.output)):
+                if os.path.exists(path) and Path(path).resolve().is_relative_to(place.resolve()):
+                    raise ValueError(f"output: {str(place)!r} holds {key} {name!r}, which overwriting would destroy")
         return self
 
 
@@ -358,6 +364,8 @@ def _reason(item: dict) -> str:
         return "missing"
     if item["type"] == "model_type":
         return f"expected a section of settings (key: value), got {shown(item['input'])}"
+    if item["type"] == "path_type":
+        return f"expected a directory's name, got {shown(item['input'])}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     return f"{item['msg']}, got {shown(item['input'])}"

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from losa.answers import answer_spans, marked, unused_character
-from losa.errors import DataError, shown
+from losa.errors import DataError, reason, shown
 from losa.recipe import DataSource
 from losa.sources import Row
 
@@ -110,7 +110,7 @@ class Renderer:
         """
         if not self.tokenizer.is_fast:
             return self._token_spans_by_parts(text, spans)
-        encoded = self.tokenizer(text, verbose=False, return_offsets_mapping=True, **self._specials)
+        encoded = _encoding(self.tokenizer, text, return_offsets_mapping=True, **self._specials)
         ids = self._end(encoded["input_ids"]) if not self.templated else encoded["input_ids"]
         # Added special tokens have the empty place (0, 0).
         ends = np.maximum.accumulate(np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64))
@@ -247,8 +247,15 @@ def _tools(row: Row) -> list[dict] | None:
 
 
 def encode(tokenizer, text: str, **options) -> list[int]:
-    """Tokens of a text of any length."""
-    return tokenizer(text, verbose=False, **options)["input_ids"]
+    """Tokens of a text of any length. Raises DataError if the tokenizer has none for it."""
+    return _encoding(tokenizer, text, **options)["input_ids"]
+
+
+def _encoding(tokenizer, text: str, **options):
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DataError(f"the tokenizer cannot encode the text that begins {text[:40]!r} ({reason(error)})") from error
 
 
 def _prefix(part: list[int], whole: list[int]) -> int | None:

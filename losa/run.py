@@ -106,10 +106,8 @@ def _run(
     if resume:
         on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
     name, blocks = find_blocks(model)
-    # A model that calibration cannot take block by block is refused here, before any work.
-    BlockStream(
-        model, blocks, inputs.calibration[: recipe.calibration.batch_size], recipe.calibration.batch_size, name=name
-    )
+    # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
+    BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls, name=name)
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,

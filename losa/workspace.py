@@ -10,7 +10,7 @@ from pathlib import Path
 from losa import __version__
 from losa.errors import OutputError
 from losa.files import check_output, is_ours, reason, recover, recover_all, remove_directory, write_json
-from losa.recipe import Recipe
+from losa.recipe import Recipe, work_path
 from losa.record import RunRecord
 from losa.report import RECORD
 
@@ -26,17 +26,26 @@ class Workspace:
 
     def __init__(self, output: Path):
         self.output = output
-        self.path = output.parent / f"{output.name}.work"
+        self.path = work_path(output)
 
     def open(self, recipe: Recipe, *, resume: bool, overwrite: bool, force: bool) -> RunRecord | None:
-        """Make the directory ready for the run; the record of an output that is complete already, where ``resume``
-        finds one: of this run, whose work is then removed, or of another one by the same recipe.
+        """Make the directory ready for the run. Work that an output came of already is removed.
+
+        Returns:
+            the record of an output by the same recipe that is complete already, where ``resume`` finds one; else None.
 
         Raises:
             OutputError: as ``check_output``; there is unfinished work and neither ``resume`` nor ``overwrite``; or
-                something that losa did not make has the directory's name.
+                something that losa did not make, or may not read or write, has the directory's name.
         """
+        try:
+            return self._open(recipe, resume, overwrite, force)
+        except OSError as error:
+            raise OutputError(f"output: cannot work in {self.path} ({reason(error)})") from error
+
+    def _open(self, recipe: Recipe, resume: bool, overwrite: bool, force: bool) -> RunRecord | None:
         recover(self.path)
+        recover(self.path / MARKER)  # a process that died while it wrote the marker left no other sign
         exists = self.path.exists()
         if exists and not (self.path.is_dir() and is_ours(self.path, (MARKER,))):
             if not (force and self.path.is_dir()):
@@ -46,9 +55,11 @@ class Workspace:
             exists = False
         if exists:
             recover_all(self.path)
-        if resume and (record := self._finished(recipe, overwrite)) is not None:
-            if exists:
-                remove_directory(self.path)
+        if done := exists and self._is_done():
+            remove_directory(self.path)
+            exists = False
+        # Work that is left belongs to an output still to come.
+        if resume and not exists and (done or not overwrite) and (record := self._finished(recipe)) is not None:
             return record
         check_output(self.output, overwrite, force)
         if exists and not resume and not overwrite and self.worth_keeping():
@@ -57,10 +68,7 @@ class Workspace:
             )
         if exists and not (resume and self.worth_keeping()):
             remove_directory(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"output: cannot create {self.path} ({reason(error)})") from error
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / MARKER, {"losa_version": __version__, "output": str(self.output)})
         return None
 
@@ -89,16 +97,18 @@ class Workspace:
         with suppress(OutputError):
             remove_directory(self.path)
 
-    def _finished(self, recipe: Recipe, overwrite: bool) -> RunRecord | None:
+    def _is_done(self) -> bool:
+        """Whether the output that is there came of this work."""
         try:
-            found = (self.output / RECORD).read_bytes()
-            record = RunRecord.from_dict(json.loads(found))
-            if self.path.exists():
-                return record if found == (self.path / RECORD).read_bytes() else None
+            return (self.output / RECORD).read_bytes() == (self.path / RECORD).read_bytes()
+        except OSError:
+            return False
+
+    def _finished(self, recipe: Recipe) -> RunRecord | None:
+        """The output's record, if the recipe is the same but for the output's place."""
+        try:
+            record = RunRecord.from_dict(json.loads((self.output / RECORD).read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError):
             return None
-        wanted = recipe.model_dump(mode="json")
-        same = {k: v for k, v in record.recipe.items() if k != "output"} == {
-            k: v for k, v in wanted.items() if k != "output"
-        }
-        return record if same and not overwrite else None
+        place = {"output": None}
+        return record if record.recipe | place == recipe.model_dump(mode="json") | place else None

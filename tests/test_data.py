@@ -429,3 +429,12 @@ def test_evaluation_of_conversations_is_their_rendering(tmp_path):
     source = write(tmp_path / "a.jsonl", [ALPACA, DIALOGUE])
     text = tokenizer.decode(evaluation_tokens(source, tokenizer))
     assert text.startswith("<user>Add.\n\n1 and 2<eos><assistant>It is 3.<eos><system>Be brief.<eos>")
+
+
+def test_a_tokenizer_without_unknown_token_is_a_sentence(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.model.unk_token = "<none>"
+    for name, row in (("a.jsonl", {"text": "caf\u00e9 " * 9}), ("b.jsonl", {"instruction": "\u00fc", "output": "x"})):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="the tokenizer cannot encode the text that begins"):
+            training_sequences([DataSource(path=str(tmp_path / name))], tokenizer, 8, seed=0)

@@ -84,6 +84,8 @@ def test_the_7b_example_has_the_papers_settings():
         ({"calibration": {"data": 5}}, "calibration.data: expected a path.*got 5"),
         ({"calibration": {"data": [{"path": "x", "txt": 1}]}}, "calibration.data.0.txt: unknown key"),
         ({"calibration": {}}, "calibration.data: missing"),
+        ({"output": None}, "output: expected a directory's name, got None"),
+        ({"output": ["a"]}, r"output: expected a directory's name, got \['a'\]"),
         ({"calibration": "c.txt"}, "calibration: expected a section of settings .*got 'c.txt'"),
         ({"calibration": {"data": "c.txt", "samples": 1}}, "calibration.samples: .*at least 2, got 1"),
         ({"calibration": {"data": "c.txt", "cka_samples": 257}}, "calibration.cka_samples: .*256, got 257"),
@@ -187,6 +189,9 @@ def test_output_must_not_hold_what_the_run_reads(tmp_path, key):
         parse_recipe(settings(**change, output=str(tmp_path)))
     with pytest.raises(RecipeError, match=f"output: .* holds {key} "):
         parse_recipe(settings(**change, output=str(tmp_path / "x" / ".." / "inputs")))
+    (tmp_path / "out.work").symlink_to(tmp_path / "inputs")
+    with pytest.raises(RecipeError, match=rf"output: .*out\.work' holds {key} "):
+        parse_recipe(settings(**change, output=str(tmp_path / "out")))
     assert parse_recipe(settings(**change, output=str(tmp_path / "inputs" / "new"))).output.name == "new"
 
 

@@ -127,8 +127,7 @@ TWO = chat("FIRST", "one", "SECOND", "two")
         (GEMMA, chat("A", "  padded  ", "B", "two\n"), ["padded<end_of_turn>\n", "two<end_of_turn>\n"]),
         (LLAMA3, chat(" FIRST ", "one ", "SECOND", " two", system="BE BRIEF"), ["one<|eot_id|>", "two<|eot_id|>"]),
         (MISTRAL, TWO, [" one<eos>", " two<eos>"]),
-        # Its opening is no text of its own here, so that the space before an earlier answer is not known as its part.
-        (MISTRAL, chat("FIRST", " one ", "SECOND", "two", system="BE BRIEF"), ["one<eos>", "two<eos>"]),
+        (MISTRAL, chat("FIRST", " one ", "SECOND", "two", system="BE BRIEF"), [" one<eos>", " two<eos>"]),
         (GENERATION, TWO, ["one<end>", "two<end>"]),
         # What history drops is not in the text; the last answer's thoughts are.
         (
@@ -316,6 +315,21 @@ def test_tool_calls_are_learnt_and_tools_told():
         assert tokenizer.decode(ids).startswith("TOOL find_mill;<user>WHERE?")
         assert "<tool call00001 find_mill>BY THE RIVER<end>" in tokenizer.decode(ids)
     assert learnt(None, AGENT, tokenizer) == expected and learnt(None, AGENT, tokenizer, tools=[]) == expected
+
+
+def test_markup_before_a_tool_call_is_learnt_without_an_opening():
+    """Mistral's: answers have no opening, and the tools stand before the last question."""
+    template = (
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% if tools and m == asked[-1] %}[TOOLS]{{ tools | tojson }}"
+        "[/TOOLS]{% endif %}[INST] {{ m.content }}[/INST]{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+        "{% elif m.tool_calls %}[CALLS] {{ m.tool_calls[0].function | tojson }}<eos>"
+        "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    messages = [*chat("A"), call, {"role": "tool", "content": "7"}, *chat("X", "seven", "B", "two")[1:]]
+    found = learnt(template, messages, tools=[{"type": "function", "function": {"name": "add"}}])
+    assert found == ['[CALLS] {"name": "add"}<eos>', " seven<eos>", " two<eos>"]
 
 
 def test_null_is_not_written_as_a_word():

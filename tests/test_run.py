@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from losa.calibration import BlockStream
 from losa.errors import LosaError, NumericsError, OutputError
 from losa.methods import MethodRun
 from losa.recipe import parse_recipe
@@ -151,6 +152,14 @@ def test_global_lr_schedule_and_accumulation_run(workspace, tmp_path):
     recipe["train"] |= {"lr_schedule": "global", "gradient_accumulation": 2, "activation_checkpointing": True}
     record = run_recipe(parse_recipe(recipe))
     assert sum(r.train_steps for r in record.rounds) > 0
+
+
+def test_whether_blocks_can_be_run_one_by_one_is_found_out_once(workspace, tmp_path, monkeypatch):
+    checked, check = [], BlockStream._check_replay
+    monkeypatch.setattr(BlockStream, "_check_replay", lambda self, *a: (checked.append(a[1].shape), check(self, *a)))
+    recipe = settings(workspace, tmp_path / "out", method="sparse_lora", compare=["prune_only"])
+    run_recipe(parse_recipe(recipe))
+    assert checked == [(1, recipe["calibration"]["length"])]
 
 
 def test_method_run_needs_no_files(workspace, tmp_path):

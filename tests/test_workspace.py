@@ -117,6 +117,21 @@ def test_work_that_was_killed_before_its_first_result_is_no_obstacle(inputs, tmp
     assert names(tmp_path) == ["out"]
 
 
+def test_work_that_was_killed_before_it_had_its_mark_is_no_obstacle(inputs, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    fill(tmp_path / "out.work", f".{workspace.MARKER}.partial-{dead.pid}")
+    run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out"]
+
+
+def test_work_elsewhere_behind_a_link_is_left_there(inputs, tmp_path):
+    elsewhere = fill(tmp_path / "scratch" / "work", workspace.MARKER)
+    (tmp_path / "out.work").symlink_to(elsewhere)
+    run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out", "scratch"] and names(elsewhere) == [workspace.MARKER]
+
+
 def test_somebody_elses_work_directory_is_left_alone(inputs, tmp_path):
     fill(tmp_path / "out.work", "notes")
     for options in ({}, {"overwrite": True}, {"resume": True}):
@@ -125,6 +140,18 @@ def test_somebody_elses_work_directory_is_left_alone(inputs, tmp_path):
     assert names(tmp_path / "out.work") == ["notes"]
     run_recipe(recipe(inputs, tmp_path / "out"), force=True)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("function", ["recover", "is_ours", "recover_all"])
+def test_a_work_directory_that_may_not_be_read_is_named(inputs, tmp_path, monkeypatch, function):
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    fill(tmp_path / "out.work", workspace.MARKER)
+    monkeypatch.setattr(workspace, function, refused)
+    with pytest.raises(OutputError, match=r"cannot work in .*out\.work \(Permission denied\)"):
+        run_recipe(recipe(inputs, tmp_path / "out"))
+    assert names(tmp_path) == ["out.work"]
 
 
 class Killed(BaseException):
@@ -152,6 +179,21 @@ def test_killed_between_the_last_rename_and_the_cleaning_up(inputs, tmp_path, mo
         run_recipe(recipe(inputs, output, seed=1), resume=True)
     with pytest.raises(OutputError, match="exists"):
         run_recipe(made)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}, {"resume": True, "overwrite": True}])
+def test_another_recipe_does_not_pass_for_the_one_that_was_killed_at_its_end(inputs, tmp_path, monkeypatch, options):
+    output = tmp_path / "out"
+    monkeypatch.setattr(Workspace, "close", killed)
+    with pytest.raises(Killed):
+        run_recipe(recipe(inputs, output))
+    monkeypatch.undo()
+    if "overwrite" in options:
+        assert run_recipe(recipe(inputs, output, seed=1), **options).recipe["seed"] == 1
+    else:
+        with pytest.raises(OutputError, match="exists"):
+            run_recipe(recipe(inputs, output, seed=1), **options)
+    assert names(tmp_path) == ["out"]
 
 
 def test_unfinished_work_beside_an_older_output_is_not_taken_for_finished(inputs, tmp_path, monkeypatch):
@@ -301,6 +343,22 @@ def test_leftovers_of_dead_processes_go_at_any_depth(tmp_path):
     losa.files.recover_all(tmp_path)
     assert names(tmp_path / "a") == [alive, "b", "round-02"] and names(tmp_path / "a/b") == []
     assert names(tmp_path / "a/round-02") == ["y"]
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_packing_and_unpacking_never_replace_what_they_read(inputs, tmp_path, command):
+    run_recipe(recipe(inputs, tmp_path / "all" / "model"))
+    source = tmp_path / "all" / "model"
+    if command == "unpack":
+        source = tmp_path / "all" / "packed"
+        assert (
+            CliRunner().invoke(cli.app, ["pack", str(tmp_path / "all/model"), "--output", str(source)]).exit_code == 0
+        )
+    (tmp_path / "link").symlink_to(tmp_path / "all")
+    for output in (tmp_path / "all", tmp_path / "link", source):
+        told = CliRunner().invoke(cli.app, [command, str(source), "--output", str(output), "--force"])
+        assert told.exit_code == 1 and "overwriting would destroy" in told.output
+    assert (source / "config.json").exists()
 
 
 def test_packing_and_unpacking_ask_before_they_replace(inputs, tmp_path):
