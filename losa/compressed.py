@@ -20,7 +20,7 @@ from losa.model import find_blocks
 from losa.naming import Naming
 from losa.sparse import pack_weight
 from losa.streaming import Contents, Part, Shards, by_block, skeleton
-from losa.tensor_files import Stored, checkpoint_tensors, shown
+from losa.tensor_files import Stored, checkpoint_tensors, shown_name
 from losa_kernels import pack_mask, pack_nm, unpack_mask
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
@@ -106,12 +106,12 @@ def read(directory: Path) -> Contents:
         parts[f"{linear}.weight"] = list(tensors if f"{linear}.row_offsets" in stored else tensors[:3])
     taken = {f"{weight.removesuffix('.weight')}.{part}" for weight, names in parts.items() for part in names}
     if both := sorted(parts.keys() & stored.keys()):
-        raise ModelError(f"{directory}: {shown(both[0])} is stored packed and dense")
+        raise ModelError(f"{directory}: {shown_name(both[0])} is stored packed and dense")
     dense = {name: entry for name, entry in stored.items() if name not in taken}
     with checkpoint_tensors(directory) as files:
         for weight in parts:
             linear = weight.removesuffix(".weight")
-            shape = _shape(f"{directory}: {shown(linear)}", files.get(f"{linear}.shape"))
+            shape = _shape(f"{directory}: {shown_name(linear)}", files.get(f"{linear}.shape"))
             dense[weight] = Stored(stored[f"{linear}.compressed"].dtype, shape)
     naming = Naming(model, dense)
 
@@ -123,7 +123,7 @@ def read(directory: Path) -> Contents:
                     if name in parts:
                         linear = name.removesuffix(".weight")
                         tensors = {part: files.get(f"{linear}.{part}") for part in parts[name]}
-                        found[linear] = _rebuild(f"{directory}: {shown(linear)}", dense[name].shape, tensors)
+                        found[linear] = _rebuild(f"{directory}: {shown_name(linear)}", dense[name].shape, tensors)
                     else:
                         found[name] = files.get(name)
                 yield found

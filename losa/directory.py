@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from losa.errors import ModelError
+from losa.errors import ModelError, shown
 from losa.manifest import MANIFEST
-from losa.tensor_files import read_json, shown
+from losa.tensor_files import read_json
 
 ADAPTER = "adapter_config.json"
 # Of compressed-tensors 0.12.2. Older writers used the second key of config.json.
@@ -25,7 +25,7 @@ def read_config(directory: Path) -> dict:
         raise ModelError(f"{directory}: no config.json{adapter}; expected a Hugging Face checkpoint")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected an object, got {shown(repr(config))}")
+        raise ModelError(f"{path}: expected an object, got {shown(config)}")
     return config
 
 

@@ -30,8 +30,10 @@ class OutputError(LosaError):
 
 
 def reason(error: BaseException) -> str:
-    """A library's message in one line: its first, with the next where the first announces it, and with the error's type
-    where the message is only a key or nothing."""
+    """What a library or the system says in one line: the system's own words; else the message's first line, with the
+    next where the first announces it, and with the error's type where the message is only a key or nothing."""
+    if words := getattr(error, "strerror", None):
+        return words
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from losa.errors import OutputError
-from losa.files import reason, write_bytes, write_text
+from losa.errors import OutputError, reason
+from losa.files import write_bytes, write_text
 from losa.record import MethodResult, RoundRecord, RunRecord
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from losa import __version__
-from losa.errors import OutputError
+from losa.errors import OutputError, reason
 
 # What tells a directory that losa wrote from others; the last one is for directories that have none of the others.
 MARKER = "losa_output.json"
@@ -61,11 +61,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data) -> None:
     """``write_text`` of indented JSON."""
     write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def reason(error: BaseException) -> str:
-    """What a failed write says to a user: the system's words, without Python's."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def is_ours(directory: Path, markers: tuple[str, ...] = MARKERS) -> bool:

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from losa.errors import OutputError
-from losa.files import reason, writing
+from losa.errors import OutputError, reason
+from losa.files import writing
 
 logger = logging.getLogger("losa")
 

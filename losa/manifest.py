@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from losa.errors import ModelError
+from losa.errors import ModelError, shown
 from losa.files import write_json
-from losa.tensor_files import Stored, read_json, shown
+from losa.tensor_files import Stored, read_json, shown_name
 from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
 
 MANIFEST = "losa_packed.json"
@@ -116,58 +116,58 @@ def _parse(data: object) -> Manifest:
     data = _object(data, "the file")
     version = data.get("version")
     if type(version) is not int or version != VERSION:
-        raise _WrongError(f"expected format version {VERSION}, got {shown(repr(version))}")
+        raise _WrongError(f"expected format version {VERSION}, got {shown(version)}")
     linears = {name: _linear(name, entry) for name, entry in _object(data.get("linears"), "linears").items()}
     files, digests = _object(data.get("files"), "files"), _object(data.get("sha256"), "sha256")
     for name, file in files.items():
         if not isinstance(file, str) or _FILE.fullmatch(file) is None:
             known = f"{REST} or block-NNNNN.safetensors"
-            raise _WrongError(f"files: {shown(name)}: expected {known}, got {shown(repr(file))}")
+            raise _WrongError(f"files: {shown_name(name)}: expected {known}, got {shown(file)}")
     for name, digest in digests.items():
         if not isinstance(digest, str) or re.fullmatch("[0-9a-f]{64}", digest) is None:
-            raise _WrongError(f"sha256: {shown(name)}: expected 64 hexadecimal digits, got {shown(repr(digest))}")
+            raise _WrongError(f"sha256: {shown_name(name)}: expected 64 hexadecimal digits, got {shown(digest)}")
     if odd := sorted(files.keys() ^ digests.keys()):
-        raise _WrongError(f"{shown(odd[0])} is in files or in sha256, not in both")
+        raise _WrongError(f"{shown_name(odd[0])} is in files or in sha256, not in both")
     manifest = Manifest(linears, files, digests)
     for name, linear in linears.items():
         places = {files.get(f"{name}.{part}") for part in linear.tensors}
         if None in places:
             absent = next(part for part in linear.tensors if f"{name}.{part}" not in files)
-            raise _WrongError(f"files: tensors are missing: {shown(f'{name}.{absent}')}")
+            raise _WrongError(f"files: tensors are missing: {shown_name(f'{name}.{absent}')}")
         if len(places) > 1:
-            raise _WrongError(f"files: the tensors of {shown(name)} are in more than one file")
+            raise _WrongError(f"files: the tensors of {shown_name(name)} are in more than one file")
         if f"{name}.weight" in files:
-            raise _WrongError(f"{shown(name)} is stored packed and dense")
+            raise _WrongError(f"{shown_name(name)} is stored packed and dense")
     parts = manifest.parts()
     for name in files:
         linear = name.removesuffix(".values")
         packed = {f"{linear}.bitmask", f"{linear}.meta"} & files.keys()
         if name != linear and name not in parts and packed:
-            raise _WrongError(f"linears: {shown(linear)} is missing, whose tensors are in files")
+            raise _WrongError(f"linears: {shown_name(linear)} is missing, whose tensors are in files")
     return manifest
 
 
 def _object(value: object, what: str) -> dict:
     if not isinstance(value, dict):
-        raise _WrongError(f"{what}: expected an object, got {shown(repr(value))}")
+        raise _WrongError(f"{what}: expected an object, got {shown(value)}")
     return value
 
 
 def _linear(name: str, entry: object) -> Linear:
-    where = f"linears: {shown(name)}"
+    where = f"linears: {shown_name(name)}"
     entry = _object(entry, where)
     format, shape, tensors = entry.get("format"), entry.get("shape"), entry.get("tensors")
     if not isinstance(format, str) or format not in CLASSES:
-        raise _WrongError(f"{where}: expected a format among {', '.join(CLASSES)}, got {shown(repr(format))}")
+        raise _WrongError(f"{where}: expected a format among {', '.join(CLASSES)}, got {shown(format)}")
     if not isinstance(shape, list) or len(shape) != 2 or not all(_count(side, _LONGEST_SIDE) for side in shape):
-        raise _WrongError(f"{where}: expected a shape of two positive numbers, got {shown(repr(shape))}")
+        raise _WrongError(f"{where}: expected a shape of two positive numbers, got {shown(shape)}")
     wanted = _TENSORS[format]
     if not isinstance(tensors, list) or sorted(map(str, tensors)) != list(wanted):
-        raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted)}, got {shown(repr(tensors))}")
+        raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted)}, got {shown(tensors)}")
     keep_n, m = entry.get("keep_n"), entry.get("m")
     if format == "nm":
         if not _count(m, shape[1]) or not _count(keep_n, m) or shape[1] % m:
-            told = f"keep_n {shown(repr(keep_n))} and m {shown(repr(m))}"
+            told = f"keep_n {shown(keep_n)} and m {shown(m)}"
             raise _WrongError(f"{where}: expected keep_n of every m, a divisor of the width {shape[1]}, got {told}")
     elif keep_n is not None or m is not None:
         raise _WrongError(f"{where}: only the format nm has keep_n and m, not {format}")

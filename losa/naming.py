@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError, reason
-from losa.tensor_files import Stored, shown
+from losa.tensor_files import Stored, shown_name
 
 
 class Naming:
@@ -53,7 +53,7 @@ class Naming:
             try:
                 return dot_natural_key(name)
             except ValueError as error:
-                raise ModelError(f"{shown(name)}: no model has a tensor of that name") from error
+                raise ModelError(f"{shown_name(name)}: no model has a tensor of that name") from error
 
         for name in sorted(names, key=order):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self.expected)
@@ -87,7 +87,7 @@ class Naming:
             made = converter.convert(target, model=self.model, config=self.model.config)
         except Exception as error:  # transformers' operations raise errors of many kinds
             raise ModelError(
-                f"{shown(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
+                f"{shown_name(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -129,9 +129,9 @@ class Naming:
             for name, tensor in self.make(target, tensors).items():
                 found[name], names[name] = Stored(tensor.dtype, tuple(tensor.shape)), sources[0]
         for target, (dtype, shape) in found.items():
-            expected, name = self.expected.get(target), shown(names[target])
+            expected, name = self.expected.get(target), shown_name(names[target])
             if expected is None:
-                raise ModelError(f"{name}: makes {shown(target)}, which the model has not")
+                raise ModelError(f"{name}: makes {shown_name(target)}, which the model has not")
             if tuple(expected.shape) != shape:
                 raise ModelError(f"{name}: expected shape {list(expected.shape)}, the file has {list(shape)}")
             if expected.is_floating_point() and not dtype.is_floating_point:

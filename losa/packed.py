@@ -43,7 +43,7 @@ from losa.streaming import (
     skeleton,
     state_dtype,
 )
-from losa.tensor_files import TensorFiles, shown
+from losa.tensor_files import TensorFiles, shown_name
 from losa_kernels.packing import Packed
 
 logger = logging.getLogger("losa")
@@ -264,7 +264,7 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
             name, value = part.popitem()
             target = targets[f"{name}.weight" if isinstance(value, Packed) else name]
             touched.add(block_index(target, prefix))
-            where = f"{directory}: {shown(name)}"
+            where = f"{directory}: {shown_name(name)}"
             if isinstance(value, Packed):
                 if not _is_linear(model, naming.renamed.get(f"{name}.weight", "")):
                     raise ModelError(f"{where}: packed, but the model has no such linear")
@@ -286,7 +286,7 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
     unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
-        logger.warning("%s: the model has no place for %s%s", directory, shown(unused[0]), others)
+        logger.warning("%s: the model has no place for %s%s", directory, shown_name(unused[0]), others)
     # What is stored stays, whatever the config says of ties; as in transformers' own loading.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
@@ -347,7 +347,7 @@ def _read(directory: Path, manifest: Manifest) -> Contents:
     with TensorFiles(dict.fromkeys(places.values()), places, MANIFEST) as files:
         stored = files.stored
     if odd := sorted(stored.keys() - manifest.files.keys()):
-        raise ModelError(f"{directory / MANIFEST}: does not list {shown(odd[0])}, which a file holds")
+        raise ModelError(f"{directory / MANIFEST}: does not list {shown_name(odd[0])}, which a file holds")
 
     def contents() -> Iterator[dict[str, Packed | Tensor]]:
         for file in sorted(by_file):
@@ -368,7 +368,7 @@ def _read(directory: Path, manifest: Manifest) -> Contents:
                         try:
                             found[linear] = manifest.linears[linear].build(waiting.pop(linear))
                         except ValueError as error:
-                            raise ModelError(f"{directory / file}: {shown(linear)}: {error}") from error
+                            raise ModelError(f"{directory / file}: {shown_name(linear)}: {error}") from error
             yield found
 
     return Contents(directory / MANIFEST, manifest.dense(stored), contents())

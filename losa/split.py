@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from losa.errors import DataError, OutputError
-from losa.files import reason, write_text
+from losa import __version__
+from losa.errors import DataError, OutputError, reason
+from losa.files import MARKER, write_json, write_text
 from losa.recipe import DataSource
 from losa.sources import PLAIN_TEXT, Row, located_rows
 
@@ -48,7 +49,7 @@ def split(data: Path, directory: Path) -> tuple[dict[str, Path], str]:
 
     Raises:
         DataError: unreadable, or too little to give each part something.
-        OutputError: ``directory`` cannot be written.
+        OutputError: ``directory`` cannot be written, or has files of these names that losa did not write.
     """
     rows = located_rows(DataSource(path=str(data)))
     if len(rows) == 1 and rows[0].plain:
@@ -67,6 +68,12 @@ def split(data: Path, directory: Path) -> tuple[dict[str, Path], str]:
     except OSError as error:
         raise OutputError(f"cannot create {directory}: {reason(error)}") from error
     files = {part: directory / f"{part}{suffix}" for part in PARTS}
+    marker = directory / MARKER
+    if not marker.is_file() and (there := [path for path in files.values() if path.exists()]):
+        raise OutputError(
+            f"--data {data}: its parts would replace {there[0]}, which losa did not write; move that away"
+        )
+    write_json(marker, {"losa_version": __version__, "data": str(data)})
     for path, text in zip(files.values(), texts, strict=True):
         write_text(path, text)
     counts = ", ".join(f"{size:,} {part}" for part, size in zip(PARTS, sizes, strict=True))

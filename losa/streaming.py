@@ -20,7 +20,7 @@ from losa.finite import check_finite, check_rounded
 from losa.model import block_linears, find_blocks
 from losa.naming import Naming
 from losa.sparse import zero_share
-from losa.tensor_files import Stored, TensorFiles, checkpoint_tensors, shown
+from losa.tensor_files import Stored, TensorFiles, checkpoint_tensors, shown_name
 from losa_kernels.packing import Packed
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -169,7 +169,7 @@ def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> 
     for name, target in naming.unused.items():
         index = block_index(target, prefix)
         if index is not None and index >= len(blocks) and not naming.ignored(target):
-            raise ModelError(f"{where}: {shown(name)}: config.json says that there are {len(blocks)} blocks")
+            raise ModelError(f"{where}: {shown_name(name)}: config.json says that there are {len(blocks)} blocks")
     return naming
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from losa.errors import ModelError
+from losa.errors import ModelError, shown
 
 _DTYPES = {
     "F64": torch.float64,
@@ -50,11 +50,11 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown(next(key for key in found if keys.count(key) > 1))!r} stands there twice")
+        raise ValueError(f"{shown_name(next(key for key in found if keys.count(key) > 1))!r} stands there twice")
     return found
 
 
-def shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """A name as messages show it: not a thousand letters of it, and nothing that a terminal cannot print."""
     name = name.encode(errors="backslashreplace").decode()
     return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"
@@ -98,7 +98,7 @@ def _refuse_others(path: Path) -> None:
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if named is not None:
         raise ModelError(
-            f"{path}: transformers_weights: expected none, got {shown(repr(named))}; load the model by transformers "
+            f"{path}: transformers_weights: expected none, got {shown(named)}; load the model by transformers "
             "and save it again"
         )
 
@@ -111,12 +111,12 @@ def _index(directory: Path) -> dict[str, Path]:
         raise ModelError(f"{path}: expected an object with a weight_map of tensors to files")
     for name, file in weights.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise ModelError(f"{path}: {shown(name)}: expected the name of a safetensors file, got {shown(repr(file))}")
+            raise ModelError(f"{path}: {shown_name(name)}: expected the name of a safetensors file, got {shown(file)}")
         inside = PurePosixPath(file)
         if inside.is_absolute() or ".." in inside.parts:
-            raise ModelError(f"{path}: {shown(name)}: {shown(repr(file))} lies outside of the directory")
+            raise ModelError(f"{path}: {shown_name(name)}: {shown(file)} lies outside of the directory")
         if not (directory / file).is_file():
-            raise ModelError(f"{path}: {shown(name)}: there is no {shown(file)}")
+            raise ModelError(f"{path}: {shown_name(name)}: there is no {shown_name(file)}")
     return {name: directory / file for name, file in weights.items()}
 
 
@@ -165,11 +165,11 @@ class TensorFiles:
                 except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise _unreadable(path, getattr(error, "strerror", None) or "no safetensors file") from error
                 if twice := sorted(self._places.keys() & found.keys()):
-                    raise ModelError(f"{path}: {shown(twice[0])} is in another file too")
+                    raise ModelError(f"{path}: {shown_name(twice[0])} is in another file too")
                 self._places |= found
             for name, path in self._expected.items():
                 if name not in self._places or self._places[name].path != path:
-                    raise ModelError(f"{path}: {shown(name)} is not in it, though {self._listed} says so")
+                    raise ModelError(f"{path}: {shown_name(name)} is not in it, though {self._listed} says so")
             self._stack = opening.pop_all()
         return self
 
@@ -220,20 +220,22 @@ def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:
     spans = []
     for name, entry in entries.items():
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-            raise ModelError(f"{path}: {shown(name)} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+            raise ModelError(f"{path}: {shown_name(name)} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
         dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-            raise ModelError(f"{path}: {shown(name)}: shape and data_offsets must be lists of whole numbers")
+            raise ModelError(f"{path}: {shown_name(name)}: shape and data_offsets must be lists of whole numbers")
         begin, end = offsets
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ModelError(f"{path}: {shown(name)}: the header gives a shape of {shape} {end - begin} bytes")
+            raise ModelError(f"{path}: {shown_name(name)}: the header gives a shape of {shape} {end - begin} bytes")
         if end > held:
-            raise _unreadable(path, f"it ends within {shown(name)}")
+            raise _unreadable(path, f"it ends within {shown_name(name)}")
         places[name] = _Place(path, dtype, tuple(shape), 8 + length + begin)
         spans.append((begin, end, name))
     for (_, end, first), (begin, stop, second) in pairwise(sorted(span for span in spans if span[0] < span[1])):
         if begin < end:
-            raise ModelError(f"{path}: {shown(first)} and {shown(second)} overlap (bytes {begin} to {min(end, stop)})")
+            raise ModelError(
+                f"{path}: {shown_name(first)} and {shown_name(second)} overlap (bytes {begin} to {min(end, stop)})"
+            )
     return places
 
 

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from losa.data import IGNORED, PackedData
 from losa.distributed import check_kind
-from losa.errors import LosaError, NumericsError, OutputError
-from losa.files import reason, write_bytes, writing
+from losa.errors import LosaError, NumericsError, OutputError, reason
+from losa.files import write_bytes, writing
 from losa.loss import TokenLoss
 from losa.recipe import TrainConfig
 from losa_kernels import native

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from losa import __version__
-from losa.errors import OutputError
-from losa.files import check_output, is_ours, reason, recover, recover_all, remove_directory, write_json
+from losa.errors import OutputError, reason
+from losa.files import check_output, is_ours, recover, recover_all, remove_directory, write_json
 from losa.recipe import Recipe, work_path
 from losa.record import RunRecord
 from losa.report import RECORD

@@ -155,6 +155,20 @@ def test_data_with_named_parts(workspace, tmp_path, passed):
     assert "no such file or directory" in fail("run", recipe, "--data", tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("name, text", [("train.jsonl", '{"text": "mine"}\n'), ("heldout.jsonl", "")])
+def test_parts_replace_no_file_of_ones_own(workspace, tmp_path, passed, name, text):
+    data, parts = tmp_path / "a.jsonl", tmp_path / "out.data"
+    data.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(100)))
+    parts.mkdir()
+    (parts / name).write_text(text)
+    arguments = ("run", workspace / "recipe.yaml", "--data", data, "--output", tmp_path / "out")
+    assert f"would replace {parts / name}, which losa did not write" in fail(*arguments)
+    assert (parts / name).read_text() == text and len(list(parts.iterdir())) == 1
+    (parts / name).rename(tmp_path / name)
+    succeed(*arguments)
+    succeed(*arguments)
+
+
 def test_data_without_named_parts_is_split_by_rows(workspace, tmp_path, passed):
     rows = [{"text": f"row {i}"} for i in range(100)]
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
