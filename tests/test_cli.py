@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import losa.run
-from losa import __version__, cli
+from losa import __version__
 from losa.errors import LosaError, RecipeError
+from tests.command_line import fail, invoke, succeed
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -56,25 +56,6 @@ def passed(monkeypatch) -> dict:
     seen = {}
     monkeypatch.setattr(losa.run, "run_recipe", lambda recipe, **options: seen.update(recipe=recipe, **options))
     return seen
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-def succeed(*arguments) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.stderr or result.exception
-    return result.stdout
-
-
-def fail(*arguments) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 1, result.output
-    # After what other libraries may have shown: progress bars, once their modules are loaded.
-    message = result.stderr[result.stderr.rindex("losa: ") :]
-    assert message.endswith("\n") and "Traceback" not in result.output
-    return message
 
 
 def test_run_inspect_and_eval(workspace, tmp_path):

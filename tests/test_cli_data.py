@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig, MambaForCausalLM
-from typer.testing import CliRunner
 
-from losa import cli
 from losa.data import evaluation_tokens
 from losa.recipe import DataSource
+from tests.command_line import fail, invoke, succeed
 from tests.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
 
 VOCABULARY = len(CHARACTERS) + 2
@@ -23,23 +22,6 @@ LINE = "the small river runs past the old mill and on to the sea"
 def no_trace_in_the_environment(monkeypatch):
     """The command line sets this one when nobody watches; put back afterwards."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-def succeed(*arguments) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.stderr or result.exception
-    return result.stdout
-
-
-def fail(*arguments) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result.stderr[result.stderr.rindex("losa: ") :]
 
 
 def saved(model, directory, tokenizer=None):
