@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
-ARCHS = ("80", "90a", "120")
+ARCHS = ("80", "86", "89", "90a", "120")
 FOLDER = tempfile.TemporaryDirectory()
 
 ENTRY = re.compile(

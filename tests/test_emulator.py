@@ -101,6 +101,7 @@ def test_every_cuda_source_has_a_driver():
         ("beyond_dynamic_shared_memory", "heap-buffer-overflow"),
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
+        ("does_not_wait", "returns without wait_for_kernels_before"),
     ],
 )
 def test_planted_faults_are_reported(emulate, fault, message):

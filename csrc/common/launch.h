@@ -13,6 +13,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(LOSA_KERNELS_ONLY)
 
@@ -38,12 +40,45 @@
     LOSA_CUDA_CHECK(cudaGetLastError());                                  \
   } while (0)
 
+// LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs (from
+// compute capability 9.0 on; LOSA_DEPENDENT_LAUNCH=0 turns that off). Every thread of it calls wait_for_kernels_before
+// before it reads what that kernel wrote, or writes anything.
+#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                         \
+  LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
+                                           (stream), __VA_ARGS__))
+
 // LOSA_DYNAMIC_SHARED(type, name): in a kernel, the shared memory whose size the launch gave, as a type*.
 #define LOSA_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char losa_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(losa_dynamic_shared)
 
 namespace losa {
+
+inline bool may_launch_dependent() {
+  static const bool wanted = [] {
+    const char* const setting = std::getenv("LOSA_DEPENDENT_LAUNCH");
+    return setting == nullptr || std::strcmp(setting, "0") != 0;
+  }();
+  int device = 0, major = 0;
+  return wanted && cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                             cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = may_launch_dependent() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
 
 // Before a launch with more dynamic shared memory than every kernel may have.
 template <class Kernel>

@@ -136,6 +136,22 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)
   }
 }
 
+// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and what
+// they wrote can be read. Elsewhere they are complete from the start.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start, if LOSA_LAUNCH_DEPENDENT starts it, once every block has come here: it may
+// take the multiprocessors that this one leaves idle.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" :::);
+#endif
+}
+
 }  // namespace losa
 
 #endif

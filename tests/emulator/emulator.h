@@ -55,6 +55,14 @@
     ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });  \
   } while (0)
 
+#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                    \
+  do {                                                                                           \
+    static_cast<void>(stream);                                                                   \
+    ::emulator::machine.dependent = true;                                                        \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });         \
+    ::emulator::machine.dependent = false;                                                       \
+  } while (0)
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -101,6 +109,7 @@ struct Fiber {
   std::array<std::uint64_t, 32> seen{};
   unsigned members = 0;
   int count = 0;
+  bool waited = false;  // for the kernels before
   // Groups of asynchronous copies that have not happened; the last one is open.
   std::deque<std::vector<Copy>> copies;
 };
@@ -112,6 +121,7 @@ struct Machine {
   std::function<void()> body;
   std::vector<unsigned char> dynamic_shared;
   Fiber* current = nullptr;
+  bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -195,6 +205,7 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
   machine.body();
+  if (machine.dependent && !machine.current->waited) report("a dependent kernel returns without wait_for_kernels_before");
   machine.current->state = State::kDone;
   yield();
   std::abort();  // a finished fiber is not run again
@@ -215,6 +226,7 @@ inline void run(Fiber& fiber) {
 inline void prepare(Fiber& fiber, dim3 index) {
   fiber.index = index;
   fiber.copies.assign(1, {});
+  fiber.waited = false;
   make_ready(fiber);
   fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)

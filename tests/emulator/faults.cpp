@@ -2,6 +2,7 @@
 #include "emulator.h"
 
 #include "driver.h"
+#include "machine_emulator.h"
 
 __global__ void reverse(const int* from, int* to, bool with_barrier) {
   __shared__ int values[64];
@@ -47,6 +48,11 @@ __global__ void shuffle_from_outside_the_mask(int* to) {
   if (threadIdx.x < 16) to[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 20);
 }
 
+__global__ void does_not_wait(int* to) {
+  if (threadIdx.x != 5) losa::wait_for_kernels_before();
+  to[threadIdx.x] = 1;
+}
+
 // Sum of the block by shuffles, votes and matches, in the shapes that kernels use them.
 __global__ void collectives(const int* from, int* to) {
   const int lane = threadIdx.x % 32;
@@ -79,6 +85,7 @@ int main(int argc, char** argv) {
   if (fault == "beyond_dynamic_shared_memory") LOSA_LAUNCH(beyond_dynamic_shared_memory, 1, 64, 63 * 4, nullptr);
   if (fault == "lanes_that_never_come") LOSA_LAUNCH(lanes_that_never_come, 1, 64, 0, nullptr, out);
   if (fault == "shuffle_from_outside_the_mask") LOSA_LAUNCH(shuffle_from_outside_the_mask, 1, 64, 0, nullptr, out);
+  if (fault == "does_not_wait") LOSA_LAUNCH_DEPENDENT(does_not_wait, 1, 64, 0, nullptr, out);
   if (fault == "collectives") LOSA_LAUNCH(collectives, 1, 64, 0, nullptr, in, out);
   driver.write("to", to);
 }
