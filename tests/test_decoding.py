@@ -11,6 +11,7 @@ from test_sparse import LLAMA_KIND, build, greedy, thin
 from tiny import EPS, tiny_tokenizer
 
 from losa import decoding, token_graphs
+from losa.decoder_blocks import joined
 from losa.decoding import LeanDecoder
 from losa.errors import LosaError
 from losa.generation import generate
@@ -212,11 +213,11 @@ def test_joined_linears(name):
     ids = torch.arange(3, 20)
     expected = LeanDecoder(model, 20)(ids)
     for block in find_blocks(model)[1]:
-        before = block.mlp.up_proj.weight.clone()
+        before, attention = block.mlp.up_proj.weight.clone(), block.self_attn
         join_linears(block)
         assert torch.equal(block.mlp.up_proj.weight, before)
-        assert decoding._joined([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]) is not None
-        assert decoding._joined([block.mlp.up_proj, block.mlp.gate_proj]) is None
+        assert joined([linear.weight for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]) is not None
+        assert joined([block.mlp.up_proj.weight, block.mlp.gate_proj.weight]) is None
     found = LeanDecoder(model, 20)(ids)
     assert (found - expected).abs().max() <= 64 * EPS * expected.abs().max()
     assert thin(model).model.layers[0].mlp.gate_proj.group is not None

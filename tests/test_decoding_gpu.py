@@ -12,8 +12,8 @@ from tiny import EPS, tiny_llama, tiny_tokenizer, wrap
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from losa import decoding
 from losa import packed as files
+from losa.decoder_blocks import Block
 from losa.decoding import LeanDecoder
 from losa.generation import generate
 from losa.model import merge_model
@@ -176,11 +176,11 @@ def test_two_decoders_take_turns_on_gpu():
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_gpu(monkeypatch, caplog):
     """The text goes on by the plain loop, and the next one has graphs again."""
-    model, tokenizer, attend = build(*LLAMA_KIND["llama"]).cuda(), tiny_tokenizer(), decoding.attend
+    model, tokenizer, step = build(*LLAMA_KIND["llama"]).cuda(), tiny_tokenizer(), Block.step
 
-    def reading(q, *rest):
-        float(q.sum())  # no capture allows that
-        return attend(q, *rest)
+    def reading(self, x, *rest):
+        float(x.sum())  # no capture allows that
+        return step(self, x, *rest)
 
     def text():
         return generate(model, tokenizer, "hello", max_new_tokens=20, stop_at_eos=False).tokens
@@ -188,7 +188,7 @@ def test_a_capture_that_fails_on_gpu(monkeypatch, caplog):
     replays, stream = counted(monkeypatch), torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING, logger="losa"):
         with monkeypatch.context() as context:
-            context.setattr(decoding, "attend", reading)
+            context.setattr(Block, "step", reading)
             found = text()
         assert len(caplog.records) == 1 and not replays and torch.cuda.current_stream() == stream
         assert torch.randn(9, device="cuda").isfinite().all()
