@@ -17,8 +17,8 @@ from losa.errors import LosaError
 from losa.generation import generate
 from losa.model import find_blocks
 from losa.sparse import join_linears
-from losa.token_graphs import CudaRecorder, TokenGraphs
-from losa_kernels import native
+from losa.token_graphs import TokenGraphs
+from losa_kernels import cuda_graphs, native
 
 
 class Recorder:
@@ -180,10 +180,8 @@ def test_a_decoder_made_in_inference_mode_works_outside(recorders):
 
 def test_streams_and_graphs_of_recorders(monkeypatch):
     fake, device = FakeCuda(monkeypatch), torch.device("cuda:1")
-    monkeypatch.setattr(CudaRecorder, "_streams", {})
-    monkeypatch.setattr(CudaRecorder, "_broken", [])
     where = []
-    one, two = CudaRecorder(device), CudaRecorder(device)
+    one, two = cuda_graphs.Recorder(device), cuda_graphs.Recorder(device)
     replays = [recorder(lambda: where.append(fake.current)) for recorder in (one, one, two)]
     assert where[0] == where[1] != where[2] and fake.current == "user"
     for replay in replays:
@@ -193,11 +191,11 @@ def test_streams_and_graphs_of_recorders(monkeypatch):
     assert fake.log == ["replay"] * 3 + ["synchronize", "reset", "reset"]
     with pytest.raises(ZeroDivisionError):
         two(lambda: 1 / 0)
-    assert fake.current == "user" and len(CudaRecorder._broken) == 1
-    CudaRecorder(device)(lambda: where.append(fake.current))
+    assert fake.current == "user" and len(cuda_graphs._broken) == 1
+    cuda_graphs.Recorder(device)(lambda: where.append(fake.current))
     assert where[3] == where[0], "the stream of what was closed"
     del two, replays
-    CudaRecorder(device)(lambda: where.append(fake.current))
+    cuda_graphs.Recorder(device)(lambda: where.append(fake.current))
     assert where[4] in (where[0], where[2]) and fake.made == 2, "and of what was dropped"
 
 

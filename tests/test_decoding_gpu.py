@@ -19,9 +19,9 @@ from losa.generation import generate
 from losa.model import merge_model
 from losa.modules import SparseLinear
 from losa.speed import decode_speeds
-from losa.token_graphs import CudaRecorder
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
+from losa_kernels.cuda_graphs import Recorder
 
 
 def inputs_of(model, ids):
@@ -122,13 +122,13 @@ def test_graphs_on_gpu(monkeypatch, caplog, name, packed, dtype):
 
 def counted(monkeypatch):
     """A list that grows with every replay."""
-    replays, record = [], CudaRecorder.__call__
+    replays, record = [], Recorder.__call__
 
-    def counting(self, function):
-        replay = record(self, function)
+    def counting(self, function, *settings):
+        replay = record(self, function, *settings)
         return lambda: (replays.append(1), replay())
 
-    monkeypatch.setattr(CudaRecorder, "__call__", counting)
+    monkeypatch.setattr(Recorder, "__call__", counting)
     return replays
 
 
