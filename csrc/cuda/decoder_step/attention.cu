@@ -112,7 +112,7 @@ Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position
   STD_TORCH_CHECK(finished.scalar_type() == ScalarType::Int && finished.numel() >= queries && beside(finished, q),
                   "finished: expected an int32 for each of ", queries, " heads on the device of q");
   const DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = torch::stable::new_empty(q, {queries, size});
   const int heads = static_cast<int>(keys) * sets_of(static_cast<int>(queries), static_cast<int>(keys));
   const int runs = runs_for(heads, static_cast<int>(places), multiprocessors());
   Tensor parts = torch::stable::new_empty(q, {queries * runs * (size + 2)}, ScalarType::Float);
