@@ -137,20 +137,35 @@ def test_warp_operations(emulate):
         assert row[7] == ((lane + 1) % 8 if lane < 8 else -1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 8), (5, 40), (7, 129), (33, 64)])
-@pytest.mark.parametrize("more", [0, 3])
-def test_bitmask(emulate, shape, more):
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((1, 1), 9),
+        ((3, 7), 9),
+        ((5, 40), 9),
+        ((7, 129), 9),
+        ((33, 64), 9),
+        ((3, 6000), 1),
+        ((300, 56), 2),
+        ((2, 20000), 3),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 3, 8])
+def test_bitmask(emulate, shape, blocks, more):
+    """A thread has one byte, or many in rows that are shorter or longer than the way to its next one."""
     rows, columns = shape
     mask = torch.rand(rows, columns + more) < 0.5
     last = (rows - 1) * (columns + more) + columns  # the last row ends where its columns end
-    folder = emulate("bitmask", "pack", rows, columns, columns + more, bools=mask.flatten()[:last], result="packed")
+    folder = emulate(
+        "bitmask", "pack", rows, columns, columns + more, blocks, bools=mask.flatten()[:last], result="packed"
+    )
     packed = bitmask.pack_reference(mask[:, :columns])
     width = packed.shape[1]
     assert torch.equal(load(folder, "packed", np.uint8, rows, width), packed)
     wide = torch.full((rows, width + more), 0xA5, dtype=torch.uint8)
     wide[:, :width] = packed
     wide = wide.flatten()[: (rows - 1) * (width + more) + width]
-    folder = emulate("bitmask", "unpack", rows, columns, width + more, packed=wide, result="bools")
+    folder = emulate("bitmask", "unpack", rows, columns, width + more, blocks, packed=wide, result="bools")
     assert torch.equal(load(folder, "bools", np.bool_, rows, columns), mask[:, :columns])
 
 
