@@ -76,8 +76,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def token_on_gpu(decoder: LeanDecoder, prompt: torch.Tensor, device: str) -> dict:
-    """``host_ms``: launching a token. ``kernels_ms``, ``kernels``: what its kernels take without gaps, and how many they
-    are; ``small_kernels_ms``, ``small_kernels``: of those that take less than ``SMALL`` on average."""
+    """``host_ms``: launching a token. ``kernels_ms``, ``kernels``: what its kernels take without gaps, and how
+    many they are; ``small_kernels_ms``, ``small_kernels``: of those that take less than ``SMALL`` on average."""
     decoder.reset()
     token = decoder(prompt).argmax(-1, keepdim=True)
     for _ in range(3):
