@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._machine import machine as machine
+from benchmarks._machine import origin as origin
 from losa.speed import copy_bandwidth as copy_bandwidth
 from losa.speed import wait
-from losa_kernels import __version__, native
 
-ROOT = Path(__file__).parents[1]
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "llama2-7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
@@ -209,55 +205,3 @@ def write_rows(path: Path, document: dict) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text + "\n")
     temporary.replace(path)
-
-
-def machine(device: str) -> dict:
-    cpu = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), cpu
-        )
-    described = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
-    }
-    if device.startswith("cuda"):
-        described |= {"driver": driver(), "cuda": torch.version.cuda, "triton": version_of("triton")}
-    return described
-
-
-def origin() -> dict:
-    """Which code was measured, and when."""
-    return {"losa": __version__, "commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
-
-
-def commit() -> str:
-    """Of the checkout, "+" for changes in it; where there is no git what the file COMMIT says, or "unknown"."""
-    found = _output("git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*")
-    if found is None and (file := ROOT / "COMMIT").exists():
-        found = file.read_text().strip()
-    return found or "unknown"
-
-
-def driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

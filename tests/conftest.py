@@ -118,10 +118,17 @@ def synchronised(request):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
     """After an error that the CUDA context does not survive, every later test of this process would fail: it ends, and
-    pytest-xdist goes on in a new one. trylast: the report has been sent by then."""
+    pytest-xdist goes on in a new one. trylast: the report has been sent by then.
+
+    LOSA_FAILED_TESTS names a file that gets the names of failed tests while the others still run.
+    """
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    if report.failed and not worker and (file := os.environ.get("LOSA_FAILED_TESTS")):
+        with open(file, "a") as names:
+            names.write(f"{report.nodeid}\n")
     if report.when != "teardown" or not report.failed or not device_is_lost():
         return
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if worker:
         os._exit(1)
     pytest.exit(f"{report.nodeid}: the CUDA context is lost", returncode=1)
 
