@@ -1,9 +1,10 @@
 """Runs the steps of ``gpu_steps`` one after another, each in a process of its own with its own time limit and log.
 
 No step needs another but the build, and no failure ends the run: the next step begins. After each step the results in
-OUT (default: benchmarks/results/CARD, nothing without a GPU) are complete up to there: ``results.json`` (machine, steps, benchmark rows, smoke
-cases, failed tests; ``python -m benchmarks report`` reads it), ``logs.txt``, ``summary.txt``, ``ncu.csv``; of ``again``
-files of the same names that begin with "again-". Without a GPU every step says so.
+OUT (default: benchmarks/results/CARD, nothing without a GPU) are complete up to there: ``results.json`` (machine,
+steps, benchmark rows, smoke cases, failed tests; ``python -m benchmarks report`` reads it), ``logs.txt``,
+``summary.txt``, ``ncu.csv``; of ``again`` files of the same names that begin with "again-". Without a GPU every step
+says so.
 """
 
 from __future__ import annotations
