@@ -218,6 +218,6 @@ def failed(document: dict) -> Iterable[str]:
             yield f"step {step['step']}: {step['status']} {step['detail']}".rstrip()
     for row in document.get("smoke", []):
         if row["status"] != "PASS":
-            yield f"{row['name']}: {row.get('message') or '{error:.2g}, allowed {allowed:.2g}'.format(**row)}"
+            yield f"{row['name']}: {row.get('message') or 'error {error:.2g}, allowed {allowed:.2g}'.format(**row)}"
     for step, names in document.get("failed_tests", {}).items():
         yield from (f"{step}: {name}" for name in names)

@@ -44,7 +44,7 @@ class Run:
         self.document: dict = {"machine": {}, "origin": {}, "steps": self.steps, "benchmarks": {}}
         self.out: Path | None = None
         self.committed: Path | None = None  # where this card's results are by default
-        self.kernels = ""
+        self.kernels = ""  # a pattern of our kernels' names
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -145,6 +145,9 @@ class Run:
     def run(self, step: Step) -> None:
         if gpu_steps.missing(step):
             return self.record(step.name, SKIPPED, detail=f"{step.tool} not found")
+        if any("{kernels}" in part for part in step.command):
+            names = gpu_steps.python("tests/gpu_smoke.py", "--kernels")
+            self.kernels = last_line(self.call("kernels", names, min(PROBE_LIMIT, self.left()))[2])
         limit = min(step.limit, self.left())
         if limit < 1:
             return self.record(step.name, NO_TIME)
@@ -234,9 +237,6 @@ def main(argv: list[str], first: Callable[[], list[Step]] = gpu_steps.first) -> 
         run = Run(Path(folder), minutes, "again-" if argv else "")
         try:
             gpu = run.set_up()
-            if gpu:
-                _, _, log = run.call("kernels", gpu_steps.python("tests/gpu_smoke.py", "--kernels"), run.left())
-                run.kernels = last_line(log)
             for step in steps_again(previous(run.out, run.committed)) if argv else first():
                 if gpu:
                     run.run(step)
