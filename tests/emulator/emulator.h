@@ -28,8 +28,10 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -52,12 +54,14 @@
 #define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
   do {                                                                                    \
     static_cast<void>(stream); /* launches run to their end, one after another */         \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));      \
     ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });  \
   } while (0)
 
 #define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                    \
   do {                                                                                           \
     static_cast<void>(stream);                                                                   \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));             \
     ::emulator::machine.dependent = true;                                                        \
     ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });         \
     ::emulator::machine.dependent = false;                                                       \
@@ -122,6 +126,9 @@ struct Machine {
   std::vector<unsigned char> dynamic_shared;
   Fiber* current = nullptr;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
+  int device = 0;
+  int attributes_set = 0;
+  std::map<std::pair<int, const void*>, int> allowed;  // dynamic shared memory of a kernel on a device, in bytes
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -283,6 +290,15 @@ inline void run_block() {
     if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) return;
     if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
   }
+}
+
+// Without leave a kernel gets 48 KB at most, on every device anew.
+inline void check_shared(const void* kernel, std::size_t bytes) {
+  const auto found = machine.allowed.find({machine.device, kernel});
+  const std::size_t allowed = found == machine.allowed.end() ? 48 << 10 : static_cast<std::size_t>(found->second);
+  if (bytes <= allowed) return;
+  std::fprintf(stderr, "emulator: %zu bytes of shared memory, %zu are allowed on this device\n", bytes, allowed);
+  std::_Exit(kExitStatus);
 }
 
 inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body) {
