@@ -42,6 +42,19 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // The same where every byte of the bitmask has per_byte bits: N:M with m = 4 or 8
   library.def("sparse_linear_nm(Tensor x, Tensor values, Tensor bitmask, int per_byte, Tensor? bias) -> Tensor");
 
+  // One token of a decoder, on GPUs only. x (rows, n) += update; then its RMS norm times weight (n,)
+  library.def("add_rms_norm(Tensor(a!) x, Tensor? update, Tensor weight, float eps) -> Tensor");
+  // heads (queries + 2 keys, size), cos and sin (places, size), position int64 (1,), cache (2, keys, places, size)
+  // -> queries, turned as the keys are; keys and values go into the cache
+  library.def(
+      "rotate_and_store(Tensor heads, Tensor cos, Tensor sin, Tensor position, Tensor(a!) cache, Tensor? q_norm, Tensor? "
+      "k_norm, float eps) -> Tensor");
+  // q (queries, size) over places 0 to position of the cache; finished int32 (queries,), zero before and afterwards
+  library.def(
+      "attend_cache(Tensor q, Tensor cache, Tensor position, int places, float scaling, Tensor(a!) finished) -> Tensor");
+  // (..., 2 n) -> silu(gate) * up (..., n)
+  library.def("gated_silu(Tensor gate_up) -> Tensor");
+
   // features (L, n, p), dense rows -> fp64 (L, n, n), the Gram of each layer's samples less their mean
   library.def("gram(Tensor features) -> Tensor");
 

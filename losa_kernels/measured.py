@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
+
+from losa_kernels.cuda_graphs import capturing
 
 logger = logging.getLogger("losa_kernels")
 
@@ -36,7 +37,6 @@ class Choice(NamedTuple):
 
 
 _choices: dict[tuple, Choice] = {}
-_measuring = threading.Lock()
 
 
 def choices() -> list[Choice]:
@@ -75,7 +75,7 @@ def fastest(
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return table
-        with _measuring:
+        with capturing:  # it waits for the device
             if place not in _choices:
                 _choices[place] = _measure(op, key, candidates, device, table)
     return _choices[place].chosen

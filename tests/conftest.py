@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import drivers, emulate  # noqa: F401  fixtures
 
 try:
     from hypothesis import settings

@@ -243,7 +243,7 @@ def test_threads_take_turns(recorder, plain):
 
 def test_streams_of_captures(monkeypatch):
     fake, device = FakeCuda(monkeypatch), torch.device("cuda:0")
-    capture = graph.CudaCapture(kept=2)
+    capture = graph.CudaCapture()
     assert capture.place(torch.device("cpu")) is None
     assert capture.place(device) == (device, "user")
     fake.capturing = True
@@ -277,7 +277,7 @@ def test_streams_of_captures(monkeypatch):
     assert streams[4:] == [warm, one, warm, one], "the stream of what was closed, also after a failure"
     with pytest.raises(ZeroDivisionError):
         capture(lambda: 1 / 0, device)
-    assert fake.log[-1] == "user waits" and fake.current == "user"
+    assert fake.log[-2:] == ["user waits", "synchronize"] and fake.current == "user" and fake.made == 3
 
 
 class Counting(graph.CudaCapture):
