@@ -2,8 +2,8 @@
 
 Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
 formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff, which lives as long as
-the call, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes in
-slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With
+the call, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes
+in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With
 dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference

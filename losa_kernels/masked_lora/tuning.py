@@ -1,10 +1,10 @@
 """What the Triton masked-LoRA linear decides before it launches: fused or composed, and which tile.
 
-``LOSA_MASKED_LORA`` = ``auto`` (default) | ``fused`` | ``compose``; read at every call. ``auto`` and the tiles are chosen
-by measurement at the first call of a shape (``losa_kernels.measured``: ``LOSA_AUTOTUNE``). Where nothing is measured, the
-way is what ``fused`` and ``fused_projection`` predict, and the tile is the first of its list that the device has the
-shared memory for. Tiles differ in their order of summation, so torch's deterministic mode measures nothing: runs repeat
-bit for bit.
+``LOSA_MASKED_LORA`` = ``auto`` (default) | ``fused`` | ``compose``; read at every call. ``auto`` chooses the way by
+measurement at the first call of a shape, as the tile always is (``losa_kernels.measured``: ``LOSA_AUTOTUNE``). Where
+nothing is measured, the way is what ``fused`` and ``fused_projection`` predict, and the tile is the first of its list
+that the device has the shared memory for. Tiles differ in their order of summation, so torch's deterministic mode
+measures nothing: runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def run_fastest(
     fitting = {name: run for name, run in candidates.items() if (op, key, device, name) not in _too_large}
     # Where nothing fits, the last one says why.
     fitting = fitting or dict([list(candidates.items())[-1]])
-    chosen = measured.fastest(op, key, fitting, device, table if table in fitting else next(iter(fitting)))
-    for name in (chosen, *(other for other in fitting if other != chosen)):
+    chosen = measured.fastest(op, key, fitting, device, table)
+    for name in sorted(fitting, key=lambda name: name != chosen):
         try:
             return fitting[name]()
         except OutOfResources as error:
@@ -219,8 +219,8 @@ class Machine(NamedTuple):
 # H100: measured on one (benchmarks/results/nvidia-h100-80gb-hbm3.json, 4096 x 4096, rank 8, 4096 tokens): the GEMM
 # (171 us), the fused kernel by its tile of 64 x 128 (487 and 749 us), G in registers (283 us), a copy. How the 283 us
 # divide is inferred: 40 for the projection, which is what a kernel that loads G in fp32 took beyond loading it. The
-# projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions. It stands for
-# 8.6, 8.9 and 12.0 as well, whose operations a byte are about as many.
+# projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions. The A100
+# stands for 8.6, 8.9 and 12.0 as well, whose operations a byte are about as many.
 MACHINES = {
     90: Machine(800e12, 350e12, 229e12, 566e12, 2.4e-12, 2.99e12, 132),
     80: Machine(250e12, 109e12, 72e12, 177e12, 4.5e-12, 1.6e12, 108),
