@@ -198,6 +198,17 @@ def test_wanda_of_long_rows(emulate, columns):
         assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
 
 
+def test_wanda_of_the_largest_keys(emulate):
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
+    weight[1, ::2] = 0x3F800000
+    arrays = {"weight": weight, "norms": torch.ones(24)}
+    packed = load(emulate("sweep", "wanda", 2, 24, 24, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert not packed.any()
+    packed = load(emulate("sweep", "wanda", 2, 24, 12, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert torch.equal(unpack_mask(packed, 24)[1], torch.arange(24) % 2 == 1)
+
+
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("m", [0, 4, 16])
 @pytest.mark.parametrize("columns", [16, 272])
