@@ -102,6 +102,8 @@ def test_every_cuda_source_has_a_driver():
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
         ("does_not_wait", "returns without wait_for_kernels_before"),
+        ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
+        ("too_many_blocks_together", "invalid launch"),
     ],
 )
 def test_planted_faults_are_reported(emulate, fault, message):
@@ -118,6 +120,18 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
 
     assert all(right("with_barrier", seed) for seed in range(4))
     assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_a_missing_grid_barrier_shows_under_some_order(emulate):
+    values = np.arange(64, dtype=np.int32)
+    expected = np.roll(values, 32) + 100 * values
+
+    def right(kernel, seed):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        return bool((np.fromfile(folder / "to", np.int32)[:64] == expected).all())
+
+    assert all(right("blocks_together", seed) for seed in range(4))
+    assert not all(right("no_grid_barrier", seed) for seed in range(4))
 
 
 def test_warp_operations(emulate):

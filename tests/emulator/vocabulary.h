@@ -159,4 +159,9 @@ namespace losa {
 template <class Kernel>
 void allow_shared_memory(Kernel*, int) {}
 
+template <class Kernel>
+int64_t resident_blocks(Kernel*, int, std::size_t) {
+  return emulator::kMostTogether;
+}
+
 }  // namespace losa
