@@ -46,12 +46,13 @@ def block(weight, factor, sparsity, repetitions, limit, device) -> list[dict]:
     """The bound of the first column block."""
     rows, columns = weight.shape[0], min(BLOCK, weight.shape[1])
     count = reference.prune_count(sparsity, rows * columns)
+    counts = torch.tensor([count], device=device)
     scratch = weight.new_empty(rows * columns).view(rows, columns)
     state = torch.zeros(STATE, dtype=torch.int32, device=device)
     diagonal = factor.diagonal()[:columns]
 
     def ours(_):
-        torch.ops.losa.select_block(weight, factor, 0, columns, count, None, scratch, state)
+        torch.ops.losa.select_block(weight, factor, 0, columns, counts, 0, None, scratch, state)
 
     def kthvalue(_):
         scores = (weight[:, :columns] / diagonal).square_()

@@ -45,6 +45,8 @@ def test_every_cuda_source_has_a_driver():
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
         ("does_not_wait", "returns without wait_for_kernels_before"),
+        ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
+        ("too_many_blocks_together", "invalid launch"),
     ],
 )
 def test_planted_faults_are_reported(emulate, fault, message):
@@ -61,6 +63,18 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
 
     assert all(right("with_barrier", seed) for seed in range(4))
     assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_a_missing_grid_barrier_shows_under_some_order(emulate):
+    values = np.arange(64, dtype=np.int32)
+    expected = np.roll(values, 32) + 100 * values
+
+    def right(kernel, seed):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        return bool((np.fromfile(folder / "to", np.int32)[:64] == expected).all())
+
+    assert all(right("blocks_together", seed) for seed in range(4))
+    assert not all(right("no_grid_barrier", seed) for seed in range(4))
 
 
 def test_warp_operations(emulate):
@@ -154,6 +168,17 @@ def test_wanda_of_long_rows(emulate, columns):
         folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
         expected = reference.smallest(weight.abs() * norms, columns // 3)
         assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
+
+
+def test_wanda_of_the_largest_keys(emulate):
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
+    weight[1, ::2] = 0x3F800000
+    arrays = {"weight": weight, "norms": torch.ones(24)}
+    packed = load(emulate("sweep", "wanda", 2, 24, 24, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert not packed.any()
+    packed = load(emulate("sweep", "wanda", 2, 24, 12, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert torch.equal(unpack_mask(packed, 24)[1], torch.arange(24) % 2 == 1)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])

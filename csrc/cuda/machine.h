@@ -192,6 +192,16 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Returns when *counter is at least `goal`; what was written before another block added to it can then be read.
+__device__ __forceinline__ void wait_for_count(const int* counter, int goal) {
+  int found;
+  for (;;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    if (found >= goal) return;
+    __nanosleep(32);
+  }
+}
+
 }  // namespace losa
 
 #endif

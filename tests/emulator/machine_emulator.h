@@ -123,6 +123,10 @@ inline void wait_for_kernels_before() {
 
 inline void let_next_kernel_start() {}
 
+inline void wait_for_count(const int* counter, int goal, LOSA_SITE) {
+  emulator::wait_for_other_blocks([=] { return *counter >= goal; }, "wait_for_count", file, line);
+}
+
 // Element `index` of the pairs that a warp operation brought from each lane.
 template <bool kHalf>
 float fragment(const std::array<std::uint64_t, 32>& seen, int lane, int index) {

@@ -197,4 +197,9 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+template <class Kernel>
+int64_t resident_blocks(Kernel*, int, std::size_t) {
+  return emulator::kMostTogether;
+}
+
 }  // namespace losa
