@@ -66,11 +66,12 @@ STABLE_TORCH_LIBRARY(losa, library) {
       "Tensor");
   // int64 (ceil(in_features / block_size),): entries of each column block that the packed mask lacks
   library.def("pruned_per_block(Tensor mask, int in_features, int block_size) -> Tensor");
-  // Which `count` entries of columns [start, end) have the smallest (w / u_jj)^2, what mask lacks first: state[:3] =
-  // (key, column, row), see sweep_block. state: int32, zero before its first use; scratch: float, out x (end - start).
+  // Which counts[index] (int64) entries of columns [start, end) have the smallest (w / u_jj)^2, what mask lacks first:
+  // state[:3] = (key, column, row), see sweep_block. state: int32, zero before its first use; scratch: float,
+  // out x (end - start).
   library.def(
-      "select_block(Tensor weight, Tensor factor, int start, int end, int count, Tensor? mask, Tensor(a!) scratch, "
-      "Tensor(b!) state) -> ()");
+      "select_block(Tensor weight, Tensor factor, int start, int end, Tensor counts, int index, Tensor? mask, "
+      "Tensor(a!) scratch, Tensor(b!) state) -> ()");
   // SparseGPT's sweep of columns [start, end): weight is compensated inside the block, errors (out, end - start)
   // written, loss added to, kept (packed) set. m = 0: scores go whose bits are below key, or equal to it in the first
   // `column` columns or the first `row` rows of the next one. m > 0: `prune` of each group of m, from updated weights.

@@ -45,6 +45,8 @@ def test_every_cuda_source_has_a_driver():
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
         ("does_not_wait", "returns without wait_for_kernels_before"),
+        ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
+        ("too_many_blocks_together", "invalid launch"),
     ],
 )
 def test_planted_faults_are_reported(emulate, fault, message):
@@ -61,6 +63,18 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
 
     assert all(right("with_barrier", seed) for seed in range(4))
     assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_a_missing_grid_barrier_shows_under_some_order(emulate):
+    values = np.arange(64, dtype=np.int32)
+    expected = np.roll(values, 32) + 100 * values
+
+    def right(kernel, seed):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        return bool((np.fromfile(folder / "to", np.int32)[:64] == expected).all())
+
+    assert all(right("blocks_together", seed) for seed in range(4))
+    assert not all(right("no_grid_barrier", seed) for seed in range(4))
 
 
 def test_warp_operations(emulate):
@@ -80,20 +94,35 @@ def test_warp_operations(emulate):
         assert row[7] == ((lane + 1) % 8 if lane < 8 else -1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 8), (5, 40), (7, 129), (33, 64)])
-@pytest.mark.parametrize("more", [0, 3])
-def test_bitmask(emulate, shape, more):
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((1, 1), 9),
+        ((3, 7), 9),
+        ((5, 40), 9),
+        ((7, 129), 9),
+        ((33, 64), 9),
+        ((3, 6000), 1),
+        ((300, 56), 2),
+        ((2, 20000), 3),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 3, 8])
+def test_bitmask(emulate, shape, blocks, more):
+    """A thread has one byte, or many in rows that are shorter or longer than the way to its next one."""
     rows, columns = shape
     mask = torch.rand(rows, columns + more) < 0.5
     last = (rows - 1) * (columns + more) + columns  # the last row ends where its columns end
-    folder = emulate("bitmask", "pack", rows, columns, columns + more, bools=mask.flatten()[:last], result="packed")
+    folder = emulate(
+        "bitmask", "pack", rows, columns, columns + more, blocks, bools=mask.flatten()[:last], result="packed"
+    )
     packed = bitmask.pack_reference(mask[:, :columns])
     width = packed.shape[1]
     assert torch.equal(load(folder, "packed", np.uint8, rows, width), packed)
     wide = torch.full((rows, width + more), 0xA5, dtype=torch.uint8)
     wide[:, :width] = packed
     wide = wide.flatten()[: (rows - 1) * (width + more) + width]
-    folder = emulate("bitmask", "unpack", rows, columns, width + more, packed=wide, result="bools")
+    folder = emulate("bitmask", "unpack", rows, columns, width + more, blocks, packed=wide, result="bools")
     assert torch.equal(load(folder, "bools", np.bool_, rows, columns), mask[:, :columns])
 
 
@@ -139,6 +168,17 @@ def test_wanda_of_long_rows(emulate, columns):
         folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
         expected = reference.smallest(weight.abs() * norms, columns // 3)
         assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
+
+
+def test_wanda_of_the_largest_keys(emulate):
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
+    weight[1, ::2] = 0x3F800000
+    arrays = {"weight": weight, "norms": torch.ones(24)}
+    packed = load(emulate("sweep", "wanda", 2, 24, 24, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert not packed.any()
+    packed = load(emulate("sweep", "wanda", 2, 24, 12, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert torch.equal(unpack_mask(packed, 24)[1], torch.arange(24) % 2 == 1)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])

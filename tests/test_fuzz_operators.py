@@ -173,7 +173,7 @@ def block(r):
 def select_block(r):
     a, mask = block(r)
     entries = len(a["weight"]) * (a["end"] - a["start"])
-    a |= {"count": r.randint(0, entries), "mask": mask, "scratch": torch.zeros(entries)}
+    a |= {"counts": torch.tensor([r.randint(0, entries)]), "index": 0, "mask": mask, "scratch": torch.zeros(entries)}
     return a | {"state": torch.zeros(r.choice((3, 4096)), dtype=torch.int32)}
 
 
