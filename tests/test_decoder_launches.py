@@ -10,6 +10,7 @@ from test_sparse import LLAMA_KIND, build, thin
 from tiny import EPS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from losa.decoder_blocks import join, joined
 from losa.decoding import LeanDecoder
 from losa.model import find_blocks
 from losa.sparse import join_linears
@@ -96,6 +97,26 @@ def test_nine_kernels_a_block_on_gpu(name, monkeypatch):
     ]
     # Besides: the token's copy, its embedding, the output layer, the likeliest token and what is left for the next one.
     assert len(kernels) <= 9 * blocks + 12, kernels
+
+
+def test_rows_of_one_tensor_are_still_the_models_parameters():
+    model = build(*LLAMA_KIND["llama"]).requires_grad_(True)
+    with torch.no_grad():
+        expected = model(torch.arange(9)[None], use_cache=False).logits
+    mlp = model.model.layers[0].mlp
+    pair, before = [mlp.gate_proj, mlp.up_proj], [mlp.gate_proj.weight, mlp.up_proj.weight]
+    assert joined([weight.detach() for weight in before]) is None
+    for _ in range(2):
+        join(pair, "weight")
+        weight = joined([linear.weight.detach() for linear in pair])
+        assert torch.equal(weight, torch.cat(before)) and weight.data_ptr() == before[0].data_ptr()
+        assert all(linear.weight is one and one.requires_grad for linear, one in zip(pair, before, strict=True))
+    logits = model(torch.arange(9)[None], use_cache=False).logits
+    assert torch.equal(logits, expected)
+    logits.sum().backward()
+    assert mlp.up_proj.weight.grad.shape == mlp.up_proj.weight.shape
+    join([mlp.gate_proj, mlp.down_proj], "weight")
+    assert joined([mlp.gate_proj.weight.detach(), mlp.down_proj.weight.detach()]) is None
 
 
 def test_biases_lie_together_and_stay_the_models():

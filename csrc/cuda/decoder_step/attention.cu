@@ -67,6 +67,7 @@ void launch_attention(FloatType type, const Attention& job, int runs, cudaStream
 #include <torch/csrc/stable/ops.h>
 
 #include "common/tensor_checks.h"
+#include "cuda/per_device.h"
 
 namespace losa::decoder_step {
 namespace {
@@ -78,10 +79,13 @@ using torch::stable::accelerator::DeviceGuard;
 constexpr int64_t kMostRowBytes = 512;
 
 int multiprocessors() {
-  int device = 0, count = 0;
-  LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  static PerDevice<> counts;
+  return counts.get(0, [] {
+    int device = 0, count = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  });
 }
 
 bool beside(const Tensor& tensor, const Tensor& first) {
