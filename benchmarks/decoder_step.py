@@ -1,7 +1,7 @@
 """What stands between the products of a decode step: our kernel for each against the same in plain PyTorch calls.
 
-``fraction_of_copy_bandwidth``: the time to move each byte once at copy speed over the time taken. ``host_ms``: launching
-it, which a CUDA graph hides and a plain loop does not.
+``fraction_of_copy_bandwidth``: the time to move each byte once at copy speed over the time taken. ``host_ms``:
+launching it, which a CUDA graph hides.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
     normal = partial(torch.randn, device=args.device, dtype=dtype)
     repetitions = 5 if args.quick else 15
     cos, sin = normal(PLACES[-1], size), normal(PLACES[-1], size)
+    finished, scaling = torch.zeros(queries, dtype=torch.int32, device=args.device), size**-0.5
     found = []
     problems: dict[str, tuple[str, Callable[[], tuple], Callable[[tuple], int]]] = {
         "residual and norm": (
@@ -48,7 +49,6 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
     }
     for places in PLACES[:1] if args.quick else PLACES:
         at = torch.tensor([places - 1], device=args.device)
-        finished = torch.zeros(queries, dtype=torch.int32, device=args.device)
 
         def cache(places=places):
             return normal(2, keys, places, size)
@@ -60,14 +60,7 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
         )
         problems[f"attention, {places}"] = (
             "attend_cache",
-            lambda at=at, cache=cache, places=places: (
-                normal(queries, size),
-                cache(),
-                at,
-                places,
-                size**-0.5,
-                finished,
-            ),
+            lambda at=at, cache=cache, places=places: (normal(queries, size), cache(), at, places, scaling, finished),
             lambda a: 2 * a[0].nbytes + a[1].nbytes,
         )
     for label, (name, make, moved) in problems.items():
@@ -76,10 +69,8 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
         count = rotation(sum(t.nbytes for t in first if isinstance(t, Tensor)), args.device, repetitions)
         given = [first, *(make() for _ in range(count - 1))]
         check(name, given[0])
-        runs = {
-            "plain": lambda i, f=getattr(reference, name), g=given: f(*g[i % len(g)]),
-            "losa": lambda i, f=getattr(decoder_step, name), g=given: f(*g[i % len(g)]),
-        }
+        functions = {"plain": getattr(reference, name), "losa": getattr(decoder_step, name)}
+        runs = {which: partial(in_turn, function, given) for which, function in functions.items()}
         times = interleaved(runs, repetitions, args.device)
         for row in rows(times, "plain", op=label, model=model, dtype=str(dtype).removeprefix("torch.")):
             row["fraction_of_copy_bandwidth"] = bytes_moved / (row["median_ms"] / 1e3) / limit
@@ -87,6 +78,10 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
                 row["host_ms"] = 1e3 * host_seconds(runs[row["implementation"]], args.device)
             found.append(row)
     return found
+
+
+def in_turn(function: Callable, given: list[tuple], i: int) -> Tensor:
+    return function(*given[i % len(given)])
 
 
 def check(name: str, given: tuple) -> None:
