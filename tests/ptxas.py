@@ -18,7 +18,7 @@ import sass
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "86", "89", "90a", "120")
 FOLDER = tempfile.TemporaryDirectory()

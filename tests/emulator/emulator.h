@@ -5,7 +5,7 @@
 // operation; which one runs next is drawn from a seed, and one warp is let far ahead of the others, so that a result
 // that depends on the order (a missing barrier) changes with the seed. Reported, with exit status 3: a barrier that not
 // all threads of the block reach, or reach at different lines; a warp operation that waits for lanes which never come;
-// a shuffle from a lane that takes no part.
+// a shuffle from a lane that takes no part; a bulk copy that nobody waits for, or a wait for one that was seen already.
 // Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
 // the address sanitizer sees accesses beyond either.
 //
@@ -28,6 +28,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -86,11 +87,21 @@ namespace emulator {
 constexpr std::size_t kStackBytes = 256 << 10;
 constexpr int kExitStatus = 3;
 
-enum class State { kReady, kBarrier, kWarp, kDone };
+enum class State { kReady, kBarrier, kWarp, kCopy, kDone };
 
 struct Copy {
   void* to;
   const void* from;
+};
+
+// A barrier in shared memory that tells when a bulk copy is there.
+struct CopyBarrier {
+  bool published = false;
+  bool asked = false;  // a copy that has not happened
+  Copy copy{};
+  std::size_t bytes = 0;
+  unsigned phase = 0, waited = 0;  // copies that are complete, and of these what somebody waited for
+  std::map<const void*, unsigned> seen;  // by each fiber
 };
 
 struct Fiber {
@@ -122,6 +133,8 @@ struct Machine {
   std::vector<unsigned char> dynamic_shared;
   Fiber* current = nullptr;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
+  bool has_bulk_copies = true;  // as from compute capability 9.0 on
+  std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -280,8 +293,11 @@ inline void run_block() {
   std::size_t warp = 0, fiber = 0;
   for (;;) {
     while (pick(&warp, &fiber)) run(machine.fibers[fiber]);
-    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) return;
+    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) break;
     if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
+  }
+  for (const auto& [address, barrier] : machine.copy_barriers) {
+    if (barrier.asked || barrier.waited != barrier.phase) report("a bulk copy that nobody waits for");
   }
 }
 
@@ -314,6 +330,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::functio
   for (std::size_t index : blocks) {
     blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
     machine.dynamic_shared = std::vector<unsigned char>(shared_bytes, 0xcb);
+    machine.copy_barriers.clear();
     for (std::size_t i = 0; i < threads; ++i) {
       prepare(machine.fibers[i], dim3(i % block.x, i / block.x % block.y, i / block.x / block.y));
     }
