@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from benchmarks._sparse import kept_mask
+from benchmarks._timing import host_seconds
 from losa.decoding import LeanDecoder
 from losa.model import block_linears, find_blocks
 from losa.modules import SparseLinear
@@ -26,10 +28,11 @@ SIZES = {
 # Of the logits' norm. Both sides round every layer's results to 8 bits in an order of their own; another function is
 # off by about 1.
 ALLOWED = 0.1
+SMALL = 4e-6  # seconds: a kernel that takes less is a crumb between the products
 
 
 @torch.inference_mode()
-def rows(args: argparse.Namespace) -> list[dict]:
+def rows(args: argparse.Namespace) -> Iterator[dict]:
     """A row for each pattern ("50%", "2:4") and way to hold the weights.
 
     Raises SystemExit: packed and dense logits differ.
@@ -37,13 +40,12 @@ def rows(args: argparse.Namespace) -> list[dict]:
     dense = random_llama(args.random, args.layers, args.device)
     packed = random_llama(args.random, args.layers, args.device, like=dense)
     bandwidth = copy_bandwidth(args.device, 128)
-    found = []
     for pattern in patterns(args.sparsity):
         fill(dense, pattern)
         pack(dense, packed)
         prompt = torch.arange(3, 11, device=args.device)
         decoders = {
-            name: LeanDecoder(model, len(prompt) + args.tokens)
+            name: LeanDecoder(model, len(prompt) + max(args.tokens, 8))
             for name, model in (("losa, dense", dense), ("losa, packed", packed))
         }
         compare(decoders, prompt)
@@ -56,7 +58,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
         base = statistics.median(times["losa, dense"])
         for name, model in (("losa, dense", dense), ("losa, packed", packed)):
             seconds, moved = statistics.median(times[name]), bytes_per_token(model)
-            found.append({
+            yield {
                 "op": "decode",
                 "model": args.random,
                 "layers": len(decoders[name].blocks),
@@ -68,9 +70,27 @@ def rows(args: argparse.Namespace) -> list[dict]:
                 "speedup_over_losa, dense": base / seconds,
                 "bytes_per_token": moved,
                 "fraction_of_copy_bandwidth": moved / seconds / bandwidth,
-            })  # fmt: skip
+                **(token_on_gpu(decoders[name], prompt, args.device) if args.device.startswith("cuda") else {}),
+            }  # fmt: skip
         del decoders
-    return found
+
+
+def token_on_gpu(decoder: LeanDecoder, prompt: torch.Tensor, device: str) -> dict:
+    """``host_ms``: launching a token. ``kernels_ms``, ``kernels``: what its kernels take without gaps, and how
+    many they are; ``small_kernels_ms``, ``small_kernels``: of those that take less than ``SMALL`` on average."""
+    decoder.reset()
+    token = decoder(prompt).argmax(-1, keepdim=True)
+    for _ in range(3):
+        token = decoder.likeliest(token)
+    row = {"host_ms": 1e3 * host_seconds(lambda _: decoder.likeliest(token), device, 3)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        decoder.likeliest(token)
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    small = [e for e in events if e.self_device_time_total / e.count < 1e6 * SMALL]
+    for name, part in (("kernels", events), ("small_kernels", small)):
+        row |= {name: sum(e.count for e in part), f"{name}_ms": sum(e.self_device_time_total for e in part) / 1e3}
+    return row
 
 
 def patterns(text: str) -> list[str]:

@@ -11,11 +11,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks._timing import SHAPES, machine, report, write_rows
+from benchmarks._timing import SHAPES, machine, origin, report, rotation, write_rows
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "4:8", "2:8")
-BEYOND_CACHE = 96 << 20  # bytes that a candidate goes through before it meets the same weight again
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,7 @@ def run_slices(
                 for row in measure(shape, pattern)
             ]
             if args.json is not None:
-                write_rows(args.json, {"benchmark": name, "machine": here, "rows": results})
+                write_rows(args.json, {"benchmark": name, "machine": here, "origin": origin(), "rows": results})
     if not args.resume:
         report(name, results, args.json, args.device)
     return results
@@ -87,9 +86,9 @@ def pack(weight: Tensor, kept: Tensor, pattern: str):
     return pack_nm(weight, pack_mask(kept), *(int(part) for part in pattern.split(":")))
 
 
-def copies(thing, most: int) -> list:
-    """The tensor or packed weight and clones of it, BEYOND_CACHE bytes in all but no more than ``most``."""
-    count = min(most, max(2, -(-BEYOND_CACHE // max(1, thing.nbytes))))
+def copies(thing, repetitions: int) -> list:
+    """The tensor or packed weight and clones of it, which together exceed the device's cache; see ``rotation``."""
+    count = rotation(thing.nbytes, thing.device, repetitions)
     return [thing, *(clone(thing) for _ in range(count - 1))]
 
 

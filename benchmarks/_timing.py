@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._machine import machine as machine
+from benchmarks._machine import origin as origin
 from losa.speed import copy_bandwidth as copy_bandwidth
 from losa.speed import wait
-from losa_kernels import native
 
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
@@ -28,6 +30,8 @@ SHAPES = {
 BACKLOG_CYCLES = 4_000_000  # about two milliseconds of a GPU's time
 # Short kernels are timed in bursts: between two events lie some 2 us even where nothing runs.
 BURST_SECONDS, LONGEST_BURST = 200e-6, 20
+# Of the cache: bytes that a candidate goes through before it meets the same data again. A CPU's is taken as 24 MB.
+TIMES_CACHE, CPU_CACHE = 4, 24 << 20
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -36,6 +40,33 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine's description")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def beyond_cache(device: str | torch.device) -> int:
+    """Bytes to rotate through so that nothing is in the cache when its turn comes again."""
+    if torch.device(device).type == "cuda":
+        return TIMES_CACHE * torch.cuda.get_device_properties(device).L2_cache_size
+    return TIMES_CACHE * CPU_CACHE
+
+
+def rotation(nbytes: int, device: str | torch.device, repetitions: int) -> int:
+    """How many things of that size to rotate through: at least two, and no more than ``repetitions`` come to."""
+    runs = (repetitions + 1) * (LONGEST_BURST if torch.device(device).type == "cuda" else 1)
+    return max(2, min(runs, -(-beyond_cache(device) // max(1, nbytes))))
+
+
+@contextlib.contextmanager
+def setting(name: str, value: str):
+    """An environment variable that a kernel reads at every call."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def interleaved(
@@ -81,6 +112,19 @@ def seconds(run: Callable[[int], object], repetition: int, device: str, burst: i
     start = time.perf_counter()
     run(repetition)
     return time.perf_counter() - start
+
+
+def host_seconds(run: Callable[[int], object], device: str, runs: int = 5) -> float:
+    """Until the host has launched a run on an idle GPU: what a backlog hides, and a lone run does not. Of a run that
+    waits for the GPU, its whole time."""
+    times = []
+    for i in range(runs):
+        wait(device)
+        start = time.perf_counter()
+        run(i)
+        times.append(time.perf_counter() - start)
+    wait(device)
+    return statistics.median(times)
 
 
 def kernel_seconds(run: Callable[[int], object], runs: int) -> float | None:
@@ -134,16 +178,21 @@ def rows(times: dict[str, list[float]], baseline: str, **fields) -> list[dict]:
     ]
 
 
-def report(name: str, results: Sequence[dict], path: Path | None, device: str) -> None:
-    """Print the rows as a table; write them with the machine's description as JSON."""
-    columns = list(dict.fromkeys(key for row in results for key in row))
-    table = Table(*columns, title=name)
+def report(name: str, results: Iterable[dict], path: Path | None, device: str) -> None:
+    """Print the rows as a table; write them with the machine's description as JSON, again after each row, so that a
+    benchmark that is ended leaves what it has measured."""
+    document = {"benchmark": name, "machine": machine(device), "origin": origin(), "rows": []}
+    found = document["rows"]
     for row in results:
+        found.append(row)
+        if path is not None:
+            write_rows(path, document)
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    table = Table(*columns, title=name)
+    for row in found:
         cells = (row.get(c, "") for c in columns)
         table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
     Console(width=200).print(table)
-    if path is not None:
-        write_rows(path, {"benchmark": name, "machine": machine(device), "rows": list(results)})
 
 
 def write_rows(path: Path, document: dict) -> None:
@@ -156,19 +205,3 @@ def write_rows(path: Path, document: dict) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text + "\n")
     temporary.replace(path)
-
-
-def machine(device: str) -> dict:
-    cpu = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), cpu
-        )
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
-    }

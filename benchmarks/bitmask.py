@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks._timing import SHAPES, copy_bandwidth, interleaved, parser, report, rows
+from benchmarks._timing import SHAPES, copy_bandwidth, interleaved, parser, report, rotation, rows
 from losa_kernels import bitmask, pack_mask, unpack_mask
 
 
@@ -13,13 +13,14 @@ def main(argv: list[str]) -> int:
     args = parser("bitmask", __doc__).parse_args(argv)
     limit = copy_bandwidth(args.device, 64 if args.quick else 256)
     shapes = SHAPES["smollm2"][:1] + SHAPES["llama2-7b"][:1] if args.quick else SHAPES["smollm2"] + SHAPES["llama2-7b"]
-    results = [row for shape in shapes for row in measure(*shape, limit, args)]
-    report("bitmask", results, args.json, args.device)
+    found = (row for shape in shapes for row in measure(*shape, limit, args))
+    report("bitmask", found, args.json, args.device)
     return 0
 
 
 def measure(out_features: int, in_features: int, limit: float, args) -> list[dict]:
-    copies = max(2, min(8, (64 << 20) // (out_features * in_features)))
+    repetitions = 5 if args.quick else 25
+    copies = rotation(out_features * in_features, args.device, repetitions)
     masks = [torch.rand(out_features, in_features, device=args.device) > 0.7 for _ in range(copies)]
     packed = [pack_mask(m) for m in masks]
     if not all(torch.equal(unpack_mask(p, in_features), m) for p, m in zip(packed, masks, strict=True)):
@@ -39,7 +40,7 @@ def measure(out_features: int, in_features: int, limit: float, args) -> list[dic
     }
     found = []
     for direction, runs in candidates.items():
-        times = interleaved(runs, 5 if args.quick else 25, args.device)
+        times = interleaved(runs, repetitions, args.device)
         found += rows(times, "reference", op=direction, shape=f"{out_features}x{in_features}")
     for row in found:
         moved = out_features * in_features * 1.125

@@ -1,7 +1,8 @@
 """CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as in the official code.
 
 ``fraction_of_limit`` of Grams: the time to read the features once at copy speed, over the time taken. ``cka_error``:
-the largest difference from fp64 on features whose common component is 100 times their deviation. ``pairs_timed``: on a
+the largest difference from fp64 on features whose common component is 100 times their deviation. ``gram_error``: the
+largest difference from fp64 of the Grams that are timed, as a share of the largest entry. ``pairs_timed``: on a
 GPU two Grams per pair are timed for the pairs of two layers, and the time is scaled to all.
 """
 
@@ -42,6 +43,9 @@ def measure(layers: int, samples: int, count: int, dtype: torch.dtype, args) -> 
     errors = {name: float((run(hard).double() - truth).abs().max()) for name, run in similarities.items()}
     if not errors["losa"] < 1e-6:
         raise SystemExit(f"cka: error {errors['losa']:.2e}; not timing a wrong kernel")
+    gram_error = relative(gram(features), exact_grams(features))
+    if not gram_error < 1e-5:
+        raise SystemExit(f"cka: relative error {gram_error:.2e} of the Grams; not timing a wrong kernel")
     # Copying moves each byte twice, reading once.
     limit = features.numel() * dtype.itemsize / copy_bandwidth(args.device)
     found = []
@@ -58,8 +62,23 @@ def measure(layers: int, samples: int, count: int, dtype: torch.dtype, args) -> 
         found.append(row | {"cka_error": errors[row["implementation"]], "pairs_timed": pairs})
     alone = {"losa": lambda _: gram(features), "gram_once": lambda _: grams(features)}
     for row in rows(interleaved(alone, 3 * repetitions, args.device), "gram_once", op="grams", **fields):
-        found.append(row | {"fraction_of_limit": limit / (row["median_ms"] / 1e3)})
+        row |= {"fraction_of_limit": limit / (row["median_ms"] / 1e3)}
+        found.append(row | ({"gram_error": gram_error} if row["implementation"] == "losa" else {}))
     return found
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max() / truth.abs().max())
+
+
+def exact_grams(features: Tensor, width: int = 1 << 18) -> Tensor:
+    """In fp64, in slices of features."""
+    layers, samples, _ = features.shape
+    total = torch.zeros(layers, samples, samples, dtype=torch.float64, device=features.device)
+    for part in features.split(width, dim=2):
+        centred = part.double() - part.double().mean(1, keepdim=True)
+        total += centred @ centred.mT
+    return total
 
 
 def ours(features: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
     state, group = None, (m, m - keep_n) if m else (0, 0)
     if not m:
         state = torch.zeros(STATE, dtype=torch.int32, device=device)
-        torch.ops.losa.select_block(work, factor, 0, width, rows * width // 2, None, errors, state)
+        counts = torch.tensor([rows * width // 2], device=device)
+        torch.ops.losa.select_block(work, factor, 0, width, counts, 0, None, errors, state)
 
     def run(_):
         torch.ops.losa.sweep_block(work, factor, 0, width, *group, state, None, kept, errors, loss)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._timing import machine, write_rows
+from benchmarks._timing import machine, origin, write_rows
 
 DECODED = ["--shapes", "4096x4096,11008x4096,4096x11008,576x1536"]
 PRUNED = ["--shape", "4096x4096", "--repetitions", "5"]
@@ -25,6 +25,7 @@ MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "packing": ([], DECODED),
     "sparse_linear": ([], DECODED),
     "masked_lora": ([], []),
+    "hessian": (["--tokens", "2048"], ["--width", "4096", "--repetitions", "5"]),
     "decode": (["--random", "llama2-7b"], ["--sparsity", "0.5,0.6,0.7,2:4"]),
 }
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks gpu: no CUDA device here")
-    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    card = file_name(torch.cuda.get_device_name())
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (always, whole) in MICROBENCHMARKS.items():
@@ -44,6 +45,13 @@ def main(argv: list[str]) -> int:
             flags = ["--device", "cuda", "--json", str(file), *always, *(["--quick"] if args.quick else whole)]
             importlib.import_module(f"benchmarks.{name}").main(flags)
             results[name] = json.loads(file.read_text())["rows"]
-            write_rows(args.out / f"{card}.json", {"machine": machine("cuda"), "benchmarks": results})
+            write_rows(
+                args.out / f"{card}.json", {"machine": machine("cuda"), "origin": origin(), "benchmarks": results}
+            )
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     return 0
+
+
+def file_name(card: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")

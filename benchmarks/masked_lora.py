@@ -2,7 +2,8 @@
 
 Columns: ``times_floor`` is the median over that of the three products that a step cannot do without (forward: over the
 one product) unless it leaves zeros out, ``losa_speedup`` how many times faster than this row ours is,
-``extra_memory_mb`` the peak above what is there before the call.
+``extra_memory_mb`` the peak above what is there before the call, ``host_ms`` (GPU) what the host takes to launch it. On
+a GPU both ways, "fused" and "compose", stand beside what is chosen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ from benchmarks._lora_baselines import (
     step,
     three_products,
 )
-from benchmarks._timing import SHAPES, interleaved, parser, peak_bytes, product_rate, report
+from benchmarks._timing import (
+    SHAPES,
+    host_seconds,
+    interleaved,
+    parser,
+    peak_bytes,
+    product_rate,
+    report,
+    rotation,
+    setting,
+)
 from losa_kernels.masked_lora import reference
 
 # glibc hands memory of this size back at once and faults it in anew; raised, it keeps what was freed.
@@ -42,6 +53,7 @@ RAISED = {
 # On a CPU the larger ranks and dropout are shown on one small and one large shape. On a GPU the slow starters, PEFT and
 # torch.compile, and the other forms of eager code are shown on one, at the first rank.
 SHOWN = {"cpu": {(1536, 576, 2048), (4096, 4096, 512)}, "cuda": {(4096, 4096, 4096)}}
+WAYS = ("fused", "compose")  # of LOSA_MASKED_LORA
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +64,9 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--rank", action="append", type=int, help="only these")
     arguments.add_argument("--sparsity", action="append", type=float, help="zeros of the weight; default 0.7")
     arguments.add_argument("--repetitions", type=int)
+    arguments.add_argument(
+        "--no-slow-baselines", action="store_true", help="without PEFT, torch.compile and eager forms that start slowly"
+    )
     arguments.add_argument(
         "--allocator",
         choices=("default", "raised", "both"),
@@ -68,12 +83,12 @@ def main(argv: list[str]) -> int:
         ]
     else:
         limit = product_rate(args.device, DTYPES[args.dtype])
-        results = [
+        results = (
             row
             for *problem, baselines in _grid(args)
             for sparsity in args.sparsity or [0.7]
-            for row in measure(*problem, baselines, sparsity, limit, args)
-        ]
+            for row in measure(*problem, baselines and not args.no_slow_baselines, sparsity, limit, args)
+        )
     report("masked_lora", results, args.json, args.device)
     return 0
 
@@ -117,16 +132,17 @@ def measure(
     out: int, inner: int, tokens: int, rank: int, p: float, baselines: bool, sparsity: float, limit: float, args
 ) -> list[dict]:
     dtype = DTYPES[args.dtype]
-    # Several problems, so that no weight is in the cache when its turn comes.
     size = out * inner * dtype.itemsize
-    count = max(1, min(6, (96 << 20) // size))
+    repetitions = args.repetitions or (5 if args.quick else 9)
+    count = rotation(size + tokens * (out + inner) * dtype.itemsize, args.device, repetitions)
     problems = [Problem.random(out, inner, tokens, rank, dtype, args.device, p, sparsity) for _ in range(count)]
     check(problems[0])
-    forwards: dict[str, list[Callable]] = {
-        "losa": [losa] * count,
-        "plain": [plain] * count,
-        "eager_losa": [eager_losa] * count,
-    }
+    forwards: dict[str, list[Callable]] = {"losa": [losa] * count}
+    if args.device.startswith("cuda"):
+        for way in WAYS:
+            check(problems[0], way)
+            forwards[f"losa, {way}"] = [losa] * count
+    forwards |= {"plain": [plain] * count, "eager_losa": [eager_losa] * count}
     if baselines:
         forwards |= {
             "eager_losa_checkpointed": [eager_losa_checkpointed] * count,
@@ -136,7 +152,6 @@ def measure(
         }
         if forwards["peft"][0] is None:
             del forwards["peft"]
-    repetitions = args.repetitions or (5 if args.quick else 9)
     fields = {
         "shape": f"{out}x{inner}",
         "tokens": tokens,
@@ -156,10 +171,10 @@ def measure(
                 runs[name] = [step(f, q) for f, q in zip(each, problems, strict=True)]
         if direction != "forward":
             runs["three_products"] = [three_products(problem) for problem in problems]
-        rotating = {name: (lambda i, each=each: each[i % count]()) for name, each in runs.items()}
+        rotating = {name: in_turn(name, each) for name, each in runs.items()}
         times = interleaved(rotating, repetitions, args.device)
         medians = {name: statistics.median(values) for name, values in times.items()}
-        memory = {name: peak_bytes(each[0], args.device) for name, each in runs.items()}
+        memory = {name: peak_bytes(lambda run=run: run(0), args.device) for name, run in rotating.items()}
         flops = 2.0 * tokens * out * inner * products
         rows += [
             {
@@ -168,6 +183,7 @@ def measure(
                 "implementation": name,
                 "median_ms": 1e3 * medians[name],
                 "min_ms": 1e3 * min(times[name]),
+                "host_ms": 1e3 * host_seconds(rotating[name], args.device) if args.device.startswith("cuda") else None,
                 "times_floor": medians[name] / medians[floor],
                 "losa_speedup": medians[name] / medians["losa"],
                 "fraction_of_flop_limit": flops / medians[name] / limit,
@@ -179,10 +195,28 @@ def measure(
     return rows
 
 
-def check(problem: Problem) -> None:
+def in_turn(name: str, runs: list[Callable]) -> Callable[[int], object]:
+    """The runs one after another, "losa, WAY" by that way."""
+    way = name.rpartition(", ")[2]
+    if way not in WAYS:
+        return lambda i: runs[i % len(runs)]()
+
+    def forced(i: int) -> None:
+        with setting("LOSA_MASKED_LORA", way):
+            runs[i % len(runs)]()
+
+    return forced
+
+
+def check(problem: Problem, way: str = "auto") -> None:
     """Not timing a wrong kernel: 64 rows or columns of every result against the fp64 reference."""
     if problem.dropout_p:
         return
+    with setting("LOSA_MASKED_LORA", way):
+        _check(problem)
+
+
+def _check(problem: Problem) -> None:
     part, s, mask = slice(0, 64), problem.scaling, problem.mask
     grad, W, x, A, B = (t.detach().double() for t in (problem.grad, problem.weight, *problem.leaves))
     y = losa(problem)

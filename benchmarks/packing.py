@@ -41,7 +41,7 @@ def measure(shape: tuple[int, int], pattern: str, dtype: str, limit: float, args
     packed, mask, dense = pack(weight, kept, pattern), pack_mask(kept), weight.masked_fill(~kept, 0)
     if not torch.equal(packed.unpack(), dense):
         raise SystemExit("packing: round trip failed; not timing a wrong kernel")
-    weights, packs = copies(weight, repetitions + 1), copies(packed, repetitions + 1)
+    weights, packs = copies(weight, repetitions), copies(packed, repetitions)
     offsets = getattr(packed, "row_offsets", None)
     name, pattern_args = ("pack_bitmask", ()) if offsets is not None else ("pack_nm", (packed.keep_n, packed.m))
     pack_here = dispatch.implementation(name, args.device)

@@ -55,6 +55,19 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def(
       "sparse_linear_tiles(Tensor x, Tensor data, Tensor offsets, int rows, int largest, Tensor? bias) -> Tensor");
 
+  // One token of a decoder, on GPUs only. x (rows, n) += update; then its RMS norm times weight (n,)
+  library.def("add_rms_norm(Tensor(a!) x, Tensor? update, Tensor weight, float eps) -> Tensor");
+  // heads (queries + 2 keys, size), cos and sin (places, size), position int64 (1,), cache (2, keys, places, size)
+  // -> queries, turned as the keys are; keys and values go into the cache
+  library.def(
+      "rotate_and_store(Tensor heads, Tensor cos, Tensor sin, Tensor position, Tensor(a!) cache, Tensor? q_norm, Tensor? "
+      "k_norm, float eps) -> Tensor");
+  // q (queries, size) over places 0 to position of the cache; finished int32 (queries,), zero before and afterwards
+  library.def(
+      "attend_cache(Tensor q, Tensor cache, Tensor position, int places, float scaling, Tensor(a!) finished) -> Tensor");
+  // (..., 2 n) -> silu(gate) * up (..., n)
+  library.def("gated_silu(Tensor gate_up) -> Tensor");
+
   // features (L, n, p), dense rows -> fp64 (L, n, n), the Gram of each layer's samples less their mean
   library.def("gram(Tensor features) -> Tensor");
 
@@ -66,11 +79,12 @@ STABLE_TORCH_LIBRARY(losa, library) {
       "Tensor");
   // int64 (ceil(in_features / block_size),): entries of each column block that the packed mask lacks
   library.def("pruned_per_block(Tensor mask, int in_features, int block_size) -> Tensor");
-  // Which `count` entries of columns [start, end) have the smallest (w / u_jj)^2, what mask lacks first: state[:3] =
-  // (key, column, row), see sweep_block. state: int32, zero before its first use; scratch: float, out x (end - start).
+  // Which counts[index] (int64) entries of columns [start, end) have the smallest (w / u_jj)^2, what mask lacks first:
+  // state[:3] = (key, column, row), see sweep_block. state: int32, zero before its first use; scratch: float,
+  // out x (end - start).
   library.def(
-      "select_block(Tensor weight, Tensor factor, int start, int end, int count, Tensor? mask, Tensor(a!) scratch, "
-      "Tensor(b!) state) -> ()");
+      "select_block(Tensor weight, Tensor factor, int start, int end, Tensor counts, int index, Tensor? mask, "
+      "Tensor(a!) scratch, Tensor(b!) state) -> ()");
   // SparseGPT's sweep of columns [start, end): weight is compensated inside the block, errors (out, end - start)
   // written, loss added to, kept (packed) set. m = 0: scores go whose bits are below key, or equal to it in the first
   // `column` columns or the first `row` rows of the next one. m > 0: `prune` of each group of m, from updated weights.

@@ -1,4 +1,5 @@
-"""The command line: run, prune, eval, inspect, plan, and what cli_sparse adds. Heavy imports wait until needed."""
+"""The command line: run, prune, eval, inspect, plan, and what cli_sparse and cli_info add. Heavy imports wait until
+needed."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from losa import cli_sparse
+from losa import cli_info, cli_sparse
 from losa.cli_errors import DEBUG, Commands, debugging, set_up_messages
 from losa.errors import LosaError, RecipeError
 
@@ -309,3 +310,4 @@ def plan(
 
 
 cli_sparse.register(app)
+cli_info.register(app)

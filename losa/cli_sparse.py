@@ -73,7 +73,7 @@ def generate(
     """Continue a prompt on sparse weights and say how fast."""
     from losa.generation import generate as run
 
-    model, tokenizer = _load(directory, dtype, device, dense)
+    model, tokenizer = load_sparse(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     waiting = ["" if chat else prompt]  # until it is known that the model takes it
@@ -124,7 +124,7 @@ def bench(
     from losa.files import write_json
     from losa.speed import decode_speeds
 
-    model, _ = _load(directory, dtype, device, dense=True)
+    model, _ = load_sparse(directory, dtype, device, dense=True)
     found = decode_speeds(model, tokens=tokens, repetitions=repetitions, only=SHORT if short else None)
     if short:
         base = found[0].tokens_per_second
@@ -145,7 +145,7 @@ def bench(
         write_json(json_file, setup | {"rows": [vars(s) for s in found]})
 
 
-def _load(directory: Path, dtype: str, device: str, dense: bool):
+def load_sparse(directory: Path, dtype: str, device: str, dense: bool):
     """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
     from losa.directory import is_packed
     from losa.packed import load_any

@@ -5,26 +5,27 @@ gated MLP), dense or packed. Whether a model is of that kind is not decided by i
 must be known (``losa.lean_config``), the loop must read all weights, and its logits are compared with the model's own
 on some tokens. Other models generate through transformers.
 
-On a GPU single tokens go through ``LeanDecoder.step`` as a CUDA graph (``losa.token_graphs``).
+On a GPU single tokens go through ``LeanDecoder.step``, whose blocks are nine launches each, as a CUDA graph
+(``losa.token_graphs``).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from losa.decoder_blocks import Block, Norm, read_block
 from losa.errors import LosaError, ModelError
 from losa.lean_config import Unsupported, longest_served
 from losa.model import find_blocks
 from losa.modules import SparseLinear
 from losa.token_graphs import TokenGraphs, graphs_for, places_for
-from losa_kernels import native, sparse_linear
+from losa_kernels import decoder_step, native
 
 # What of a block the loop reads.
 READ = (
@@ -39,32 +40,6 @@ SAME = 2**-10
 # Tokens of that comparison; fewer where they would take seconds: from so many weights on, and for half precision on a
 # CPU, which may compute it by detours.
 PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
-
-
-@dataclass(frozen=True)
-class _Block:
-    attention_norm: Callable[[Tensor], Tensor]
-    mlp_norm: Callable[[Tensor], Tensor]
-    qkv: Callable[[Tensor], Tensor]
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    out: Callable[[Tensor], Tensor]
-    gate_up: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
-    scaling: float
-
-    def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
-        """x (..., hidden) -> queries, keys and values (..., heads, size), normed where the model norms them."""
-        heads = self.qkv(self.attention_norm(x)).view(*x.shape[:-1], queries + 2 * keys, -1)
-        if self.q_norm is None:
-            return heads
-        q, k, v = heads.split((queries, keys, keys), -2)
-        return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(self.activation(gate) * up)
 
 
 class LeanDecoder:
@@ -93,15 +68,17 @@ class LeanDecoder:
             self.head_dim = attention.head_dim
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
-            self.blocks = [self._read(block) for block in blocks]
+            self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
-            self.norm, self.rotary = _norm(decoder.norm), decoder.rotary_emb
+            self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
             _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
         except (AttributeError, NotImplementedError, ModelError) as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None
         self.logits: Tensor | None = None
         self._recordable = _recordable(model, self.device)
+        # Elsewhere a step of static shapes costs more than one that knows its position.
+        self._steps = self.device.type == "cuda" and native.in_graph(self.device)
         self._check_length(max_length)
         self._check(model)
         self.resize(max_length)
@@ -120,7 +97,9 @@ class LeanDecoder:
         room = max_length if self.graphs is None else places_for(max_length)
         shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
         self.cache = self.logits = None  # the old one's memory, before the new one is asked for
+        self._caches: list[Tensor] = []
         self.cache = _zeros(shape, self.dtype, self.device)
+        self._caches = list(self.cache[:, :, 0])  # of each block, (2, key heads, room, size)
         positions = torch.arange(room, device=self.device)[None]
         cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
@@ -128,6 +107,9 @@ class LeanDecoder:
         half = self.head_dim // 2
         # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        self._run = decoder_step.operations(self.device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._finished = torch.zeros(self.query_heads, dtype=torch.int32, device=self.device)
         self.max_length, self.length = max_length, 0
 
     def _check_length(self, max_length: int) -> None:
@@ -140,21 +122,6 @@ class LeanDecoder:
     def _shortest_window(self) -> int | None:
         windows = [*self._windows, longest_served(self.config)]
         return min((window for window in windows if window is not None), default=None)
-
-    def _read(self, block: nn.Module) -> _Block:
-        attention, mlp = block.self_attn, block.mlp
-        return _Block(
-            attention_norm=_norm(block.input_layernorm),
-            mlp_norm=_norm(block.post_attention_layernorm),
-            qkv=_together([attention.q_proj, attention.k_proj, attention.v_proj]),
-            q_norm=getattr(attention, "q_norm", None),
-            k_norm=getattr(attention, "k_norm", None),
-            out=attention.o_proj,
-            gate_up=_together([mlp.gate_proj, mlp.up_proj]),
-            activation=mlp.act_fn,
-            down=mlp.down_proj,
-            scaling=attention.scaling,
-        )
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -206,27 +173,15 @@ class LeanDecoder:
 
         Args:
             token, position: (1,) int64 on the model's device; writes keys and values there into the cache.
-            places: of the cache that are attended to, those after ``position`` masked; more than its value.
+            places: of the cache that the launches are sized for; more than the value of ``position``.
 
         Returns:
             logits (vocabulary,).
         """
-        queries, keys, size = self.query_heads, self.key_heads, self.head_dim
-        x = self.embeddings(token)
-        # Values are turned by nothing, so that one product serves all heads and one copy fills the cache.
-        cos = self.cos.index_select(0, position).expand(queries + keys, size)
-        sin = self.sin.index_select(0, position).expand(queries + keys, size)
-        cos, sin = torch.cat([cos, cos.new_ones(keys, size)]), torch.cat([sin, sin.new_zeros(keys, size)])
-        hidden = torch.arange(places, device=self.device) > position
-        mask = torch.zeros(places, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        for block, cache in zip(self.blocks, self.cache.flatten(1, 3), strict=True):
-            heads = block.heads(x, queries, keys)[0]
-            heads = torch.addcmul(heads * cos, heads.roll(size // 2, -1), sin)
-            cache.index_copy_(1, position, heads[queries:, None])
-            k, v = cache[:keys, :places], cache[keys:, :places]
-            attended = attend(heads[:queries].view(keys, -1, size), k, v, mask, block.scaling)
-            x = block.feed_forward(x + block.out(attended.view(1, -1)))
-        return self.head(self.norm(x))[0]
+        x, update = self.embeddings(token), None
+        for block, cache in zip(self.blocks, self._caches, strict=True):
+            update = block.step(x, update, self.cos, self.sin, position, cache, places, self._finished, self._run)
+        return self.head(self.norm.after(x, update, self._run))[0]
 
     def _check_room(self, tokens: int) -> None:
         needed = self.length + tokens
@@ -234,7 +189,12 @@ class LeanDecoder:
             raise LosaError(f"generate: {needed} tokens are more than max_length, {self.max_length}")
 
     def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        """ids (tokens,) -> logits of all of them, or of the last one: (tokens or 1, vocabulary)."""
         self._check_room(len(ids))
+        if len(ids) == 1 and self._steps:
+            self._position.fill_(self.length)
+            self.length += 1
+            return self.step(ids, self._position, min(places_for(self.length), self.max_length))[None]
         start, stop = self.length, self.length + len(ids)
         x = self.embeddings(ids[None])
         cos, sin = self.cos[start:stop], self.sin[start:stop]
@@ -244,10 +204,10 @@ class LeanDecoder:
         return self.head(self.norm(x[0, -1:] if last else x[0]))
 
     def _attention(
-        self, block: _Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
+        self, block: Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
     ) -> Tensor:
         tokens, queries, keys = x.shape[1], self.query_heads, self.key_heads
-        heads = block.heads(x, queries, keys).transpose(1, 2)
+        heads = block.heads(block.attention_norm(x), queries, keys).transpose(1, 2)
         turned = heads[:, : queries + keys]
         turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
         cache[0, :, :, start:stop] = turned[:, queries:]
@@ -336,49 +296,3 @@ def _recordable(model: nn.Module, device: torch.device) -> bool:
     operations that the host waits for."""
     packed = any(isinstance(module, SparseLinear) for module in model.modules())
     return not hooked(model) and (native.in_graph(device) or not packed)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """q (key heads, queries of each, size), k and v (key heads, places, size), mask (places,) is added -> as q."""
-    mask = mask.expand(1, *q.shape[:2], -1)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
-
-
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """transformers' RMS norms take six calls where torch has one."""
-    eps = getattr(module, "variance_epsilon", None)
-    if eps is None:
-        return module
-    weight = module.weight
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
-    group = getattr(linears[0], "group", None)
-    if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
-        product, weight = sparse_linear, group
-    elif (weight := _joined(linears)) is not None:
-        product = F.linear
-    else:
-        return lambda x: torch.cat([linear(x) for linear in linears], -1)
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return lambda x: product(x, weight)
-    zeros = [torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device) for linear in linears]
-    parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
-    return lambda x: product(x, weight, torch.cat(parts))
-
-
-def _joined(linears: Sequence[nn.Module]) -> Tensor | None:
-    """The weight that dense linears are rows of, one after the other (``losa.sparse.join_linears``)."""
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return None
-    weights = [linear.weight.detach() for linear in linears]
-    first, place = weights[0], weights[0].storage_offset()
-    for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.dtype == first.dtype
-        if not (same and weight.is_contiguous() and weight.storage_offset() == place):
-            return None
-        place += weight.numel()
-    return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())

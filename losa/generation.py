@@ -68,7 +68,8 @@ def _take_decoder(model: nn.Module, max_length: int) -> tuple[list | None, LeanD
     now = _looks(model)
     before, decoder = _waiting.pop(model, (None, None))
     if decoder is None or before != now:
-        return now, LeanDecoder(model, max_length)
+        decoder = LeanDecoder(model, max_length)
+        return _looks(model), decoder  # it may lay biases together
     try:
         decoder.resize(max_length)
     except Unsupported:  # this length; a shorter text may come

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable
-from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from losa_kernels.cuda_streams import private_stream
+from losa_kernels.cuda_graphs import Recorder
 
 logger = logging.getLogger("losa")
 
@@ -38,14 +36,14 @@ def graphs_for(device: torch.device) -> TokenGraphs | None:
     """None where tokens are read step by step."""
     if device.type != "cuda" or os.environ.get("LOSA_DECODE_GRAPH", "1") == "0":
         return None
-    return TokenGraphs(CudaRecorder(device), device)
+    return TokenGraphs(Recorder(device), device)
 
 
 class TokenGraphs:
     """Runs steps through recordings, one for each number of places.
 
     Args:
-        recorder: what records a function and lets go of the recordings; see ``CudaRecorder``.
+        recorder: what records a function and lets go of the recordings; see ``losa_kernels.cuda_graphs.Recorder``.
 
     ``token`` (1,): the likeliest after the last step; ``logits`` (vocabulary,): of the last step.
     """
@@ -103,57 +101,3 @@ class TokenGraphs:
         """Free the recordings' memory."""
         self._replays.clear()
         self._recorder.close()
-
-
-class CudaRecorder:
-    """CUDA graphs in one memory pool: they are replayed one at a time, and none finds anything that another left there.
-
-    Every live recorder captures on a stream of its own: see ``losa_kernels.cuda_streams``. Nothing ran there before the
-    capture, so that a cuBLAS workspace, too, comes from the pool.
-    """
-
-    _streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # free ones
-    _capturing = threading.Lock()
-    # For ever: after a capture that was cut off, torch's allocator may go on asking its graph.
-    _broken: list[torch.cuda.CUDAGraph] = []
-
-    def __init__(self, device: torch.device):
-        self._device, self._stream, self._pool = device, None, None
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        with self._capturing, torch.cuda.device(self._device):
-            if self._stream is None:
-                free = self._streams.setdefault(self._device, [])
-                self._stream = free.pop() if free else private_stream()
-                self._returned = finalize(self, _give_back, self._graphs, self._stream, free)
-                self._returned.atexit = False
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Where a capture fails, torch may leave its stream the current one.
-                with (
-                    torch.cuda.stream(torch.cuda.current_stream()),
-                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-                ):
-                    function()
-            except BaseException:
-                graph.reset()
-                self._broken.append(graph)
-                raise
-            self._graphs.append(graph)
-        return graph.replay
-
-    def close(self) -> None:
-        if self._stream is not None:
-            with self._capturing:  # a wait for the device would break a capture in another thread
-                torch.cuda.synchronize(self._device)
-            self._returned()
-            self._stream = self._pool = None
-            self._graphs = []
-
-
-def _give_back(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, free: list[torch.cuda.Stream]) -> None:
-    for graph in graphs:
-        graph.reset()
-    free.append(stream)

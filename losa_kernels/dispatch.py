@@ -92,6 +92,22 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.sparse_linear.cpu:sparse_linear",
         "cuda": "losa_kernels.sparse_linear.cuda:sparse_linear",
     },
+    "add_rms_norm": {
+        "reference": "losa_kernels.decoder_step.reference:add_rms_norm",
+        "cuda": "losa_kernels.decoder_step.cuda:add_rms_norm",
+    },
+    "rotate_and_store": {
+        "reference": "losa_kernels.decoder_step.reference:rotate_and_store",
+        "cuda": "losa_kernels.decoder_step.cuda:rotate_and_store",
+    },
+    "attend_cache": {
+        "reference": "losa_kernels.decoder_step.reference:attend_cache",
+        "cuda": "losa_kernels.decoder_step.cuda:attend_cache",
+    },
+    "gated_silu": {
+        "reference": "losa_kernels.decoder_step.reference:gated_silu",
+        "cuda": "losa_kernels.decoder_step.cuda:gated_silu",
+    },
 }
 
 

@@ -3,6 +3,9 @@ the later calls take the fastest, so that no card runs what is slower on it than
 
 ``LOSA_AUTOTUNE`` = ``1`` (default) | ``0``: measure, or take what the op's table says. torch's deterministic mode takes
 the table too. While a stream records a CUDA graph nothing can be timed: an earlier measurement decides, or the table.
+
+What is timed is the device alone. Each run stands behind work that keeps the device busy until the host has launched
+the run, since a captured graph or a training step hides the launches of the host in the same way.
 """
 
 from __future__ import annotations
@@ -10,17 +13,22 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-import threading
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
 
+from losa_kernels.cuda_graphs import capturing
+
 logger = logging.getLogger("losa_kernels")
 
 RUNS = 9
 WARM_UP = 2
-FLUSHED = 4  # times the L2 cache: what a run finds there is not what the run before left
+FLUSHED = 2  # times the L2 cache: what a run finds there is not what the run before left
+# Cycles for which the device waits before each run: at least, for a second on the host, and at most. 2^20 are 0.5 ms at
+# 2 GHz, and no present device is clocked at 4 GHz.
+BACKLOG, BACKLOG_PER_SECOND, LONGEST_BACKLOG = 1 << 20, 4e9, 1 << 26
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -36,7 +44,6 @@ class Choice(NamedTuple):
 
 
 _choices: dict[tuple, Choice] = {}
-_measuring = threading.Lock()
 
 
 def choices() -> list[Choice]:
@@ -61,24 +68,29 @@ def fastest(
 
     Args:
         op, key: what a measurement holds for; every call with both equal has the same candidates.
-        candidates: name -> the call to time; each may run many times.
-        device: where the candidates run.
-        table: the candidate where nothing may be measured.
+        candidates: name -> the call to time. Each may run many times, so many runs leave what one leaves: results are
+            overwritten, not added to, and no random numbers are drawn. One that raises an exception is passed over.
+        device: where the candidates run, with its index.
+        table: the candidate where nothing may be measured, or where every candidate fails.
+
+    Raises:
+        RuntimeError: a candidate broke the device (an illegal address): no later call would work.
     """
     if len(candidates) == 1:
         return next(iter(candidates))
     if device.type != "cuda" or not allowed():
         return table
     place = (op, key, device)
-    if (known := _choices.get(place)) is not None:
-        return known.chosen
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            return table
-        with _measuring:
-            if place not in _choices:
-                _choices[place] = _measure(op, key, candidates, device, table)
-    return _choices[place].chosen
+    known = _choices.get(place)
+    if known is None:
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return table
+            with capturing:  # it waits for the device; a candidate may choose among parts of its own
+                known = _choices.get(place)
+                if known is None:
+                    known = _choices[place] = _measure(op, key, candidates, device, table)
+    return known.chosen
 
 
 def _measure(
@@ -87,31 +99,36 @@ def _measure(
     times = {name: _milliseconds(run, f"{op} {key} by {name}") for name, run in candidates.items()}
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < float("inf") else table
-    logger.info("%s %s: %s of %s ms", op, key, chosen, {name: round(time, 4) for name, time in times.items()})
+    logger.info("%s %s: %s of %s ms", op, key, chosen, {name: round(took, 4) for name, took in times.items()})
     return Choice(op, key, device, chosen, times)
 
 
 def _milliseconds(run: Callable[[], object], name: str) -> float:
-    """Median of several runs, each behind a write that replaces what is in the L2 cache. inf if it fails: resources
-    that the device has not, memory, a compiler's error. What is wrong with every candidate shows when one is run."""
+    """Median of several runs. inf if a run fails: resources that the device has not, memory, a compiler's error."""
     try:
         for _ in range(WARM_UP):
+            begun = time.perf_counter()
             run()
-        return statistics.median(_timed(run))
+            host_seconds = time.perf_counter() - begun
+        return statistics.median(_timed(run, host_seconds))
     except Exception as error:
-        logger.warning("%s cannot run here: %s: %s", name, type(error).__name__, error)
+        # A fault of the device outlives the candidate, and no other candidate could run: then this raises.
+        torch.cuda.synchronize()
+        logger.info("%s cannot run here: %s: %s", name, type(error).__name__, error)
         return float("inf")
 
 
-def _timed(run: Callable[[], object]) -> list[float]:
+def _timed(run: Callable[[], object], host_seconds: float) -> list[float]:
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flushed = torch.empty(FLUSHED * cache, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSHED * cache // 4, dtype=torch.int32, device="cuda")
+    backlog = min(max(BACKLOG, int(BACKLOG_PER_SECOND * host_seconds)), LONGEST_BACKLOG)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
     for before, after in events:
-        # The host launches the run while the device still writes.
-        flushed.zero_()
+        torch.cuda._sleep(backlog)
+        # Read, not written: the run would pay for writing it back to memory.
+        flush.sum()
         before.record()
         run()
         after.record()
-    torch.cuda.synchronize()
+    events[-1][1].synchronize()
     return [before.elapsed_time(after) for before, after in events]

@@ -82,6 +82,17 @@ def build_info() -> dict | None:
     }
 
 
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether losa_cuda was built with code for GPUs of that compute capability: of the same major number and no higher
+    a minor one; code of one architecture alone ("90a") is for exactly that."""
+    for arch in (build_info() or {}).get("cuda_archs", ()):
+        digits = arch.rstrip("af")
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if (major, minor) == tuple(capability) or (digits == arch and major == capability[0] and minor < capability[1]):
+            return True
+    return False
+
+
 def status() -> dict[str, str]:
     """One line per native library: "loaded (...)" or "not loaded: why"."""
     info = build_info() or {}

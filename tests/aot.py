@@ -14,22 +14,26 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
+import wgmma
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TABLE = Path(__file__).with_suffix("").parent / "triton_aot.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a program may ask for
+ARCHITECTURES = (80, 86, 89, 90, 120)
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a program may ask for
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
 
 class Launch:
     """A kernel with the arguments of one launch."""
 
-    def __init__(self, kernel, grid, tile, **arguments):
+    def __init__(self, kernel, grid, tile=None, num_warps=None, num_stages=None, **arguments):
         self.kernel, self.tile, self.arguments = kernel, tile, arguments
+        self.warps, self.stages = (num_warps, num_stages) if tile is None else (tile.warps, tile.stages)
 
     def source(self) -> ASTSource:
         """The specialisation that triton.jit would make: 1 is constant, multiples of 16 are known as such."""
@@ -51,17 +55,18 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def build(self, arch: int):
-        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
     def compile(self, arch: int) -> dict[str, int]:
-        """registers, spills (instructions), shared (bytes), hgmma, hmma (instructions), loop: see ``main_loop``."""
+        """registers, spills (instructions), shared (bytes), hgmma, hmma (instructions), loop: see ``main_loop``; wrong:
+        wgmma with a wrong descriptor."""
         compiled = self.build(arch)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             usage = _tool("cuobjdump", "-res-usage", file.name)
-            instructions, loops = _disassembly(_tool("nvdisasm", "-c", file.name))
+            instructions, loops, twice = _disassembly(_tool("nvdisasm", "-c", file.name))
         counts = Counter(_mnemonic(line) for line in instructions)
         return {
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -69,6 +74,7 @@ class Launch:
             "shared": compiled.metadata.shared,
             "hgmma": counts["HGMMA"],
             "hmma": counts["HMMA"],
+            "wrong": len(wgmma.wrong_descriptors(twice)),
             **main_loop(loops),
         }
 
@@ -85,22 +91,30 @@ def main_loop(loops: list[list[str]]) -> dict[str, int]:
     return {"loop": len(loop), "loop_mma": loop.count("HGMMA") + loop.count("HMMA")}
 
 
-def record(module, call: Callable[[], object], arch: int, monkeypatch) -> list[Launch]:
-    """What ``call`` launches through ``module._launch`` when run for a GPU of ``arch``."""
+def record(module, call: Callable[[], object], monkeypatch) -> list[Launch]:
+    """What ``call`` launches through ``module._launch``."""
     launches = []
     with monkeypatch.context() as patch:
         patch.setattr(module, "_launch", lambda *args, **kwargs: launches.append(Launch(*args, **kwargs)))
-        patch.setattr(module.tuning, "architecture", lambda device: arch)
         call()
     return launches
+
+
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run here, if it cannot."""
+    triton_version, numpy_version = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np))
+    if triton_version < (3, 7) and numpy_version >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} fails on loops with NumPy {np.__version__}"
+    return None
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _disassembly(sass: str) -> tuple[list[str], list[list[str]]]:
-    """Instructions, and the bodies of innermost loops (a branch back, with none inside)."""
+def _disassembly(sass: str) -> tuple[list[str], list[list[str]], list[str]]:
+    """Instructions; the bodies of innermost loops (a branch back, with none inside); instructions with each of these
+    bodies twice in a row."""
     labels, instructions, loops = {}, [], []
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
@@ -112,10 +126,13 @@ def _disassembly(sass: str) -> tuple[list[str], list[list[str]]]:
         for index, line in enumerate(instructions)
         if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], index) < index
     ]
-    for start, end in spans:
+    twice, copied = [], 0
+    for start, end in sorted(spans):
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans):
             loops.append(instructions[start : end + 1])
-    return instructions, loops
+            twice += instructions[copied : end + 1] + loops[-1]
+            copied = end + 1
+    return instructions, loops, twice + instructions[copied:]
 
 
 def _mnemonic(line: str) -> str:

@@ -1,10 +1,13 @@
-"""What every test gets: no network, uninitialised memory full of junk, GPU tests skipped where there is no GPU."""
+"""What every test gets: no network, uninitialised memory full of junk, GPU tests skipped where there is no GPU, and an
+error of the GPU in the report of the test that caused it."""
 
 from __future__ import annotations
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# cuBLAS reads it once; torch's deterministic mode asks for it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import functools
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import drivers, emulate  # noqa: F401  fixtures
 
 try:
     from hypothesis import settings
@@ -95,8 +99,49 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "gpu" in item.keywords or "sanitizer" in item.keywords:
+        if needs_gpu(item):
             item.add_marker(skip)
+
+
+def needs_gpu(item) -> bool:
+    """By its marks: an item's keywords are also the names of the folders above it."""
+    return any(item.get_closest_marker(mark) is not None for mark in ("gpu", "sanitizer"))
+
+
+@pytest.fixture(autouse=True)
+def synchronised(request):
+    """What a GPU test launched ends before the test does: errors come late, and would be another test's."""
+    yield
+    if needs_gpu(request.node) and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """After an error that the CUDA context does not survive, every later test of this process would fail: it ends, and
+    pytest-xdist goes on in a new one. trylast: the report has been sent by then.
+
+    LOSA_FAILED_TESTS names a file that gets the names of failed tests while the others still run.
+    """
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    if report.failed and not worker and (file := os.environ.get("LOSA_FAILED_TESTS")):
+        with open(file, "a") as names:
+            names.write(f"{report.nodeid}\n")
+    if report.when != "teardown" or not report.failed or not device_is_lost():
+        return
+    if worker:
+        os._exit(1)
+    pytest.exit(f"{report.nodeid}: the CUDA context is lost", returncode=1)
+
+
+def device_is_lost() -> bool:
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from losa_kernels import cuda_streams
+from losa_kernels import cuda_graphs
 
 
 class FakeCuda:
@@ -18,7 +18,8 @@ class FakeCuda:
         for name in ("device", "stream", "graph", "Stream", "CUDAGraph", "current_stream", "synchronize"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-        monkeypatch.setattr(cuda_streams, "_taken", set())
+        for name, none in (("_taken", set()), ("_free", {}), ("_beside", {}), ("_broken", [])):
+            monkeypatch.setattr(cuda_graphs, name, none)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
 
     def device(self, device):
@@ -28,7 +29,7 @@ class FakeCuda:
         self.made += 1
         return SimpleNamespace(cuda_stream=self.made, wait_stream=lambda other: self.log.append("side waits"))
 
-    def current_stream(self):
+    def current_stream(self, device=None):
         return SimpleNamespace(cuda_stream=self.current, wait_stream=lambda other: self.log.append("user waits"))
 
     def synchronize(self, device):

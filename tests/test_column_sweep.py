@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
 from losa_kernels.column_sweep import SingularHessianError, accumulate_hessian, complete_hessian, inverse_factor
@@ -206,6 +207,7 @@ def test_a_factor_serves_several_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_hessian_is_summed_above_the_diagonal(columns, dtype, device, monkeypatch):
     monkeypatch.setattr(hessian_module, "PANEL", 32)
+    monkeypatch.setattr(hessian_module, "TENSOR_CORE_PANEL", 32)
     batches = [torch.randn(tokens, columns, device=device).to(dtype) for tokens in (50, 1, 9)]
     total = torch.zeros(columns, columns, device=device)
     for x in batches:
@@ -215,7 +217,48 @@ def test_hessian_is_summed_above_the_diagonal(columns, dtype, device, monkeypatc
     rows = torch.cat(batches).float()
     exact, plain = rows.double().T @ rows.double(), rows.T @ rows
     scale = exact.norm() * torch.finfo(torch.float32).eps
-    assert (total - exact).norm() <= 2 * (plain - exact).norm() + scale
+    # A tensor core's sums are cut where others are rounded.
+    assert (total - exact).norm() <= 2 * (plain - exact).norm() + (
+        2 if total.is_cuda and dtype != rows.dtype else 1
+    ) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hessian_from_tensor_cores(dtype, monkeypatch):
+    """Panels of 16-bit inputs, never widened, in full precision whatever torch is set to; a fake stands in for the
+    product."""
+    settings, calls = torch.backends.cuda.matmul, []
+
+    def product(a, b):
+        assert not any(getattr(settings, name) for name in hessian_module.REDUCED)
+        calls.append((a.dtype, tuple(a.shape), tuple(b.shape)))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(hessian_module, "_on_tensor_cores", lambda hessian, x: True)
+    monkeypatch.setattr(hessian_module, "_product", product)
+    monkeypatch.setattr(hessian_module, "TENSOR_CORE_PANEL", 32)
+    before = {name: getattr(settings, name) for name in hessian_module.REDUCED}
+    total = torch.zeros(80, 80)
+    batches = [torch.randn(tokens, 80).to(dtype) for tokens in (50, 1)]
+    for x in batches:
+        accumulate_hessian(total, x)
+    assert {name: getattr(settings, name) for name in hessian_module.REDUCED} == before
+    assert calls[:3] == [(dtype, (32, 50), (50, 80)), (dtype, (32, 50), (50, 48)), (dtype, (16, 50), (50, 16))]
+    assert not total[64:, :64].any() and not total[32:, :32].any()
+    exact = torch.cat(batches).double().T @ torch.cat(batches).double()
+    assert torch.allclose(complete_hessian(total).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_what_tensor_cores_take(device):
+    def takes(hessian, x):
+        with FakeTensorMode():
+            total, batch = (torch.empty(4, 4, dtype=dtype, device=device) for dtype in (hessian, x))
+            return hessian_module._on_tensor_cores(total, batch)
+
+    on = device == "cuda"
+    assert takes(torch.float32, torch.bfloat16) == takes(torch.float32, torch.float16) == on
+    assert not takes(torch.float32, torch.float32) and not takes(torch.float64, torch.bfloat16)
 
 
 def test_damping_escalates_and_is_recorded():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
 from losa_kernels.column_sweep import blocks, cpu, cuda, inverse_factor, reference
@@ -176,7 +176,7 @@ def test_block_selection_is_a_stable_sort(isa, kind, rows, start, end):
             expected = torch.ones(width * rows, dtype=torch.bool)
             expected[order[:count]] = False
             scratch, state = torch.full((rows, width), -7.0), torch.zeros(blocks.STATE, dtype=torch.int32)
-            torch.ops.losa.select_block(weight, factor, start, end, count, mask, scratch, state)
+            torch.ops.losa.select_block(weight, factor, start, end, torch.tensor([-1, count]), 1, mask, scratch, state)
             swept, kept, loss = weight.clone(), torch.full((rows, (columns + 7) // 8), 0xA5).byte(), torch.ones(rows)
             around = unpack_mask(kept, columns)
             torch.ops.losa.sweep_block(swept, factor, start, end, 0, 0, state, mask, kept, scratch, loss)
@@ -245,17 +245,43 @@ def operands(rows=5, columns=24, width=8):
 @pytest.mark.parametrize("goal", [(0.5, None, None), (None, 2, 4)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_sweep_reads_nothing_back(goal, masked):
-    """On tensors without values, where reading one fails: all blocks are queued while the device works on the first.
-    Only a mask's zeros must be counted before an unstructured sweep."""
+    """On tensors without values, where reading one fails: all blocks are queued while the device works on the first."""
     with FakeTensorMode():
         weight, factor = torch.empty(16, 64), torch.empty(64, 64)
         mask = torch.empty(16, 8, dtype=torch.uint8) if masked else None
-        if masked and goal[0] is not None:
-            with pytest.raises(DataDependentOutputException):
-                blocks.column_sweep(weight, factor, *goal, 24, mask)
-        else:
-            swept, kept, loss = blocks.column_sweep(weight, factor, *goal, 24, mask)
-            assert swept.shape == (16, 64) and kept.shape == (16, 8) and loss.shape == (16,)
+        swept, kept, loss = blocks.column_sweep(weight, factor, *goal, 24, mask)
+        assert swept.shape == (16, 64) and kept.shape == (16, 8) and loss.shape == (16,)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    strategies.integers(1, 5000),
+    strategies.integers(1, 70),
+    strategies.integers(1, 30),
+    strategies.floats(0, 1, exclude_max=True),
+    strategies.floats(0, 1),
+    strategies.integers(0, 999),
+)
+def test_counts_on_the_device_are_the_host_s(rows, columns, block_size, sparsity, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = min(rows, 9000 // columns)
+    for mask in (None, pack_mask(torch.rand(rows, columns, generator=generator) < share)):
+        widths = [min(block_size, columns - start) for start in range(0, columns, block_size)]
+        lost = [0] * len(widths)
+        if mask is not None:
+            lost = torch.ops.losa.pruned_per_block(mask, columns, block_size).tolist()
+        found = blocks.block_counts(sparsity, torch.empty(rows, columns), block_size, mask)
+        assert found.tolist() == reference.block_counts(sparsity, rows, widths, lost)
+
+
+def test_budgets_of_many_entries_round_as_on_the_host():
+    """Products that are integers but for rounding, on tensors too large to hold."""
+    for sparsity in (0.1, 0.29, 0.57, 0.7, 1 / 3, 0.999):
+        for rows, columns in ((11008, 4096), (150000, 5120), (1 << 20, 1 << 10)):
+            widths = [128] * (columns // 128)
+            expected = reference.block_counts(sparsity, rows, widths, [0] * len(widths))
+            weight = torch.empty(1).expand(rows, columns)
+            assert blocks.block_counts(sparsity, weight, 128, None).tolist() == expected
 
 
 @pytest.mark.parametrize("goal", [(0.5, None, None), (None, 2, 4)])
@@ -285,7 +311,8 @@ def test_opcheck():
     check(ops.wanda_select.default, (o["weight"], torch.ones(24), 7, 0, o["mask"]))
     check(ops.wanda_select.default, (o["weight"].half(), torch.ones(24), 2, 4, None, None))
     check(ops.pruned_per_block.default, (o["mask"], 24, 8))
-    check(ops.select_block.default, (o["weight"], o["factor"], 8, 16, 20, o["mask"], o["scratch"], o["state"]))
+    counts = torch.tensor([3, 20])
+    check(ops.select_block.default, (o["weight"], o["factor"], 8, 16, counts, 1, o["mask"], o["scratch"], o["state"]))
     out = (o["kept"], o["scratch"], o["loss"])
     check(ops.sweep_block.default, (o["weight"], o["factor"], 8, 16, 4, 2, None, None, *out))
     check(ops.sweep_block.default, (o["weight"], o["factor"], 8, 16, 0, 0, o["state"], o["mask"], *out))
@@ -306,7 +333,8 @@ def test_opcheck():
 def test_operators_check_their_arguments(change, message):
     o = operands() | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.losa.select_block(o["weight"], o["factor"], 8, 16, 9, o["mask"], o["scratch"], o["state"])
+        counts = torch.tensor([9])
+        torch.ops.losa.select_block(o["weight"], o["factor"], 8, 16, counts, 0, o["mask"], o["scratch"], o["state"])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.losa.sweep_block(
             o["weight"], o["factor"], 8, 16, 0, 0, o["state"], o["mask"], o["kept"], o["scratch"], o["loss"]

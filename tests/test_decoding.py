@@ -11,13 +11,14 @@ from test_sparse import LLAMA_KIND, build, greedy, thin
 from tiny import EPS, tiny_tokenizer
 
 from losa import decoding, token_graphs
+from losa.decoder_blocks import joined
 from losa.decoding import LeanDecoder
 from losa.errors import LosaError
 from losa.generation import generate
 from losa.model import find_blocks
 from losa.sparse import join_linears
-from losa.token_graphs import CudaRecorder, TokenGraphs
-from losa_kernels import native
+from losa.token_graphs import TokenGraphs
+from losa_kernels import cuda_graphs, native
 
 
 class Recorder:
@@ -179,10 +180,8 @@ def test_a_decoder_made_in_inference_mode_works_outside(recorders):
 
 def test_streams_and_graphs_of_recorders(monkeypatch):
     fake, device = FakeCuda(monkeypatch), torch.device("cuda:1")
-    monkeypatch.setattr(CudaRecorder, "_streams", {})
-    monkeypatch.setattr(CudaRecorder, "_broken", [])
     where = []
-    one, two = CudaRecorder(device), CudaRecorder(device)
+    one, two = cuda_graphs.Recorder(device), cuda_graphs.Recorder(device)
     replays = [recorder(lambda: where.append(fake.current)) for recorder in (one, one, two)]
     assert where[0] == where[1] != where[2] and fake.current == "user"
     for replay in replays:
@@ -192,11 +191,11 @@ def test_streams_and_graphs_of_recorders(monkeypatch):
     assert fake.log == ["replay"] * 3 + ["synchronize", "reset", "reset"]
     with pytest.raises(ZeroDivisionError):
         two(lambda: 1 / 0)
-    assert fake.current == "user" and len(CudaRecorder._broken) == 1
-    CudaRecorder(device)(lambda: where.append(fake.current))
+    assert fake.current == "user" and len(cuda_graphs._broken) == 1
+    cuda_graphs.Recorder(device)(lambda: where.append(fake.current))
     assert where[3] == where[0], "the stream of what was closed"
     del two, replays
-    CudaRecorder(device)(lambda: where.append(fake.current))
+    cuda_graphs.Recorder(device)(lambda: where.append(fake.current))
     assert where[4] in (where[0], where[2]) and fake.made == 2, "and of what was dropped"
 
 
@@ -212,11 +211,11 @@ def test_joined_linears(name):
     ids = torch.arange(3, 20)
     expected = LeanDecoder(model, 20)(ids)
     for block in find_blocks(model)[1]:
-        before = block.mlp.up_proj.weight.clone()
+        before, attention = block.mlp.up_proj.weight.clone(), block.self_attn
         join_linears(block)
         assert torch.equal(block.mlp.up_proj.weight, before)
-        assert decoding._joined([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]) is not None
-        assert decoding._joined([block.mlp.up_proj, block.mlp.gate_proj]) is None
+        assert joined([linear.weight for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]) is not None
+        assert joined([block.mlp.up_proj.weight, block.mlp.gate_proj.weight]) is None
     found = LeanDecoder(model, 20)(ids)
     assert (found - expected).abs().max() <= 64 * EPS * expected.abs().max()
     assert thin(model).model.layers[0].mlp.gate_proj.group is not None

@@ -12,16 +12,16 @@ from tiny import EPS, tiny_llama, tiny_tokenizer, wrap
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from losa import decoding
 from losa import packed as files
+from losa.decoder_blocks import Block
 from losa.decoding import LeanDecoder
 from losa.generation import generate
 from losa.model import merge_model
 from losa.modules import SparseLinear
 from losa.speed import decode_speeds
-from losa.token_graphs import CudaRecorder
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
+from losa_kernels.cuda_graphs import Recorder
 
 
 def inputs_of(model, ids):
@@ -122,13 +122,13 @@ def test_graphs_on_gpu(monkeypatch, caplog, name, packed, dtype):
 
 def counted(monkeypatch):
     """A list that grows with every replay."""
-    replays, record = [], CudaRecorder.__call__
+    replays, record = [], Recorder.__call__
 
-    def counting(self, function):
-        replay = record(self, function)
+    def counting(self, function, *settings):
+        replay = record(self, function, *settings)
         return lambda: (replays.append(1), replay())
 
-    monkeypatch.setattr(CudaRecorder, "__call__", counting)
+    monkeypatch.setattr(Recorder, "__call__", counting)
     return replays
 
 
@@ -176,11 +176,11 @@ def test_two_decoders_take_turns_on_gpu():
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_gpu(monkeypatch, caplog):
     """The text goes on by the plain loop, and the next one has graphs again."""
-    model, tokenizer, attend = build(*LLAMA_KIND["llama"]).cuda(), tiny_tokenizer(), decoding.attend
+    model, tokenizer, step = build(*LLAMA_KIND["llama"]).cuda(), tiny_tokenizer(), Block.step
 
-    def reading(q, *rest):
-        float(q.sum())  # no capture allows that
-        return attend(q, *rest)
+    def reading(self, x, *rest):
+        float(x.sum())  # no capture allows that
+        return step(self, x, *rest)
 
     def text():
         return generate(model, tokenizer, "hello", max_new_tokens=20, stop_at_eos=False).tokens
@@ -188,7 +188,7 @@ def test_a_capture_that_fails_on_gpu(monkeypatch, caplog):
     replays, stream = counted(monkeypatch), torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING, logger="losa"):
         with monkeypatch.context() as context:
-            context.setattr(decoding, "attend", reading)
+            context.setattr(Block, "step", reading)
             found = text()
         assert len(caplog.records) == 1 and not replays and torch.cuda.current_stream() == stream
         assert torch.randn(9, device="cuda").isfinite().all()

@@ -2,91 +2,34 @@
 
 from __future__ import annotations
 
-import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulation import FOLDER, NEEDED, load
 
 from losa_kernels import bitmask, pack_mask, unpack_mask
 from losa_kernels.column_sweep import reference
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "tests" / "emulator"
-COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLOSA_EMULATOR"]
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SOURCES = {
     "bitmask": ["bitmask"],
     "packing": ["packing"],
     "sparse_linear": ["sparse_linear"],
     "tiles": ["sparse_linear/tiles"],
     "sweep": ["selection", "wanda", "column_sweep"],
+    "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
 
-pytestmark = [
-    pytest.mark.subprocess,
-    pytest.mark.skipif(COMPILER is None, reason="g++ is not installed"),
-    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the emulator switches x86-64 stacks"),
-]
-
-
-@pytest.fixture(scope="session")
-def drivers(tmp_path_factory):
-    """The path of a driver in tests/emulator, compiled when it is first asked for."""
-    folder, done = tmp_path_factory.mktemp("emulator"), {}
-
-    def build(name: str) -> Path:
-        if name not in done:
-            command = [COMPILER, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}", FOLDER / f"{name}.cpp"]
-            result = subprocess.run([*command, "-o", folder / name], capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            done[name] = folder / name
-        return done[name]
-
-    return build
-
-
-@pytest.fixture
-def emulate(drivers, tmp_path):
-    """Run a driver's command on arrays; the array it writes as ``result``."""
-
-    def run(driver, command, *numbers, seed=0, result=None, **arrays):
-        for path in tmp_path.iterdir():
-            path.unlink()
-        for name, array in arrays.items():
-            if array is not None:
-                values = array if isinstance(array, np.ndarray) else as_bytes(array)
-                values.tofile(tmp_path / name)
-        done = subprocess.run(
-            [drivers(driver), tmp_path, str(seed), command, *map(str, map(int, numbers))],
-            capture_output=True,
-            text=True,
-            env={"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        )
-        if result is None:
-            return done
-        assert done.returncode == 0, done.stderr
-        return tmp_path
-
-    return run
-
-
-def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
-
-
-def load(folder: Path, name: str, dtype: type, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.fromfile(folder / name, dtype)).reshape(shape)
+pytestmark = NEEDED
 
 
 def test_every_cuda_source_has_a_driver():
     covered = {source for sources in SOURCES.values() for source in sources}
-    assert covered == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    cuda = ROOT / "csrc" / "cuda"
+    assert covered == {str(path.relative_to(cuda).with_suffix("")) for path in cuda.rglob("*.cu")}
     for driver, sources in SOURCES.items():
         text = (FOLDER / f"{driver}.cpp").read_text()
         assert all(f'#include "cuda/{source}.cu"' in text for source in sources)
@@ -109,6 +52,8 @@ def test_every_cuda_source_has_a_driver():
         ("bulk_copy_of_same_parity", "a bulk copy that this thread has waited for already"),
         ("bulk_copy_too_early", r"warp operation\)[\s\S]*waits in wait_barrier"),
         ("bulk_copy_never_asked", r"warp operation\)[\s\S]*waits in wait_barrier"),
+        ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
+        ("too_many_blocks_together", "invalid launch"),
     ],
 )
 def test_planted_faults_are_reported(emulate, fault, message):
@@ -134,6 +79,18 @@ def test_bulk_copies(emulate):
         assert (np.fromfile(folder / "to", np.int32)[:64] == values).all()
 
 
+def test_a_missing_grid_barrier_shows_under_some_order(emulate):
+    values = np.arange(64, dtype=np.int32)
+    expected = np.roll(values, 32) + 100 * values
+
+    def right(kernel, seed):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        return bool((np.fromfile(folder / "to", np.int32)[:64] == expected).all())
+
+    assert all(right("blocks_together", seed) for seed in range(4))
+    assert not all(right("no_grid_barrier", seed) for seed in range(4))
+
+
 def test_warp_operations(emulate):
     values = np.random.default_rng(0).integers(0, 99, 64).astype(np.int32)
     folder = emulate("faults", "collectives", seed=3, result="to", **{"from": values})
@@ -151,20 +108,35 @@ def test_warp_operations(emulate):
         assert row[7] == ((lane + 1) % 8 if lane < 8 else -1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 8), (5, 40), (7, 129), (33, 64)])
-@pytest.mark.parametrize("more", [0, 3])
-def test_bitmask(emulate, shape, more):
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((1, 1), 9),
+        ((3, 7), 9),
+        ((5, 40), 9),
+        ((7, 129), 9),
+        ((33, 64), 9),
+        ((3, 6000), 1),
+        ((300, 56), 2),
+        ((2, 20000), 3),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 3, 8])
+def test_bitmask(emulate, shape, blocks, more):
+    """A thread has one byte, or many in rows that are shorter or longer than the way to its next one."""
     rows, columns = shape
     mask = torch.rand(rows, columns + more) < 0.5
     last = (rows - 1) * (columns + more) + columns  # the last row ends where its columns end
-    folder = emulate("bitmask", "pack", rows, columns, columns + more, bools=mask.flatten()[:last], result="packed")
+    folder = emulate(
+        "bitmask", "pack", rows, columns, columns + more, blocks, bools=mask.flatten()[:last], result="packed"
+    )
     packed = bitmask.pack_reference(mask[:, :columns])
     width = packed.shape[1]
     assert torch.equal(load(folder, "packed", np.uint8, rows, width), packed)
     wide = torch.full((rows, width + more), 0xA5, dtype=torch.uint8)
     wide[:, :width] = packed
     wide = wide.flatten()[: (rows - 1) * (width + more) + width]
-    folder = emulate("bitmask", "unpack", rows, columns, width + more, packed=wide, result="bools")
+    folder = emulate("bitmask", "unpack", rows, columns, width + more, blocks, packed=wide, result="bools")
     assert torch.equal(load(folder, "bools", np.bool_, rows, columns), mask[:, :columns])
 
 
@@ -210,6 +182,17 @@ def test_wanda_of_long_rows(emulate, columns):
         folder = emulate("sweep", "wanda", 1, columns, columns // 3, 0, 0, weight=weight, norms=norms, result="packed")
         expected = reference.smallest(weight.abs() * norms, columns // 3)
         assert torch.equal(unpack_mask(load(folder, "packed", np.uint8, 1, -1), columns), ~expected)
+
+
+def test_wanda_of_the_largest_keys(emulate):
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
+    weight[1, ::2] = 0x3F800000
+    arrays = {"weight": weight, "norms": torch.ones(24)}
+    packed = load(emulate("sweep", "wanda", 2, 24, 24, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert not packed.any()
+    packed = load(emulate("sweep", "wanda", 2, 24, 12, 0, 0, result="packed", **arrays), "packed", np.uint8, 2, 3)
+    assert torch.equal(unpack_mask(packed, 24)[1], torch.arange(24) % 2 == 1)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])

@@ -181,6 +181,14 @@ def test_emulated_offsets_of_more_rows_than_threads(pack_emulated):
     assert torch.equal(offsets, counts.cumsum(0) - counts) and values.numel() == counts.sum()
 
 
+@pytest.mark.subprocess
+@pytest.mark.parametrize(("fails", "expected"), [(0, [0, 7]), (1, [1, -1])])
+def test_memory_that_a_kernel_writes_is_waited_for(emulate, fails, expected):  # noqa: F811
+    """Also when an exception ends the call before its own wait."""
+    folder = emulate("packing", "late", fails, result="waits")
+    assert np.fromfile(folder / "waits", np.int64).tolist() == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

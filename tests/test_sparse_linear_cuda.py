@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_emulator import drivers, emulate  # noqa: F401
@@ -21,7 +22,7 @@ DTYPES = [FP32, BF16, FP16]
 
 @pytest.fixture
 def decode(emulate):  # noqa: F811
-    def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, seed=0):
+    def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, fresh=False, seed=0, counts=False):
         (batch, columns), rows, dtype = x.shape, packed.shape[0], packed.dtype
         tensor = x.dtype == dtype != FP32
         assert tensor or x.dtype == FP32
@@ -29,9 +30,11 @@ def decode(emulate):  # noqa: F811
         values = torch.cat([torch.ones(lead).to(dtype), packed.values.flatten()])
         arrays = {"values": values, "mask": packed.bitmask, "x": pad(x, (0, -columns % 8)), "bias": bias}
         arrays["offsets"] = getattr(packed, "row_offsets", None)
-        numbers = (rows, columns, batch, tensor, kind, bias_kind, per_byte, split, aligned, lead)
-        folder = emulate("sparse_linear", "decode", *numbers, seed=seed, result="y", **arrays)
-        return torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=x.dtype).reshape(batch, rows)
+        numbers = (rows, columns, batch, tensor, kind, bias_kind, per_byte, split, aligned, lead, lot, fresh)
+        command = "devices" if counts else "decode"
+        folder = emulate("sparse_linear", command, *numbers, seed=seed, result="y", **arrays)
+        y = torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=x.dtype).reshape(batch, rows)
+        return (y, np.fromfile(folder / "attributes", np.int32).tolist()) if counts else y
 
     return run
 

@@ -1,4 +1,4 @@
-"""N:M sweeps through a recorded loop: the plain loop's bits, from inputs of this call, in memory of the caller's own.
+"""Sweeps through a recorded loop: the plain loop's bits, from inputs of this call, in memory of the caller's own.
 
 On the CPU a recorder stands in for CUDA graphs, whose replay is the function once more on the memory of the capture.
 """
@@ -70,9 +70,10 @@ def problem(seed, rows=12, columns=64, masked=False, device="cpu"):
     return tuple(None if given is None else given.to(device) for given in (weight, factor, mask))
 
 
-def sweep(given, keep_n=2, m=4, block_size=16):
+def sweep(given, keep_n=2, m=4, block_size=16, sparsity=None):
     weight, factor, mask = given
-    return cuda.column_sweep(weight.clone(), factor, None, keep_n, m, block_size, mask)
+    goal = (None, keep_n, m) if sparsity is None else (sparsity, None, None)
+    return cuda.column_sweep(weight.clone(), factor, *goal, block_size, mask)
 
 
 @pytest.fixture
@@ -92,16 +93,18 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sparsity", [None, 0.6])
 @pytest.mark.parametrize("trailing", ["fp32", "3xtf32"])
-def test_every_call_has_the_bits_of_the_plain_loop(recorder, plain, monkeypatch, masked, trailing):
+def test_every_call_has_the_bits_of_the_plain_loop(recorder, plain, monkeypatch, masked, trailing, sparsity):
+    """The masks differ in how much they have lost already: counts are each call's own."""
     monkeypatch.setenv("LOSA_TRAILING", trailing)
     problems = [problem(seed, masked=masked) for seed in range(5)]
-    expected = [plain(given) for given in problems]
+    expected = [plain(given, sparsity=sparsity) for given in problems]
     assert not any(same(a, b) for a in expected for b in expected if a is not b)
     found = []
     for given in problems:
         originals = [None if tensor is None else tensor.clone() for tensor in given]
-        found.append(sweep(given))
+        found.append(sweep(given, sparsity=sparsity))
         assert all(a is None or torch.equal(a, b) for a, b in zip(given, originals, strict=True))
     assert recorder.attempts == 1
     # Compared after the last call, so that no result may live in memory that later calls write to.
@@ -136,6 +139,8 @@ VARIANTS = {
     "keep_n": ({}, {"keep_n": 1}, "fp32", "here"),
     "m": ({}, {"m": 8}, "fp32", "here"),
     "block_size": ({}, {"block_size": 32}, "fp32", "here"),
+    "sparsity": ({}, {"sparsity": 0.5}, "fp32", "here"),
+    "another sparsity": ({}, {"sparsity": 0.6}, "fp32", "here"),
     "trailing": ({}, {}, "3xtf32", "here"),
     "place": ({}, {}, "fp32", "there"),
 }
@@ -211,7 +216,6 @@ def test_what_runs_without_graphs(recorder, monkeypatch):
         assert attempts() == 0
     finally:
         torch.use_deterministic_algorithms(False)
-    assert attempts(lambda: cuda.column_sweep(given[0].clone(), given[1], 0.5, None, None, 16, None)) == 0
     monkeypatch.setattr(graph, "LARGEST", 4 * (12 * 64 + 64 * 64))
     assert attempts() == 1
 
@@ -243,7 +247,7 @@ def test_threads_take_turns(recorder, plain):
 
 def test_streams_of_captures(monkeypatch):
     fake, device = FakeCuda(monkeypatch), torch.device("cuda:0")
-    capture = graph.CudaCapture(kept=2)
+    capture = graph.CudaCapture()
     assert capture.place(torch.device("cpu")) is None
     assert capture.place(device) == (device, "user")
     fake.capturing = True
@@ -277,7 +281,7 @@ def test_streams_of_captures(monkeypatch):
     assert streams[4:] == [warm, one, warm, one], "the stream of what was closed, also after a failure"
     with pytest.raises(ZeroDivisionError):
         capture(lambda: 1 / 0, device)
-    assert fake.log[-1] == "user waits" and fake.current == "user"
+    assert fake.log[-2:] == ["user waits", "synchronize"] and fake.current == "user" and fake.made == 3
 
 
 class Counting(graph.CudaCapture):
@@ -305,14 +309,14 @@ def counting(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("trailing", ["fp32", "3xtf32"])
-@pytest.mark.parametrize(("keep_n", "m"), [(2, 4), (3, 8), (6, 16)])
+@pytest.mark.parametrize(("keep_n", "m", "sparsity"), [(2, 4, None), (3, 8, None), (6, 16, None), (None, None, 0.6)])
 @pytest.mark.parametrize(("rows", "columns"), [(100, 400), (1030, 1024)])
-def test_graphs_equal_the_plain_loop_on_gpu(counting, plain, monkeypatch, rows, columns, keep_n, m, trailing):
+def test_graphs_equal_the_plain_loop_on_gpu(counting, plain, monkeypatch, rows, columns, keep_n, m, sparsity, trailing):
     monkeypatch.setenv("LOSA_TRAILING", trailing)
     for masked in (False, True):
         problems = [problem(seed, rows, columns, masked, "cuda") for seed in range(4)]
-        expected = [plain(given, keep_n, m, 128) for given in problems]
-        found = [sweep(given, keep_n, m, 128) for given in problems]
+        expected = [plain(given, keep_n, m, 128, sparsity) for given in problems]
+        found = [sweep(given, keep_n, m, 128, sparsity) for given in problems]
         assert all(map(same, found, expected))
     assert counting.replays == 6
 

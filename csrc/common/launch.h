@@ -47,6 +47,12 @@
   LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                            (stream), __VA_ARGS__))
 
+// LOSA_LAUNCH_COOPERATIVE: the same for a kernel whose blocks wait for each other (cuda/grid_barrier.h), with at most
+// resident_blocks() of them: all run at the same time.
+#define LOSA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                    \
+  LOSA_CUDA_CHECK(::losa::launch_cooperative((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
+                                             (stream), __VA_ARGS__))
+
 // LOSA_DYNAMIC_SHARED(type, name): in a kernel, the shared memory whose size the launch gave, as a type*.
 #define LOSA_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char losa_dynamic_shared[]; \
@@ -78,6 +84,32 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   config.attrs = &attribute;
   config.numAttrs = may_launch_dependent() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                               cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Blocks of a kernel that the current device holds at a time.
+template <class Kernel>
+int64_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int device = 0, processors = 0, blocks = 0;
+  LOSA_CUDA_CHECK(cudaGetDevice(&device));
+  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return int64_t{processors} * blocks;
 }
 
 // Before a launch with more dynamic shared memory than every kernel may have.

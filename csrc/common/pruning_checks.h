@@ -54,12 +54,16 @@ inline void check_state(const Tensor& state, int64_t state_ints) {
                   "state: expected a contiguous int32 tensor of ", state_ints, " elements");
 }
 
-inline void check_select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t count,
-                               const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& state,
-                               int64_t state_ints) {
+inline void check_select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end,
+                               const Tensor& counts, int64_t index, const std::optional<Tensor>& mask,
+                               const Tensor& scratch, const Tensor& state, int64_t state_ints) {
   check_column_block(weight, factor, start, end, mask);
   const int64_t entries = weight.size(0) * (end - start);
-  STD_TORCH_CHECK(0 <= count && count <= entries, "count: expected up to ", entries, ", got ", count);
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.dim() == 1 && counts.is_contiguous() &&
+                      counts.get_device_index() == weight.get_device_index(),
+                  "counts: expected a contiguous int64 tensor (blocks,) on the weight's device");
+  STD_TORCH_CHECK(0 <= index && index < counts.size(0), "index: expected one of ", counts.size(0), " counts, got ",
+                  index);
   STD_TORCH_CHECK(is_dense_float(scratch) && scratch.numel() >= entries,
                   "scratch: expected a contiguous float tensor of ",
                   entries, " elements");

@@ -207,10 +207,12 @@ void place_ties(const BlockRows& block, int64_t rows, const Bound& bound, int32_
   *row = static_cast<int32_t>(r);
 }
 
-void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t count,
-                  const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& state) {
-  pruning::check_select_block(weight, factor, start, end, count, mask, scratch, state, 3);
+void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, const Tensor& counts,
+                  int64_t index, const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& state) {
+  pruning::check_select_block(weight, factor, start, end, counts, index, mask, scratch, state, 3);
   const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
+  const int64_t count = static_cast<const int64_t*>(counts.const_data_ptr())[index];
+  STD_TORCH_CHECK(0 <= count && count <= rows * width, "counts: expected up to ", rows * width, ", got ", count);
   auto* bound_out = static_cast<int32_t*>(state.mutable_data_ptr());
 
   std::vector<float> diagonal(width);
@@ -230,7 +232,7 @@ void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int
   auto* keys = static_cast<int32_t*>(scratch.mutable_data_ptr());
   const int64_t chunk_rows = std::max<int64_t>(1, kKeysPerChunk / width);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  std::vector<int64_t> active(chunks), counts(chunks);
+  std::vector<int64_t> active(chunks), below(chunks);
   std::vector<KeyRange> ranges(chunks);
   int64_t left = rows * width;  // keys still looked at
   const auto in_parallel = [&](const auto& body) {
@@ -251,9 +253,9 @@ void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int
 
   int64_t dropped = 0;  // keys below all that are left
   const auto count_all = [&](int32_t bound) {
-    in_parallel([&](int64_t chunk, int32_t* own) { counts[chunk] = run.count_up_to(own, active[chunk], bound); });
+    in_parallel([&](int64_t chunk, int32_t* own) { below[chunk] = run.count_up_to(own, active[chunk], bound); });
     int64_t found = dropped;
-    for (int64_t part : counts) found += part;
+    for (int64_t part : below) found += part;
     return found;
   };
   const auto gather_some = [&](int32_t least, int32_t most, int64_t below, int64_t inside) {

@@ -1,84 +1,137 @@
-// pack_mask and unpack_mask on CUDA: one thread per packed byte. With aligned rows the 8 columns of a byte are one
-// 64-bit access, so a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes per packed byte).
+// pack_mask and unpack_mask on CUDA: neighbouring threads have neighbouring packed bytes. With aligned rows the 8 columns
+// of a byte are one 64-bit access, so a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes for a
+// packed byte), which leaves no time for a division by the row's width.
 #include "common/bits.h"
 #include "common/launch.h"
 
 namespace losa::bitmask {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 20;
+constexpr int64_t kMaxBlocks = 4096;
+constexpr int kAtOnce = 4;  // packed bytes of a thread whose loads are on their way together
+
+// From one packed byte of a thread to its next: whole rows, and bytes of the next row.
+struct Step {
+  int64_t rows, bytes;
+};
+
+// A packed byte. One division finds a thread's first, and additions the others.
+struct Place {
+  int64_t row, byte;
+
+  __device__ __forceinline__ explicit Place(int64_t width) {
+    const unsigned index = blockIdx.x * kThreads + threadIdx.x;  // below kMaxBlocks * kThreads
+    row = index < width ? 0 : index / static_cast<unsigned>(width);
+    byte = index - row * width;
+  }
+
+  __device__ __forceinline__ void advance(const Step& step, int64_t width) {
+    row += step.rows;
+    byte += step.bytes;
+    if (byte >= width) {
+      byte -= width;
+      ++row;
+    }
+  }
+};
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* packed) {
-  const int64_t width = packed_width(columns), total = rows * width;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < total; index += step) {
-    const int64_t row = index / width, column = (index - row * width) * 8;
-    const uint8_t* from = bools + row * row_stride + column;
-    uint64_t eight = 0;
-    if (kAligned) {
-      eight = *reinterpret_cast<const uint64_t*>(from);
-    } else {
-      const int64_t left = columns - column;
+    pack_kernel(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, Step step, uint8_t* packed) {
+  const int64_t width = packed_width(columns);
+  Place place(width);
+  while (place.row < rows) {
+    uint64_t eights[kAtOnce];
+    uint8_t* to[kAtOnce];
 #pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        if (bit < left) eight |= static_cast<uint64_t>(from[bit]) << (8 * bit);
+    for (int i = 0; i < kAtOnce; ++i, place.advance(step, width)) {
+      eights[i] = 0;
+      to[i] = nullptr;
+      if (place.row >= rows) continue;
+      to[i] = packed + (place.row * width + place.byte);
+      const uint8_t* const from = bools + (place.row * row_stride + place.byte * 8);
+      if (kAligned) {
+        eights[i] = *reinterpret_cast<const uint64_t*>(from);
+      } else {
+        const int64_t left = columns - place.byte * 8;
+#pragma unroll
+        for (int bit = 0; bit < 8; ++bit) {
+          if (bit < left) eights[i] |= static_cast<uint64_t>(from[bit]) << (8 * bit);
+        }
       }
     }
-    packed[index] = pack_byte(eight);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (to[i] != nullptr) *to[i] = pack_byte(eights[i]);
+    }
   }
 }
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    unpack_kernel(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* bools) {
-  const int64_t width = packed_width(columns), total = rows * width;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < total; index += step) {
-    const int64_t row = index / width, byte = index - row * width;
-    const uint64_t eight = unpack_byte(packed[row * row_stride + byte]);
-    uint8_t* to = bools + row * columns + byte * 8;
-    if (kAligned) {
-      *reinterpret_cast<uint64_t*>(to) = eight;
-    } else {
-      const int64_t left = columns - byte * 8;
+    unpack_kernel(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, Step step, uint8_t* bools) {
+  const int64_t width = packed_width(columns);
+  Place place(width);
+  while (place.row < rows) {
+    Place ahead = place;
+    uint8_t bytes[kAtOnce];
 #pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        if (bit < left) to[bit] = static_cast<uint8_t>(eight >> (8 * bit));
+    for (int i = 0; i < kAtOnce; ++i, ahead.advance(step, width)) {
+      bytes[i] = ahead.row < rows ? packed[ahead.row * row_stride + ahead.byte] : uint8_t{0};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i, place.advance(step, width)) {
+      if (place.row >= rows) continue;
+      const uint64_t eight = unpack_byte(bytes[i]);
+      uint8_t* const to = bools + (place.row * columns + place.byte * 8);
+      if (kAligned) {
+        *reinterpret_cast<uint64_t*>(to) = eight;
+      } else {
+        const int64_t left = columns - place.byte * 8;
+#pragma unroll
+        for (int bit = 0; bit < 8; ++bit) {
+          if (bit < left) to[bit] = static_cast<uint8_t>(eight >> (8 * bit));
+        }
       }
     }
   }
 }
 
-inline unsigned grid_size(int64_t rows, int64_t columns) {
-  const int64_t blocks = (rows * packed_width(columns) + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+struct Grid {
+  unsigned blocks;
+  Step step;
+};
+
+// Rows and columns are not 0. At most `most` blocks.
+inline Grid grid_of(int64_t rows, int64_t columns, int64_t most) {
+  const int64_t width = packed_width(columns), blocks = (rows * width + kThreads - 1) / kThreads;
+  const int64_t used = blocks < most ? blocks : most, bytes = used * kThreads;
+  return {static_cast<unsigned>(used), {bytes / width, bytes % width}};
 }
 
 // bools: rows x columns bytes, row_stride bytes apart; packed: rows x packed_width(columns), dense.
 void launch_pack(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* packed,
-                 cudaStream_t stream) {
+                 cudaStream_t stream, int64_t most_blocks = kMaxBlocks) {
   if (rows * columns == 0) return;
-  const unsigned grid = grid_size(rows, columns);
+  const auto [blocks, step] = grid_of(rows, columns, most_blocks);
   const bool aligned = columns % 8 == 0 && row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(bools) % 8 == 0;
   if (aligned) {
-    LOSA_LAUNCH(pack_kernel<true>, grid, kThreads, 0, stream, bools, row_stride, rows, columns, packed);
+    LOSA_LAUNCH(pack_kernel<true>, blocks, kThreads, 0, stream, bools, row_stride, rows, columns, step, packed);
   } else {
-    LOSA_LAUNCH(pack_kernel<false>, grid, kThreads, 0, stream, bools, row_stride, rows, columns, packed);
+    LOSA_LAUNCH(pack_kernel<false>, blocks, kThreads, 0, stream, bools, row_stride, rows, columns, step, packed);
   }
 }
 
 // packed: rows x packed_width(columns) bytes, row_stride bytes apart; bools: rows x columns bytes, dense.
 void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* bools,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, int64_t most_blocks = kMaxBlocks) {
   if (rows * columns == 0) return;
-  const unsigned grid = grid_size(rows, columns);
+  const auto [blocks, step] = grid_of(rows, columns, most_blocks);
   const bool aligned = columns % 8 == 0 && reinterpret_cast<uintptr_t>(bools) % 8 == 0;
   if (aligned) {
-    LOSA_LAUNCH(unpack_kernel<true>, grid, kThreads, 0, stream, packed, row_stride, rows, columns, bools);
+    LOSA_LAUNCH(unpack_kernel<true>, blocks, kThreads, 0, stream, packed, row_stride, rows, columns, step, bools);
   } else {
-    LOSA_LAUNCH(unpack_kernel<false>, grid, kThreads, 0, stream, packed, row_stride, rows, columns, bools);
+    LOSA_LAUNCH(unpack_kernel<false>, blocks, kThreads, 0, stream, packed, row_stride, rows, columns, step, bools);
   }
 }
 

@@ -36,6 +36,12 @@ __device__ __forceinline__ Shared shared_address(const void* pointer) {
   return static_cast<Shared>(__cvta_generic_to_shared(pointer));
 }
 
+// Compilers else form a number again wherever it is used, which may take more than the register that it saves.
+template <class Number>
+__device__ __forceinline__ void keep_in_register(Number& number) {
+  asm volatile("" : "+r"(number));
+}
+
 // sum + the products of the four bytes of a and b
 __device__ __forceinline__ Shared add_bytes(Shared sum, unsigned a, unsigned b) {
   return __dp4a(a, b, sum);
@@ -88,6 +94,24 @@ __device__ __forceinline__ unsigned load_if(unsigned wanted, Shared from) {
   return value;
 }
 
+// The element of kSize bytes (2 or 4) there if `unwanted` is 0, else 0.
+template <int kSize>
+__device__ __forceinline__ unsigned load_unless(unsigned unwanted, Shared from) {
+  unsigned value;
+  if constexpr (kSize == 2) {
+    asm volatile("{.reg .pred p; setp.eq.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%2];}"
+                 : "=&r"(value)
+                 : "r"(unwanted), "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("{.reg .pred p; setp.eq.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%2];}"
+                 : "=&r"(value)
+                 : "r"(unwanted), "r"(from)
+                 : "memory");
+  }
+  return value;
+}
+
 template <int kSize>
 __device__ __forceinline__ void store_shared(Shared to, unsigned value) {
   if constexpr (kSize == 2) {
@@ -102,6 +126,22 @@ __device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(piece.x), "r"(piece.y), "r"(piece.z),
                "r"(piece.w)
                : "memory");
+}
+
+// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is read
+// once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same time.
+__device__ __forceinline__ unsigned load_once_word(const void* from) {
+  unsigned word;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
+}
+
+__device__ __forceinline__ uint4 load_once_piece(const void* from) {
+  uint4 piece;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "l"(from));
+  return piece;
 }
 
 // 16 bytes from global to shared memory, both aligned; they are there after this thread's wait_copies.
@@ -218,6 +258,16 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" :::);
 #endif
+}
+
+// Returns when *counter is at least `goal`; what was written before another block added to it can then be read.
+__device__ __forceinline__ void wait_for_count(const int* counter, int goal) {
+  int found;
+  for (;;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    if (found >= goal) return;
+    __nanosleep(32);
+  }
 }
 
 }  // namespace losa

@@ -1,23 +1,22 @@
-// The decode kernel for up to 4 rows of x of the values' 16-bit type.
+// The window kernel: sparse_linear for up to 4 rows of x of the values' 16-bit type.
 //
-// A warp has a window of 1024 columns for good: its x stays in registers, and the block walks down the rows of the
-// weight. A row's values of the window come from global to shared memory by way of registers, where those of the next
-// row wait. A lane then expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the fourth
-// only if all 4 columns are kept. One of 16 permutations, from shared memory, puts them into their columns with zeros
-// between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core tile: of
-// lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is used.
+// A block has a warp for each window of 1024 columns and takes one contiguous range of the weight's rows; a warp's x
+// stays in registers. A lane expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the fourth
+// only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into their columns with
+// zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core tile:
+// of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is used.
+// A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks of shared memory hold.
 //
-// Of 32 columns that is about 5 instructions and 2 accesses to shared memory, as 4 columns a lane keep what 32 lanes
-// read within about the 128 bytes that the banks hold. Where a word of the mask has its first value is counted for many
-// rows at once, each by one warp, while the rows before them are multiplied.
+// Everything of the weight is asked for early. Rows are taken in lots, between two of which there is a barrier. While a
+// lot is multiplied, the masks of the next lot are counted and the masks of the lot after that are on their way. A warp
+// counts the masks of its own window; where its values begin follows from the counts of the windows before, which it
+// finds in shared memory behind the barrier. The values of the next row wait in registers.
 #pragma once
 
 #include "cuda/decode_task.h"
 
 namespace losa::sparse_linear {
 
-// Warps of a block at most: few, so that many blocks fill a multiprocessor's registers, or one for each window.
-constexpr int kFewWarps = 4, kManyWarps = 14;
 constexpr int kNibbleColumns = 128;  // 4 for each lane
 constexpr int kNibbles = kWindowColumns / kNibbleColumns;
 constexpr int kPiece = 8;  // values that a lane loads at a time
@@ -26,42 +25,43 @@ constexpr int kHeld = 3;   // loads of a lane that are on their way while the ro
 constexpr int kRoom = kWindowColumns + 2 * kPiece;
 constexpr int kParts = 8;  // of a window's sum, each in one lane
 constexpr int kWindowWords = kWindowColumns / 32;
+constexpr int kMostLot = 4;  // rows of a lot
 
-// Blocks of that many warps that a multiprocessor's registers shall allow.
-LOSA_HOST_DEVICE constexpr int resident_blocks(int warps, int batch) {
-  return warps != kFewWarps ? 1 : batch == 1 ? 7 : batch == 2 ? 5 : 3;
+// Windows of a block at most. A multiprocessor's registers allow as many warps, whatever the size of its blocks: 72, 88
+// or 168 registers of a thread.
+LOSA_HOST_DEVICE constexpr int most_windows(int batch) {
+  return batch == 1 ? 28 : batch == 2 ? 20 : 12;
 }
 
-// A word of the mask, and where in shared memory its first value is.
+// 32 columns of a row: which are absent, and how many bytes of the window's values are before those of the columns.
 struct alignas(8) Word {
-  unsigned bits;
-  Shared from;
+  unsigned absent, before;
 };
 
-// A row's values of one window.
-struct alignas(16) Values {
-  int64_t origin;  // of the first piece
-  int pieces;
-  int whole;  // pieces that are inside the buffer: all but at its end, or in a damaged file
+// Where a row's values are: the 16-byte boundary at or before them, and how many there are from it to the buffer's end (at
+// most 2^30). In shared memory the numbers of values before the row's own and of each window follow.
+struct alignas(16) RowStart {
+  const uint16_t* origin;
+  int left;
 };
 
-// A block's `windows` warps for each of `lanes` rows, which take `rows` rows of the weight between two barriers.
+// Blocks of `windows` warps, `lot` rows between two barriers. Of all rows each block has `rows`, and the first `longer`
+// blocks one more.
 struct Shape {
-  int windows, lanes, rows;
+  int windows, lot, rows, longer;
 
-  LOSA_HOST_DEVICE constexpr int warps() const { return windows * lanes; }
-  LOSA_HOST_DEVICE constexpr int lot() const { return rows * windows; }
-  // In bytes: permutations, values, sums, and where the values and words are. While one lot of rows is multiplied the
-  // next is counted, and a slow warp may still be at the one before.
-  LOSA_HOST_DEVICE constexpr int sums_at() const { return 64 + warps() * kRoom * 2; }
-  LOSA_HOST_DEVICE constexpr int values_at(int batch) const {
-    return sums_at() + 2 * lot() * batch * kParts * static_cast<int>(sizeof(float));
+  // Places in shared memory, in bytes: permutations; per warp its values and two lots of words; three lots of row starts,
+  // as one warp may begin the next lot's values while another counts the lot after it; two lots of sums.
+  LOSA_HOST_DEVICE constexpr int words_at() const { return 64 + windows * kRoom * 2; }
+  LOSA_HOST_DEVICE constexpr int starts_at() const {
+    return words_at() + windows * 2 * lot * kWindowWords * static_cast<int>(sizeof(Word));
   }
-  LOSA_HOST_DEVICE constexpr int words_at(int batch) const {
-    return values_at(batch) + 3 * lot() * static_cast<int>(sizeof(Values));
+  LOSA_HOST_DEVICE constexpr int start_bytes() const {
+    return static_cast<int>(sizeof(RowStart)) + (windows + 1 + 3) / 4 * 16;
   }
+  LOSA_HOST_DEVICE constexpr int sums_at() const { return starts_at() + 3 * lot * start_bytes(); }
   LOSA_HOST_DEVICE constexpr int bytes(int batch) const {
-    return words_at(batch) + 3 * lot() * kWindowWords * static_cast<int>(sizeof(Word));
+    return sums_at() + 2 * lot * windows * batch * kParts * static_cast<int>(sizeof(float));
   }
 };
 
@@ -75,77 +75,79 @@ __device__ __forceinline__ unsigned permutation(unsigned kept) {
   return digits;
 }
 
-// A row of the mask on its way, a word of each window for each lane.
-template <int kWindows>
-struct RowAhead {
-  static_assert(kWindows % 2 == 0);
-  unsigned words[kWindows];
-  int64_t first;  // the row's first value
+// A window's masks of one lot on their way, a word of each row for each lane.
+struct MasksAhead {
+  unsigned words[kMostLot];
+  int64_t first;  // in warp 0: the first value of the row that this lane describes
 
-  __device__ __forceinline__ void load(const Weight& weight, int row) {
-    const int lane = threadIdx.x % 32;
-    const unsigned* const mask = reinterpret_cast<const unsigned*>(weight.mask + row * weight.mask_stride) + lane;
+  // Of `count` rows from `row` on; there may be none.
+  __device__ __forceinline__ void load(const Weight& weight, int window, int row, int count) {
+    const int lane = threadIdx.x % 32, column = window * kWindowColumns + 32 * lane;
+    const uint8_t* const mask = weight.mask + row * weight.mask_stride + column / 8;
+    const int wanted = column < weight.columns ? count : 0;
 #pragma unroll
-    for (int w = 0; w < kWindows; ++w) {
-      words[w] = 0;
-      if (w * kWindowColumns + 32 * lane < weight.columns) words[w] = mask[w * kWindowWords];
+    for (int i = 0; i < kMostLot; ++i) {
+      words[i] = 0;
+      if (i < wanted) words[i] = load_once_word(mask + i * weight.mask_stride);  // [32]
     }
-    first = first_value(weight, row);
+    first = 0;
+    if (window == 0 && lane < count) first = first_value(weight, row + lane);
   }
 
-  // To shared memory: where each window's values are, and its words' in buffers that are `stride` apart. By all lanes.
-  __device__ __forceinline__ void count(const Weight& weight, int windows, Shared buffer, Shared stride, Values* values,
-                                        Word* table) const {
+  // To shared memory, of the first `count` of the rows: this lane's words, and in the rows' starts, `stride` bytes apart,
+  // the window's number of values. By all lanes of all warps; others may read after a barrier of the block.
+  __device__ __forceinline__ void count(const Weight& weight, int window, int count, Word* words_to, unsigned char* starts,
+                                        int stride) const {
     const int lane = threadIdx.x % 32;
-    int before = static_cast<int>(first) & (kPiece - 1), own_before = 0, own_total = 0;
-    const int64_t origin = first - before;
+    const auto counts_of = [&](int i) { return reinterpret_cast<int*>(starts + i * stride + sizeof(RowStart)); };
 #pragma unroll
-    for (int pair = 0; pair < kWindows; pair += 2) {
-      if (pair >= windows) break;
-      // One scan for two windows: no sum has more than 11 bits.
-      const int own = __popc(words[pair]) | __popc(words[pair + 1]) << 16, sum = inclusive_sum(own);
-      const int totals = __shfl_sync(kAllLanes, sum, 31);
-#pragma unroll
-      for (int w = pair; w < pair + 2; ++w) {
-        if (w >= windows) break;
-        const int shift = 16 * (w - pair), place = (before & (kPiece - 1)) + ((sum - own) >> shift & 0xffff);
-        table[w * kWindowWords + lane] = {words[w], buffer + w * stride + 2 * place};
-        const int total = totals >> shift & 0xffff;
-        if (lane == w) {
-          own_before = before;
-          own_total = total;
-        }
-        before += total;
-      }
+    for (int i = 0; i < kMostLot; i += 2) {
+      if (i >= count) break;
+      // One scan for two rows: no sum has more than 11 bits.
+      const unsigned own = __popc(words[i]) | __popc(words[i + 1]) << 16, sum = inclusive_sum(own);
+      const unsigned before = 2 * (sum - own);
+      words_to[i * kWindowWords] = {~words[i], before & 0xffffu};
+      if (lane == 31) counts_of(i)[window + 1] = static_cast<int>(sum & 0xffffu);
+      if (i + 1 >= count) break;
+      words_to[(i + 1) * kWindowWords] = {~words[i + 1], before >> 16};
+      if (lane == 31) counts_of(i + 1)[window + 1] = static_cast<int>(sum >> 16);
     }
-    if (lane >= windows) return;
-    const int margin = own_before & (kPiece - 1);
-    const int64_t begin = origin + own_before - margin, inside = (weight.total - begin) / kPiece;
-    const int pieces = own_total == 0 ? 0 : (margin + own_total + kPiece - 1) / kPiece;
-    values[lane] = {begin, pieces, inside < 0 ? 0 : inside < pieces ? static_cast<int>(inside) : pieces};
+    if (window > 0 || lane >= count) return;
+    const int64_t margin = first % kPiece, origin = first - margin, left = weight.total - origin;
+    constexpr int64_t kMost = int64_t{1} << 30;
+    *reinterpret_cast<RowStart*>(starts + lane * stride) = {static_cast<const uint16_t*>(weight.values) + origin,
+                                                            static_cast<int>(left < kMost ? left : kMost)};
+    *counts_of(lane) = static_cast<int>(margin);
   }
 };
 
-// A window's values, the first of them already asked for.
-struct OpenWindow {
+// A row's values of one window, the first of them already asked for.
+struct ValuesAhead {
   const uint16_t* from;  // this lane's first piece
-  int pieces, whole;
+  int pieces, whole;     // of the row; those inside the buffer: all but at its end, or in a damaged file
+  Shared values;         // the address of the first value, once it is stored
   uint4 held[kHeld];
 
-  __device__ __forceinline__ void open(const Weight& weight, const Values* at) {
-    const Values values = *at;
-    pieces = values.pieces;
-    whole = values.whole;
-    from = static_cast<const uint16_t*>(weight.values) + (values.origin + kPiece * (threadIdx.x % 32));
+  // Of the row whose start is `at`, for a buffer of this warp. By all lanes.
+  __device__ __forceinline__ void load(int window, const unsigned char* at, Shared buffer) {
+    const int lane = threadIdx.x % 32;
+    const RowStart start = *reinterpret_cast<const RowStart*>(at);
+    const int* const counts = reinterpret_cast<const int*>(at + sizeof(RowStart));
+    const int own = counts[window + 1], place = __reduce_add_sync(kAllLanes, lane <= window ? counts[lane] : 0);
+    const int margin = place & (kPiece - 1);  // values of the first piece that belong to the window before
+    values = buffer + 2 * margin;
+    pieces = (margin + own + kPiece - 1) >> 3;
+    whole = min(pieces, max(start.left - place + margin, 0) >> 3);
+    from = start.origin + (place - margin + kPiece * lane);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (is_whole(i)) held[i] = piece(i);
+      if (is_whole(i)) held[i] = piece(i);  // [32, 8]
     }
   }
 
-  // By all lanes; others may read after a barrier of the warp.
-  __device__ __forceinline__ void store(const Weight& weight, Shared buffer) const {
-    const Shared to = buffer + 16 * (threadIdx.x % 32);
+  // To the buffer, in which this lane's first piece goes to `to`. By all lanes; others may read after a barrier
+  // of the warp.
+  __device__ __forceinline__ void store(const Weight& weight, Shared to) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (is_whole(i)) store_shared_piece(to + 512 * i, held[i]);
@@ -154,20 +156,33 @@ struct OpenWindow {
 #pragma unroll 1
     for (int i = kHeld; is_whole(i); ++i) store_shared_piece(to + 512 * i, piece(i));
     // At the end of the buffer, or beyond it in a damaged file, whose values there are zero.
+    const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int i = 8 * whole + threadIdx.x % 32; i < 8 * pieces; i += 32) {
-      const uint16_t* const at = from - 8 * (threadIdx.x % 32) + i;
+    for (int i = 8 * whole + lane; i < 8 * pieces; i += 32) {
+      const uint16_t* const at = from - 8 * lane + i;
       const bool inside = at >= weight.values && at < static_cast<const uint16_t*>(weight.values) + weight.total;
-      store_shared<2>(buffer + 2 * i, inside ? *at : 0);
+      store_shared<2>(to - 16 * lane + 2 * i, inside ? *at : 0);
     }
   }
 
  private:
   __device__ __forceinline__ bool is_whole(int round) const {
-    return 32 * round + static_cast<int>(threadIdx.x % 32) < whole;
+    return static_cast<int>(threadIdx.x % 32) < whole - 32 * round;
   }
-  __device__ __forceinline__ uint4 piece(int round) const {
-    return *reinterpret_cast<const uint4*>(from + 32 * kPiece * round);
+  __device__ __forceinline__ uint4 piece(int round) const { return load_once_piece(from + 32 * kPiece * round); }
+};
+
+// Where a lane's 4 columns are in a word: the bits below them, and the rotation that brings them to bit 2.
+struct LaneBits {
+  unsigned below;
+  int turn;
+
+  __device__ __forceinline__ LaneBits() {
+    const int shift = threadIdx.x % 8 * 4;
+    below = (1u << shift) - 1;
+    turn = shift - 2;
+    keep_in_register(below);
+    keep_in_register(turn);
   }
 };
 
@@ -191,27 +206,27 @@ struct WindowOfX {
     }
   }
 
-  // The lane's part of the window's sums; see part_of_lane.
-  __device__ __forceinline__ void multiply(const Word* words, Shared permutations, float (&parts)[kBatch]) const {
-    const int lane = threadIdx.x % 32, shift = lane % 8 * 4;
-    const unsigned below = (1u << shift) - 1;
-    words += lane / 8;
+  // The lane's part of the sums of a row whose values begin at `values`. words: from this lane's first on.
+  __device__ __forceinline__ void multiply(const Word* words, Shared values, Shared permutations, const LaneBits& own,
+                                           float (&parts)[kBatch]) const {
     float d[kBatch][4] = {};
 #pragma unroll
     for (int s = 0; s < kNibbles; ++s) {
       const Word word = words[4 * s];
-      const Shared from = word.from + 2 * __popc(word.bits & below);
-      const unsigned kept = rotate_right(word.bits, shift - 2) & 0x3cu;  // times 4
-      const unsigned order = load_shared<4>(permutations + kept);
+      unsigned before = word.before + 2 * __popc(~word.absent & own.below);
+      keep_in_register(before);
+      const Shared from = values + before;
+      const unsigned absent = rotate_right(word.absent, own.turn) & 0x3cu;  // times 4
+      const unsigned order = load_shared<4>(permutations + absent);
       const unsigned low = pair_of(load_shared<2>(from), load_shared<2>(from + 2));
-      const unsigned high = pair_of(load_shared<2>(from + 4), load_if<2>(kept == 0x3cu, from + 6));
+      const unsigned high = pair_of(load_shared<2>(from + 4), load_unless<2>(absent, from + 6));
       // Rows g + 8 of A may be anything.
       const unsigned a[4] = {bytes_of(low, high, order), low, bytes_of(low, high, order >> 16), high};
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) multiply_tile<kValue == Value::kHalf>(d[b], a, x[b][s]);
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) parts[b] = lane / 4 % 2 == 0 ? d[b][0] : d[b][1];
+    for (int b = 0; b < kBatch; ++b) parts[b] = threadIdx.x / 4 % 2 == 0 ? d[b][0] : d[b][1];
   }
 
   // Which part of a sum this lane has, or -1.
@@ -221,20 +236,19 @@ struct WindowOfX {
   }
 };
 
-// The sums of a lot of rows: 8 lanes add up the parts of each, always in the same order.
+// The sums of `count` rows: 8 lanes add up the parts of each, always in the same order.
 template <Value kValue, int kBatch>
-__device__ __forceinline__ void store_sums(const Task& task, const Shape& shape, const float* parts, int first_row,
+__device__ __forceinline__ void store_sums(const Task& task, int windows, const float* parts, int first_row, int count,
                                            int thread) {
-  const int count = shape.rows * kBatch * kParts;
 #pragma unroll 1
-  for (int at = thread; at / 32 * 32 < count; at += 32 * shape.warps()) {  // whole warps
+  for (int at = thread; at / 32 * 32 < count * kBatch * kParts; at += 32 * windows) {  // whole warps
     const int r = at / (kBatch * kParts), b = at / kParts % kBatch, row = first_row + r;
-    const float* const own = parts + (r * shape.windows * kBatch + b) * kParts + at % kParts;
-    const bool wanted = at < count && row < task.weight.rows && b < task.batch;
+    const float* const own = parts + (r * windows * kBatch + b) * kParts + at % kParts;
+    const bool wanted = r < count && b < task.batch;
     float sum = 0.0f;
     if (wanted) {
 #pragma unroll 1
-      for (int w = 0; w < shape.windows; ++w) sum += own[w * kBatch * kParts];
+      for (int w = 0; w < windows; ++w) sum += own[w * kBatch * kParts];
     }
 #pragma unroll
     for (int delta = kParts / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(kAllLanes, sum, delta);
@@ -244,95 +258,92 @@ __device__ __forceinline__ void store_sums(const Task& task, const Shape& shape,
   }
 }
 
-// Blocks of shape.warps() <= kWarps warps, windows as many as the columns take.
-template <Value kValue, int kBatch, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, resident_blocks(kWarps, kBatch)) matvec_kernel(Task task, Shape shape) {
+// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before all kernels before on the
+// stream are complete.
+template <Value kValue, int kBatch>
+__global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
-  const auto all_sums = reinterpret_cast<float*>(memory + shape.sums_at());
-  const auto all_values = reinterpret_cast<Values*>(memory + shape.values_at(kBatch));
-  const auto all_words = reinterpret_cast<Word*>(memory + shape.words_at(kBatch));
-  if (threadIdx.x < 16) reinterpret_cast<unsigned*>(memory)[threadIdx.x] = permutation(threadIdx.x);
-
   const Weight& weight = task.weight;
-  const int rows = static_cast<int>(weight.rows), windows = shape.windows, lot_windows = shape.lot();
+  const int windows = shape.windows, lot = shape.lot, block = static_cast<int>(blockIdx.x);
   // A shuffle tells the compiler that the whole warp agrees.
-  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
-  const int window = warp / shape.lanes, lane_of_rows = warp % shape.lanes;
-  const int part = WindowOfX<kValue, kBatch>::part_of_lane();
-  constexpr int kBufferBytes = kRoom * 2;
-  const Shared permutations = shared_address(memory), buffers = permutations + 64;
-  const Shared buffer = buffers + warp * kBufferBytes;
-  const int stride = static_cast<int>(gridDim.x) * shape.rows;  // between a block's lots
+  const int window = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+  int row = block * shape.rows + min(block, shape.longer);  // the lot's first
+  const int end = row + shape.rows + (block < shape.longer ? 1 : 0);
 
-  // This warp counts one row of each lot, one that its own lane of warps will multiply.
-  RowAhead<kWarps> ahead;
-  int counted_row = static_cast<int>(blockIdx.x) * shape.rows + warp;
-  const auto ask = [&] {
-    if (warp < shape.rows && counted_row < rows) ahead.load(weight, counted_row);
-  };
-  const auto count = [&](int slot) {
-    if (warp < shape.rows && counted_row < rows) {
-      const int at = slot * lot_windows + warp * windows;
-      const Shared counted = buffers + lane_of_rows * kBufferBytes;
-      ahead.count(weight, windows, counted, shape.lanes * kBufferBytes, all_values + at, all_words + at * kWindowWords);
-    }
-    counted_row += stride;
-  };
+  if (weight.fresh) wait_for_kernels_before();
+  MasksAhead masks, second;
+  masks.load(weight, window, row, min(lot, end - row));
+  second.load(weight, window, row + lot, min(lot, end - row - lot));
 
-  ask();
+  if (threadIdx.x < 16) reinterpret_cast<unsigned*>(memory)[threadIdx.x] = permutation(~threadIdx.x & 15u);
+  const Shared permutations = shared_address(memory), buffer = permutations + 64 + window * kRoom * 2;
+  Shared store_to = buffer + 16 * lane;
+  keep_in_register(store_to);
+  const auto words = reinterpret_cast<Word*>(memory + shape.words_at()) + window * 2 * lot * kWindowWords;
+  const auto sums = reinterpret_cast<float*>(memory + shape.sums_at());
+  // A ring of row starts, as bytes in the shared memory.
+  const int stride = shape.start_bytes();
+  int ring = shape.starts_at(), ring_end = ring + 3 * lot * stride, start = ring;
+  keep_in_register(ring);
+  keep_in_register(ring_end);
+
+  masks.count(weight, window, min(lot, end - row), words + lane, memory + start, stride);
+  masks = second;
+  __syncthreads();
+  ValuesAhead ahead;
+  ahead.load(window, memory + start, buffer);
+  wait_for_kernels_before();
+  let_next_kernel_start();
   WindowOfX<kValue, kBatch> columns;
   columns.load(task, window);
-  count(0);
-  ask();
-  __syncthreads();
-  const int first_at = lane_of_rows * windows + window, step = shape.lanes * windows;
-  int lot_row = static_cast<int>(blockIdx.x) * shape.rows;
-  OpenWindow open;
-  if (lot_row + lane_of_rows < rows) open.open(weight, all_values + first_at);
 
-  int slot = 0, lot = 0;
-  // Those of the lot before, which is complete behind a barrier.
-  const auto finish = [&](int thread) {
-    if (lot == 0) return;
-    const float* const sums = all_sums + (lot + 1) % 2 * lot_windows * kBatch * kParts;
-    store_sums<kValue, kBatch>(task, shape, sums, lot_row - stride, thread);
-  };
+  constexpr int kSums = kBatch * kParts;
+  const LaneBits own;
+  int part = WindowOfX<kValue, kBatch>::part_of_lane();
+  keep_in_register(part);
+  const int store_thread = 32 * (windows - 1 - window) + lane;  // the last window may be the shortest
+  int odd = 0, slot = 0;
 #pragma unroll 1
-  for (; lot_row < rows; lot_row += stride, ++lot) {
-    const int next_slot = slot == 2 ? 0 : slot + 1;
-    count(next_slot);
-    ask();
+  for (int before = 0; row < end; row += lot) {
+    const int count = min(lot, end - row);
+    slot = slot == 2 ? 0 : slot + 1;
+    const int next = ring + slot * lot * stride;
+    masks.count(weight, window, min(lot, end - row - lot), words + (odd ^ 1) * lot * kWindowWords + lane, memory + next,
+                stride);
+    masks.load(weight, window, row + 2 * lot, min(lot, end - row - 2 * lot));
     __syncthreads();
-    float* const sums = all_sums + lot % 2 * lot_windows * kBatch * kParts;
-    finish((warp + lot) % shape.warps() * 32 + static_cast<int>(threadIdx.x % 32));  // the warps take turns
-    const Word* words = all_words + (slot * lot_windows + first_at) * kWindowWords;
-    const Values* values = all_values + slot * lot_windows + first_at;
-    float* sum = sums + first_at * kBatch * kParts + part;
-    const int end = min(shape.rows, rows - lot_row);
+    // Those of the lot before, which is complete behind the barrier.
+    store_sums<kValue, kBatch>(task, windows, sums + (odd ^ 1) * lot * windows * kSums, row - lot, before, store_thread);
+    before = count;
+    const Word* row_words = words + odd * lot * kWindowWords + lane / 8;
+    float* sum = sums + (odd * lot * windows + window) * kSums + part;
+    int left = end - row, stop = left - count;
+    keep_in_register(stop);
 #pragma unroll 1
-    for (int r = lane_of_rows; r < end; r += shape.lanes) {
-      open.store(weight, buffer);
+    do {
+      ahead.store(weight, store_to);
+      const Shared values = __reduce_max_sync(kAllLanes, ahead.values);  // to add it then takes no instruction
       __syncwarp();
-      values += step;
-      if (r + shape.lanes < end) {
-        open.open(weight, values);
-      } else if (lot_row + stride + lane_of_rows < rows) {
-        open.open(weight, all_values + next_slot * lot_windows + first_at);
+      if (--left > 0) {
+        start += stride;
+        if (start == ring_end) start = ring;
+        ahead.load(window, memory + start, buffer);
       }
       float parts[kBatch];
-      columns.multiply(words, permutations, parts);
-      words += step * kWindowWords;
+      columns.multiply(row_words, values, permutations, own, parts);
+      row_words += kWindowWords;
       if (part >= 0) {
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) sum[b * kParts] = parts[b];
       }
-      sum += step * kBatch * kParts;
+      sum += windows * kSums;
       __syncwarp();
-    }
-    slot = next_slot;
+    } while (left > stop);
+    odd ^= 1;
   }
   __syncthreads();
-  finish(static_cast<int>(threadIdx.x));
+  store_sums<kValue, kBatch>(task, windows, sums + (odd ^ 1) * lot * windows * kSums, row - lot, end - (row - lot),
+                             store_thread);
 }
 
 }  // namespace losa::sparse_linear

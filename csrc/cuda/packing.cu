@@ -1,6 +1,7 @@
 // Packing and unpacking on CUDA: which kernel runs, on how many blocks, and what the host has to wait for.
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/late_number.h"
 #include "cuda/mask_kernels.h"
 #include "cuda/packing_kernels.h"
 
@@ -112,30 +113,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// A point in a stream that the host can wait for, whatever follows it.
-class Event {
- public:
-  Event() { LOSA_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-  ~Event() { static_cast<void>(cudaEventDestroy(event_)); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-
-  void record(cudaStream_t stream) { LOSA_CUDA_CHECK(cudaEventRecord(event_, stream)); }
-  void wait() { LOSA_CUDA_CHECK(cudaEventSynchronize(event_)); }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-// A number in memory of the host that kernels write to. The host may look after an event, or the stream, says so.
+// Memory of the host for a number that kernels write.
 class Pinned {
  public:
+  const int64_t* on_host() const { return static_cast<const int64_t*>(tensor_.const_data_ptr()); }
   int64_t* on_device() const {
     void* address = nullptr;
     LOSA_CUDA_CHECK(cudaHostGetDevicePointer(&address, tensor_.mutable_data_ptr(), 0));
     return static_cast<int64_t*>(address);
   }
-  int64_t value() const { return *static_cast<const int64_t*>(tensor_.const_data_ptr()); }
 
  private:
   Tensor tensor_ = torch::stable::empty({1}, ScalarType::Long, std::nullopt,
@@ -188,14 +174,13 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   const Mask kept = mask_of(bits, columns);
   const void* const from = source.const_data_ptr();
   // The result's size is data: the host waits for it. Until it has launched the rest, the device reads what that needs.
-  const Pinned total;
-  Event known;
-  launch_offsets(kept, starts, total.on_device(), stream);
-  known.record(stream);
+  const Pinned memory;
+  LateNumber total(memory.on_host(), stream);
+  launch_offsets(kept, starts, memory.on_device(), stream);
+  total.launched();
   const int64_t bytes = rows * columns > 0 ? ((rows - 1) * source.stride(0) + columns) * size : 0;
   launch_warm(from, std::min(bytes, cache_bytes(weight.get_device_index()) / 2), stream);
-  known.wait();
-  Tensor values = torch::stable::new_empty(weight, {total.value()});
+  Tensor values = torch::stable::new_empty(weight, {total.wait()});
   const Packing job{kept,    from, source.stride(0), has_aligned_rows(from, source.stride(0), size), starts, 0, 0,
                     nullptr, values.mutable_data_ptr()};
   with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(job, 0, stream); });

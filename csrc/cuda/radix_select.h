@@ -25,6 +25,10 @@ LOSA_HOST_DEVICE constexpr int digit_shift(int pass) {
 LOSA_HOST_DEVICE constexpr int digit_bins(int pass) {
   return pass == 0 ? kBins : 1024;
 }
+// Bins of the digits before.
+LOSA_HOST_DEVICE constexpr int digit_start(int pass) {
+  return pass == 0 ? 0 : digit_start(pass - 1) + digit_bins(pass - 1);
+}
 __device__ __forceinline__ bool takes_part(int key, int pass, int prefix) {
   return key >= 0 && (pass == 0 || key >> (digit_shift(pass) + 10) == prefix);
 }

@@ -1,12 +1,32 @@
 // sparse_linear on CUDA for up to 16 rows of x: which decode kernel runs, on how many blocks.
+//
+// | x           | rows of x | columns                      | kernel        | because                                    |
+// |-------------|-----------|------------------------------|---------------|--------------------------------------------|
+// | values' own | 1         | up to 28672, multiples of 32 | matvec_kernel | x stays in registers, masks are counted    |
+// | 16-bit type | 2         | up to 20480, multiples of 32 |               | lots of rows ahead; a warp of a block for  |
+// |             | 3, 4      | up to 12288, multiples of 32 |               | each 1024 columns, as many as 64 K         |
+// |             |           |                              |               | registers allow                            |
+// |             | 1 to 16   | any other                    | decode_kernel | takes masks of any alignment, shares a row |
+// | fp32        | 1 to 16   | any                          | decode_kernel | among warps; fp32 x has no tensor cores    |
+//
+// Both take fp16 and bf16 values with offsets (bitmask) or without (N:M); fp32 values are decode_kernel's.
+// LOSA_WINDOW_LOT=1..4 sets matvec_kernel's rows between two barriers (4), to compare them on a card.
 #include <algorithm>
 
 #include "common/bits.h"
 #include "common/launch.h"
 #include "cuda/decode_kernel.h"
 #include "cuda/matvec_kernel.h"
+#include "cuda/per_device.h"
 
 namespace losa::sparse_linear {
+
+// How a call is to run; 0 leaves the number to the launcher.
+struct Choice {
+  int split;  // warps of decode_kernel that share the columns of a group of rows, which also asks for this kernel
+  int lot;    // rows of matvec_kernel between two barriers
+  int multiprocessors;
+};
 
 // Few rows leave multiprocessors idle: then up to 8 warps of a block share the columns of a group of rows.
 inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiprocessors) {
@@ -16,102 +36,103 @@ inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiproce
   return split;
 }
 
+// Before a kernel's first launch on a device. All shared memory that the device can give: its L1 serves x only, and
+// kernels that follow each other run at the same time only if they agree about it.
+template <class Kernel>
+void prepare(Kernel* kernel, int bytes) {
+  allow_shared_memory(kernel, bytes);
+  LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+}
+
 template <bool kTensor, Value kValue, int kBatch, bool kFixed>
-void launch(Task task, int split, int multiprocessors, cudaStream_t stream) {
+void launch(Task task, const Choice& choice, cudaStream_t stream) {
   constexpr int kRows = rows_of(kTensor, kBatch);
   using Element = typename Stored<kValue>::Type;
   constexpr int kBytes = Rings<Element, kRows>::kBytes;
   const int64_t rows = task.weight.rows;
   const int columns = task.weight.columns;
-  task.split = split > 0 ? split : split_for(rows, kRows, columns, multiprocessors);
+  task.split = choice.split > 0 ? choice.split : split_for(rows, kRows, columns, choice.multiprocessors);
   const int steps = (columns + kStepColumns - 1) / kStepColumns;
   task.slice = (steps + task.split - 1) / task.split * kStepColumns;
   const int64_t block_rows = kWarps / task.split * kRows;
   const auto grid = static_cast<unsigned>((rows + block_rows - 1) / block_rows);
   const auto kernel = decode_kernel<kTensor, kValue, kBatch, kFixed>;
-  allow_shared_memory(kernel, kBytes);
-  LOSA_LAUNCH(kernel, grid, kThreads, kBytes, stream, task);
+  static PerDevice<> prepared;
+  prepared.get(0, [&] {
+    prepare(kernel, kBytes);
+    return 0;
+  });
+  LOSA_LAUNCH_DEPENDENT(kernel, grid, kThreads, kBytes, stream, task);
 }
 
 template <bool kTensor, Value kValue, int kBatch>
-void launch(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
+void launch(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.per_byte > 0) {
-    launch<kTensor, kValue, kBatch, true>(task, split, multiprocessors, stream);
+    launch<kTensor, kValue, kBatch, true>(task, choice, stream);
   } else {
-    launch<kTensor, kValue, kBatch, false>(task, split, multiprocessors, stream);
+    launch<kTensor, kValue, kBatch, false>(task, choice, stream);
   }
 }
 
-// A block's rows between two barriers, and the shared memory that every GPU from compute capability 8.0 on has for one.
-constexpr int kLotRows = 5, kMostShared = 99 << 10;
-static_assert(sizeof(Shared) > 4 || Shape{kManyWarps, 1, kLotRows}.bytes(2) <= kMostShared);  // but for the emulator
+// The shared memory that every GPU from compute capability 8.0 on has for one block.
+constexpr int kMostShared = 99 << 10;
+static_assert(Shape{most_windows(1), 1, 0, 0}.bytes(1) <= kMostShared);
+static_assert(Shape{most_windows(2), 1, 0, 0}.bytes(2) <= kMostShared);
+static_assert(Shape{most_windows(4), 1, 0, 0}.bytes(4) <= kMostShared);
 
-template <Value kValue, int kBatch, int kWarps>
-void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
-  const int64_t rows = task.weight.rows;
-  // Few rows are spread over all multiprocessors.
-  const auto wanted = static_cast<int>((rows + multiprocessors - 1) / multiprocessors);
-  const int lanes = std::min(wanted, kWarps / windows);
-  const Shape shape{windows, lanes, std::min({windows, kLotRows / lanes, wanted / lanes}) * lanes};
-  const auto kernel = matvec_kernel<kValue, kBatch, kWarps>;
-  const int threads = 32 * shape.warps(), bytes = shape.bytes(kBatch);
-  if (kWarps == kManyWarps) allow_shared_memory(kernel, kMostShared);  // the same in every thread's calls
-  int resident = 0;
-  LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes));
-  const int64_t lots = (rows + shape.rows - 1) / shape.rows, blocks = int64_t{multiprocessors} * std::max(resident, 1);
-  LOSA_LAUNCH(kernel, static_cast<unsigned>(std::min(lots, blocks)), threads, bytes, stream, task, shape);
+template <Value kValue, int kBatch>
+void launch_matvec(const Task& task, int windows, const Choice& choice, cudaStream_t stream) {
+  Shape shape{windows, choice.lot > 0 ? std::min(choice.lot, kMostLot) : kMostLot, 0, 0};
+  while (shape.bytes(kBatch) > kMostShared) --shape.lot;
+  const auto kernel = matvec_kernel<kValue, kBatch>;
+  const int threads = 32 * windows, bytes = shape.bytes(kBatch);
+  static PerDevice<(most_windows(kBatch) + 1) * (kMostLot + 1)> residents;
+  const int resident = residents.get(windows * (kMostLot + 1) + shape.lot, [&] {
+    prepare(kernel, kMostShared);  // the same in every thread's calls
+    int blocks = 0;
+    LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
+    return std::max(blocks, 1);
+  });
+  // One wave of blocks, all of nearly as many rows.
+  const auto rows = static_cast<int>(task.weight.rows), blocks = std::min(rows, resident * choice.multiprocessors);
+  shape.rows = rows / blocks;
+  shape.longer = rows % blocks;
+  LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(blocks), threads, bytes, stream, task, shape);
 }
 
-template <Value kValue>
-void launch_matvec(const Task& task, int windows, int multiprocessors, cudaStream_t stream) {
-  const bool few = windows <= kFewWarps;
-  if (task.batch > 2) {
-    launch_matvec<kValue, 4, kFewWarps>(task, windows, multiprocessors, stream);
-  } else if (task.batch == 2) {
-    const auto launch = few ? launch_matvec<kValue, 2, kFewWarps> : launch_matvec<kValue, 2, kManyWarps>;
-    launch(task, windows, multiprocessors, stream);
-  } else {
-    const auto launch = few ? launch_matvec<kValue, 1, kFewWarps> : launch_matvec<kValue, 1, kManyWarps>;
-    launch(task, windows, multiprocessors, stream);
-  }
-}
-
-// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask and room
-// for its x.
+// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask.
 inline bool fits_matvec(const Task& task, int windows) {
   const Weight& weight = task.weight;
-  return windows > 0 && windows <= (task.batch <= 2 ? kManyWarps : kFewWarps) && task.batch <= 4 && weight.words &&
+  return task.batch <= 4 && windows > 0 && windows <= most_windows(task.batch) && weight.words &&
       weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30;
 }
 
-// kTensor: x has the values' type, of 16 bits; else it is fp32. split: of decode_kernel; 0 chooses, the kernel too.
+// kTensor: x has the values' type, of 16 bits; else it is fp32.
 template <bool kTensor, Value kValue>
-void launch_decode(const Task& task, int split, int multiprocessors, cudaStream_t stream) {
+void launch_decode(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.rows == 0 || task.batch == 0) return;
   if constexpr (kTensor) {
     const int windows = (task.weight.columns + kWindowColumns - 1) / kWindowColumns;
-    if (split == 0 && fits_matvec(task, windows)) {
-      return launch_matvec<kValue>(task, windows, multiprocessors, stream);
+    if (choice.split == 0 && fits_matvec(task, windows)) {
+      const auto run = task.batch == 1 ? launch_matvec<kValue, 1>
+          : task.batch == 2            ? launch_matvec<kValue, 2>
+                                       : launch_matvec<kValue, 4>;
+      return run(task, windows, choice, stream);
     }
   }
-  if (task.batch <= 1) {
-    launch<kTensor, kValue, 1>(task, split, multiprocessors, stream);
-  } else if (task.batch <= 2) {
-    launch<kTensor, kValue, 2>(task, split, multiprocessors, stream);
-  } else if (task.batch <= 4) {
-    launch<kTensor, kValue, 4>(task, split, multiprocessors, stream);
-  } else if (task.batch <= 8) {
-    launch<kTensor, kValue, 8>(task, split, multiprocessors, stream);
-  } else {
-    launch<kTensor, kValue, 16>(task, split, multiprocessors, stream);
-  }
+  const auto run = task.batch <= 1 ? launch<kTensor, kValue, 1>
+      : task.batch <= 2            ? launch<kTensor, kValue, 2>
+      : task.batch <= 4            ? launch<kTensor, kValue, 4>
+      : task.batch <= 8            ? launch<kTensor, kValue, 8>
+                                   : launch<kTensor, kValue, 16>;
+  run(task, choice, stream);
 }
 
-template void launch_decode<true, Value::kBfloat16>(const Task&, int, int, cudaStream_t);
-template void launch_decode<true, Value::kHalf>(const Task&, int, int, cudaStream_t);
-template void launch_decode<false, Value::kBfloat16>(const Task&, int, int, cudaStream_t);
-template void launch_decode<false, Value::kHalf>(const Task&, int, int, cudaStream_t);
-template void launch_decode<false, Value::kFloat>(const Task&, int, int, cudaStream_t);
+template void launch_decode<true, Value::kBfloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<true, Value::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, Value::kBfloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, Value::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, Value::kFloat>(const Task&, const Choice&, cudaStream_t);
 
 }  // namespace losa::sparse_linear
 
@@ -120,6 +141,7 @@ template void launch_decode<false, Value::kFloat>(const Task&, int, int, cudaStr
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
 #include <optional>
 #include <vector>
 
@@ -147,10 +169,24 @@ bool is_aligned(const void* data) {
 }
 
 int multiprocessors() {
-  int device = 0, count = 0;
-  LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  static PerDevice<> counts;
+  return counts.get(0, [] {
+    int device = 0, count = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  });
+}
+
+int window_lot() {
+  static const int lot = [] {
+    const char* const setting = std::getenv("LOSA_WINDOW_LOT");
+    if (setting == nullptr || *setting == '\0') return 0;
+    const bool known = setting[1] == '\0' && setting[0] >= '1' && setting[0] <= '0' + kMostLot;
+    STD_TORCH_CHECK(known, "LOSA_WINDOW_LOT: expected a number from 1 to ", kMostLot, ", got '", setting, "'");
+    return setting[0] - '0';
+  }();
+  return lot;
 }
 
 // Rows of x as the kernels read them: itself, or a copy with columns rounded up to 8.
@@ -194,7 +230,8 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
   int64_t before = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(values_in.get(), &before));
   Tensor values = values_in;
-  if (lead > before) {
+  const bool fresh = lead > before;
+  if (fresh) {
     values = torch::stable::clone(values_in);
     lead = 0;
   }
@@ -210,7 +247,8 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
                       width,
                       out,
                       static_cast<int>(columns),
-                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0};
+                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0,
+                      fresh};
   const Task task{weight,
                   rows.const_data_ptr(),
                   (columns + 7) / 8 * 8,
@@ -226,7 +264,7 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
                                          : launch_decode<false, Value::kHalf>)
       : value == Value::kBfloat16 ? launch_decode<true, Value::kBfloat16>
                                   : launch_decode<true, Value::kHalf>;
-  launch(task, 0, multiprocessors(), stream);
+  launch(task, {0, window_lot(), multiprocessors()}, stream);
   return y;
 }
 

@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
       bound = bound << 10 | bin.index;
       room -= bin.before;
       all_ties = room == bin.inside;
-      // The whole bin goes: up to the largest key in it.
-      if (all_ties) bound = static_cast<int>((bound + 1u) << digit_shift(pass)) - 1;
+      // The whole bin goes: up to the largest key in it. Unsigned, as the last bin's end is beyond an int.
+      if (all_ties) bound = static_cast<int>(((bound + 1u) << digit_shift(pass)) - 1u);
     };
     int first[kBins / kThreads];
     take_bins(histogram, first);

@@ -96,29 +96,33 @@ def gram(features: Tensor) -> Tensor:
         return reference.gram(features)
     count, samples, columns = features.shape
     total = torch.zeros(count, samples, samples, dtype=torch.float64, device=features.device)
-    if count:
-        for part in features.split(LAUNCH_COLUMNS, dim=2) if columns else ():
-            total += _launch(part)
+    # Triton launches on the current device, whatever device the features are on.
+    with torch.cuda.device_of(features):
+        if count:
+            for part in features.split(LAUNCH_COLUMNS, dim=2) if columns else ():
+                total += _gram(part)
     return total
 
 
 def tile(samples: int, columns: int, capability: int) -> dict[str, int]:
     """The kernel's constants for a number of samples: an accumulator of at most 128 x 128, and tiles of columns that
-    leave registers for it (``capability`` 80: products take both operands from registers)."""
+    leave registers for it (on 8.x and 12.x products take both operands from registers). Below 99 KB of shared memory,
+    which every GPU has."""
     split = samples + columns >= SPLIT_FROM
     rows = min(128, max(16, triton.next_power_of_2(samples)))
     blocks = 1 if samples <= rows else 2
+    wgmma = 90 <= capability < 120
     return {
         "ROWS": rows,
         "BLOCKS": blocks,
-        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if capability >= 90 else 16}[rows] // blocks if split else 16,
+        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if wgmma else 16}[rows] // blocks if split else 16,
         "SPLIT": split,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": 2 if rows == 128 else 3,
     }
 
 
-def _launch(features: Tensor) -> Tensor:
+def _gram(features: Tensor) -> Tensor:
     """(L, n, n) fp64"""
     _, samples, columns = features.shape
     constants = tile(samples, columns, _capability(features.device))
@@ -131,9 +135,12 @@ def _launch(features: Tensor) -> Tensor:
     sums = []
     for part in features.split(layers):
         partial = torch.empty(len(part), splits, pairs, rows, rows, dtype=torch.float32, device=features.device)
-        _gram_kernel[(splits, len(part), pairs)](
-            part, partial, samples, columns, per_split, *part.stride(), **constants
-        )
+        layer, sample, column = part.stride()
+        _launch(
+            _gram_kernel, (splits, len(part), pairs),
+            features=part, partial=partial, samples=samples, columns=columns, columns_per_split=per_split,
+            stride_layer=layer, stride_sample=sample, stride_column=column, **constants,
+        )  # fmt: skip
         sums.append(partial.sum(1, dtype=torch.float64))
     sums = torch.cat(sums)
     if blocks == 1:
@@ -142,6 +149,11 @@ def _launch(features: Tensor) -> Tensor:
         upper = torch.cat([0.5 * sums[:, 0], sums[:, 1]], 2)
         half = torch.cat([upper, torch.nn.functional.pad(0.5 * sums[:, 2], (rows, 0))], 1)
     return (half + half.mT)[:, :samples, :samples]
+
+
+def _launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """The one place that launches: tests record here what to compile."""
+    kernel[grid](**arguments)
 
 
 def _capability(device: torch.device) -> int:

@@ -13,15 +13,35 @@ from torch import Tensor
 
 from losa_kernels import native
 from losa_kernels.bitmask import packed_width
-from losa_kernels.column_sweep.reference import block_counts, prune_count
+from losa_kernels.column_sweep.reference import prune_count
 
 NATIVE_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)  # that wanda_select takes
-STATE = 4096  # int32s that select_block takes: the bound it found, and on CUDA its histograms
+STATE = 4352  # int32s that select_block takes: the bound it found, and on CUDA its histograms
 
 
 def update_rest(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
     """rest (out, later) -= errors (out, block) upper (block, later), in place."""
     rest.addmm_(errors, upper, alpha=-1)
+
+
+def block_counts(sparsity: float, weight: Tensor, block_size: int, mask: Tensor | None) -> Tensor:
+    """``reference.block_counts`` of all column blocks: int64 (blocks,) on the weight's device, without asking it.
+
+    With b the budgets up to each block's end and L the sum of what is lost up to there, its recurrence
+    done = max(b, done before + lost) is done - L = max(b - L, done before - L before): a running maximum.
+    """
+    rows, columns = weight.shape
+    ends = torch.arange(block_size, columns + block_size, block_size, device=weight.device).clamp_(max=columns)
+    # Double precision, two roundings: what Python computes in prune_count.
+    budgets = (ends * rows).double().mul_(sparsity).add_(1e-6).long()
+    if mask is None:
+        lost = torch.zeros_like(ends)
+    else:
+        lost = torch.ops.losa.pruned_per_block(mask, columns, block_size)
+    up_to = lost.cumsum(0)
+    budgets = budgets.minimum(budgets[-1] - (up_to[-1] - up_to))
+    done = up_to + (budgets - up_to).clamp_(min=0).cummax(0).values
+    return done.diff(prepend=done.new_zeros(1))
 
 
 def column_sweep(
@@ -47,15 +67,11 @@ def column_sweep(
     panel = max(panel // block_size, 1) * block_size
     space = work.new_empty(rows * min(panel, columns))
     starts = range(0, columns, block_size)
-    scratch, state, counts = None, None, []
+    scratch, state, counts = None, None, None
     if keep_n is None:
         scratch = work.new_empty(rows * min(block_size, columns))
         state = work.new_zeros(STATE, dtype=torch.int32)
-        widths = [min(block_size, columns - start) for start in starts]
-        lost = [0] * len(widths)
-        if mask is not None:
-            lost = torch.ops.losa.pruned_per_block(mask, columns, block_size).tolist()
-        counts = block_counts(sparsity, rows, widths, lost)
+        counts = block_counts(sparsity, work, block_size, mask)
     group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)
@@ -64,7 +80,7 @@ def column_sweep(
         errors = space[: rows * (last - first)].view(rows, last - first)
         own = errors[:, start - first : end - first]
         if state is not None:
-            torch.ops.losa.select_block(work, factor, start, end, counts[index], mask, scratch, state)
+            torch.ops.losa.select_block(work, factor, start, end, counts, index, mask, scratch, state)
         torch.ops.losa.sweep_block(work, factor, start, end, group, prune, state, mask, kept, own, loss)
         if end < last:
             update(work[:, end:last], own, factor[start:end, end:last])
@@ -100,7 +116,7 @@ if native.missing("cpu") is None:
         return mask.new_empty((-(-in_features // block_size),), dtype=torch.int64)
 
     @torch.library.register_fake("losa::select_block")
-    def _(weight, factor, start, end, count, mask, scratch, state):
+    def _(weight, factor, start, end, counts, index, mask, scratch, state):
         return None
 
     @torch.library.register_fake("losa::sweep_block")

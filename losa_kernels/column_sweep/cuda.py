@@ -1,8 +1,8 @@
 """Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and a trailing product per column block.
 
 ``LOSA_TRAILING=3xtf32`` runs those products on tensor cores, as three TF32 products of split operands; otherwise they
-are fp32 products, whatever torch's global precision says. For N:M the blocks become one CUDA graph from the second call
-on (``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
+are fp32 products, whatever torch's global precision says. The blocks become one CUDA graph from the second call on
+(``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def column_sweep(
         return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, update=update, panel=PANEL)
 
     with matmul_precision(precision):
-        if keep_n is None:
-            return loop(weight, factor.contiguous(), mask)
-        return graphs.run(loop, weight, factor.contiguous(), mask, (keep_n, m, block_size, split))
+        return graphs.run(loop, weight, factor.contiguous(), mask, (sparsity, keep_n, m, block_size, split))
 
 
 def wanda_mask(

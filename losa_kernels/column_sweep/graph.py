@@ -1,8 +1,8 @@
 """The loop over column blocks as a CUDA graph: one launch where Python would start two kernels or more per block.
 
-Only for N:M, whose loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
+The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
 and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
-(stream, shape, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and only
+(stream, shape, sparsity or pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and only
 then: more than ``KEPT`` keys in rotation would otherwise be captured again and again.
 
 ``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -21,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from losa_kernels.cuda_streams import private_stream
+from losa_kernels import cuda_graphs
 
 logger = logging.getLogger("losa_kernels")
 
@@ -53,15 +52,15 @@ class Capture(Protocol):
 class SweepGraphs:
     """Runs loops over column blocks through recordings, the ``kept`` most recently used of which it keeps.
 
-    Threads may share it: one at a time copies in, replays and copies out. As with any capture in torch, no other
-    capture may be under way in the process while one is made.
+    Threads may share it: one at a time copies in, replays and copies out.
     """
 
     def __init__(self, capture: Capture, kept: int = KEPT):
         self._capture, self._kept = capture, kept
         self._calls: Counter[Hashable] = Counter()  # that found no graph
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._lock = threading.Lock()
+        # One lock for all that captures: a measurement may run sweeps while it keeps captures away.
+        self._lock = cuda_graphs.capturing
 
     def run(self, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None, key: tuple) -> Results:
         """``loop(weight, factor, mask)``, which gives ``weight`` up. ``key``: all that the loop depends on besides the
@@ -122,58 +121,29 @@ class _Graph:
 
 
 class CudaCapture:
-    """Captures on streams that no other live recording of ours was captured on (see ``cuda_streams``).
-
-    For the same reason the warm-up has another stream: cuBLAS's workspace is then allocated during the capture, in the
-    graph's own pool.
-    """
-
-    def __init__(self, kept: int = KEPT):
-        self._kept = kept
-        self._streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # for the warm-up, then those free
+    """Captures, each by a recorder of its own: a recording that goes takes its memory along."""
 
     def place(self, device: torch.device) -> Hashable | None:
         """Device and current stream: on one stream, copies and replays wait for those before them."""
-        if device.type != "cuda":
+        if device.type != "cuda" or cuda_graphs.is_recording(device):
             return None
-        with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                return None
-            return device, torch.cuda.current_stream().cuda_stream
+        return device, torch.cuda.current_stream(device).cuda_stream
 
     def __call__(self, function: Callable[[], Results], device: torch.device) -> CudaRecording:
-        with torch.cuda.device(device):
-            if device not in self._streams:
-                self._streams[device] = [private_stream() for _ in range(self._kept + 1)]
-            side, *free = self._streams[device]
-            here = torch.cuda.current_stream()
-            # Around the capture too: where one fails, torch may leave its stream the current one.
-            with torch.cuda.stream(side):
-                side.wait_stream(here)
-                try:
-                    function()
-                finally:
-                    here.wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=free[-1], capture_error_mode="thread_local"):
-                    results = function()
-        stream = self._streams[device].pop()
-        return CudaRecording(graph, results, device, lambda: self._streams[device].append(stream))
+        recorder = cuda_graphs.Recorder(device)
+        try:
+            return CudaRecording(recorder(function, run_before=True), recorder)
+        except BaseException:
+            recorder.close()
+            raise
 
 
 class CudaRecording:
-    """A graph, and results in its memory pool; ``release`` gives the stream of its capture back."""
-
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, results: Results, device: torch.device, release: Callable[[], None]
-    ):
-        self._graph, self._results, self._device, self._release = graph, results, device, release
+    def __init__(self, replay: Callable[[], Results], recorder: cuda_graphs.Recorder):
+        self._replay, self._recorder = replay, recorder
 
     def __call__(self) -> Results:
-        self._graph.replay()
-        return self._results
+        return self._replay()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
-        self._graph.reset()
-        self._release()
+        self._recorder.close()

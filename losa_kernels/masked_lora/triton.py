@@ -1,10 +1,10 @@
 """Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py and triton_project.py.
 
 Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
-formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff into a scratch that all
-layers of a device share, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in
-accumulators, or comes in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch,
-else in fp32. With dropout everything is fused, since composing would take a dropped copy of x and a second W_eff.
+formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff, which lives as long as
+the call, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes
+in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With
+dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
 and the CPU draw from torch's generator: a GPU result is replayed by the GPU, not compared with theirs bit for bit. The
@@ -15,12 +15,14 @@ fp64 goes to the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from losa_kernels.masked_lora import reference, tuning
-from losa_kernels.masked_lora.triton_launch import compose, draw, drop_scale, factor_depth, linear, project, split
+from losa_kernels.masked_lora.triton_launch import compose, draw, drop_scale, factor_depth, keep, linear, project, split
 
 
 def forward(
@@ -45,12 +47,21 @@ def forward(
         drop = draw(rows.shape[0], rows.shape[1], dropout_p, seed, x.device)
         if rows.shape[0] == 0:
             y = x.new_empty(0, weight.shape[0])
-        elif drop is None and not _fused(rows, weight, lora_A, lora_B, transposed=False):
-            composed = compose(weight, mask, lora_A, lora_B, scaling, _scratch(weight, x.dtype))
-            y = F.linear(rows, composed, None if bias is None else bias.to(x.dtype))
         else:
-            factors = split(lora_A, lora_B, x.dtype)
-            y = linear(rows, weight, mask, factors, scaling, _contiguous(bias), drop, dropout_p, transposed=False)
+
+            def fused() -> Tensor:
+                factors = split(lora_A, lora_B, x.dtype)
+                return linear(
+                    rows, weight, mask, factors, scaling, _contiguous(bias), drop, dropout_p, transposed=False
+                )
+
+            def composed() -> Tensor:
+                layer, narrow = (weight, mask, lora_A, lora_B), None if bias is None else bias.to(x.dtype)
+                base, adapter = compose(*layer, scaling * drop_scale(dropout_p), x.dtype, apart=drop is not None)
+                y = F.linear(rows, base, narrow)
+                return y if adapter is None else y.addmm_(keep(rows, drop), adapter.T)
+
+            y = _by_way("forward", rows, weight, mask, lora_A, lora_B, drop, fused, composed)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -84,12 +95,22 @@ def backward(
         if needs_x:
             if dy.shape[0] == 0:
                 dx = dy.new_empty(0, in_features)
-            elif drop is None and not _fused(dy, weight, lora_A, lora_B, transposed=True):
-                dx = dy @ compose(weight, mask, lora_A, lora_B, scaling, _scratch(weight, dtype))
             else:
-                A_terms, B_terms = split(lora_A, lora_B, dtype)
-                factors = (B_terms, A_terms)
-                dx = linear(dy, weight.T, mask, factors, scaling, None, drop, dropout_p, transposed=True)
+
+                def fused() -> Tensor:
+                    A_terms, B_terms = split(lora_A, lora_B, dtype)
+                    factors = (B_terms, A_terms)
+                    return linear(dy, weight.T, mask, factors, scaling, None, drop, dropout_p, transposed=True)
+
+                def composed() -> Tensor:
+                    layer = (weight, mask, lora_A, lora_B)
+                    base, adapter = compose(*layer, scaling * drop_scale(dropout_p), dtype, apart=drop is not None)
+                    if adapter is None:
+                        return dy @ base
+                    through_adapter = dy @ adapter
+                    return keep(through_adapter, drop, out=through_adapter).addmm_(dy, base)
+
+                dx = _by_way("gradient of x", dy, weight, mask, lora_A, lora_B, drop, fused, composed)
             dx = dx.view(*grad_y.shape[:-1], in_features)
         if needs_A or needs_B:
             rows = x.reshape(-1, in_features)
@@ -104,15 +125,30 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
     if _exceeds_fp32(weight, lora_A, lora_B):
         return reference.merge(weight, mask, lora_A, lora_B, scaling)
     with torch.cuda.device_of(weight):
-        merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         # The factors as one fp32 term: a checkpoint is written once, so speed does not matter.
-        return compose(weight, _unit_columns(mask), lora_A, lora_B, scaling, merged, terms_dtype=torch.float32)
+        layer = (weight, _unit_columns(mask), lora_A, lora_B)
+        return compose(*layer, scaling, weight.dtype, terms_dtype=torch.float32)[0]
 
 
-def _fused(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, transposed: bool) -> bool:
-    depth = factor_depth(lora_A, lora_B, rows.dtype)
-    wide, arch = rows.dtype == torch.float32, tuning.architecture(rows.device)
-    return tuning.fused(rows.shape[0], *weight.shape, depth, wide, arch, transposed)
+def _by_way(
+    op: str,
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    drop: Tensor | None,
+    fused: Callable[[], Tensor],
+    composed: Callable[[], Tensor],
+) -> Tensor:
+    """The product of ``rows`` by the faster way, the same for all token counts up to the next power of two."""
+    tokens, (out_features, in_features), dtype = rows.shape[0], weight.shape, rows.dtype
+    depth, arch = factor_depth(lora_A, lora_B, dtype), tuning.architecture(rows.device)
+    transposed, dropout = op == "gradient of x", drop is not None
+    predicted = tuning.fused(tokens, out_features, in_features, depth, arch, transposed, dropout)
+    kind = (depth, dtype, weight.dtype, mask is not None, dropout)
+    key = (tuning.next_power_of_2(tokens), out_features, in_features, *kind)
+    return tuning.by_way(op, key, dtype == torch.float32, rows.device, predicted, fused, composed)
 
 
 def _exceeds_fp32(*tensors: Tensor) -> bool:
@@ -125,27 +161,3 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 def _unit_columns(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
-
-
-_buffers: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _scratch(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for one W_eff, (out, in) in ``dtype``, shared by all layers that run on this device and stream.
-
-    What the stream ran before has read it when the next layer overwrites it. It grows to the largest layer and stays.
-    """
-    device = weight.device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffer = _buffers.get((device, stream))
-    if buffer is None or buffer.numel() < weight.numel() * dtype.itemsize:
-        _buffers.pop((device, stream), None)
-        buffer = _buffers[device, stream] = torch.empty(
-            weight.numel() * dtype.itemsize, dtype=torch.uint8, device=device
-        )
-    return buffer[: weight.numel() * dtype.itemsize].view(dtype).view(weight.shape)
-
-
-def free_scratch() -> None:
-    """Give the shared scratch back to torch's allocator; the next composed product allocates it anew."""
-    _buffers.clear()

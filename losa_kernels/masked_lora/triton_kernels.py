@@ -222,14 +222,23 @@ def linear_kernel(
 
 
 @triton.jit
+def _store(tile, values, row_inside, column_inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(tile, values)
+    else:
+        tl.store(tile, values, mask=row_inside[:, None] & column_inside[None, :])
+
+
+@triton.jit
 def compose_kernel(
-    weight, mask, left, right, composed,
+    weight, mask, left, right, composed, adapter,
     rows, depth, w_m, w_k, mask_o, left_m, left_r, right_r, right_k,
     scaling,
     RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned.
+    """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned; or, if
+    adapter (rows, depth) is not None, composed = M * W and adapter = M * (s B A).
 
     RANK > 0: left (rows, RANK) and right (RANK, depth) are B and A, multiplied in fp32 by the ordinary units: small
     ranks hide behind the memory, and tensor cores' sums would have to be exchanged to meet W. Else left (TERMS, rows)
@@ -259,12 +268,30 @@ def compose_kernel(
         for start in range(0, TERMS, STEP):
             left_tile, right_tile = _terms(left, left_r, m, start, STEP), _terms(right, right_r, k, start, STEP)
             ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)
-    effective = tl.where(kept, w.to(tl.float32) + scaling * ba, 0.0).to(composed.dtype.element_ty)
-    target = composed + m.to(tl.int64)[:, None] * depth + k[None, :]
-    if WHOLE:
-        tl.store(target, effective)
+    place = m.to(tl.int64)[:, None] * depth + k[None, :]
+    sums = scaling * ba
+    if adapter is None:
+        sums += w.to(tl.float32)
     else:
-        tl.store(target, effective, mask=m_inside[:, None] & k_inside[None, :])
+        base = tl.where(kept, w, 0.0).to(composed.dtype.element_ty)
+        _store(composed + place, base, m_inside, k_inside, WHOLE)
+    target = composed if adapter is None else adapter
+    _store(target + place, tl.where(kept, sums, 0.0).to(target.dtype.element_ty), m_inside, k_inside, WHOLE)
+
+
+@triton.jit
+def keep_kernel(
+    source, drop, target, tokens, width, source_t, source_i, drop_t, BT: tl.constexpr, BI: tl.constexpr
+):  # fmt: skip
+    """target (tokens, width), contiguous = source where the packed dropout mask keeps it, else +0.0. They may be the
+    same tensor."""
+    t, i = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BI + tl.arange(0, BI)
+    byte = tl.program_id(1) * (BI // 8) + tl.arange(0, BI // 8)
+    inside = (t < tokens)[:, None] & (i < width)[None, :]
+    kept = expand(load_bits(drop, drop_t, t, byte, tokens, width, False, False), BT, BI)
+    tile = source + t.to(tl.int64)[:, None] * source_t + i.to(tl.int64)[None, :] * source_i
+    values = tl.load(tile, mask=inside, other=0.0)
+    tl.store(target + t.to(tl.int64)[:, None] * width + i[None, :], tl.where(kept, values, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed"])

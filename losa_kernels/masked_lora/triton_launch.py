@@ -58,10 +58,10 @@ def linear(
 
     aligned = _aligned(rows, weight)
     kind = (mask is not None, transposed, dropout, aligned, rows.dtype, weight.dtype)
-    key = ("linear", arch, next_power_of_2(tokens), out_features, depth, head + tail, *kind)
+    key = (arch, next_power_of_2(tokens), out_features, depth, head + tail, *kind)
     whole = out_features % LONGEST == 0 and depth % 64 == 0
     tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
-    run(tuning.tuned(key, tiles, rows.device, run))
+    tuning.tuned("product", key, tiles, rows.device, run)
     return y
 
 
@@ -71,12 +71,15 @@ def compose(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    composed: Tensor,
+    dtype: torch.dtype,
+    apart: bool = False,
     terms_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Write M * (W + s B A), rounded once, into ``composed`` (out, in), contiguous; returns it."""
+) -> tuple[Tensor, Tensor | None]:
+    """M * (W + s B A) (out, in), rounded once to ``dtype``, and None; or, ``apart``, M * W and M * (s B A)."""
+    composed = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    adapter = torch.empty_like(composed) if apart else None
     rows, depth = weight.shape
-    rank, low = lora_A.shape[0], terms_dtype or composed.dtype
+    rank, low = lora_A.shape[0], terms_dtype or dtype
     direct = rank <= tuning.DIRECT_RANK
     tile = tuning.compose_tile(rows, depth, direct, low == torch.float32)
     if direct:
@@ -87,14 +90,14 @@ def compose(
         terms, step = head + tail, min(tail or head, 32)
     _launch(
         triton_kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
-        weight=weight, mask=mask, left=left, right=right, composed=composed,
+        weight=weight, mask=mask, left=left, right=right, composed=composed, adapter=adapter,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
         left_m=left.stride(0), left_r=left.stride(1), right_r=right.stride(1), right_k=right.stride(0),
         scaling=scaling, RANK=rank if direct else 0, TERMS=terms, STEP=step, MASKED=mask is not None,
         WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=_precision(),
         BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
-    return composed
+    return composed, adapter
 
 
 def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,6 +137,19 @@ def draw(tokens: int, features: int, p: float, seed: int, device: torch.device) 
     return drop
 
 
+def keep(rows: Tensor, drop: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows (tokens, features) where ``drop`` keeps them, else 0, in ``out``, which may be rows and is contiguous."""
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
+    tokens, width = rows.shape
+    block = tuning.KEEP
+    _launch(
+        triton_kernels.keep_kernel, (ceil_div(tokens, block.rows), ceil_div(width, block.columns)), block,
+        source=rows, drop=drop, target=out, tokens=tokens, width=width,
+        source_t=rows.stride(0), source_i=rows.stride(1), drop_t=drop.stride(0), BT=block.rows, BI=block.columns,
+    )  # fmt: skip
+    return out
+
+
 def project(
     dy: Tensor,
     x: Tensor,
@@ -149,38 +165,50 @@ def project(
     """dA = factor B^T (M * G) and dB = factor (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
 
     Memory beyond the results: PARTIAL_BYTES, and G_BYTES where the vendor's GEMM makes G; or what one strip of tiles
-    takes, if that is more.
+    takes, if that is more. The vendor's GEMM also takes a dropped copy of x.
     """
     (outputs, inputs), (rank, tokens), device = weight.shape, (lora_A.shape[0], x.shape[0]), weight.device
     if tokens == 0:
         return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
-    dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
-    dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
     wide, arch, G_dtype = x.dtype == torch.float32, tuning.architecture(device), _product_dtype(x.dtype)
-    in_registers = drop is not None or tuning.fused_projection(tokens, outputs, inputs, G_dtype.itemsize, wide, arch)
-    terms = 0 if wide else 2 if in_registers or G_dtype == torch.float32 else 1
-    tiles = tuning.project_tiles(arch, wide, _aligned(dy, x)) if in_registers else tuning.project_given_tiles(terms)
-    strip = tiles[0].rows if in_registers else tiles[0].step
-    shares = 4 * rank * (inputs * needs_A + strip * ceil_div(inputs, tiles[0].columns) * needs_B)
-    strips = PARTIAL_BYTES // shares
-    if not in_registers:
-        strips = min(strips, G_BYTES // (G_dtype.itemsize * inputs * strip))
-    step = max(1, strips) * strip
-    for start in range(0, outputs, step):
-        part = slice(start, min(start + step, outputs))
-        # A slice of everything is skipped: it costs the host microseconds.
-        whole = start == 0 and step >= outputs
-        dy_part, weight_part, mask_part, B_part, dB_part = (
-            t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
-        )
-        if in_registers:
-            A_parts, B_parts = _project(
-                dy_part.T, x, weight_part, mask_part, lora_A, B_part, drop, needs_A, needs_B, terms, tiles
+
+    def slices(rows: Tensor, in_registers: bool, tiles: tuple[Tile, ...], terms: int) -> tuple[Tensor | None, ...]:
+        dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
+        dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
+        strip = tiles[0].rows if in_registers else tiles[0].step
+        shares = 4 * rank * (inputs * needs_A + strip * ceil_div(inputs, tiles[0].columns) * needs_B)
+        strips = PARTIAL_BYTES // shares
+        if not in_registers:
+            strips = min(strips, G_BYTES // (G_dtype.itemsize * inputs * strip))
+        step = max(1, strips) * strip
+        for start in range(0, outputs, step):
+            part = slice(start, min(start + step, outputs))
+            # A slice of everything is skipped: it costs the host microseconds.
+            whole = start == 0 and step >= outputs
+            dy_part, weight_part, mask_part, B_part, dB_part = (
+                t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
             )
-        else:
-            G = _product(dy_part, x, G_dtype)
-            A_parts, B_parts = _project_given(G, weight_part, mask_part, lora_A, B_part, needs_A, needs_B, terms, tiles)
-        _sum(A_parts, B_parts, dA, dB_part, factor, accumulate=start > 0)
+            layer = (weight_part, mask_part, lora_A, B_part)
+            if in_registers:
+                A_parts, B_parts = _project(dy_part.T, rows, *layer, drop, needs_A, needs_B, terms, tiles)
+            else:
+                G = _product(dy_part, rows, G_dtype)
+                A_parts, B_parts = _project_given(G, *layer, needs_A, needs_B, terms, tiles)
+            _sum(A_parts, B_parts, dA, dB_part, factor, accumulate=start > 0)
+        return dA, dB
+
+    def fused() -> tuple[Tensor | None, ...]:
+        return slices(x, True, tuning.project_tiles(arch, wide, _aligned(dy, x)), 0 if wide else 2)
+
+    def composed() -> tuple[Tensor | None, ...]:
+        terms = 0 if wide else 2 if G_dtype == torch.float32 else 1
+        return slices(x if drop is None else keep(x, drop), False, tuning.project_given_tiles(terms), terms)
+
+    dA, dB = tuning.by_way(
+        "gradients of A and B",
+        (next_power_of_2(tokens), outputs, inputs, rank, x.dtype, mask is not None, drop is not None, needs_A, needs_B),
+        wide, device, tuning.fused_projection(tokens, outputs, inputs, G_dtype.itemsize, arch), fused, composed,
+    )  # fmt: skip
     return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
 
 
@@ -212,9 +240,9 @@ def _project(
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, drop is not None, needs_A, needs_B, x.dtype, tiles)
-    key = ("project", arch, next_power_of_2(tokens), outputs, inputs, R, *kind)
-    return run(tuning.tuned(key, tiles, device, run))
+    kind = (mask is not None, drop is not None, needs_A, needs_B, x.dtype)
+    key = (arch, next_power_of_2(tokens), outputs, inputs, R, *kind)
+    return tuning.tuned("gradients of A and B in registers", key, tiles, device, run)
 
 
 def _project_given(
@@ -240,8 +268,8 @@ def _project_given(
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, needs_A, needs_B, terms, tiles)
-    return run(tuning.tuned(("project given", outputs, inputs, R, *kind), tiles, G.device, run))
+    kind = (mask is not None, needs_A, needs_B, terms)
+    return tuning.tuned("gradients of A and B from G", (outputs, inputs, R, *kind), tiles, G.device, run)
 
 
 def _shares(
@@ -330,7 +358,7 @@ def drop_scale(p: float) -> float:
 
 def _token_splits(tiles: int, tokens: int, arch: int) -> int:
     """Into how many programs to divide the tokens: until the machine is full, or a share is 512 tokens."""
-    return max(1, min(tuning.MACHINES[arch].units // tiles, tokens // 512))
+    return max(1, min(tuning.MACHINES[tuning.family(arch)].units // tiles, tokens // 512))
 
 
 def _precision() -> str:

@@ -1,24 +1,26 @@
 """What the Triton masked-LoRA linear decides before it launches: fused or composed, and which tile.
 
-``LOSA_MASKED_LORA`` = ``auto`` (default) | ``fused`` | ``compose``; read at every call.
-``LOSA_AUTOTUNE`` = ``1`` (default) | ``0``: time the candidate tiles of a new shape on its first call, or take the
-first of the list. Tiles differ in their order of summation, so ``torch.use_deterministic_algorithms(True)`` takes the
-first as well: runs repeat bit for bit. So does CUDA graph capture, in which nothing can be timed.
+``LOSA_MASKED_LORA`` = ``auto`` (default) | ``fused`` | ``compose``; read at every call. ``auto`` chooses the way by
+measurement at the first call of a shape, as the tile always is (``losa_kernels.measured``: ``LOSA_AUTOTUNE``). Where
+nothing is measured, the way is what ``fused`` and ``fused_projection`` predict, and the tile is the first of its list
+that the device has the shared memory for. Tiles differ in their order of summation, so torch's deterministic mode
+measures nothing: runs repeat bit for bit.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
 
 import torch
+from triton.runtime.errors import OutOfResources
 
-logger = logging.getLogger("losa_kernels")
+from losa_kernels import measured
 
 WAYS = ("auto", "fused", "compose")
+Name, Result = TypeVar("Name"), TypeVar("Result")
 
 
 class Tile(NamedTuple):
@@ -35,8 +37,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-# The first of each list is what runs untuned. tests/test_triton_aot.py compiles every one for its architecture: none
-# spills a register.
+# By who multiplies: 90 is wgmma (and tcgen05, into which Triton turns it on 10.x), 80 is mma, which 8.x and 12.x have.
+# The first of each list that fits the device's shared memory is what runs unmeasured. A multiprocessor has 227 KB for a
+# program on 9.0 and 10.0, 163 KB on 8.0, and 99 KB on 8.6, 8.9 and 12.0, which at least one tile of each list of 80
+# fits. tests/test_triton_aot.py compiles every tile for all of them: none spills a register.
 LINEAR: dict[int, tuple[Tile, ...]] = {
     # With 64 rows two programs fit a multiprocessor, and one's product hides the other's forming of W_eff; 256 tokens
     # halve what forming it costs per product. On an H100, 4096 x 4096, rank 8, 4096 tokens: 487, 353 and 562 us
@@ -65,7 +69,7 @@ LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
 LINEAR_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
 PROJECT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
-    80: (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4)),
+    80: (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 3)),
 }
 PROJECT_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
 PROJECT_FP32: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 16, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
@@ -80,6 +84,7 @@ DIRECT_RANK = 16  # up to which rank the ordinary units multiply B A: at 16 that
 COMPOSE_DIRECT, COMPOSE_DIRECT_RAGGED = Tile(64, 128, 0, 8, 1), Tile(32, 64, 0, 8, 1)
 COMPOSE, COMPOSE_RAGGED = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
 SUM = Tile(16, 256, 0, 4, 1)  # shares at a time x elements
+KEEP = Tile(16, 256, 0, 4, 1)
 # Small enough that tests of a few rows have several programs and ragged edges.
 INTERPRETED = Tile(32, 16, 32, 4, 1)
 
@@ -90,8 +95,14 @@ def interpreted() -> bool:
 
 
 def architecture(device: torch.device) -> int:
+    """10 * major + minor of the compute capability; 80 where there is no GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
+
+
+def family(arch: int) -> int:
     """80 or 90: whose lists and figures to use."""
-    return 90 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 80
+    return 90 if 90 <= arch < 120 else 80
 
 
 def linear_tiles(
@@ -102,16 +113,18 @@ def linear_tiles(
     if interpreted():
         return (INTERPRETED,)
     if wide:
-        return LINEAR_FP32[arch]
+        return LINEAR_FP32[family(arch)]
     if not aligned:
-        return LINEAR_UNALIGNED[arch]
+        return LINEAR_UNALIGNED[family(arch)]
     if depth > 96:
-        return LINEAR_HIGH_RANK[arch]
+        return LINEAR_HIGH_RANK[family(arch)]
     if dropout:
-        return LINEAR_DROPOUT[arch]
+        return LINEAR_DROPOUT[family(arch)]
     if tokens <= 64:
-        return tuple(tile for tile in LINEAR_FEW_TOKENS[arch] if tile.columns < 2 * max(16, tokens))
-    return tuple(tile for tile in LINEAR[arch] if tile.columns < 256 or (whole and depth <= 64 and tokens > 128))
+        return tuple(tile for tile in LINEAR_FEW_TOKENS[family(arch)] if tile.columns < 2 * max(16, tokens))
+    return tuple(
+        tile for tile in LINEAR[family(arch)] if tile.columns < 256 or (whole and depth <= 64 and tokens > 128)
+    )
 
 
 def compose_tile(rows: int, depth: int, direct: bool, wide: bool) -> Tile:
@@ -128,7 +141,7 @@ def project_tiles(arch: int, wide: bool, aligned: bool) -> tuple[Tile, ...]:
     """Candidates of project_kernel."""
     if interpreted():
         return (INTERPRETED._replace(columns=32, step=16),)
-    return (PROJECT_FP32 if wide else PROJECT if aligned else PROJECT_UNALIGNED)[arch]
+    return (PROJECT_FP32 if wide else PROJECT if aligned else PROJECT_UNALIGNED)[family(arch)]
 
 
 def project_given_tiles(terms: int) -> tuple[Tile, ...]:
@@ -136,33 +149,54 @@ def project_given_tiles(terms: int) -> tuple[Tile, ...]:
     return (INTERPRETED._replace(columns=32, step=64),) if interpreted() else PROJECT_GIVEN[terms]
 
 
-_best: dict[tuple, Tile] = {}
+_too_large: set[tuple] = set()
 
 
-def tuned(key: tuple, tiles: Sequence[Tile], device: torch.device, run: Callable[[Tile], None]) -> Tile:
-    """The fastest of ``tiles`` for ``key``; ``run`` launches the kernel, and may do so many times."""
-    if len(tiles) == 1 or device.type != "cuda" or not _may_tune():
-        return tiles[0]
-    if key not in _best:
-        times = {tile: _milliseconds(run, tile) for tile in tiles}
-        _best[key] = min(times, key=times.__getitem__)
-        logger.info("%s: %s of %s ms", key, tuple(_best[key]), {tuple(k): round(v, 4) for k, v in times.items()})
-    return _best[key]
+def run_fastest(
+    op: str, key: tuple, candidates: Mapping[Name, Callable[[], Result]], device: torch.device, table: Name
+) -> Result:
+    """What the candidate that ``measured.fastest`` chooses returns.
+
+    A candidate that asks for more shared memory than the device has is passed over, now and later. Only Triton knows
+    beforehand how much a tile takes: the same tile takes twice as much by one version as by another.
+    """
+    fitting = {name: run for name, run in candidates.items() if (op, key, device, name) not in _too_large}
+    # Where nothing fits, the last one says why.
+    fitting = fitting or dict([list(candidates.items())[-1]])
+    chosen = measured.fastest(op, key, fitting, device, table)
+    for name in sorted(fitting, key=lambda name: name != chosen):
+        try:
+            return fitting[name]()
+        except OutOfResources as error:
+            _too_large.add((op, key, device, name))
+            last = error
+    raise last
 
 
-def _may_tune() -> bool:
-    wanted = os.environ.get("LOSA_AUTOTUNE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
-    return wanted and not torch.cuda.is_current_stream_capturing()
+def tuned(op: str, key: tuple, tiles: Sequence[Tile], device: torch.device, run: Callable[[Tile], Result]) -> Result:
+    """What ``run`` returns for the fastest of ``tiles``; ``run`` launches the kernel, and may do so many times."""
+    candidates = {tile: partial(run, tile) for tile in tiles}
+    return run_fastest(f"masked LoRA, {op}", (*key, *tiles), candidates, device, tiles[0])
 
 
-def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    try:
-        return do_bench(lambda: run(tile), warmup=3, rep=15, return_mode="median")
-    except OutOfResources:
-        return float("inf")
+def by_way(
+    op: str,
+    key: tuple,
+    wide: bool,
+    device: torch.device,
+    predicted: bool,
+    fused: Callable[[], Result],
+    compose: Callable[[], Result],
+) -> Result:
+    """What ``fused`` or ``compose`` returns: as LOSA_MASKED_LORA says, or the faster; ``predicted``: fused, where
+    nothing may be measured. fp32 composes: tl.dot has no tensor cores for full fp32, and the vendor's GEMM honours
+    torch's own switch for tf32."""
+    ways, way = {"fused": fused, "compose": compose}, _way()
+    if way == "auto" and wide:
+        way = "compose"
+    if way != "auto":
+        return ways[way]()
+    return run_fastest(f"masked LoRA, {op}", key, ways, device, "fused" if predicted else "compose")
 
 
 class Machine(NamedTuple):
@@ -185,7 +219,8 @@ class Machine(NamedTuple):
 # H100: measured on one (benchmarks/results/nvidia-h100-80gb-hbm3.json, 4096 x 4096, rank 8, 4096 tokens): the GEMM
 # (171 us), the fused kernel by its tile of 64 x 128 (487 and 749 us), G in registers (283 us), a copy. How the 283 us
 # divide is inferred: 40 for the projection, which is what a kernel that loads G in fp32 took beyond loading it. The
-# projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions.
+# projection has changed since. A100: nothing measured; 80 % of its data sheet, and the H100's proportions. The A100
+# stands for 8.6, 8.9 and 12.0 as well, whose operations a byte are about as many.
 MACHINES = {
     90: Machine(800e12, 350e12, 229e12, 566e12, 2.4e-12, 2.99e12, 132),
     80: Machine(250e12, 109e12, 72e12, 177e12, 4.5e-12, 1.6e12, 108),
@@ -193,39 +228,33 @@ MACHINES = {
 LAUNCH_SECONDS = 3e-6
 
 
-def fused(tokens: int, rows: int, columns: int, depth: int, wide: bool, arch: int, transposed: bool = False) -> bool:
-    """Whether the product with W_eff (rows, columns) is to form it in registers rather than compose it in memory.
+def fused(
+    tokens: int, rows: int, columns: int, depth: int, arch: int, transposed: bool = False, dropout: bool = False
+) -> bool:
+    """Whether the product with W_eff (rows, columns) is predicted to take less time where W_eff is formed in registers
+    than where it is composed in memory.
 
     Composing moves W and W_eff through memory once and leaves the product to the vendor's GEMM. The fused kernel reads
     W alone, runs at less than half the GEMM's rate and pays depth / BT of the product besides, BT = 128 tokens being
-    its tile: small batches and ranks. fp32 composes: tl.dot has no tensor cores for full fp32, and the vendor's GEMM
-    honours torch's own switch for tf32. ``transposed``: for the gradient of x.
+    its tile: small batches and ranks. ``transposed``: for the gradient of x. ``dropout``: two products either way, and
+    for the composed one a second matrix and a pass over x.
     """
-    way = _way()
-    if way != "auto":
-        return way == "fused"
-    if wide:
-        return False
-    machine, size = MACHINES[arch], rows * columns
+    machine, size, products = MACHINES[family(arch)], rows * columns, 2 if dropout else 1
     tile = min(128, max(16, tokens))
     # A program occupies one unit however few there are; the vendor's GEMM divides the reduction when they are few.
     busy = min(1.0, ceil_div(columns if transposed else rows, 64) * ceil_div(tokens, tile) / machine.units)
-    operations = 2 * size * ceil_div(tokens, tile) * (tile + depth)
+    operations = 2 * size * ceil_div(tokens, tile) * (products * tile + depth)
     rate = machine.gradient_flops if transposed else machine.forward_flops
     in_registers = max(operations / (rate * busy), 2 * size / machine.bytes)
     product = max(2 * tokens * size / machine.vendor_flops, 2 * size / machine.bytes)
-    composed = 4 * size / machine.bytes + LAUNCH_SECONDS + product
+    moved = (2 + 2 * products) * size + (4 * tokens * columns if dropout else 0)
+    composed = moved / machine.bytes + (2 * products - 1) * LAUNCH_SECONDS + products * product
     return in_registers <= composed
 
 
-def fused_projection(tokens: int, rows: int, columns: int, itemsize: int, wide: bool, arch: int) -> bool:
+def fused_projection(tokens: int, rows: int, columns: int, itemsize: int, arch: int) -> bool:
     """The same for M * G: from its accumulators, or G, ``itemsize`` bytes an element, by the vendor's GEMM."""
-    way = _way()
-    if way != "auto":
-        return way == "fused"
-    if wide:
-        return False
-    machine, size = MACHINES[arch], rows * columns
+    machine, size = MACHINES[family(arch)], rows * columns
     in_registers = 2 * tokens * size / machine.project_flops + size * machine.project_seconds
     product = max(2 * tokens * size / machine.vendor_flops, itemsize * size / machine.bytes)
     return in_registers <= product + itemsize * size / machine.bytes + LAUNCH_SECONDS

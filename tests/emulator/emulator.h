@@ -1,11 +1,12 @@
 // Runs CUDA kernels on the host, so that their logic is tested without a GPU and under sanitizers.
 //
-// csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another; a block's
-// threads are fibers on one OS thread, each with a stack of its own. A fiber runs until it reaches a barrier or a warp
-// operation; which one runs next is drawn from a seed, and one warp is let far ahead of the others, so that a result
-// that depends on the order (a missing barrier) changes with the seed. Reported, with exit status 3: a barrier that not
-// all threads of the block reach, or reach at different lines; a warp operation that waits for lanes which never come;
-// a shuffle from a lane that takes no part; a bulk copy that nobody waits for, or a wait for one that was seen already.
+// csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another, those of a
+// cooperative launch together; a block's threads are fibers on one OS thread, each with a stack of its own. A fiber runs
+// until it reaches a barrier, a warp operation or a wait for other blocks; which one runs next is drawn from a seed, and
+// one warp is let far ahead of the others, so that a result that depends on the order (a missing barrier) changes with
+// the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
+// lines; a warp operation that waits for lanes which never come; a wait for what no block will do; a shuffle from a lane
+// that takes no part; a bulk copy that nobody waits for, or a wait for one that was seen already.
 // Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
 // the address sanitizer sees accesses beyond either.
 //
@@ -31,6 +32,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -53,15 +55,23 @@
 #define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
   do {                                                                                    \
     static_cast<void>(stream); /* launches run to their end, one after another */         \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));      \
     ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });  \
   } while (0)
 
 #define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                    \
   do {                                                                                           \
     static_cast<void>(stream);                                                                   \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));             \
     ::emulator::machine.dependent = true;                                                        \
     ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });         \
     ::emulator::machine.dependent = false;                                                       \
+  } while (0)
+
+#define LOSA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                 \
+  do {                                                                                                          \
+    static_cast<void>(stream);                                                                                  \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }, /*cooperative=*/true);  \
   } while (0)
 
 struct dim3 {
@@ -87,7 +97,9 @@ namespace emulator {
 constexpr std::size_t kStackBytes = 256 << 10;
 constexpr int kExitStatus = 3;
 
-enum class State { kReady, kBarrier, kWarp, kCopy, kDone };
+constexpr std::size_t kMostTogether = 6;  // blocks of a cooperative launch
+
+enum class State { kReady, kBarrier, kWarp, kOtherBlocks, kCopy, kDone };
 
 struct Copy {
   void* to;
@@ -105,7 +117,7 @@ struct CopyBarrier {
 };
 
 struct Fiber {
-  dim3 index;
+  dim3 index, block;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   void* fake_stack = nullptr;
@@ -116,6 +128,7 @@ struct Fiber {
   int line = 0;
   unsigned mask = 0;
   std::uint64_t value = 0;
+  std::function<bool()> condition;  // of a wait for other blocks
   // What a finished operation brought: the values of the warp's lanes that took part, or the block's count.
   std::array<std::uint64_t, 32> seen{};
   unsigned members = 0;
@@ -130,11 +143,15 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<std::vector<std::size_t>> ready;  // of each warp
   std::function<void()> body;
-  std::vector<unsigned char> dynamic_shared;
+  std::size_t threads = 0;                                 // of a block
+  std::vector<std::vector<unsigned char>> dynamic_shared;  // of each block that runs
   Fiber* current = nullptr;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
   bool has_bulk_copies = true;  // as from compute capability 9.0 on
   std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
+  int device = 0;
+  int attributes_set = 0;
+  std::map<std::pair<int, const void*>, int> allowed;  // dynamic shared memory of a kernel on a device, in bytes
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -154,7 +171,7 @@ inline void make_ready(Fiber& fiber) {
 }
 
 inline void* dynamic_shared() {
-  return machine.dynamic_shared.data();
+  return machine.dynamic_shared[(machine.current - machine.fibers.data()) / machine.threads].data();
 }
 
 extern "C" void losa_emulator_switch(void** save, void* to);
@@ -188,6 +205,7 @@ inline void report(const char* what) {
   for (const Fiber& fiber : machine.fibers) {
     if (++shown > 64) break;
     std::fprintf(stderr, "  thread (%u, %u, %u) ", fiber.index.x, fiber.index.y, fiber.index.z);
+    if (machine.fibers.size() > machine.threads) std::fprintf(stderr, "of block %u ", fiber.block.x);
     if (fiber.state == State::kDone) {
       std::fprintf(stderr, "has returned\n");
     } else if (fiber.state == State::kReady) {
@@ -227,6 +245,7 @@ inline void fiber_main() {
 inline void run(Fiber& fiber) {
   machine.current = &fiber;
   threadIdx = fiber.index;
+  blockIdx = fiber.block;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStackBytes);
 #endif
@@ -236,8 +255,9 @@ inline void run(Fiber& fiber) {
 #endif
 }
 
-inline void prepare(Fiber& fiber, dim3 index) {
+inline void prepare(Fiber& fiber, dim3 index, dim3 block) {
   fiber.index = index;
+  fiber.block = block;
   fiber.copies.assign(1, {});
   fiber.waited = false;
   make_ready(fiber);
@@ -253,21 +273,41 @@ inline void prepare(Fiber& fiber, dim3 index) {
   fiber.stack_pointer = top;
 }
 
-inline bool release_barrier() {
-  const std::vector<Fiber>& all = machine.fibers;
+inline bool release_barrier(Fiber* all) {
   int count = 0;
-  for (const Fiber& fiber : all) {
+  for (std::size_t i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = all[i];
     if (fiber.state != State::kBarrier || fiber.line != all[0].line || std::strcmp(fiber.file, all[0].file) != 0 ||
         std::strcmp(fiber.operation, all[0].operation) != 0) {
       return false;
     }
     count += fiber.value != 0;
   }
-  for (Fiber& fiber : machine.fibers) {
-    fiber.count = count;
-    make_ready(fiber);
+  for (std::size_t i = 0; i < machine.threads; ++i) {
+    all[i].count = count;
+    make_ready(all[i]);
   }
   return true;
+}
+
+// The barrier of any block that has come to one as a whole.
+inline bool release_barriers() {
+  bool released = false;
+  for (std::size_t i = 0; i < machine.fibers.size(); i += machine.threads) {
+    released = release_barrier(&machine.fibers[i]) || released;
+  }
+  return released;
+}
+
+// Threads whose wait for other blocks is over.
+inline bool release_waits() {
+  bool released = false;
+  for (Fiber& fiber : machine.fibers) {
+    if (fiber.state != State::kOtherBlocks || !fiber.condition()) continue;
+    make_ready(fiber);
+    released = true;
+  }
+  return released;
 }
 
 // A random thread of the favoured warp while that has one to run, for about 64 turns; else of any warp.
@@ -288,54 +328,95 @@ inline bool pick(std::size_t* warp, std::size_t* fiber) {
   return true;
 }
 
-inline void run_block() {
+// The blocks whose fibers are prepared, to their end.
+inline void run_blocks() {
   const auto is_done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+  const bool several = machine.fibers.size() > machine.threads;
   std::size_t warp = 0, fiber = 0;
   for (;;) {
-    while (pick(&warp, &fiber)) run(machine.fibers[fiber]);
+    while (pick(&warp, &fiber)) {
+      run(machine.fibers[fiber]);
+      // Some blocks go on while others have not come to their barrier yet.
+      if (several && machine.random() % 64 == 0) {
+        release_waits();
+        release_barriers();
+      }
+    }
     if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) break;
-    if (!release_barrier()) report("threads wait for each other (a divergent barrier or warp operation)");
+    const bool waits = release_waits(), barriers = release_barriers();
+    if (!waits && !barriers) report("threads wait for each other (a divergent barrier or warp operation)");
   }
   for (const auto& [address, barrier] : machine.copy_barriers) {
     if (barrier.asked || barrier.waited != barrier.phase) report("a bulk copy that nobody waits for");
   }
 }
 
-inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body) {
-  const std::size_t threads = std::size_t{block.x} * block.y * block.z;
-  const std::size_t all = std::size_t{grid.x} * grid.y * grid.z;
-  constexpr std::size_t kMostShared = 163 << 10;  // of a block on sm_80
-  if (threads == 0 || threads > 1024 || all == 0 || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared) {
-    std::fprintf(stderr, "emulator: invalid launch\n");
-    std::_Exit(kExitStatus);
-  }
-  gridDim = grid;
-  blockDim = block;
-  machine.body = std::move(body);
-  while (machine.fibers.size() > threads) {
+// Without leave a kernel gets 48 KB at most, on every device anew.
+inline void check_shared(const void* kernel, std::size_t bytes) {
+  const auto found = machine.allowed.find({machine.device, kernel});
+  const std::size_t allowed = found == machine.allowed.end() ? 48 << 10 : static_cast<std::size_t>(found->second);
+  if (bytes <= allowed) return;
+  std::fprintf(stderr, "emulator: %zu bytes of shared memory, %zu are allowed on this device\n", bytes, allowed);
+  std::_Exit(kExitStatus);
+}
+
+inline void resize(std::size_t fibers) {
+  while (machine.fibers.size() > fibers) {
     munmap(machine.fibers.back().stack, kStackBytes);
     machine.fibers.pop_back();
   }
-  while (machine.fibers.size() < threads) {
+  while (machine.fibers.size() < fibers) {
     Fiber fiber;
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) std::abort();
     fiber.stack = static_cast<char*>(stack);
     machine.fibers.push_back(fiber);
   }
-  machine.ready.resize((threads + 31) / 32);
+  machine.ready.resize((fibers + 31) / 32);
+}
+
+inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body,
+                   bool cooperative = false) {
+  const std::size_t threads = std::size_t{block.x} * block.y * block.z;
+  const std::size_t all = std::size_t{grid.x} * grid.y * grid.z;
+  constexpr std::size_t kMostShared = 163 << 10;  // of a block on sm_80
+  if (threads == 0 || threads > 1024 || all == 0 || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared ||
+      (cooperative && (all > kMostTogether || threads % 32 != 0))) {
+    std::fprintf(stderr, "emulator: invalid launch\n");
+    std::_Exit(kExitStatus);
+  }
+  gridDim = grid;
+  blockDim = block;
+  machine.body = std::move(body);
+  machine.threads = threads;
+  const std::size_t together = cooperative ? all : 1;
+  resize(threads * together);
   std::vector<std::size_t> blocks(all);
   std::iota(blocks.begin(), blocks.end(), std::size_t{0});
   std::shuffle(blocks.begin(), blocks.end(), machine.random);
-  for (std::size_t index : blocks) {
-    blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
-    machine.dynamic_shared = std::vector<unsigned char>(shared_bytes, 0xcb);
+  for (std::size_t first = 0; first < all; first += together) {
     machine.copy_barriers.clear();
-    for (std::size_t i = 0; i < threads; ++i) {
-      prepare(machine.fibers[i], dim3(i % block.x, i / block.x % block.y, i / block.x / block.y));
+    machine.dynamic_shared.assign(together, std::vector<unsigned char>(shared_bytes, 0xcb));
+    for (std::size_t i = 0; i < threads * together; ++i) {
+      const std::size_t thread = i % threads, index = blocks[first + i / threads];
+      prepare(machine.fibers[i], dim3(thread % block.x, thread / block.x % block.y, thread / block.x / block.y),
+              dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y));
     }
-    run_block();
+    run_blocks();
   }
+}
+
+// Until `condition`, which other blocks bring about, holds.
+inline void wait_for_other_blocks(std::function<bool()> condition, const char* operation, const char* file, int line) {
+  if (condition()) return;
+  Fiber& self = *machine.current;
+  self.state = State::kOtherBlocks;
+  self.operation = operation;
+  self.file = file;
+  self.line = line;
+  self.mask = 0;
+  self.condition = std::move(condition);
+  yield();
 }
 
 inline int barrier(const char* operation, bool value, const char* file, int line) {

@@ -1,6 +1,7 @@
 // Kernels with planted faults, each of which the emulator must find, and one without.
 #include "emulator.h"
 
+#include "cuda/grid_barrier.h"
 #include "driver.h"
 #include "machine_emulator.h"
 
@@ -74,6 +75,19 @@ __global__ void bulk_copies(const int* from, int* to, Copying fault) {
   }
 }
 
+// Each block gives its part to the one before it, through global memory and through shared memory of its own.
+__global__ void pass_on(const int* from, int* between, int* to, int* counter, bool with_barrier, int missing) {
+  LOSA_DYNAMIC_SHARED(int, own);
+  const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
+  own[threadIdx.x] = from[place];
+  between[place] = from[place];
+  if (static_cast<int>(blockIdx.x) == missing) return;
+  if (with_barrier) losa::grid_barrier(counter);
+  const unsigned next = (blockIdx.x + 1) % gridDim.x * blockDim.x + threadIdx.x;
+  to[place] = between[next] + 100 * own[threadIdx.x];
+  if (with_barrier) losa::grid_barrier(counter);
+}
+
 // Sum of the block by shuffles, votes and matches, in the shapes that kernels use them.
 __global__ void collectives(const int* from, int* to) {
   const int lane = threadIdx.x % 32;
@@ -112,6 +126,16 @@ int main(int argc, char** argv) {
                                  "bulk_copy_too_early"};
   for (int i = 0; i < 7; ++i) {
     if (fault == copying[i]) LOSA_LAUNCH(bulk_copies, 1, 32, 144, nullptr, in, out, static_cast<Copying>(i));
+  }
+  if (fault == "blocks_together" || fault == "no_grid_barrier" || fault == "a_block_that_never_comes") {
+    std::vector<int> between(64, -1), counter(1, 0);
+    int *middle = between.data(), *count = counter.data();
+    const bool with = fault != "no_grid_barrier";
+    const int missing = fault == "a_block_that_never_comes" ? 1 : -1;
+    LOSA_LAUNCH_COOPERATIVE(pass_on, 2, 32, 32 * sizeof(int), nullptr, in, middle, out, count, with, missing);
+  }
+  if (fault == "too_many_blocks_together") {
+    LOSA_LAUNCH_COOPERATIVE(pass_on, 7, 32, 32 * sizeof(int), nullptr, in, out, out, out, false, -1);
   }
   if (fault == "collectives") LOSA_LAUNCH(collectives, 1, 64, 0, nullptr, in, out);
   driver.write("to", to);

@@ -67,6 +67,24 @@ unsigned load_if(unsigned wanted, Shared from) {
 }
 
 template <int kSize>
+unsigned load_unless(unsigned unwanted, Shared from) {
+  return load_if<kSize>(unwanted == 0, from);
+}
+
+template <class Number>
+void keep_in_register(Number&) {}
+
+inline unsigned load_once_word(const void* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % 4 != 0) emulator::report("a load of a word is not aligned");
+  return *static_cast<const unsigned*>(from);
+}
+
+inline uint4 load_once_piece(const void* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) emulator::report("a load of 16 bytes is not aligned");
+  return *static_cast<const uint4*>(from);
+}
+
+template <int kSize>
 void store_shared(Shared to, unsigned value) {
   *reinterpret_cast<Bits<kSize>*>(to) = static_cast<Bits<kSize>>(value);
 }
@@ -177,6 +195,10 @@ inline void wait_for_kernels_before() {
 }
 
 inline void let_next_kernel_start() {}
+
+inline void wait_for_count(const int* counter, int goal, LOSA_SITE) {
+  emulator::wait_for_other_blocks([=] { return *counter >= goal; }, "wait_for_count", file, line);
+}
 
 // Element `index` of the pairs that a warp operation brought from each lane.
 template <bool kHalf>

@@ -1,3 +1,14 @@
+#include "common/launch.h"
+
+// Streams that count how often the host waits for them, and events.
+using cudaEvent_t = int64_t*;
+constexpr unsigned cudaEventDisableTiming = 2;
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new int64_t(0), cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return *event = 1, cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return ++*static_cast<int64_t*>(stream), cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return *event == 1 ? cudaSuccess : (std::abort(), 1); }
+
 #include "cuda/packing.cu"
 
 #include "driver.h"
@@ -93,8 +104,24 @@ void largest(const Driver& driver, const Arguments& a) {
   driver.write("largest", found);
 }
 
+// late FAILS: -> waits, how often the stream was waited for, and the number or -1 where the work before `wait` failed
+void late(const Driver& driver) {
+  std::vector<int64_t> waits(2, 0);
+  const int64_t memory = 7;
+  try {
+    losa::LateNumber number(&memory, waits.data());
+    number.launched();
+    if (driver[0] != 0) throw 1;
+    waits[1] = number.wait();
+  } catch (int) {
+    waits[1] = -1;
+  }
+  driver.write("waits", waits);
+}
+
 int main(int argc, char** argv) {
   const Driver driver(argc, argv);
+  if (driver.command == "late") return late(driver), 0;
   const Arguments a(driver);
   if (driver.command == "largest") largest(driver, a);
   switch (driver[5]) {

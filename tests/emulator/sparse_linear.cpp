@@ -5,8 +5,9 @@
 namespace sparse_linear = losa::sparse_linear;
 using sparse_linear::Value;
 
-// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD:
+// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT FRESH:
 // values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
+// devices, of the same: also how many attributes were set after a first call, a second, and one on another device
 int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   const int64_t rows = driver[0], columns = driver[1], batch = driver[2];
@@ -32,7 +33,8 @@ int main(int argc, char** argv) {
                                      losa::packed_width(columns),
                                      rows,
                                      static_cast<int>(columns),
-                                     aligned && losa::packed_width(columns) % 4 == 0};
+                                     aligned && losa::packed_width(columns) % 4 == 0,
+                                     driver[11] != 0};
   const sparse_linear::Task task{weight,
                                  x.data(),
                                  (columns + 7) / 8 * 8,
@@ -47,6 +49,14 @@ int main(int argc, char** argv) {
                                                           : sparse_linear::launch_decode<false, Value::kHalf>)
       : value == Value::kHalf ? sparse_linear::launch_decode<true, Value::kHalf>
                               : sparse_linear::launch_decode<true, Value::kBfloat16>;
-  run(task, static_cast<int>(driver[7]), 2, nullptr);
+  const sparse_linear::Choice choice{static_cast<int>(driver[7]), static_cast<int>(driver[10]), 2};
+  std::vector<int> attributes;
+  for (int device : {0, 0, 1}) {
+    emulator::machine.device = device;
+    run(task, choice, nullptr);
+    attributes.push_back(emulator::machine.attributes_set);
+    if (driver.command != "devices") break;
+  }
   driver.write("y", y);
+  driver.write("attributes", attributes);
 }

@@ -1,5 +1,5 @@
 // Few blocks, so that their loops over rows and keys take several turns.
-#define LOSA_MAX_BLOCKS 2
+#define LOSA_MAX_BLOCKS 3
 
 #include "cuda/selection.cu"
 
@@ -65,10 +65,10 @@ void prune(const Driver& driver) {
                                          start,
                                          static_cast<unsigned>(rows),
                                          static_cast<unsigned>(width),
-                                         static_cast<int>(counts.at(start / size)),
+                                         &counts.at(start / size),
                                          columns % 4 == 0 && start % 4 == 0 && width % selection::kUnit == 0};
       selection::launch_select_block(block, keys.data(), state.data(), nullptr);
-      for (std::size_t i = selection::kHistogram; i < state.size(); ++i) {
+      for (std::size_t i = selection::kArrived; i < state.size(); ++i) {
         if (state[i] != 0) std::abort();  // the next block needs them zero
       }
     }

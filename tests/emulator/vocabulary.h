@@ -70,6 +70,25 @@ unsigned __match_any_sync(unsigned mask, T value, LOSA_SITE) {
   return bits;
 }
 
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, LOSA_SITE) {
+  const auto& self = emulator::exchange("__reduce_add_sync", mask, emulator::to_bits(value), file, line);
+  T sum = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((self.members >> lane & 1) != 0) sum += emulator::from_bits<T>(self.seen[lane]);
+  }
+  return sum;
+}
+// Also of 64-bit numbers, as addresses in shared memory are here.
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, LOSA_SITE) {
+  const auto& self = emulator::exchange("__reduce_max_sync", mask, emulator::to_bits(value), file, line);
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((self.members >> lane & 1) != 0) value = std::max(value, emulator::from_bits<T>(self.seen[lane]));
+  }
+  return value;
+}
+
 // Fibers are not interrupted, so that a read and a write in a row are atomic.
 template <class T, class Operation>
 T losa_atomic(T* address, Operation operation) {
@@ -148,6 +167,23 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, 
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulator::machine.device;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  auto& machine = emulator::machine;
+  ++machine.attributes_set;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    machine.allowed[{machine.device, reinterpret_cast<const void*>(kernel)}] = value;
+  }
+  return cudaSuccess;
+}
+
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
   *blocks = 7;
@@ -157,6 +193,13 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 namespace losa {
 
 template <class Kernel>
-void allow_shared_memory(Kernel*, int) {}
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <class Kernel>
+int64_t resident_blocks(Kernel*, int, std::size_t) {
+  return emulator::kMostTogether;
+}
 
 }  // namespace losa

@@ -1,0 +1,259 @@
+// Attention of one token over the places of a cache that have been written: each block takes a run of the places of one
+// key head (flash-decoding), and the last block of the head to finish puts the runs together, in the order of places.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/decoder_step/elements.h"
+
+namespace losa::decoder_step {
+
+struct Attention {
+  const void* q;      // (queries, size), consecutive queries share a key head
+  const void* cache;  // (2, keys, room, size): keys, then values
+  const int64_t* position;
+  void* out;       // (queries, size)
+  float* parts;    // (queries, runs, size): of each run the values weighted by 2^(score - top)
+  float* weights;  // (queries, runs, 2): of each run its top score and the sum of the weights
+  int* finished;   // (queries,), zero, and zero afterwards: blocks of a key head that are done
+  int queries, keys, size;
+  int64_t room;
+  int places;   // of the cache, a bound for position + 1
+  float scale;  // of products q k, to exponents of 2
+};
+
+constexpr int kAttendWarps = 4;
+// A score below those of all places; finite, so that two of them have a difference.
+constexpr float kNoScore = -1e30f;
+
+// kLanes lanes share a row of up to kLanes * 16 bytes, a warp reads 32 / kLanes rows at once, and kQueries queries use
+// them.
+template <FloatType kType, int kLanes, int kQueries>
+struct AttendShape {
+  static constexpr int kOwn = kPerVector<kType>, kSize = kLanes * kOwn, kRows = 32 / kLanes;
+  static constexpr int kTurns = kQueries == 1 ? 4 : 2;  // rows of a lane between two looks at the scores
+  static constexpr int kStep = kAttendWarps * kRows * kTurns;
+};
+
+// What a lane's row of a warp has seen of some places: the top score of each query, and the sums of 2^(score - top) and
+// of the values weighted by it, of which the lane has its share.
+template <int kQueries, int kOwn>
+struct Seen {
+  float top[kQueries], total[kQueries], values[kQueries][kOwn];
+};
+
+// The lane's 16 bytes of a row; zeros beyond its size and where there is no row.
+template <FloatType kType>
+__device__ __forceinline__ uint4 load_share(const void* from, int64_t row, int size, int part, bool exists) {
+  const int place = part * kPerVector<kType>;
+  if (!exists || place >= size) return make_uint4(0, 0, 0, 0);
+  return __ldcg(reinterpret_cast<const uint4*>(static_cast<const ElementBits<kType>*>(from) + row * size + place));
+}
+
+// Adds places `begin` to `end` of a key head. Keys and values of a step are asked for before any is used.
+template <FloatType kType, int kLanes, int kQueries, int kOwn>
+__device__ __forceinline__ void see_places(const Attention& job, int key, int64_t begin, int64_t end,
+                                           const float (&q)[kQueries][kOwn], Seen<kQueries, kOwn>& seen) {
+  using Shape = AttendShape<kType, kLanes, kQueries>;
+  constexpr int kTurns = Shape::kTurns;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int part = lane % kLanes;
+  const int64_t key_rows = key * job.room, value_rows = (job.keys + key) * job.room;
+  for (int64_t base = begin; base < end; base += Shape::kStep) {
+    const int64_t first = base + warp * Shape::kRows + lane / kLanes;
+    uint4 keys[kTurns], stored[kTurns];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      const int64_t place = first + t * kAttendWarps * Shape::kRows;
+      keys[t] = load_share<kType>(job.cache, key_rows + place, job.size, part, place < end);
+    }
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      const int64_t place = first + t * kAttendWarps * Shape::kRows;
+      stored[t] = load_share<kType>(job.cache, value_rows + place, job.size, part, place < end);
+    }
+    float scores[kTurns][kQueries];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      Elements<kType, kOwn> k;
+      k.set(keys[t]);
+      const bool exists = first + t * kAttendWarps * Shape::kRows < end;
+#pragma unroll
+      for (int g = 0; g < kQueries; ++g) {
+        float score = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) score += q[g][i] * k.values[i];
+#pragma unroll
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) score += __shfl_xor_sync(~0u, score, lanes);
+        scores[t][g] = exists ? score : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+      float top = seen.top[g];
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) top = fmaxf(top, scores[t][g]);
+      const float factor = exp2f(seen.top[g] - top);
+      seen.top[g] = top;
+      seen.total[g] *= factor;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) seen.values[g][i] *= factor;
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) seen.total[g] += scores[t][g] = exp2f(scores[t][g] - top);
+    }
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      Elements<kType, kOwn> v;
+      v.set(stored[t]);
+#pragma unroll
+      for (int g = 0; g < kQueries; ++g) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) seen.values[g][i] += scores[t][g] * v.values[i];
+      }
+    }
+  }
+}
+
+// Puts together what the rows of a warp have seen; in the first kLanes lanes.
+template <int kLanes, int kQueries, int kOwn>
+__device__ __forceinline__ void join_rows(Seen<kQueries, kOwn>& seen) {
+#pragma unroll
+  for (int g = 0; g < kQueries; ++g) {
+#pragma unroll
+    for (int lanes = kLanes; lanes < 32; lanes *= 2) {
+      const float other = __shfl_xor_sync(~0u, seen.top[g], lanes), top = fmaxf(seen.top[g], other);
+      const float mine = exp2f(seen.top[g] - top), theirs = exp2f(other - top);
+      seen.top[g] = top;
+      seen.total[g] = mine * seen.total[g] + theirs * __shfl_xor_sync(~0u, seen.total[g], lanes);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        seen.values[g][i] = mine * seen.values[g][i] + theirs * __shfl_xor_sync(~0u, seen.values[g][i], lanes);
+      }
+    }
+  }
+}
+
+// What a block has seen, warp by warp.
+template <int kQueries, int kSize>
+struct BlockSeen {
+  float values[kAttendWarps][kQueries][kSize], tops[kAttendWarps][kQueries], totals[kAttendWarps][kQueries];
+};
+
+// Puts together what the warps have seen, as run `run` of the queries from `first` on.
+template <int kQueries, int kSize>
+__device__ __forceinline__ void store_run(const Attention& job, const BlockSeen<kQueries, kSize>& block, int first,
+                                          int queries, int run, int runs) {
+  for (int index = static_cast<int>(threadIdx.x); index < queries * kSize; index += 32 * kAttendWarps) {
+    const int g = index / kSize, d = index % kSize;
+    if (d >= job.size) continue;
+    float top = block.tops[0][g], total = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int w = 1; w < kAttendWarps; ++w) top = fmaxf(top, block.tops[w][g]);
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) {
+      const float factor = exp2f(block.tops[w][g] - top);
+      total += factor * block.totals[w][g];
+      sum += factor * block.values[w][g][d];
+    }
+    const int64_t place = int64_t{first + g} * runs + run;
+    job.parts[place * job.size + d] = sum;
+    if (d == 0) {
+      job.weights[2 * place] = top;
+      job.weights[2 * place + 1] = total;
+    }
+  }
+}
+
+// The last of its key head's blocks: `queries` outputs from `first` on, a warp for each.
+template <FloatType kType, int kSize>
+__device__ __forceinline__ void combine_runs(const Attention& job, int first, int queries, int runs) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int own = static_cast<int>(threadIdx.x) / 32; own < queries; own += kAttendWarps) {
+    const int64_t query = first + own;
+    const float* const weights = job.weights + query * runs * 2;
+    float top = kNoScore;
+    for (int run = lane; run < runs; run += 32) top = fmaxf(top, __ldcg(weights + 2 * run));
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+    float total = 0.0f, sums[kSize / 32] = {};
+#pragma unroll 4
+    for (int run = 0; run < runs; ++run) {
+      const float factor = exp2f(__ldcg(weights + 2 * run) - top);
+      total += factor * __ldcg(weights + 2 * run + 1);
+#pragma unroll
+      for (int i = 0; i < kSize / 32; ++i) {
+        const int d = lane + 32 * i;
+        if (d < job.size) sums[i] += factor * __ldcg(job.parts + (query * runs + run) * job.size + d);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSize / 32; ++i) {
+      const int d = lane + 32 * i;
+      if (d < job.size) store_element<kType>(job.out, query * job.size + d, sums[i] / total);
+    }
+  }
+}
+
+// Grid (runs, keys * sets): a set is up to kQueries queries of a key head, the first of them set * kQueries.
+template <FloatType kType, int kLanes, int kQueries>
+__global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention job) {
+  using Shape = AttendShape<kType, kLanes, kQueries>;
+  constexpr int kOwn = Shape::kOwn;
+  __shared__ BlockSeen<kQueries, Shape::kSize> block;
+  __shared__ bool is_last;
+  let_next_kernel_start();
+  wait_for_kernels_before();
+
+  const int group = job.queries / job.keys, sets = (group + kQueries - 1) / kQueries;
+  const int key = static_cast<int>(blockIdx.y) / sets, set = static_cast<int>(blockIdx.y) % sets;
+  const int first = key * group + set * kQueries, queries = min(kQueries, group - set * kQueries);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int runs = static_cast<int>(gridDim.x), run = static_cast<int>(blockIdx.x);
+
+  // The run's places, in whole steps of a block; the last runs may have none.
+  const int64_t position = __ldcg(job.position);
+  const int written = static_cast<int>(max(int64_t{0}, min(position + 1, int64_t{job.places})));
+  const int length = ((written + runs - 1) / runs + Shape::kStep - 1) / Shape::kStep * Shape::kStep;
+  const int64_t begin = int64_t{run} * length, end = min(begin + length, int64_t{written});
+
+  float q[kQueries][kOwn];
+  Seen<kQueries, kOwn> seen;
+#pragma unroll
+  for (int g = 0; g < kQueries; ++g) {
+    Elements<kType, kOwn> share;
+    share.set(load_share<kType>(job.q, first + g, job.size, lane % kLanes, g < queries));
+    seen.top[g] = kNoScore;
+    seen.total[g] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      q[g][i] = share.values[i] * job.scale;
+      seen.values[g][i] = 0.0f;
+    }
+  }
+  see_places<kType, kLanes>(job, key, begin, end, q, seen);
+  join_rows<kLanes>(seen);
+  if (lane < kLanes) {
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+      block.tops[warp][g] = seen.top[g];
+      block.totals[warp][g] = seen.total[g];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) block.values[warp][g][lane * kOwn + i] = seen.values[g][i];
+    }
+  }
+  __syncthreads();
+  store_run(job, block, first, queries, run, runs);
+
+  // All of the block's results are visible to every block before it counts as finished.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(job.finished + blockIdx.y, 1) == runs - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  combine_runs<kType, Shape::kSize>(job, first, queries, runs);
+  if (threadIdx.x == 0) job.finished[blockIdx.y] = 0;
+}
+
+}  // namespace losa::decoder_step

@@ -1,0 +1,99 @@
+#include "cuda/decoder_step/elementwise.cu"
+
+#include "cuda/decoder_step/attention.cu"
+
+#include "driver.h"
+
+namespace decoder_step = losa::decoder_step;
+using losa::FloatType;
+
+// norm TYPE ROWS COLUMNS VECTORS EPS_IN_MILLIONTHS: x, update (or no file), weight -> x, normed
+void norm(const Driver& driver) {
+  const auto type = static_cast<FloatType>(driver[0]);
+  auto x = driver.read<uint8_t>("x"), update = driver.read<uint8_t>("update");
+  const auto weight = driver.read<uint8_t>("weight");
+  std::vector<uint8_t> out(x.size(), 0xa5);
+  const decoder_step::AddRmsNorm job{x.data(),   data_or_null(update),        weight.data(),
+                                     out.data(), driver[1],                   static_cast<int>(driver[2]),
+                                     1e-6f * static_cast<float>(driver[4])};
+  decoder_step::launch_add_rms_norm(type, job, driver[3] != 0, nullptr);
+  driver.write("x", x);
+  driver.write("normed", out);
+}
+
+// silu TYPE ROWS COLUMNS VECTORS: gate_up -> out
+void silu(const Driver& driver) {
+  const auto type = static_cast<FloatType>(driver[0]);
+  const auto gate_up = driver.read<uint8_t>("gate_up");
+  std::vector<uint8_t> out(gate_up.size() / 2, 0xa5);
+  const decoder_step::GatedSilu job{gate_up.data(), out.data(), driver[1], static_cast<int>(driver[2])};
+  decoder_step::launch_gated_silu(type, job, driver[3] != 0, nullptr);
+  driver.write("out", out);
+}
+
+// rotate TYPE QUERIES KEYS SIZE PLACES EPS_IN_MILLIONTHS:
+// heads, cos, sin, position, cache, q_norm and k_norm (or no files) -> turned, cache
+void rotate(const Driver& driver) {
+  const auto type = static_cast<FloatType>(driver[0]);
+  const auto heads = driver.read<uint8_t>("heads"), cos = driver.read<uint8_t>("cos"), sin = driver.read<uint8_t>("sin");
+  const auto position = driver.read<int64_t>("position");
+  auto cache = driver.read<uint8_t>("cache"), q_norm = driver.read<uint8_t>("q_norm");
+  auto k_norm = driver.read<uint8_t>("k_norm");
+  std::vector<uint8_t> turned(driver[1] * driver[3] * losa::float_type_size(type), 0xa5);
+  const decoder_step::Rotation job{heads.data(),
+                                   cos.data(),
+                                   sin.data(),
+                                   position.data(),
+                                   data_or_null(q_norm),
+                                   data_or_null(k_norm),
+                                   1e-6f * static_cast<float>(driver[5]),
+                                   turned.data(),
+                                   cache.data(),
+                                   static_cast<int>(driver[1]),
+                                   static_cast<int>(driver[2]),
+                                   static_cast<int>(driver[3]),
+                                   driver[4]};
+  decoder_step::launch_rotate_and_store(type, job, nullptr);
+  driver.write("turned", turned);
+  driver.write("cache", cache);
+}
+
+// attend TYPE QUERIES KEYS SIZE ROOM PLACES MULTIPROCESSORS: q, cache, position, scale -> out, finished
+void attend(const Driver& driver) {
+  const auto type = static_cast<FloatType>(driver[0]);
+  const int64_t queries = driver[1], keys = driver[2], size = driver[3], room = driver[4];
+  const auto places = static_cast<int>(driver[5]);
+  const auto q = driver.read<uint8_t>("q"), cache = driver.read<uint8_t>("cache");
+  const auto position = driver.read<int64_t>("position");
+  const auto scale = driver.read<float>("scale");
+  const int heads = static_cast<int>(keys) * decoder_step::sets_of(static_cast<int>(queries), static_cast<int>(keys));
+  const int runs = decoder_step::runs_for(heads, places, static_cast<int>(driver[6]));
+  std::vector<uint8_t> out(q.size(), 0xa5);
+  std::vector<float> parts(queries * runs * size, NAN), weights(queries * runs * 2, NAN);
+  std::vector<int> finished(queries, 0);
+  const decoder_step::Attention job{q.data(),
+                                    cache.data(),
+                                    position.data(),
+                                    out.data(),
+                                    parts.data(),
+                                    weights.data(),
+                                    finished.data(),
+                                    static_cast<int>(queries),
+                                    static_cast<int>(keys),
+                                    static_cast<int>(size),
+                                    room,
+                                    places,
+                                    scale[0] * static_cast<float>(M_LOG2E)};
+  // Twice: the counters must be as they were.
+  for (int turn = 0; turn < 2; ++turn) decoder_step::launch_attention(type, job, runs, nullptr);
+  driver.write("out", out);
+  driver.write("finished", finished);
+}
+
+int main(int argc, char** argv) {
+  const Driver driver(argc, argv);
+  if (driver.command == "norm") norm(driver);
+  if (driver.command == "silu") silu(driver);
+  if (driver.command == "rotate") rotate(driver);
+  if (driver.command == "attend") attend(driver);
+}
