@@ -18,6 +18,7 @@ SOURCES = {
     "bitmask": ["bitmask"],
     "packing": ["packing"],
     "sparse_linear": ["sparse_linear"],
+    "tiles": ["sparse_linear/tiles"],
     "sweep": ["selection", "wanda", "column_sweep"],
     "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
@@ -45,6 +46,12 @@ def test_every_cuda_source_has_a_driver():
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
         ("does_not_wait", "returns without wait_for_kernels_before"),
+        ("bulk_copy_without_fence", "a bulk copy before publish_barriers"),
+        ("bulk_copy_unaligned", "a bulk copy is not aligned"),
+        ("bulk_copy_not_waited", "a bulk copy that nobody waits for"),
+        ("bulk_copy_of_same_parity", "a bulk copy that this thread has waited for already"),
+        ("bulk_copy_too_early", r"warp operation\)[\s\S]*waits in wait_barrier"),
+        ("bulk_copy_never_asked", r"warp operation\)[\s\S]*waits in wait_barrier"),
         ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
         ("too_many_blocks_together", "invalid launch"),
     ],
@@ -63,6 +70,13 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
 
     assert all(right("with_barrier", seed) for seed in range(4))
     assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_bulk_copies(emulate):
+    values = np.arange(64, dtype=np.int32)
+    for seed in range(4):
+        folder = emulate("faults", "bulk_copies", seed=seed, result="to", **{"from": values})
+        assert (np.fromfile(folder / "to", np.int32)[:64] == values).all()
 
 
 def test_a_missing_grid_barrier_shows_under_some_order(emulate):
