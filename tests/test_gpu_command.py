@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import gpu_checks
+import gpu_checks_decode
 import gpu_smoke
 import pytest
 import torch
@@ -173,11 +174,14 @@ def test_every_cuda_operator_and_triton_kernel_has_a_case():
 def test_the_checks_pass_here_and_see_a_wrong_kernel(monkeypatch, capsys):
     rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
     assert [row for row in rows if row["status"] != "PASS"] == []
-    monkeypatch.setattr(gpu_checks, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias))
-    monkeypatch.setattr(gpu_checks, "pack_mask", lambda kept: torch.zeros(1, dtype=torch.uint8))
+    monkeypatch.setattr(
+        gpu_checks_decode, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias)
+    )
+    for module in (gpu_checks, gpu_checks_decode):
+        monkeypatch.setattr(module, "pack_mask", lambda kept: torch.zeros(1, dtype=torch.uint8))
     monkeypatch.setattr(gpu_checks, "gram", lambda x: torch.full((2, x.shape[1], x.shape[1]), float("nan")))
     rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
-    for kind in ("mask ", "pack", "sparse_linear", "wanda", "gram"):
+    for kind in ("mask ", "pack", "window", "wanda", "gram"):
         assert {row["status"] for row in rows if row["name"].startswith(kind)} == {"FAIL"}, kind
     assert next(row for row in rows if row["name"].startswith("pack"))["message"].startswith("ValueError")
 
