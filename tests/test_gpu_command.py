@@ -230,7 +230,8 @@ def test_one(i):
 def test_a_lost_context_is_the_fault_of_one_test(tmp_path, workers):
     if workers:
         pytest.importorskip("xdist")
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name in ("conftest.py", "shared.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_losing.py").write_text(LOSES_THE_CONTEXT)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  sanitizer\n")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
