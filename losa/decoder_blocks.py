@@ -127,6 +127,8 @@ def read_block(block: nn.Module) -> Block:
 def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
     group = getattr(linears[0], "group", None)
+    if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
+        join(linears, "weight")  # a launch each, and one to put the results together, cost more there than on a CPU
     if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
         product, weight = sparse_linear, group
     elif (weight := joined([_rows(linear) for linear in linears])) is not None:
@@ -136,7 +138,7 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return lambda x: product(x, weight)
-    join_biases(linears)
+    join(linears, "bias")
     biases = [linear.bias for linear in linears]
     bias = joined([None if bias is None else bias.detach() for bias in biases])
     if bias is not None:
@@ -163,14 +165,18 @@ def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
-def join_biases(linears: Sequence[nn.Module]) -> None:
-    """Biases of linears become parts of one tensor; they stay the parameters or buffers that they are."""
-    biases = [linear.bias for linear in linears]
-    if any(bias is None or bias.is_inference() for bias in biases):
+def join(linears: Sequence[nn.Module], name: str) -> None:
+    """Their parameters or buffers of that name become rows of one tensor, where they are alike and it fits into memory;
+    for the model they stay what they are."""
+    parts = [getattr(linear, name) for linear in linears]
+    if any(part is None or part.is_inference() for part in parts):
         return
-    alike = len({(bias.dtype, bias.device) for bias in biases}) == 1
-    if not alike or joined([bias.detach() for bias in biases]) is not None:
+    alike = len({(part.shape[1:], part.dtype, part.device) for part in parts}) == 1
+    if not alike or joined([part.detach() for part in parts]) is not None:
         return
-    with torch.inference_mode(False), torch.no_grad():
-        for bias, part in zip(biases, torch.cat(biases).split([len(bias) for bias in biases]), strict=True):
-            bias.data = part
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for part, rows in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = rows
+    except torch.OutOfMemoryError:
+        return

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from losa_kernels import (
     bitmask,
+    decoder_step,
     gram,
     masked_lora_linear,
     pack_bitmask,
@@ -31,6 +32,7 @@ from losa_kernels import (
 )
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
 from losa_kernels.column_sweep import reference as pruning
+from losa_kernels.decoder_step import reference as steps
 from losa_kernels.packing import reference as packing
 from losa_kernels.tensors import as_bits
 
@@ -110,15 +112,26 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
             run_case = partial(lora, way, shape, rank, tokens, dtype, device)
             yield Case(label, (*kernels, "split_kernel", "sum_kernel"), run_case)
     if on_gpu:  # the CPU draws another mask
-        for shape, rank, tokens in ((sizes.odd, 7, 50), (sizes.square, 16, sizes.tokens)):
-            label = f"masked LoRA with dropout {text(shape)} r {rank} T {tokens} bf16"
-            yield Case(label, ("drop_kernel",), partial(dropout, shape, rank, tokens, BF16, device))
+        for way, kernels in (("fused", ("drop_kernel",)), ("compose", ("drop_kernel", "keep_kernel"))):
+            for shape, rank, tokens in ((sizes.odd, 7, 50), (sizes.square, 16, sizes.tokens)):
+                label = f"masked LoRA {way} with dropout {text(shape)} r {rank} T {tokens} bf16"
+                yield Case(label, kernels, partial(dropout, way, shape, rank, tokens, BF16, device))
     for shape, rank in ((sizes.odd, 7), (sizes.square, 16)):
         yield Case(f"merge {text(shape)} r {rank} bf16", ("compose_kernel",), partial(merged, shape, rank, device))
     for samples in sizes.samples:
         for dtype in (BF16, FP32):
             label = f"gram {samples} samples {text(dtype)}"
             yield Case(label, ("_gram_kernel",), partial(grams, samples, sizes.features + samples % 2, dtype, device))
+    for width in (sizes.odd[1], sizes.square[1]):
+        yield Case(f"residual and RMS norm {width} bf16", ("add_rms_norm",), partial(rms_norm, width, BF16, device))
+        yield Case(f"gated SiLU {width} bf16", ("gated_silu",), partial(gated, width, BF16, device))
+    for queries, keys, size, position in ((6, 2, 24, 5), (32, 32, 128, 300), (32, 8, 128, 4000)):
+        for normed in (False, True):
+            label = f"rotary {queries}/{keys} heads of {size}{', normed' if normed else ''} bf16"
+            run_case = partial(rotary, queries, keys, size, normed, BF16, device)
+            yield Case(label, ("rotate_and_store",), run_case)
+        label = f"attention {queries}/{keys} heads of {size}, {position + 1} places bf16"
+        yield Case(label, ("attend_cache",), partial(attention, queries, keys, size, position, BF16, device))
 
 
 def text(thing) -> str:
@@ -270,7 +283,7 @@ def lora(way, shape, rank, tokens, dtype, device) -> Verdict:
     return step_verdict(ours, run(formula, args, grad), truth, dtype, way == "compose" and dtype == BF16)
 
 
-def dropout(shape, rank, tokens, dtype, device) -> Verdict:
+def dropout(way, shape, rank, tokens, dtype, device) -> Verdict:
     from losa_kernels.masked_lora import triton_launch
 
     args, grad = lora_problem(shape, rank, tokens, dtype, device)
@@ -285,7 +298,8 @@ def dropout(shape, rank, tokens, dtype, device) -> Verdict:
         return dropout_formula(**narrow, keep=keep.to(dtype))
 
     torch.manual_seed(5)
-    ours = run(partial(masked_lora_linear, dropout_p=0.1), args, grad)
+    with way_of_lora(way):
+        ours = run(partial(masked_lora_linear, dropout_p=0.1), args, grad)
     return step_verdict(ours, run(plain, args, grad), truth, dtype, rounds_gradient=True)
 
 
@@ -307,3 +321,57 @@ def grams(samples, features, dtype, device) -> Verdict:
         return wide @ wide.mT
 
     return bounded(gram(x), centred(x.float()), centred(x.double()), FP32)
+
+
+def normal(*shape, dtype, device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def rms_norm(width, dtype, device) -> Verdict:
+    x, update = (normal(3, width, dtype=dtype, device=device) for _ in range(2))
+    weight, sums = 1 + 0.1 * normal(width, dtype=dtype, device=device), [x.clone(), x.clone(), x.double()]
+    with torch.no_grad():
+        ours = decoder_step.add_rms_norm(sums[0], update, weight, 1e-5)
+        plain = steps.add_rms_norm(sums[1], update, weight, 1e-5)
+        truth = steps.add_rms_norm(sums[2], update.double(), weight.double(), 1e-5)
+    return worst([bounded(ours, plain, truth, dtype), bounded(*sums, dtype)])
+
+
+def gated(width, dtype, device) -> Verdict:
+    x = normal(2, 2 * width, dtype=dtype, device=device)
+    return bounded(decoder_step.gated_silu(x), steps.gated_silu(x), steps.gated_silu(x.double()), dtype)
+
+
+def rotary(queries, keys, size, normed, dtype, device, places: int = 40) -> Verdict:
+    """The queries, and the cache with the keys and values in it."""
+    heads, cache = normal(queries + 2 * keys, size, dtype=dtype, device=device), []
+    tables = [normal(places, size, dtype=dtype, device=device) for _ in range(2)]
+    norms = [1 + 0.1 * normal(size, dtype=dtype, device=device) if normed else None for _ in range(2)]
+    position = torch.tensor([places - 3], device=device)
+    found = []
+    for function, wide in (
+        (decoder_step.rotate_and_store, False),
+        (steps.rotate_and_store, False),
+        (steps.rotate_and_store, True),
+    ):
+        cache.append(torch.zeros(2, keys, places, size, dtype=torch.float64 if wide else dtype, device=device))
+        given = [None if t is None else t.double() if wide else t for t in (heads, *tables, *norms)]
+        with torch.no_grad():
+            found.append(function(*given[:3], position, cache[-1], *given[3:], 1e-5))
+    return worst([bounded(*found, dtype), bounded(*cache, dtype)])
+
+
+def attention(queries, keys, size, position, dtype, device) -> Verdict:
+    places = position + 7
+    q, cache = (
+        normal(queries, size, dtype=dtype, device=device),
+        normal(2, keys, places + 2, size, dtype=dtype, device=device),
+    )
+    at, finished = torch.tensor([position], device=device), torch.zeros(queries, dtype=torch.int32, device=device)
+    settings = (at, places, size**-0.5, finished)
+    with torch.no_grad():
+        ours = decoder_step.attend_cache(q, cache, *settings)
+        plain = steps.attend_cache(q, cache, *settings)
+        truth = steps.attend_cache(q.double(), cache.double(), *settings)
+    verdict = bounded(ours, plain, truth, dtype)
+    return verdict if not finished.any() else (float("inf"), 0.0)

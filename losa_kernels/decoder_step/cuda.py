@@ -31,7 +31,8 @@ def rotate_and_store(
     eps: float,
 ) -> Tensor:
     size = heads.shape[1]
-    if size > LARGEST_HEAD or size % 2 or not _alike(heads, cos, sin, cache):
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    if size > LARGEST_HEAD or size % 2 or not _alike(heads, cos, sin, cache, *norms):
         return reference.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
     return _rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
 

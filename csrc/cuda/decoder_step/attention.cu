@@ -67,6 +67,7 @@ void launch_attention(FloatType type, const Attention& job, int runs, cudaStream
 #include <torch/csrc/stable/ops.h>
 
 #include "common/tensor_checks.h"
+#include "cuda/per_device.h"
 
 namespace losa::decoder_step {
 namespace {
@@ -78,10 +79,13 @@ using torch::stable::accelerator::DeviceGuard;
 constexpr int64_t kMostRowBytes = 512;
 
 int multiprocessors() {
-  int device = 0, count = 0;
-  LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  static PerDevice<> counts;
+  return counts.get(0, [] {
+    int device = 0, count = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  });
 }
 
 bool beside(const Tensor& tensor, const Tensor& first) {
@@ -112,7 +116,7 @@ Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position
   STD_TORCH_CHECK(finished.scalar_type() == ScalarType::Int && finished.numel() >= queries && beside(finished, q),
                   "finished: expected an int32 for each of ", queries, " heads on the device of q");
   const DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = torch::stable::new_empty(q, {queries, size});
   const int heads = static_cast<int>(keys) * sets_of(static_cast<int>(queries), static_cast<int>(keys));
   const int runs = runs_for(heads, static_cast<int>(places), multiprocessors());
   Tensor parts = torch::stable::new_empty(q, {queries * runs * (size + 2)}, ScalarType::Float);

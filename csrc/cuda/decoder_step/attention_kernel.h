@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention 
   const int runs = static_cast<int>(gridDim.x), run = static_cast<int>(blockIdx.x);
 
   // The run's places, in whole steps of a block; the last runs may have none.
-  const int64_t position = __ldcg(job.position);
-  const int written = static_cast<int>(max(int64_t{0}, min(position + 1, int64_t{job.places})));
+  const int64_t last = min(static_cast<int64_t>(__ldcg(job.position)), int64_t{job.places} - 1);
+  const int written = static_cast<int>(max(int64_t{0}, last + 1));
   const int length = ((written + runs - 1) / runs + Shape::kStep - 1) / Shape::kStep * Shape::kStep;
   const int64_t begin = int64_t{run} * length, end = min(begin + length, int64_t{written});
 

@@ -282,8 +282,9 @@ bool aligned(std::initializer_list<const void*> pointers) {
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
+  std::vector<int64_t> sizes(static_cast<size_t>(tensor.dim()));
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes[static_cast<size_t>(d)] = tensor.size(d);
+  return sizes;
 }
 
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const Tensor& weight, double eps) {
@@ -299,7 +300,7 @@ Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const 
                     "update: expected the shape of x");
   }
   const DeviceGuard guard(x.get_device_index());
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = torch::stable::new_empty(x, sizes_of(x));
   const AddRmsNorm job{x.mutable_data_ptr(),   update ? update->const_data_ptr() : nullptr,
                        weight.const_data_ptr(), out.mutable_data_ptr(),
                        rows,                    static_cast<int>(columns),
