@@ -6,7 +6,7 @@ csrc/cuda/sparse_linear/tiles.cu.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ def make(packed: Packed) -> Tiles:
     # The kernel that multiplies reads weights before the kernels before it are complete.
     torch.cuda.synchronize(packed.device)
     return Tiles(data, places, UNIT * largest, packed.shape, packed.dtype)
+
+
+def rows_of(whole: Tiles, start: int, rows: int) -> Tiles:
+    """The tiles of ``rows`` rows from ``start``, a multiple of 16, on; they share the memory of the whole."""
+    chunks = -(-whole.shape[1] // (CHUNK * COLUMNS))
+    first, last = start // ROWS * chunks, -(-(start + rows) // ROWS) * chunks
+    return replace(whole, offsets=whole.offsets[first : last + 1], shape=(rows, whole.shape[1]))
 
 
 def multiply(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
