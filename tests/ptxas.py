@@ -85,9 +85,13 @@ def steps() -> dict[str, list[int]]:
     return found
 
 
-def windows() -> dict[str, int]:
-    """matvec_kernel<...> -> shortest path through a window; sass.window_of."""
-    return {n: sass.window_of(*code) for n, code in decode_code().items() if n.startswith("matvec_kernel<")}
+def windows() -> dict[str, list[int]]:
+    """matvec_kernel<...> -> [instructions for a row, for a lot of rows, values read for a row: always, at times].
+
+    All for a window; see sass.window_of and sass.value_reads.
+    """
+    codes = {name: code for name, code in decode_code().items() if name.startswith("matvec_kernel<")}
+    return {name: [*sass.window_of(*code), *sass.value_reads(*code)] for name, code in codes.items()}
 
 
 def readable(symbol: str) -> str:

@@ -42,6 +42,14 @@ __device__ __forceinline__ void keep_in_register(Number& number) {
   asm volatile("" : "+r"(number));
 }
 
+// Adds the number of the lane kDelta below, where there is one. By all lanes.
+template <int kDelta>
+__device__ __forceinline__ void add_from_below(unsigned& number) {
+  asm volatile("{.reg .u32 r; .reg .pred p; shfl.sync.up.b32 r|p, %0, %1, 0, -1; @p add.u32 %0, %0, r;}"
+               : "+r"(number)
+               : "n"(kDelta));
+}
+
 // sum + the products of the four bytes of a and b
 __device__ __forceinline__ Shared add_bytes(Shared sum, unsigned a, unsigned b) {
   return __dp4a(a, b, sum);
@@ -128,8 +136,9 @@ __device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
                : "memory");
 }
 
-// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is read
-// once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same time.
+// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is
+// read once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same
+// time.
 __device__ __forceinline__ unsigned load_once_word(const void* from) {
   unsigned word;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(word) : "l"(from));
@@ -244,8 +253,8 @@ __device__ __forceinline__ void wait_barrier(Shared barrier, unsigned parity) {
 #endif
 }
 
-// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and what
-// they wrote can be read. Elsewhere they are complete from the start.
+// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and
+// what they wrote can be read. Elsewhere they are complete from the start.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

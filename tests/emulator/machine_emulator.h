@@ -74,6 +74,12 @@ unsigned load_unless(unsigned unwanted, Shared from) {
 template <class Number>
 void keep_in_register(Number&) {}
 
+template <int kDelta>
+void add_from_below(unsigned& number) {
+  const unsigned from = __shfl_up_sync(0xffffffffu, number, kDelta);
+  if (emulator::lane() >= kDelta) number += from;
+}
+
 inline unsigned load_once_word(const void* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % 4 != 0) emulator::report("a load of a word is not aligned");
   return *static_cast<const unsigned*>(from);
