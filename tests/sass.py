@@ -43,8 +43,11 @@ def window_of(instructions: list[str], labels: dict[str, int]) -> int:
 
 
 def tile_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """(instructions of tiles_kernel for a tile, besides for a chunk of tiles): the longest way through the smallest loop
-    around all tensor products, and the shortest through the rest of the loop around that one which asks for a copy."""
+    """(instructions of tiles_kernel for a tile, besides for a chunk of tiles).
+
+    The first is the longest way through the smallest loop around all tensor products. The second is the shortest way
+    through the rest of the loop around that one, of those ways that ask for a copy.
+    """
     products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
     spans = sorted((end - start, start, end) for start, end in back_edges(instructions, labels))
     (_, start, end), *_ = (s for s in spans if s[1] < products[0] and products[-1] < s[2])
