@@ -10,11 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import sass
+import shared
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
@@ -22,7 +22,6 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "86", "89", "90a", "120")
 PARTS = ("steps", "windows", "tiles")  # instructions
-FOLDER = tempfile.TemporaryDirectory()
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -45,14 +44,18 @@ def known_archs() -> list[str]:
 
 @cache
 def compiled(source: Path) -> tuple[Path, str]:
-    """(fatbin for every known architecture, what ptxas reported); once in a process."""
+    """(fatbin for every known architecture, what ptxas reported); once in a run of the tests."""
+    fatbin = shared.made(f"{source.stem}.fatbin", partial(_compile, source))
+    return fatbin, fatbin.with_suffix(".ptxas").read_text()
+
+
+def _compile(source: Path, fatbin: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs()]
     flags = ["-std=c++20", "-O3", "-DLOSA_KERNELS_ONLY", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-fatbin", "-t", "0"]
-    fatbin = Path(FOLDER.name) / f"{source.stem}.fatbin"
     result = subprocess.run([NVCC, *flags, *targets, source, "-o", fatbin], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
-    return fatbin, result.stderr
+    fatbin.with_name(f"{source.stem}.ptxas").write_text(result.stderr)
 
 
 def measure(source: Path) -> dict[str, dict[str, list[int]]]:

@@ -91,7 +91,7 @@ def first() -> list[Step]:
         benchmark("bitmask", 6, 20),
         benchmark("cka", 8, 25),
         sanitizer("memcheck", 30, 80),
-        sanitizer("racecheck", 25, 80, "-k", "sparse_linear or packing or column_sweep"),
+        sanitizer("racecheck", 25, 80, "-k", "sparse_linear or tiles or packing or column_sweep"),
     ]  # fmt: skip
 
 
