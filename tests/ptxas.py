@@ -21,6 +21,7 @@ TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "86", "89", "90a", "120")
+PARTS = ("steps", "windows", "tiles")  # instructions
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -70,9 +71,10 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
 
 @cache
 def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
-    """Kernel of sparse_linear.cu -> its code on sm_90a, see sass.py."""
-    (source,) = (path for path in SOURCES if path.stem == "sparse_linear")
-    return {readable(symbol): code for symbol, code in sorted(sass.functions(compiled(source)[0], "90a").items())}
+    """Kernel of sparse_linear.cu or tiles.cu -> its code on sm_90a, see sass.py."""
+    fatbins = [compiled(path)[0] for path in SOURCES if path.stem in ("sparse_linear", "tiles")]
+    found = {symbol: code for fatbin in fatbins for symbol, code in sass.functions(fatbin, "90a").items()}
+    return {readable(symbol): code for symbol, code in sorted(found.items())}
 
 
 def steps() -> dict[str, list[int]]:
@@ -92,6 +94,11 @@ def windows() -> dict[str, list[int]]:
     """
     codes = {name: code for name, code in decode_code().items() if name.startswith("matvec_kernel<")}
     return {name: [*sass.window_of(*code), *sass.value_reads(*code)] for name, code in codes.items()}
+
+
+def tiles() -> dict[str, list[int]]:
+    """tiles_kernel<...> -> [instructions for a tile, besides for a chunk of 4]; sass.tile_of."""
+    return {n: list(sass.tile_of(*code)) for n, code in decode_code().items() if n.startswith("tiles_kernel<")}
 
 
 def readable(symbol: str) -> str:
@@ -118,7 +125,7 @@ def text_of(table: dict) -> str:
     sources = [f"  {json.dumps(name)}: {{\n{lines(rows, '   ')}\n  }}" for name, rows in table["kernels"].items()]
     parts = [f' "nvcc": {json.dumps(table["nvcc"])}', f' "columns": {json.dumps(table["columns"])}']
     parts.append(' "kernels": {\n' + ",\n".join(sources) + "\n }")
-    parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in ("steps", "windows")]
+    parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in PARTS]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
@@ -129,6 +136,7 @@ def main(arguments: list[str]) -> int:
     kernels = {source.stem: measure(source) for source in SOURCES}
     columns = ["registers", "spilled bytes", "static shared bytes"]
     table = {"nvcc": version(), "columns": columns, "kernels": kernels, "steps": steps(), "windows": windows()}
+    table["tiles"] = tiles()
     if "--write" in arguments:
         partial = TABLE.with_name(TABLE.name + ".partial")
         partial.write_text(text_of(table))
@@ -136,7 +144,7 @@ def main(arguments: list[str]) -> int:
         return 0
     committed = json.loads(TABLE.read_text())
     before, changed = committed["kernels"], 0
-    for part in ("steps", "windows"):
+    for part in PARTS:
         if committed.get(part) != table[part]:
             print(f"{part}: {committed.get(part)} -> {table[part]}")
             changed = 1

@@ -84,6 +84,24 @@ def distances(instructions: list[str], labels: dict[str, int], start: int, insid
     return found
 
 
+def tile_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
+    """(instructions of tiles_kernel for a tile, besides for a chunk of tiles).
+
+    The first is the longest way through the smallest loop around all tensor products. The second is the shortest way
+    through the rest of the loop around that one, of those ways that ask for a copy.
+    """
+    products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
+    spans = sorted((end - start, start, end) for start, end in back_edges(instructions, labels))
+    (_, start, end), *_ = (s for s in spans if s[1] < products[0] and products[-1] < s[2])
+    (_, first, last), *_ = (s for s in spans if s[1] < start and end < s[2])
+    (copy,) = (i for i in range(end, last) if instructions[i].startswith("UBLKCP"))
+    inside = set(range(first, last + 1))
+    ways = ((first, start), (end, copy), (copy, last))
+    # Both ends of a way are counted, and are those of the next one or of the tile's loop.
+    rest = sum(paths(instructions, labels, *way, inside)[0] for way in ways) - len(ways)
+    return paths(instructions, labels, start, end, inside)[1], rest
+
+
 def paths(instructions: list[str], labels: dict[str, int], start: int, end: int, inside: set[int]) -> tuple[int, int]:
     """(shortest, longest) number of instructions forward from start to end, through ``inside`` only."""
 

@@ -100,14 +100,31 @@ def test_windows_leave_room_for_the_warps_that_launches_count_on():
                 assert (16 << 10) // (32 * (-(-registers // 8) * 8)) >= warps // 4, name
 
 
+def per_position(row: list[int]) -> float:
+    """Of a lane for each of the 1024 positions of a tile, 4 of which are a chunk."""
+    tile, chunk = row
+    return (tile + chunk / 4) / 32
+
+
+def test_instructions_of_a_tile_fit_their_time():
+    """An H200 issues 5.6 a position in the time that the bytes of 70 % zeros take; for more than 8 rows of x, whose
+    products are twice as many, dense products take longer too."""
+    rows = TABLE["tiles"]
+    assert set(rows) == {name for name in TABLE["kernels"]["tiles"] if name.startswith("tiles_kernel<")}
+    for name, row in rows.items():
+        assert per_position(row) <= (5.6 if name.endswith(", 8>") else 6.0), name
+
+
 @pytest.mark.subprocess
 @pytest.mark.skipif(ptxas.NVCC is None, reason="nvcc is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nvdisasm comes with triton")
 def test_instructions_of_the_decode_kernels():
     """As committed within one nvcc release; another may take a tenth more."""
-    steps, windows = ptxas.steps(), ptxas.windows()
+    steps, windows, tiles = ptxas.steps(), ptxas.windows(), ptxas.tiles()
     if ptxas.version() == TABLE["nvcc"]:
-        assert (steps, windows) == (TABLE["steps"], TABLE["windows"]), AGAIN
+        assert (steps, windows, tiles) == (TABLE["steps"], TABLE["windows"], TABLE["tiles"]), AGAIN
+    for name, row in tiles.items():
+        assert per_position(row) <= 1.1 * per_position(TABLE["tiles"][name]), name
     for name, row in steps.items():
         assert per_column(row, 0.5) <= 1.1 * per_column(TABLE["steps"][name], 0.5), name
     for name, (row, lot, *_) in windows.items():

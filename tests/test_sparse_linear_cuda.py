@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_emulator import drivers, emulate  # noqa: F401
 from test_packing import nm_mask
 from test_sparse_linear import assert_close, random_problem
 from torch.nn.functional import pad
@@ -21,7 +20,7 @@ DTYPES = [FP32, BF16, FP16]
 
 
 @pytest.fixture
-def decode(emulate):  # noqa: F811
+def decode(emulate):
     def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, fresh=False, seed=0, counts=False):
         (batch, columns), rows, dtype = x.shape, packed.shape[0], packed.dtype
         tensor = x.dtype == dtype != FP32
@@ -205,6 +204,7 @@ def test_values_per_byte(pattern, columns, expected):
 
 def test_calls_take_the_kernel_that_fits(monkeypatch):
     """What reaches the operators, from CPU tensors: the CPU has the same one for the bitmask."""
+    monkeypatch.setenv("LOSA_SPARSE_LINEAR", "window")
     seen = []
 
     def nm(x, values, bitmask, per_byte, bias):

@@ -53,10 +53,9 @@ int main(int argc, char** argv) {
                                        static_cast<Value>(driver[4]),
                                        y.data(),
                                        {}};
-    const sparse_linear::Device device{2, static_cast<int>(driver[6])};
     const auto run = static_cast<Value>(driver[3]) == Value::kHalf ? sparse_linear::launch_tiles<Value::kHalf>
                                                                    : sparse_linear::launch_tiles<Value::kBfloat16>;
-    run(task, static_cast<int>(largest), device, nullptr);
+    run(task, static_cast<int>(largest), static_cast<int>(driver[6]), nullptr);
     driver.write("y", y);
   }
 }

@@ -6,40 +6,26 @@
 
 namespace losa::sparse_linear {
 
-struct Device {
-  int multiprocessors, shared_bytes;  // of all; that a block may have
-};
-
-// Warps and stages of a block. Blocks are as many as groups of rows; where these are few, a block has more warps.
-// stage_bytes: of the largest. 0 stages: not even one fits.
-inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, const Device& device) {
-  constexpr int kWarpsWanted = 16;  // of a multiprocessor, for each block that it has at a time
-  const int chunks = tiles.chunks();
-  const int64_t wanted = int64_t{kWarpsWanted} * device.multiprocessors;
-  int warps = 4;
-  while (warps < kTileWarps && tiles.groups() * warps < wanted) warps *= 2;
-  warps = std::min(warps, chunks);
-  // The same number of turns by fewer warps.
-  const int turns = (chunks + warps - 1) / warps;
-  warps = (chunks + turns - 1) / turns;
-  TileShape shape{warps, std::min(turns, kTileStages), stage_bytes};
+// Warps and stages of a block, of which there is one for each group of rows. stage_bytes: of the largest chunk;
+// columns: of the kernel; shared_bytes: that a block may have. One warp with one stage is the least, about 9 KB.
+inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, int shared_bytes) {
+  constexpr int kFewWarps = 4;
+  const int chunks = tiles.chunks(), most = std::min(chunks, kTileWarps), turns = (chunks + most - 1) / most;
+  // As many turns by no more warps than these take.
+  TileShape shape{(chunks + turns - 1) / turns, std::min(turns, kTileStages), stage_bytes};
+  const auto fits = [&](int bytes) { return shape.bytes(columns) <= bytes; };
   // Two blocks a multiprocessor, so that one's copies go on while the other adds up its sums; or one that fits.
-  const int half = device.shared_bytes / 2 - 1024;
-  while (shape.stages > 2 && shape.bytes(columns) > half) --shape.stages;
-  while (shape.stages > 0 && shape.bytes(columns) > device.shared_bytes) {
-    if (shape.stages > 1 || shape.warps == 1) {
-      --shape.stages;
-    } else {
-      shape.warps = (shape.warps + 1) / 2;
-      shape.stages = std::min(2, kTileStages);
-    }
-  }
+  const int half = shared_bytes / 2 - 1024;
+  while (!fits(half) && shape.stages > 2) --shape.stages;
+  while (!fits(half) && shape.warps > kFewWarps) --shape.warps;
+  while (!fits(shared_bytes) && shape.stages > 1) --shape.stages;
+  while (!fits(shared_bytes) && shape.warps > 1) --shape.warps;
   return shape;
 }
 
 template <Value kValue, int kColumns>
-void launch_tiles(TileTask task, int largest, const Device& device, cudaStream_t stream) {
-  task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, device);
+void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t stream) {
+  task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
   const int bytes = task.shape.bytes(kColumns);
   const auto kernel = tiles_kernel<kValue, kColumns>;
   allow_shared_memory(kernel, bytes);
@@ -49,16 +35,16 @@ void launch_tiles(TileTask task, int largest, const Device& device, cudaStream_t
 
 // largest: the bytes of the largest chunk. rows and columns of the weight are not 0, the batch is 1 to 16.
 template <Value kValue>
-void launch_tiles(const TileTask& task, int largest, const Device& device, cudaStream_t stream) {
+void launch_tiles(const TileTask& task, int largest, int shared_bytes, cudaStream_t stream) {
   if (task.batch <= 8) {
-    launch_tiles<kValue, 8>(task, largest, device, stream);
+    launch_tiles<kValue, 8>(task, largest, shared_bytes, stream);
   } else {
-    launch_tiles<kValue, 16>(task, largest, device, stream);
+    launch_tiles<kValue, 16>(task, largest, shared_bytes, stream);
   }
 }
 
-template void launch_tiles<Value::kBfloat16>(const TileTask&, int, const Device&, cudaStream_t);
-template void launch_tiles<Value::kHalf>(const TileTask&, int, const Device&, cudaStream_t);
+template void launch_tiles<Value::kBfloat16>(const TileTask&, int, int, cudaStream_t);
+template void launch_tiles<Value::kHalf>(const TileTask&, int, int, cudaStream_t);
 
 inline unsigned tile_blocks(int64_t warps) {
   return static_cast<unsigned>((warps + kTilePackWarps - 1) / kTilePackWarps);
@@ -106,11 +92,12 @@ Value value_of(const Tensor& tensor, const char* name) {
   return type == FloatType::kFloat ? Value::kFloat : type == FloatType::kHalf ? Value::kHalf : Value::kBfloat16;
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
+// That a block may have on the current device.
+int most_shared_bytes() {
+  int device = 0, bytes = 0;
   LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
+  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
 }
 
 void check_size(int64_t rows, int64_t columns) {
@@ -209,7 +196,6 @@ Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& of
   Tensor y = torch::stable::new_empty(x, sizes);
   if (batch == 0) return y;
 
-  const Device device{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
   STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ", kCopied,
                   " up to ", kMost, ", got ", largest);
@@ -223,7 +209,7 @@ Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& of
                       y.mutable_data_ptr(),
                       {}};
   const auto launch = value == Value::kHalf ? launch_tiles<Value::kHalf> : launch_tiles<Value::kBfloat16>;
-  launch(task, static_cast<int>(largest), device, stream);
+  launch(task, static_cast<int>(largest), most_shared_bytes(), stream);
   return y;
 }
 
