@@ -175,8 +175,7 @@ def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launc
             recorded = aot.record(cka if case.startswith("Gram") else triton_launch, call, patch)
         for launch in recorded:
             name = launch.kernel.__name__
-            tile = "" if launch.tile is None else f" {launch.tile.rows}x{launch.tile.columns}x{launch.tile.step}"
-            row = f"{case}: {name}{tile} w{launch.warps} s{launch.stages}"
+            row = f"{case}: {name} {launch.tile or f'w{launch.warps} s{launch.stages}'}"
             if SMALL.get(name, case) == case and row not in seen:
                 seen.add(row)
                 yield row, launch
