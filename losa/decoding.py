@@ -49,7 +49,8 @@ class LeanDecoder:
     read the memory that they were captured with.
 
     Args:
-        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied.
+        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied. Biases of linears
+            with the same input, and on a GPU weights of dense ones, move beside each other in memory.
         max_length: tokens of prompt and continuation that the cache has room for.
 
     Raises:
@@ -193,8 +194,9 @@ class LeanDecoder:
         self._check_room(len(ids))
         if len(ids) == 1 and self._steps:
             self._position.fill_(self.length)
+            logits = self.step(ids, self._position, min(places_for(self.length + 1), self.max_length))
             self.length += 1
-            return self.step(ids, self._position, min(places_for(self.length), self.max_length))[None]
+            return logits[None]
         start, stop = self.length, self.length + len(ids)
         x = self.embeddings(ids[None])
         cos, sin = self.cos[start:stop], self.sin[start:stop]

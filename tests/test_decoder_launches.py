@@ -10,8 +10,10 @@ from test_sparse import LLAMA_KIND, build, thin
 from tiny import EPS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from losa import token_graphs
 from losa.decoder_blocks import join, joined
 from losa.decoding import LeanDecoder
+from losa.errors import LosaError
 from losa.model import find_blocks
 from losa.sparse import join_linears
 from losa_kernels.decoder_step import Operations, reference
@@ -70,6 +72,40 @@ def test_nine_launches_a_block(name, packed):
     block = [*attention, "add_rms_norm", product, "gated_silu", product]
     names = ["linear" if name in ("mm", "addmm") else name for name in launches.names]
     assert names == ["embedding", *block * len(decoder.blocks), "add_rms_norm", "linear"]
+
+
+@pytest.mark.parametrize("name", LLAMA_KIND)
+def test_tokens_without_a_graph_go_by_steps(name, monkeypatch):
+    """As on a GPU; also through places that are fewer than a graph's."""
+    model, ids = build(*LLAMA_KIND[name]), torch.randint(2, 90, (30,))
+    with torch.no_grad():
+        expected = model(ids[None], use_cache=False).logits[0]
+    decoder = LeanDecoder(model, 30)
+    decoder._steps = True
+    monkeypatch.setattr(token_graphs, "BUCKET", 16)
+    found = [decoder(part) for part in ids.split([5, *[1] * 11, 3, *[1] * 11])]
+    rows = [4, *range(5, 16), 18, *range(19, 30)]
+    for logits, row in zip(found, rows, strict=True):
+        assert (logits - expected[row]).abs().max() <= 64 * EPS * expected[row].abs().max()
+    with pytest.raises(LosaError, match="31 tokens are more"):
+        decoder(ids[:1])
+
+
+@pytest.mark.parametrize("part", ["attention_norm", "mlp_norm", "q_norm", "activation"])
+def test_parts_that_no_kernel_has(part):
+    """Other norms and activations go through their modules."""
+    settings = dict(LLAMA_KIND["qwen3"][1]) | ({"hidden_act": "gelu"} if part == "activation" else {})
+    model, ids = build(LLAMA_KIND["qwen3"][0], settings), torch.randint(2, 90, (12,))
+    with torch.no_grad():
+        expected = model(ids[None], use_cache=False).logits[0, -1]
+    decoder = LeanDecoder(model, 12)
+    for block in decoder.blocks:
+        if part != "activation":
+            getattr(block, part).eps = None
+    decoder._steps = True
+    for piece in ids.split([3, *[1] * 9]):
+        found = decoder(piece)
+    assert (found - expected).abs().max() <= 64 * EPS * expected.abs().max()
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ void rotate(const Driver& driver) {
   driver.write("cache", cache);
 }
 
-// attend TYPE QUERIES KEYS SIZE ROOM PLACES MULTIPROCESSORS: q, cache, position, scale -> out, finished
+// attend TYPE (not fp16) QUERIES KEYS SIZE ROOM PLACES MULTIPROCESSORS: q, cache, position, scale -> out, finished
 void attend(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
   const int64_t queries = driver[1], keys = driver[2], size = driver[3], room = driver[4];
@@ -85,7 +85,9 @@ void attend(const Driver& driver) {
                                     places,
                                     scale[0] * static_cast<float>(M_LOG2E)};
   // Twice: the counters must be as they were.
-  for (int turn = 0; turn < 2; ++turn) decoder_step::launch_attention(type, job, runs, nullptr);
+  const auto launch = type == FloatType::kFloat ? decoder_step::launch_attention<FloatType::kFloat>
+                                                : decoder_step::launch_attention<FloatType::kBFloat16>;
+  for (int turn = 0; turn < 2; ++turn) launch(job, runs, nullptr);
   driver.write("out", out);
   driver.write("finished", finished);
 }

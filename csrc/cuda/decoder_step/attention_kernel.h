@@ -43,35 +43,36 @@ struct Seen {
   float top[kQueries], total[kQueries], values[kQueries][kOwn];
 };
 
-// The lane's 16 bytes of a row; zeros beyond its size and where there is no row.
+// 16 bytes of a row, of which those of row 0 are at `first`; zeros where there is no row.
 template <FloatType kType>
-__device__ __forceinline__ uint4 load_share(const void* from, int64_t row, int size, int part, bool exists) {
-  const int place = part * kPerVector<kType>;
-  if (!exists || place >= size) return make_uint4(0, 0, 0, 0);
-  return __ldcg(reinterpret_cast<const uint4*>(static_cast<const ElementBits<kType>*>(from) + row * size + place));
+__device__ __forceinline__ uint4 load_share(const ElementBits<kType>* first, int row, int size, bool exists) {
+  if (!exists) return make_uint4(0, 0, 0, 0);
+  return __ldcg(reinterpret_cast<const uint4*>(first + int64_t{row} * size));
 }
 
 // Adds places `begin` to `end` of a key head. Keys and values of a step are asked for before any is used.
 template <FloatType kType, int kLanes, int kQueries, int kOwn>
-__device__ __forceinline__ void see_places(const Attention& job, int key, int64_t begin, int64_t end,
+__device__ __forceinline__ void see_places(const Attention& job, int key, int begin, int end,
                                            const float (&q)[kQueries][kOwn], Seen<kQueries, kOwn>& seen) {
   using Shape = AttendShape<kType, kLanes, kQueries>;
   constexpr int kTurns = Shape::kTurns;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int part = lane % kLanes;
-  const int64_t key_rows = key * job.room, value_rows = (job.keys + key) * job.room;
-  for (int64_t base = begin; base < end; base += Shape::kStep) {
-    const int64_t first = base + warp * Shape::kRows + lane / kLanes;
+  // The lane's share of a row; a lane beyond the row's end has none.
+  const int share = lane % kLanes * kOwn, limit = share < job.size ? end : 0;
+  const auto* const keys_from = static_cast<const ElementBits<kType>*>(job.cache) + key * job.room * job.size + share;
+  const auto* const values_from = keys_from + job.keys * job.room * job.size;
+  for (int base = begin; base < end; base += Shape::kStep) {
+    const int first = base + warp * Shape::kRows + lane / kLanes;
     uint4 keys[kTurns], stored[kTurns];
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
-      const int64_t place = first + t * kAttendWarps * Shape::kRows;
-      keys[t] = load_share<kType>(job.cache, key_rows + place, job.size, part, place < end);
+      const int place = first + t * kAttendWarps * Shape::kRows;
+      keys[t] = load_share<kType>(keys_from, place, job.size, place < limit);
     }
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
-      const int64_t place = first + t * kAttendWarps * Shape::kRows;
-      stored[t] = load_share<kType>(job.cache, value_rows + place, job.size, part, place < end);
+      const int place = first + t * kAttendWarps * Shape::kRows;
+      stored[t] = load_share<kType>(values_from, place, job.size, place < limit);
     }
     float scores[kTurns][kQueries];
 #pragma unroll
@@ -215,14 +216,16 @@ __global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention 
   const int64_t last = min(static_cast<int64_t>(__ldcg(job.position)), int64_t{job.places} - 1);
   const int written = static_cast<int>(max(int64_t{0}, last + 1));
   const int length = ((written + runs - 1) / runs + Shape::kStep - 1) / Shape::kStep * Shape::kStep;
-  const int64_t begin = int64_t{run} * length, end = min(begin + length, int64_t{written});
+  const int begin = run * length, end = min(begin + length, written);
 
   float q[kQueries][kOwn];
   Seen<kQueries, kOwn> seen;
 #pragma unroll
   for (int g = 0; g < kQueries; ++g) {
     Elements<kType, kOwn> share;
-    share.set(load_share<kType>(job.q, first + g, job.size, lane % kLanes, g < queries));
+    const int column = lane % kLanes * kOwn;
+    const auto* const from = static_cast<const ElementBits<kType>*>(job.q) + column;
+    share.set(load_share<kType>(from, first + g, job.size, g < queries && column < job.size));
     seen.top[g] = kNoScore;
     seen.total[g] = 0.0f;
 #pragma unroll
