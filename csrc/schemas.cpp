@@ -88,7 +88,11 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // SparseGPT's sweep of columns [start, end): weight is compensated inside the block, errors (out, end - start)
   // written, loss added to, kept (packed) set. m = 0: scores go whose bits are below key, or equal to it in the first
   // `column` columns or the first `row` rows of the next one. m > 0: `prune` of each group of m, from updated weights.
+  // errors three times as wide: their high part twice and their low part, rounded to TF32 each.
   library.def(
       "sweep_block(Tensor(a!) weight, Tensor factor, int start, int end, int m, int prune, Tensor? state, Tensor? mask, "
       "Tensor(b!) kept, Tensor(c!) errors, Tensor(d!) loss) -> ()");
+  // Rows and columns [start, end), up to 128, of a symmetric float matrix (n, n) become an identity; inverse is R^-1 of
+  // what they were, R R^T with R upper triangular. failed (int32, one element) becomes 1 where a pivot is not positive.
+  library.def("factor_panel(Tensor(a!) matrix, int start, int end, Tensor(b!) inverse, Tensor(c!) failed) -> ()");
 }

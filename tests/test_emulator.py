@@ -19,7 +19,7 @@ SOURCES = {
     "packing": ["packing"],
     "sparse_linear": ["sparse_linear"],
     "tiles": ["sparse_linear/tiles"],
-    "sweep": ["selection", "wanda", "column_sweep"],
+    "sweep": ["selection", "wanda", "column_sweep", "factor"],
     "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
 
@@ -233,7 +233,7 @@ def test_pruned_per_block(emulate, rows, columns, block_size):
     assert load(folder, "pruned", np.int64, -1).tolist() == expected
 
 
-def prune(emulate, weight, factor, block_size, goal, mask, seed=0):
+def prune(emulate, weight, factor, block_size, goal, mask, seed=0, split=0):
     """(weight, packed mask, loss) as the reference returns them, from the kernels."""
     rows, columns = weight.shape
     sparsity, keep_n, m = goal
@@ -243,7 +243,7 @@ def prune(emulate, weight, factor, block_size, goal, mask, seed=0):
         kept = torch.ones(rows, columns, dtype=torch.bool) if mask is None else unpack_mask(mask, columns)
         lost = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
         counts = torch.tensor(reference.block_counts(sparsity, rows, widths, lost))
-    numbers = (rows, columns, block_size, m or 0, 0 if m is None else m - keep_n)
+    numbers = (rows, columns, block_size, m or 0, 0 if m is None else m - keep_n, split)
     folder = emulate(
         "sweep", "prune", *numbers, seed=seed, weight=weight, factor=factor, counts=counts, mask=mask, result="weight"
     )
@@ -266,7 +266,7 @@ def test_sweep_equals_the_reference_where_nothing_rounds(emulate, goal, rows, co
         weight = tied(rows, columns, seed)
         mask = pack_mask(torch.rand(rows, columns) < share) if share < 1 else None
         expected = reference.column_sweep(weight, factor, *goal, block_size, mask)
-        found = prune(emulate, weight, factor, block_size, goal, mask, seed)
+        found = prune(emulate, weight, factor, block_size, goal, mask, seed, split=seed)
         assert all(map(torch.equal, found, expected)), share
 
 
@@ -290,6 +290,35 @@ def test_sweep_of_odd_widths(emulate, columns):
     weight, factor = tied(40, columns), torch.eye(columns)
     expected = reference.column_sweep(weight, factor, 0.4, None, None, 40, None)
     assert all(map(torch.equal, prune(emulate, weight, factor, 40, (0.4, None, None), None), expected))
+
+
+@pytest.mark.parametrize(("columns", "start", "end"), [(1, 0, 1), (150, 8, 136), (70, 3, 70), (64, 0, 64)])
+def test_factor_panel(emulate, columns, start, end):
+    """The inverse of the upper triangular R, R R^T the block, which becomes an identity; nothing around it changes."""
+    x = torch.randn(2 * columns, columns, dtype=torch.float64) * torch.logspace(0, -1, columns, dtype=torch.float64)
+    exact = x.T @ x
+    for seed in range(2):
+        folder = emulate("sweep", "factor", columns, start, end, seed=seed, result="inverse", matrix=exact.float())
+        found = load(folder, "inverse", np.float32, end - start, end - start)
+        block = exact.float()[start:end, start:end]
+        truth, _ = reference.inverse_factor(block.double(), 1e-30)
+        plain, _ = reference.inverse_factor(block, 1e-30)
+        eps = torch.finfo(torch.float32).eps
+        assert (found - truth).norm() <= 2 * (plain - truth).norm() + eps * truth.norm()
+        assert torch.equal(found, found.triu()) and load(folder, "failed", np.int32, 1).item() == 0
+        expected = exact.float()
+        expected[start:end, start:end] = torch.eye(end - start)
+        assert torch.equal(load(folder, "matrix", np.float32, columns, columns), expected)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1e-3, float("nan")])
+def test_factor_panel_tells_what_is_not_positive(emulate, bad):
+    matrix = torch.diag(torch.rand(40) + 0.5)
+    for place in (0, 17, 39):
+        given = matrix.clone()
+        given[place, place] = bad
+        folder = emulate("sweep", "factor", 40, 0, 40, result="failed", matrix=given)
+        assert load(folder, "failed", np.int32, 1).item() == 1
 
 
 def random_problem(rows, columns):
