@@ -9,14 +9,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench test-gpu bench-gpu clean
+.PHONY: demo test lint bench gpu gpu-again test-gpu bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/losa run examples/smollm2-cpu.yaml --overwrite $(if $(DATA),--data $(DATA))
 	$(BIN)/losa bench runs/smollm2-losa-70 --short --tokens 32
 
+# A process for each of two cores, with one thread of its own; WORKERS=0 runs the tests one after another.
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,13 +29,23 @@ BENCH ?= bitmask --quick
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# GPU machines often have torch but no network: these two use the python3 on PATH, build in place and install nothing.
+# GPU machines often have torch but no network: these use the python3 on PATH, build in place and install nothing.
+# What this GPU does with losa, in eight minutes: tests, measurements, sanitizers; results in benchmarks/results/CARD.
+gpu:
+	PYTHON=$(PYTHON) tools/gpu.sh
+
+# Afterwards: the tests that failed once more, and alternatives side by side, in about four minutes.
+gpu-again:
+	PYTHON=$(PYTHON) tools/gpu.sh again
+
+# All tests that need a GPU. Each worker has a CUDA context of its own.
+GPU_WORKERS ?= 6
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist; print("-n $(GPU_WORKERS) --dist worksteal")' 2>/dev/null)
 	@if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 --target-processes all $(PYTHON) -m pytest -m sanitizer; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
+	    $(PYTHON) -m pytest -m sanitizer; \
 	else echo "compute-sanitizer not found: skipped"; fi
 
 bench-gpu:

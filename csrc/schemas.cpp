@@ -42,6 +42,19 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // The same where every byte of the bitmask has per_byte bits: N:M with m = 4 or 8
   library.def("sparse_linear_nm(Tensor x, Tensor values, Tensor bitmask, int per_byte, Tensor? bias) -> Tensor");
 
+  // Weights of 16-bit values in tiles (losa_kernels/sparse_linear/TILES.md), on CUDA alone: how many units of 16 bytes
+  // each chunk takes, int64 (chunks,), from a bitmask of so many columns.
+  library.def("count_tiles(Tensor bitmask, int columns) -> Tensor");
+  // Fills data, uint8, from values and bitmask as above. offsets: int64 (chunks + 1,), the sums of the sizes.
+  library.def(
+      "write_tiles(Tensor values, Tensor bitmask, Tensor? row_offsets, int columns, Tensor offsets, Tensor(a!) data) -> "
+      "()");
+  // Fills dense (out, in), of 16 bits.
+  library.def("unpack_tiles(Tensor data, Tensor offsets, Tensor(a!) dense) -> ()");
+  // sparse_linear of tiles of a weight (rows, in) of x's dtype; largest: the bytes of the largest chunk
+  library.def(
+      "sparse_linear_tiles(Tensor x, Tensor data, Tensor offsets, int rows, int largest, Tensor? bias) -> Tensor");
+
   // One token of a decoder, on GPUs only. x (rows, n) += update; then its RMS norm times weight (n,)
   library.def("add_rms_norm(Tensor(a!) x, Tensor? update, Tensor weight, float eps) -> Tensor");
   // heads (queries + 2 keys, size), cos and sin (places, size), position int64 (1,), cache (2, keys, places, size)
@@ -75,7 +88,11 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // SparseGPT's sweep of columns [start, end): weight is compensated inside the block, errors (out, end - start)
   // written, loss added to, kept (packed) set. m = 0: scores go whose bits are below key, or equal to it in the first
   // `column` columns or the first `row` rows of the next one. m > 0: `prune` of each group of m, from updated weights.
+  // errors three times as wide: their high part twice and their low part, rounded to TF32 each.
   library.def(
       "sweep_block(Tensor(a!) weight, Tensor factor, int start, int end, int m, int prune, Tensor? state, Tensor? mask, "
       "Tensor(b!) kept, Tensor(c!) errors, Tensor(d!) loss) -> ()");
+  // Rows and columns [start, end), up to 128, of a symmetric float matrix (n, n) become an identity; inverse is R^-1 of
+  // what they were, R R^T with R upper triangular. failed (int32, one element) becomes 1 where a pivot is not positive.
+  library.def("factor_panel(Tensor(a!) matrix, int start, int end, Tensor(b!) inverse, Tensor(c!) failed) -> ()");
 }

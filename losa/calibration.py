@@ -1,7 +1,8 @@
 """Streaming calibration: block by block, holding one block's hidden states per stream and nothing else.
 
-Host memory is bounded by ``BlockStream.nbytes`` per stream (samples x length x hidden x bytes), whatever the
-number of blocks; statistics live for one block; Grams take L n^2 floats.
+A stream's memory is bounded by ``BlockStream.nbytes`` (samples x length x hidden x bytes), whatever the number of
+blocks: on a GPU while it is at most a quarter of what is free there when the stream begins, else on the host.
+Statistics live for one block; Grams take L n^2 floats.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from losa.block_calls import Call, hidden_of, same, split_call
 from losa.errors import LosaError, ModelError, NumericsError
 from losa.pruners.base import Statistic
+from losa.stream_storage import StreamStorage
 from losa_kernels import gram
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
 
@@ -48,7 +50,8 @@ class BlockStream:
         model: a causal LM; ``blocks``: its decoder blocks.
         input_ids: (samples, length) int64.
         batch_size: samples per block call.
-        storage: device where hidden states wait between blocks; default: host memory.
+        storage: device where hidden states wait between blocks; default: the GPU that the model is on, while they fit,
+            else host memory (``losa.stream_storage``).
         calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
             takes a whole forward pass to find out. While it is empty, a stream of two batches is compared with whole
             forward passes first.
@@ -65,21 +68,24 @@ class BlockStream:
         blocks: nn.ModuleList,
         input_ids: Tensor,
         batch_size: int = 1,
-        storage: torch.device | str = "cpu",
+        storage: torch.device | str | None = None,
         calls: dict[tuple[int, int], list[Call]] | None = None,
         name: str = "blocks",
     ):
         self.blocks = blocks
         self.device = next(blocks.parameters()).device
-        self.storage = torch.device(storage)
+        self.storage = torch.device("cpu" if storage is None else storage)
         self.name = name
         self.hidden: list[Tensor] = []
         self.position = ""
         self._calls = {} if calls is None else calls
         self._shapes: list[tuple[int, int]] = []
+        self._held: StreamStorage | None = None
         with torch.no_grad():
             if not self._calls:
                 self._check_replay(model, input_ids[:batch_size])
+            if storage is None and _keeps_streams(self.device):
+                self._held = StreamStorage(self.device, len(input_ids))
             for batch in input_ids.split(batch_size):
                 self._add(model, batch)
 
@@ -87,8 +93,13 @@ class BlockStream:
         shape = tuple(batch.shape)
         if shape not in self._calls:
             self._calls[shape], _ = self._whole_pass(model, batch)
-        self.hidden.append(self._capture_first(model, batch).to(self.storage))
+        hidden = self._capture_first(model, batch)
+        self.hidden.append(self._stored(sum(map(len, self.hidden)), hidden))
         self._shapes.append(shape)
+
+    def _stored(self, first: int, hidden: Tensor) -> Tensor:
+        """Hidden states of the samples from ``first`` on, where they wait for the next block."""
+        return hidden.to(self.storage) if self._held is None else self._held.write(first, hidden)
 
     def _check_replay(self, model: nn.Module, batch: Tensor) -> None:
         """Stream two batches and compare with what whole forward passes give.
@@ -223,20 +234,32 @@ class BlockStream:
 
     def advance(self, index: int) -> None:
         """Replace every hidden state by block ``index``'s output, batch by batch."""
+        first = 0
         for position, output in enumerate(self.run(index)):
-            self.hidden[position] = output.to(self.storage)
+            self.hidden[position] = self._stored(first, output)
+            first += len(output)
 
     def gram(self, slice_features: int = 1 << 22) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
-        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together."""
+        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, where they
+        are not in one piece already."""
+        out = None
+        if self._held is not None:
+            for features in self._held.features():
+                out = gram(features, out=out)
+            return out
         flat = [h.flatten(1) for h in self.hidden]
         samples = sum(len(f) for f in flat)
         width = max(1, slice_features // samples)
-        out = None
         for start in range(0, flat[0].shape[1], width):
             features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
             out = gram(features, out=out)
         return out
+
+
+def _keeps_streams(device: torch.device) -> bool:
+    """Whether hidden states may stay on the model's device, or wait in pinned memory."""
+    return device.type == "cuda"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -336,18 +359,18 @@ class ErrorMeter:
     """Reconstruction error between a dense and a sparse block output, accumulated over batches.
 
     ``relative``: 1/H sum_c ||(D - S)_c||^2 / ||D_c||^2 over channels c, as the paper's code weighs it (E_l of Eq. 7).
-    ``frobenius``: ||D - S||_F, Eq. 1's own.
+    ``frobenius``: ||D - S||_F, Eq. 1's own. Sums are taken on ``device``.
     """
 
-    def __init__(self, hidden_size: int, kind: str = "relative"):
+    def __init__(self, hidden_size: int, kind: str = "relative", device: torch.device | str = "cpu"):
         self.kind = kind
-        self.difference = torch.zeros(hidden_size, dtype=torch.float64)
-        self.reference = torch.zeros(hidden_size, dtype=torch.float64)
+        self.difference, self.reference = torch.zeros(2, hidden_size, dtype=torch.float64, device=device)
 
     def update(self, dense: Tensor, sparse: Tensor) -> None:
-        dense, sparse = dense.flatten(0, -2).float(), sparse.flatten(0, -2).float()
-        self.difference += (dense - sparse).square().sum(0).cpu()
-        self.reference += dense.square().sum(0).cpu()
+        device = self.difference.device
+        dense, sparse = (x.to(device, non_blocking=True).flatten(0, -2).float() for x in (dense, sparse))
+        self.difference += (dense - sparse).square().sum(0)
+        self.reference += dense.square().sum(0)
 
     def result(self) -> float:
         if self.kind == "frobenius":

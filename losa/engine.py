@@ -204,13 +204,15 @@ class Engine:
                     for _ in sparse.run(index):
                         pass
             with _timed(seconds, "prune"):
+                if (prepare := getattr(self.pruner, "prepare", None)) is not None:
+                    prepare(statistics.values())
                 for name, layer in self.layers[index].items():
                     self._prune_linear(f"{where}.{name}", layer, statistics[name], pattern, record)
             with _timed(seconds, "forward"):
                 with self._merged_block(index):
                     sparse.advance(index)
                 if dense is not None:
-                    meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error)
+                    meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error, sparse.device)
                     for d, s in zip(dense.hidden, sparse.hidden, strict=True):
                         meter.update(d, s)
                     errors.append(meter.result())

@@ -7,9 +7,6 @@ floor.
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +15,14 @@ from torch import nn
 from losa.errors import ModelError, RecipeError
 from losa.loading import explain_failure, locate_model, refuse_other_kinds
 from losa.loss import CHUNK_BYTES
+from losa.machine import capacity, product_rate
 from losa.model import find_blocks, find_linears
 from losa.pruners import get_pruner
 from losa.recipe import Recipe
 from losa.schedule import RoundPlan, plan_rounds
+from losa.stream_storage import fits_on_device
 from losa.train import autocast_dtype
+from losa_kernels.column_sweep.factor import TOGETHER
 
 PHASES = ("throughout", "loading", "pruning", "training", "export")
 
@@ -106,7 +106,9 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
     shape = _Shape.of(model, recipe, device)
     runs = [_Run(recipe, method) for method in dict.fromkeys([*recipe.compare, recipe.method])]
     main = next(run for run in runs if run.method == recipe.method)
+    largest = max(shape.pruned, key=lambda w: w.numel)
     available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    memory = capacity(device if available else None)
     return Plan(
         model=recipe.model,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -116,10 +118,10 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
         device=str(device),
         rounds=main.rounds,
         train_length=recipe.train.length if main.trains else 0,
-        parts=_parts(recipe, shape, runs),
+        parts=_parts(recipe, shape, runs, memory),
         stages=_stages(recipe, shape, runs),
-        rate=_rate(device, shape) if probe and available else None,
-        capacity=_capacity(device if available else None),
+        rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
+        capacity=memory,
     )
 
 
@@ -224,7 +226,7 @@ class _Run:
             self.rounds = [replace(r, mean_rank=recipe.lora.rank) for r in self.rounds]
 
 
-def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Part]:
+def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run], memory: dict[str, int]) -> list[Part]:
     train, calibration = recipe.train, recipe.calibration
     pruner = get_pruner(recipe.prune)
     on_gpu = shape.device.type != "cpu"
@@ -251,7 +253,10 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Part]:
     streams = 2 if any(run.dynamic for run in runs) else 1
     hidden = calibration.samples * calibration.length * shape.hidden * size
     how = "samples x length x hidden" + (", the dense and the sparse stream" if streams == 2 else "")
-    add("pruning", "host", "hidden states", streams * hidden, how)
+    # What is free on the device when the streams begin, as far as it is known.
+    free = memory.get("device", 0) - sum(part.size for part in parts if part.place == "device")
+    waits = "device" if on_gpu and fits_on_device(hidden, free - (streams - 1) * hidden) else "host"
+    add("pruning", waits, "hidden states", streams * hidden, how)
     if any(run.similarity for run in runs):
         samples = min(calibration.cka_samples, calibration.samples)
         add("pruning", place, "Grams", 4 * shape.blocks * samples**2, "blocks x samples^2 x 4 bytes")
@@ -263,7 +268,12 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Part]:
         squares = sum(w.inputs**2 for w in shape.pruned) / shape.blocks
         largest = max(w.inputs for w in shape.pruned) ** 2
         add("pruning", place, "Hessians of a block", 4 * squares, "in^2 x 4 bytes a linear, at most: inputs are shared")
-        add("pruning", place, "factorising one", 5 * 4 * largest, "5 copies of the largest")
+        if on_gpu:
+            add("pruning", place, "factors of a block", 4 * squares, "as the Hessians")
+            together = max(4 * largest, min(4 * squares, TOGETHER))
+            add("pruning", place, "factorising", 5 * together, f"5 copies of at most {TOGETHER >> 20} MiB of Hessians")
+        else:
+            add("pruning", place, "factorising one", 5 * 4 * largest, "5 copies of the largest")
     add("pruning", place, "pruning one linear", 5 * 4 * shape.widest, "5 fp32 copies of the largest linear")
 
     if train is not None and any(run.trains for run in runs):
@@ -366,35 +376,3 @@ def _skeleton(recipe: Recipe) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"model {recipe.model!r}: {explain_failure(source, error)}") from error
-
-
-def _rate(device: torch.device, shape: _Shape) -> float:
-    """FLOP/s of products of the run's own shape and precision: a batch of tokens and the largest linear.
-
-    A CPU computes in fp32 whatever the weights' dtype. Sides are cut so that one product takes well under a second.
-    """
-    on_cpu = device.type == "cpu"
-    largest = max(shape.pruned, key=lambda w: w.numel)
-    limit = 4096 if on_cpu else 16384
-    rows, inner, columns = 512 if on_cpu else 8192, min(largest.inputs, limit), min(largest.outputs, limit)
-    dtype = torch.float32 if on_cpu else shape.computed
-    x, weight = (torch.rand(n, inner, device=device, dtype=dtype) for n in (rows, columns))
-    times = []
-    stop = time.perf_counter() + 1.0
-    while len(times) < 4 or (time.perf_counter() < stop and len(times) < 1000):
-        start = time.perf_counter()
-        x @ weight.T
-        if not on_cpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    # The first one pays for set-up.
-    return 2.0 * rows * inner * columns / statistics.median(times[1:])
-
-
-def _capacity(device: torch.device | None) -> dict[str, int]:
-    found = {}
-    if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
-        found["host"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device is not None and device.type == "cuda":
-        found["device"] = torch.cuda.get_device_properties(device).total_memory
-    return found

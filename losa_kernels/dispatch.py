@@ -54,6 +54,7 @@ TABLE: dict[str, dict[str, str]] = {
     "inverse_factor": {
         "reference": "losa_kernels.column_sweep.reference:inverse_factor",
         "cpu": "losa_kernels.column_sweep.cpu:inverse_factor",
+        "cuda": "losa_kernels.column_sweep.factor:inverse_factor",
     },
     "column_sweep": {
         "reference": "losa_kernels.column_sweep.reference:column_sweep",

@@ -58,6 +58,21 @@ class Launch:
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
+    def assemble(self, arch: int) -> dict[str, int]:
+        """registers, spills (bytes) and shared (bytes) of the code for 8.6 on 8.9: Triton makes the same for both, and
+        its part takes ten times as long as that of ptxas."""
+        compiled = self.build(86)
+        with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+            file.write(compiled.asm["ptx"].encode())
+            file.flush()
+            command = [TOOLS / "ptxas", "-v", f"-arch=sm_{arch}", "-o", "/dev/null", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return {
+            "registers": int(re.search(r"Used (\d+) registers", usage)[1]),
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", usage))),
+            "shared": compiled.metadata.shared,
+        }
+
     def compile(self, arch: int) -> dict[str, int]:
         """registers, spills (instructions), shared (bytes), hgmma, hmma (instructions), loop: see ``main_loop``; wrong:
         wgmma with a wrong descriptor."""

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shared
 import torch
 from emulation import drivers, emulate  # noqa: F401  fixtures
 
@@ -87,6 +88,13 @@ def way(request, monkeypatch) -> str:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_folder(tmp_path_factory):
+    """For ``shared.made``: the same in all of pytest-xdist's workers, whose own folders are inside it."""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ[shared.FOLDER] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture(autouse=True)

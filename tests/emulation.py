@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shared
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -24,17 +25,16 @@ NEEDED = [
 
 
 @pytest.fixture(scope="session")
-def drivers(tmp_path_factory):
+def drivers():
     """The path of a driver in tests/emulator, compiled when it is first asked for."""
-    folder, done = tmp_path_factory.mktemp("emulator"), {}
 
     def build(name: str) -> Path:
-        if name not in done:
+        def compile(path: Path) -> None:
             command = [COMPILER, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}", FOLDER / f"{name}.cpp"]
-            result = subprocess.run([*command, "-o", folder / name], capture_output=True, text=True)
+            result = subprocess.run([*command, "-o", path], capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
-            done[name] = folder / name
-        return done[name]
+
+        return shared.made(f"emulated-{name}", compile)
 
     return build
 

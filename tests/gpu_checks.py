@@ -6,16 +6,31 @@ allows). A new operator or kernel gets a case in ``cases``; tests/test_gpu_comma
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
+import gpu_checks_decode
 import torch
+from gpu_case import (
+    BF16,
+    FP16,
+    FP32,
+    Case,
+    Sizes,
+    Verdict,
+    bounded,
+    differing,
+    goal_text,
+    kept_at_half,
+    kept_groups,
+    setting,
+    text,
+    worst,
+)
+from gpu_case import LLAMA as LLAMA
+from gpu_case import SMALL as SMALL
 from masked_lora_problems import double, dropout_formula, formula, merge, problem, run, tensors
 from torch import Tensor
-from torch.nn import functional as F
 
 from losa_kernels import (
     bitmask,
@@ -24,7 +39,6 @@ from losa_kernels import (
     pack_bitmask,
     pack_mask,
     pack_nm,
-    sparse_linear,
     sparsegpt_prune,
     unpack_mask,
     wanda_mask,
@@ -34,37 +48,10 @@ from losa_kernels.column_sweep import reference as pruning
 from losa_kernels.packing import reference as packing
 from losa_kernels.tensors import as_bits
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-Verdict = tuple[float, float]
-
-
-class Sizes(NamedTuple):
-    """(out, in) unless said otherwise. ``odd``: no whole tile anywhere; ``groups``: the same with columns in groups of
-    16; ``tokens``: of the large masked-LoRA problem; ``features``: of one sample of a Gram."""
-
-    odd: tuple[int, int]
-    groups: tuple[int, int]
-    square: tuple[int, int]
-    wide: tuple[int, int]
-    tall: tuple[int, int]
-    tokens: int
-    features: int
-    samples: tuple[int, ...]
-
-
-LLAMA = Sizes((37, 301), (45, 176), (4096, 4096), (4096, 11008), (11008, 4096), 512, 1 << 17, (37, 64, 128, 256))
-SMALL = Sizes((5, 37), (6, 48), (16, 64), (8, 80), (24, 32), 6, 300, (3, 8))  # for a check of the checks on a CPU
-
-
-class Case(NamedTuple):
-    label: str
-    runs: tuple[str, ...]  # operators of torch.ops.losa, and Triton kernels
-    verdict: Callable[[], Verdict]
-
 
 def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     on_gpu = device != "cpu"
-    shapes = (sizes.odd, sizes.groups, sizes.square, sizes.tall)
+    yield from gpu_checks_decode.cases(sizes, device)
     for shape in (sizes.odd, (3, sizes.wide[1] + 3), sizes.tall):
         yield Case(f"mask {text(shape)}", ("pack_mask", "unpack_mask"), partial(masks, shape, device))
     for dtype in (BF16, FP32, torch.float8_e4m3fn, torch.float64):
@@ -75,14 +62,6 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
         for shape in (sizes.groups, sizes.square):
             label = f"pack {pattern[0]}:{pattern[1]} {text(shape)} bf16"
             yield Case(label, ("pack_nm", "largest_group"), partial(groups, shape, pattern, device))
-    for shape in (*shapes, sizes.wide):
-        for dtype in (BF16, FP16, FP32) if shape in shapes[:3] else (BF16,):
-            for pattern in (None, (2, 4)) if shape[1] % 8 == 0 else (None,):
-                op = "sparse_linear" if pattern is None else "sparse_linear_nm"
-                packed = "bitmask" if pattern is None else "2:4"
-                for batch in (1, 2, 4, 8, 16):
-                    label = f"sparse_linear {packed} {text(shape)} {text(dtype)} batch {batch}"
-                    yield Case(label, (op,), partial(decode, shape, dtype, pattern, batch, device))
     for goal in ((0.5, None, None), (None, 2, 4), (None, 6, 16)):
         for shape, dtype in ((sizes.groups, FP16), (sizes.square, BF16), (sizes.wide, FP32)):
             label = f"wanda {goal_text(goal)} {text(shape)} {text(dtype)}"
@@ -110,62 +89,16 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
             run_case = partial(lora, way, shape, rank, tokens, dtype, device)
             yield Case(label, (*kernels, "split_kernel", "sum_kernel"), run_case)
     if on_gpu:  # the CPU draws another mask
-        for shape, rank, tokens in ((sizes.odd, 7, 50), (sizes.square, 16, sizes.tokens)):
-            label = f"masked LoRA with dropout {text(shape)} r {rank} T {tokens} bf16"
-            yield Case(label, ("drop_kernel",), partial(dropout, shape, rank, tokens, BF16, device))
+        for way, kernels in (("fused", ("drop_kernel",)), ("compose", ("drop_kernel", "keep_kernel"))):
+            for shape, rank, tokens in ((sizes.odd, 7, 50), (sizes.square, 16, sizes.tokens)):
+                label = f"masked LoRA {way} with dropout {text(shape)} r {rank} T {tokens} bf16"
+                yield Case(label, kernels, partial(dropout, way, shape, rank, tokens, BF16, device))
     for shape, rank in ((sizes.odd, 7), (sizes.square, 16)):
         yield Case(f"merge {text(shape)} r {rank} bf16", ("compose_kernel",), partial(merged, shape, rank, device))
     for samples in sizes.samples:
         for dtype in (BF16, FP32):
             label = f"gram {samples} samples {text(dtype)}"
             yield Case(label, ("_gram_kernel",), partial(grams, samples, sizes.features + samples % 2, dtype, device))
-
-
-def text(thing) -> str:
-    if isinstance(thing, tuple):
-        return "x".join(map(str, thing))
-    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}.get(thing, str(thing).removeprefix("torch."))
-
-
-def goal_text(goal: tuple) -> str:
-    return f"{goal[1]}:{goal[2]}" if goal[2] else f"{100 * goal[0]:g}%"
-
-
-def differing(found: Tensor, expected: Tensor) -> Verdict:
-    """How many entries differ; none may."""
-    if found.shape != expected.shape:
-        return float("inf"), 0.0
-    return float((found != expected).sum()), 0.0
-
-
-def worst(verdicts: list[Verdict]) -> Verdict:
-    return max(verdicts, key=lambda v: float("inf") if v[0] != v[0] else v[0] - v[1])
-
-
-def bounded(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> Verdict:
-    """Of the largest value: at most twice plain torch's error in the same precision, and one rounding."""
-    size = float(truth.abs().max())
-    allowed = 2 * float((plain.double() - truth).abs().max()) + torch.finfo(dtype).eps * size
-    return float((ours.double() - truth).abs().max()) / size, allowed / size
-
-
-def kept_at_half(shape: tuple[int, int], device: str) -> Tensor:
-    return torch.rand(shape, device=device) < 0.5
-
-
-def kept_groups(shape: tuple[int, int], keep_n: int, m: int, device: str) -> Tensor:
-    scores = torch.rand(shape, device=device).reshape(-1, m)
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    return kept.scatter_(1, scores.topk(keep_n, 1).indices, True).reshape(shape)
-
-
-@contextmanager
-def way_of_lora(way: str):
-    os.environ["LOSA_MASKED_LORA"] = way
-    try:
-        yield
-    finally:
-        del os.environ["LOSA_MASKED_LORA"]
 
 
 def masks(shape, device) -> Verdict:
@@ -192,17 +125,6 @@ def groups(shape, pattern, device) -> Verdict:
     weight, kept = torch.randn(shape, device=device).to(BF16), kept_groups(shape, *pattern, device)
     packed = pack_nm(weight, pack_mask(kept), *pattern)
     return differing(as_bits(packed.unpack()), torch.where(kept, as_bits(weight), 0))
-
-
-def decode(shape, dtype, pattern, batch, device) -> Verdict:
-    kept = kept_at_half(shape, device) if pattern is None else kept_groups(shape, *pattern, device)
-    weight, x = torch.randn(shape, device=device).to(dtype), torch.randn(batch, shape[1], device=device).to(dtype)
-    mask, dense = pack_mask(kept), weight.masked_fill(~kept, 0)
-    packed = pack_bitmask(weight, mask) if pattern is None else pack_nm(weight, mask, *pattern)
-    bias = torch.randn(shape[0], device=device).to(dtype)
-    truth = F.linear(x.double(), dense.double(), bias.double())
-    with torch.no_grad():
-        return bounded(sparse_linear(x, packed, bias), F.linear(x, dense, bias), truth, dtype)
 
 
 def wanda(shape, dtype, goal, device) -> Verdict:
@@ -264,13 +186,13 @@ def step_verdict(ours: dict, plain: dict, truth: dict, dtype: torch.dtype, round
 
 def lora(way, shape, rank, tokens, dtype, device) -> Verdict:
     args, grad = lora_problem(shape, rank, tokens, dtype, device)
-    with way_of_lora(way):
+    with setting("LOSA_MASKED_LORA", way):
         ours = run(masked_lora_linear, args, grad)
     truth = run(formula, double(args), grad.double())
     return step_verdict(ours, run(formula, args, grad), truth, dtype, way == "compose" and dtype == BF16)
 
 
-def dropout(shape, rank, tokens, dtype, device) -> Verdict:
+def dropout(way, shape, rank, tokens, dtype, device) -> Verdict:
     from losa_kernels.masked_lora import triton_launch
 
     args, grad = lora_problem(shape, rank, tokens, dtype, device)
@@ -285,7 +207,8 @@ def dropout(shape, rank, tokens, dtype, device) -> Verdict:
         return dropout_formula(**narrow, keep=keep.to(dtype))
 
     torch.manual_seed(5)
-    ours = run(partial(masked_lora_linear, dropout_p=0.1), args, grad)
+    with setting("LOSA_MASKED_LORA", way):
+        ours = run(partial(masked_lora_linear, dropout_p=0.1), args, grad)
     return step_verdict(ours, run(plain, args, grad), truth, dtype, rounds_gradient=True)
 
 

@@ -10,18 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import sass
+import shared
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "86", "89", "90a", "120")
-FOLDER = tempfile.TemporaryDirectory()
+PARTS = ("steps", "windows", "tiles")  # instructions
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -44,14 +44,18 @@ def known_archs() -> list[str]:
 
 @cache
 def compiled(source: Path) -> tuple[Path, str]:
-    """(fatbin for every known architecture, what ptxas reported); once in a process."""
+    """(fatbin for every known architecture, what ptxas reported); once in a run of the tests."""
+    fatbin = shared.made(f"{source.stem}.fatbin", partial(_compile, source))
+    return fatbin, fatbin.with_suffix(".ptxas").read_text()
+
+
+def _compile(source: Path, fatbin: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs()]
     flags = ["-std=c++20", "-O3", "-DLOSA_KERNELS_ONLY", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-fatbin", "-t", "0"]
-    fatbin = Path(FOLDER.name) / f"{source.stem}.fatbin"
     result = subprocess.run([NVCC, *flags, *targets, source, "-o", fatbin], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
-    return fatbin, result.stderr
+    fatbin.with_name(f"{source.stem}.ptxas").write_text(result.stderr)
 
 
 def measure(source: Path) -> dict[str, dict[str, list[int]]]:
@@ -67,9 +71,10 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
 
 @cache
 def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
-    """Kernel of sparse_linear.cu -> its code on sm_90a, see sass.py."""
-    (source,) = (path for path in SOURCES if path.stem == "sparse_linear")
-    return {readable(symbol): code for symbol, code in sorted(sass.functions(compiled(source)[0], "90a").items())}
+    """Kernel of sparse_linear.cu or tiles.cu -> its code on sm_90a, see sass.py."""
+    fatbins = [compiled(path)[0] for path in SOURCES if path.stem in ("sparse_linear", "tiles")]
+    found = {symbol: code for fatbin in fatbins for symbol, code in sass.functions(fatbin, "90a").items()}
+    return {readable(symbol): code for symbol, code in sorted(found.items())}
 
 
 def steps() -> dict[str, list[int]]:
@@ -82,9 +87,18 @@ def steps() -> dict[str, list[int]]:
     return found
 
 
-def windows() -> dict[str, int]:
-    """matvec_kernel<...> -> shortest path through a window; sass.window_of."""
-    return {n: sass.window_of(*code) for n, code in decode_code().items() if n.startswith("matvec_kernel<")}
+def windows() -> dict[str, list[int]]:
+    """matvec_kernel<...> -> [instructions for a row, for a lot of rows, values read for a row: always, at times].
+
+    All for a window; see sass.window_of and sass.value_reads.
+    """
+    codes = {name: code for name, code in decode_code().items() if name.startswith("matvec_kernel<")}
+    return {name: [*sass.window_of(*code), *sass.value_reads(*code)] for name, code in codes.items()}
+
+
+def tiles() -> dict[str, list[int]]:
+    """tiles_kernel<...> -> [instructions for a tile, besides for a chunk of 4]; sass.tile_of."""
+    return {n: list(sass.tile_of(*code)) for n, code in decode_code().items() if n.startswith("tiles_kernel<")}
 
 
 def readable(symbol: str) -> str:
@@ -111,7 +125,7 @@ def text_of(table: dict) -> str:
     sources = [f"  {json.dumps(name)}: {{\n{lines(rows, '   ')}\n  }}" for name, rows in table["kernels"].items()]
     parts = [f' "nvcc": {json.dumps(table["nvcc"])}', f' "columns": {json.dumps(table["columns"])}']
     parts.append(' "kernels": {\n' + ",\n".join(sources) + "\n }")
-    parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in ("steps", "windows")]
+    parts += [f' "{part}": {{\n{lines(table[part], "  ")}\n }}' for part in PARTS]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
@@ -122,6 +136,7 @@ def main(arguments: list[str]) -> int:
     kernels = {source.stem: measure(source) for source in SOURCES}
     columns = ["registers", "spilled bytes", "static shared bytes"]
     table = {"nvcc": version(), "columns": columns, "kernels": kernels, "steps": steps(), "windows": windows()}
+    table["tiles"] = tiles()
     if "--write" in arguments:
         partial = TABLE.with_name(TABLE.name + ".partial")
         partial.write_text(text_of(table))
@@ -129,7 +144,7 @@ def main(arguments: list[str]) -> int:
         return 0
     committed = json.loads(TABLE.read_text())
     before, changed = committed["kernels"], 0
-    for part in ("steps", "windows"):
+    for part in PARTS:
         if committed.get(part) != table[part]:
             print(f"{part}: {committed.get(part)} -> {table[part]}")
             changed = 1

@@ -33,29 +33,83 @@ def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
     return paths(instructions, labels, start, end, inside)
 
 
-def window_of(instructions: list[str], labels: dict[str, int]) -> int:
-    """The shortest number of instructions through matvec_kernel's loop over windows of 1024 columns: the smallest loop
-    around all tensor products."""
+def window_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
+    """(row, lot): the shortest numbers of instructions through matvec_kernel's loops, for a window of 1024 columns.
+
+    row: through the loop over rows, the smallest around all tensor products. lot: outside it, from one lot of rows to
+    the next, for a warp that counts the masks of a whole lot and asks for the next, but stores no sums.
+    """
+    start, end = row_loop(instructions, labels)
+    row = paths(instructions, labels, start, end, set(range(start, end + 1)))[0]
+    outside = set(range(len(instructions))) - set(range(start + 1, end + 1))
+    reached = distances(instructions, labels, end + 1, outside)
+    counted = max(at for at in reached if "SHFL.UP" in instructions[at])
+    asked = max(at for at in reached if re.search(r"LDG\.E\.NA\.LTC256B\.CONSTANT", instructions[at]))
+    stops = (end + 1, counted, asked, start)
+    return row, sum(distances(instructions, labels, a, outside)[b] for a, b in zip(stops, stops[1:], strict=False))
+
+
+def value_reads(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
+    """How many values a lane reads from shared memory for each row and window: always, and under a condition."""
+    start, end = row_loop(instructions, labels)
+    reads = [line for line in instructions[start : end + 1] if "LDS.U16" in line]
+    return sum(not line.startswith("@") for line in reads), sum(line.startswith("@") for line in reads)
+
+
+def row_loop(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
     products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
     spans = [(end - start, start, end) for start, end in back_edges(instructions, labels)]
-    _, start, end = min(s for s in spans if s[1] < products[0] and products[-1] < s[2])
-    return paths(instructions, labels, start, end, set(range(start, end + 1)))[0]
+    return min(span for span in spans if span[1] < products[0] and products[-1] < span[2])[1:]
+
+
+def following(instructions: list[str], labels: dict[str, int], at: int) -> list[int]:
+    """Where a warp may go after an instruction, if its lanes stay together."""
+    if instructions[at].startswith("EXIT"):
+        return []
+    branch = re.match(r"(@!?U?P\w+\s+)?BRA\b.*(\.L_x_\d+)", instructions[at])
+    if not branch or "BRA.DIV" in instructions[at]:  # which is for warps that have come apart
+        return [at + 1]
+    conditional = branch[1] or re.match(r"BRA\s+!?U?P", instructions[at])
+    return [labels[branch[2]], *([at + 1] if conditional else [])]
+
+
+def distances(instructions: list[str], labels: dict[str, int], start: int, inside: set[int]) -> dict[int, int]:
+    """Instruction -> how many come before it at least, from ``start``, through ``inside`` only."""
+    found, queue = {start: 0}, [start]
+    for at in queue:
+        for to in following(instructions, labels, at):
+            if to in inside and to not in found:
+                found[to] = found[at] + 1
+                queue.append(to)
+    return found
+
+
+def tile_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
+    """(instructions of tiles_kernel for a tile, besides for a chunk of tiles).
+
+    The first is the longest way through the smallest loop around all tensor products. The second is the shortest way
+    through the rest of the loop around that one, of those ways that ask for a copy.
+    """
+    products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
+    spans = sorted((end - start, start, end) for start, end in back_edges(instructions, labels))
+    (_, start, end), *_ = (s for s in spans if s[1] < products[0] and products[-1] < s[2])
+    (_, first, last), *_ = (s for s in spans if s[1] < start and end < s[2])
+    (copy,) = (i for i in range(end, last) if instructions[i].startswith("UBLKCP"))
+    inside = set(range(first, last + 1))
+    ways = ((first, start), (end, copy), (copy, last))
+    # Both ends of a way are counted, and are those of the next one or of the tile's loop.
+    rest = sum(paths(instructions, labels, *way, inside)[0] for way in ways) - len(ways)
+    return paths(instructions, labels, start, end, inside)[1], rest
 
 
 def paths(instructions: list[str], labels: dict[str, int], start: int, end: int, inside: set[int]) -> tuple[int, int]:
     """(shortest, longest) number of instructions forward from start to end, through ``inside`` only."""
 
-    def following(at: int) -> list[int]:
-        branch = re.match(r"(@!?U?P\w+\s+)?BRA\b.*(\.L_x_\d+)", instructions[at])
-        if not branch or "BRA.DIV" in instructions[at]:  # which is for warps that have come apart
-            return [at + 1]
-        return [labels[branch[2]], *([at + 1] if branch[1] else [])]
-
     @cache
     def path(at: int) -> tuple[int, int] | None:
         if at == end:
             return 1, 1
-        ways = [way for to in following(at) if to in inside and to > at and (way := path(to))]
+        ways = [way for to in following(instructions, labels, at) if to in inside and to > at and (way := path(to))]
         return (1 + min(w[0] for w in ways), 1 + max(w[1] for w in ways)) if ways else None
 
     return walk(path, start, end)

@@ -20,6 +20,7 @@ from benchmarks import (
     cka,
     column_sweep,
     decode,
+    decoder_step,
     hessian,
     masked_lora,
     packing,
@@ -244,6 +245,17 @@ def test_cka_rows(tmp_path):
     assert {r["op"] for r in rows} == {"all_pairs", "grams"}
     assert {r["pairs_timed"] for r in rows if r["op"] == "all_pairs"} == {9}
     assert next(r["cka_error"] for r in rows if r["implementation"] == "losa") < 1e-6
+
+
+def test_decoder_step_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder_step, "MODELS", {"tiny": (64, 160, 4, 2, 16)})
+    monkeypatch.setattr(decoder_step, "PLACES", (40,))
+    rows = rows_of(decoder_step, tmp_path)
+    assert len(rows) == 8 and {r["implementation"] for r in rows} == {"plain", "losa"}
+    assert all(r["median_ms"] > 0 and r["fraction_of_copy_bandwidth"] > 0 for r in rows)
+    monkeypatch.setattr(decoder_step.decoder_step, "gated_silu", lambda x: 1.01 * x.chunk(2, -1)[1])
+    with pytest.raises(SystemExit, match="gated_silu differs .* wrong kernel"):
+        decoder_step.main(["--quick", "--device", "cpu"])
 
 
 def test_column_sweep_rows(tmp_path):

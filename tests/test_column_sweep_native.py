@@ -286,20 +286,24 @@ def test_budgets_of_many_entries_round_as_on_the_host():
 
 @pytest.mark.parametrize("goal", [(0.5, None, None), (None, 2, 4)])
 @pytest.mark.parametrize("panel", [0, 16, 40, 48, 1000])
-def test_panels_are_whole_blocks_and_the_same_sweep(goal, panel):
+def test_panels_are_whole_blocks_and_the_same_sweep(goal, panel, monkeypatch):
     """Where nothing rounds the result is that of a product for every block."""
     factor = torch.eye(104) + torch.diag(0.5 * (torch.arange(1, 104) % 3 > 0), 1)
-    shapes = []
+    shapes, run = [], blocks.update_rest
 
     def update(rest, errors, upper):
         shapes.append((rest.shape[1], errors.shape[1]))
-        blocks.update_rest(rest, errors, upper)
+        run(rest, errors, upper)
 
+    monkeypatch.setattr(blocks, "update_rest", update)
     for mask in (None, pack_mask(torch.rand(20, 104) < 0.7)):
         weight = tied(20, 104)
         expected = reference.column_sweep(weight, factor, *goal, 16, mask)
-        found = blocks.column_sweep(weight.clone(), factor, *goal, 16, mask, update, panel)
+        found = blocks.column_sweep(weight.clone(), factor, *goal, 16, mask, panel)
         assert all(map(torch.equal, found, expected))
+        split = blocks.column_sweep(weight.clone(), factor, *goal, 16, mask, panel, split=True)
+        assert all(map(torch.equal, split, expected)), "what fits into TF32 is not changed by its parts"
+        shapes[-6:] = []
     deep = {0: 16, 16: 16, 40: 32, 48: 48, 1000: 112}[panel]
     ends = [(104 - end, deep) if end % deep == 0 else (min(end // deep * deep + deep, 104) - end, 16)
             for end in range(16, 104, 16)]  # fmt: skip
@@ -315,6 +319,8 @@ def test_opcheck():
     check(ops.select_block.default, (o["weight"], o["factor"], 8, 16, counts, 1, o["mask"], o["scratch"], o["state"]))
     out = (o["kept"], o["scratch"], o["loss"])
     check(ops.sweep_block.default, (o["weight"], o["factor"], 8, 16, 4, 2, None, None, *out))
+    panel = (torch.eye(24), 8, 16, torch.zeros(8, 8), torch.zeros(1, dtype=torch.int32))
+    check(ops.factor_panel.default, panel)
     check(ops.sweep_block.default, (o["weight"], o["factor"], 8, 16, 0, 0, o["state"], o["mask"], *out))
 
 
@@ -362,24 +368,66 @@ def test_precision_is_set_and_restored(precision, outside):
 
 
 def test_split_products_are_nearly_exact():
-    """With operands cut to TF32, which is exact for the high parts, three products lose what fp32 loses, not more."""
+    """Parts are TF32 numbers, which tensor cores multiply exactly, and lose at most 2^-22 of an entry."""
 
     def cut(x):
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
     errors, upper, rest = torch.randn(40, 128), torch.randn(128, 70), torch.randn(40, 70)
-    high, low = cuda.split_tf32(errors)
-    assert torch.equal(high + low, errors) and torch.equal(cut(high), high)
-    exact = rest.double() - errors.double() @ upper.double()
-    plain = rest - errors @ upper
-    split, one = rest.clone(), rest - cut(errors) @ cut(upper)
-    cuda.update_rest_3xtf32(split, errors, upper)
-    scale = exact.norm() * EPS
-    assert (split - exact).norm() <= 2 * (plain - exact).norm() + scale
-    # The low parts lose bits on tensor cores too: 2^-10 of what is 2^-10 itself.
-    (eh, el), (uh, ul) = cuda.split_tf32(errors), cuda.split_tf32(upper)
-    on_tensor_cores = rest - (eh @ uh + eh @ cut(ul) + cut(el) @ uh)
-    assert (on_tensor_cores - exact).norm() <= 2e-5 * (one - exact).norm() + 4 * (plain - exact).norm() + scale
+    high, low, again = blocks.split_factor(upper, 32).view(4, 3, 32, 70).transpose(0, 1).reshape(3, 128, 70)
+    assert torch.equal(high, again) and torch.equal(cut(high), high) and torch.equal(cut(low), low)
+    assert bool(((high.double() + low - upper).abs() <= 2.0**-22 * upper.abs()).all())
+    high = blocks.rounded_to_tf32(errors)
+    parts = torch.cat([high, high, blocks.rounded_to_tf32(errors - high)], 1)
+    exact, plain = errors.double() @ upper.double(), errors @ upper
+    split = parts.double() @ blocks.split_factor(upper, 128).double()
+    assert bool(((split - exact).abs() <= 3 * 2.0**-22 * (errors.abs().double() @ upper.abs().double())).all())
+    blocks.update_rest(rest, parts, blocks.split_factor(upper, 128))
+    assert (split - exact).norm() <= 2 * (plain - exact).norm()
+    cuda.check_3xtf32(torch.device("cpu"))
+
+
+def test_errors_are_written_in_their_parts():
+    """By sweep_block itself: beside the same sweep, high parts twice and low parts."""
+    o, bound = operands(rows=40), torch.tensor([0x3F800000, 0, 0], dtype=torch.int32)
+    factor = torch.eye(24) + 0.1 * torch.rand(24, 24).triu(1)
+    found = []
+    for width in (8, 24):
+        errors, weight = torch.zeros(40, width), o["weight"].clone()
+        kept, loss = torch.zeros(40, 3, dtype=torch.uint8), torch.zeros(40)
+        torch.ops.losa.sweep_block(weight, factor, 8, 16, 0, 0, bound, None, kept, errors, loss)
+        found.append((weight, kept, loss, errors))
+    (*results, errors), (*split, parts) = found
+    assert all(map(torch.equal, results, split)) and bool(errors.any())
+    high = blocks.rounded_to_tf32(errors)
+    assert torch.equal(parts, torch.cat([high, high, blocks.rounded_to_tf32(errors - high)], 1))
+
+
+@pytest.mark.parametrize("inaccurate", [False, True])
+def test_trailing_products_are_chosen_by_measurement(monkeypatch, inaccurate):
+    weight, factor, asked = torch.randn(8, 1024), torch.eye(1024), []
+    if inaccurate:
+        monkeypatch.setattr(cuda, "LEFT_OUT", -1.0)
+    cuda.check_3xtf32.cache_clear()
+
+    def fastest(op, key, candidates, device, table):
+        asked.append((op, key, table))
+        for name, run in candidates.items():
+            if inaccurate and name == "3xtf32":
+                with pytest.raises(ArithmeticError, match="TF32 parts"):
+                    run()
+            else:
+                run()
+        return "3xtf32"
+
+    monkeypatch.setattr(cuda.measured, "fastest", fastest)
+    assert cuda._trailing(weight, factor) == "3xtf32" and asked == [("trailing product", (8, 1024), "fp32")]
+    assert cuda._trailing(weight[:, :512], factor[:512, :512]) == "fp32"
+    for setting in ("fp32", "3xTF32"):
+        monkeypatch.setenv("LOSA_TRAILING", setting)
+        assert cuda._trailing(weight, factor) == setting.lower()
+    assert len(asked) == 1
+    cuda.check_3xtf32.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -403,11 +451,11 @@ def test_what_the_cuda_kernels_take(monkeypatch, dtype, m, block_size, runs):
     assert [name for name, _ in calls] == [runs]
     monkeypatch.setenv("LOSA_TRAILING", "3xTF32")
     cuda.column_sweep(weight, factor, None if m else 0.5, m and 2, m, block_size, None)
-    expected = {"update": cuda.update_rest_3xtf32, "panel": cuda.PANEL} if runs == "blocks" else {}
+    expected = {"panel": cuda.PANEL, "split": True} if runs == "blocks" else {}
     assert calls[-1] == (runs, expected)
     monkeypatch.setenv("LOSA_TRAILING", "fast")
     if runs == "blocks":
-        with pytest.raises(ValueError, match="LOSA_TRAILING: expected fp32 or 3xtf32, got 'fast'"):
+        with pytest.raises(ValueError, match="LOSA_TRAILING: expected auto, fp32 or 3xtf32, got 'fast'"):
             cuda.column_sweep(weight, factor, 0.5, None, None, 128, None)
 
 

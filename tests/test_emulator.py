@@ -18,7 +18,8 @@ SOURCES = {
     "bitmask": ["bitmask"],
     "packing": ["packing"],
     "sparse_linear": ["sparse_linear"],
-    "sweep": ["selection", "wanda", "column_sweep"],
+    "tiles": ["sparse_linear/tiles"],
+    "sweep": ["selection", "wanda", "column_sweep", "factor"],
     "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
 
@@ -45,6 +46,12 @@ def test_every_cuda_source_has_a_driver():
         ("lanes_that_never_come", r"warp operation\)[\s\S]*waits in __shfl_xor_sync at .*mask ffffffff"),
         ("shuffle_from_outside_the_mask", "a shuffle reads a lane that takes no part"),
         ("does_not_wait", "returns without wait_for_kernels_before"),
+        ("bulk_copy_without_fence", "a bulk copy before publish_barriers"),
+        ("bulk_copy_unaligned", "a bulk copy is not aligned"),
+        ("bulk_copy_not_waited", "a bulk copy that nobody waits for"),
+        ("bulk_copy_of_same_parity", "a bulk copy that this thread has waited for already"),
+        ("bulk_copy_too_early", r"warp operation\)[\s\S]*waits in wait_barrier"),
+        ("bulk_copy_never_asked", r"warp operation\)[\s\S]*waits in wait_barrier"),
         ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
         ("too_many_blocks_together", "invalid launch"),
     ],
@@ -63,6 +70,13 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
 
     assert all(right("with_barrier", seed) for seed in range(4))
     assert not all(right("without_barrier", seed) for seed in range(4))
+
+
+def test_bulk_copies(emulate):
+    values = np.arange(64, dtype=np.int32)
+    for seed in range(4):
+        folder = emulate("faults", "bulk_copies", seed=seed, result="to", **{"from": values})
+        assert (np.fromfile(folder / "to", np.int32)[:64] == values).all()
 
 
 def test_a_missing_grid_barrier_shows_under_some_order(emulate):
@@ -219,7 +233,7 @@ def test_pruned_per_block(emulate, rows, columns, block_size):
     assert load(folder, "pruned", np.int64, -1).tolist() == expected
 
 
-def prune(emulate, weight, factor, block_size, goal, mask, seed=0):
+def prune(emulate, weight, factor, block_size, goal, mask, seed=0, split=0):
     """(weight, packed mask, loss) as the reference returns them, from the kernels."""
     rows, columns = weight.shape
     sparsity, keep_n, m = goal
@@ -229,7 +243,7 @@ def prune(emulate, weight, factor, block_size, goal, mask, seed=0):
         kept = torch.ones(rows, columns, dtype=torch.bool) if mask is None else unpack_mask(mask, columns)
         lost = [int((~part).sum()) for part in kept.split(block_size, dim=1)]
         counts = torch.tensor(reference.block_counts(sparsity, rows, widths, lost))
-    numbers = (rows, columns, block_size, m or 0, 0 if m is None else m - keep_n)
+    numbers = (rows, columns, block_size, m or 0, 0 if m is None else m - keep_n, split)
     folder = emulate(
         "sweep", "prune", *numbers, seed=seed, weight=weight, factor=factor, counts=counts, mask=mask, result="weight"
     )
@@ -252,7 +266,7 @@ def test_sweep_equals_the_reference_where_nothing_rounds(emulate, goal, rows, co
         weight = tied(rows, columns, seed)
         mask = pack_mask(torch.rand(rows, columns) < share) if share < 1 else None
         expected = reference.column_sweep(weight, factor, *goal, block_size, mask)
-        found = prune(emulate, weight, factor, block_size, goal, mask, seed)
+        found = prune(emulate, weight, factor, block_size, goal, mask, seed, split=seed)
         assert all(map(torch.equal, found, expected)), share
 
 
@@ -276,6 +290,35 @@ def test_sweep_of_odd_widths(emulate, columns):
     weight, factor = tied(40, columns), torch.eye(columns)
     expected = reference.column_sweep(weight, factor, 0.4, None, None, 40, None)
     assert all(map(torch.equal, prune(emulate, weight, factor, 40, (0.4, None, None), None), expected))
+
+
+@pytest.mark.parametrize(("columns", "start", "end"), [(1, 0, 1), (150, 8, 136), (70, 3, 70), (64, 0, 64)])
+def test_factor_panel(emulate, columns, start, end):
+    """The inverse of the upper triangular R, R R^T the block, which becomes an identity; nothing around it changes."""
+    x = torch.randn(2 * columns, columns, dtype=torch.float64) * torch.logspace(0, -1, columns, dtype=torch.float64)
+    exact = x.T @ x
+    for seed in range(2):
+        folder = emulate("sweep", "factor", columns, start, end, seed=seed, result="inverse", matrix=exact.float())
+        found = load(folder, "inverse", np.float32, end - start, end - start)
+        block = exact.float()[start:end, start:end]
+        truth, _ = reference.inverse_factor(block.double(), 1e-30)
+        plain, _ = reference.inverse_factor(block, 1e-30)
+        eps = torch.finfo(torch.float32).eps
+        assert (found - truth).norm() <= 2 * (plain - truth).norm() + eps * truth.norm()
+        assert torch.equal(found, found.triu()) and load(folder, "failed", np.int32, 1).item() == 0
+        expected = exact.float()
+        expected[start:end, start:end] = torch.eye(end - start)
+        assert torch.equal(load(folder, "matrix", np.float32, columns, columns), expected)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1e-3, float("nan")])
+def test_factor_panel_tells_what_is_not_positive(emulate, bad):
+    matrix = torch.diag(torch.rand(40) + 0.5)
+    for place in (0, 17, 39):
+        given = matrix.clone()
+        given[place, place] = bad
+        folder = emulate("sweep", "factor", 40, 0, 40, result="failed", matrix=given)
+        assert load(folder, "failed", np.int32, 1).item() == 1
 
 
 def random_problem(rows, columns):

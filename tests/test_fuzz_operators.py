@@ -177,6 +177,14 @@ def select_block(r):
     return a | {"state": torch.zeros(r.choice((3, 4096)), dtype=torch.int32)}
 
 
+def factor_panel(r):
+    n = max(1, size(r))
+    start = r.randrange(n)
+    end = r.randint(start + 1, min(n, start + 128))
+    a = {"matrix": torch.randn(n, n), "start": start, "end": end, "inverse": torch.zeros(end - start, end - start)}
+    return a | {"failed": torch.zeros(1, dtype=torch.int32)}
+
+
 def sweep_block(r):
     a, mask = block(r)
     rows, width = len(a["weight"]), a["end"] - a["start"]
@@ -184,7 +192,7 @@ def sweep_block(r):
     state = torch.randint(-(2**31), 2**31, (3,)).int() if m == 0 or r.random() < 0.2 else None
     a |= {"m": m, "prune": r.randint(0, m), "state": state, "mask": mask}
     a |= {"kept": torch.zeros(rows, packed_width(a["weight"].shape[1]), dtype=torch.uint8)}
-    return a | {"errors": torch.zeros(rows, width), "loss": torch.zeros(rows)}
+    return a | {"errors": torch.zeros(rows, r.choice((1, 1, 3)) * width), "loss": torch.zeros(rows)}
 
 
 OPERATORS = {
@@ -205,6 +213,7 @@ OPERATORS = {
     "wanda_select": wanda_select,
     "pruned_per_block": pruned_per_block,
     "select_block": select_block,
+    "factor_panel": factor_panel,
     "sweep_block": sweep_block,
 }
 

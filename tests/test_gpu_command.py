@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import gpu_checks
+import gpu_checks_decode
 import gpu_smoke
 import pytest
 import torch
@@ -173,11 +174,14 @@ def test_every_cuda_operator_and_triton_kernel_has_a_case():
 def test_the_checks_pass_here_and_see_a_wrong_kernel(monkeypatch, capsys):
     rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
     assert [row for row in rows if row["status"] != "PASS"] == []
-    monkeypatch.setattr(gpu_checks, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias))
-    monkeypatch.setattr(gpu_checks, "pack_mask", lambda kept: torch.zeros(1, dtype=torch.uint8))
+    monkeypatch.setattr(
+        gpu_checks_decode, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias)
+    )
+    for module in (gpu_checks, gpu_checks_decode):
+        monkeypatch.setattr(module, "pack_mask", lambda kept: torch.zeros(1, dtype=torch.uint8))
     monkeypatch.setattr(gpu_checks, "gram", lambda x: torch.full((2, x.shape[1], x.shape[1]), float("nan")))
     rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
-    for kind in ("mask ", "pack", "sparse_linear", "wanda", "gram"):
+    for kind in ("mask ", "pack", "window", "wanda", "gram"):
         assert {row["status"] for row in rows if row["name"].startswith(kind)} == {"FAIL"}, kind
     assert next(row for row in rows if row["name"].startswith("pack"))["message"].startswith("ValueError")
 
@@ -226,7 +230,8 @@ def test_one(i):
 def test_a_lost_context_is_the_fault_of_one_test(tmp_path, workers):
     if workers:
         pytest.importorskip("xdist")
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name in ("conftest.py", "shared.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_losing.py").write_text(LOSES_THE_CONTEXT)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  sanitizer\n")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]

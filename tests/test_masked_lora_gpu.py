@@ -192,20 +192,21 @@ def test_a_captured_layer_writes_to_no_memory_of_others(way, p, monkeypatch):
     small, large = (on_gpu(problem(n, n, 8, tokens=64, dtype=BF16)) for n in (256, 2048))
 
     def layer(args):
-        torch.manual_seed(5)
+        torch.default_generator.manual_seed(5)  # the CPU's: CUDA's cannot be seeded during a capture
         return masked_lora_linear(**args, dropout_p=p)
 
-    expected = layer(small)
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        expected = layer(small)
     with torch.cuda.graph(graph, stream=side):
         y = layer(small)
-    layer(large)
-    # These take whatever memory a call has left behind, and would show what a replay writes there.
-    others = [torch.zeros(1 << n, dtype=torch.uint8, device="cuda") for n in range(9, 24) for _ in range(4)]
-    y.zero_()
-    graph.replay()
+    with torch.cuda.stream(side):
+        layer(large)
+        # These take whatever memory the calls have left behind, and would show what a replay writes there.
+        others = [torch.zeros(1 << n, dtype=torch.uint8, device="cuda") for n in range(9, 24) for _ in range(4)]
+        y.zero_()
+        graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
     assert not any(other.any() for other in others)

@@ -79,9 +79,8 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
         measured, "fastest", lambda op, key, candidates, device, table: keys.append((op, key)) or "compose"
     )
     for tokens in (1025, 1500, 2048):
-        x = torch.empty(tokens, 64, device="meta", dtype=torch.bfloat16)
-        weight = torch.empty(48, 64, device="meta", dtype=torch.bfloat16)
-        A, B = torch.empty(8, 64, device="meta"), torch.empty(48, 8, device="meta")
+        x, weight = torch.zeros(tokens, 64).bfloat16(), torch.zeros(48, 64).bfloat16()
+        A, B = torch.zeros(8, 64), torch.zeros(48, 8)
         lora.forward(x, weight, None, A, B, 2.0, None, 0.1, 5)
         lora.backward(x[:, :48].contiguous(), x, weight, None, A, B, 2.0, 0.1, 5, [True, True, True, False])
     ways = [key for key in keys if key[0].endswith(("forward", "of x", "A and B"))]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_emulator import drivers, emulate, load  # noqa: F401
+from emulation import load
 from test_packing import expected_bits, hostile, nm_mask
 
 from losa_kernels import pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
@@ -41,7 +41,7 @@ def is_aligned(stride, size):
 
 
 @pytest.fixture
-def pack_emulated(emulate):  # noqa: F811
+def pack_emulated(emulate):
     def run(weight, mask, keep_n=0, m=0, more=0, seed=0, shares=-1, lead=0):
         """(values, offsets, stored) as integers of the weight's element size."""
         (rows, columns), size, width = weight.shape, weight.element_size(), mask.shape[1]
@@ -61,7 +61,7 @@ def pack_emulated(emulate):  # noqa: F811
 
 
 @pytest.fixture
-def unpack_emulated(emulate):  # noqa: F811
+def unpack_emulated(emulate):
     def run(values, mask, offsets, shape, more=0, seed=0, shares=-1, lead=0):
         size, width = values.element_size(), mask.shape[1]
         numbers = (*shape, 0, width + more, is_aligned(shape[1], size), size, 0, 0, shares, lead)
@@ -139,7 +139,7 @@ def test_emulated_padding_bits_are_no_columns(pack_emulated, unpack_emulated):
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_emulated_nm_is_the_references(emulate, pack_emulated, unpack_emulated, pattern):  # noqa: F811
+def test_emulated_nm_is_the_references(emulate, pack_emulated, unpack_emulated, pattern):
     keep_n, m = pattern
     for groups, dtype in ((1, torch.float32), (5, torch.bfloat16), (40, torch.float32), (67, torch.bfloat16)):
         shape = (7, groups * m)
@@ -183,7 +183,7 @@ def test_emulated_offsets_of_more_rows_than_threads(pack_emulated):
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("fails", "expected"), [(0, [0, 7]), (1, [1, -1])])
-def test_memory_that_a_kernel_writes_is_waited_for(emulate, fails, expected):  # noqa: F811
+def test_memory_that_a_kernel_writes_is_waited_for(emulate, fails, expected):
     """Also when an exception ends the call before its own wait."""
     folder = emulate("packing", "late", fails, result="waits")
     assert np.fromfile(folder / "waits", np.int64).tolist() == expected

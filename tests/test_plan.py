@@ -74,13 +74,26 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     assert found.size("weights") == 2 * PARAMETERS
     assert found.size("new weights") == found.size("dense weights") == 2 * 2 * BLOCK
     assert found.size("Hessians of a block") == 4 * (6 * 32**2 + 64**2)
-    assert found.size("factorising one") == 5 * 4 * 64**2
+    assert found.size("factors of a block") == 4 * (6 * 32**2 + 64**2)
+    assert found.size("factorising") == 5 * 4 * (6 * 32**2 + 64**2)
     assert found.size("hidden states") == 2 * 4 * 16 * 32 * 2
     assert found.size("activations") == 32 * (2 * 32 + IN_PLUS_OUT) * 2
     places = {part.what: part.place for part in found.parts}
     assert places["dense weights"] == places["hidden states"] == "host"
     assert places["weights"] == places["Hessians of a block"] == "device"
     assert found.peak("host") == (4 * PARAMETERS, "export")
+
+
+@pytest.mark.parametrize(("missing", "place"), [(1, "host"), (0, "device")])
+def test_hidden_states_stay_on_a_gpu_where_they_fit(model_directory, monkeypatch, missing, place):
+    """Each stream in a quarter of what is free when it begins; the first one is there when the second one begins."""
+    given, hidden = recipe(model_directory, device="cuda"), 4 * 16 * 32 * 4
+    always = sum(part.size for part in plan(given, probe=False).parts if part.phase == "throughout")
+    free = always + hidden + 4 * hidden - missing
+    monkeypatch.setattr("losa.plan.capacity", lambda device: {"host": 1 << 40, "device": free})
+    found = plan(given, probe=False)
+    assert {part.what: part.place for part in found.parts}["hidden states"] == place
+    assert found.size("hidden states") == 2 * hidden
 
 
 def test_pruning_alone_has_one_stream_and_no_training(model_directory):

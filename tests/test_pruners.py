@@ -268,6 +268,39 @@ def test_linears_with_the_same_hessian_share_its_factor(monkeypatch):
     assert torch.equal(changed.weight, sparsegpt_prune(weights[0], hessian, sparsity=0.5).weight)
     factored.clear()
     del hessian
-    assert pruner._factor is None, "it goes with its Hessian"
+    assert not pruner._factored, "it goes with its Hessian"
     with pytest.raises(NumericsError, match="singular"):
         pruner.prune(weights[0], -other, pattern, None)
+
+
+def test_hessians_of_a_block_are_factored_together(monkeypatch):
+    """Those on a GPU, each once; a singular one is told when its linear's turn comes, and a changed one done anew."""
+    from losa.pruners import sparsegpt
+
+    together, alone = [], []
+    run, run_one = sparsegpt.inverse_factors, sparsegpt.inverse_factor
+    monkeypatch.setattr(sparsegpt, "_factored_together", lambda hessian: True)
+    monkeypatch.setattr(sparsegpt, "inverse_factors", lambda given, d: together.append(len(given)) or run(given, d))
+    monkeypatch.setattr(sparsegpt, "inverse_factor", lambda given, d: alone.append(1) or run_one(given, d))
+    pruner, pattern = get_pruner(PruneConfig(pruner="sparsegpt", sparsity=0.5)), Pattern(sparsity=0.5)
+    first, second = (statistic_for(pruner, n, seed=n) for n in (32, 48))
+    singular = -torch.eye(24)
+    pruner.prepare([first, first, None, singular, second])
+    assert together == [3]
+    for hessian in (first, second, first):
+        weight = torch.randn(8, len(hessian))
+        expected = sparsegpt_prune(weight, hessian, sparsity=0.5)
+        assert torch.equal(pruner.prune(weight, hessian, pattern, None).weight, expected.weight)
+    with pytest.raises(NumericsError, match="singular"):
+        pruner.prune(torch.randn(8, 24), singular, pattern, None)
+    assert not alone
+    first *= 2
+    weight = torch.randn(8, 32)
+    expected = sparsegpt_prune(weight, first, sparsity=0.5)
+    assert torch.equal(pruner.prune(weight, first, pattern, None).weight, expected.weight) and alone == [1]
+    pruner.prepare([first, second])
+    del first, second, hessian
+    assert not pruner._factored
+    pruner.prepare([torch.full((3, 3), float("nan")), torch.eye(3)])
+    pruner.prepare([torch.eye(3), None])
+    assert together == [3, 2]

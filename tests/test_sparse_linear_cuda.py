@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_emulator import drivers, emulate  # noqa: F401
 from test_packing import nm_mask
 from test_sparse_linear import assert_close, random_problem
 from torch.nn.functional import pad
@@ -21,7 +20,7 @@ DTYPES = [FP32, BF16, FP16]
 
 
 @pytest.fixture
-def decode(emulate):  # noqa: F811
+def decode(emulate):
     def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, fresh=False, seed=0, counts=False):
         (batch, columns), rows, dtype = x.shape, packed.shape[0], packed.dtype
         tensor = x.dtype == dtype != FP32
@@ -108,19 +107,42 @@ def test_emulated_mixed_and_unaligned(decode):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    ("rows", "columns", "density"),
-    [(1, 32, 1), (150, 64, 0.5), (33, 1056, 0.5), (9, 2048, 1.0), (70, 3104, 0.3), (9, 5120, 0.5), (5, 14336, 0.05)],
+    ("rows", "columns", "density", "lot", "dtype"),
+    [
+        (1, 32, 1, 0, FP16),
+        (150, 64, 0.5, 0, BF16),  # 10 or 11 rows for each of 14 blocks, in three lots
+        (150, 64, 0.3, 1, FP16),
+        (45, 1056, 0.5, 1, BF16),
+        (45, 1056, 0.5, 3, FP16),
+        (9, 2048, 1.0, 0, BF16),
+        (48, 3104, 0.3, 2, BF16),
+        (9, 5120, 0.5, 0, FP16),
+        (5, 11264, 0.05, 0, BF16),
+    ],
 )
-def test_emulated_up_to_four_rows(decode, rows, columns, density, dtype):
+def test_emulated_up_to_four_rows(decode, rows, columns, density, lot, dtype):
     """The kernel that keeps x in registers: several lots of rows, ragged windows, values longer than it holds ahead."""
     weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
     kept[rows // 2], dense[rows // 2] = False, 0
     packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
     for batch in (1, 2, 3, 4):
         x, added = torch.randn(batch, columns).to(dtype), bias if batch == 1 else None
-        assert_close(decode(x, packed, added, lead=2 * batch - 1, seed=rows), x, dense, added)
+        y = decode(x, packed, added, lead=2 * batch - 1, lot=lot, fresh=batch == 4, seed=rows)
+        assert_close(y, x, dense, added)
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(("batch", "windows"), [(1, 28), (2, 20), (4, 12)])
+def test_emulated_widest_windows_on_two_devices(decode, batch, windows):
+    """Attributes of a kernel are set once for each device; without them its shared memory is too much."""
+    for more in (0, 32):
+        columns = 1024 * windows + more
+        weight, dense, kept = random_problem(2, columns, 0.1, BF16)
+        x = torch.randn(batch, columns).bfloat16()
+        y, told = decode(x, pack_bitmask(weight, pack_mask(kept)), counts=True)
+        assert_close(y, x, dense, None)
+        assert told == [2, 2, 4, 256 if more else 32 * windows]  # beyond, the kernel of 256 threads
 
 
 @pytest.mark.subprocess
@@ -153,16 +175,21 @@ def test_emulated_damaged_files_are_not_read_beyond(decode):
     for seed in range(3):
         y = decode(torch.ones(1, columns).bfloat16(), cut, seed=seed)
         assert y.tolist() == [[columns, columns, columns, 5]]
+    # Rows that begin anywhere, in several lots.
+    cut = PackedBitmask(
+        (60, 1088), cut.values, torch.full((60, 136), 255, dtype=torch.uint8), torch.randint(-99, 1 << 16, (60,))
+    )
+    assert decode(torch.ones(2, 1088).bfloat16(), cut).isfinite().all()
     halves = PackedBitmask(packed.shape, packed.values.bfloat16(), packed.bitmask, packed.row_offsets)
     assert decode(torch.ones(1, 160).bfloat16(), halves)[0, 0] == 100  # and zeros where there are no values
 
 
 @pytest.mark.subprocess
 def test_emulated_order_of_threads_does_not_change_a_bit(decode):
-    weight, _, kept = random_problem(12, 1504, 0.5, BF16)
+    weight, _, kept = random_problem(36, 1504, 0.5, BF16)
     packed, x = pack_bitmask(weight, pack_mask(kept)), torch.randn(4, 1504).bfloat16()
-    for rows, split in ((4, 2), (4, 0), (2, 0)):
-        runs = [decode(x[:rows], packed, split=split, seed=seed) for seed in range(3)]
+    for rows, split in ((4, 2), (4, 0), (1, 0)):
+        runs = [decode(x[:rows], packed, split=split, lot=1, seed=seed) for seed in range(3)]
         assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
@@ -177,6 +204,7 @@ def test_values_per_byte(pattern, columns, expected):
 
 def test_calls_take_the_kernel_that_fits(monkeypatch):
     """What reaches the operators, from CPU tensors: the CPU has the same one for the bitmask."""
+    monkeypatch.setenv("LOSA_SPARSE_LINEAR", "window")
     seen = []
 
     def nm(x, values, bitmask, per_byte, bias):

@@ -2,8 +2,8 @@
 memory within the device's limit, wgmma with right descriptors (see wgmma.py).
 
 tests/triton_aot.json holds the figures by Triton version. The versions in it must give the same again; any other is
-held to the limits alone. To record the installed Triton's figures, all tiles of all lists and all architectures
-included (a quarter of an hour):
+held to the limits alone. To record the installed Triton's figures on all architectures, all tiles of all lists included
+(but of 8.6, 8.9 and 12.0 those that run unmeasured), takes a quarter of an hour:
 
     PYTHONPATH=tests python tests/test_triton_aot.py
 """
@@ -151,8 +151,8 @@ SMALL = {
     "keep_kernel": "compose dropout",
     "sum_kernel": "gradient of A, B r16",
 }
-# What every test compiles for 8.6, 8.9 and 12.0, whose code is 8.0's but for the shared memory that they have.
-ELSEWHERE = ("forward dropout", "gradient of x dropout r128", "gradient of A, B r128", "Gram 128 x 65536")
+# What every test compiles for 12.0: the products of a usual recipe.
+ON_120 = ("forward dropout", "gradient of x dropout", "compose dropout", "gradient of A, B from G r16")
 
 
 def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launch]]:
@@ -175,8 +175,7 @@ def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launc
             recorded = aot.record(cka if case.startswith("Gram") else triton_launch, call, patch)
         for launch in recorded:
             name = launch.kernel.__name__
-            tile = "" if launch.tile is None else f" {launch.tile.rows}x{launch.tile.columns}x{launch.tile.step}"
-            row = f"{case}: {name}{tile} w{launch.warps} s{launch.stages}"
+            row = f"{case}: {name} {launch.tile or f'w{launch.warps} s{launch.stages}'}"
             if SMALL.get(name, case) == case and row not in seen:
                 seen.add(row)
                 yield row, launch
@@ -185,6 +184,8 @@ def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launc
 
 def check(row: str, figures: dict[str, int], arch: int) -> None:
     assert figures["spills"] == 0, (row, figures)
+    if arch == 89:
+        return
     assert figures["wrong"] == 0, (row, figures)
     case, kernel = row.split(": ")[0], row.split(": ")[1].split()[0]
     wgmma, mma = figures["hgmma"], figures["hmma"]
@@ -220,7 +221,7 @@ def compiled(case: str, arch: int, every_tile: bool, monkeypatch) -> dict[str, d
     for row, launch in launches(case, arch, monkeypatch):
         wanted.add(product(row))
         if every_tile or product(row) not in map(product, found):
-            figures = launch.compile(arch)
+            figures = launch.assemble(arch) if arch == 89 else launch.compile(arch)
             if figures["shared"] <= aot.SHARED_LIMIT[arch]:
                 found[row] = figures
     assert wanted == set(map(product, found)), "one tile of each list fits"
@@ -230,7 +231,7 @@ def compiled(case: str, arch: int, every_tile: bool, monkeypatch) -> dict[str, d
 @pytest.mark.parametrize(
     "arch, case",
     [(arch, case) for arch in (80, 90) for case, (_, _, always) in CASES.items() if always]
-    + [(arch, case) for arch in (86, 120) for case in ELSEWHERE],
+    + [(86, "gradient of A, B r128"), *((120, case) for case in ON_120)],
 )
 def test_machine_code(case, arch, monkeypatch):
     recorded = aot.read_table().get(triton.__version__, {}).get(f"sm_{arch}")
@@ -238,6 +239,13 @@ def test_machine_code(case, arch, monkeypatch):
         check(row, figures, arch)
         if recorded is not None:
             assert figures == recorded.get(row), row
+
+
+def test_code_for_8_9_is_that_for_8_6(monkeypatch):
+    for _, launch in list(launches("forward dropout", 86, monkeypatch))[:2]:
+        codes = {arch: launch.build(arch) for arch in (86, 89)}
+        assert codes[89].metadata.shared == codes[86].metadata.shared
+        assert codes[89].asm["ptx"].replace("sm_89", "sm_86") == codes[86].asm["ptx"]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +305,7 @@ def main() -> None:
         for arch in aot.ARCHITECTURES:
             rows[f"sm_{arch}"] = {}
             for case in CASES:
-                rows[f"sm_{arch}"] |= compiled(case, arch, True, monkeypatch)
+                rows[f"sm_{arch}"] |= compiled(case, arch, arch in (80, 90), monkeypatch)
                 print(f"sm_{arch}", case, flush=True)
     aot.write_table(table | {triton.__version__: rows})
 

@@ -86,11 +86,12 @@ def first() -> list[Step]:
             "decode", 40, 80,
             "--random", "llama2-7b", "--sparsity", "0.5,0.7", "--tokens", "32", "--repetitions", "2",
         ),
+        benchmark("decoder_step", 7, 25, "--quick"),
         benchmark("packing", 8, 25, "--shapes", "11008x4096", "--patterns", "50%,2:4"),
         benchmark("bitmask", 6, 20),
         benchmark("cka", 8, 25),
         sanitizer("memcheck", 30, 80),
-        sanitizer("racecheck", 25, 80, "-k", "sparse_linear or packing or column_sweep"),
+        sanitizer("racecheck", 25, 80, "-k", "sparse_linear or tiles or packing or column_sweep"),
     ]  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def again(failed_tests: list[str], smoke_failed: bool) -> list[Step]:
         steps.append(tests("failed tests again", 30, 80, *failed_tests, **blocking))
     return [
         *steps,
-        *(decoded(f"LOSA_WINDOW_LOT={rows}", LOSA_WINDOW_LOT=str(rows)) for rows in (4, 8, 16)),
+        *(decoded(f"LOSA_WINDOW_LOT={rows}", LOSA_WINDOW_LOT=str(rows)) for rows in (1, 2, 4)),
         decoded("LOSA_DEPENDENT_LAUNCH=0", LOSA_DEPENDENT_LAUNCH="0"),
         *(swept(f"LOSA_TRAILING={way}", LOSA_TRAILING=way) for way in ("fp32", "3xtf32")),
         *(swept(f"LOSA_FACTOR={way}", LOSA_FACTOR=way) for way in ("torch", "blocked")),

@@ -70,6 +70,22 @@ inline void check_select_block(const Tensor& weight, const Tensor& factor, int64
   check_state(state, state_ints);
 }
 
+inline void check_factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor& inverse,
+                               const Tensor& failed) {
+  constexpr int64_t kMost = 128;
+  STD_TORCH_CHECK(matrix.dim() == 2 && is_dense_float(matrix) && matrix.size(0) == matrix.size(1),
+                  "matrix: expected a contiguous float tensor (n, n)");
+  STD_TORCH_CHECK(0 <= start && start < end && end <= matrix.size(0) && end - start <= kMost,
+                  "start, end: expected up to ", kMost, " of ", matrix.size(0), " columns, got ", start, ", ", end);
+  STD_TORCH_CHECK(is_dense_float(inverse) && inverse.dim() == 2 && inverse.size(0) == end - start &&
+                      inverse.size(1) == end - start && inverse.get_device_index() == matrix.get_device_index(),
+                  "inverse: expected a contiguous float tensor (", end - start, ", ", end - start,
+                  ") on the matrix's device");
+  STD_TORCH_CHECK(failed.scalar_type() == ScalarType::Int && failed.numel() == 1 &&
+                      failed.get_device_index() == matrix.get_device_index(),
+                  "failed: expected an int32 tensor of one element on the matrix's device");
+}
+
 inline void check_sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t m,
                               int64_t prune, const std::optional<Tensor>& state, const std::optional<Tensor>& mask,
                               const Tensor& kept, const Tensor& errors, const Tensor& loss) {
@@ -81,8 +97,8 @@ inline void check_sweep_block(const Tensor& weight, const Tensor& factor, int64_
   STD_TORCH_CHECK(is_packed_mask(kept, rows, weight.size(1)) && kept.is_contiguous(),
                   "kept: expected a contiguous packed uint8 tensor");
   STD_TORCH_CHECK(errors.scalar_type() == ScalarType::Float && errors.dim() == 2 && errors.size(0) == rows &&
-                      errors.size(1) == width && has_dense_rows(errors),
-                  "errors: expected a float tensor (", rows, ", ", width, ") with dense rows");
+                      (errors.size(1) == width || errors.size(1) == 3 * width) && has_dense_rows(errors),
+                  "errors: expected a float tensor (", rows, ", ", width, ") or three times as wide, with dense rows");
   STD_TORCH_CHECK(is_dense_float(loss) && loss.dim() == 1 && loss.size(0) == rows, "loss: expected a float tensor (",
                   rows, ",)");
 }

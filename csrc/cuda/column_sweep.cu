@@ -25,8 +25,9 @@ struct Sweep {
   const uint8_t* mask;  // may be null
   uint8_t* kept;
   int64_t packed_stride;
-  float* errors;  // rows x width
+  float* errors;  // rows x width; split: three times as wide, the high part twice and the low part
   int64_t errors_stride;
+  bool split;
   float* loss;
   bool aligned;  // rows of weight, factor and errors are whole fours and may be accessed 16 bytes at a time
 };
@@ -55,6 +56,29 @@ __device__ __forceinline__ void store_four(float* place, int left, const float4&
       if (i < left) place[i] = component(four, i);
     }
   }
+}
+
+// To TF32's 10 bits after the point, halves away from zero.
+__device__ __forceinline__ float rounded_to_tf32(float value) {
+  return __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu);
+}
+
+// Four errors; split into two TF32 numbers each, which loses at most 2^-22 of an error.
+template <bool kAligned>
+__device__ __forceinline__ void store_errors(const Sweep& job, float* place, int left, const float (&errors)[4]) {
+  if (!job.split) {
+    store_four<kAligned>(place, left, make_float4(errors[0], errors[1], errors[2], errors[3]));
+    return;
+  }
+  float high[4], low[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    high[i] = rounded_to_tf32(errors[i]);
+    low[i] = rounded_to_tf32(errors[i] - high[i]);
+  }
+  store_four<kAligned>(place, left, make_float4(high[0], high[1], high[2], high[3]));
+  store_four<kAligned>(place + job.width, left, make_float4(high[0], high[1], high[2], high[3]));
+  store_four<kAligned>(place + 2 * job.width, left, make_float4(low[0], low[1], low[2], low[3]));
 }
 
 // In shared memory a row of U begins at its strip's first column. Floats of it, and before those of a strip:
@@ -223,8 +247,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
     }
     const int left = width - kStrip * k - first;
     store_four<kAligned>(weight + kStrip * k, left, make_float4(kept[0], kept[1], kept[2], kept[3]));
-    store_four<kAligned>(job.errors + row * job.errors_stride + first + kStrip * k, left,
-                         make_float4(errors[0], errors[1], errors[2], errors[3]));
+    store_errors<kAligned>(job, job.errors + row * job.errors_stride + first + kStrip * k, left, errors);
   }
   loss += __shfl_xor_sync(0xffffffffu, loss, 1, kLanes);
   loss += __shfl_xor_sync(0xffffffffu, loss, 2, kLanes);
@@ -297,6 +320,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   const auto* upper = static_cast<const float*>(factor.const_data_ptr()) + start * (columns + 1);
   auto* errors_out = static_cast<float*>(errors.mutable_data_ptr());
   const int64_t errors_stride = errors.stride(0);
+  const bool split = errors.size(1) != width;
   const uintptr_t places = reinterpret_cast<uintptr_t>(weights) | reinterpret_cast<uintptr_t>(upper) |
       reinterpret_cast<uintptr_t>(errors_out);
   const Sweep job{weights,
@@ -312,8 +336,9 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
                   packed_width(columns),
                   errors_out,
                   errors_stride,
+                  split,
                   static_cast<float*>(loss.mutable_data_ptr()),
-                  columns % 4 == 0 && errors_stride % 4 == 0 && places % 16 == 0};
+                  columns % 4 == 0 && errors_stride % 4 == 0 && (!split || width % 4 == 0) && places % 16 == 0};
   launch_sweep_block(job, m, current_stream(weight));
 }
 

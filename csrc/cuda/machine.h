@@ -42,6 +42,14 @@ __device__ __forceinline__ void keep_in_register(Number& number) {
   asm volatile("" : "+r"(number));
 }
 
+// Adds the number of the lane kDelta below, where there is one. By all lanes.
+template <int kDelta>
+__device__ __forceinline__ void add_from_below(unsigned& number) {
+  asm volatile("{.reg .u32 r; .reg .pred p; shfl.sync.up.b32 r|p, %0, %1, 0, -1; @p add.u32 %0, %0, r;}"
+               : "+r"(number)
+               : "n"(kDelta));
+}
+
 // sum + the products of the four bytes of a and b
 __device__ __forceinline__ Shared add_bytes(Shared sum, unsigned a, unsigned b) {
   return __dp4a(a, b, sum);
@@ -128,8 +136,9 @@ __device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
                : "memory");
 }
 
-// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is read
-// once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same time.
+// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is
+// read once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same
+// time.
 __device__ __forceinline__ unsigned load_once_word(const void* from) {
   unsigned word;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(word) : "l"(from));
@@ -176,8 +185,76 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)
   }
 }
 
-// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and what
-// they wrote can be read. Elsewhere they are complete from the start.
+// This thread's place in its warp. It stays in a register, where threadIdx.x is read anew at every use.
+__device__ __forceinline__ int lane_of_warp() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// value plus that of the lane kDistance below, where there is one. By all lanes.
+template <int kDistance>
+__device__ __forceinline__ unsigned add_of_lane_below(unsigned value) {
+  asm volatile("{.reg .pred p; .reg .u32 v; shfl.sync.up.b32 v|p, %0, %1, 0, 0xffffffff; @p add.u32 %0, %0, v;}"
+               : "+r"(value)
+               : "n"(kDistance));
+  return value;
+}
+
+// Bulk copies: one thread asks for up to 1 MB from global to shared memory, and a barrier in shared memory (8 bytes,
+// aligned) tells when it is there. From compute capability 9.0 on; elsewhere none of these may be called.
+__device__ __forceinline__ constexpr bool has_bulk_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
+// A barrier for one copy at a time, before its first use.
+__device__ __forceinline__ void init_barrier(Shared barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Between this thread's init_barrier and a copy: copies are made by another unit, which has to see the barriers.
+__device__ __forceinline__ void publish_barriers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// `bytes` from global to shared memory, all three multiples of 16. What was read at `to` before is read: by this thread,
+// and by those that it met at a barrier since.
+__device__ __forceinline__ void copy_bulk(Shared to, const void* from, unsigned bytes, Shared barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+      "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// Returns when the barrier's copy is there: the first, third, ... with parity 0, the second, fourth, ... with parity 1.
+__device__ __forceinline__ void wait_barrier(Shared barrier, unsigned parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned done = 0;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+#endif
+}
+
+// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and
+// what they wrote can be read. Elsewhere they are complete from the start.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,11 +1,11 @@
 // The window kernel: sparse_linear for up to 4 rows of x of the values' 16-bit type.
 //
 // A block has a warp for each window of 1024 columns and takes one contiguous range of the weight's rows; a warp's x
-// stays in registers. A lane expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the fourth
-// only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into their columns with
-// zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core tile:
-// of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is used.
-// A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks of shared memory hold.
+// stays in registers. A lane expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the
+// fourth only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into their columns
+// with zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core
+// tile: of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is
+// used. A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks hold.
 //
 // Everything of the weight is asked for early. Rows are taken in lots, between two of which there is a barrier. While a
 // lot is multiplied, the masks of the next lot are counted and the masks of the lot after that are on their way. A warp
@@ -27,19 +27,20 @@ constexpr int kParts = 8;  // of a window's sum, each in one lane
 constexpr int kWindowWords = kWindowColumns / 32;
 constexpr int kMostLot = 4;  // rows of a lot
 
-// Windows of a block at most. A multiprocessor's registers allow as many warps, whatever the size of its blocks: 72, 88
-// or 168 registers of a thread.
+// Windows of a block at most. A multiprocessor's registers allow as many warps, of blocks of any size: 72, 96 or 168
+// registers of a thread. So two blocks for 14336 columns and one row of x, one block for 11008 columns and two rows.
 LOSA_HOST_DEVICE constexpr int most_windows(int batch) {
   return batch == 1 ? 28 : batch == 2 ? 20 : 12;
 }
 
-// 32 columns of a row: which are absent, and how many bytes of the window's values are before those of the columns.
+// 32 columns of a row: a bit for each that was pruned, and how many bytes of the window's values are before the word's.
 struct alignas(8) Word {
-  unsigned absent, before;
+  unsigned pruned, before;
 };
 
-// Where a row's values are: the 16-byte boundary at or before them, and how many there are from it to the buffer's end (at
-// most 2^30). In shared memory the numbers of values before the row's own and of each window follow.
+// Where a row's values are: the 16-byte boundary at or before them, and how many values there are from it to the end of
+// the buffer (at most 2^30). In shared memory an int for each window follows, and one before them: how many values lie
+// between the boundary and the row, and how many each window has.
 struct alignas(16) RowStart {
   const uint16_t* origin;
   int left;
@@ -50,8 +51,10 @@ struct alignas(16) RowStart {
 struct Shape {
   int windows, lot, rows, longer;
 
-  // Places in shared memory, in bytes: permutations; per warp its values and two lots of words; three lots of row starts,
-  // as one warp may begin the next lot's values while another counts the lot after it; two lots of sums.
+  // Places in shared memory, in bytes. First the permutations and each warp's values; then each warp's words of two
+  // lots, one that is multiplied and one that is counted. Row starts are of three lots: while a slow warp still
+  // multiplies one, a fast one may ask for values of the second and count the third. Sums are of two lots: one is added
+  // up late.
   LOSA_HOST_DEVICE constexpr int words_at() const { return 64 + windows * kRoom * 2; }
   LOSA_HOST_DEVICE constexpr int starts_at() const {
     return words_at() + windows * 2 * lot * kWindowWords * static_cast<int>(sizeof(Word));
@@ -83,41 +86,47 @@ struct MasksAhead {
   // Of `count` rows from `row` on; there may be none.
   __device__ __forceinline__ void load(const Weight& weight, int window, int row, int count) {
     const int lane = threadIdx.x % 32, column = window * kWindowColumns + 32 * lane;
-    const uint8_t* const mask = weight.mask + row * weight.mask_stride + column / 8;
+    const uint8_t* mask = weight.mask + row * weight.mask_stride + column / 8;
     const int wanted = column < weight.columns ? count : 0;
 #pragma unroll
-    for (int i = 0; i < kMostLot; ++i) {
+    for (int i = 0; i < kMostLot; ++i, mask += weight.mask_stride) {
       words[i] = 0;
-      if (i < wanted) words[i] = load_once_word(mask + i * weight.mask_stride);  // [32]
+      if (i < wanted) words[i] = load_once_word(mask);  // [32]
     }
     first = 0;
     if (window == 0 && lane < count) first = first_value(weight, row + lane);
   }
 
-  // To shared memory, of the first `count` of the rows: this lane's words, and in the rows' starts, `stride` bytes apart,
-  // the window's number of values. By all lanes of all warps; others may read after a barrier of the block.
-  __device__ __forceinline__ void count(const Weight& weight, int window, int count, Word* words_to, unsigned char* starts,
-                                        int stride) const {
+  // To shared memory, of the first `count` of the rows: this lane's words, and in the rows' starts, `stride` bytes
+  // apart, the window's number of values. By all lanes of all warps; others may read after a barrier of the block.
+  __device__ __forceinline__ void count(const Weight& weight, int window, int count, Word* words_to,
+                                        unsigned char* starts, int stride) const {
     const int lane = threadIdx.x % 32;
-    const auto counts_of = [&](int i) { return reinterpret_cast<int*>(starts + i * stride + sizeof(RowStart)); };
+    const int counts = static_cast<int>(sizeof(RowStart)) + 4 * (window + 1);
 #pragma unroll
     for (int i = 0; i < kMostLot; i += 2) {
       if (i >= count) break;
       // One scan for two rows: no sum has more than 11 bits.
-      const unsigned own = __popc(words[i]) | __popc(words[i + 1]) << 16, sum = inclusive_sum(own);
+      const unsigned own = __popc(words[i]) | __popc(words[i + 1]) << 16;
+      unsigned sum = own;
+      add_from_below<1>(sum);
+      add_from_below<2>(sum);
+      add_from_below<4>(sum);
+      add_from_below<8>(sum);
+      add_from_below<16>(sum);
       const unsigned before = 2 * (sum - own);
       words_to[i * kWindowWords] = {~words[i], before & 0xffffu};
-      if (lane == 31) counts_of(i)[window + 1] = static_cast<int>(sum & 0xffffu);
+      if (lane == 31) *reinterpret_cast<int*>(starts + counts + i * stride) = static_cast<int>(sum & 0xffffu);
       if (i + 1 >= count) break;
       words_to[(i + 1) * kWindowWords] = {~words[i + 1], before >> 16};
-      if (lane == 31) counts_of(i + 1)[window + 1] = static_cast<int>(sum >> 16);
+      if (lane == 31) *reinterpret_cast<int*>(starts + counts + (i + 1) * stride) = static_cast<int>(sum >> 16);
     }
     if (window > 0 || lane >= count) return;
     const int64_t margin = first % kPiece, origin = first - margin, left = weight.total - origin;
     constexpr int64_t kMost = int64_t{1} << 30;
     *reinterpret_cast<RowStart*>(starts + lane * stride) = {static_cast<const uint16_t*>(weight.values) + origin,
                                                             static_cast<int>(left < kMost ? left : kMost)};
-    *counts_of(lane) = static_cast<int>(margin);
+    *reinterpret_cast<int*>(starts + lane * stride + sizeof(RowStart)) = static_cast<int>(margin);
   }
 };
 
@@ -213,13 +222,13 @@ struct WindowOfX {
 #pragma unroll
     for (int s = 0; s < kNibbles; ++s) {
       const Word word = words[4 * s];
-      unsigned before = word.before + 2 * __popc(~word.absent & own.below);
+      unsigned before = word.before + 2 * __popc(~word.pruned & own.below);
       keep_in_register(before);
       const Shared from = values + before;
-      const unsigned absent = rotate_right(word.absent, own.turn) & 0x3cu;  // times 4
-      const unsigned order = load_shared<4>(permutations + absent);
+      const unsigned pruned = rotate_right(word.pruned, own.turn) & 0x3cu;  // of the 4 columns, times 4
+      const unsigned order = load_shared<4>(permutations + pruned);
       const unsigned low = pair_of(load_shared<2>(from), load_shared<2>(from + 2));
-      const unsigned high = pair_of(load_shared<2>(from + 4), load_unless<2>(absent, from + 6));
+      const unsigned high = pair_of(load_shared<2>(from + 4), load_unless<2>(pruned, from + 6));
       // Rows g + 8 of A may be anything.
       const unsigned a[4] = {bytes_of(low, high, order), low, bytes_of(low, high, order >> 16), high};
 #pragma unroll
@@ -258,8 +267,8 @@ __device__ __forceinline__ void store_sums(const Task& task, int windows, const 
   }
 }
 
-// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before all kernels before on the
-// stream are complete.
+// Blocks of 32 * shape.windows threads; each has a row at least. Until all kernels before on the stream are complete
+// only the weight is read, which they do not write.
 template <Value kValue, int kBatch>
 __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
@@ -312,8 +321,9 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
                 stride);
     masks.load(weight, window, row + 2 * lot, min(lot, end - row - 2 * lot));
     __syncthreads();
-    // Those of the lot before, which is complete behind the barrier.
-    store_sums<kValue, kBatch>(task, windows, sums + (odd ^ 1) * lot * windows * kSums, row - lot, before, store_thread);
+    // The sums of the lot before are complete behind the barrier.
+    const float* const done = sums + (odd ^ 1) * lot * windows * kSums;
+    store_sums<kValue, kBatch>(task, windows, done, row - lot, before, store_thread);
     before = count;
     const Word* row_words = words + odd * lot * kWindowWords + lane / 8;
     float* sum = sums + (odd * lot * windows + window) * kSums + part;

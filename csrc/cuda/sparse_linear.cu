@@ -1,16 +1,18 @@
 // sparse_linear on CUDA for up to 16 rows of x: which decode kernel runs, on how many blocks.
 //
-// | x           | rows of x | columns                      | kernel        | because                                    |
-// |-------------|-----------|------------------------------|---------------|--------------------------------------------|
-// | values' own | 1         | up to 28672, multiples of 32 | matvec_kernel | x stays in registers, masks are counted    |
-// | 16-bit type | 2         | up to 20480, multiples of 32 |               | lots of rows ahead; a warp of a block for  |
-// |             | 3, 4      | up to 12288, multiples of 32 |               | each 1024 columns, as many as 64 K         |
-// |             |           |                              |               | registers allow                            |
-// |             | 1 to 16   | any other                    | decode_kernel | takes masks of any alignment, shares a row |
-// | fp32        | 1 to 16   | any                          | decode_kernel | among warps; fp32 x has no tensor cores    |
+// | x                 | rows of x | columns               | kernel        | because                               |
+// |-------------------|-----------|-----------------------|---------------|---------------------------------------|
+// | the values' type, | 1         | 32 * n, at most 28672 | matvec_kernel | A warp has its 1024 columns of x in   |
+// | bf16 or fp16      | 2         | 32 * n, at most 20480 | matvec_kernel | registers, a block all columns of a   |
+// |                   | 3, 4      | 32 * n, at most 12288 | matvec_kernel | row; registers bound its warps.       |
+// |                   | 1 to 16   | any other             | decode_kernel | It reads masks of any alignment, and  |
+// | fp32              | 1 to 16   | any                   | decode_kernel | warps may share a row. Tensor cores   |
+// |                   |           |                       |               | take no fp32.                         |
 //
-// Both take fp16 and bf16 values with offsets (bitmask) or without (N:M); fp32 values are decode_kernel's.
-// LOSA_WINDOW_LOT=1..4 sets matvec_kernel's rows between two barriers (4), to compare them on a card.
+// Masks are words of 32 columns for matvec_kernel: a view of a bitmask that begins elsewhere goes to decode_kernel too.
+// Both take values with row offsets (bitmask) and without (N:M); decode_kernel alone takes fp32 values.
+// The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows matvec_kernel takes between two barriers (else 4),
+// to compare them on a card.
 #include <algorithm>
 
 #include "common/bits.h"

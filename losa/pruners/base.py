@@ -59,7 +59,8 @@ class Pruner(Protocol):
     ``weight`` (out, in) fp32, not to be changed: dense values, the adapter included. ``statistic``: None, input norms
     (in,) fp32 (``||X_j||_2``), or the Hessian ``X^T X`` (in, in) fp32. ``mask``: packed or None; weights already pruned
     stay pruned and count towards the pattern, and a row, group or matrix that has lost more than asked keeps its zeros.
-    ``prune`` raises NumericsError for values it cannot work on.
+    ``prune`` raises NumericsError for values it cannot work on. A pruner may have ``prepare(statistics)`` too, which is
+    called with all statistics of a block before its linears are pruned one by one.
     """
 
     statistic: Statistic

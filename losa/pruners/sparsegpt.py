@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from losa.errors import NumericsError, RecipeError
 from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import SingularHessianError, inverse_factor
+from losa_kernels.column_sweep import SingularHessianError, inverse_factor, inverse_factors
+from losa_kernels.tensors import all_finite
 
 
 class SparseGPT:
@@ -20,7 +22,7 @@ class SparseGPT:
     A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` it gives Wanda's mask instead, from
     the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping`` infinite, which
     records that no damping was enough. Linears that share their inputs come one after another with the very same
-    Hessian: its factor is computed once and kept while that tensor lives.
+    Hessian: its factor is computed once and kept while that tensor lives. ``prepare`` factors a block's all together.
 
     Raises RecipeError when N:M groups would straddle column blocks (``prune.block_size`` no multiple of M).
     """
@@ -37,9 +39,19 @@ class SparseGPT:
         self.damping = config.damping
         self.block_size = config.block_size
         self.on_singular = config.on_singular
-        self._factored: weakref.ref | None = None
-        self._version = 0
-        self._factor: tuple[Tensor, float] | None = None
+        # Hessians, what version of them was factored, and what came of it.
+        self._factored: list[tuple[weakref.ref, int, tuple[Tensor, float] | SingularHessianError]] = []
+
+    def prepare(self, statistics: Iterable[Tensor | None]) -> None:
+        """Factor a block's CUDA Hessians together, before ``prune`` asks for them one by one. One that is not finite is
+        left to ``prune``, which knows whose it is."""
+        hessians = list({id(h): h for h in statistics if h is not None and _factored_together(h)}.values())
+        if len(hessians) < 2 or not all(map(all_finite, hessians)):
+            return
+        self._factored = []
+        found = inverse_factors([hessian.float() for hessian in hessians], self.damping)
+        for hessian, outcome in zip(hessians, found, strict=True):
+            self._keep(hessian, outcome)
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         check_finite(weight)
@@ -63,14 +75,24 @@ class SparseGPT:
         return Pruned(result.mask, result.weight, float(result.loss.sum()), result.damping)
 
     def _factor_of(self, hessian: Tensor) -> tuple[Tensor, float]:
-        """``inverse_factor`` in fp32, of the last Hessian from memory."""
-        known = None if self._factored is None else self._factored()
-        if known is not hessian or self._version != hessian._version:
-            self._factor = None
-            self._factor = inverse_factor(hessian.float(), self.damping)
-            self._factored, self._version = weakref.ref(hessian, self._forget), hessian._version
-        return self._factor
+        """``inverse_factor`` in fp32, from memory where the Hessian is one of the last."""
+        for reference, version, outcome in self._factored:
+            if reference() is hessian and version == hessian._version:
+                if isinstance(outcome, SingularHessianError):
+                    # A new one: the traceback of one that is kept would keep the Hessian alive.
+                    raise SingularHessianError(str(outcome))
+                return outcome
+        self._factored = []
+        outcome = inverse_factor(hessian.float(), self.damping)
+        self._keep(hessian, outcome)
+        return outcome
+
+    def _keep(self, hessian: Tensor, outcome: tuple[Tensor, float] | SingularHessianError) -> None:
+        self._factored.append((weakref.ref(hessian, self._forget), hessian._version, outcome))
 
     def _forget(self, gone: weakref.ref) -> None:
-        if self._factored is gone:
-            self._factored = self._factor = None
+        self._factored = [entry for entry in self._factored if entry[0] is not gone]
+
+
+def _factored_together(hessian: Tensor) -> bool:
+    return hessian.is_cuda and hessian.dtype != torch.float64

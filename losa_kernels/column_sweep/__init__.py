@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed, packed_width
+from losa_kernels.column_sweep import factor as factor_on_cuda
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, check_values
 from losa_kernels.tensors import all_finite
@@ -19,6 +21,7 @@ __all__ = [
     "accumulate_hessian",
     "complete_hessian",
     "inverse_factor",
+    "inverse_factors",
     "sparsegpt_prune",
     "wanda_mask",
 ]
@@ -49,16 +52,53 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         ValueError: a wrong shape or damping, or a non-finite Hessian; names the argument.
         SingularHessianError: no damping up to 1 makes it positive definite.
     """
+    hessian, damping = _check_hessian(hessian), _check_damping(damping)
+    return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
+
+
+@torch.no_grad()
+def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
+    """:func:`inverse_factor` of each Hessian, or its SingularHessianError: one's damping is not the others'. On CUDA
+    several are factored at a time.
+
+    Raises:
+        ValueError: a wrong shape, device or damping, or a non-finite Hessian; names the argument.
+    """
+    damping, hessians = _check_damping(damping), [_check_hessian(hessian) for hessian in hessians]
+    if not hessians:
+        return []
+    devices = {hessian.device for hessian in hessians}
+    if len(devices) > 1:
+        raise ValueError(f"hessian: expected all on one device, got {', '.join(sorted(map(str, devices)))}")
+    run = dispatch.implementation("inverse_factor", hessians[0].device)
+    if run is factor_on_cuda.inverse_factor:
+        return factor_on_cuda.inverse_factors(hessians, damping)
+    found: list[tuple[Tensor, float] | SingularHessianError] = []
+    for hessian in hessians:
+        try:
+            found.append(run(hessian, damping))
+        except SingularHessianError as error:
+            # Its traceback would keep all Hessians alive.
+            found.append(error.with_traceback(None))
+    return found
+
+
+def _check_hessian(hessian: Tensor) -> Tensor:
+    """In the dtype that it is factored in."""
     arguments.with_data("hessian", arguments.tensor("hessian", hessian))
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
         raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
-    damping = arguments.number("damping", damping)
-    if not 0 < damping <= MAX_DAMPING:
-        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
     hessian = hessian.to(_wide(hessian))
     if not all_finite(hessian):
         raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
-    return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
+    return hessian
+
+
+def _check_damping(damping: float) -> float:
+    damping = arguments.number("damping", damping)
+    if not 0 < damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
+    return damping
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and a trailing product per column block.
+"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and trailing products of the vendor's.
 
-``LOSA_TRAILING=3xtf32`` runs those products on tensor cores, as three TF32 products of split operands; otherwise they
-are fp32 products, whatever torch's global precision says. The blocks become one CUDA graph from the second call on
-(``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
+``LOSA_TRAILING`` = ``auto`` (default) | ``fp32`` | ``3xtf32``: products in fp32, whatever torch's global precision is,
+or on tensor cores from operands in two TF32 parts each, which leaves out at most 3 * 2^-22 of each product. ``auto``:
+the faster of both at the first weight of a shape (``measured``), if the latter is as accurate on this device as it
+should be; fp32 where nothing may be measured. The blocks become one CUDA graph from the second call on (``graph.py``;
+``LOSA_SWEEP_GRAPH=0``: never).
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from losa_kernels import measured
 from losa_kernels.column_sweep import blocks, reference
 from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
 
@@ -22,6 +26,7 @@ WIDEST_BLOCK = 128  # columns that sweep_block takes
 # the weight a quarter as often.
 PANEL = 512
 GROUPS = (4, 8, 16)
+LEFT_OUT = 3 * 2.0**-22  # of a product in TF32 parts, at most
 
 graphs = SweepGraphs(CudaCapture())
 
@@ -44,16 +49,41 @@ def column_sweep(
         return reference.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask)
     if weight.dtype != torch.float32 or block_size > WIDEST_BLOCK or block_size % 8 or m not in (None, *GROUPS):
         return reference.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask)
-    split = os.environ.get("LOSA_TRAILING", "fp32").strip().lower()
-    if split not in ("fp32", "3xtf32"):
-        raise ValueError(f"LOSA_TRAILING: expected fp32 or 3xtf32, got {split!r}")
-    update, precision = (update_rest_3xtf32, "tf32") if split == "3xtf32" else (blocks.update_rest, "ieee")
+    split = _trailing(weight, factor) == "3xtf32"
 
     def loop(weight: Tensor, factor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, update=update, panel=PANEL)
+        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, panel=PANEL, split=split)
 
-    with matmul_precision(precision):
+    with matmul_precision("tf32" if split else "ieee"):
         return graphs.run(loop, weight, factor.contiguous(), mask, (sparsity, keep_n, m, block_size, split))
+
+
+def _trailing(weight: Tensor, factor: Tensor) -> str:
+    """How trailing products are computed: fp32 or 3xtf32."""
+    setting = os.environ.get("LOSA_TRAILING", "auto").strip().lower() or "auto"
+    if setting not in ("auto", "fp32", "3xtf32"):
+        raise ValueError(f"LOSA_TRAILING: expected auto, fp32 or 3xtf32, got {setting!r}")
+    if setting != "auto":
+        return setting
+    rows, columns = weight.shape
+    if columns <= PANEL:
+        return "fp32"
+
+    # Half of the columns: as many as a panel's product has on average.
+    def product(precision: str, upper: Tensor) -> None:
+        errors = weight.new_zeros(rows, len(upper))
+        with matmul_precision(precision):
+            blocks.update_rest(weight.new_zeros(rows, columns - columns // 2), errors, upper[:, columns // 2 :])
+
+    def plain() -> None:
+        product("ieee", factor[:PANEL])
+
+    def tensor_cores() -> None:
+        check_3xtf32(weight.device)
+        product("tf32", blocks.split_factor(factor[:PANEL], PANEL))
+
+    candidates = {"fp32": plain, "3xtf32": tensor_cores}
+    return measured.fastest("trailing product", (rows, columns), candidates, weight.device, "fp32")
 
 
 def wanda_mask(
@@ -73,18 +103,21 @@ def wanda_mask(
     return packed
 
 
-def split_tf32(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 x = high + low exactly, high with TF32's 10 bits after the point."""
-    high = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-    return high, x - high
-
-
-def update_rest_3xtf32(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
-    """``blocks.update_rest`` as high high + high low + low high, in one product three times as deep."""
-    errors_high, errors_low = split_tf32(errors)
-    upper_high, upper_low = split_tf32(upper)
-    errors = torch.cat([errors_high, errors_high, errors_low], 1)
-    rest.addmm_(errors, torch.cat([upper_high, upper_low, upper_high]), alpha=-1)
+@cache
+def check_3xtf32(device: torch.device) -> None:
+    """ArithmeticError unless a product in TF32 parts is nearly as accurate on the device as one in fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    errors, upper = (torch.randn(256, PANEL, generator=generator, device=device) for _ in range(2))
+    upper, exact = upper.T.contiguous(), errors.double() @ upper.T.double()
+    high = blocks.rounded_to_tf32(errors)
+    parts = torch.cat([high, high, blocks.rounded_to_tf32(errors - high)], 1)
+    with matmul_precision("tf32"):
+        split = parts @ blocks.split_factor(upper, PANEL)
+    with matmul_precision("ieee"):
+        plain = errors @ upper
+    ours, theirs = (float((found - exact).norm() / exact.norm()) for found in (split, plain))
+    if not ours <= 4 * theirs + LEFT_OUT:
+        raise ArithmeticError(f"error {ours:.1e} of products in TF32 parts, {theirs:.1e} of fp32's")
 
 
 @contextmanager

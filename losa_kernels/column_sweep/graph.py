@@ -2,8 +2,8 @@
 
 The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
 and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
-(stream, shape, sparsity or pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and only
-then: more than ``KEPT`` keys in rotation would otherwise be captured again and again.
+(stream, shape, sparsity or pattern, block size, mask or none, trailing product), so that what is pruned once pays
+nothing, and only then: more than ``KEPT`` keys in rotation would otherwise be captured again and again.
 
 ``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
 before.

@@ -117,6 +117,17 @@ def invert_upper(upper: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
+def damped_diagonal(hessian: Tensor, damping: float) -> Tensor:
+    """Diagonal with zeros as 1, plus ``damping`` of its mean."""
+    diagonal = hessian.diagonal().clone()
+    diagonal.masked_fill_(diagonal == 0, 1)
+    return diagonal + damping * diagonal.mean()
+
+
+def singular(damping: float) -> SingularHessianError:
+    return SingularHessianError(f"hessian: singular even with damping {damping:g} of its mean diagonal")
+
+
 def inverse_factor(
     hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor] = invert_upper
 ) -> tuple[Tensor, float]:
@@ -125,21 +136,18 @@ def inverse_factor(
     U = inv(flip(chol(flip(H)))); zeros on the diagonal count as 1. Every attempt starts from the given diagonal;
     damping grows tenfold until it succeeds. ``invert`` is the inverse of an upper triangular matrix.
     """
-    diagonal = hessian.diagonal().clone()
-    diagonal.masked_fill_(diagonal == 0, 1)
-    mean = diagonal.mean()
     flipped = hessian.flip(0, 1)
     last = damping
     # The margin admits a last step whose product of tens is 1 but for rounding.
     while damping <= MAX_DAMPING * (1 + 1e-9):
-        flipped.diagonal().copy_((diagonal + damping * mean).flip(0))
+        flipped.diagonal().copy_(damped_diagonal(hessian, damping).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0:
             factor = invert(lower.flip(0, 1))
             if all_finite(factor):
                 return factor, damping
         last, damping = damping, 10 * damping
-    raise SingularHessianError(f"hessian: singular even with damping {last:g} of its mean diagonal")
+    raise singular(last)
 
 
 def column_sweep(

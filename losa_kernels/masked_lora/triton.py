@@ -146,8 +146,8 @@ def _by_way(
     depth, arch = factor_depth(lora_A, lora_B, dtype), tuning.architecture(rows.device)
     transposed, dropout = op == "gradient of x", drop is not None
     predicted = tuning.fused(tokens, out_features, in_features, depth, arch, transposed, dropout)
-    kind = (depth, dtype, weight.dtype, mask is not None, dropout)
-    key = (tuning.next_power_of_2(tokens), out_features, in_features, *kind)
+    words = tuning.words(mask=mask is not None, dropout=dropout)
+    key = (tuning.next_power_of_2(tokens), out_features, in_features, depth, dtype, weight.dtype, *words)
     return tuning.by_way(op, key, dtype == torch.float32, rows.device, predicted, fused, composed)
 
 

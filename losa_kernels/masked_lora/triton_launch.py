@@ -57,8 +57,8 @@ def linear(
         )  # fmt: skip
 
     aligned = _aligned(rows, weight)
-    kind = (mask is not None, transposed, dropout, aligned, rows.dtype, weight.dtype)
-    key = (arch, next_power_of_2(tokens), out_features, depth, head + tail, *kind)
+    words = tuning.words(mask=mask is not None, transposed=transposed, dropout=drop is not None, aligned=aligned)
+    key = (next_power_of_2(tokens), out_features, depth, head + tail, rows.dtype, weight.dtype, *words)
     whole = out_features % LONGEST == 0 and depth % 64 == 0
     tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
     tuning.tuned("product", key, tiles, rows.device, run)
@@ -204,11 +204,10 @@ def project(
         terms = 0 if wide else 2 if G_dtype == torch.float32 else 1
         return slices(x if drop is None else keep(x, drop), False, tuning.project_given_tiles(terms), terms)
 
-    dA, dB = tuning.by_way(
-        "gradients of A and B",
-        (next_power_of_2(tokens), outputs, inputs, rank, x.dtype, mask is not None, drop is not None, needs_A, needs_B),
-        wide, device, tuning.fused_projection(tokens, outputs, inputs, G_dtype.itemsize, arch), fused, composed,
-    )  # fmt: skip
+    words = tuning.words(mask=mask is not None, dropout=drop is not None, A=needs_A, B=needs_B)
+    key = (next_power_of_2(tokens), outputs, inputs, rank, x.dtype, *words)
+    predicted = tuning.fused_projection(tokens, outputs, inputs, G_dtype.itemsize, arch)
+    dA, dB = tuning.by_way("gradients of A and B", key, wide, device, predicted, fused, composed)
     return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
 
 
@@ -240,8 +239,8 @@ def _project(
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, drop is not None, needs_A, needs_B, x.dtype)
-    key = (arch, next_power_of_2(tokens), outputs, inputs, R, *kind)
+    words = tuning.words(mask=mask is not None, dropout=drop is not None, aligned=_aligned(dy, x), A=needs_A, B=needs_B)
+    key = (next_power_of_2(tokens), outputs, inputs, R, x.dtype, *words)
     return tuning.tuned("gradients of A and B in registers", key, tiles, device, run)
 
 
@@ -268,8 +267,8 @@ def _project_given(
         )  # fmt: skip
         return A_parts, B_parts
 
-    kind = (mask is not None, needs_A, needs_B, terms)
-    return tuning.tuned("gradients of A and B from G", (outputs, inputs, R, *kind), tiles, G.device, run)
+    key = (outputs, inputs, R, G.dtype, terms, *tuning.words(mask=mask is not None, A=needs_A, B=needs_B))
+    return tuning.tuned("gradients of A and B from G", key, tiles, G.device, run)
 
 
 def _shares(

@@ -36,6 +36,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.step} w{self.warps} s{self.stages}"
+
 
 # By who multiplies: 90 is wgmma (and tcgen05, into which Triton turns it on 10.x), 80 is mma, which 8.x and 12.x have.
 # The first of each list that fits the device's shared memory is what runs unmeasured. A multiprocessor has 227 KB for a
@@ -58,8 +61,8 @@ LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     80: (Tile(64, 64, 32, 4, 2),),
 }
-# Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers.
-LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 4, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
+# Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers, hence 8 warps.
+LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 8, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
 # Two accumulators (gradient of x), or two main products per step.
 LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 64, 64, 8, 3), Tile(64, 128, 32, 4, 3)),
@@ -176,7 +179,12 @@ def run_fastest(
 def tuned(op: str, key: tuple, tiles: Sequence[Tile], device: torch.device, run: Callable[[Tile], Result]) -> Result:
     """What ``run`` returns for the fastest of ``tiles``; ``run`` launches the kernel, and may do so many times."""
     candidates = {tile: partial(run, tile) for tile in tiles}
-    return run_fastest(f"masked LoRA, {op}", (*key, *tiles), candidates, device, tiles[0])
+    return run_fastest(f"masked LoRA, {op}", key, candidates, device, tiles[0])
+
+
+def words(**conditions: bool) -> tuple[str, ...]:
+    """The names of the conditions that hold, for a key that can be read."""
+    return tuple(name for name, holds in conditions.items() if holds)
 
 
 def by_way(

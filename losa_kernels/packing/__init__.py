@@ -38,6 +38,10 @@ class Packed(ABC):
             object.__setattr__(self, "shape", checks.shape(self.shape))
             self._check_fields()
 
+    def __getstate__(self) -> dict:
+        """The fields alone: what kernels hang on an object (tiles of a GPU) goes into no file and no copy."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def check(self) -> None:
         """Read all but the values and raise ValueError where they contradict each other or the format (FORMAT.md)."""
         if self.values.is_meta:

@@ -9,7 +9,7 @@ import torch
 
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
-__all__ = ["join_rows", "take_rows"]
+__all__ = ["join_rows", "take_rows", "whole_of"]
 
 
 def join_rows(parts: Sequence[Packed]) -> Packed:
@@ -33,7 +33,8 @@ def join_rows(parts: Sequence[Packed]) -> Packed:
 
 
 def take_rows(packed: Packed, start: int, stop: int) -> Packed:
-    """Rows ``start`` to ``stop`` as a packed weight of their own; values and mask are views.
+    """Rows ``start`` to ``stop`` as a packed weight of their own; values and mask are views, and :func:`whole_of` knows
+    of what.
 
     Raises:
         ValueError: not 0 <= start <= stop <= out, or ``Packed24``.
@@ -43,13 +44,25 @@ def take_rows(packed: Packed, start: int, stop: int) -> Packed:
         raise ValueError(f"start, stop: expected 0 <= start <= stop <= {rows}, got {start}, {stop}")
     shape = (stop - start, packed.shape[1])
     if isinstance(packed, PackedNM):
-        return replace(packed, shape=shape, values=packed.values[start:stop], bitmask=packed.bitmask[start:stop])
+        part = replace(packed, shape=shape, values=packed.values[start:stop], bitmask=packed.bitmask[start:stop])
+        return _part_of(part, packed, start)
     if not isinstance(packed, PackedBitmask):
         raise ValueError(f"packed: rows of {type(packed).__name__} do not stand alone")
     edges = [int(packed.row_offsets[row]) if row < rows else packed.values.numel() for row in (start, stop)]
-    return PackedBitmask(
+    part = PackedBitmask(
         shape,
         packed.values[slice(*edges)],
         packed.bitmask[start:stop],
         packed.row_offsets[start:stop] - edges[0],
     )
+    return _part_of(part, packed, start)
+
+
+def whole_of(part: Packed) -> tuple[Packed, int] | None:
+    """The weight that :func:`take_rows` made this one a part of, and where it begins in it."""
+    return getattr(part, "_whole", None)
+
+
+def _part_of(part: Packed, whole: Packed, start: int) -> Packed:
+    object.__setattr__(part, "_whole", (whole, start))
+    return part

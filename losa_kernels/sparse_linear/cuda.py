@@ -1,7 +1,8 @@
-"""Few rows of x: csrc/cuda/sparse_linear.cu, which reads the packed weight once. More: unpack, then multiply.
+"""Few rows of x: kernels that read the packed weight once. More: unpack, then multiply.
 
 Weights and x in fp32, bf16 or fp16; sums are fp32, and so are products unless weights and x are of one 16-bit dtype.
-The unpacked weight is a temporary: torch's allocator gives all layers the same memory.
+Those choose among three ways (ways.py); for all others there is csrc/cuda/sparse_linear.cu. The unpacked weight is a
+temporary: torch's allocator gives all layers the same memory.
 
 ``LOSA_24=cutlass`` runs 2:4 weights (``pack_24``) of x's dtype by torch's semi-structured product instead of unpacking
 them. torch has that for GPUs of compute capability 8.x only, and it pays for many rows only.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa_kernels.packing import Packed, Packed24, PackedBitmask
-from losa_kernels.sparse_linear import reference
+from losa_kernels.sparse_linear import reference, tiles, ways
 from losa_kernels.sparse_linear.cpu import supported, values_per_byte
 
 DECODE_ROWS = 16  # the kernels' limit
@@ -29,6 +30,21 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return semi_structured(x, packed, bias)
     if not supported(x, packed, bias) or x.numel() > DECODE_ROWS * packed.shape[1]:
         return reference.sparse_linear(x, packed, bias)
+    if x.dtype == packed.dtype and x.numel() > 0 and tiles.supported(packed):
+        return _by(ways.choose(x, packed, lambda way: _by(way, x, packed, bias)), x, packed, bias)
+    return window(x, packed, bias)
+
+
+def _by(way: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if way == "unpack":
+        return reference.sparse_linear(x, packed, bias)
+    if way == "tiles":
+        return tiles.multiply(x, packed._held.tiles, bias)
+    return window(x, packed, bias)
+
+
+def window(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """By csrc/cuda/sparse_linear.cu."""
     # Of two different 16-bit dtypes the product is fp32.
     rows = x if x.dtype in (packed.dtype, torch.float32) else x.float()
     if per_byte := values_per_byte(packed):

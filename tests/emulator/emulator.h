@@ -6,7 +6,7 @@
 // one warp is let far ahead of the others, so that a result that depends on the order (a missing barrier) changes with
 // the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
 // lines; a warp operation that waits for lanes which never come; a wait for what no block will do; a shuffle from a lane
-// that takes no part.
+// that takes no part; a bulk copy that nobody waits for, or a wait for one that was seen already.
 // Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
 // the address sanitizer sees accesses beyond either.
 //
@@ -99,11 +99,21 @@ constexpr int kExitStatus = 3;
 
 constexpr std::size_t kMostTogether = 6;  // blocks of a cooperative launch
 
-enum class State { kReady, kBarrier, kWarp, kOtherBlocks, kDone };
+enum class State { kReady, kBarrier, kWarp, kOtherBlocks, kCopy, kDone };
 
 struct Copy {
   void* to;
   const void* from;
+};
+
+// A barrier in shared memory that tells when a bulk copy is there.
+struct CopyBarrier {
+  bool published = false;
+  bool asked = false;  // a copy that has not happened
+  Copy copy{};
+  std::size_t bytes = 0;
+  unsigned phase = 0, waited = 0;  // copies that are complete, and of these what somebody waited for
+  std::map<const void*, unsigned> seen;  // by each fiber
 };
 
 struct Fiber {
@@ -137,6 +147,8 @@ struct Machine {
   std::vector<std::vector<unsigned char>> dynamic_shared;  // of each block that runs
   Fiber* current = nullptr;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
+  bool has_bulk_copies = true;  // as from compute capability 9.0 on
+  std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
   int device = 0;
   int attributes_set = 0;
   std::map<std::pair<int, const void*>, int> allowed;  // dynamic shared memory of a kernel on a device, in bytes
@@ -330,9 +342,12 @@ inline void run_blocks() {
         release_barriers();
       }
     }
-    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) return;
+    if (std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) break;
     const bool waits = release_waits(), barriers = release_barriers();
     if (!waits && !barriers) report("threads wait for each other (a divergent barrier or warp operation)");
+  }
+  for (const auto& [address, barrier] : machine.copy_barriers) {
+    if (barrier.asked || barrier.waited != barrier.phase) report("a bulk copy that nobody waits for");
   }
 }
 
@@ -380,6 +395,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::functio
   std::iota(blocks.begin(), blocks.end(), std::size_t{0});
   std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (std::size_t first = 0; first < all; first += together) {
+    machine.copy_barriers.clear();
     machine.dynamic_shared.assign(together, std::vector<unsigned char>(shared_bytes, 0xcb));
     for (std::size_t i = 0; i < threads * together; ++i) {
       const std::size_t thread = i % threads, index = blocks[first + i / threads];

@@ -54,6 +54,27 @@ __global__ void does_not_wait(int* to) {
   to[threadIdx.x] = 1;
 }
 
+// Two bulk copies of 128 bytes, one after the other, by thread 0; all threads read both.
+enum class Copying { kRight, kNoFence, kUnaligned, kNoWait, kSameParity, kNeverAsked, kTooEarly };
+
+__global__ void bulk_copies(const int* from, int* to, Copying fault) {
+  LOSA_DYNAMIC_SHARED(unsigned char, memory);
+  const losa::Shared barrier = losa::shared_address(memory), values = barrier + 16;
+  if (threadIdx.x == 0) {
+    losa::init_barrier(barrier);
+    if (fault != Copying::kNoFence) losa::publish_barriers();
+  }
+  __syncwarp();
+  for (unsigned half = 0; half < 2; ++half) {
+    if (threadIdx.x == 0 && fault != Copying::kNeverAsked) {
+      losa::copy_bulk(values + (fault == Copying::kUnaligned ? 8 : 0), from + 32 * half, 128, barrier);
+    }
+    if (fault != Copying::kNoWait) losa::wait_barrier(barrier, fault == Copying::kSameParity ? 0 : half);
+    to[32 * half + threadIdx.x] = static_cast<int>(losa::load_shared<4>(values + 4 * threadIdx.x));
+    if (fault != Copying::kTooEarly) __syncwarp();
+  }
+}
+
 // Each block gives its part to the one before it, through global memory and through shared memory of its own.
 __global__ void pass_on(const int* from, int* between, int* to, int* counter, bool with_barrier, int missing) {
   LOSA_DYNAMIC_SHARED(int, own);
@@ -100,6 +121,12 @@ int main(int argc, char** argv) {
   if (fault == "lanes_that_never_come") LOSA_LAUNCH(lanes_that_never_come, 1, 64, 0, nullptr, out);
   if (fault == "shuffle_from_outside_the_mask") LOSA_LAUNCH(shuffle_from_outside_the_mask, 1, 64, 0, nullptr, out);
   if (fault == "does_not_wait") LOSA_LAUNCH_DEPENDENT(does_not_wait, 1, 64, 0, nullptr, out);
+  const char* const copying[] = {"bulk_copies",         "bulk_copy_without_fence",  "bulk_copy_unaligned",
+                                 "bulk_copy_not_waited", "bulk_copy_of_same_parity", "bulk_copy_never_asked",
+                                 "bulk_copy_too_early"};
+  for (int i = 0; i < 7; ++i) {
+    if (fault == copying[i]) LOSA_LAUNCH(bulk_copies, 1, 32, 144, nullptr, in, out, static_cast<Copying>(i));
+  }
   if (fault == "blocks_together" || fault == "no_grid_barrier" || fault == "a_block_that_never_comes") {
     std::vector<int> between(64, -1), counter(1, 0);
     int *middle = between.data(), *count = counter.data();

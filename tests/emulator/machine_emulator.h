@@ -74,6 +74,12 @@ unsigned load_unless(unsigned unwanted, Shared from) {
 template <class Number>
 void keep_in_register(Number&) {}
 
+template <int kDelta>
+void add_from_below(unsigned& number) {
+  const unsigned from = __shfl_up_sync(0xffffffffu, number, kDelta);
+  if (emulator::lane() >= kDelta) number += from;
+}
+
 inline unsigned load_once_word(const void* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % 4 != 0) emulator::report("a load of a word is not aligned");
   return *static_cast<const unsigned*>(from);
@@ -115,6 +121,79 @@ void wait_copies() {
     for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
     groups.pop_front();
   }
+}
+
+inline int lane_of_warp() {
+  return emulator::lane();
+}
+
+template <int kDistance>
+unsigned add_of_lane_below(unsigned value, LOSA_SITE) {
+  const unsigned below = __shfl_up_sync(~0u, value, kDistance, 32, file, line);
+  return emulator::lane() >= kDistance ? value + below : value;
+}
+
+inline bool has_bulk_copies() {
+  return emulator::machine.has_bulk_copies;
+}
+
+inline emulator::CopyBarrier& barrier_at(Shared address) {
+  const auto found = emulator::machine.copy_barriers.find(address);
+  if (found == emulator::machine.copy_barriers.end()) emulator::report("a barrier for copies without init_barrier");
+  return found->second;
+}
+
+inline void init_barrier(Shared barrier) {
+  if (barrier % 8 != 0) emulator::report("a barrier for copies is not aligned");
+  *reinterpret_cast<std::uint64_t*>(barrier) = 0;  // in shared memory, or the address sanitizer reports it
+  if (!emulator::machine.copy_barriers.try_emplace(barrier).second) emulator::report("a barrier for copies twice");
+}
+
+inline void publish_barriers() {
+  for (auto& [address, barrier] : emulator::machine.copy_barriers) barrier.published = true;
+}
+
+inline void complete(emulator::CopyBarrier& barrier) {
+  std::memcpy(barrier.copy.to, barrier.copy.from, barrier.bytes);
+  barrier.asked = false;
+  ++barrier.phase;
+}
+
+// It happens at once, or when somebody waits for it: as early or as late as it may.
+inline void copy_bulk(Shared to, const void* from, unsigned bytes, Shared address) {
+  emulator::CopyBarrier& barrier = barrier_at(address);
+  if ((to | reinterpret_cast<std::uintptr_t>(from) | bytes) % 16 != 0) emulator::report("a bulk copy is not aligned");
+  if (bytes == 0 || bytes >= 1u << 20) emulator::report("a bulk copy of no bytes, or of 1 MB");
+  if (!barrier.published) emulator::report("a bulk copy before publish_barriers");
+  if (barrier.asked || barrier.waited != barrier.phase) emulator::report("a bulk copy that nobody waits for");
+  barrier.asked = true;
+  barrier.copy = {reinterpret_cast<void*>(to), from};
+  barrier.bytes = bytes;
+  if (emulator::machine.random() % 2 == 0) complete(barrier);
+  for (emulator::Fiber& fiber : emulator::machine.fibers) {
+    if (fiber.state == emulator::State::kCopy) emulator::make_ready(fiber);
+  }
+}
+
+inline void wait_barrier(Shared address, unsigned parity, LOSA_SITE) {
+  emulator::CopyBarrier& barrier = barrier_at(address);
+  emulator::Fiber& self = *emulator::machine.current;
+  // What is waited for is the end of the phase with this parity: of the one that lasts, or of the one before it.
+  while (barrier.phase % 2 == parity) {
+    if (barrier.asked) {
+      complete(barrier);
+      break;
+    }
+    self.state = emulator::State::kCopy;
+    self.operation = "wait_barrier";
+    self.file = file;
+    self.line = line;
+    self.mask = 0;
+    emulator::yield();
+  }
+  unsigned& seen = barrier.seen[&self];
+  if (seen == barrier.phase) emulator::report("a wait for a bulk copy that this thread has waited for already");
+  seen = barrier.waited = barrier.phase;
 }
 
 inline void wait_for_kernels_before() {

@@ -7,7 +7,8 @@ using sparse_linear::Value;
 
 // decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT FRESH:
 // values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
-// devices, of the same: also how many attributes were set after a first call, a second, and one on another device
+// devices, of the same: also how many attributes were set after a first call, a second, and one on another device, and
+// the threads of a block
 int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   const int64_t rows = driver[0], columns = driver[1], batch = driver[2];
@@ -57,6 +58,7 @@ int main(int argc, char** argv) {
     attributes.push_back(emulator::machine.attributes_set);
     if (driver.command != "devices") break;
   }
+  attributes.push_back(static_cast<int>(blockDim.x));
   driver.write("y", y);
   driver.write("attributes", attributes);
 }

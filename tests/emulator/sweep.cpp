@@ -7,6 +7,8 @@
 
 #include "cuda/column_sweep.cu"
 
+#include "cuda/factor.cu"
+
 #include "driver.h"
 
 namespace selection = losa::selection;
@@ -40,7 +42,21 @@ void pruned_per_block(const Driver& driver) {
   driver.write("pruned", pruned);
 }
 
-// prune ROWS COLUMNS BLOCK_SIZE M PRUNE:
+// factor COLUMNS START END: matrix -> matrix, inverse, failed
+void factor(const Driver& driver) {
+  const int64_t columns = driver[0], start = driver[1], width = driver[2] - start;
+  auto matrix = driver.read<float>("matrix");
+  std::vector<float> inverse(width * width, NAN);
+  std::vector<int> failed(1, 0);
+  losa::factor::launch_panel({matrix.data() + start * (columns + 1), columns, static_cast<int>(width), inverse.data(),
+                              failed.data()},
+                             nullptr);
+  driver.write("matrix", matrix);
+  driver.write("inverse", inverse);
+  driver.write("failed", failed);
+}
+
+// prune ROWS COLUMNS BLOCK_SIZE M PRUNE SPLIT:
 // weight, factor, counts (of each block, for M = 0), mask -> weight, packed, loss
 void prune(const Driver& driver) {
   const int64_t rows = driver[0], columns = driver[1], size = driver[2], m = driver[3];
@@ -72,9 +88,10 @@ void prune(const Driver& driver) {
         if (state[i] != 0) std::abort();  // the next block needs them zero
       }
     }
-    const int64_t errors_stride = width + 4;
+    const bool split = driver[5] != 0;
+    const int64_t parts = split ? 3 : 1, errors_stride = parts * width + 4;
     std::vector<float> errors(rows * errors_stride - 4, NAN);
-    const bool aligned = columns % 4 == 0 && start % 4 == 0 && width % 4 == 0;
+    const bool aligned = columns % 4 == 0 && start % 4 == 0 && width % 4 == 0 && errors_stride % 4 == 0;
     const column_sweep::Sweep job{weight.data() + start,
                                   columns,
                                   factor.data() + start * (columns + 1),
@@ -88,13 +105,17 @@ void prune(const Driver& driver) {
                                   stride,
                                   errors.data(),
                                   errors_stride,
+                                  split,
                                   loss.data(),
                                   aligned};
     column_sweep::launch_sweep_block(job, m, nullptr);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = end; j < columns; ++j) {
         for (int64_t i = 0; i < width; ++i) {
-          weight[row * columns + j] -= errors[row * errors_stride + i] * factor[(start + i) * columns + j];
+          const float* error = errors.data() + row * errors_stride + i;
+          if (split && error[0] != error[width]) std::abort();
+          const float whole = split ? error[0] + error[2 * width] : error[0];
+          weight[row * columns + j] -= whole * factor[(start + i) * columns + j];
         }
       }
     }
@@ -108,5 +129,6 @@ int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   if (driver.command == "wanda") wanda(driver);
   if (driver.command == "pruned") pruned_per_block(driver);
+  if (driver.command == "factor") factor(driver);
   if (driver.command == "prune") prune(driver);
 }

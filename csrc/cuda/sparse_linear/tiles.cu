@@ -1,0 +1,226 @@
+// Tiles on CUDA: made from packed rows, multiplied, unpacked; which launch runs with how much shared memory.
+#include "cuda/sparse_linear/tile_packing.h"
+#include "cuda/sparse_linear/tiles_kernel.h"
+
+#include <algorithm>
+
+namespace losa::sparse_linear {
+
+// Warps and stages of a block, of which there is one for each group of rows. stage_bytes: of the largest chunk;
+// columns: of the kernel; shared_bytes: that a block may have. One warp with one stage is the least, about 9 KB.
+inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, int shared_bytes) {
+  constexpr int kFewWarps = 4;
+  const int chunks = tiles.chunks(), most = std::min(chunks, kTileWarps), turns = (chunks + most - 1) / most;
+  // As many turns by no more warps than these take.
+  TileShape shape{(chunks + turns - 1) / turns, std::min(turns, kTileStages), stage_bytes};
+  const auto fits = [&](int bytes) { return shape.bytes(columns) <= bytes; };
+  // Two blocks a multiprocessor, so that one's copies go on while the other adds up its sums; or one that fits.
+  const int half = shared_bytes / 2 - 1024;
+  while (!fits(half) && shape.stages > 2) --shape.stages;
+  while (!fits(half) && shape.warps > kFewWarps) --shape.warps;
+  while (!fits(shared_bytes) && shape.stages > 1) --shape.stages;
+  while (!fits(shared_bytes) && shape.warps > 1) --shape.warps;
+  return shape;
+}
+
+template <Value kValue, int kColumns>
+void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t stream) {
+  task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
+  const int bytes = task.shape.bytes(kColumns);
+  const auto kernel = tiles_kernel<kValue, kColumns>;
+  allow_shared_memory(kernel, bytes);
+  LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(task.tiles.groups()), static_cast<unsigned>(32 * task.shape.warps),
+                        bytes, stream, task);
+}
+
+// largest: the bytes of the largest chunk. rows and columns of the weight are not 0, the batch is 1 to 16.
+template <Value kValue>
+void launch_tiles(const TileTask& task, int largest, int shared_bytes, cudaStream_t stream) {
+  if (task.batch <= 8) {
+    launch_tiles<kValue, 8>(task, largest, shared_bytes, stream);
+  } else {
+    launch_tiles<kValue, 16>(task, largest, shared_bytes, stream);
+  }
+}
+
+template void launch_tiles<Value::kBfloat16>(const TileTask&, int, int, cudaStream_t);
+template void launch_tiles<Value::kHalf>(const TileTask&, int, int, cudaStream_t);
+
+inline unsigned tile_blocks(int64_t warps) {
+  return static_cast<unsigned>((warps + kTilePackWarps - 1) / kTilePackWarps);
+}
+
+void launch_count_tiles(const Rows& weight, const Tiles& tiles, int64_t* sizes, cudaStream_t stream) {
+  LOSA_LAUNCH(count_tiles_kernel, tile_blocks(tiles.groups() * tiles.chunks()), 32 * kTilePackWarps, 0, stream, weight,
+              tiles, sizes);
+}
+
+void launch_write_tiles(const Rows& weight, const Tiles& tiles, uint8_t* data, cudaStream_t stream) {
+  LOSA_LAUNCH(write_tiles_kernel, tile_blocks(tiles.groups()), 32 * kTilePackWarps, 0, stream, weight, tiles, data);
+}
+
+void launch_unpack_tiles(const Tiles& tiles, uint16_t* dense, cudaStream_t stream) {
+  LOSA_LAUNCH(unpack_tiles_kernel, tile_blocks(tiles.groups() * tiles.chunks()), 32 * kTilePackWarps, 0, stream, tiles,
+              dense);
+}
+
+}  // namespace losa::sparse_linear
+
+#if defined(LOSA_TORCH)
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/packing_checks.h"
+
+namespace losa::sparse_linear {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostColumns = int64_t{1} << 30;
+constexpr int64_t kMostGroups = int64_t{1} << 31;  // blocks of a launch
+
+Value value_of(const Tensor& tensor, const char* name) {
+  const FloatType type = float_type(tensor, name);
+  return type == FloatType::kFloat ? Value::kFloat : type == FloatType::kHalf ? Value::kHalf : Value::kBfloat16;
+}
+
+// That a block may have on the current device.
+int most_shared_bytes() {
+  int device = 0, bytes = 0;
+  LOSA_CUDA_CHECK(cudaGetDevice(&device));
+  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+void check_size(int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(rows > 0 && rows / kTileRows < kMostGroups - 1, "rows: expected 1 to ", kMostGroups * kTileRows,
+                  ", got ", rows);
+  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "columns: expected 1 to ", kMostColumns - 1, ", got ", columns);
+}
+
+bool is_vector(const Tensor& tensor, ScalarType type) {
+  return tensor.dim() == 1 && tensor.scalar_type() == type && tensor.is_contiguous();
+}
+
+Tiles tiles_of(const Tensor& data, const Tensor& offsets, int64_t rows, int64_t columns) {
+  check_size(rows, columns);
+  const Tiles tiles{static_cast<const uint8_t*>(data.const_data_ptr()),
+                    static_cast<const int64_t*>(offsets.const_data_ptr()), rows, static_cast<int>(columns)};
+  STD_TORCH_CHECK(is_vector(data, ScalarType::Byte) && reinterpret_cast<uintptr_t>(tiles.data) % kCopied == 0,
+                  "data: expected a contiguous uint8 vector at a 16-byte boundary");
+  STD_TORCH_CHECK(is_vector(offsets, ScalarType::Long) && offsets.size(0) == tiles.groups() * tiles.chunks() + 1,
+                  "offsets: expected int64 (", tiles.groups() * tiles.chunks() + 1, ",), contiguous");
+  return tiles;
+}
+
+Tensor count_tiles(const Tensor& bitmask, int64_t columns) {
+  STD_TORCH_CHECK(bitmask.dim() == 2, "bitmask: expected a uint8 tensor (out, ceil(in / 8))");
+  const int64_t rows = bitmask.size(0);
+  packing::check_mask(bitmask, rows, columns, "bitmask");
+  check_size(rows, columns);
+  const DeviceGuard guard(bitmask.get_device_index());
+  const Tensor bits = torch::stable::contiguous(bitmask);
+  const Tiles tiles{nullptr, nullptr, rows, static_cast<int>(columns)};
+  const Rows weight{nullptr, 0, nullptr, 0, static_cast<const uint8_t*>(bits.const_data_ptr()), rows, tiles.columns};
+  Tensor sizes = torch::stable::new_empty(bitmask, {tiles.groups() * tiles.chunks()}, ScalarType::Long);
+  launch_count_tiles(weight, tiles, static_cast<int64_t*>(sizes.mutable_data_ptr()), current_stream(bitmask));
+  return sizes;
+}
+
+void write_tiles(const Tensor& values, const Tensor& bitmask, const std::optional<Tensor>& row_offsets, int64_t columns,
+                 const Tensor& offsets, const Tensor& data) {
+  STD_TORCH_CHECK(bitmask.dim() == 2, "bitmask: expected a uint8 tensor (out, ceil(in / 8))");
+  const int64_t rows = bitmask.size(0), total = values.numel();
+  packing::check_mask(bitmask, rows, columns, "bitmask");
+  packing::check_values(values, row_offsets, rows);
+  STD_TORCH_CHECK(values.is_contiguous() && values.element_size() == 2, "values: expected 16 bits, contiguous");
+  const DeviceGuard guard(values.get_device_index());
+  const Tensor bits = torch::stable::contiguous(bitmask);
+  const Tiles tiles = tiles_of(data, offsets, rows, columns);
+  const Rows weight{static_cast<const uint16_t*>(values.const_data_ptr()),
+                    total,
+                    row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                    total / rows,
+                    static_cast<const uint8_t*>(bits.const_data_ptr()),
+                    rows,
+                    tiles.columns};
+  launch_write_tiles(weight, tiles, static_cast<uint8_t*>(data.mutable_data_ptr()), current_stream(values));
+}
+
+void unpack_tiles(const Tensor& data, const Tensor& offsets, const Tensor& dense) {
+  STD_TORCH_CHECK(dense.dim() == 2 && dense.is_contiguous() && dense.element_size() == 2,
+                  "dense: expected a contiguous tensor (out, in) of 16 bits");
+  const DeviceGuard guard(dense.get_device_index());
+  const Tiles tiles = tiles_of(data, offsets, dense.size(0), dense.size(1));
+  launch_unpack_tiles(tiles, static_cast<uint16_t*>(dense.mutable_data_ptr()), current_stream(dense));
+}
+
+// Rows of x as the kernel reads them: itself, or a copy with columns rounded up to a tile's, zeros there.
+Tensor padded_rows(const Tensor& x, int64_t batch, int64_t columns, cudaStream_t stream) {
+  const Tensor source = torch::stable::contiguous(x);
+  if (columns % kTileColumns == 0 && reinterpret_cast<uintptr_t>(source.const_data_ptr()) % 16 == 0) return source;
+  const int64_t padded = (columns + kTileColumns - 1) / kTileColumns * kTileColumns;
+  const auto bytes = static_cast<size_t>(2 * columns), pitch = static_cast<size_t>(2 * padded);
+  Tensor rows = torch::stable::new_empty(x, {batch, padded});
+  void* const to = rows.mutable_data_ptr();
+  LOSA_CUDA_CHECK(cudaMemsetAsync(to, 0, static_cast<size_t>(batch) * pitch, stream));
+  LOSA_CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, source.const_data_ptr(), bytes, bytes, static_cast<size_t>(batch),
+                                    cudaMemcpyDeviceToDevice, stream));
+  return rows;
+}
+
+Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& offsets, int64_t rows, int64_t largest,
+                           const std::optional<Tensor>& bias) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
+  const Value value = value_of(x, "x");
+  STD_TORCH_CHECK(value != Value::kFloat, "x: expected bfloat16 or float16");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous()),
+                  "bias: expected a contiguous tensor (", rows, ",)");
+  const int64_t columns = x.size(dims - 1);
+  const Tiles tiles = tiles_of(data, offsets, rows, columns);
+  std::vector<int64_t> sizes(static_cast<size_t>(dims), rows);
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
+  STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
+  const DeviceGuard guard(x.get_device_index());
+  const auto stream = current_stream(x);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  if (batch == 0) return y;
+
+  constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
+  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ", kCopied,
+                  " up to ", kMost, ", got ", largest);
+  const Tensor padded = padded_rows(x, batch, columns, stream);
+  const TileTask task{tiles,
+                      padded.const_data_ptr(),
+                      int64_t{tiles.tiles()} * kTileColumns,
+                      static_cast<int>(batch),
+                      bias ? bias->const_data_ptr() : nullptr,
+                      bias ? value_of(*bias, "bias") : Value::kFloat,
+                      y.mutable_data_ptr(),
+                      {}};
+  const auto launch = value == Value::kHalf ? launch_tiles<Value::kHalf> : launch_tiles<Value::kBfloat16>;
+  launch(task, static_cast<int>(largest), most_shared_bytes(), stream);
+  return y;
+}
+
+}  // namespace
+}  // namespace losa::sparse_linear
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CUDA, library) {
+  library.impl("count_tiles", TORCH_BOX(&losa::sparse_linear::count_tiles));
+  library.impl("write_tiles", TORCH_BOX(&losa::sparse_linear::write_tiles));
+  library.impl("unpack_tiles", TORCH_BOX(&losa::sparse_linear::unpack_tiles));
+  library.impl("sparse_linear_tiles", TORCH_BOX(&losa::sparse_linear::sparse_linear_tiles));
+}
+
+#endif

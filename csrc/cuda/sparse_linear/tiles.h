@@ -1,0 +1,71 @@
+// The tile layout of a packed weight of 16-bit values, private to the GPU: byte by byte in
+// losa_kernels/sparse_linear/TILES.md. Here are its sizes, and what the kernels that write and read it share.
+//
+// A tile has 16 rows and 64 columns. Of lane (g, t) = (lane / 4, lane % 4) it holds 8 nibbles of the mask: nibble i
+// stands for row g + 8 * (i / 2 % 2) and the columns 32 * (i / 4) + 8 * t + 4 * (i % 2) and the next three, so that a
+// byte of the lane's word is a byte of the row's mask. For mma.m16n8k16 the tile's columns are taken in another order:
+// in the k-step 2 * (i / 4) + i % 2, these four columns are k = 2t, 2t + 1, 2t + 8 and 2t + 9 of lane t.
+#pragma once
+
+#include "common/bits.h"
+#include "common/launch.h"
+#include "cuda/machine.h"
+#include "cuda/packed_rows.h"
+
+namespace losa::sparse_linear {
+
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 64;
+constexpr int kChunkTiles = 4;  // tiles whose masks and values lie together: what one copy brings
+constexpr int kChunkColumns = kChunkTiles * kTileColumns;
+constexpr int kTileMaskBytes = 32 * 4;
+constexpr int kTileNibbles = 8;
+constexpr int kCopied = 16;  // bytes that a copy's begin and length are multiples of
+
+struct Tiles {
+  const uint8_t* data;
+  const int64_t* offsets;  // of each chunk, in units of kCopied bytes; the end's besides
+  int64_t rows;
+  int columns;
+
+  LOSA_HOST_DEVICE constexpr int64_t groups() const { return (rows + kTileRows - 1) / kTileRows; }
+  LOSA_HOST_DEVICE constexpr int tiles() const { return (columns + kTileColumns - 1) / kTileColumns; }
+  LOSA_HOST_DEVICE constexpr int chunks() const { return (tiles() + kChunkTiles - 1) / kChunkTiles; }
+  LOSA_HOST_DEVICE constexpr int tiles_of(int chunk) const {
+    const int left = tiles() - chunk * kChunkTiles;
+    return left < kChunkTiles ? left : kChunkTiles;
+  }
+};
+
+// How many bits each nibble has, in its place.
+__device__ __forceinline__ unsigned count_nibbles(unsigned word) {
+  word -= word >> 1 & 0x55555555u;
+  return (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+}
+
+// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all have; a byte
+// each (of even nibbles and of odd ones).
+struct TilePlaces {
+  unsigned through[2], total[2];
+
+  // By all lanes.
+  __device__ __forceinline__ explicit TilePlaces(unsigned word) {
+    // Two lanes have at most 8 of a nibble, which 4 bits hold; 32 lanes have 128, which a byte holds.
+    const unsigned pair = add_of_lane_below<1>(count_nibbles(word));
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      unsigned sum = pair >> 4 * odd & 0x0f0f0f0fu;
+      sum = add_of_lane_below<2>(sum);
+      sum = add_of_lane_below<4>(sum);
+      sum = add_of_lane_below<8>(sum);
+      through[odd] = add_of_lane_below<16>(sum);
+      total[odd] = __shfl_sync(kAllLanes, through[odd], 31);
+    }
+  }
+
+  // Of nibble i: the index behind the lane's last value, and all of them.
+  __device__ __forceinline__ unsigned end_of(int i) const { return through[i % 2] >> i / 2 * 8 & 0xff; }
+  __device__ __forceinline__ unsigned total_of(int i) const { return total[i % 2] >> i / 2 * 8 & 0xff; }
+};
+
+}  // namespace losa::sparse_linear

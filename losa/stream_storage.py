@@ -1,0 +1,69 @@
+"""Where a stream's hidden states wait between blocks, if the model is on a GPU: there, or in pinned host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+DEVICE_SHARE = 0.25  # of the device's free memory that the hidden states of one stream may take
+SLICE_BYTES = 128 << 20  # of features that are brought to the device at a time for a Gram
+
+
+def fits_on_device(size: int, free: int) -> bool:
+    """Whether hidden states of ``size`` bytes stay on a device with ``free`` bytes left."""
+    return size <= DEVICE_SHARE * free
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a CUDA device, torch's own reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+class StreamStorage:
+    """Hidden states of all samples, (samples, length, hidden), in one piece, so that nothing has to bring them together
+    later. On the device while they fit (``fits_on_device`` when the first batch comes), else in pinned host memory."""
+
+    def __init__(self, device: torch.device, samples: int):
+        self._device, self._samples = device, samples
+        self._whole: Tensor | None = None
+
+    def write(self, first: int, hidden: Tensor) -> Tensor:
+        """Keep ``hidden`` (batch, length, hidden) of the samples from ``first`` on; returns where."""
+        shape = (self._samples, *hidden.shape[1:])
+        whole = self._whole
+        if whole is None or whole.shape != shape or whole.dtype != hidden.dtype:
+            # A block may change the dtype: the batches that wait for it stay where they are.
+            self._whole = whole = self._allocate(shape, hidden.dtype)
+        return whole[first : first + len(hidden)].copy_(hidden)
+
+    def features(self) -> Iterator[Tensor]:
+        """Each sample's positions and channels in slices (samples, columns) on the device: one slice where they are
+        there already."""
+        flat = self._whole.flatten(1)
+        if flat.device == self._device:
+            yield flat
+            return
+        width = max(1, SLICE_BYTES // (len(flat) * flat.element_size()))
+        for start in range(0, flat.shape[1], width):
+            yield self._brought(flat, start, min(start + width, flat.shape[1]))
+
+    def _brought(self, flat: Tensor, start: int, end: int) -> Tensor:
+        # Row by row: what is contiguous in pinned memory goes without a copy on the host.
+        features = torch.empty(len(flat), end - start, dtype=flat.dtype, device=self._device)
+        for row, sample in zip(features, flat, strict=True):
+            row.copy_(sample[start:end], non_blocking=True)
+        return features
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._stays(torch.Size(shape).numel() * dtype.itemsize):
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError:  # the system pins no more
+            return torch.empty(shape, dtype=dtype)
+
+    def _stays(self, size: int) -> bool:
+        return fits_on_device(size, free_bytes(self._device))

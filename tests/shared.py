@@ -1,0 +1,31 @@
+"""Files that all processes of a test run share: what one of pytest-xdist's workers has made, the others take."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = "LOSA_TEST_RUN"  # set by conftest.py; without it, a process has a folder of its own
+_own = tempfile.TemporaryDirectory()
+
+
+def made(name: str, make: Callable[[Path], None]) -> Path:
+    """The file of that name; ``make`` writes it, once a run, to the path that it gets."""
+    path = Path(os.environ.get(FOLDER, _own.name)) / name
+    with _lock(path.with_name(f"{name}.lock")):
+        if not path.exists():
+            partial = path.with_name(f"{name}.partial")
+            make(partial)
+            partial.replace(path)
+    return path
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
