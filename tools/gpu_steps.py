@@ -122,7 +122,7 @@ def again(failed_tests: list[str], smoke_failed: bool) -> list[Step]:
     return [
         *steps,
         *(decoded(f"LOSA_WINDOW_LOT={rows}", LOSA_WINDOW_LOT=str(rows)) for rows in (1, 2, 4)),
-        decoded("LOSA_DEPENDENT_LAUNCH=0", LOSA_DEPENDENT_LAUNCH="0"),
+        decoded("LOSA_DEPENDENT_LAUNCH=always", LOSA_DEPENDENT_LAUNCH="always"),
         *(swept(f"LOSA_TRAILING={way}", LOSA_TRAILING=way) for way in ("fp32", "3xtf32")),
         *(swept(f"LOSA_FACTOR={way}", LOSA_FACTOR=way) for way in ("torch", "blocked")),
         *(token(f"LOSA_SPARSE_LINEAR={way}", LOSA_SPARSE_LINEAR=way) for way in ("window", "tiles")),

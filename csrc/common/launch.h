@@ -40,9 +40,10 @@
     LOSA_CUDA_CHECK(cudaGetLastError());                                  \
   } while (0)
 
-// LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs (from
-// compute capability 9.0 on; LOSA_DEPENDENT_LAUNCH=0 turns that off). Every thread of it calls wait_for_kernels_before
-// before it reads what that kernel wrote, or writes anything.
+// LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs. Every
+// thread of it calls wait_for_kernels_before before it reads what that kernel wrote, or writes anything. Weights it reads
+// at once. LOSA_DEPENDENT_LAUNCH says where this is done, from compute capability 9.0 on: in CUDA graphs (1, default),
+// where kernels before it write no weights; everywhere (always), which is for measuring; nowhere (0).
 #define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                         \
   LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                            (stream), __VA_ARGS__))
@@ -60,13 +61,17 @@
 
 namespace losa {
 
-inline bool may_launch_dependent() {
-  static const bool wanted = [] {
-    const char* const setting = std::getenv("LOSA_DEPENDENT_LAUNCH");
-    return setting == nullptr || std::strcmp(setting, "0") != 0;
-  }();
+inline bool may_launch_dependent(cudaStream_t stream) {
+  static const char* const setting = std::getenv("LOSA_DEPENDENT_LAUNCH");
+  static const bool never = setting != nullptr && std::strcmp(setting, "0") == 0;
+  static const bool always = setting != nullptr && std::strcmp(setting, "always") == 0;
+  if (never) return false;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (!always && (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusActive)) {
+    return false;
+  }
   int device = 0, major = 0;
-  return wanted && cudaGetDevice(&device) == cudaSuccess &&
+  return cudaGetDevice(&device) == cudaSuccess &&
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
@@ -82,7 +87,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = may_launch_dependent() ? 1 : 0;
+  config.numAttrs = may_launch_dependent(stream) ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
