@@ -69,7 +69,8 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     for shape in (sizes.groups, sizes.square):
         yield Case(f"hessian {shape[1]} bf16", (), partial(hessians, shape[1], BF16, device))
         yield Case(f"hessian {shape[1]} fp32", (), partial(hessians, shape[1], FP32, device))
-        yield Case(f"inverse factor {shape[1]}", (), partial(factors, shape[1], device))
+        for way, ops in (("torch", ()), ("blocked", ("factor_panel",))):
+            yield Case(f"inverse factor {way} {shape[1]}", ops, partial(factors, way, shape[1], device))
         for goal, masked in (((0.5, None, None), False), ((0.5, None, None), True), ((None, 2, 4), False)):
             ops = ("sweep_block", *(() if goal[2] else ("select_block",)), *(("pruned_per_block",) if masked else ()))
             label = f"sparsegpt {goal_text(goal)} {text(shape)}{', masked' if masked else ''}"
@@ -150,11 +151,12 @@ def hessian_of(columns: int, device: str) -> Tensor:
     return x.T @ x
 
 
-def factors(columns, device) -> Verdict:
+def factors(way, columns, device) -> Verdict:
     hessian = hessian_of(columns, device)
     truth = pruning.inverse_factor(hessian, 0.01)[0]
     plain = pruning.inverse_factor(hessian.float(), 0.01)[0]
-    return bounded(inverse_factor(hessian.float(), 0.01)[0], plain, truth, FP32)
+    with setting("LOSA_FACTOR", way):
+        return bounded(inverse_factor(hessian.float(), 0.01)[0], plain, truth, FP32)
 
 
 def sweep(shape, goal, masked, device) -> Verdict:
