@@ -25,7 +25,7 @@ STREAMS = 4  # on which the Hessians of a block are factored
 # Bytes of Hessians that are factored at a time; each takes five times its own.
 TOGETHER = 1 << 30
 
-graphs = SweepGraphs(CudaCapture(kept=2), kept=2)
+graphs = SweepGraphs(CudaCapture(), kept=2)
 
 # (factor, whether it exists and is finite) of a Hessian with another diagonal
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
