@@ -95,13 +95,12 @@ class LeanDecoder:
         if self.graphs is not None:
             self.graphs.close()
         self.graphs = graphs_for(self.device) if max_length and self._recordable else None
-        room = max_length if self.graphs is None else places_for(max_length)
-        shape = (len(self.blocks), 2, 1, self.key_heads, room, self.head_dim)
+        shape = (len(self.blocks), 2, 1, self.key_heads, max_length, self.head_dim)
         self.cache = self.logits = None  # the old one's memory, before the new one is asked for
         self._caches: list[Tensor] = []
         self.cache = _zeros(shape, self.dtype, self.device)
         self._caches = list(self.cache[:, :, 0])  # of each block, (2, key heads, room, size)
-        positions = torch.arange(room, device=self.device)[None]
+        positions = torch.arange(max_length, device=self.device)[None]
         cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
             raise Unsupported("generate: rotary positions cover a part of each head only")
@@ -174,12 +173,12 @@ class LeanDecoder:
 
         Args:
             token, position: (1,) int64 on the model's device; writes keys and values there into the cache.
-            places: of the cache that the launches are sized for; more than the value of ``position``.
+            places: of the cache that the launches are sized for, all of it if it has fewer; more than ``position``.
 
         Returns:
             logits (vocabulary,).
         """
-        x, update = self.embeddings(token), None
+        x, update, places = self.embeddings(token), None, min(places, self.max_length)
         for block, cache in zip(self.blocks, self._caches, strict=True):
             update = block.step(x, update, self.cos, self.sin, position, cache, places, self._finished, self._run)
         return self.head(self.norm.after(x, update, self._run))[0]
@@ -194,7 +193,7 @@ class LeanDecoder:
         self._check_room(len(ids))
         if len(ids) == 1 and self._steps:
             self._position.fill_(self.length)
-            logits = self.step(ids, self._position, min(places_for(self.length + 1), self.max_length))
+            logits = self.step(ids, self._position, places_for(self.length + 1))
             self.length += 1
             return logits[None]
         start, stop = self.length, self.length + len(ids)

@@ -1,9 +1,10 @@
 """One-token steps as CUDA graphs: a token costs one launch, where the host would take longer to start a step's kernels
 than a GPU to run them.
 
-Attention goes over a prefix of the cache, a multiple of ``BUCKET``, and a graph holds one such length: the first token
-that needs it runs step by step, which also loads what the capture must not, the second captures, and from then on the
-graph is replayed. Token and position live on the device and every step leaves the next one's there.
+The launches of attention are sized for a number of places, ``BUCKET`` or it doubled some times, and a graph holds one
+such number: the first token that needs it runs step by step, which also loads what the capture must not, the second
+captures, and from then on the graph is replayed. Token and position live on the device and every step leaves the next
+one's there.
 
 ``LOSA_DECODE_GRAPH=0`` turns graphs off.
 """
@@ -28,8 +29,12 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def places_for(tokens: int) -> int:
-    """How many places of the cache the step attends to that reads the last of so many tokens."""
-    return -(-tokens // BUCKET) * BUCKET
+    """For how many places of the cache the step is sized that reads the last of so many tokens; they may be more than
+    the cache has."""
+    places = BUCKET
+    while places < tokens:
+        places *= 2
+    return places
 
 
 def graphs_for(device: torch.device) -> TokenGraphs | None:

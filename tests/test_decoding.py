@@ -63,11 +63,11 @@ def test_steps_give_the_loops_logits(recorders, name, packed):
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0]
     decoder = LeanDecoder(model, 40)
-    assert decoder.cache.shape[-2] == len(decoder.cos) == 48
+    assert decoder.cache.shape[-2] == len(decoder.cos) == 40
     found = [decoder(ids[:3]).clone(), *(decoder(token[None]).clone() for token in ids[3:])]
     for logits, truth in zip(found, expected[2:], strict=True):
         assert (logits - truth).abs().max() <= 64 * EPS * truth.abs().max()
-    # 16 places were recorded at their second token, the fifth of all, and so on.
+    # 16 places were recorded at their second token, the fifth of all, then 32 and 64.
     assert recorders[-1].made == 3 and recorders[-1].replays == 37 - 3
     with pytest.raises(LosaError, match="41 tokens are more than max_length, 40"):
         decoder(ids[:1])
