@@ -1,4 +1,5 @@
 // Tiles on CUDA: made from packed rows, multiplied, unpacked; which launch runs with how much shared memory.
+#include "cuda/per_device.h"
 #include "cuda/sparse_linear/tile_packing.h"
 #include "cuda/sparse_linear/tiles_kernel.h"
 
@@ -28,7 +29,13 @@ void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t str
   task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
   const int bytes = task.shape.bytes(kColumns);
   const auto kernel = tiles_kernel<kValue, kColumns>;
-  allow_shared_memory(kernel, bytes);
+  static PerDevice<> prepared;
+  prepared.get(0, [&] {
+    allow_shared_memory(kernel, shared_bytes);
+    // As other decode kernels have it: kernels that follow each other run at the same time only if they agree about it.
+    LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+    return 0;
+  });
   LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(task.tiles.groups()), static_cast<unsigned>(32 * task.shape.warps),
                         bytes, stream, task);
 }
@@ -94,10 +101,13 @@ Value value_of(const Tensor& tensor, const char* name) {
 
 // That a block may have on the current device.
 int most_shared_bytes() {
-  int device = 0, bytes = 0;
-  LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  static PerDevice<> known;
+  return known.get(0, [] {
+    int device = 0, bytes = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  });
 }
 
 void check_size(int64_t rows, int64_t columns) {
