@@ -36,8 +36,8 @@ void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t str
     LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
     return 0;
   });
-  LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(task.tiles.groups()), static_cast<unsigned>(32 * task.shape.warps),
-                        bytes, stream, task);
+  const auto grid = static_cast<unsigned>(task.tiles.groups()), threads = static_cast<unsigned>(32 * task.shape.warps);
+  LOSA_LAUNCH_DEPENDENT(kernel, grid, threads, bytes, stream, task);
 }
 
 // largest: the bytes of the largest chunk. rows and columns of the weight are not 0, the batch is 1 to 16.
@@ -113,7 +113,8 @@ int most_shared_bytes() {
 void check_size(int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows > 0 && rows / kTileRows < kMostGroups - 1, "rows: expected 1 to ", kMostGroups * kTileRows,
                   ", got ", rows);
-  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "columns: expected 1 to ", kMostColumns - 1, ", got ", columns);
+  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "columns: expected 1 to ", kMostColumns - 1, ", got ",
+                  columns);
 }
 
 bool is_vector(const Tensor& tensor, ScalarType type) {
@@ -207,8 +208,8 @@ Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& of
   if (batch == 0) return y;
 
   constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
-  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ", kCopied,
-                  " up to ", kMost, ", got ", largest);
+  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ",
+                  kCopied, " up to ", kMost, ", got ", largest);
   const Tensor padded = padded_rows(x, batch, columns, stream);
   const TileTask task{tiles,
                       padded.const_data_ptr(),
