@@ -54,7 +54,7 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     yield from gpu_checks_decode.cases(sizes, device)
     for shape in (sizes.odd, (3, sizes.wide[1] + 3), sizes.tall):
         yield Case(f"mask {text(shape)}", ("pack_mask", "unpack_mask"), partial(masks, shape, device))
-    for dtype in (BF16, FP32, torch.float8_e4m3fn, torch.float64):
+    for dtype in (torch.float8_e4m3fn, torch.float64, FP32, BF16):
         for shape in (sizes.odd, (3, sizes.wide[1]), sizes.tall) if dtype in (BF16, FP32) else (sizes.odd,):
             label = f"pack bitmask {text(shape)} {text(dtype)}"
             yield Case(label, ("pack_bitmask", "unpack_bitmask"), partial(bitmasks, shape, dtype, device))
