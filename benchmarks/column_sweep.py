@@ -11,7 +11,6 @@ alone on the first 128 columns, and the time to move its bytes at copy speed ove
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
 
@@ -23,7 +22,7 @@ from benchmarks._pruning_baselines import (
     problem,
     trailing_products,
 )
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report, seconds, wait
+from benchmarks._timing import copy_bandwidth, host_seconds, interleaved, parser, report, seconds
 from benchmarks.selection import BLOCK, wanda
 from losa_kernels import dispatch, native, sparsegpt_prune, unpack_mask
 from losa_kernels.bitmask import packed_width
@@ -96,8 +95,7 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
         rest = medians[f"{side}, sweep"] - medians[f"{side}, trailing"]
         medians[f"{side}, selection and columns"] = max(rest, 1e-9)
     host = {
-        stage: statistics.median(host_seconds(runs[f"losa, {stage}"], args.device) for _ in range(repetitions))
-        for stage in ("whole", "factor", "sweep")
+        stage: host_seconds(runs[f"losa, {stage}"], args.device, repetitions) for stage in ("whole", "factor", "sweep")
     }
     rows = []
     for stage in ("whole", "factor", "sweep", "selection and columns"):
@@ -120,16 +118,6 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
     if native.missing(args.device.partition(":")[0]) is None:
         rows += parts(weight, factor, name, pattern, repetitions, args.device)
     return rows
-
-
-def host_seconds(run, device: str) -> float:
-    """From call to return, with a device that is idle before."""
-    wait(device)
-    start = time.perf_counter()
-    run(0)
-    taken = time.perf_counter() - start
-    wait(device)
-    return taken
 
 
 def parts(weight, factor, name, pattern, repetitions, device) -> list[dict]:

@@ -2,20 +2,19 @@
 
 Official: the full product of fp32 inputs, and Cholesky, inverse, Cholesky. ``fraction_of_limit`` of the accumulation:
 half a product's FLOPs at the rate of a large product, of fp32 or on a GPU of the inputs' dtype. ``error``,
-``official_error``: relative to fp64, Frobenius. On a GPU the factor's two methods have rows of their own.
+``official_error``: relative to fp64, Frobenius. On a GPU the factor's two methods have rows of their own, and
+``torch_ms`` has what torch's Cholesky factor and triangular inverse take alone.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from benchmarks._pruning_baselines import official_factor, problem
-from benchmarks._timing import interleaved, parser, product_rate, report
+from benchmarks._timing import interleaved, parser, product_rate, report, setting
 from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
 
 WIDTHS = (576, 1536, 4096)
@@ -34,14 +33,18 @@ def main(argv: list[str]) -> int:
     rates = {dtype: product_rate(args.device, dtype if on_gpu else torch.float32) for dtype in dtypes}
     widths = GPU_WIDTHS if on_gpu else WIDTHS
     tokens = args.tokens or (GPU_TOKENS if on_gpu else 512)
-    results = []
-    for width in args.width or (widths[: len(widths) - 1] if args.quick else widths):
-        repetitions = args.repetitions or (5 if width > 2048 else 15)
-        for dtype in dtypes:
-            results.append(accumulation(tokens, width, dtype, repetitions, rates[dtype], args.device))
-        for method in ("auto", "torch", "blocked") if on_gpu else ("auto",):
-            results.append(factor(width, repetitions, args.device, method))
-    report("hessian", results, args.json, args.device)
+
+    def measured() -> Iterator[dict]:
+        for width in args.width or (widths[: len(widths) - 1] if args.quick else widths):
+            repetitions = args.repetitions or (5 if width > 2048 else 15)
+            for dtype in dtypes:
+                yield accumulation(tokens, width, dtype, repetitions, rates[dtype], args.device)
+            for method in ("auto", "torch", "blocked") if on_gpu else ("auto",):
+                yield factor(width, repetitions, args.device, method)
+            if on_gpu:
+                yield from library_steps(width, repetitions, args.device)
+
+    report("hessian", measured(), args.json, args.device)
     return 0
 
 
@@ -68,7 +71,7 @@ def accumulation(tokens: int, width: int, dtype: torch.dtype, repetitions: int, 
 def factor(width: int, repetitions: int, device: str, method: str = "auto") -> dict:
     hessian = problem(1, width, device)[1]
     truth = official_factor(hessian.double())
-    with set_variable("LOSA_FACTOR", method):
+    with setting("LOSA_FACTOR", method):
         errors = [relative(inverse_factor(hessian, 0.01)[0], truth), relative(official_factor(hessian), truth)]
         check(errors)
         runs = {"losa": lambda _: inverse_factor(hessian, 0.01), "official": lambda _: official_factor(hessian)}
@@ -77,17 +80,20 @@ def factor(width: int, repetitions: int, device: str, method: str = "auto") -> d
     return row_of(op, f"{width}x{width}", hessian.dtype, times, errors)
 
 
-@contextmanager
-def set_variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def library_steps(width: int, repetitions: int, device: str) -> list[dict]:
+    """What the vendor's library takes for a factor's two cubic steps."""
+    hessian = problem(1, width, device)[1]
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    upper, identity = torch.linalg.cholesky(hessian, upper=True), torch.eye(width, device=device)
+    runs = {
+        "cholesky": lambda _: torch.linalg.cholesky_ex(hessian, upper=True),
+        "triangular inverse": lambda _: torch.linalg.solve_triangular(upper, identity, upper=True),
+    }
+    times = interleaved(runs, repetitions, device)
+    return [
+        {"op": op, "shape": f"{width}x{width}", "torch_ms": 1e3 * statistics.median(taken)}
+        for op, taken in times.items()
+    ]
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
