@@ -2,8 +2,8 @@
 memory within the device's limit, wgmma with right descriptors (see wgmma.py).
 
 tests/triton_aot.json holds the figures by Triton version. The versions in it must give the same again; any other is
-held to the limits alone. All tiles of all lists are in it for sm_80 and sm_90a, those that run unmeasured for sm_120, of
-a representative few cases for sm_86 and sm_89. To record the installed Triton's figures takes a quarter of an hour:
+held to the limits alone. It has all tiles of all lists for sm_80 and sm_90a, what runs unmeasured for sm_120, and a
+representative few of that for sm_86 and sm_89. To record the installed Triton's figures takes a quarter of an hour:
 
     PYTHONPATH=tests python tests/test_triton_aot.py
 """

@@ -62,7 +62,7 @@ LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     80: (Tile(64, 64, 32, 4, 2),),
 }
 # Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers, hence 8 warps.
-LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 8, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
+LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
 # Two accumulators (gradient of x), or two main products per step.
 LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 64, 64, 8, 3), Tile(64, 128, 32, 4, 3)),
