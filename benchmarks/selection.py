@@ -15,7 +15,7 @@ import torch
 from benchmarks._pruning_baselines import PATTERNS, SHAPES, official_block_selection, official_wanda, problem
 from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rotation
 from losa_kernels import native, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import inverse_factor, reference
+from losa_kernels.column_sweep import checks_together, inverse_factor, reference
 from losa_kernels.column_sweep.blocks import STATE
 
 BLOCK = 128
@@ -99,6 +99,10 @@ def wanda(weight, hessian, name, pattern, repetitions, limit, device) -> list[di
         pruned = reference.prune_count(sparsity, weight.shape[1]) if m is None else m - keep_n
         runs["kernel"] = lambda i: torch.ops.losa.wanda_select(weights[i % count], norms, pruned, m or 0, None)
     times = interleaved(runs, repetitions, device)
+    if device.startswith("cuda"):
+        # Many masks in a row, their values' checks read once.
+        with checks_together():
+            times |= interleaved({"queued": runs["losa"]}, repetitions, device)
     return [row_of("wanda mask", weight.shape, name, times, (weight.nbytes + weight.numel() / 8) / limit)]
 
 

@@ -59,8 +59,8 @@ class Launch:
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
     def assemble(self, arch: int) -> dict[str, int]:
-        """registers, spills (bytes) and shared (bytes) of the code for 8.6 on 8.9: Triton makes the same for both, and
-        its part takes ten times as long as that of ptxas."""
+        """registers, spills (bytes) and shared (bytes) on 8.6 and 8.9: Triton makes the same code for both, and takes
+        ten times as long as ptxas."""
         compiled = self.build(86)
         with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
             file.write(compiled.asm["ptx"].encode())

@@ -54,7 +54,7 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     yield from gpu_checks_decode.cases(sizes, device)
     for shape in (sizes.odd, (3, sizes.wide[1] + 3), sizes.tall):
         yield Case(f"mask {text(shape)}", ("pack_mask", "unpack_mask"), partial(masks, shape, device))
-    for dtype in (BF16, FP32, torch.float8_e4m3fn, torch.float64):
+    for dtype in (torch.float8_e4m3fn, torch.float64, FP32, BF16):
         for shape in (sizes.odd, (3, sizes.wide[1]), sizes.tall) if dtype in (BF16, FP32) else (sizes.odd,):
             label = f"pack bitmask {text(shape)} {text(dtype)}"
             yield Case(label, ("pack_bitmask", "unpack_bitmask"), partial(bitmasks, shape, dtype, device))
@@ -69,7 +69,8 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     for shape in (sizes.groups, sizes.square):
         yield Case(f"hessian {shape[1]} bf16", (), partial(hessians, shape[1], BF16, device))
         yield Case(f"hessian {shape[1]} fp32", (), partial(hessians, shape[1], FP32, device))
-        yield Case(f"inverse factor {shape[1]}", (), partial(factors, shape[1], device))
+        for way, ops in (("torch", ()), ("blocked", ("factor_panel",))):
+            yield Case(f"inverse factor {way} {shape[1]}", ops, partial(factors, way, shape[1], device))
         for goal, masked in (((0.5, None, None), False), ((0.5, None, None), True), ((None, 2, 4), False)):
             ops = ("sweep_block", *(() if goal[2] else ("select_block",)), *(("pruned_per_block",) if masked else ()))
             label = f"sparsegpt {goal_text(goal)} {text(shape)}{', masked' if masked else ''}"
@@ -136,11 +137,13 @@ def wanda(shape, dtype, goal, device) -> Verdict:
     return worst(verdicts)
 
 
-def hessians(width, dtype, device) -> Verdict:
-    x = torch.randn(300, width, device=device).to(dtype)
+def hessians(width, dtype, device, tokens: int = 300) -> Verdict:
+    x = torch.randn(tokens, width, device=device).to(dtype)
     found, plain = torch.zeros(width, width, device=device), x.float().T @ x.float()
     accumulate_hessian(found, x)
-    return bounded(complete_hessian(found), plain, x.double().T @ x.double(), FP32)
+    error, allowed = bounded(complete_hessian(found), plain, x.double().T @ x.double(), FP32)
+    # Tensor cores add 16 terms at a time, and cut the sum where fp32 units round it.
+    return error, allowed + (tokens / 16 * torch.finfo(FP32).eps if dtype != FP32 else 0)
 
 
 def hessian_of(columns: int, device: str) -> Tensor:
@@ -150,11 +153,12 @@ def hessian_of(columns: int, device: str) -> Tensor:
     return x.T @ x
 
 
-def factors(columns, device) -> Verdict:
+def factors(way, columns, device) -> Verdict:
     hessian = hessian_of(columns, device)
     truth = pruning.inverse_factor(hessian, 0.01)[0]
     plain = pruning.inverse_factor(hessian.float(), 0.01)[0]
-    return bounded(inverse_factor(hessian.float(), 0.01)[0], plain, truth, FP32)
+    with setting("LOSA_FACTOR", way):
+        return bounded(inverse_factor(hessian.float(), 0.01)[0], plain, truth, FP32)
 
 
 def sweep(shape, goal, masked, device) -> Verdict:

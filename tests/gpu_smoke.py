@@ -25,6 +25,7 @@ import losa_kernels
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = 3
+BY_BLOCK = {"select_block", "sweep_block", "pruned_per_block", "factor_panel"}
 
 
 def main(argv: list[str]) -> int:
@@ -42,9 +43,9 @@ def main(argv: list[str]) -> int:
         print("no GPU")
         return NO_GPU
     os.environ.setdefault("LOSA_AUTOTUNE", "0")  # what the tables choose; the tests try every tile
-    cases = list(gpu_checks.cases(gpu_checks.LLAMA, "cuda"))
     if args.profile:
-        return profile(cases)
+        return profile()
+    cases = list(gpu_checks.cases(gpu_checks.LLAMA, "cuda"))
     rows = run(cases, args.json)
     if not any(row["status"] == "not run" for row in rows):
         rows += [failed(name, "has no case") for name in sorted(registered() - {op for c in cases for op in c.runs})]
@@ -72,10 +73,16 @@ def run(cases: Iterable[gpu_checks.Case], file: Path | None = None) -> list[dict
     return rows
 
 
-def profile(cases: list[gpu_checks.Case]) -> int:
-    """One case for each set of operators, the last, which is the largest: once to compile, and once between
-    cudaProfilerStart and cudaProfilerStop."""
-    for case in {case.runs: case for case in cases if case.runs}.values():
+def profile() -> int:
+    """One case for each set of operators, and for one row of x another: the last, which is the largest. Once to
+    compile, and once between cudaProfilerStart and cudaProfilerStop. What a sweep launches for every column block has
+    two of them."""
+    whole, two_blocks = (
+        {(case.runs, case.label.endswith(" 1")): case for case in gpu_checks.cases(sizes, "cuda") if case.runs}
+        for sizes in (gpu_checks.LLAMA, gpu_checks.LLAMA._replace(square=(4096, 256)))
+    )
+    for key, case in whole.items():
+        case = two_blocks[key] if BY_BLOCK & set(case.runs) else case
         print(case.label, flush=True)
         if verdict(case)["status"] == "PASS":
             torch.cuda.profiler.start()

@@ -263,7 +263,27 @@ def test_column_sweep_rows(tmp_path):
     assert {r["op"] for r in rows} >= {"sparsegpt, whole", "sparsegpt, selection and columns", "wanda mask"}
     if native.missing("cpu") is None:
         assert [r["shape"] for r in rows if r["op"] == "sweep block"] == ["24x64", "24x64"]
+        parts = [(r["op"], r["pattern"]) for r in rows if "part:" in r["op"]]
+        assert [(op.rpartition(" ")[2], pattern) for op, pattern in parts] == [
+            ("selection", "50 %"),
+            ("columns", "50 %"),
+            ("columns", "2:4"),
+        ]
+    assert all(r["host_ms"] > 0 and r["loss_error"] < 5e-3 for r in rows if r["op"] == "sparsegpt, whole")
     assert all(r["agreement"] > 0.99 for r in rows if r.get("agreement") is not None)
+
+
+def test_a_wrong_sweep_is_not_timed(monkeypatch):
+    run = column_sweep.sparsegpt_prune
+
+    def wrong(weight, hessian, **settings):
+        found = run(weight, hessian, **settings)
+        return found if weight.dtype == torch.float64 else found._replace(loss=1.01 * found.loss)
+
+    monkeypatch.setattr(column_sweep, "sparsegpt_prune", wrong)
+    weight, hessian = baselines.problem(16, 64, "cpu")
+    with pytest.raises(SystemExit, match="loss off by .*wrong kernel"):
+        column_sweep.sparsegpt(weight, hessian, "50 %", (0.5, None, None), 1, SimpleNamespace(device="cpu"))
 
 
 @pytest.mark.parametrize("columns", [128, 256, 300, 1100])

@@ -43,3 +43,14 @@ def test_several_launches_are_one(samples, monkeypatch):
     found = cka.gram(features)
     assert calls == [3, 3, 3, 1]
     assert (found - features @ features.mT).abs().max() <= 16 * torch.finfo(torch.float32).eps * found.abs().max()
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_products_are_deep_enough_for_every_triton(capability):
+    """Triton 3.6 multiplies tiles whose inner side is 16 or more."""
+    for samples in (1, 2, 16, 33, 64, 65, 128, 129, 256):
+        for columns in (1, 47, 1 << 16):
+            constants = cka.tile(samples, columns, capability)
+            assert constants["BLOCK_P"] >= 16 and constants["ROWS"] * constants["BLOCKS"] >= samples
+            widest = 32 if 90 <= capability < 120 else 16
+            assert constants["ROWS"] < 128 or constants["BLOCK_P"] <= widest, "registers of the operands"

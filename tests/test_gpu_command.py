@@ -230,16 +230,16 @@ def test_one(i):
 def test_a_lost_context_is_the_fault_of_one_test(tmp_path, workers):
     if workers:
         pytest.importorskip("xdist")
-    for name in ("conftest.py", "shared.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path)
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_losing.py").write_text(LOSES_THE_CONTEXT)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  sanitizer\n")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
     command += ["-n", str(workers)] if workers else []
     environment = os.environ | {"LOSA_FAILED_TESTS": str(tmp_path / "failed.txt")}
     environment.pop("PYTEST_XDIST_WORKER", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 if workers else done.returncode != 0, done.stdout
+    assert done.returncode == 1 if workers else done.returncode != 0, done.stdout + done.stderr
     named = {name.rpartition("::")[2] for name in (tmp_path / "failed.txt").read_text().splitlines()}
     assert named == {"test_one[1]"}, done.stdout
     if workers:  # a new process runs the others

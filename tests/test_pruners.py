@@ -303,4 +303,4 @@ def test_hessians_of_a_block_are_factored_together(monkeypatch):
     assert not pruner._factored
     pruner.prepare([torch.full((3, 3), float("nan")), torch.eye(3)])
     pruner.prepare([torch.eye(3), None])
-    assert together == [3, 2]
+    assert together == [3, 2, 2] and not pruner._factored

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import inverse_factor
+from losa_kernels.column_sweep import checks_together, cuda, inverse_factor, reference
 from losa_kernels.column_sweep.reference import block_counts, prune_count, smallest, smallest_of_groups
 from tests.test_column_sweep import hessian
 
@@ -170,3 +172,70 @@ def test_wanda_errors_name_the_argument(device, dtype):
     assert wanda_mask(weight[:0], norms, sparsity=0.5).shape == (0, 1)
     with pytest.raises(ValueError, match="input_norms: expected finite values >= 0"):
         wanda_mask(weight[:0], -norms, sparsity=0.5)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Wanda on CUDA with a kernel that only tells faults, by the weight's first entry; ``filled`` counts new flags."""
+    filled, zeros = [], torch.zeros
+
+    def run(weight, norms, sparsity, keep_n, m, mask, faults):
+        assert int(faults) == 0
+        faults += int(weight[0, 0])
+        return weight[:, :1]
+
+    monkeypatch.setattr(cuda.blocks, "wanda_mask", run)
+    monkeypatch.setattr(cuda, "wanda_faults", cuda.Faults())
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **more: filled.append(shape) or zeros(*shape, **more))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "one")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return filled
+
+
+def masked(fault):
+    return cuda.wanda_mask(torch.full((2, 8), float(fault)), torch.ones(8), 0.5, None, None, None)
+
+
+def test_faults_are_read_after_each_call(kernel):
+    for _ in range(3):
+        masked(0)
+    assert kernel == [(1,)], "a flag that was zero serves again"
+    with pytest.raises(ValueError, match="input_norms"):
+        masked(reference.BAD_NORMS | reference.BAD_WEIGHT)
+    masked(0)
+    assert kernel == 2 * [(1,)]
+
+
+def test_faults_of_several_calls_are_read_together(kernel):
+    with cuda.wanda_faults.together():
+        with cuda.wanda_faults.together():
+            masked(0)
+        masked(0)
+    with pytest.raises(ValueError, match="weight: expected finite"), cuda.wanda_faults.together():
+        masked(0)
+        masked(reference.BAD_WEIGHT)
+        masked(reference.BAD_NORMS)
+        reached = True
+    assert reached
+    with pytest.raises(KeyError), cuda.wanda_faults.together():
+        masked(reference.BAD_WEIGHT)
+        raise KeyError
+    with pytest.raises(ValueError, match="input_norms"):
+        masked(reference.BAD_NORMS)
+    with checks_together():
+        pass
+
+
+@pytest.mark.gpu
+def test_checks_together_on_gpu():
+    weight, norms = torch.randn(64, 256, device="cuda"), torch.rand(256, device="cuda")
+    expected = wanda_mask(weight, norms, sparsity=0.5)
+    with checks_together():
+        found = [wanda_mask(weight, norms, sparsity=0.5) for _ in range(3)]
+    assert all(torch.equal(mask, expected) for mask in found)
+    side = torch.cuda.Stream()
+    with pytest.raises(ValueError, match="input_norms"), checks_together():
+        wanda_mask(weight, norms, sparsity=0.5)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            wanda_mask(weight, -norms, sparsity=0.5)

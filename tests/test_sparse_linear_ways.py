@@ -115,6 +115,16 @@ def test_what_a_measurement_chooses_runs_and_tiles_stay_only_for_it(gpu, packed)
     assert gpu.made == 2
 
 
+def test_tiles_that_were_taken_stay_for_the_graphs_that_hold_them(gpu, packed, monkeypatch):
+    assert run(gpu, packed) == "tiles"
+    monkeypatch.setenv("LOSA_SPARSE_LINEAR", "window")
+    assert run(gpu, packed) == "window"
+    monkeypatch.delenv("LOSA_SPARSE_LINEAR")
+    gpu.best = {1: "unpack", 2: "window"}
+    assert run(gpu, packed, 1) == "unpack" and run(gpu, packed, 2) == "window"
+    assert packed._held.tiles is not None and gpu.made == 1
+
+
 def test_a_shape_that_was_measured_makes_tiles_for_every_weight(gpu):
     for _ in range(2):
         assert run(gpu, pack_bitmask(DENSE, pack_mask(KEPT))) == "tiles"
@@ -197,6 +207,12 @@ def test_tiles_that_a_part_does_not_take_are_let_go(gpu, packed):
     gpu.best = {1: "window"}
     run(gpu, part)
     assert gpu.made == 1 and packed._held.tiles is None and part._held.tiles is None
+
+
+def test_tiles_that_a_part_takes_are_made_once(gpu, packed):
+    gpu.best = {1: "tiles", 2: "window"}
+    assert run(gpu, take_rows(packed, 16, 48)) == "tiles" and run(gpu, packed, 2) == "window"
+    assert run(gpu, take_rows(packed, 0, 16)) == "tiles" and gpu.made == 1
 
 
 def test_files_copies_and_other_devices_have_no_tiles(gpu, packed):

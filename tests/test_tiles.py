@@ -8,7 +8,7 @@ import torch
 from emulation import NEEDED, load
 from torch.nn.functional import pad
 
-from losa_kernels import pack_bitmask, pack_mask, pack_nm
+from losa_kernels import native, pack_bitmask, pack_mask, pack_nm
 from losa_kernels.packing import PackedBitmask
 from losa_kernels.sparse_linear import tiles
 
@@ -108,11 +108,20 @@ def test_emulated_product_is_the_dense_one(multiply, rows, columns, density, dty
     weight, dense, kept = problem(rows, columns, density, dtype, seed=columns)
     made, bias = tiles.pack(pack_bitmask(weight, pack_mask(kept))), torch.randn(rows).to(dtype)
     for seed, (batch, bulk, shared) in enumerate(
-        ((1, True, SHARED), (5, False, SHARED), (8, True, 5 << 10), (9, True, SHARED), (16, False, 30 << 10))
+        ((1, True, SHARED), (5, False, SHARED), (8, True, 10 << 10), (9, True, SHARED), (16, False, 30 << 10))
     ):
         x, added = torch.randn(batch, columns).to(dtype), bias if batch != 5 else None
         y = multiply(x, made, added, bulk=bulk, shared=shared, seed=seed)
         assert_close(y, x, dense, added)
+
+
+@emulated
+def test_emulated_warp_with_many_chunks(multiply):
+    """One warp, with one stage: more turns than it looks up at a time."""
+    weight, dense, kept = problem(1, 8768, 1.0, BF16)
+    made, x = tiles.pack(pack_bitmask(weight, pack_mask(kept))), torch.randn(2, 8768).bfloat16()
+    for bulk in (True, False):
+        assert_close(multiply(x, made, bulk=bulk, shared=3 << 10, seed=bulk), x, dense, None)
 
 
 @emulated
@@ -238,3 +247,14 @@ def test_in_a_graph_on_gpu():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
+def test_shapes_of_the_operators():
+    bitmask = torch.empty(40, 38, dtype=torch.uint8, device="meta")
+    assert torch.ops.losa.count_tiles.default(bitmask, 300).shape == (3 * 2,)
+    data, offsets = (torch.empty(n, dtype=kind, device="meta") for n, kind in ((16, torch.uint8), (7, torch.int64)))
+    y = torch.ops.losa.sparse_linear_tiles.default(
+        bitmask.new_empty(2, 3, 300, dtype=BF16), data, offsets, 40, 16, None
+    )
+    assert y.shape == (2, 3, 40) and y.dtype == BF16

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 SHAPES = "4096x4096,11008x4096,4096x11008"
 OURS = "losa bf16;losa bf16, window;losa bf16, tiles;losa bf16, unpack"
 
@@ -49,8 +50,9 @@ def tests(name: str, expected: int, limit: int, *flags: str, workers: int = 0, *
 
 def sanitizer(tool: str, expected: int, limit: int, *flags: str) -> Step:
     """Without torch's caching of memory, in whose large segments no access is out of bounds."""
+    files = sorted(str(file) for file in (ROOT / "tests").glob("test_*.py") if "mark.sanitizer" in file.read_text())
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LOSA_AUTOTUNE": "0"}
-    step = tests(tool, expected, limit, "-m", "sanitizer", *flags, **environment)
+    step = tests(tool, expected, limit, "-m", "sanitizer", *flags, *files, **environment)
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
     return Step(tool, expected, limit, [*prefix, *step.command], step.environment, "tests", "compute-sanitizer")
 

@@ -226,8 +226,8 @@ __device__ __forceinline__ void publish_barriers() {
 #endif
 }
 
-// `bytes` from global to shared memory, all three multiples of 16. What was read at `to` before is read: by this thread,
-// and by those that it met at a barrier since.
+// `bytes` from global to shared memory, all three multiples of 16. The reads of what was there before are complete: of
+// this thread, and of those that it met at a barrier since.
 __device__ __forceinline__ void copy_bulk(Shared to, const void* from, unsigned bytes, Shared barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

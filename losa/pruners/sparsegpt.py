@@ -13,7 +13,6 @@ from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.column_sweep import SingularHessianError, inverse_factor, inverse_factors
-from losa_kernels.tensors import all_finite
 
 
 class SparseGPT:
@@ -43,13 +42,16 @@ class SparseGPT:
         self._factored: list[tuple[weakref.ref, int, tuple[Tensor, float] | SingularHessianError]] = []
 
     def prepare(self, statistics: Iterable[Tensor | None]) -> None:
-        """Factor a block's CUDA Hessians together, before ``prune`` asks for them one by one. One that is not finite is
-        left to ``prune``, which knows whose it is."""
+        """Factor a block's CUDA Hessians together, before ``prune`` asks for them one by one. Where that cannot be done
+        (one is not finite, memory is short), ``prune`` does it, and says whose Hessian is wrong."""
         hessians = list({id(h): h for h in statistics if h is not None and _factored_together(h)}.values())
-        if len(hessians) < 2 or not all(map(all_finite, hessians)):
+        if len(hessians) < 2:
             return
         self._factored = []
-        found = inverse_factors([hessian.float() for hessian in hessians], self.damping)
+        try:
+            found = inverse_factors([hessian.float() for hessian in hessians], self.damping)
+        except (ValueError, torch.OutOfMemoryError):
+            return
         for hessian, outcome in zip(hessians, found, strict=True):
             self._keep(hessian, outcome)
 

@@ -19,5 +19,8 @@ class Wanda:
         del config
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
-        check_finite(weight)
-        return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
+        try:
+            return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
+        except ValueError:
+            check_finite(weight)  # the mask's own check tells it, in one pass
+            raise

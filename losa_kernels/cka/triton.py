@@ -112,10 +112,11 @@ def tile(samples: int, columns: int, capability: int) -> dict[str, int]:
     rows = min(128, max(16, triton.next_power_of_2(samples)))
     blocks = 1 if samples <= rows else 2
     wgmma = 90 <= capability < 120
+    most_columns = {16: 128, 32: 128, 64: 64, 128: 32 if wgmma else 16}[rows]
     return {
         "ROWS": rows,
         "BLOCKS": blocks,
-        "BLOCK_P": {16: 128, 32: 128, 64: 64, 128: 32 if wgmma else 16}[rows] // blocks if split else 16,
+        "BLOCK_P": max(16, most_columns // blocks) if split else 16,
         "SPLIT": split,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": 2 if rows == 128 else 3,

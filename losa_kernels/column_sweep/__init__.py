@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed, packed_width
 from losa_kernels.column_sweep import factor as factor_on_cuda
+from losa_kernels.column_sweep.cuda import wanda_faults as wanda_on_cuda
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, check_values
 from losa_kernels.tensors import all_finite
@@ -19,6 +21,7 @@ __all__ = [
     "SingularHessianError",
     "SweepResult",
     "accumulate_hessian",
+    "checks_together",
     "complete_hessian",
     "inverse_factor",
     "inverse_factors",
@@ -229,6 +232,13 @@ def wanda_mask(
     # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
     run = dispatch.implementation("wanda_mask", weight.device)
     return run(weight, input_norms, sparsity, keep_n, m, mask)
+
+
+def checks_together() -> AbstractContextManager[None]:
+    """Inside it :func:`wanda_mask` on CUDA returns without waiting for the device. What it would have raised for values
+    that are not finite, or negative norms, is raised at the end of the block, for the first such call; until then its
+    mask means nothing."""
+    return wanda_on_cuda.together()
 
 
 def _check(

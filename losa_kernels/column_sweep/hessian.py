@@ -45,7 +45,7 @@ def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
         with full_accumulation():
             for start in range(0, x.shape[1], TENSOR_CORE_PANEL):
                 product = _product(x[:, start : start + TENSOR_CORE_PANEL].T, x[:, start:])
-                hessian[start : start + TENSOR_CORE_PANEL, start:] += product
+                hessian[start : start + TENSOR_CORE_PANEL, start:].add_(product)
         return
     x = x.to(hessian.dtype)
     for start in range(0, x.shape[1], PANEL):

@@ -62,7 +62,7 @@ LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     80: (Tile(64, 64, 32, 4, 2),),
 }
 # Rows that are not aligned to 16 bytes are loaded by elements, each with an address in registers, hence 8 warps.
-LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 8, 2),), 80: (Tile(64, 64, 32, 8, 2),)}
+LINEAR_UNALIGNED: dict[int, tuple[Tile, ...]] = {90: (Tile(64, 64, 32, 8, 2),), 80: (Tile(64, 64, 16, 8, 2),)}
 # Two accumulators (gradient of x), or two main products per step.
 LINEAR_DROPOUT: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 64, 64, 8, 3), Tile(64, 128, 32, 4, 3)),
@@ -112,7 +112,7 @@ def linear_tiles(
     arch: int, tokens: int, depth: int, wide: bool, dropout: bool, aligned: bool, whole: bool
 ) -> tuple[Tile, ...]:
     """Candidates of linear_kernel; ``depth`` is the factors', HEAD + TAIL; ``wide``: x is fp32; ``whole``: W consists
-    of whole tiles, which spares the predicates that would not fit the registers beside the largest tile."""
+    of whole tiles, which spares the predicates that would not fit the registers beside the largest tiles."""
     if interpreted():
         return (INTERPRETED,)
     if wide:
@@ -125,9 +125,9 @@ def linear_tiles(
         return LINEAR_DROPOUT[family(arch)]
     if tokens <= 64:
         return tuple(tile for tile in LINEAR_FEW_TOKENS[family(arch)] if tile.columns < 2 * max(16, tokens))
-    return tuple(
-        tile for tile in LINEAR[family(arch)] if tile.columns < 256 or (whole and depth <= 64 and tokens > 128)
-    )
+    most_rows = 128 if whole or family(arch) == 90 else 64  # mma takes both operands from registers
+    most_columns = 256 if whole and depth <= 64 and tokens > 128 else 128
+    return tuple(t for t in LINEAR[family(arch)] if t.rows <= most_rows and t.columns <= most_columns)
 
 
 def compose_tile(rows: int, depth: int, direct: bool, wide: bool) -> Tile:

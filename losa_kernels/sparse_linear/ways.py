@@ -42,6 +42,7 @@ class Held:
     key: tuple  # of its measurements, without the batch
     tiles: Tiles | None = None
     refused: bool = False  # there was no memory for tiles
+    taken: bool = False  # tiles were chosen once: a graph may hold them from then on
     ways: dict[int, str] = field(default_factory=dict)  # by batch, as last chosen
 
 
@@ -74,11 +75,15 @@ def choose(x: Tensor, packed: Packed, run) -> str:
         _make_forced(packed)
     if wanted != "auto":
         held_by(packed).ways[batch] = wanted
+        held_by(packed).taken |= wanted == "tiles"
         return wanted
     held = held_by(packed)
     way = held.ways[batch] = _fastest(x.device, packed, held, batch, run)
-    if "tiles" not in held.ways.values():
-        _let_go(packed, held)
+    whole = _whole(packed)
+    for holder in (held, held_by(whole[0])) if whole else (held,):
+        holder.taken = holder.taken or way == "tiles"
+        if not holder.taken:
+            holder.tiles = None
     return way
 
 
@@ -145,13 +150,18 @@ def tiles_of(packed: Packed) -> Tiles | None:
     """The weight's tiles, made if there are none; None where the device has no memory for them."""
     held = held_by(packed)
     if held.tiles is None:
-        whole = whole_of(packed)
-        if whole is not None and whole[1] % tiles.ROWS == 0:
+        if whole := _whole(packed):
             of_whole = tiles_of(whole[0])
             held.tiles = None if of_whole is None else tiles.rows_of(of_whole, whole[1], packed.shape[0])
         elif has_room(packed):
             held.tiles = _make(packed)
     return held.tiles
+
+
+def _whole(packed: Packed) -> tuple[Packed, int] | None:
+    """The weight whose tiles have this one's rows, and from which row on."""
+    whole = whole_of(packed)
+    return whole if whole is not None and whole[1] % tiles.ROWS == 0 else None
 
 
 def has_room(packed: Packed) -> bool:
@@ -178,14 +188,6 @@ def _make_forced(packed: Packed) -> None:
             f"LOSA_SPARSE_LINEAR=tiles: {tiles.bytes_of(packed)} bytes for the tiles of a weight {packed.shape} would "
             f"leave less than {FREE:.0%} of the device's memory free"
         )
-
-
-def _let_go(packed: Packed, held: Held) -> None:
-    held.tiles = None
-    if (whole := whole_of(packed)) is not None:
-        of_whole = held_by(whole[0])
-        if "tiles" not in of_whole.ways.values():
-            of_whole.tiles = None
 
 
 def _in_graph(packed: Packed, wanted: str, batch: int) -> str:

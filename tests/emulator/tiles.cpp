@@ -8,8 +8,8 @@ using sparse_linear::Value;
 // ROWS COLUMNS, then
 // pack: values, mask, offsets (or no file) -> data, places; as the host would with the sums of the chunks' sizes
 // unpack: data, places -> dense
-// multiply BATCH VALUE BIAS_VALUE BULK SHARED: data, places, x (rows of columns rounded up to 64), bias (or no file) -> y,
-//   by a device whose blocks may have SHARED bytes
+// multiply BATCH VALUE BIAS_VALUE BULK SHARED: data, places, x (rows of columns rounded up to 64), bias (or no file)
+//   -> y, by a device whose blocks may have SHARED bytes
 int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   const int64_t rows = driver[0];
@@ -23,7 +23,8 @@ int main(int argc, char** argv) {
     const auto mask = driver.read<uint8_t>("mask");
     auto offsets = driver.read<int64_t>("offsets");
     const auto total = static_cast<int64_t>(values.size());
-    const sparse_linear::Rows weight{values.data(), total, data_or_null(offsets), total / rows, mask.data(), rows, columns};
+    const int64_t length = total / rows;
+    const sparse_linear::Rows weight{values.data(), total, data_or_null(offsets), length, mask.data(), rows, columns};
     std::vector<int64_t> sizes(chunks, -1);
     sparse_linear::launch_count_tiles(weight, tiles, sizes.data(), nullptr);
     places.assign(chunks + 1, 0);

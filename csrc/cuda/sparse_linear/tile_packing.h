@@ -51,7 +51,9 @@ __global__ void __launch_bounds__(32 * kTilePackWarps) count_tiles_kernel(Rows w
   const int chunk = static_cast<int>(at % tiles.chunks()), count = tiles.tiles_of(chunk);
   int kept = 0;
 #pragma unroll 1
-  for (int tile = lane % 2; tile < count; tile += 2) kept += __popcll(tile_mask(weight, row, chunk * kChunkTiles + tile));
+  for (int tile = lane % 2; tile < count; tile += 2) {
+    kept += __popcll(tile_mask(weight, row, chunk * kChunkTiles + tile));
+  }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) kept += __shfl_xor_sync(kAllLanes, kept, lanes);
   if (lane == 0) sizes[at] = (count * kTileMaskBytes + 2 * kept + kCopied - 1) / kCopied;

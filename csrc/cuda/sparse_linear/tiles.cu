@@ -1,4 +1,5 @@
 // Tiles on CUDA: made from packed rows, multiplied, unpacked; which launch runs with how much shared memory.
+#include "cuda/per_device.h"
 #include "cuda/sparse_linear/tile_packing.h"
 #include "cuda/sparse_linear/tiles_kernel.h"
 
@@ -28,9 +29,15 @@ void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t str
   task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
   const int bytes = task.shape.bytes(kColumns);
   const auto kernel = tiles_kernel<kValue, kColumns>;
-  allow_shared_memory(kernel, bytes);
-  LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(task.tiles.groups()), static_cast<unsigned>(32 * task.shape.warps),
-                        bytes, stream, task);
+  static PerDevice<> prepared;
+  prepared.get(0, [&] {
+    allow_shared_memory(kernel, shared_bytes);
+    // As other decode kernels have it: kernels that follow each other run at the same time only if they agree about it.
+    LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+    return 0;
+  });
+  const auto grid = static_cast<unsigned>(task.tiles.groups()), threads = static_cast<unsigned>(32 * task.shape.warps);
+  LOSA_LAUNCH_DEPENDENT(kernel, grid, threads, bytes, stream, task);
 }
 
 // largest: the bytes of the largest chunk. rows and columns of the weight are not 0, the batch is 1 to 16.
@@ -94,16 +101,20 @@ Value value_of(const Tensor& tensor, const char* name) {
 
 // That a block may have on the current device.
 int most_shared_bytes() {
-  int device = 0, bytes = 0;
-  LOSA_CUDA_CHECK(cudaGetDevice(&device));
-  LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  static PerDevice<> known;
+  return known.get(0, [] {
+    int device = 0, bytes = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  });
 }
 
 void check_size(int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows > 0 && rows / kTileRows < kMostGroups - 1, "rows: expected 1 to ", kMostGroups * kTileRows,
                   ", got ", rows);
-  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "columns: expected 1 to ", kMostColumns - 1, ", got ", columns);
+  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "columns: expected 1 to ", kMostColumns - 1, ", got ",
+                  columns);
 }
 
 bool is_vector(const Tensor& tensor, ScalarType type) {
@@ -197,8 +208,8 @@ Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& of
   if (batch == 0) return y;
 
   constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
-  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ", kCopied,
-                  " up to ", kMost, ", got ", largest);
+  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ",
+                  kCopied, " up to ", kMost, ", got ", largest);
   const Tensor padded = padded_rows(x, batch, columns, stream);
   const TileTask task{tiles,
                       padded.const_data_ptr(),

@@ -43,8 +43,8 @@ __device__ __forceinline__ unsigned count_nibbles(unsigned word) {
   return (word & 0x33333333u) + (word >> 2 & 0x33333333u);
 }
 
-// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all have; a byte
-// each (of even nibbles and of odd ones).
+// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all have; a
+// byte each (of even nibbles and of odd ones).
 struct TilePlaces {
   unsigned through[2], total[2];
 

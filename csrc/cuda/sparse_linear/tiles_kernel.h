@@ -5,13 +5,15 @@
 // are asked for before the kernel waits for those before it, as weights are constant. A warp needs no other warp until
 // the sums of all are added up, always in the same order.
 //
-// For every nibble of the mask a lane reads 3 values, the last that is its own and the two before it, wherever they are,
-// and one more before them only if all 4 columns are kept. One of 16 permutations, from shared memory, puts them into
-// their columns with zeros between; where fewer columns are kept the fourth value is zero. That is the lane's part of A; its part of B is 8 columns of row g of x for
-// two k-steps, 16 bytes. Columns of D are rows of x: what B has beyond the batch reaches only columns that are not used.
+// For every nibble of the mask a lane reads 3 values, the last that is its own and the two before it, wherever they
+// are, and one more before them only if all 4 columns are kept. One of 16 permutations, from shared memory, puts them
+// into their columns with zeros between; where fewer columns are kept the fourth value is zero. That is the lane's part
+// of A; its part of B is 8 columns of row g of x for two k-steps, 16 bytes. Columns of D are rows of x: what B has
+// beyond the batch reaches only columns that are not used.
 //
-// A multiprocessor has time for about 45 accesses to shared memory (shuffles among them) and 90 integer instructions of
-// a warp while a tile of density 0.3 comes from memory at an H200's rate; the kernel takes about 48 and 65 (counted).
+// By arithmetic: in the time in which an H200 brings a tile of 70 % zeros from memory, a multiprocessor can do 45
+// accesses of a warp to shared memory (shuffles among them), 90 integer instructions and 180 of all kinds. The kernel
+// takes about 48, 50 and 177.
 #pragma once
 
 #include "cuda/decode_task.h"
@@ -19,11 +21,11 @@
 
 namespace losa::sparse_linear {
 
-constexpr int kTileWarps = 8;       // of a block at most
-constexpr int kTileBlocks = 3;      // that a multiprocessor's registers allow
-constexpr int kTileStages = 4;      // of a warp at most
-constexpr int kStageHead = 16;      // bytes of a stage before its chunk: the barrier that tells when the chunk is there
-constexpr int kPermutations = 64;   // bytes
+constexpr int kTileWarps = 8;      // of a block at most
+constexpr int kTileBlocks = 3;     // that a multiprocessor's registers allow
+constexpr int kTileStages = 4;     // of a warp at most
+constexpr int kStageHead = 16;     // bytes of a stage before its chunk: the barrier that tells when the chunk is there
+constexpr int kPermutations = 64;  // bytes
 
 // What a block's shared memory holds, in bytes from its begin.
 struct TileShape {
@@ -64,15 +66,15 @@ __device__ __forceinline__ unsigned tile_permutation(unsigned kept) {
   return digits;
 }
 
-// A warp's chunks on their way to its stages of shared memory: number `turn` of them is chunk warp + turn * warps of the
-// group. All functions are called by all lanes.
+// A warp's chunks on their way to its stages of shared memory: number `turn` of them is chunk warp + turn * warps of
+// the group. All functions are called by all lanes.
 struct ChunkStream {
   const uint8_t* from;  // of the turn that is this lane's of 32
   unsigned bytes;       // 0 where there is no such chunk
-  Shared stage, end;    // that is read next; of the stages
+  Shared stage, end;    // the one that is read next; of all
+  unsigned parity;      // of its barrier
   int asked;            // turns
   int lane;
-  unsigned parity;      // of the stage's barrier
 
   __device__ __forceinline__ void start(const TileTask& task, Shared stages, int warp, int own_lane) {
     lane = own_lane;
