@@ -253,7 +253,6 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_k
   const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * groups + warp / task.split) * kRows;
   const int begin = part * task.slice, end = min(begin + task.slice, weight.columns);
 
-  if (weight.fresh) wait_for_kernels_before();
   typename Ring::Row streams[kRows];
   const uint8_t* masks[kRows];
   int places[kRows];
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_k
   unsigned words[kRows] = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) words[r] = mask_word(weight, masks[r], begin + 32 * lane);
-  // Only the weight is read before: x, the bias and y may be the work of the kernels before.
+  // Only the weight is read before the wait: the kernels before may write x, and read what y's memory held.
   wait_for_kernels_before();
   let_next_kernel_start();
 #pragma unroll 1

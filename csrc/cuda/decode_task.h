@@ -22,7 +22,6 @@ struct Weight {
   int64_t mask_stride, rows;
   int columns;
   bool words;  // rows of the mask are whole aligned 32-bit words
-  bool fresh;  // a kernel before on the stream writes the values; else nobody has for long
 };
 
 struct Task {

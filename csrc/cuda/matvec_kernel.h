@@ -267,8 +267,8 @@ __device__ __forceinline__ void store_sums(const Task& task, int windows, const 
   }
 }
 
-// Blocks of 32 * shape.windows threads; each has a row at least. Until all kernels before on the stream are complete
-// only the weight is read, which they do not write.
+// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before the wait for the kernels
+// before: this kernel starts early only behind kernels that let it, and those write no weight.
 template <Value kValue, int kBatch>
 __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
@@ -279,7 +279,6 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
   int row = block * shape.rows + min(block, shape.longer);  // the lot's first
   const int end = row + shape.rows + (block < shape.longer ? 1 : 0);
 
-  if (weight.fresh) wait_for_kernels_before();
   MasksAhead masks, second;
   masks.load(weight, window, row, min(lot, end - row));
   second.load(weight, window, row + lot, min(lot, end - row - lot));

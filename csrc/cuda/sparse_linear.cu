@@ -232,8 +232,7 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
   int64_t before = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(values_in.get(), &before));
   Tensor values = values_in;
-  const bool fresh = lead > before;
-  if (fresh) {
+  if (lead > before) {
     values = torch::stable::clone(values_in);
     lead = 0;
   }
@@ -249,8 +248,7 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
                       width,
                       out,
                       static_cast<int>(columns),
-                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0,
-                      fresh};
+                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0};
   const Task task{weight,
                   rows.const_data_ptr(),
                   (columns + 7) / 8 * 8,

@@ -146,6 +146,7 @@ struct Machine {
   std::size_t threads = 0;                                 // of a block
   std::vector<std::vector<unsigned char>> dynamic_shared;  // of each block that runs
   Fiber* current = nullptr;
+  unsigned patience = 64;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
   bool has_bulk_copies = true;  // as from compute capability 9.0 on
   std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
@@ -310,10 +311,10 @@ inline bool release_waits() {
   return released;
 }
 
-// A random thread of the favoured warp while that has one to run, for about 64 turns; else of any warp.
+// A random thread of the favoured warp while that has one to run, for about `patience` turns; else of any warp.
 inline bool pick(std::size_t* warp, std::size_t* fiber) {
   auto& ready = machine.ready;
-  if (machine.random() % 64 == 0 || ready[*warp].empty()) {
+  if (machine.random() % machine.patience == 0 || ready[*warp].empty()) {
     std::vector<std::size_t> candidates;
     for (std::size_t i = 0; i < ready.size(); ++i) {
       if (!ready[i].empty()) candidates.push_back(i);
@@ -386,6 +387,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::functio
     std::_Exit(kExitStatus);
   }
   gridDim = grid;
+  machine.patience = 64u << machine.random() % 8;  // from a few lines of code to a whole loop ahead of other warps
   blockDim = block;
   machine.body = std::move(body);
   machine.threads = threads;

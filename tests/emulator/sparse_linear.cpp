@@ -5,7 +5,7 @@
 namespace sparse_linear = losa::sparse_linear;
 using sparse_linear::Value;
 
-// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT FRESH:
+// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT:
 // values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
 // devices, of the same: also how many attributes were set after a first call, a second, and one on another device, and
 // the threads of a block
@@ -34,8 +34,7 @@ int main(int argc, char** argv) {
                                      losa::packed_width(columns),
                                      rows,
                                      static_cast<int>(columns),
-                                     aligned && losa::packed_width(columns) % 4 == 0,
-                                     driver[11] != 0};
+                                     aligned && losa::packed_width(columns) % 4 == 0};
   const sparse_linear::Task task{weight,
                                  x.data(),
                                  (columns + 7) / 8 * 8,
