@@ -21,7 +21,7 @@ DTYPES = [FP32, BF16, FP16]
 
 @pytest.fixture
 def decode(emulate):
-    def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, fresh=False, seed=0, counts=False):
+    def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, seed=0, counts=False):
         (batch, columns), rows, dtype = x.shape, packed.shape[0], packed.dtype
         tensor = x.dtype == dtype != FP32
         assert tensor or x.dtype == FP32
