@@ -95,14 +95,14 @@ class Recorder:
 
     def _open(self) -> None:
         free = _free.setdefault(self._device, [])
-        self._stream = free.pop() if free else _private_stream()
+        self._stream = free.pop() if free else private_stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._returned = finalize(self, _give_back, self._graphs, self._stream, free)
         self._returned.atexit = False
 
     def _run(self, function: Callable[[], Results]) -> None:
         if self._device not in _beside:
-            _beside[self._device] = _private_stream()
+            _beside[self._device] = private_stream()
         beside, here = _beside[self._device], torch.cuda.current_stream()
         with torch.cuda.stream(beside):
             beside.wait_stream(here)
@@ -118,8 +118,13 @@ def _give_back(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, fr
     free.append(stream)
 
 
-def _private_stream() -> torch.cuda.Stream:
-    """A stream of the current device that no other call has returned."""
+def private_stream() -> torch.cuda.Stream:
+    """A stream of the current device that no other call has returned: what torch hands out comes round again. It is
+    never given back: keep it for later use.
+
+    Raises:
+        RuntimeError: torch has no other.
+    """
     with capturing:
         for _ in range(STREAMS):
             stream = torch.cuda.Stream()

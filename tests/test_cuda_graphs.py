@@ -9,6 +9,7 @@ import torch
 from fake_cuda import FakeCuda
 
 from losa_kernels import cuda_graphs, measured
+from losa_kernels.column_sweep import factor
 from losa_kernels.column_sweep.graph import CudaCapture
 
 
@@ -48,6 +49,21 @@ def test_streams_run_out(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_taken", {(0, n) for n in range(1, 9)})
     with pytest.raises(RuntimeError, match="no stream is left of torch's 3"):
         cuda_graphs.Recorder(torch.device("cuda:0"))(lambda: None)
+
+
+def test_no_capture_on_a_stream_that_factors(monkeypatch):
+    """Not even when torch's streams come round again."""
+    fake, device, where = FakeCuda(monkeypatch), torch.device("cuda:0"), []
+    monkeypatch.setattr(factor, "_kept_streams", {})
+    made = fake.Stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: setattr(fake, "made", fake.made % 8) or made())
+    factoring = {stream.cuda_stream for stream in factor._streams(device)}
+    for _ in range(4):
+        torch.cuda.Stream()  # a user's
+    recorders = [cuda_graphs.Recorder(device) for _ in range(4)]
+    for recorder in recorders:
+        recorder(lambda: where.append(fake.current))
+    assert len({*where, *factoring}) == 8
 
 
 def waiting(work):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from losa_kernels import measured
+from losa_kernels import cuda_graphs, measured
 from losa_kernels.column_sweep.cuda import matmul_precision
 from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, damped_diagonal, singular
@@ -203,7 +203,8 @@ _kept_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     if device not in _kept_streams:
-        _kept_streams[device] = [torch.cuda.Stream() for _ in range(STREAMS)]
+        # Of nobody else: a graph captured on one of them would share its cuBLAS workspace.
+        _kept_streams[device] = [cuda_graphs.private_stream() for _ in range(STREAMS)]
     return _kept_streams[device]
 
 
