@@ -111,6 +111,23 @@ def test_every_call_has_the_bits_of_the_plain_loop(recorder, plain, monkeypatch,
     assert all(map(same, found, expected))
 
 
+def test_one_graph_for_every_sparsity(recorder, plain):
+    """Blocks may have a sparsity each, and none is worth a capture of its own."""
+    for turn, sparsity in enumerate((0.5, 0.6, 0.7, 0.0, 0.55)):
+        given = problem(turn, masked=True)
+        assert same(sweep(given, sparsity=sparsity), plain(given, sparsity=sparsity)), sparsity
+    assert recorder.attempts == 1
+
+
+def test_closed_graphs_are_made_anew(recorder, plain):
+    for turn in range(2):
+        for seed in range(3):
+            assert same(sweep(problem(seed)), plain(problem(seed)))
+        assert recorder.attempts == turn + 1 and recorder.open[turn]
+        cuda.graphs.close()
+        assert not any(recorder.open)
+
+
 def test_the_first_call_records_nothing(recorder):
     given = problem(0)
     sweep(given)
@@ -140,7 +157,6 @@ VARIANTS = {
     "m": ({}, {"m": 8}, "fp32", "here"),
     "block_size": ({}, {"block_size": 32}, "fp32", "here"),
     "sparsity": ({}, {"sparsity": 0.5}, "fp32", "here"),
-    "another sparsity": ({}, {"sparsity": 0.6}, "fp32", "here"),
     "trailing": ({}, {}, "3xtf32", "here"),
     "place": ({}, {}, "fp32", "there"),
 }

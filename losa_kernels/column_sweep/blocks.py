@@ -68,11 +68,13 @@ def column_sweep(
     mask: Tensor | None,
     panel: int = 0,
     split: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(swept weight (out, in), packed mask, loss (out,)) of an fp32 weight, which is given up: the result may be it.
 
     ``panel``: columns of a panel, rounded down to whole blocks, at least one. ``split``: what later columns lose comes
-    from operands in two TF32 parts each, see ``split_factor``; the products are then to be TF32's.
+    from operands in two TF32 parts each, see ``split_factor``; the products are then to be TF32's. ``counts``:
+    ``block_counts``, instead of ``sparsity``.
     """
     rows, columns = weight.shape
     work = weight.contiguous()
@@ -83,11 +85,11 @@ def column_sweep(
     terms, right = (3, split_factor(factor, block_size)) if split else (1, factor)
     space = work.new_empty(rows * terms * min(panel, columns))
     starts = range(0, columns, block_size)
-    scratch, state, counts = None, None, None
+    scratch, state = None, None
     if keep_n is None and columns:
         scratch = work.new_empty(rows * min(block_size, columns))
         state = work.new_zeros(STATE, dtype=torch.int32)
-        counts = block_counts(sparsity, work, block_size, mask)
+        counts = block_counts(sparsity, work, block_size, mask) if counts is None else counts
     group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)

@@ -52,11 +52,16 @@ def column_sweep(
         return reference.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask)
     split = _trailing(weight, factor) == "3xtf32"
 
-    def loop(weight: Tensor, factor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return blocks.column_sweep(weight, factor, sparsity, keep_n, m, block_size, mask, panel=PANEL, split=split)
+    counts = None if sparsity is None else blocks.block_counts(sparsity, weight, block_size, mask)
+
+    def loop(
+        weight: Tensor, factor: Tensor, mask: Tensor | None, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = {"panel": PANEL, "split": split, "counts": counts}
+        return blocks.column_sweep(weight, factor, None, keep_n, m, block_size, mask, **options)
 
     with matmul_precision("tf32" if split else "ieee"):
-        return graphs.run(loop, weight, factor.contiguous(), mask, (sparsity, keep_n, m, block_size, split))
+        return graphs.run(loop, (weight, factor.contiguous(), mask, counts), (keep_n, m, block_size, split))
 
 
 def _trailing(weight: Tensor, factor: Tensor) -> str:
@@ -172,7 +177,7 @@ def check_3xtf32(device: torch.device) -> None:
 def matmul_precision(name: str) -> Iterator[None]:
     """torch's fp32 precision of CUDA products, "ieee" or "tf32", inside the block."""
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
+    before, medium = settings.fp32_precision, _is_medium()
     changes = (before == "tf32") != (name == "tf32")
     if changes:
         # The older of two switches: it sets both, and torch refuses to work while they disagree.
@@ -182,5 +187,15 @@ def matmul_precision(name: str) -> Iterator[None]:
     finally:
         if changes:
             settings.allow_tf32 = before == "tf32"
+            if medium:
+                torch.set_float32_matmul_precision("medium")
         if settings.fp32_precision != before:
             settings.fp32_precision = before
+
+
+def _is_medium() -> bool:
+    """Whether torch's global precision is "medium": on CUDA the same as "high", which the older switch stands for."""
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # its parts were set one by one
+        return False

@@ -25,7 +25,7 @@ STREAMS = 4  # on which the Hessians of a block are factored
 # Bytes of Hessians that are factored at a time; each takes five times its own.
 TOGETHER = 1 << 30
 
-graphs = SweepGraphs(CudaCapture(), kept=2)
+graphs = SweepGraphs(CudaCapture(), kept=STREAMS)
 
 # (factor, whether it exists and is finite) of a Hessian with another diagonal
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -97,12 +97,12 @@ def by_blocks(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     work.add_(hessian.triu(1).T)
     work.diagonal().copy_(diagonal)
     failed = torch.zeros(1, dtype=torch.int32, device=work.device)
-    factor, failed, _ = graphs.run(_blocked, work, failed, None, ("factor",))
+    factor, failed = graphs.run(_blocked, (work, failed), ("factor",))
     return factor, _finite(factor).logical_and_(failed[0] == 0)
 
 
-def _blocked(work: Tensor, failed: Tensor, _: None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, failed, failed) of a symmetric positive definite matrix (n, n), which is given up.
+def _blocked(work: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, failed) of a symmetric positive definite matrix (n, n), which is given up.
 
     Rows [start, end) of ``work`` hold what is left of H up to column ``end`` and what has become of an identity beyond.
     Times the inverse of R's diagonal block they are [R^T | U], whose multiples leave the rows above.
@@ -117,7 +117,7 @@ def _blocked(work: Tensor, failed: Tensor, _: None = None) -> tuple[Tensor, Tens
         if start:
             work[:start, start:end] = 0
             work[:start].addmm_(factor[start:end, :start].T, factor[start:end], alpha=-1)
-    return factor.triu_(), failed, failed
+    return factor.triu_(), failed
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -2,8 +2,9 @@
 
 The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
 and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
-(stream, shape, sparsity or pattern, block size, mask or none, trailing product), so that what is pruned once pays
-nothing, and only then: more than ``KEPT`` keys in rotation would otherwise be captured again and again.
+(stream, shapes, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and
+only then: more than ``KEPT`` keys in rotation would otherwise be captured again and again. How many entries go from
+each column block is an input, since every transformer block may have a sparsity of its own.
 
 ``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
 before.
@@ -29,8 +30,9 @@ KEPT = 4  # graphs in a process, the least recently used goes; as many as a tran
 # should take longer than their launches (an estimate), and a graph would save nothing.
 LARGEST = 128 << 20
 
-Results = tuple[Tensor, Tensor, Tensor]
-Loop = Callable[[Tensor, Tensor, Tensor | None], Results]
+Results = tuple[Tensor, ...]
+Inputs = tuple[Tensor | None, ...]
+Loop = Callable[..., Results]
 
 
 class Recording(Protocol):
@@ -62,20 +64,28 @@ class SweepGraphs:
         # One lock for all that captures: a measurement may run sweeps while it keeps captures away.
         self._lock = cuda_graphs.capturing
 
-    def run(self, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None, key: tuple) -> Results:
-        """``loop(weight, factor, mask)``, which gives ``weight`` up. ``key``: all that the loop depends on besides the
-        place and its arguments' shapes."""
+    def run(self, loop: Loop, inputs: Inputs, key: tuple) -> Results:
+        """``loop(*inputs)``, which gives the first input up for the first result. ``key``: all that the loop depends on
+        besides the place and its inputs' shapes."""
         off = os.environ.get("LOSA_SWEEP_GRAPH", "1") == "0" or torch.are_deterministic_algorithms_enabled()
-        place = None if off or weight.nbytes + factor.nbytes > LARGEST else self._capture.place(weight.device)
+        too_large = sum(0 if given is None else given.nbytes for given in inputs[:2]) > LARGEST
+        place = None if off or too_large else self._capture.place(inputs[0].device)
         if place is not None:
-            key = (place, weight.shape, mask is not None, *key)
+            key = (place, *(None if given is None else given.shape for given in inputs), *key)
             with self._lock:
-                graph = self._graph(key, loop, weight, factor, mask)
+                graph = self._graph(key, loop, inputs)
                 if graph is not None:
-                    return graph.run(weight, factor, mask)
-        return loop(weight, factor, mask)
+                    return graph.run(inputs)
+        return loop(*inputs)
 
-    def _graph(self, key: tuple, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None) -> _Graph | None:
+    def close(self) -> None:
+        """Free the graphs and their memory; later calls start anew."""
+        with self._lock:
+            self._calls.clear()
+            while self._graphs:
+                self._graphs.popitem()[1].close()
+
+    def _graph(self, key: tuple, loop: Loop, inputs: Inputs) -> _Graph | None:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -85,7 +95,7 @@ class SweepGraphs:
         while len(self._graphs) >= self._kept:
             self._graphs.popitem(last=False)[1].close()
         try:
-            self._graphs[key] = _Graph(self._capture, loop, weight, factor, mask)
+            self._graphs[key] = _Graph(self._capture, loop, inputs)
         except Exception as error:  # whatever it is, the loop itself will do, or will say what is wrong
             logger.warning("column_sweep: no CUDA graph for %s: %s", key, error)
             return None
@@ -95,27 +105,27 @@ class SweepGraphs:
 class _Graph:
     """A recorded loop and the memory that it reads and writes."""
 
-    def __init__(self, capture: Capture, loop: Loop, weight: Tensor, factor: Tensor, mask: Tensor | None):
+    def __init__(self, capture: Capture, loop: Loop, inputs: Inputs):
         # Made in inference mode they could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
-            inputs = [
+            own = [
                 None if given is None else torch.empty_like(given, memory_format=torch.contiguous_format)
-                for given in (weight, factor, mask)
+                for given in inputs
             ]
-            self._inputs = inputs
-            self._load(weight, factor, mask)
-            self._recording = capture(lambda: loop(*inputs), weight.device)
+            self._inputs = own
+            self._load(inputs)
+            self._recording = capture(lambda: loop(*own), inputs[0].device)
 
-    def run(self, weight: Tensor, factor: Tensor, mask: Tensor | None) -> Results:
-        self._load(weight, factor, mask)
-        swept, kept, loss = self._recording()
-        return weight.contiguous().copy_(swept), kept.clone(), loss.clone()
+    def run(self, inputs: Inputs) -> Results:
+        self._load(inputs)
+        first, *rest = self._recording()
+        return inputs[0].contiguous().copy_(first), *(result.clone() for result in rest)
 
     def close(self) -> None:
         self._recording.close()
 
-    def _load(self, *given: Tensor | None) -> None:
-        for static, value in zip(self._inputs, given, strict=True):
+    def _load(self, inputs: Inputs) -> None:
+        for static, value in zip(self._inputs, inputs, strict=True):
             if static is not None:
                 static.copy_(value)
 
