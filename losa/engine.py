@@ -26,6 +26,7 @@ from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa.schedule import RoundPlan
 from losa_kernels import cka_similarity, merge_masked_lora, unpack_mask
+from losa_kernels.column_sweep import free_graphs
 
 
 class Engine:
@@ -216,6 +217,7 @@ class Engine:
                     for d, s in zip(dense.hidden, sparse.hidden, strict=True):
                         meter.update(d, s)
                     errors.append(meter.result())
+        free_graphs()  # training needs the memory
         if not errors:
             return None
         return _from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()

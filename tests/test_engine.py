@@ -12,6 +12,7 @@ from losa.errors import NumericsError
 from losa.model import merge_model, wrap_model, wrapped_linears
 from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig, RoundsConfig
 from losa.schedule import plan_rounds
+from losa_kernels.column_sweep import cuda, factor
 from tests.tiny import tiny_llama
 
 IDS = torch.randint(0, 90, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -56,6 +57,15 @@ def test_budgets_are_exact_and_masks_nested(pruner):
         assert all(bool((late <= early).all()) for early, late in zip(earlier, later, strict=True))
     for index, layers in enumerate(engine.layers):
         assert {m.rank for m in layers.values()} == {records[-1].ranks[index]}
+
+
+def test_no_graph_outlives_the_pruning(monkeypatch):
+    """Training would miss their memory."""
+    closed = []
+    for module in (cuda, factor):
+        monkeypatch.setattr(module.graphs, "close", lambda name=module.__name__: closed.append(name))
+    run_all(build()[1], rounds=2)
+    assert closed == 2 * [cuda.__name__, factor.__name__]
 
 
 def test_dense_reference_is_the_original_model():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed, packed_width
+from losa_kernels.column_sweep import cuda as sweep_on_cuda
 from losa_kernels.column_sweep import factor as factor_on_cuda
-from losa_kernels.column_sweep.cuda import wanda_faults as wanda_on_cuda
 from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, check_values
 from losa_kernels.tensors import all_finite
@@ -23,6 +23,7 @@ __all__ = [
     "accumulate_hessian",
     "checks_together",
     "complete_hessian",
+    "free_graphs",
     "inverse_factor",
     "inverse_factors",
     "sparsegpt_prune",
@@ -238,7 +239,14 @@ def checks_together() -> AbstractContextManager[None]:
     """Inside it :func:`wanda_mask` on CUDA returns without waiting for the device. What it would have raised for values
     that are not finite, or negative norms, is raised at the end of the block, for the first such call; until then its
     mask means nothing."""
-    return wanda_on_cuda.together()
+    return sweep_on_cuda.wanda_faults.together()
+
+
+def free_graphs() -> None:
+    """Free the CUDA graphs that :func:`sparsegpt_prune` and :func:`inverse_factor` keep between calls, and the several
+    copies of weights and Hessians that they hold. Later calls make new ones."""
+    sweep_on_cuda.graphs.close()
+    factor_on_cuda.graphs.close()
 
 
 def _check(
