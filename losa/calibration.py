@@ -230,7 +230,8 @@ class BlockStream:
             call = self._calls[shape][index]
             self.position = f"samples {start}..{start + len(hidden) - 1}"
             start += len(hidden)
-            yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True))
+            # A copy always: a block may work in its input's memory, and a stream is read more than once.
+            yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True, copy=True))
 
     def advance(self, index: int) -> None:
         """Replace every hidden state by block ``index``'s output, batch by batch."""

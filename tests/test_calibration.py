@@ -415,6 +415,18 @@ def test_streams_stay_on_the_device_without_a_copy_on_the_host(as_on_a_gpu, monk
         assert torch.allclose(found, expected.gram(), rtol=1e-5, atol=1e-5 * found.abs().max().item())
 
 
+def test_a_block_may_work_in_its_input_s_memory():
+    model = tiny_llama()
+    _, blocks = find_blocks(model)
+    with torch.no_grad():
+        stream = BlockStream(model, blocks, IDS, 4)
+        before = [hidden.clone() for hidden in stream.hidden]
+        blocks[0].forward = lambda hidden_states, **others: hidden_states.mul_(2)
+        list(stream.run(0))
+        stream.advance(0)
+    assert all(torch.equal(now, 2 * then) for now, then in zip(stream.hidden, before, strict=True))
+
+
 def test_streams_that_do_not_fit_wait_in_pinned_memory(as_on_a_gpu, monkeypatch):
     model = tiny_llama()
     _, blocks = find_blocks(model)
