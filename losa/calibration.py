@@ -1,7 +1,8 @@
 """Streaming calibration: block by block, holding one block's hidden states per stream and nothing else.
 
 A stream's memory is bounded by ``BlockStream.nbytes`` (samples x length x hidden x bytes), whatever the number of
-blocks: on a GPU while it is at most a quarter of what is free there when the stream begins, else on the host.
+blocks: on a GPU while it is at most a quarter of what is free there when the stream begins, else on the host, where
+torch pins the next power of two.
 Statistics live for one block; Grams take L n^2 floats.
 """
 

@@ -256,7 +256,9 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run], memory: dict[str, in
     # What is free on the device when the streams begin, as far as it is known.
     free = memory.get("device", 0) - sum(part.size for part in parts if part.place == "device")
     waits = "device" if on_gpu and fits_on_device(hidden, free - (streams - 1) * hidden) else "host"
-    add("pruning", waits, "hidden states", streams * hidden, how)
+    # Pinned memory comes in powers of two.
+    held = 1 << (hidden - 1).bit_length() if on_gpu and waits == "host" else hidden
+    add("pruning", waits, "hidden states", streams * held, how)
     if any(run.similarity for run in runs):
         samples = min(calibration.cka_samples, calibration.samples)
         add("pruning", place, "Grams", 4 * shape.blocks * samples**2, "blocks x samples^2 x 4 bytes")

@@ -96,6 +96,13 @@ def test_hidden_states_stay_on_a_gpu_where_they_fit(model_directory, monkeypatch
     assert found.size("hidden states") == 2 * hidden
 
 
+def test_pinned_hidden_states_take_a_power_of_two(model_directory):
+    calibration = {"samples": 3, "cka_samples": 3}
+    for device, size in (("cpu", 3 * 16 * 32 * 4), ("cuda", 4 * 16 * 32 * 4)):
+        found = plan(recipe(model_directory, device=device, calibration=calibration), probe=False)
+        assert found.size("hidden states") == 2 * size
+
+
 def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     found = plan(recipe(model_directory, method="prune_only", train=None), probe=False)
     assert found.size("hidden states") == 4 * 16 * 32 * 4
