@@ -323,15 +323,17 @@ class SparseLinear(nn.Module):
         self._refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Also where the values were copied in place: tiles were made from those before, and a group has row offsets of
+        # its own.
+        self._refresh(loaded=any(prefix + name in state_dict for name in self._packed.tensors()))
 
-    def _refresh(self) -> None:
-        """The packed weight again, after something replaced its buffers."""
+    def _refresh(self, loaded: bool = False) -> None:
+        """The packed weight again, after something replaced its buffers or their contents."""
         before = self._packed.tensors()
         current = {name: getattr(self, name) for name in before}
-        if any(current[name] is not tensor for name, tensor in before.items()):
+        if loaded or any(current[name] is not tensor for name, tensor in before.items()):
             self._packed, self.group = replace(self._packed, **current), None
 
 
