@@ -1,4 +1,7 @@
-"""What the kernels choose by measurement on this machine's GPU, for the shapes of a model."""
+"""What the kernels choose by measurement on this machine's GPU, for the shapes of a model.
+
+``python -m losa.choices`` prints it as ``losa info --gpu`` does, where the command line's packages are not installed.
+"""
 
 from __future__ import annotations
 
@@ -62,3 +65,17 @@ def lines() -> list[str]:
         times = ", ".join(f"{name} {time:.4f}" for name, time in choice.times.items())
         found.append(f"{choice.op} {' '.join(map(str, choice.key))}: {choice.chosen} (ms: {times})")
     return found or ["nothing was measured: LOSA_AUTOTUNE=0, torch's deterministic mode, or one way only"]
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU")
+        return 1
+    decode_shapes("cuda")
+    train_shapes("cuda")
+    print(*lines(), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
