@@ -44,17 +44,23 @@ def train_shapes(device: str, shapes=SHAPES[1:2], tokens: int = TOKENS) -> None:
 
 @torch.no_grad()
 def decode_model(model: nn.Module) -> int:
-    """A product by every packed linear of the model, each shape and format once a batch; how many were run."""
+    """A product by every packed weight of the model, and by those of linears that are one product when it decodes; each
+    shape, format and tenth of zeros once a batch; how many were run."""
     seen = set()
     for module in model.modules():
-        if isinstance(module, SparseLinear):
-            key = (type(module.packed), tuple(module.packed.shape), module.packed.dtype)
+        if not isinstance(module, SparseLinear):
+            continue
+        for weight in (module.packed, module.group):
+            if weight is None:
+                continue
+            tenths = round(10 * weight.values.numel() / (weight.shape[0] * weight.shape[1]))
+            key = (type(weight), weight.shape, weight.dtype, tenths)
             if key in seen:
                 continue
             seen.add(key)
             for batch in BATCHES:
-                dtype, device = module.packed.dtype, module.packed.device
-                module(torch.randn(batch, module.in_features, device=device).to(dtype))
+                x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
+                sparse_linear(x, weight)
     return len(seen)
 
 
