@@ -147,6 +147,9 @@ def test_a_loaded_weight_is_another_object(merged):
     assert layer.packed is before and layer.group is not None
     model.load_state_dict(state)
     assert layer.values is values and layer.packed is not before and layer.group is None
+    LeanDecoder(model, 4)  # puts them together again, in memory that can be loaded into
+    assert layer.group is not None and not layer.values.is_inference()
+    model.load_state_dict(state)
     assert generate(model, tiny_tokenizer(), "hello", max_new_tokens=4, stop_at_eos=False).tokens == ids
 
 
