@@ -43,6 +43,7 @@ def tests(name: str, expected: int, limit: int, *flags: str, workers: int = 0, *
     command = python("-m", "pytest", *flags)
     if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--dist", "worksteal"]
+        environment = {"OMP_NUM_THREADS": "2"} | environment  # each would take threads for all cores
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "90"]
     return Step(name, expected, limit, command, environment, "tests")
