@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench gpu gpu-again test-gpu bench-gpu clean
 
@@ -42,7 +42,7 @@ gpu-again:
 GPU_WORKERS ?= 6
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist; print("-n $(GPU_WORKERS) --dist worksteal")' 2>/dev/null)
+	OMP_NUM_THREADS=2 $(PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist; print("-n $(GPU_WORKERS) --dist worksteal")' 2>/dev/null)
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
 	    $(PYTHON) -m pytest -m sanitizer; \

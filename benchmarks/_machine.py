@@ -48,6 +48,13 @@ def commit() -> str:
     return found or "unknown"
 
 
+def built_in_place() -> bool:
+    """Whether the libraries beside losa_kernels' Python files are no older than the sources."""
+    built = [file.stat().st_mtime for file in native.LIBRARY_FOLDER.glob("*.so")]
+    sources = [file.stat().st_mtime for file in (ROOT / "csrc").rglob("*") if file.is_file()]
+    return max(built, default=0) >= max(sources, default=0)
+
+
 def driver() -> str | None:
     found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found.splitlines()[0] if found else None
@@ -73,7 +80,8 @@ def main() -> int:
     found = {"gpu": gpu, "machine": machine("cuda" if gpu else "cpu"), "origin": origin(), "native": native.status()}
     if gpu:
         capability = torch.cuda.get_device_capability()
-        found |= {"capability": capability, "runs": native.missing("cuda") is None and native.built_for(capability)}
+        runs = native.missing("cuda") is None and native.built_for(capability) and built_in_place()
+        found |= {"capability": capability, "runs": runs}
     print(json.dumps(found))
     return 0
 

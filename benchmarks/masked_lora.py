@@ -121,9 +121,9 @@ def _grid(args) -> list[tuple[int, int, int, int, float, bool]]:
     shown = shapes if args.shape else SHOWN["cuda" if on_gpu else "cpu"]
     return [
         (*shape, rank, p, not on_gpu or (shape in shown and rank == ranks[0]))
+        for p in dropouts  # outermost: a run that is cut short has all problems without dropout
         for shape in shapes
         for rank in ranks
-        for p in dropouts
         if on_gpu or shape in shown or (rank == ranks[0] and p == 0)
     ]
 

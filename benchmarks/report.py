@@ -21,7 +21,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("file", type=Path, nargs="+")
     args = parser.parse_args(argv)
-    print(report([json.loads(file.read_text()) for file in args.file], json.loads(PREDICTIONS.read_text())))
+    documents = [json.loads(file.read_text()) for file in args.file]
+    for file, document in zip(args.file, documents, strict=True):
+        if "benchmarks" not in document:
+            raise SystemExit(f"report: {file} is no result of tools/gpu.sh or of benchmarks gpu")
+    print(report(documents, json.loads(PREDICTIONS.read_text())))
     return 0
 
 
@@ -37,7 +41,7 @@ def report(documents: Sequence[dict], predictions: dict) -> str:
             parts += [f"### {name}", plain(rows)]
     parts += ["### Predictions and goals", compared(predictions, benchmarks, first)]
     parts += ["### Questions", answers(predictions["questions"], benchmarks, first.get("smoke", []))]
-    if failures := list(failed(first)):
+    if failures := [failure for document in documents for failure in failed(document)]:
         parts += ["### Failed", "\n".join(f"- {failure}" for failure in failures)]
     return "\n\n".join(parts)
 

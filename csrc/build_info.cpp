@@ -36,6 +36,7 @@ std::string torch_target() {
 PYBIND11_MODULE(_build_info, module) {
   const std::string cuda = LOSA_CUDA_COMPILER;
   module.attr("version") = LOSA_VERSION;
+  module.attr("schemas") = LOSA_SCHEMAS;
   module.attr("torch_headers") = TORCH_VERSION;
   module.attr("torch_target") = torch_target();
   module.attr("compiler") = LOSA_CXX_COMPILER;

@@ -1,4 +1,7 @@
-"""What the kernels choose by measurement on this machine's GPU, for the shapes of a model."""
+"""What the kernels choose by measurement on this machine's GPU, for the shapes of a model.
+
+``python -m losa.choices`` prints it as ``losa info --gpu`` does, where the command line's packages are not installed.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +44,23 @@ def train_shapes(device: str, shapes=SHAPES[1:2], tokens: int = TOKENS) -> None:
 
 @torch.no_grad()
 def decode_model(model: nn.Module) -> int:
-    """A product by every packed linear of the model, each shape and format once a batch; how many were run."""
+    """A product by every packed weight of the model, and by those of linears that are one product when it decodes; each
+    shape, format and tenth of zeros once a batch; how many were run."""
     seen = set()
     for module in model.modules():
-        if isinstance(module, SparseLinear):
-            key = (type(module.packed), tuple(module.packed.shape), module.packed.dtype)
+        if not isinstance(module, SparseLinear):
+            continue
+        for weight in (module.packed, module.group):
+            if weight is None:
+                continue
+            tenths = round(10 * weight.values.numel() / (weight.shape[0] * weight.shape[1]))
+            key = (type(weight), weight.shape, weight.dtype, tenths)
             if key in seen:
                 continue
             seen.add(key)
             for batch in BATCHES:
-                dtype, device = module.packed.dtype, module.packed.device
-                module(torch.randn(batch, module.in_features, device=device).to(dtype))
+                x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
+                sparse_linear(x, weight)
     return len(seen)
 
 
@@ -62,3 +71,17 @@ def lines() -> list[str]:
         times = ", ".join(f"{name} {time:.4f}" for name, time in choice.times.items())
         found.append(f"{choice.op} {' '.join(map(str, choice.key))}: {choice.chosen} (ms: {times})")
     return found or ["nothing was measured: LOSA_AUTOTUNE=0, torch's deterministic mode, or one way only"]
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU")
+        return 1
+    decode_shapes("cuda")
+    train_shapes("cuda")
+    print(*lines(), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from losa.modules import SparseLinear, share_rows
 from losa_kernels import sparse_linear
 from losa_kernels.decoder_step import Operations
 
@@ -127,6 +128,8 @@ def read_block(block: nn.Module) -> Block:
 def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
     group = getattr(linears[0], "group", None)
+    if group is None and all(type(linear) is SparseLinear for linear in linears):
+        group = share_rows(linears)  # moving or loading them took them apart
     if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
         join(linears, "weight")  # a launch each, and one to put the results together, cost more there than on a CPU
     if group is not None and all(getattr(linear, "group", None) is group for linear in linears):

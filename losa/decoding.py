@@ -50,7 +50,7 @@ class LeanDecoder:
 
     Args:
         model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied. Biases of linears
-            with the same input, and on a GPU weights of dense ones, move beside each other in memory.
+            with the same input, their packed weights and on a GPU dense ones move beside each other in memory.
         max_length: tokens of prompt and continuation that the cache has room for.
 
     Raises:

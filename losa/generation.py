@@ -98,6 +98,8 @@ def _looks(model: nn.Module) -> list | None:
     for name, module in model.named_modules():
         seen += name, ref(module)
         seen += [(key, value) for key, value in vars(module).items() if isinstance(value, int | float | str)]
+        if isinstance(module, SparseLinear):
+            seen.append(ref(module.packed))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 seen.append((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device))

@@ -4,7 +4,7 @@ a packed weight, for inference."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, sparse_linear, unpack_mask
 from losa_kernels.masked_lora import MAX_RANK
 from losa_kernels.packing import Packed
+from losa_kernels.packing.rows import join_rows, take_rows
 
 
 class MaskedLoRALinear(nn.Module):
@@ -269,7 +270,7 @@ class SparseLinear(nn.Module):
     as in any module.
 
     ``group``: the packed weight of all linears that read the same input, of which this one's rows are views; or None.
-    Moving the module gives it memory of its own.
+    Moving the module, or loading a state dict, gives it memory of its own.
 
     Args:
         packed: of ``losa_kernels.pack_bitmask``, ``pack_nm`` or ``pack_24``; shared, never written to.
@@ -323,16 +324,34 @@ class SparseLinear(nn.Module):
         self._refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Also where the values were copied in place: tiles were made from those before, and a group has row offsets of
+        # its own.
+        self._refresh(loaded=any(prefix + name in state_dict for name in self._packed.tensors()))
 
-    def _refresh(self) -> None:
-        """The packed weight again, after something replaced its buffers."""
+    def _refresh(self, loaded: bool = False) -> None:
+        """The packed weight again, after something replaced its buffers or their contents."""
         before = self._packed.tensors()
         current = {name: getattr(self, name) for name in before}
-        if any(current[name] is not tensor for name, tensor in before.items()):
+        if loaded or any(current[name] is not tensor for name, tensor in before.items()):
             self._packed, self.group = replace(self._packed, **current), None
+
+
+def share_rows(linears: Sequence[SparseLinear]) -> Packed | None:
+    """Linears that read the same input become rows of one packed weight, their ``group``; None, and nothing happens,
+    where formats, patterns or devices differ or memory is short."""
+    try:
+        # Buffers of inference mode could not be loaded into outside.
+        with torch.inference_mode(False), torch.no_grad():
+            whole, start = join_rows([linear.packed for linear in linears]), 0
+            for linear in linears:
+                stop = start + linear.out_features
+                linear.set_packed(take_rows(whole, start, stop), group=whole)
+                start = stop
+    except (ValueError, torch.OutOfMemoryError):
+        return None
+    return whole
 
 
 @contextmanager

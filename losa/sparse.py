@@ -12,11 +12,10 @@ from torch.nn import functional
 from losa.errors import ModelError
 from losa.generation import forget_decoder
 from losa.model import find_blocks, find_linears
-from losa.modules import SparseLinear
+from losa.modules import SparseLinear, share_rows
 from losa.saving import guard_saving
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 from losa_kernels.packing import Packed
-from losa_kernels.packing.rows import join_rows, take_rows
 
 logger = logging.getLogger("losa")
 
@@ -182,15 +181,7 @@ def densify(model: nn.Module) -> nn.Module:
 def group_linears(block: nn.Module) -> None:
     """Put linears of a block that read the same input (``TOGETHER``) into one packed weight that they share."""
     for members in sparse_groups(block):
-        try:
-            whole = join_rows([m.packed for m in members])
-        except ValueError:  # formats or patterns differ: they stay apart
-            continue
-        start = 0
-        for member in members:
-            stop = start + member.out_features
-            member.set_packed(take_rows(whole, start, stop), group=whole)
-            start = stop
+        share_rows(members)
 
 
 def join_linears(block: nn.Module) -> None:

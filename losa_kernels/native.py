@@ -7,6 +7,7 @@ those schemas, so it is loaded second, and only into a torch that was built with
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ logger = logging.getLogger("losa_kernels")
 
 LIBRARY_FOLDER = Path(__file__).parent
 LIBRARIES = {"cpu": "losa_cpu.so", "cuda": "losa_cuda.so"}
+SCHEMAS = LIBRARY_FOLDER.parent / "csrc" / "schemas.cpp"  # in a checkout
 OLDEST_TORCH = (2, 11)
 
 _missing: dict[str, str | None] = {}
@@ -35,12 +37,27 @@ def _load(backend: str) -> str | None:
         return f"{path.name} is not built ({reasons})"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"{path.name} needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; this is torch {torch.__version__}"
+    if _outdated():
+        reason = f"{path.name} was built with other operators than csrc/schemas.cpp has: run build_ext again"
+        logger.warning(reason)
+        return reason
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         logger.warning("%s exists but cannot be loaded: %s", path.name, error)
         return f"{path.name} cannot be loaded: {error}"
     return None
+
+
+def _outdated() -> bool:
+    """Whether the libraries lie in a checkout that has other operators than they, as far as they tell."""
+    if not SCHEMAS.exists():
+        return False
+    try:
+        from ._build_info import schemas
+    except ImportError:
+        return True
+    return schemas != hashlib.sha256(SCHEMAS.read_bytes()).hexdigest()
 
 
 for _backend in LIBRARIES:

@@ -93,6 +93,22 @@ def test_a_library_that_cannot_load_is_reported_not_fatal(without_libraries):
     assert out.startswith("not loaded: losa_cpu.so cannot be loaded: ")
 
 
+@built
+@pytest.mark.subprocess
+def test_libraries_with_other_operators_than_the_checkout_are_left_out(without_libraries):
+    for library in (ROOT / "losa_kernels").glob("*.so"):
+        shutil.copy(library, without_libraries / "losa_kernels")
+    (without_libraries / "csrc").mkdir()
+    schemas = without_libraries / "csrc" / "schemas.cpp"
+    found = []
+    for added in ("", "// one more"):
+        schemas.write_text((ROOT / "csrc" / "schemas.cpp").read_text() + added)
+        code = "import losa_kernels; from losa_kernels import native; print(native.status()['losa_cpu'])"
+        found.append(run_python(code, without_libraries))
+    assert found[0].startswith("loaded")
+    assert found[1].startswith("not loaded: losa_cpu.so was built with other operators than csrc/schemas.cpp has")
+
+
 @pytest.mark.subprocess
 def test_imports_without_triton_or_losa():
     """losa_kernels needs torch and numpy only: neither Triton nor losa may be imported along with its public names."""

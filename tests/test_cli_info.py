@@ -57,7 +57,7 @@ def test_what_is_run_to_choose():
     assert choices.lines() == ["nothing was measured: LOSA_AUTOTUNE=0, torch's deterministic mode, or one way only"]
 
 
-def test_a_models_shapes():
+def test_a_models_shapes(monkeypatch):
     from tiny import tiny_llama
 
     from losa.model import block_linears
@@ -66,4 +66,10 @@ def test_a_models_shapes():
     model = tiny_llama(layers=2).requires_grad_(False)
     for linear in block_linears(model).values():
         linear.weight.masked_fill_(torch.rand(linear.weight.shape) < 0.6, 0)
-    assert choices.decode_model(sparsify(model)) >= 2
+    sparsify(model)
+    ran = []
+    monkeypatch.setattr(choices, "sparse_linear", lambda x, weight: ran.append((tuple(weight.shape), len(x))))
+    assert choices.decode_model(model) == len(set(ran)) / len(choices.BATCHES)
+    attention = model.model.layers[0].self_attn
+    joined = sum(linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    assert {shape for shape, _ in ran} >= {(joined, attention.q_proj.in_features), tuple(attention.o_proj.packed.shape)}

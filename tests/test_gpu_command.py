@@ -160,6 +160,22 @@ def test_the_architecture_to_build_for(monkeypatch):
     assert not native.built_for((8, 6))
 
 
+def test_a_library_older_than_the_sources_is_built_anew(tmp_path, monkeypatch):
+    from benchmarks import _machine
+
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    source, library = tmp_path / "csrc" / "cuda" / "x.cu", tmp_path / "x.so"
+    source.touch()
+    monkeypatch.setattr(_machine, "ROOT", tmp_path)
+    monkeypatch.setattr(native, "LIBRARY_FOLDER", tmp_path)
+    assert not _machine.built_in_place()
+    library.touch()
+    os.utime(source, (0, library.stat().st_mtime - 1))
+    assert _machine.built_in_place()
+    os.utime(source, (0, library.stat().st_mtime + 1))
+    assert not _machine.built_in_place()
+
+
 def test_every_cuda_operator_and_triton_kernel_has_a_case():
     cases = list(gpu_checks.cases(gpu_checks.LLAMA, "cuda"))
     covered = {name for case in cases for name in case.runs}

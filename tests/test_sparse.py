@@ -17,7 +17,7 @@ from torch import nn
 from losa import packed as files
 from losa.decoding import LeanDecoder, Unsupported
 from losa.errors import LosaError, ModelError, OutputError
-from losa.generation import choose, generate
+from losa.generation import _looks, _waiting, choose, generate
 from losa.model import merge_model, sparsity_of
 from losa.modules import MaskedLoRALinear, SparseLinear
 from losa.sparse import densify, pack_weight, sparsify
@@ -133,6 +133,33 @@ def test_state_dict_of_a_packed_layer_loads():
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 16)
     assert torch.equal(other(x), layer(x)) and "sparsity=0." in repr(other)
+
+
+def test_a_loaded_weight_is_another_object(merged):
+    """What kernels hang on a packed weight was made from the values before, though they were copied in place."""
+    model = sparsify(merged)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer = model.model.layers[0].self_attn.q_proj
+    before, values = layer.packed, layer.values
+    assert layer.group is not None
+    ids = generate(model, tiny_tokenizer(), "hello", max_new_tokens=4, stop_at_eos=False).tokens
+    layer.load_state_dict({}, strict=False)
+    assert layer.packed is before and layer.group is not None
+    model.load_state_dict(state)
+    assert layer.values is values and layer.packed is not before and layer.group is None
+    LeanDecoder(model, 4)  # puts them together again, in memory that can be loaded into
+    assert layer.group is not None and not layer.values.is_inference()
+    model.load_state_dict(state)
+    assert generate(model, tiny_tokenizer(), "hello", max_new_tokens=4, stop_at_eos=False).tokens == ids
+
+
+def test_a_waiting_decoder_sees_that_values_were_loaded(merged):
+    model = sparsify(merged)
+    generate(model, tiny_tokenizer(), "hello", max_new_tokens=2)
+    (before, _), now = _waiting[model], _looks(model)
+    assert before == now
+    model.load_state_dict(model.state_dict())
+    assert _looks(model) != before
 
 
 @pytest.fixture

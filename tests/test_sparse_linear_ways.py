@@ -164,6 +164,16 @@ def test_a_capture_makes_no_tiles_but_takes_those_there_are(gpu, packed):
     assert run(gpu, packed) == "tiles"
 
 
+@pytest.mark.parametrize("best", ["window", "unpack"])
+def test_a_capture_takes_what_was_measured(gpu, packed, monkeypatch, best):
+    """Also where the measurement let go of the tiles that it made."""
+    gpu.best = {1: best, 8: best}
+    assert [run(gpu, packed, rows) for rows in (1, 8)] == [best] * 2 and packed._held.tiles is None
+    known, gpu.capturing = {key for _, key, _, _ in gpu.keys}, True
+    monkeypatch.setattr(measured, "fastest", lambda op, key, runs, device, table: best if key in known else table)
+    assert [run(gpu, packed, rows) for rows in (1, 8)] == [best] * 2
+
+
 @pytest.mark.parametrize("way", ways.WAYS)
 def test_one_way_can_be_forced(gpu, packed, monkeypatch, way):
     monkeypatch.setenv("LOSA_SPARSE_LINEAR", f" {way.upper()} ")

@@ -113,11 +113,11 @@ class Run:
         described = {**self.document["machine"], **self.document["origin"]}
         head = ", ".join(f"{key} {value}" for key, value in described.items() if value is not None)
         total = sum(step["seconds"] for step in self.steps)
-        return "\n".join([head, "", *map(line, self.steps), f"{'':<48}{total:>7.1f} s in all", ""])
+        return "\n".join([head, "", *map(line, self.steps), f"{'':<54}{total:>7.1f} s in all", ""])
 
     def set_up(self) -> bool:
-        """Versions; a build for this GPU where the library does not load or has no code for it. Whether there is a
-        GPU. Where torch itself fails, the steps are left to say so."""
+        """Versions; a build for this GPU where the library does not load, has no code for it or is older than the
+        sources. Whether there is a GPU. Where torch itself fails, the steps are left to say so."""
         probe = gpu_steps.python("-m", "benchmarks._machine")
         status, seconds, log = self.call("setup", probe, min(PROBE_LIMIT, self.left()))
         found = last_json(log)
@@ -173,7 +173,7 @@ class Run:
 
 
 def line(step: dict) -> str:
-    return f"{step['step']:<38}{step['status']:<10}{step['seconds']:>7.1f} s  {step['detail'][:110]}".rstrip()
+    return f"{step['step']:<44}{step['status']:<10}{step['seconds']:>7.1f} s  {step['detail'][:110]}".rstrip()
 
 
 def end_group(process: subprocess.Popen) -> None:

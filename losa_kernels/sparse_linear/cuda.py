@@ -39,7 +39,9 @@ def _by(way: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if way == "unpack":
         return reference.sparse_linear(x, packed, bias)
     if way == "tiles":
-        return tiles.multiply(x, packed._held.tiles, bias)
+        made = packed._held.tiles
+        # Another thread, whose batch chose otherwise, may have let go of them.
+        return tiles.multiply(x, made if torch.compiler.is_compiling() else made or ways.tiles_of(packed), bias)
     return window(x, packed, bias)
 
 

@@ -87,20 +87,22 @@ def choose(x: Tensor, packed: Packed, run) -> str:
     return way
 
 
-def _fastest(device: torch.device, packed: Packed, held: Held, batch: int, run) -> str:
-    possible = held.tiles is not None or not (held.refused or torch.cuda.is_current_stream_capturing())
-    names = WAYS if possible else ("window", "unpack")
-    key = (batch, *held.key) if possible else (batch, *held.key, "without tiles")
+def _fastest(device: torch.device, packed: Packed, held: Held, batch: int, run, refused: bool = False) -> str:
+    refused = held.tiles is None and (refused or held.refused)
+    # What was measured holds in a capture too, unless it is tiles that the weight does not have.
+    missing = held.tiles is None and torch.cuda.is_current_stream_capturing()
+    names = ("window", "unpack") if refused else WAYS
+    key = (batch, *held.key, "without tiles") if refused else (batch, *held.key)
     chosen = measured.fastest(
         "sparse_linear",
         key,
         {name: _timed(packed, name, run) for name in names},
         device,
-        table(device, batch, possible),
+        table(device, batch, not (refused or missing)),
     )
-    if chosen == "tiles" and tiles_of(packed) is None:
-        held.refused = True
-        return _fastest(device, packed, held, batch, run)
+    if chosen == "tiles" and (missing or tiles_of(packed) is None):
+        held.refused = not missing
+        return _fastest(device, packed, held, batch, run, refused=True)
     return chosen
 
 
@@ -149,13 +151,17 @@ def held_by(packed: Packed) -> Held:
 def tiles_of(packed: Packed) -> Tiles | None:
     """The weight's tiles, made if there are none; None where the device has no memory for them."""
     held = held_by(packed)
-    if held.tiles is None:
-        if whole := _whole(packed):
-            of_whole = tiles_of(whole[0])
-            held.tiles = None if of_whole is None else tiles.rows_of(of_whole, whole[1], packed.shape[0])
-        elif has_room(packed):
+    if held.tiles is not None:
+        return held.tiles
+    if whole := _whole(packed):
+        of_whole = tiles_of(whole[0])
+        held.tiles = None if of_whole is None else tiles.rows_of(of_whole, whole[1], packed.shape[0])
+        return held.tiles
+    with capturing:
+        # Another thread may have made them, and a graph may hold those.
+        if held.tiles is None and has_room(packed):
             held.tiles = _make(packed)
-    return held.tiles
+        return held.tiles
 
 
 def _whole(packed: Packed) -> tuple[Packed, int] | None:
@@ -174,7 +180,7 @@ def has_room(packed: Packed) -> bool:
 def _make(packed: Packed) -> Tiles | None:
     try:
         # Tensors of inference mode could not be read outside by what records gradients.
-        with capturing, torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return tiles.make(packed)
     except torch.OutOfMemoryError:
         return None
