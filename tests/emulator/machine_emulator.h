@@ -197,6 +197,7 @@ inline void wait_barrier(Shared address, unsigned parity, LOSA_SITE) {
 }
 
 inline void wait_for_kernels_before() {
+  for (const auto& write : std::exchange(emulator::machine.kernels_before, {})) write();
   emulator::machine.current->waited = true;
 }
 
