@@ -267,8 +267,8 @@ __device__ __forceinline__ void store_sums(const Task& task, int windows, const 
   }
 }
 
-// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before the wait for the kernels
-// before: this kernel starts early only behind kernels that let it, and those write no weight.
+// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before the wait for the
+// kernels before: this kernel starts early only behind kernels that let it, and those write no weight.
 template <Value kValue, int kBatch>
 __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);

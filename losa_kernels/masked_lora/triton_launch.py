@@ -81,7 +81,7 @@ def compose(
     rows, depth = weight.shape
     rank, low = lora_A.shape[0], terms_dtype or dtype
     direct = rank <= tuning.DIRECT_RANK
-    tile = tuning.compose_tile(rows, depth, direct, low == torch.float32)
+    tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, direct, low == torch.float32)
     if direct:
         left, right, terms, step = lora_B, lora_A.T, 0, 1
     else:

@@ -85,7 +85,8 @@ PROJECT_GIVEN: dict[int, tuple[Tile, ...]] = {
 DIRECT_RANK = 16  # up to which rank the ordinary units multiply B A: at 16 that is 9 of the 23 us that the bytes take
 # Ragged tiles carry predicates and addresses in registers, hence few elements a thread; so do products of fp32 terms.
 COMPOSE_DIRECT, COMPOSE_DIRECT_RAGGED = Tile(64, 128, 0, 8, 1), Tile(32, 64, 0, 8, 1)
-COMPOSE, COMPOSE_RAGGED = Tile(64, 128, 0, 4, 1), Tile(64, 64, 0, 8, 1)
+COMPOSE = {90: Tile(64, 128, 0, 4, 1), 80: Tile(64, 128, 0, 8, 1)}
+COMPOSE_RAGGED = Tile(64, 64, 0, 8, 1)
 SUM = Tile(16, 256, 0, 4, 1)  # shares at a time x elements
 KEEP = Tile(16, 256, 0, 4, 1)
 # Small enough that tests of a few rows have several programs and ragged edges.
@@ -130,14 +131,15 @@ def linear_tiles(
     return tuple(t for t in LINEAR[family(arch)] if t.rows <= most_rows and t.columns <= most_columns)
 
 
-def compose_tile(rows: int, depth: int, direct: bool, wide: bool) -> Tile:
+def compose_tile(arch: int, rows: int, depth: int, direct: bool, wide: bool) -> Tile:
     """``direct``: by the ordinary units; else by tensor cores, or by fp32 units if the terms are ``wide``."""
     if interpreted():
         return INTERPRETED
-    whole = rows % COMPOSE.rows == 0 and depth % COMPOSE.columns == 0
+    tile = COMPOSE[family(arch)]
+    whole = rows % tile.rows == 0 and depth % tile.columns == 0
     if direct:
         return COMPOSE_DIRECT if whole else COMPOSE_DIRECT_RAGGED
-    return COMPOSE if whole and not wide else COMPOSE_RAGGED
+    return tile if whole and not wide else COMPOSE_RAGGED
 
 
 def project_tiles(arch: int, wide: bool, aligned: bool) -> tuple[Tile, ...]:
