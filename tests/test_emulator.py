@@ -72,6 +72,14 @@ def test_a_missing_barrier_shows_under_some_order(emulate):
     assert not all(right("without_barrier", seed) for seed in range(4))
 
 
+@pytest.mark.parametrize("kernel", ["waits", "reads_early", "writes_early"])
+def test_what_is_done_before_the_wait_shows(emulate, kernel):
+    values = np.arange(64, dtype=np.int32)
+    for seed in range(4):
+        folder = emulate("faults", kernel, seed=seed, result="to", **{"from": values})
+        assert (np.fromfile(folder / "to", np.int32)[:64] == values).all() == (kernel == "waits")
+
+
 def test_bulk_copies(emulate):
     values = np.arange(64, dtype=np.int32)
     for seed in range(4):

@@ -258,6 +258,12 @@ def test_semi_structured_products_are_refused_where_torch_has_none(monkeypatch, 
         cuda.sparse_linear(x, packed, None)
 
 
+@pytest.fixture
+def packed_kernels(monkeypatch):
+    """The kernels that read packed rows, whatever else a measurement or the table would take."""
+    monkeypatch.setenv("LOSA_SPARSE_LINEAR", "window")
+
+
 def on_gpu(packed, x, bias=None):
     moved = sparse_linear(x.cuda(), packed.to("cuda"), None if bias is None else bias.cuda())
     return moved.cpu()
@@ -266,7 +272,7 @@ def on_gpu(packed, x, bias=None):
 @pytest.mark.gpu
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tiny_on_gpu(dtype):
+def test_tiny_on_gpu(dtype, packed_kernels):
     for rows, columns, density in ((1, 1, 1), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5), (9, 1056, 0.5)):
         weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
         packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
@@ -279,7 +285,7 @@ def test_tiny_on_gpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (2, 8), (5, 16), (3, 12)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_patterns_on_gpu(pattern, dtype):
+def test_patterns_on_gpu(pattern, dtype, packed_kernels):
     keep_n, m = pattern
     kept = nm_mask(300, 68 * m, keep_n, m)
     weight = torch.randn(kept.shape).to(dtype)
@@ -291,7 +297,7 @@ def test_patterns_on_gpu(pattern, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (576, 1536), (192, 11008)], ids=str)
-def test_full_size_on_gpu_repeats_to_the_bit(shape):
+def test_full_size_on_gpu_repeats_to_the_bit(shape, packed_kernels):
     weight, dense, kept = random_problem(*shape, 0.5, BF16)
     packed = pack_bitmask(weight, pack_mask(kept)).to("cuda")
     for batch in (1, 2, 4, 8, 16):
@@ -303,13 +309,37 @@ def test_full_size_on_gpu_repeats_to_the_bit(shape):
 
 
 @pytest.mark.gpu
-def test_views_of_joined_rows_on_gpu():
+def test_views_of_joined_rows_on_gpu(packed_kernels):
     """Parts of one packed weight begin anywhere in its memory."""
     weight, dense, kept = random_problem(9, 328, 0.5, BF16)
     packed, x = pack_bitmask(weight, pack_mask(kept)).to("cuda"), torch.randn(2, 328).bfloat16()
     for start, stop in ((0, 3), (3, 5), (5, 9)):
         y = sparse_linear(x.cuda(), take_rows(packed, start, stop)).cpu()
         assert_close(y, x, dense[start:stop], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_in_a_graph_on_gpu(rows, packed_kernels):
+    """Kernels behind one another, each of which may start before the one before it is complete."""
+    weight, _, kept = random_problem(1024, 1024, 0.5, BF16)
+    packed, x = pack_bitmask(weight / 32, pack_mask(kept)).to("cuda"), torch.randn(rows, 1024).bfloat16().cuda()
+
+    def chain(y):
+        for _ in range(20):
+            y = sparse_linear(y, packed)
+        return y
+
+    expected = chain(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x)
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.gpu

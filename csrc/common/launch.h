@@ -42,8 +42,8 @@
 
 // LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs. Every
 // thread of it calls wait_for_kernels_before before it reads what that kernel wrote, or writes anything. Weights it reads
-// at once. LOSA_DEPENDENT_LAUNCH says where this is done, from compute capability 9.0 on: in CUDA graphs (1, default),
-// where kernels before it write no weights; everywhere (always), which is for measuring; nowhere (0).
+// at once. LOSA_DEPENDENT_LAUNCH says where this is done, by code for compute capability 9.0 or later: in CUDA graphs (1,
+// default), where kernels before it write no weights; everywhere (always), which is for measuring; nowhere (0).
 #define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                         \
   LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                            (stream), __VA_ARGS__))
@@ -61,7 +61,7 @@
 
 namespace losa {
 
-inline bool may_launch_dependent(cudaStream_t stream) {
+inline bool may_launch_dependent(const void* kernel, cudaStream_t stream) {
   static const char* const setting = std::getenv("LOSA_DEPENDENT_LAUNCH");
   static const bool never = setting != nullptr && std::strcmp(setting, "0") == 0;
   static const bool always = setting != nullptr && std::strcmp(setting, "always") == 0;
@@ -70,9 +70,9 @@ inline bool may_launch_dependent(cudaStream_t stream) {
   if (!always && (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusActive)) {
     return false;
   }
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  // Of the code, not of the device: PTX for 8.0 runs on later devices too, and has no wait in it.
+  cudaFuncAttributes code{};
+  return cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
 }
 
 template <class... Parameters, class... Arguments>
@@ -87,7 +87,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = may_launch_dependent(stream) ? 1 : 0;
+  config.numAttrs = may_launch_dependent(reinterpret_cast<const void*>(kernel), stream) ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

@@ -192,15 +192,6 @@ __device__ __forceinline__ int lane_of_warp() {
   return lane;
 }
 
-// value plus that of the lane kDistance below, where there is one. By all lanes.
-template <int kDistance>
-__device__ __forceinline__ unsigned add_of_lane_below(unsigned value) {
-  asm volatile("{.reg .pred p; .reg .u32 v; shfl.sync.up.b32 v|p, %0, %1, 0, 0xffffffff; @p add.u32 %0, %0, v;}"
-               : "+r"(value)
-               : "n"(kDistance));
-  return value;
-}
-
 // Bulk copies: one thread asks for up to 1 MB from global to shared memory, and a barrier in shared memory (8 bytes,
 // aligned) tells when it is there. From compute capability 9.0 on; elsewhere none of these may be called.
 __device__ __forceinline__ constexpr bool has_bulk_copies() {

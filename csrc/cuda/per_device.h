@@ -30,4 +30,17 @@ class PerDevice {
   std::atomic<int> known_[kMostDevices][kKeys] = {};
 };
 
+#if defined(LOSA_TORCH)
+// Of the current device.
+inline int multiprocessors() {
+  static PerDevice<> counts;
+  return counts.get(0, [] {
+    int device = 0, count = 0;
+    LOSA_CUDA_CHECK(cudaGetDevice(&device));
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  });
+}
+#endif
+
 }  // namespace losa

@@ -170,16 +170,6 @@ bool is_aligned(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-int multiprocessors() {
-  static PerDevice<> counts;
-  return counts.get(0, [] {
-    int device = 0, count = 0;
-    LOSA_CUDA_CHECK(cudaGetDevice(&device));
-    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-  });
-}
-
 int window_lot() {
   static const int lot = [] {
     const char* const setting = std::getenv("LOSA_WINDOW_LOT");

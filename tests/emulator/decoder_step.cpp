@@ -7,12 +7,18 @@
 namespace decoder_step = losa::decoder_step;
 using losa::FloatType;
 
+template <class... T>
+void write_late(std::vector<T>&... memory) {
+  (emulator::write_late(memory), ...);
+}
+
 // norm TYPE ROWS COLUMNS VECTORS EPS_IN_MILLIONTHS: x, update (or no file), weight -> x, normed
 void norm(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
   auto x = driver.read<uint8_t>("x"), update = driver.read<uint8_t>("update");
   const auto weight = driver.read<uint8_t>("weight");
   std::vector<uint8_t> out(x.size(), 0xa5);
+  write_late(x, update, out);
   const decoder_step::AddRmsNorm job{x.data(),   data_or_null(update),        weight.data(),
                                      out.data(), driver[1],                   static_cast<int>(driver[2]),
                                      1e-6f * static_cast<float>(driver[4])};
@@ -24,8 +30,9 @@ void norm(const Driver& driver) {
 // silu TYPE ROWS COLUMNS VECTORS: gate_up -> out
 void silu(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
-  const auto gate_up = driver.read<uint8_t>("gate_up");
+  auto gate_up = driver.read<uint8_t>("gate_up");
   std::vector<uint8_t> out(gate_up.size() / 2, 0xa5);
+  write_late(gate_up, out);
   const decoder_step::GatedSilu job{gate_up.data(), out.data(), driver[1], static_cast<int>(driver[2])};
   decoder_step::launch_gated_silu(type, job, driver[3] != 0, nullptr);
   driver.write("out", out);
@@ -35,11 +42,12 @@ void silu(const Driver& driver) {
 // heads, cos, sin, position, cache, q_norm and k_norm (or no files) -> turned, cache
 void rotate(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
-  const auto heads = driver.read<uint8_t>("heads"), cos = driver.read<uint8_t>("cos"), sin = driver.read<uint8_t>("sin");
-  const auto position = driver.read<int64_t>("position");
-  auto cache = driver.read<uint8_t>("cache"), q_norm = driver.read<uint8_t>("q_norm");
+  const auto cos = driver.read<uint8_t>("cos"), sin = driver.read<uint8_t>("sin");
+  auto position = driver.read<int64_t>("position");
+  auto heads = driver.read<uint8_t>("heads"), cache = driver.read<uint8_t>("cache"), q_norm = driver.read<uint8_t>("q_norm");
   auto k_norm = driver.read<uint8_t>("k_norm");
   std::vector<uint8_t> turned(driver[1] * driver[3] * losa::float_type_size(type), 0xa5);
+  write_late(heads, position, cache, turned);
   const decoder_step::Rotation job{heads.data(),
                                    cos.data(),
                                    sin.data(),
@@ -63,8 +71,8 @@ void attend(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
   const int64_t queries = driver[1], keys = driver[2], size = driver[3], room = driver[4];
   const auto places = static_cast<int>(driver[5]);
-  const auto q = driver.read<uint8_t>("q"), cache = driver.read<uint8_t>("cache");
-  const auto position = driver.read<int64_t>("position");
+  auto q = driver.read<uint8_t>("q"), cache = driver.read<uint8_t>("cache");
+  auto position = driver.read<int64_t>("position");
   const auto scale = driver.read<float>("scale");
   const int heads = static_cast<int>(keys) * decoder_step::sets_of(static_cast<int>(queries), static_cast<int>(keys));
   const int runs = decoder_step::runs_for(heads, places, static_cast<int>(driver[6]));
@@ -87,7 +95,10 @@ void attend(const Driver& driver) {
   // Twice: the counters must be as they were.
   const auto launch = type == FloatType::kFloat ? decoder_step::launch_attention<FloatType::kFloat>
                                                 : decoder_step::launch_attention<FloatType::kBFloat16>;
-  for (int turn = 0; turn < 2; ++turn) launch(job, runs, nullptr);
+  for (int turn = 0; turn < 2; ++turn) {
+    write_late(q, cache, position, out, parts, weights, finished);
+    launch(job, runs, nullptr);
+  }
   driver.write("out", out);
   driver.write("finished", finished);
 }

@@ -148,6 +148,7 @@ struct Machine {
   Fiber* current = nullptr;
   unsigned patience = 64;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
+  std::vector<std::function<void()>> kernels_before;  // what they do, as late as they may: when somebody waits for them
   bool has_bulk_copies = true;  // as from compute capability 9.0 on
   std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
   int device = 0;
@@ -469,6 +470,13 @@ inline Fiber& exchange(const char* operation, unsigned mask, std::uint64_t value
   }
   yield();
   return self;
+}
+
+// The kernels before the next dependent launch write `memory`: until its first thread waits for them there is junk in it.
+template <class T>
+void write_late(std::vector<T>& memory) {
+  machine.kernels_before.push_back([&memory, values = memory] { std::copy(values.begin(), values.end(), memory.begin()); });
+  std::fill_n(reinterpret_cast<unsigned char*>(memory.data()), memory.size() * sizeof(T), 0xff);
 }
 
 template <class T>

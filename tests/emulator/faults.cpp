@@ -54,6 +54,18 @@ __global__ void does_not_wait(int* to) {
   to[threadIdx.x] = 1;
 }
 
+__global__ void waits(const int* from, int* to, bool early) {
+  int value = early ? from[threadIdx.x] : 0;
+  losa::wait_for_kernels_before();
+  if (!early) value = from[threadIdx.x];
+  to[threadIdx.x] = value;
+}
+
+__global__ void writes_early(const int* from, int* to) {
+  to[threadIdx.x] = from[threadIdx.x];
+  losa::wait_for_kernels_before();
+}
+
 // Two bulk copies of 128 bytes, one after the other, by thread 0; all threads read both.
 enum class Copying { kRight, kNoFence, kUnaligned, kNoWait, kSameParity, kNeverAsked, kTooEarly };
 
@@ -121,6 +133,11 @@ int main(int argc, char** argv) {
   if (fault == "lanes_that_never_come") LOSA_LAUNCH(lanes_that_never_come, 1, 64, 0, nullptr, out);
   if (fault == "shuffle_from_outside_the_mask") LOSA_LAUNCH(shuffle_from_outside_the_mask, 1, 64, 0, nullptr, out);
   if (fault == "does_not_wait") LOSA_LAUNCH_DEPENDENT(does_not_wait, 1, 64, 0, nullptr, out);
+  if (fault == "waits" || fault == "reads_early" || fault == "writes_early") {
+    emulator::write_late(fault == "writes_early" ? to : from);
+    if (fault == "writes_early") LOSA_LAUNCH_DEPENDENT(writes_early, 1, 64, 0, nullptr, in, out);
+    if (fault != "writes_early") LOSA_LAUNCH_DEPENDENT(waits, 1, 64, 0, nullptr, in, out, fault == "reads_early");
+  }
   const char* const copying[] = {"bulk_copies",         "bulk_copy_without_fence",  "bulk_copy_unaligned",
                                  "bulk_copy_not_waited", "bulk_copy_of_same_parity", "bulk_copy_never_asked",
                                  "bulk_copy_too_early"};

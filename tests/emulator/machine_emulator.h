@@ -75,8 +75,8 @@ template <class Number>
 void keep_in_register(Number&) {}
 
 template <int kDelta>
-void add_from_below(unsigned& number) {
-  const unsigned from = __shfl_up_sync(0xffffffffu, number, kDelta);
+void add_from_below(unsigned& number, LOSA_SITE) {
+  const unsigned from = __shfl_up_sync(0xffffffffu, number, kDelta, 32, file, line);
   if (emulator::lane() >= kDelta) number += from;
 }
 
@@ -125,12 +125,6 @@ void wait_copies() {
 
 inline int lane_of_warp() {
   return emulator::lane();
-}
-
-template <int kDistance>
-unsigned add_of_lane_below(unsigned value, LOSA_SITE) {
-  const unsigned below = __shfl_up_sync(~0u, value, kDistance, 32, file, line);
-  return emulator::lane() >= kDistance ? value + below : value;
 }
 
 inline bool has_bulk_copies() {
@@ -197,6 +191,7 @@ inline void wait_barrier(Shared address, unsigned parity, LOSA_SITE) {
 }
 
 inline void wait_for_kernels_before() {
+  for (const auto& write : std::exchange(emulator::machine.kernels_before, {})) write();
   emulator::machine.current->waited = true;
 }
 

@@ -20,9 +20,11 @@ int main(int argc, char** argv) {
   const int64_t lead = driver[9];
   const auto mask = driver.read<uint8_t>("mask");
   auto offsets = driver.read<int64_t>("offsets");
-  const auto x = driver.read<uint8_t>("x");
+  auto x = driver.read<uint8_t>("x");
   auto bias = driver.read<uint8_t>("bias");
   std::vector<uint8_t> y(batch * rows * x_size, 0xa5);
+  emulator::write_late(x);
+  emulator::write_late(y);
   const auto total = static_cast<int64_t>(values.size()) / size;
   const sparse_linear::Weight weight{values.data(),
                                      lead,

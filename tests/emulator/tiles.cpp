@@ -39,13 +39,15 @@ int main(int argc, char** argv) {
     sparse_linear::launch_unpack_tiles(tiles, dense.data(), nullptr);
     driver.write("dense", dense);
   } else {
-    const auto x = driver.read<uint16_t>("x");
+    auto x = driver.read<uint16_t>("x");
     auto bias = driver.read<uint8_t>("bias");
     const auto batch = static_cast<int>(driver[2]);
     emulator::machine.has_bulk_copies = driver[5] != 0;
     int64_t largest = 0;
     for (int64_t i = 0; i < chunks; ++i) largest = std::max(largest, 16 * (places[i + 1] - places[i]));
     std::vector<uint16_t> y(batch * rows, 0xa5a5);
+    emulator::write_late(x);
+    emulator::write_late(y);
     const sparse_linear::TileTask task{tiles,
                                        x.data(),
                                        int64_t{tiles.tiles()} * sparse_linear::kTileColumns,

@@ -82,16 +82,6 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMostRowBytes = 512;
 
-int multiprocessors() {
-  static PerDevice<> counts;
-  return counts.get(0, [] {
-    int device = 0, count = 0;
-    LOSA_CUDA_CHECK(cudaGetDevice(&device));
-    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-  });
-}
-
 bool beside(const Tensor& tensor, const Tensor& first) {
   return tensor.is_contiguous() && tensor.is_cuda() && tensor.get_device_index() == first.get_device_index();
 }

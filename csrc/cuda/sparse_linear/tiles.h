@@ -51,14 +51,16 @@ struct TilePlaces {
   // By all lanes.
   __device__ __forceinline__ explicit TilePlaces(unsigned word) {
     // Two lanes have at most 8 of a nibble, which 4 bits hold; 32 lanes have 128, which a byte holds.
-    const unsigned pair = add_of_lane_below<1>(count_nibbles(word));
+    unsigned pair = count_nibbles(word);
+    add_from_below<1>(pair);
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       unsigned sum = pair >> 4 * odd & 0x0f0f0f0fu;
-      sum = add_of_lane_below<2>(sum);
-      sum = add_of_lane_below<4>(sum);
-      sum = add_of_lane_below<8>(sum);
-      through[odd] = add_of_lane_below<16>(sum);
+      add_from_below<2>(sum);
+      add_from_below<4>(sum);
+      add_from_below<8>(sum);
+      add_from_below<16>(sum);
+      through[odd] = sum;
       total[odd] = __shfl_sync(kAllLanes, through[odd], 31);
     }
   }
