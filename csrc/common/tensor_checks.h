@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "common/bits.h"
 #include "common/float_type.h"
@@ -29,6 +30,12 @@ inline bool has_dense_rows(const torch::stable::Tensor& matrix) {
 // The matrix itself, or a copy where its rows have gaps.
 inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& matrix) {
   return has_dense_rows(matrix) ? matrix : torch::stable::contiguous(matrix);
+}
+
+inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& tensor) {
+  std::vector<int64_t> sizes(static_cast<size_t>(tensor.dim()));
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes[static_cast<size_t>(d)] = tensor.size(d);
+  return sizes;
 }
 
 inline FloatType float_type(const torch::stable::Tensor& tensor, const char* name) {

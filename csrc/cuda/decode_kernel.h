@@ -21,12 +21,12 @@ namespace losa::sparse_linear {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-template <Value kValue>
+template <FloatType kValue>
 struct Stored {
   using Type = uint16_t;
 };
 template <>
-struct Stored<Value::kFloat> {
+struct Stored<FloatType::kFloat> {
   using Type = float;
 };
 
@@ -137,10 +137,10 @@ __device__ __forceinline__ void expand(Shared from, unsigned byte, unsigned (&w)
 }
 
 // Sums of products of values and x of the same 16-bit type, on tensor cores.
-template <Value kValue, int kRows, int kBatch>
+template <FloatType kValue, int kRows, int kBatch>
 struct TensorSums {
   using Element = uint16_t;
-  static constexpr Value kX = kValue;
+  static constexpr FloatType kX = kValue;
   float d[kRows / 2][kBatch][4] = {};
 
   __device__ void add(const Task& task, const unsigned (&w)[kRows][8], int column) {
@@ -159,7 +159,7 @@ struct TensorSums {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int r = 0; r < kRows / 2; ++r) multiply_tile<kValue == Value::kHalf>(d[r][i], a[r][half], b[half]);
+        for (int r = 0; r < kRows / 2; ++r) multiply_tile<kValue == FloatType::kHalf>(d[r][i], a[r][half], b[half]);
       }
     }
   }
@@ -173,10 +173,10 @@ struct TensorSums {
 };
 
 // The same with x in fp32, and for values in fp32.
-template <Value kValue, int kRows, int kBatch>
+template <FloatType kValue, int kRows, int kBatch>
 struct FloatSums {
   using Element = typename Stored<kValue>::Type;
-  static constexpr Value kX = Value::kFloat;
+  static constexpr FloatType kX = FloatType::kFloat;
   float sums[kRows][kBatch] = {};
 
   __device__ void add(const Task& task, const unsigned (&w)[kRows][8], int column) {
@@ -236,7 +236,7 @@ struct Rings {
   static constexpr int kBytes = kWarps * kRows * kStride * static_cast<int>(sizeof(Element));
 };
 
-template <bool kTensor, Value kValue, int kBatch, bool kFixed>
+template <bool kTensor, FloatType kValue, int kBatch, bool kFixed>
 __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_kernel(Task task) {
   constexpr int kRows = rows_of(kTensor, kBatch), kSums = kRows * kBatch, kGroup = kSums < 32 ? kSums : 32;
   using Sums = std::conditional_t<kTensor, TensorSums<kValue, kRows, kBatch>, FloatSums<kValue, kRows, kBatch>>;
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTensor, kBatch)) decode_k
     float sum = 0.0f;
     for (int s = 0; s < task.split; ++s) sum += partial[group * task.split + s][i % kSums];
     if (task.bias != nullptr) sum += load_any(task.bias, task.bias_value, row);
-    store<Sums::kX>(task.y, b * weight.rows + row, sum);
+    store_element<Sums::kX>(task.y, b * weight.rows + row, sum);
   }
 }
 

@@ -1,16 +1,15 @@
-// What every decode kernel is given, and how it reads a row of the mask, a bias and its own result's dtype.
+// What every decode kernel is given, and how it reads a row of the mask and a bias.
 #pragma once
 
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/elements.h"
 #include "cuda/machine.h"
 #include "cuda/packed_rows.h"
 
 namespace losa::sparse_linear {
 
 constexpr int kWindowColumns = 1024;  // a 32-bit word of the mask for each lane
-
-enum class Value : int { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
 
 struct Weight {
   const void* values;      // at a 16-byte boundary
@@ -30,27 +29,16 @@ struct Task {
   int64_t x_stride;  // in elements
   int batch;
   const void* bias;  // may be null
-  Value bias_value;
+  FloatType bias_value;
   void* y;    // batch x rows, dense, of the dtype of x
   int split;  // warps that share a group of rows: 1, 2, 4 or 8
   int slice;  // columns of each of them, a multiple of kStepColumns
 };
 
-template <Value kValue>
-__device__ __forceinline__ float widen(unsigned bits) {
-  if constexpr (kValue == Value::kFloat) {
-    return __uint_as_float(bits);
-  } else if constexpr (kValue == Value::kBfloat16) {
-    return __uint_as_float(bits << 16);
-  } else {
-    return widen_half(static_cast<uint16_t>(bits));
-  }
-}
-
-__device__ __forceinline__ float load_any(const void* data, Value value, int64_t index) {
-  if (value == Value::kFloat) return static_cast<const float*>(data)[index];
+__device__ __forceinline__ float load_any(const void* data, FloatType value, int64_t index) {
+  if (value == FloatType::kFloat) return static_cast<const float*>(data)[index];
   const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return value == Value::kHalf ? widen_half(bits) : widen<Value::kBfloat16>(bits);
+  return value == FloatType::kHalf ? widen_half(bits) : widen<FloatType::kBFloat16>(bits);
 }
 
 // Where a row's values begin, from the 16-byte boundary.
@@ -72,15 +60,6 @@ __device__ __forceinline__ unsigned mask_word(const Weight& weight, const uint8_
     }
   }
   return left >= 32 ? word : word & ((1u << left) - 1);
-}
-
-template <Value kX>
-__device__ __forceinline__ void store(void* y, int64_t index, float value) {
-  if constexpr (kX == Value::kFloat) {
-    static_cast<float*>(y)[index] = value;
-  } else {
-    static_cast<uint16_t*>(y)[index] = kX == Value::kHalf ? narrow_half(value) : narrow_bfloat16(value);
-  }
 }
 
 }  // namespace losa::sparse_linear

@@ -196,7 +196,7 @@ struct LaneBits {
 };
 
 // A warp's columns of x.
-template <Value kValue, int kBatch>
+template <FloatType kValue, int kBatch>
 struct WindowOfX {
   unsigned x[kBatch][kNibbles][2];
 
@@ -232,7 +232,7 @@ struct WindowOfX {
       // Rows g + 8 of A may be anything.
       const unsigned a[4] = {bytes_of(low, high, order), low, bytes_of(low, high, order >> 16), high};
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) multiply_tile<kValue == Value::kHalf>(d[b], a, x[b][s]);
+      for (int b = 0; b < kBatch; ++b) multiply_tile<kValue == FloatType::kHalf>(d[b], a, x[b][s]);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) parts[b] = threadIdx.x / 4 % 2 == 0 ? d[b][0] : d[b][1];
@@ -246,7 +246,7 @@ struct WindowOfX {
 };
 
 // The sums of `count` rows: 8 lanes add up the parts of each, always in the same order.
-template <Value kValue, int kBatch>
+template <FloatType kValue, int kBatch>
 __device__ __forceinline__ void store_sums(const Task& task, int windows, const float* parts, int first_row, int count,
                                            int thread) {
 #pragma unroll 1
@@ -263,13 +263,13 @@ __device__ __forceinline__ void store_sums(const Task& task, int windows, const 
     for (int delta = kParts / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(kAllLanes, sum, delta);
     if (!wanted || at % kParts != 0) continue;
     if (task.bias != nullptr) sum += load_any(task.bias, task.bias_value, row);
-    store<kValue>(task.y, b * task.weight.rows + row, sum);
+    store_element<kValue>(task.y, b * task.weight.rows + row, sum);
   }
 }
 
 // Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before the wait for the
 // kernels before: this kernel starts early only behind kernels that let it, and those write no weight.
-template <Value kValue, int kBatch>
+template <FloatType kValue, int kBatch>
 __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
   const Weight& weight = task.weight;

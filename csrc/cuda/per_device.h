@@ -30,17 +30,41 @@ class PerDevice {
   std::atomic<int> known_[kMostDevices][kKeys] = {};
 };
 
-#if defined(LOSA_TORCH)
+// Before a decode kernel's first launch on a device, which gives it all the shared memory that it can: its L1 serves x
+// only, and kernels that follow each other run at the same time only if they agree about it. For PerDevice::get.
+template <class Kernel>
+int prefer_shared_memory(Kernel* kernel, int bytes) {
+  allow_shared_memory(kernel, bytes);
+  LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+  return 0;
+}
+
+#if !defined(LOSA_EMULATOR)
+
 // Of the current device.
-inline int multiprocessors() {
-  static PerDevice<> counts;
-  return counts.get(0, [] {
-    int device = 0, count = 0;
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  static PerDevice<> known;
+  return known.get(0, [] {
+    int device = 0, value = 0;
     LOSA_CUDA_CHECK(cudaGetDevice(&device));
-    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
+    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&value, kAttribute, device));
+    return value;
   });
 }
+
+inline int multiprocessors() {
+  return device_attribute<cudaDevAttrMultiProcessorCount>();
+}
+
+// Blocks of a kernel that the current device holds at a time.
+template <class Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return multiprocessors() * blocks;
+}
+
 #endif
 
 }  // namespace losa

@@ -1,6 +1,7 @@
 // Exact selection for one column block of a sweep on CUDA, and how many entries a mask has pruned already.
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/per_device.h"
 #include "cuda/radix_select.h"
 #include "cuda/selection/block_kernel.h"
 
@@ -10,7 +11,8 @@ namespace losa::selection {
 void launch_select_block(const ColumnBlock& block, int* keys, int* state, cudaStream_t stream) {
   const int64_t units = static_cast<int64_t>(block.rows) * ((block.width + kUnit - 1) / kUnit);
   const int64_t needed = (units + kThreads - 1) / kThreads, most = needed < kMaxBlocks ? needed : kMaxBlocks;
-  const int64_t resident = resident_blocks(select_kernel, kThreads, sizeof(BlockShared));
+  static PerDevice<> residents;
+  const int resident = residents.get(0, [] { return resident_blocks(select_kernel, kThreads, sizeof(BlockShared)); });
   const auto grid = static_cast<unsigned>(most < resident ? most : resident);
   LOSA_LAUNCH_COOPERATIVE(select_kernel, grid, kThreads, sizeof(BlockShared), stream, block, keys, state);
 }

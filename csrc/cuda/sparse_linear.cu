@@ -38,15 +38,7 @@ inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiproce
   return split;
 }
 
-// Before a kernel's first launch on a device. All shared memory that the device can give: its L1 serves x only, and
-// kernels that follow each other run at the same time only if they agree about it.
-template <class Kernel>
-void prepare(Kernel* kernel, int bytes) {
-  allow_shared_memory(kernel, bytes);
-  LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
-}
-
-template <bool kTensor, Value kValue, int kBatch, bool kFixed>
+template <bool kTensor, FloatType kValue, int kBatch, bool kFixed>
 void launch(Task task, const Choice& choice, cudaStream_t stream) {
   constexpr int kRows = rows_of(kTensor, kBatch);
   using Element = typename Stored<kValue>::Type;
@@ -60,14 +52,11 @@ void launch(Task task, const Choice& choice, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>((rows + block_rows - 1) / block_rows);
   const auto kernel = decode_kernel<kTensor, kValue, kBatch, kFixed>;
   static PerDevice<> prepared;
-  prepared.get(0, [&] {
-    prepare(kernel, kBytes);
-    return 0;
-  });
+  prepared.get(0, [&] { return prefer_shared_memory(kernel, kBytes); });
   LOSA_LAUNCH_DEPENDENT(kernel, grid, kThreads, kBytes, stream, task);
 }
 
-template <bool kTensor, Value kValue, int kBatch>
+template <bool kTensor, FloatType kValue, int kBatch>
 void launch(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.per_byte > 0) {
     launch<kTensor, kValue, kBatch, true>(task, choice, stream);
@@ -82,7 +71,7 @@ static_assert(Shape{most_windows(1), 1, 0, 0}.bytes(1) <= kMostShared);
 static_assert(Shape{most_windows(2), 1, 0, 0}.bytes(2) <= kMostShared);
 static_assert(Shape{most_windows(4), 1, 0, 0}.bytes(4) <= kMostShared);
 
-template <Value kValue, int kBatch>
+template <FloatType kValue, int kBatch>
 void launch_matvec(const Task& task, int windows, const Choice& choice, cudaStream_t stream) {
   Shape shape{windows, choice.lot > 0 ? std::min(choice.lot, kMostLot) : kMostLot, 0, 0};
   while (shape.bytes(kBatch) > kMostShared) --shape.lot;
@@ -90,7 +79,7 @@ void launch_matvec(const Task& task, int windows, const Choice& choice, cudaStre
   const int threads = 32 * windows, bytes = shape.bytes(kBatch);
   static PerDevice<(most_windows(kBatch) + 1) * (kMostLot + 1)> residents;
   const int resident = residents.get(windows * (kMostLot + 1) + shape.lot, [&] {
-    prepare(kernel, kMostShared);  // the same in every thread's calls
+    prefer_shared_memory(kernel, kMostShared);  // the same in every thread's calls
     int blocks = 0;
     LOSA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
     return std::max(blocks, 1);
@@ -110,7 +99,7 @@ inline bool fits_matvec(const Task& task, int windows) {
 }
 
 // kTensor: x has the values' type, of 16 bits; else it is fp32.
-template <bool kTensor, Value kValue>
+template <bool kTensor, FloatType kValue>
 void launch_decode(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.rows == 0 || task.batch == 0) return;
   if constexpr (kTensor) {
@@ -130,11 +119,11 @@ void launch_decode(const Task& task, const Choice& choice, cudaStream_t stream) 
   run(task, choice, stream);
 }
 
-template void launch_decode<true, Value::kBfloat16>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<true, Value::kHalf>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, Value::kBfloat16>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, Value::kHalf>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, Value::kFloat>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<true, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<true, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_decode<false, FloatType::kFloat>(const Task&, const Choice&, cudaStream_t);
 
 }  // namespace losa::sparse_linear
 
@@ -145,30 +134,15 @@ template void launch_decode<false, Value::kFloat>(const Task&, const Choice&, cu
 
 #include <cstdlib>
 #include <optional>
-#include <vector>
 
 #include "common/packing_checks.h"
+#include "cuda/sparse_linear/rows_of_x.h"
 
 namespace losa::sparse_linear {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-
-constexpr int64_t kMostRows = 16;
-constexpr int64_t kMostColumns = int64_t{1} << 30;
-
-Value value_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  return type == ScalarType::Float ? Value::kFloat : type == ScalarType::BFloat16 ? Value::kBfloat16 : Value::kHalf;
-}
-
-bool is_aligned(const void* data) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-}
 
 int window_lot() {
   static const int lot = [] {
@@ -181,41 +155,22 @@ int window_lot() {
   return lot;
 }
 
-// Rows of x as the kernels read them: itself, or a copy with columns rounded up to 8.
-Tensor padded_rows(const Tensor& x, int64_t batch, int64_t columns, cudaStream_t stream) {
-  const auto size = static_cast<int64_t>(x.element_size());
-  const Tensor source = torch::stable::contiguous(x);
-  if (columns % 8 == 0 && is_aligned(source.const_data_ptr())) return source;
-  const int64_t padded = (columns + 7) / 8 * 8;
-  Tensor rows = torch::stable::new_empty(x, {batch, padded});
-  void* const to = rows.mutable_data_ptr();
-  LOSA_CUDA_CHECK(cudaMemsetAsync(to, 0, static_cast<size_t>(batch * padded * size), stream));
-  LOSA_CUDA_CHECK(cudaMemcpy2DAsync(to, static_cast<size_t>(padded * size), source.const_data_ptr(),
-                                    static_cast<size_t>(columns * size), static_cast<size_t>(columns * size),
-                                    static_cast<size_t>(batch), cudaMemcpyDeviceToDevice, stream));
-  return rows;
-}
-
 Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
               const std::optional<Tensor>& bias, int64_t per_byte) {
   const int64_t dims = x.dim();
   packing::check_sparse_linear(x, values_in, bitmask, row_offsets, bias);
-  const Value value = value_of(values_in, "values"), x_value = value_of(x, "x");
-  STD_TORCH_CHECK(x_value == value || x_value == Value::kFloat, "x: expected float32 or the dtype of values");
+  const FloatType value = float_type(values_in, "values"), x_value = float_type(x, "x");
+  STD_TORCH_CHECK(x_value == value || x_value == FloatType::kFloat, "x: expected float32 or the dtype of values");
   const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values_in.numel();
   STD_TORCH_CHECK(columns < kMostColumns, "x: expected fewer than ", kMostColumns, " columns, got ", columns);
 
-  std::vector<int64_t> sizes(static_cast<size_t>(dims));
-  int64_t batch = 1;
-  for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
-  sizes.back() = out;
-  STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
+  const int64_t batch = batch_of(x);
   const DeviceGuard guard(x.get_device_index());
   const auto stream = current_stream(x);
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = result_of(x, out);
   if (batch == 0 || out == 0) return y;
 
-  const Tensor rows = padded_rows(x, batch, columns, stream);
+  const Tensor rows = padded_rows(x, batch, columns, 8, stream);
   // A view's first value may lie between two 16-byte boundaries; what lies before it is the same storage.
   const auto size = static_cast<int64_t>(values_in.element_size());
   int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values_in.const_data_ptr()) % 16) / size;
@@ -244,16 +199,16 @@ Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, c
                   (columns + 7) / 8 * 8,
                   static_cast<int>(batch),
                   bias.has_value() ? bias->const_data_ptr() : nullptr,
-                  bias.has_value() ? value_of(*bias, "bias") : Value::kFloat,
+                  bias.has_value() ? float_type(*bias, "bias") : FloatType::kFloat,
                   y.mutable_data_ptr(),
                   1,
                   0};
-  const auto launch = x_value == Value::kFloat
-      ? (value == Value::kFloat           ? launch_decode<false, Value::kFloat>
-             : value == Value::kBfloat16 ? launch_decode<false, Value::kBfloat16>
-                                         : launch_decode<false, Value::kHalf>)
-      : value == Value::kBfloat16 ? launch_decode<true, Value::kBfloat16>
-                                  : launch_decode<true, Value::kHalf>;
+  const auto launch = x_value == FloatType::kFloat
+      ? (value == FloatType::kFloat           ? launch_decode<false, FloatType::kFloat>
+             : value == FloatType::kBFloat16 ? launch_decode<false, FloatType::kBFloat16>
+                                             : launch_decode<false, FloatType::kHalf>)
+      : value == FloatType::kBFloat16 ? launch_decode<true, FloatType::kBFloat16>
+                                      : launch_decode<true, FloatType::kHalf>;
   launch(task, {0, window_lot(), multiprocessors()}, stream);
   return y;
 }

@@ -3,7 +3,7 @@
 #include "driver.h"
 
 namespace sparse_linear = losa::sparse_linear;
-using sparse_linear::Value;
+using losa::FloatType;
 
 // decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT:
 // values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
@@ -13,8 +13,8 @@ int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   const int64_t rows = driver[0], columns = driver[1], batch = driver[2];
   const bool tensor = driver[3] != 0, aligned = driver[8] != 0;
-  const auto value = static_cast<Value>(driver[4]);
-  const int64_t size = value == Value::kFloat ? 4 : 2, x_size = tensor ? size : 4;
+  const auto value = static_cast<FloatType>(driver[4]);
+  const int64_t size = value == FloatType::kFloat ? 4 : 2, x_size = tensor ? size : 4;
   // The buffer's first bytes may belong to another tensor: then the first value does not lie at a 16-byte boundary.
   const auto values = driver.read<uint8_t>("values");
   const int64_t lead = driver[9];
@@ -42,15 +42,16 @@ int main(int argc, char** argv) {
                                  (columns + 7) / 8 * 8,
                                  static_cast<int>(batch),
                                  data_or_null(bias),
-                                 static_cast<Value>(driver[5]),
+                                 static_cast<FloatType>(driver[5]),
                                  y.data(),
                                  1,
                                  0};
-  const auto run = !tensor ? (value == Value::kFloat       ? sparse_linear::launch_decode<false, Value::kFloat>
-                              : value == Value::kBfloat16 ? sparse_linear::launch_decode<false, Value::kBfloat16>
-                                                          : sparse_linear::launch_decode<false, Value::kHalf>)
-      : value == Value::kHalf ? sparse_linear::launch_decode<true, Value::kHalf>
-                              : sparse_linear::launch_decode<true, Value::kBfloat16>;
+  const auto run = !tensor
+      ? (value == FloatType::kFloat           ? sparse_linear::launch_decode<false, FloatType::kFloat>
+             : value == FloatType::kBFloat16 ? sparse_linear::launch_decode<false, FloatType::kBFloat16>
+                                             : sparse_linear::launch_decode<false, FloatType::kHalf>)
+      : value == FloatType::kHalf ? sparse_linear::launch_decode<true, FloatType::kHalf>
+                                  : sparse_linear::launch_decode<true, FloatType::kBFloat16>;
   const sparse_linear::Choice choice{static_cast<int>(driver[7]), static_cast<int>(driver[10]), 2};
   std::vector<int> attributes;
   for (int device : {0, 0, 1}) {

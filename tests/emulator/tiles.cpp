@@ -3,7 +3,7 @@
 #include "driver.h"
 
 namespace sparse_linear = losa::sparse_linear;
-using sparse_linear::Value;
+using losa::FloatType;
 
 // ROWS COLUMNS, then
 // pack: values, mask, offsets (or no file) -> data, places; as the host would with the sums of the chunks' sizes
@@ -53,11 +53,12 @@ int main(int argc, char** argv) {
                                        int64_t{tiles.tiles()} * sparse_linear::kTileColumns,
                                        batch,
                                        data_or_null(bias),
-                                       static_cast<Value>(driver[4]),
+                                       static_cast<FloatType>(driver[4]),
                                        y.data(),
                                        {}};
-    const auto run = static_cast<Value>(driver[3]) == Value::kHalf ? sparse_linear::launch_tiles<Value::kHalf>
-                                                                   : sparse_linear::launch_tiles<Value::kBfloat16>;
+    const bool half = static_cast<FloatType>(driver[3]) == FloatType::kHalf;
+    const auto run = half ? sparse_linear::launch_tiles<FloatType::kHalf>
+                          : sparse_linear::launch_tiles<FloatType::kBFloat16>;
     run(task, static_cast<int>(largest), static_cast<int>(driver[6]), nullptr);
     driver.write("y", y);
   }

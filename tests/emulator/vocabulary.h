@@ -198,7 +198,7 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 }
 
 template <class Kernel>
-int64_t resident_blocks(Kernel*, int, std::size_t) {
+int resident_blocks(Kernel*, int, std::size_t) {
   return emulator::kMostTogether;
 }
 

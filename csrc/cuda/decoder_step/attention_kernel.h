@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/decoder_step/elements.h"
+#include "cuda/elements.h"
 
 namespace losa::decoder_step {
 

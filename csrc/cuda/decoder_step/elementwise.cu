@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/launch.h"
-#include "cuda/decoder_step/elements.h"
+#include "cuda/elements.h"
 
 namespace losa::decoder_step {
 
@@ -279,12 +279,6 @@ bool aligned(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 0;
   for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
   return bits % 16 == 0;
-}
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  std::vector<int64_t> sizes(static_cast<size_t>(tensor.dim()));
-  for (int64_t d = 0; d < tensor.dim(); ++d) sizes[static_cast<size_t>(d)] = tensor.size(d);
-  return sizes;
 }
 
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const Tensor& weight, double eps) {

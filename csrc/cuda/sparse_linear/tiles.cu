@@ -24,24 +24,19 @@ inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, int 
   return shape;
 }
 
-template <Value kValue, int kColumns>
+template <FloatType kValue, int kColumns>
 void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t stream) {
   task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
   const int bytes = task.shape.bytes(kColumns);
   const auto kernel = tiles_kernel<kValue, kColumns>;
   static PerDevice<> prepared;
-  prepared.get(0, [&] {
-    allow_shared_memory(kernel, shared_bytes);
-    // As other decode kernels have it: kernels that follow each other run at the same time only if they agree about it.
-    LOSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
-    return 0;
-  });
+  prepared.get(0, [&] { return prefer_shared_memory(kernel, shared_bytes); });
   const auto grid = static_cast<unsigned>(task.tiles.groups()), threads = static_cast<unsigned>(32 * task.shape.warps);
   LOSA_LAUNCH_DEPENDENT(kernel, grid, threads, bytes, stream, task);
 }
 
 // largest: the bytes of the largest chunk. rows and columns of the weight are not 0, the batch is 1 to 16.
-template <Value kValue>
+template <FloatType kValue>
 void launch_tiles(const TileTask& task, int largest, int shared_bytes, cudaStream_t stream) {
   if (task.batch <= 8) {
     launch_tiles<kValue, 8>(task, largest, shared_bytes, stream);
@@ -50,8 +45,8 @@ void launch_tiles(const TileTask& task, int largest, int shared_bytes, cudaStrea
   }
 }
 
-template void launch_tiles<Value::kBfloat16>(const TileTask&, int, int, cudaStream_t);
-template void launch_tiles<Value::kHalf>(const TileTask&, int, int, cudaStream_t);
+template void launch_tiles<FloatType::kBFloat16>(const TileTask&, int, int, cudaStream_t);
+template void launch_tiles<FloatType::kHalf>(const TileTask&, int, int, cudaStream_t);
 
 inline unsigned tile_blocks(int64_t warps) {
   return static_cast<unsigned>((warps + kTilePackWarps - 1) / kTilePackWarps);
@@ -79,9 +74,9 @@ void launch_unpack_tiles(const Tiles& tiles, uint16_t* dense, cudaStream_t strea
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <vector>
 
 #include "common/packing_checks.h"
+#include "cuda/sparse_linear/rows_of_x.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -90,25 +85,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMostRows = 16;
-constexpr int64_t kMostColumns = int64_t{1} << 30;
 constexpr int64_t kMostGroups = int64_t{1} << 31;  // blocks of a launch
-
-Value value_of(const Tensor& tensor, const char* name) {
-  const FloatType type = float_type(tensor, name);
-  return type == FloatType::kFloat ? Value::kFloat : type == FloatType::kHalf ? Value::kHalf : Value::kBfloat16;
-}
-
-// That a block may have on the current device.
-int most_shared_bytes() {
-  static PerDevice<> known;
-  return known.get(0, [] {
-    int device = 0, bytes = 0;
-    LOSA_CUDA_CHECK(cudaGetDevice(&device));
-    LOSA_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes;
-  });
-}
 
 void check_size(int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows > 0 && rows / kTileRows < kMostGroups - 1, "rows: expected 1 to ", kMostGroups * kTileRows,
@@ -174,53 +151,36 @@ void unpack_tiles(const Tensor& data, const Tensor& offsets, const Tensor& dense
   launch_unpack_tiles(tiles, static_cast<uint16_t*>(dense.mutable_data_ptr()), current_stream(dense));
 }
 
-// Rows of x as the kernel reads them: itself, or a copy with columns rounded up to a tile's, zeros there.
-Tensor padded_rows(const Tensor& x, int64_t batch, int64_t columns, cudaStream_t stream) {
-  const Tensor source = torch::stable::contiguous(x);
-  if (columns % kTileColumns == 0 && reinterpret_cast<uintptr_t>(source.const_data_ptr()) % 16 == 0) return source;
-  const int64_t padded = (columns + kTileColumns - 1) / kTileColumns * kTileColumns;
-  const auto bytes = static_cast<size_t>(2 * columns), pitch = static_cast<size_t>(2 * padded);
-  Tensor rows = torch::stable::new_empty(x, {batch, padded});
-  void* const to = rows.mutable_data_ptr();
-  LOSA_CUDA_CHECK(cudaMemsetAsync(to, 0, static_cast<size_t>(batch) * pitch, stream));
-  LOSA_CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, source.const_data_ptr(), bytes, bytes, static_cast<size_t>(batch),
-                                    cudaMemcpyDeviceToDevice, stream));
-  return rows;
-}
-
 Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& offsets, int64_t rows, int64_t largest,
                            const std::optional<Tensor>& bias) {
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 1, "x: expected (..., in)");
-  const Value value = value_of(x, "x");
-  STD_TORCH_CHECK(value != Value::kFloat, "x: expected bfloat16 or float16");
+  const FloatType value = float_type(x, "x");
+  STD_TORCH_CHECK(value != FloatType::kFloat, "x: expected bfloat16 or float16");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous()),
                   "bias: expected a contiguous tensor (", rows, ",)");
   const int64_t columns = x.size(dims - 1);
   const Tiles tiles = tiles_of(data, offsets, rows, columns);
-  std::vector<int64_t> sizes(static_cast<size_t>(dims), rows);
-  int64_t batch = 1;
-  for (int64_t d = 0; d + 1 < dims; ++d) batch *= sizes[static_cast<size_t>(d)] = x.size(d);
-  STD_TORCH_CHECK(batch <= kMostRows, "x: expected at most ", kMostRows, " rows, got ", batch);
+  const int64_t batch = batch_of(x);
   const DeviceGuard guard(x.get_device_index());
   const auto stream = current_stream(x);
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = result_of(x, rows);
   if (batch == 0) return y;
 
   constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
   STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ",
                   kCopied, " up to ", kMost, ", got ", largest);
-  const Tensor padded = padded_rows(x, batch, columns, stream);
+  const Tensor padded = padded_rows(x, batch, columns, kTileColumns, stream);
   const TileTask task{tiles,
                       padded.const_data_ptr(),
                       int64_t{tiles.tiles()} * kTileColumns,
                       static_cast<int>(batch),
                       bias ? bias->const_data_ptr() : nullptr,
-                      bias ? value_of(*bias, "bias") : Value::kFloat,
+                      bias ? float_type(*bias, "bias") : FloatType::kFloat,
                       y.mutable_data_ptr(),
                       {}};
-  const auto launch = value == Value::kHalf ? launch_tiles<Value::kHalf> : launch_tiles<Value::kBfloat16>;
-  launch(task, static_cast<int>(largest), most_shared_bytes(), stream);
+  const auto launch = value == FloatType::kHalf ? launch_tiles<FloatType::kHalf> : launch_tiles<FloatType::kBFloat16>;
+  launch(task, static_cast<int>(largest), device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(), stream);
   return y;
 }
 

@@ -48,7 +48,7 @@ struct TileTask {
   int64_t x_stride;  // in elements
   int batch;
   const void* bias;  // may be null
-  Value bias_value;
+  FloatType bias_value;
   void* y;  // batch x rows, dense, of the dtype of x
   TileShape shape;
   // 2 in each of the bytes: as constants they would be loaded anew for every tile.
@@ -165,7 +165,7 @@ __device__ __forceinline__ void load_x(unsigned (&x)[2][4], const uint16_t* from
 }
 
 // d += the products of a tile, of which `values` are where this tile's begin and, then, where the next one's do.
-template <Value kValue, int kParts>
+template <FloatType kValue, int kParts>
 __device__ __forceinline__ void multiply_one_tile(Shared mask, Shared& values, Shared permutations,
                                                   const unsigned (&twice)[4], const unsigned (&x)[kParts][2][4],
                                                   float (&d)[kParts][4]) {
@@ -193,14 +193,14 @@ __device__ __forceinline__ void multiply_one_tile(Shared mask, Shared& values, S
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const unsigned b[2] = {x[part][half][2 * odd], x[part][half][2 * odd + 1]};
-        multiply_tile<kValue == Value::kHalf>(d[part], a[odd], b);
+        multiply_tile<kValue == FloatType::kHalf>(d[part], a[odd], b);
       }
     }
   }
 }
 
 // A block's 16 rows of y from the sums of its warps: 16 x kColumns floats each.
-template <Value kValue, int kColumns>
+template <FloatType kValue, int kColumns>
 __device__ __forceinline__ void store_tile_sums(const TileTask& task, const float* sums) {
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
 #pragma unroll 1
@@ -212,12 +212,12 @@ __device__ __forceinline__ void store_tile_sums(const TileTask& task, const floa
 #pragma unroll 1
     for (int warp = 0; warp < task.shape.warps; ++warp) sum += sums[warp * kTileRows * kColumns + at];
     if (task.bias != nullptr) sum += load_any(task.bias, task.bias_value, row);
-    store<kValue>(task.y, b * task.tiles.rows + row, sum);
+    store_element<kValue>(task.y, b * task.tiles.rows + row, sum);
   }
 }
 
 // kColumns: rows of x that a block multiplies, 8 or 16.
-template <Value kValue, int kColumns>
+template <FloatType kValue, int kColumns>
 __global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks) tiles_kernel(TileTask task) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
   constexpr int kParts = kColumns / 8;
