@@ -65,17 +65,16 @@ def _take_decoder(model: nn.Module, max_length: int) -> tuple[list | None, LeanD
 
     Taken out, so that two threads never share a cache.
     """
-    now = _looks(model)
     before, decoder = _waiting.pop(model, (None, None))
-    if decoder is None or before != now:
+    if decoder is None or before != _looks(model):
         decoder = LeanDecoder(model, max_length)
-        return _looks(model), decoder  # it may lay biases together
+        return _looks(model), decoder  # only now: it may lay weights and biases together
     try:
         decoder.resize(max_length)
     except Unsupported:  # this length; a shorter text may come
         _waiting[model] = before, decoder
         raise
-    return now, decoder
+    return before, decoder
 
 
 def _keep_decoder(model: nn.Module, looks: list | None, decoder: LeanDecoder) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from losa_kernels.cuda_memory import free_bytes
+
 DEVICE_SHARE = 0.25  # of the device's free memory that the hidden states of one stream may take
 SLICE_BYTES = 128 << 20  # of features that are brought to the device at a time for a Gram
 
@@ -14,12 +16,6 @@ SLICE_BYTES = 128 << 20  # of features that are brought to the device at a time 
 def fits_on_device(size: int, free: int) -> bool:
     """Whether hidden states of ``size`` bytes stay on a device with ``free`` bytes left."""
     return size <= DEVICE_SHARE * free
-
-
-def free_bytes(device: torch.device) -> int:
-    """What is free on a CUDA device, torch's own reserve included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class StreamStorage:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from losa_kernels import measured
 from losa_kernels.cuda_graphs import capturing
+from losa_kernels.cuda_memory import free_bytes
 from losa_kernels.packing import Packed, PackedNM
 from losa_kernels.packing.rows import whole_of
 from losa_kernels.sparse_linear import tiles
@@ -172,9 +173,8 @@ def _whole(packed: Packed) -> tuple[Packed, int] | None:
 
 def has_room(packed: Packed) -> bool:
     """Whether tiles leave ``FREE`` of the device's memory free, with what torch's allocator has in store."""
-    free, total = torch.cuda.mem_get_info(packed.device)
-    free += torch.cuda.memory_reserved(packed.device) - torch.cuda.memory_allocated(packed.device)
-    return free - tiles.bytes_of(packed) >= FREE * total
+    _, total = torch.cuda.mem_get_info(packed.device)
+    return free_bytes(packed.device) - tiles.bytes_of(packed) >= FREE * total
 
 
 def _make(packed: Packed) -> Tiles | None:
