@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -74,13 +72,3 @@ def kept_groups(shape: tuple[int, int], keep_n: int, m: int, device: str) -> Ten
     scores = torch.rand(shape, device=device).reshape(-1, m)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     return kept.scatter_(1, scores.topk(keep_n, 1).indices, True).reshape(shape)
-
-
-@contextmanager
-def setting(name: str, value: str):
-    """An environment variable that a kernel reads at every call."""
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]

@@ -6,8 +6,10 @@ allows). A new operator or kernel gets a case in ``cases``; tests/test_gpu_comma
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import gpu_checks_decode
 import torch
@@ -23,7 +25,6 @@ from gpu_case import (
     goal_text,
     kept_at_half,
     kept_groups,
-    setting,
     text,
     worst,
 )
@@ -157,7 +158,7 @@ def factors(way, columns, device) -> Verdict:
     hessian = hessian_of(columns, device)
     truth = pruning.inverse_factor(hessian, 0.01)[0]
     plain = pruning.inverse_factor(hessian.float(), 0.01)[0]
-    with setting("LOSA_FACTOR", way):
+    with patch.dict(os.environ, LOSA_FACTOR=way):
         return bounded(inverse_factor(hessian.float(), 0.01)[0], plain, truth, FP32)
 
 
@@ -190,7 +191,7 @@ def step_verdict(ours: dict, plain: dict, truth: dict, dtype: torch.dtype, round
 
 def lora(way, shape, rank, tokens, dtype, device) -> Verdict:
     args, grad = lora_problem(shape, rank, tokens, dtype, device)
-    with setting("LOSA_MASKED_LORA", way):
+    with patch.dict(os.environ, LOSA_MASKED_LORA=way):
         ours = run(masked_lora_linear, args, grad)
     truth = run(formula, double(args), grad.double())
     return step_verdict(ours, run(formula, args, grad), truth, dtype, way == "compose" and dtype == BF16)
@@ -211,7 +212,7 @@ def dropout(way, shape, rank, tokens, dtype, device) -> Verdict:
         return dropout_formula(**narrow, keep=keep.to(dtype))
 
     torch.manual_seed(5)
-    with setting("LOSA_MASKED_LORA", way):
+    with patch.dict(os.environ, LOSA_MASKED_LORA=way):
         ours = run(partial(masked_lora_linear, dropout_p=0.1), args, grad)
     return step_verdict(ours, run(plain, args, grad), truth, dtype, rounds_gradient=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from gpu_case import (
@@ -17,7 +19,6 @@ from gpu_case import (
     differing,
     kept_at_half,
     kept_groups,
-    setting,
     text,
     worst,
 )
@@ -73,7 +74,7 @@ def problem(shape, dtype, pattern, batch, device):
 
 def product(way, shape, dtype, pattern, batch, device) -> Verdict:
     packed, dense, x, bias = problem(shape, dtype, pattern, batch, device)
-    with torch.no_grad(), setting("LOSA_SPARSE_LINEAR", way):
+    with torch.no_grad(), patch.dict(os.environ, LOSA_SPARSE_LINEAR=way):
         return verdict(sparse_linear(x, packed, bias), dense, x, bias)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from column_sweep_problems import tied
 from emulation import FOLDER, NEEDED, load
 
 from losa_kernels import bitmask, pack_mask, unpack_mask
@@ -146,11 +147,6 @@ def test_bitmask(emulate, shape, blocks, more):
     wide = wide.flatten()[: (rows - 1) * (width + more) + width]
     folder = emulate("bitmask", "unpack", rows, columns, width + more, blocks, packed=wide, result="bools")
     assert torch.equal(load(folder, "bools", np.bool_, rows, columns), mask[:, :columns])
-
-
-def tied(rows, columns, seed=0):
-    values = torch.randint(-3, 4, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
-    return torch.where((values == 0) & (torch.arange(columns) % 2 == 0), -0.0, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

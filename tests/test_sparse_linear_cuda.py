@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from captured_chain import check_captured_chain
 from test_packing import nm_mask
 from test_sparse_linear import assert_close, random_problem
 from torch.nn.functional import pad
@@ -321,25 +322,10 @@ def test_views_of_joined_rows_on_gpu(packed_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_in_a_graph_on_gpu(rows, packed_kernels):
-    """Kernels behind one another, each of which may start before the one before it is complete."""
     weight, _, kept = random_problem(1024, 1024, 0.5, BF16)
     packed, x = pack_bitmask(weight / 32, pack_mask(kept)).to("cuda"), torch.randn(rows, 1024).bfloat16().cuda()
 
-    def chain(y):
-        for _ in range(20):
-            y = sparse_linear(y, packed)
-        return y
-
-    expected = chain(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(x)
-    for _ in range(5):
-        y.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(y, expected)
+    check_captured_chain(lambda y: sparse_linear(y, packed), x)
 
 
 @pytest.mark.gpu

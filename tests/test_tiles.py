@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from captured_chain import check_captured_chain
 from emulation import NEEDED, load
 from torch.nn.functional import pad
 
@@ -224,29 +225,11 @@ def test_full_size_on_gpu_repeats_to_the_bit(shape):
 
 @pytest.mark.gpu
 def test_in_a_graph_on_gpu():
-    """Kernels behind one another, each of which may start before the one before it is complete."""
     weight, dense, kept = problem(1024, 1024, 0.5, BF16)
     made = tiles.make(pack_bitmask(weight / 32, pack_mask(kept)).to("cuda"))
     x = torch.randn(1, 1024).bfloat16().cuda()
 
-    def chain(y):
-        for _ in range(20):
-            y = tiles.multiply(y, made, None)
-        return y
-
-    expected = chain(x)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        chain(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(x)
-    for _ in range(5):
-        y.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(y, expected)
+    check_captured_chain(lambda y: tiles.multiply(y, made, None), x)
 
 
 @pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
