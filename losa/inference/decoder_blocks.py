@@ -156,7 +156,7 @@ def _rows(linear: nn.Module) -> Tensor | None:
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensor that all ``parts`` are rows of, one part after the other (see ``join_linears``); None: there is none."""
+    """The tensor whose rows all ``parts`` are, one after the other (see ``join_linears``); None: there is none."""
     if any(part is None for part in parts):
         return None
     first, place = parts[0], parts[0].storage_offset()
