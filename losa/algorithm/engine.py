@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from losa.algorithm.importance import cka_importance
@@ -22,6 +21,7 @@ from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.schedule import RoundPlan
 from losa.algorithm.statistics import collect
 from losa.algorithm.stream import BlockStream
+from losa.distributed import from_rank_zero
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
@@ -112,7 +112,7 @@ class Engine:
                 except ValueError as error:
                     raise NumericsError(f"calibration: output of {self.name}.{index}: {error}") from error
         try:
-            return _from_rank_zero(cka_similarity(torch.stack(grams)).double())
+            return from_rank_zero(cka_similarity(torch.stack(grams)).double())
         except ValueError as error:
             raise NumericsError(f"calibration: blocks of {self.name} cannot be compared: {error}") from error
 
@@ -225,7 +225,7 @@ class Engine:
         free_graphs()  # training needs the memory
         if not errors:
             return None
-        return _from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
+        return from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
 
     def _prune_linear(
         self, where: str, layer: MaskedLoRALinear, statistic: Tensor | None, pattern: Pattern, record: RoundRecord
@@ -256,9 +256,9 @@ class Engine:
         return self._originals[layer].to(adapter.device).float() + adapter
 
     def _install(self, where: str, layer: MaskedLoRALinear, pruned: Pruned) -> None:
-        mask = _from_rank_zero(pruned.mask)
+        mask = from_rank_zero(pruned.mask)
         if pruned.weight is not None:
-            swept = _from_rank_zero(pruned.weight)
+            swept = from_rank_zero(pruned.weight)
             if not torch.isfinite(swept).all():
                 raise NumericsError(f"{where}: pruning made a weight non-finite")
             self._originals[layer] = self._originals[layer].to("cpu")
@@ -308,16 +308,6 @@ class Engine:
         for rank, layers in zip(ranks, self.layers, strict=True):
             for layer in layers.values():
                 layer.set_rank(rank, generator=generator)
-
-
-def _from_rank_zero(tensor: Tensor) -> Tensor:
-    """Every process decides alike: rank 0's value replaces the others' (a no-op without torch.distributed)."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor
-    device = tensor.device
-    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
-    dist.broadcast(shared, 0)
-    return shared.to(device)
 
 
 @contextmanager
