@@ -1,4 +1,5 @@
-// Which CPU instruction set to run. One build holds all of them (ISA flags per file) and chooses at run time.
+// Which CPU instruction set to run. CMake compiles every kernels.cpp under csrc/cpu once per instruction set, with that
+// set's flags and its name as LOSA_ISA; every other file is compiled for any CPU and chooses at run time.
 #pragma once
 
 #include <cstdlib>
@@ -47,3 +48,36 @@ inline CpuIsa selected_isa() {
 }
 
 }  // namespace losa
+
+// In an op's namespace: the op's table of kernels. kernels.cpp defines it as LOSA_ISA::kKernels, and has nothing else
+// with external linkage: code with one instruction set's flags must not be linked into code for another.
+// In files compiled for any CPU, kernels() is the table of the selected instruction set.
+#if defined(LOSA_ISA)
+#define LOSA_KERNELS(Table)    \
+  namespace LOSA_ISA {         \
+  extern const Table kKernels; \
+  }
+#elif defined(__x86_64__)
+#define LOSA_KERNELS(Table)                                                                                      \
+  namespace scalar {                                                                                             \
+  extern const Table kKernels;                                                                                   \
+  }                                                                                                              \
+  namespace avx2 {                                                                                               \
+  extern const Table kKernels;                                                                                   \
+  }                                                                                                              \
+  namespace avx512 {                                                                                             \
+  extern const Table kKernels;                                                                                   \
+  }                                                                                                              \
+  inline const Table& kernels() {                                                                                \
+    const CpuIsa isa = selected_isa();                                                                           \
+    return isa == CpuIsa::kAvx512 ? avx512::kKernels : isa == CpuIsa::kAvx2 ? avx2::kKernels : scalar::kKernels; \
+  }
+#else
+#define LOSA_KERNELS(Table)       \
+  namespace scalar {              \
+  extern const Table kKernels;    \
+  }                               \
+  inline const Table& kernels() { \
+    return scalar::kKernels;      \
+  }
+#endif

@@ -1,33 +1,15 @@
-// pack_mask and unpack_mask on the CPU: rows in parallel, 8 columns at a time in a 64-bit register, or 32 with AVX2.
-#include "cpu/bitmask.h"
-
+// pack_mask and unpack_mask on the CPU: rows in parallel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "common/bits.h"
-#include "common/cpu_isa.h"
 #include "common/tensor_checks.h"
+#include "cpu/bitmask/kernels.h"
 
 namespace losa::bitmask {
-
-void pack_row_scalar(const uint8_t* bools, int64_t columns, uint8_t* packed) {
-  for (; columns > 0; columns -= 8, bools += 8) {
-    uint64_t eight = 0;
-    std::memcpy(&eight, bools, std::min<int64_t>(columns, 8));
-    *packed++ = pack_byte(eight);
-  }
-}
-
-void unpack_row_scalar(const uint8_t* packed, int64_t columns, uint8_t* bools) {
-  for (; columns > 0; columns -= 8, bools += 8) {
-    const uint64_t eight = unpack_byte(*packed++);
-    std::memcpy(bools, &eight, std::min<int64_t>(columns, 8));
-  }
-}
 
 namespace {
 
@@ -52,7 +34,7 @@ Tensor pack_mask(const Tensor& mask) {
   const int64_t rows = mask.size(0), columns = mask.size(1), stride = source.stride(0), width = packed_width(columns);
   Tensor packed = torch::stable::new_empty(source, {rows, width}, ScalarType::Byte);
 
-  const PackRow pack_row = selected_isa() >= CpuIsa::kAvx2 ? pack_row_avx2 : pack_row_scalar;
+  const auto pack_row = kernels().pack_row;
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
   for_each_row(rows, columns, [&](int64_t row) { pack_row(from + row * stride, columns, to + row * width); });
@@ -68,7 +50,7 @@ Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
   const int64_t rows = packed.size(0), stride = source.stride(0);
   Tensor mask = torch::stable::new_empty(source, {rows, in_features}, ScalarType::Bool);
 
-  const UnpackRow unpack_row = selected_isa() >= CpuIsa::kAvx2 ? unpack_row_avx2 : unpack_row_scalar;
+  const auto unpack_row = kernels().unpack_row;
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
   for_each_row(rows, in_features,

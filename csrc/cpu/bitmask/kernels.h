@@ -1,17 +1,19 @@
-// Row kernels of csrc/cpu/bitmask.cpp, one set per instruction set.
+// Row kernels of packed masks, for bitmask.cpp and every op that reads or writes a mask row by row.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace losa::bitmask {
 
-using PackRow = void (*)(const uint8_t* bools, int64_t columns, uint8_t* packed);
-using UnpackRow = void (*)(const uint8_t* packed, int64_t columns, uint8_t* bools);
+struct Kernels {
+  // bools (columns,), any nonzero byte is true -> packed (ceil(columns / 8),)
+  void (*pack_row)(const uint8_t* bools, int64_t columns, uint8_t* packed);
+  // packed (ceil(columns / 8),) -> bools (columns,) of 0 and 1
+  void (*unpack_row)(const uint8_t* packed, int64_t columns, uint8_t* bools);
+};
 
-void pack_row_scalar(const uint8_t* bools, int64_t columns, uint8_t* packed);
-void unpack_row_scalar(const uint8_t* packed, int64_t columns, uint8_t* bools);
-
-void pack_row_avx2(const uint8_t* bools, int64_t columns, uint8_t* packed);
-void unpack_row_avx2(const uint8_t* packed, int64_t columns, uint8_t* bools);
+LOSA_KERNELS(Kernels)
 
 }  // namespace losa::bitmask

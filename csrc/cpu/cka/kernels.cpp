@@ -1,12 +1,11 @@
-// Body of cka_{scalar,avx2,avx512}.cpp. Columns lie side by side in a register, samples in groups of kTile; for each
+// Columns lie side by side in a register, samples in groups of kTile; for each
 // group and register of columns, a panel holds the group's samples one after another. A tile of the Gram, one group by
 // another, is then two streams from cache, two loads for kTile multiply-adds.
-#pragma once
+#include "cpu/cka/kernels.h"
 
 #include <cstring>
 
-#include "cpu/cka.h"
-#include "cpu/float_lanes.h"
+#include "cpu/simd/float_lanes.h"
 
 namespace losa::cka {
 namespace {
@@ -116,12 +115,11 @@ void add_slice_of(const Slice& slice) {
 }
 
 void add_slice(const Slice& slice) {
-  switch (slice.type) {
-    case FloatType::kFloat: return add_slice_of<FloatLanes>(slice);
-    case FloatType::kHalf: return add_slice_of<HalfLanes>(slice);
-    case FloatType::kBFloat16: return add_slice_of<BFloat16Lanes>(slice);
-  }
+  with_type(slice.type, [&](auto type) { add_slice_of<decltype(type)>(slice); });
 }
 
 }  // namespace
+
+const Kernels LOSA_ISA::kKernels = {.add_slice = add_slice};
+
 }  // namespace losa::cka

@@ -1,10 +1,11 @@
-// The row kernel of csrc/cpu/cka.cpp, one per instruction set.
+// The kernel of cka.cpp.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "common/float_type.h"
+#include "cpu/isa.h"
 
 namespace losa::cka {
 
@@ -28,8 +29,11 @@ constexpr int64_t slice_scratch(int64_t samples) {
   return (samples + 9) * panel_columns(samples);
 }
 
-void add_slice_scalar(const Slice& slice);
-void add_slice_avx2(const Slice& slice);
-void add_slice_avx512(const Slice& slice);
+struct Kernels {
+  // Adds the Gram of a slice's centred samples to slice.gram.
+  void (*add_slice)(const Slice& slice);
+};
+
+LOSA_KERNELS(Kernels)
 
 }  // namespace losa::cka

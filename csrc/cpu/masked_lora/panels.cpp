@@ -1,13 +1,11 @@
 // What a masked-LoRA linear does on the CPU beside the vendor's products: compose a panel of W_eff, and project a panel
 // of G = dY^T x onto A and B. Rows in parallel.
-#include "cpu/masked_lora.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
-#include "common/cpu_isa.h"
-#include "cpu/masked_lora_tensors.h"
+#include "cpu/masked_lora/kernels.h"
+#include "cpu/masked_lora/tensors.h"
 
 namespace losa::masked_lora {
 namespace {
@@ -28,8 +26,7 @@ void compose_masked_lora(const Tensor& weight, const std::optional<Tensor>& mask
   }
   const FloatType out_type = float_type(out, "out");
   const int64_t rank = A ? A->size(0) : 0;
-  const CpuIsa isa = selected_isa();
-  const auto compose = isa == CpuIsa::kAvx512 ? compose_avx512 : isa == CpuIsa::kAvx2 ? compose_avx2 : compose_scalar;
+  const auto compose = kernels().compose;
 
   torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     const Scratch<float> scratch(compose_scratch(rank));
@@ -62,8 +59,7 @@ void project_masked_lora(const Tensor& gradient, const Tensor& weight, const std
   const Source source(weight, mask);
   const Tensor A = with_dense_rows(lora_A), B = torch::stable::contiguous(lora_B);
   const FloatType gradient_type = float_type(gradient, "gradient");
-  const CpuIsa isa = selected_isa();
-  const auto project = isa == CpuIsa::kAvx512 ? project_avx512 : isa == CpuIsa::kAvx2 ? project_avx2 : project_scalar;
+  const auto project = kernels().project;
 
   in_segments(rows, columns, rank, dA, [&](int64_t begin, int64_t end, float* partial) {
     const Scratch<float> scratch(project_scratch(rank));

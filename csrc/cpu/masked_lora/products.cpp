@@ -1,11 +1,9 @@
 // Products of a masked-LoRA linear on the CPU that cost what the mask keeps: y = x W_eff^T, dX = dY W_eff, and the kept
 // entries of G = dY^T x. Faster than dense ones from about 40 % zeros on.
-#include "cpu/masked_lora_sparse.h"
-
 #include <torch/csrc/stable/library.h>
 
-#include "common/cpu_isa.h"
-#include "cpu/masked_lora_tensors.h"
+#include "cpu/masked_lora/kernels.h"
+#include "cpu/masked_lora/tensors.h"
 
 namespace losa::masked_lora {
 namespace {
@@ -27,8 +25,7 @@ void split_tokens(const Tensor& matrix, const Tensor& passes) {
                   "matrix: expected float32 (tokens, features) with dense rows");
   const int64_t tokens = matrix.size(0), features = matrix.size(1);
   check_passes(passes, tokens, features, "passes");
-  const CpuIsa isa = selected_isa();
-  const auto split = isa == CpuIsa::kAvx512 ? split_avx512 : isa == CpuIsa::kAvx2 ? split_avx2 : split_scalar;
+  const auto split = kernels().split;
   torch::stable::parallel_for(0, features, grain(tokens), [&](int64_t begin, int64_t end) {
     split({.from = static_cast<const float*>(matrix.const_data_ptr()),
            .stride = matrix.stride(0),
@@ -56,10 +53,7 @@ void multiply_masked_lora(const Tensor& passes, const Tensor& weight, const Tens
                   "bias: expected contiguous float32 (", outs, ",)");
   const Source source(weight, mask);
   const Tensor A = with_dense_rows(lora_A), B = torch::stable::contiguous(lora_B);
-  const CpuIsa isa = selected_isa();
-  const auto multiply = isa == CpuIsa::kAvx512 ? multiply_avx512
-      : isa == CpuIsa::kAvx2                   ? multiply_avx2
-                                               : multiply_scalar;
+  const auto multiply = kernels().multiply;
 
   const int64_t tasks = (outs + kOutFeatures - 1) / kOutFeatures;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -96,8 +90,7 @@ void sample_masked_lora(const Tensor& dy_passes, const Tensor& x_passes, int64_t
                   packed_width(columns), ")");
   check_gradients(dA, dB, rows, columns, rank);
   const Tensor bits = with_dense_rows(mask), A = with_dense_rows(lora_A), B = torch::stable::contiguous(lora_B);
-  const CpuIsa isa = selected_isa();
-  const auto sample = isa == CpuIsa::kAvx512 ? sample_avx512 : isa == CpuIsa::kAvx2 ? sample_avx2 : sample_scalar;
+  const auto sample = kernels().sample;
 
   in_segments(rows, columns, rank, dA, [&](int64_t begin, int64_t end, float* partial) {
     const Scratch<float> scratch(sample_scratch(rank));

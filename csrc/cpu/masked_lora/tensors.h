@@ -1,4 +1,4 @@
-// What csrc/cpu/masked_lora.cpp and masked_lora_sparse.cpp ask of their tensors, and how they share out their rows.
+// What panels.cpp and products.cpp ask of their tensors, and how they share out their rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "common/tensor_checks.h"
-#include "cpu/masked_lora.h"
+#include "cpu/masked_lora/kernels.h"
 #include "cpu/scratch.h"
 
 namespace losa::masked_lora {

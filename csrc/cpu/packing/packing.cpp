@@ -1,6 +1,4 @@
 // pack_bitmask, pack_nm and unpack_bitmask on the CPU: rows in parallel, each with its own place in `values`.
-#include "cpu/packing.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,38 +12,10 @@
 #include <vector>
 
 #include "common/bits.h"
-#include "common/cpu_isa.h"
 #include "common/packing_checks.h"
+#include "cpu/packing/kernels.h"
 
 namespace losa::packing {
-
-template <class Element>
-void pack_row_scalar(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t) {
-  const auto* from = static_cast<const Element*>(row);
-  auto* to = static_cast<Element*>(values);
-  for (; columns > 0; columns -= 8, from += 8, ++mask) {
-    unsigned bits = *mask & column_bits(columns);
-    for (; bits != 0; bits &= bits - 1) *to++ = from[std::countr_zero(bits)];
-  }
-}
-
-template <class Element>
-void unpack_row_scalar(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  const auto* from = static_cast<const Element*>(values);
-  const auto* const end = from + readable;
-  auto* to = static_cast<Element*>(row);
-  std::fill_n(to, columns, Element{0});
-  for (; columns > 0; columns -= 8, to += 8, ++mask) {
-    for (unsigned bits = *mask & column_bits(columns); bits != 0 && from < end; bits &= bits - 1) {
-      to[std::countr_zero(bits)] = *from++;
-    }
-  }
-}
-
-template void pack_row_scalar<uint16_t>(const void*, const uint8_t*, int64_t, void*, int64_t);
-template void pack_row_scalar<uint32_t>(const void*, const uint8_t*, int64_t, void*, int64_t);
-template void unpack_row_scalar<uint16_t>(const void*, int64_t, const uint8_t*, int64_t, void*);
-template void unpack_row_scalar<uint32_t>(const void*, int64_t, const uint8_t*, int64_t, void*);
 
 namespace {
 
@@ -65,38 +35,24 @@ void for_each_row(int64_t rows, int64_t columns, const Body& body) {
 }
 
 PackRow pack_row_of(size_t element_size) {
-  const CpuIsa isa = selected_isa();
   switch (element_size) {
-    case 1: return pack_row_scalar<uint8_t>;
-    case 2:
-      return isa == CpuIsa::kAvx512 ? pack_row16_avx512
-          : isa == CpuIsa::kAvx2    ? pack_row16_avx2
-                                    : pack_row_scalar<uint16_t>;
-    case 4:
-      return isa == CpuIsa::kAvx512 ? pack_row32_avx512
-          : isa == CpuIsa::kAvx2    ? pack_row32_avx2
-                                    : pack_row_scalar<uint32_t>;
+    case 1: return kernels().pack_row8;
+    case 2: return kernels().pack_row16;
+    case 4: return kernels().pack_row32;
     default:
       STD_TORCH_CHECK(element_size == 8, "weight: expected elements of 1, 2, 4 or 8 bytes, got ", element_size);
-      return pack_row_scalar<uint64_t>;
+      return kernels().pack_row64;
   }
 }
 
 UnpackRow unpack_row_of(size_t element_size) {
-  const CpuIsa isa = selected_isa();
   switch (element_size) {
-    case 1: return unpack_row_scalar<uint8_t>;
-    case 2:
-      return isa == CpuIsa::kAvx512 ? unpack_row16_avx512
-          : isa == CpuIsa::kAvx2    ? unpack_row16_avx2
-                                    : unpack_row_scalar<uint16_t>;
-    case 4:
-      return isa == CpuIsa::kAvx512 ? unpack_row32_avx512
-          : isa == CpuIsa::kAvx2    ? unpack_row32_avx2
-                                    : unpack_row_scalar<uint32_t>;
+    case 1: return kernels().unpack_row8;
+    case 2: return kernels().unpack_row16;
+    case 4: return kernels().unpack_row32;
     default:
       STD_TORCH_CHECK(element_size == 8, "values: expected elements of 1, 2, 4 or 8 bytes, got ", element_size);
-      return unpack_row_scalar<uint64_t>;
+      return kernels().unpack_row64;
   }
 }
 

@@ -1,12 +1,11 @@
-// AVX2 rows of packing.cpp: 8 columns, one byte of the mask, at a time. The last values of a row or buffer, where a
-// whole register would reach too far, are left to the scalar code.
-#include "cpu/packing.h"
-
-#if defined(__AVX2__)
+// AVX2: 8 columns, one byte of the mask, at a time. The scalar code takes the last values of a row or buffer, where a
+// whole register would reach too far.
+#pragma once
 
 #include <immintrin.h>
 
-#include "cpu/expand_tables.h"
+#include "cpu/packing/rows_scalar.h"
+#include "cpu/simd/expand_tables.h"
 
 namespace losa::packing {
 namespace {
@@ -22,13 +21,13 @@ struct Bits16 {
     const __m128i columns = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kColumns.of[mask])));
     // Column c is bytes 2c and 2c + 1.
     const __m128i bytes = _mm_add_epi16(_mm_mullo_epi16(columns, _mm_set1_epi16(0x0202)), _mm_set1_epi16(0x0100));
-    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));  // [8]
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(values, bytes));
   }
 
   static void unpack(const Element* from, uint8_t mask, Element* to) {
     const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpand16.of[mask]));
-    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));  // [8]
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(values, places));
   }
 };
@@ -38,13 +37,13 @@ struct Bits32 {
 
   static void pack(const Element* from, uint8_t mask, Element* to) {
     const __m256i columns = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kColumns.of[mask])));
-    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));  // [8]
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(values, columns));
   }
 
   static void unpack(const Element* from, uint8_t mask, Element* to) {
     const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpand32.of[mask]));
-    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));  // [8]
     const __m256i kept = _mm256_srai_epi32(places, 31);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm256_and_si256(_mm256_permutevar8x32_epi32(values, places), kept));
@@ -76,45 +75,4 @@ void unpack_row(const void* values, int64_t readable, const uint8_t* mask, int64
 }
 
 }  // namespace
-
-void pack_row16_avx2(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row<Bits16>(row, mask, columns, values, count);
-}
-
-void pack_row32_avx2(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row<Bits32>(row, mask, columns, values, count);
-}
-
-void unpack_row16_avx2(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row<Bits16>(values, readable, mask, columns, row);
-}
-
-void unpack_row32_avx2(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row<Bits32>(values, readable, mask, columns, row);
-}
-
 }  // namespace losa::packing
-
-#else  // a target without AVX2 never selects these
-
-namespace losa::packing {
-
-void pack_row16_avx2(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row_scalar<uint16_t>(row, mask, columns, values, count);
-}
-
-void pack_row32_avx2(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row_scalar<uint32_t>(row, mask, columns, values, count);
-}
-
-void unpack_row16_avx2(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row_scalar<uint16_t>(values, readable, mask, columns, row);
-}
-
-void unpack_row32_avx2(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row_scalar<uint32_t>(values, readable, mask, columns, row);
-}
-
-}  // namespace losa::packing
-
-#endif

@@ -1,11 +1,10 @@
-// AVX-512 rows of packing.cpp: compress and expand, with masked loads and stores where a row or buffer ends.
-#include "cpu/packing.h"
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+// AVX-512: 32 columns of 16 bits or 16 of 32 bits at a time, with compress and expand, and with masked loads and stores
+// where a row or buffer ends.
+#pragma once
 
 #include <cstring>
 
-#include "cpu/expand_avx512.h"
+#include "cpu/simd/expand_avx512.h"
 
 namespace losa::packing {
 namespace {
@@ -48,7 +47,7 @@ struct Bits32 {
 };
 
 template <class Bits>
-void pack_row(const void* row, const uint8_t* mask, int64_t columns, void* values) {
+void pack_row(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t) {
   const auto* from = static_cast<const typename Bits::Element*>(row);
   auto* to = static_cast<typename Bits::Element*>(values);
   for (; columns > 0; columns -= Bits::kColumns, from += Bits::kColumns, mask += Bits::kColumns / 8) {
@@ -75,45 +74,4 @@ void unpack_row(const void* values, int64_t readable, const uint8_t* mask, int64
 }
 
 }  // namespace
-
-void pack_row16_avx512(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t) {
-  pack_row<Bits16>(row, mask, columns, values);
-}
-
-void pack_row32_avx512(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t) {
-  pack_row<Bits32>(row, mask, columns, values);
-}
-
-void unpack_row16_avx512(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row<Bits16>(values, readable, mask, columns, row);
-}
-
-void unpack_row32_avx512(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row<Bits32>(values, readable, mask, columns, row);
-}
-
 }  // namespace losa::packing
-
-#else  // a target without AVX-512 never selects these
-
-namespace losa::packing {
-
-void pack_row16_avx512(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row_scalar<uint16_t>(row, mask, columns, values, count);
-}
-
-void pack_row32_avx512(const void* row, const uint8_t* mask, int64_t columns, void* values, int64_t count) {
-  pack_row_scalar<uint32_t>(row, mask, columns, values, count);
-}
-
-void unpack_row16_avx512(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row_scalar<uint16_t>(values, readable, mask, columns, row);
-}
-
-void unpack_row32_avx512(const void* values, int64_t readable, const uint8_t* mask, int64_t columns, void* row) {
-  unpack_row_scalar<uint32_t>(values, readable, mask, columns, row);
-}
-
-}  // namespace losa::packing
-
-#endif

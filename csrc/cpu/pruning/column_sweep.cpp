@@ -1,6 +1,4 @@
 // SparseGPT's sweep of one column block on the CPU: panels of 16 rows, independent of each other, in parallel.
-#include "cpu/column_sweep.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,11 +10,11 @@
 #include <vector>
 
 #include "common/bits.h"
-#include "common/cpu_isa.h"
 #include "common/pruning_checks.h"
+#include "cpu/pruning/kernels.h"
 #include "cpu/scratch.h"
 
-namespace losa::column_sweep {
+namespace losa::pruning {
 namespace {
 
 using torch::stable::Tensor;
@@ -42,7 +40,7 @@ void split_errors(float* errors, int64_t width) {
 void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int64_t end, int64_t m, int64_t prune,
                  const std::optional<Tensor>& state, const std::optional<Tensor>& mask, const Tensor& kept,
                  const Tensor& errors, const Tensor& loss) {
-  pruning::check_sweep_block(weight, factor, start, end, m, prune, state, mask, kept, errors, loss);
+  check_sweep_block(weight, factor, start, end, m, prune, state, mask, kept, errors, loss);
   const int64_t rows = weight.size(0), columns = weight.size(1), width = end - start;
 
   std::vector<float> upper(width * width);
@@ -60,10 +58,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   auto* losses = static_cast<float*>(loss.mutable_data_ptr());
   const int64_t stride = packed_width(columns), errors_stride = errors.stride(0);
   const bool split = errors.size(1) != width;
-  const CpuIsa isa = selected_isa();
-  const auto sweep = isa == CpuIsa::kAvx512 ? sweep_panel_avx512
-      : isa == CpuIsa::kAvx2                ? sweep_panel_avx2
-                                            : sweep_panel_scalar;
+  const auto sweep = kernels().sweep_panel;
 
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
   const int64_t grain = std::max<int64_t>(1, kWorkPerTask / (kPanelRows * width * (width / 2 + 1)));
@@ -98,7 +93,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
 // On rows [start, end) from the last to the first: each earlier row loses its multiple of the row, on the matrix and,
 // in the columns that this leaves free, on an identity.
 void factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor& inverse, const Tensor& failed) {
-  pruning::check_factor_panel(matrix, start, end, inverse, failed);
+  check_factor_panel(matrix, start, end, inverse, failed);
   const int64_t stride = matrix.stride(0), width = end - start;
   float* const block = static_cast<float*>(matrix.mutable_data_ptr()) + start * (stride + 1);
   auto* out = static_cast<float*>(inverse.mutable_data_ptr());
@@ -120,9 +115,9 @@ void factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor
 }
 
 }  // namespace
-}  // namespace losa::column_sweep
+}  // namespace losa::pruning
 
 STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
-  library.impl("sweep_block", TORCH_BOX(&losa::column_sweep::sweep_block));
-  library.impl("factor_panel", TORCH_BOX(&losa::column_sweep::factor_panel));
+  library.impl("sweep_block", TORCH_BOX(&losa::pruning::sweep_block));
+  library.impl("factor_panel", TORCH_BOX(&losa::pruning::factor_panel));
 }

@@ -1,13 +1,12 @@
-// Body of column_sweep_{scalar,avx2,avx512}.cpp. Rows lie side by side in a register; a column is brought up to date
+// SparseGPT's sweep of a panel of rows. Rows lie side by side in a register; a column is brought up to date
 // when its turn comes, by all the errors before it, so that it is loaded and stored once. Tiles of columns give the
 // multiply-adds enough independent chains.
-#pragma once
+#include "cpu/pruning/kernels.h"
 
-#include "cpu/column_sweep.h"
-#include "cpu/lanes.h"
-#include "cpu/transpose.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/transpose.h"
 
-namespace losa::column_sweep {
+namespace losa::pruning {
 namespace {
 
 constexpr int kTile = 8;  // columns; latency of a multiply-add times two units
@@ -176,4 +175,7 @@ void sweep_panel(const Panel& panel) {
 }
 
 }  // namespace
-}  // namespace losa::column_sweep
+
+const Kernels LOSA_ISA::kKernels = {.sweep_panel = sweep_panel};
+
+}  // namespace losa::pruning

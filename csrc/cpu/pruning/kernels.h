@@ -1,9 +1,11 @@
-// The row kernel of csrc/cpu/column_sweep.cpp, one per instruction set.
+// The kernel of column_sweep.cpp.
 #pragma once
 
 #include <cstdint>
 
-namespace losa::column_sweep {
+#include "cpu/isa.h"
+
+namespace losa::pruning {
 
 // Up to 16 rows of one column block; pointers are at the panel's first row, and at the block's first column but for the
 // packed masks, which are at column 0.
@@ -30,8 +32,10 @@ constexpr int64_t panel_scratch(int64_t width, int64_t m) {
   return 16 * (3 * width + m);
 }
 
-void sweep_panel_scalar(const Panel& panel);
-void sweep_panel_avx2(const Panel& panel);
-void sweep_panel_avx512(const Panel& panel);
+struct Kernels {
+  void (*sweep_panel)(const Panel& panel);
+};
 
-}  // namespace losa::column_sweep
+LOSA_KERNELS(Kernels)
+
+}  // namespace losa::pruning

@@ -1,45 +1,28 @@
-// Body of selection_{scalar,avx2,avx512}.cpp: plain loops, which the compiler turns into each file's instructions.
-#pragma once
+// Keys and what is kept of them: plain loops, which the compiler turns into vector code.
+#include "cpu/selection/kernels.h"
 
-#include "cpu/lanes.h"
-#include "cpu/selection.h"
+#include <cstring>
+
+#include "cpu/simd/float_lanes.h"
 
 namespace losa::selection {
 namespace {
 
-struct Float {
-  using Stored = float;
-  static float magnitude(float w) { return __builtin_fabsf(w); }
-};
-
-struct BFloat16 {
-  using Stored = uint16_t;
-  static float magnitude(uint16_t w) { return __builtin_bit_cast(float, (w & 0x7fffu) << 16); }
-};
-
-struct Half {
-  using Stored = uint16_t;
-  static float magnitude(uint16_t w) {
-    const uint32_t bits = (w & 0x7fffu) << 13;
-    // A subnormal's bits on top of 2^-14, less 2^-14.
-    const float subnormal = __builtin_bit_cast(float, bits + 0x38800000u) - 0x1p-14f;
-    const float normal = __builtin_bit_cast(float, bits + 0x38000000u);
-    return bits < 0x00800000u ? subnormal : normal;
-  }
-};
-
 template <class Type>
 void wanda_keys_of(const void* weight, const float* norms, int64_t n, int32_t* keys) {
   const auto* w = static_cast<const typename Type::Stored*>(weight);
-  for (int64_t j = 0; j < n; ++j) keys[j] = score_key(Type::magnitude(w[j]) * norms[j]);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    Ints key;
+    score_keys(load<Type>(w + j) * load<FloatLanes>(norms + j), key);
+    std::memcpy(keys + j, &key, sizeof key);
+  }
+  for (; j < n; ++j) keys[j] = score_key(Type::widen(w[j]) * norms[j]);
 }
 
+// The sign that a weight brings along is no part of a key.
 void wanda_keys(const void* weight, FloatType type, const float* norms, int64_t n, int32_t* keys) {
-  switch (type) {
-    case FloatType::kFloat: return wanda_keys_of<Float>(weight, norms, n, keys);
-    case FloatType::kHalf: return wanda_keys_of<Half>(weight, norms, n, keys);
-    case FloatType::kBFloat16: return wanda_keys_of<BFloat16>(weight, norms, n, keys);
-  }
+  with_type(type, [&](auto stored) { wanda_keys_of<decltype(stored)>(weight, norms, n, keys); });
 }
 
 void sweep_keys(const float* weight, const float* diagonal, int64_t n, int32_t* keys) {
@@ -104,8 +87,17 @@ void keep_of_groups(const int32_t* keys, int64_t n, int64_t m, int64_t count, ui
   }
 }
 
-constexpr Kernels kKernels = {wanda_keys,  sweep_keys, drop_pruned, range,
-                              count_up_to, gather,     keep_above,  keep_of_groups};
-
 }  // namespace
+
+const Kernels LOSA_ISA::kKernels = {
+    .wanda_keys = wanda_keys,
+    .sweep_keys = sweep_keys,
+    .drop_pruned = drop_pruned,
+    .range = range,
+    .count_up_to = count_up_to,
+    .gather = gather,
+    .keep_above = keep_above,
+    .keep_of_groups = keep_of_groups,
+};
+
 }  // namespace losa::selection

@@ -1,10 +1,11 @@
-// Row kernels of csrc/cpu/selection.cpp, one set per instruction set. A key is a score's order as an int32: the bits of
+// Row kernels of selection.cpp. A key is a score's order as an int32: the bits of
 // a float >= 0, and -1 for an entry that is pruned already.
 #pragma once
 
 #include <cstdint>
 
 #include "common/float_type.h"
+#include "cpu/isa.h"
 
 namespace losa::selection {
 
@@ -35,6 +36,6 @@ constexpr int64_t group_scratch(int64_t m) {
   return 2 * 16 * m;
 }
 
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels;
+LOSA_KERNELS(Kernels)
 
 }  // namespace losa::selection

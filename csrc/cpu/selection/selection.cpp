@@ -1,7 +1,5 @@
 // Exact selection on the CPU: the k-th smallest score by bisection on the float's bits (a radix select of one bit a
 // pass: counting keys up to a bound is one compare and one subtract per register). No sort, no index tensors.
-#include "cpu/selection.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,10 +11,10 @@
 #include <vector>
 
 #include "common/bits.h"
-#include "common/cpu_isa.h"
 #include "common/pruning_checks.h"
-#include "cpu/bitmask.h"
+#include "cpu/bitmask/kernels.h"
 #include "cpu/scratch.h"
+#include "cpu/selection/kernels.h"
 
 namespace losa::selection {
 namespace {
@@ -30,19 +28,6 @@ constexpr int64_t kKeysPerTask = 1 << 15;
 constexpr int64_t kKeysPerChunk = 1 << 13;
 // Keys are gathered once this share of them is left; one pass of gathering costs about six of counting.
 constexpr int64_t kGatherShare = 8;
-
-const Kernels& kernels() {
-  const CpuIsa isa = selected_isa();
-  return isa == CpuIsa::kAvx512 ? kAvx512Kernels : isa == CpuIsa::kAvx2 ? kAvx2Kernels : kScalarKernels;
-}
-
-bitmask::PackRow pack_row() {
-  return selected_isa() >= CpuIsa::kAvx2 ? bitmask::pack_row_avx2 : bitmask::pack_row_scalar;
-}
-
-bitmask::UnpackRow unpack_row() {
-  return selected_isa() >= CpuIsa::kAvx2 ? bitmask::unpack_row_avx2 : bitmask::unpack_row_scalar;
-}
 
 KeyRange merged(const KeyRange& a, const KeyRange& b) {
   return {std::min(a.least, b.least), std::max(a.most, b.most), a.lost + b.lost};
@@ -91,8 +76,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   if (rows == 0 || columns == 0) return packed;
 
   const Kernels& run = kernels();
-  const auto pack = pack_row();
-  const auto unpack = unpack_row();
+  const bitmask::Kernels& packed_rows = bitmask::kernels();
   const auto* weights = static_cast<const uint8_t*>(source.const_data_ptr());
   const int64_t row_bytes = columns * float_type_size(type);
   const auto* scale = static_cast<const float*>(norms.const_data_ptr());
@@ -106,7 +90,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
         for (int64_t row = begin; row < end; ++row) {
           run.wanda_keys(weights + row * row_bytes, type, scale, columns, keys.get());
           if (kept_before != nullptr) {
-            unpack(kept_before + row * width, columns, kept.get());
+            packed_rows.unpack_row(kept_before + row * width, columns, kept.get());
             run.drop_pruned(kept.get(), columns, keys.get());
           }
           if (m > 0) {
@@ -122,7 +106,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
             }
             run.keep_above(keys.get(), columns, bound.key, ties, kept.get());
           }
-          pack(kept.get(), columns, to + row * width);
+          packed_rows.pack_row(kept.get(), columns, to + row * width);
         }
       });
   return packed;
@@ -170,7 +154,7 @@ Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_s
 // The keys of one row of a column block.
 struct BlockRows {
   const Kernels& run;
-  bitmask::UnpackRow unpack;
+  const bitmask::Kernels& packed_rows;
   const float* weight;  // at the block's first column
   int64_t stride;
   const float* diagonal;
@@ -181,7 +165,7 @@ struct BlockRows {
     run.sweep_keys(weight + row * stride, diagonal, width, out);
     if (mask == nullptr) return;
     const int64_t byte = first_column / 8, skipped = first_column % 8;
-    unpack(mask + row * mask_stride + byte, skipped + width, kept);
+    packed_rows.unpack_row(mask + row * mask_stride + byte, skipped + width, kept);
     run.drop_pruned(kept + skipped, width, out);
   }
 };
@@ -219,15 +203,15 @@ void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int
   const auto* upper = static_cast<const float*>(factor.const_data_ptr());
   for (int64_t j = 0; j < width; ++j) diagonal[j] = upper[(start + j) * (factor.stride(0) + factor.stride(1))];
   const Kernels& run = kernels();
-  const BlockRows block{run,
-                        unpack_row(),
-                        static_cast<const float*>(weight.const_data_ptr()) + start,
-                        columns,
-                        diagonal.data(),
-                        mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
-                        packed_width(columns),
-                        start,
-                        width};
+  const BlockRows block{.run = run,
+                        .packed_rows = bitmask::kernels(),
+                        .weight = static_cast<const float*>(weight.const_data_ptr()) + start,
+                        .stride = columns,
+                        .diagonal = diagonal.data(),
+                        .mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                        .mask_stride = packed_width(columns),
+                        .first_column = start,
+                        .width = width};
 
   auto* keys = static_cast<int32_t*>(scratch.mutable_data_ptr());
   const int64_t chunk_rows = std::max<int64_t>(1, kKeysPerChunk / width);

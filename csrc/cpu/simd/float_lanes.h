@@ -1,10 +1,11 @@
-// Registers of floats from and to memory in fp32, bf16 and fp16, whole or in part, for the files that are compiled once
-// per instruction set.
+// fp32, bf16 and fp16 in memory to fp32 and back, number by number and by registers, whole or in part. For the files
+// that are compiled once per instruction set: everything here has internal linkage.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/lanes.h"
+#include "common/float_type.h"
+#include "cpu/simd/lanes.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -18,10 +19,13 @@ namespace {
 using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
-// Each type: what memory holds, and one register of it.
+// Each type: what memory holds, one register of it, and how a number or a register becomes fp32 (widen) and is rounded
+// to nearest even again (narrow).
 struct FloatLanes {
   using Stored = float;
   using Register = Floats;
+  static float widen(float stored) { return stored; }
+  static float narrow(float value) { return value; }
   static Floats widen(Floats stored) { return stored; }
   static Floats narrow(Floats value) { return value; }
 };
@@ -29,6 +33,12 @@ struct FloatLanes {
 struct BFloat16Lanes {
   using Stored = uint16_t;
   using Register = Shorts;
+  static float widen(uint16_t stored) { return __builtin_bit_cast(float, static_cast<uint32_t>(stored) << 16); }
+  static uint16_t narrow(float value) {  // without a branch, so that it becomes vector code
+    const auto bits = __builtin_bit_cast(uint32_t, value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+  }
   static Floats widen(const Shorts& stored) {
     return __builtin_bit_cast(Floats, __builtin_convertvector(stored, Words) << 16);
   }
@@ -43,6 +53,13 @@ struct BFloat16Lanes {
 struct HalfLanes {
   using Stored = uint16_t;
   using Register = Shorts;
+#if defined(__F16C__)
+  static float widen(uint16_t stored) { return _cvtsh_ss(stored); }
+  static uint16_t narrow(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  static float widen(uint16_t stored) { return static_cast<float>(c10::Half(stored, c10::Half::from_bits())); }
+  static uint16_t narrow(float value) { return c10::Half(value).x; }
+#endif
 #if defined(__AVX512F__)
   static Floats widen(const Shorts& stored) {
     return __builtin_bit_cast(Floats, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, stored)));
@@ -67,11 +84,21 @@ struct HalfLanes {
   }
   static Shorts narrow(const Floats& value) {
     Shorts stored;
-    for (int i = 0; i < kLanes; ++i) stored[i] = c10::Half(value[i]).x;
+    for (int i = 0; i < kLanes; ++i) stored[i] = narrow(value[i]);
     return stored;
   }
 #endif
 };
+
+// body(FloatLanes{}), body(BFloat16Lanes{}) or body(HalfLanes{})
+template <class Body>
+inline void with_type(FloatType type, const Body& body) {
+  switch (type) {
+    case FloatType::kFloat: return body(FloatLanes{});
+    case FloatType::kBFloat16: return body(BFloat16Lanes{});
+    case FloatType::kHalf: return body(HalfLanes{});
+  }
+}
 
 template <class Type>
 inline Floats load(const typename Type::Stored* from) {

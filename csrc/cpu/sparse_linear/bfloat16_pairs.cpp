@@ -1,11 +1,8 @@
-// Kernels of sparse_linear.cpp for bfloat16 weights and x on CPUs that multiply pairs of bfloat16: products are exact,
+// Kernels for bfloat16 weights and x on CPUs that multiply pairs of bfloat16: products are exact,
 // sums fp32 (what is smaller than a normal fp32 number counts as zero).
-#include "cpu/sparse_linear.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-
-#include "cpu/expand_avx512.h"
-#include "cpu/sparse_linear_loops.h"
+#include "cpu/simd/expand_avx512.h"
+#include "cpu/sparse_linear/kernels.h"
+#include "cpu/sparse_linear/loops.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -43,20 +40,8 @@ Plan plan(int64_t batch) {
 
 }  // namespace
 
-Plan plan_avx512_bfloat16(int64_t batch, bool fixed) {
+Plan plan_bfloat16_pairs(int64_t batch, bool fixed) {
   return fixed ? plan<true>(batch) : plan<false>(batch);
 }
 
 }  // namespace losa::sparse_linear
-
-#else  // a target without these never selects them
-
-namespace losa::sparse_linear {
-
-Plan plan_avx512_bfloat16(int64_t batch, bool fixed) {
-  return plan_avx512(FloatType::kBFloat16, batch, fixed);
-}
-
-}  // namespace losa::sparse_linear
-
-#endif

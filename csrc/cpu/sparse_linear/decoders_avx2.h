@@ -1,10 +1,8 @@
-// AVX2 kernels of sparse_linear.cpp: a byte of the mask picks a shuffle that moves up to 8 values to their columns.
-#include "cpu/sparse_linear.h"
+// AVX2: a byte of the mask picks a shuffle that moves up to 8 values to their columns.
+#pragma once
 
-#if defined(__AVX2__)
-
-#include "cpu/expand_tables.h"
-#include "cpu/sparse_linear_loops.h"
+#include "cpu/simd/expand_tables.h"
+#include "cpu/sparse_linear/loops.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -77,7 +75,7 @@ struct Float : Registers {
   }
 };
 
-struct Bfloat16 : Registers {
+struct BFloat16 : Registers {
   static constexpr int kBytes = 2;
 
   static LOSA_INLINE void expand(uint64_t word, int step, const uint8_t* from, Vector (&w)[1]) {
@@ -89,11 +87,7 @@ struct Bfloat16 : Registers {
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
-    for (int64_t i = 0; i < count; i += 8) {
-      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), _mm256_slli_epi32(wide, 16));
-    }
-    return w;
+    return widen_values<BFloat16Lanes>(from, count, w);
   }
 };
 
@@ -108,10 +102,7 @@ struct Half : Registers {
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
-    for (int64_t i = 0; i < count; i += 8) {
-      _mm256_storeu_ps(w + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
-    }
-    return w;
+    return widen_values<HalfLanes>(from, count, w);
   }
 };
 
@@ -123,24 +114,13 @@ Plan plan(int64_t batch) {
   return {axpy<D>, 16, 1, Layout::kFloat};
 }
 
+Plan plan(FloatType weight, int64_t batch, bool fixed) {
+  switch (weight) {
+    case FloatType::kFloat: return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
+    case FloatType::kHalf: return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
+    default: return fixed ? plan<BFloat16, true>(batch) : plan<BFloat16, false>(batch);
+  }
+}
+
 }  // namespace
-
-Plan plan_avx2(FloatType value, int64_t batch, bool fixed) {
-  if (value == FloatType::kFloat) return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
-  if (value == FloatType::kHalf) return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
-  return fixed ? plan<Bfloat16, true>(batch) : plan<Bfloat16, false>(batch);
-}
-
 }  // namespace losa::sparse_linear
-
-#else  // a target without AVX2 never selects these
-
-namespace losa::sparse_linear {
-
-Plan plan_avx2(FloatType value, int64_t batch, bool) {
-  return plan_scalar(value, batch);
-}
-
-}  // namespace losa::sparse_linear
-
-#endif

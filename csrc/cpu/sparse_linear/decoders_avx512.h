@@ -1,10 +1,8 @@
-// AVX-512 kernels of sparse_linear.cpp: expand instructions move values to their columns, 16 or 32 at a time.
-#include "cpu/sparse_linear.h"
+// AVX-512: expand instructions move values to their columns, 16 or 32 at a time.
+#pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
-
-#include "cpu/expand_avx512.h"
-#include "cpu/sparse_linear_loops.h"
+#include "cpu/simd/expand_avx512.h"
+#include "cpu/sparse_linear/loops.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -55,7 +53,7 @@ struct Float : Registers {
   }
 };
 
-struct Bfloat16 : Registers {
+struct BFloat16 : Registers {
   static constexpr int kBytes = 2, kStep = 32, kVectors = 2;
   static constexpr Layout kLayout = Layout::kEvenOdd;
 
@@ -71,11 +69,7 @@ struct Bfloat16 : Registers {
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
-      _mm512_storeu_si512(w + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-    }
-    return w;
+    return widen_values<BFloat16Lanes>(from, count, w);
   }
 };
 
@@ -94,11 +88,7 @@ struct Half : Registers {
   }
 
   static LOSA_INLINE const float* widen(const uint8_t* from, int64_t count, float* w) {
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
-      _mm512_storeu_ps(w + i, _mm512_cvtph_ps(narrow));
-    }
-    return w;
+    return widen_values<HalfLanes>(from, count, w);
   }
 };
 
@@ -111,24 +101,13 @@ Plan plan(int64_t batch) {
   return {axpy<D>, 16, 1, Layout::kFloat};
 }
 
+Plan plan(FloatType weight, int64_t batch, bool fixed) {
+  switch (weight) {
+    case FloatType::kFloat: return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
+    case FloatType::kHalf: return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
+    default: return fixed ? plan<BFloat16, true>(batch) : plan<BFloat16, false>(batch);
+  }
+}
+
 }  // namespace
-
-Plan plan_avx512(FloatType value, int64_t batch, bool fixed) {
-  if (value == FloatType::kFloat) return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
-  if (value == FloatType::kHalf) return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
-  return fixed ? plan<Bfloat16, true>(batch) : plan<Bfloat16, false>(batch);
-}
-
 }  // namespace losa::sparse_linear
-
-#else  // a target without AVX-512 never selects these
-
-namespace losa::sparse_linear {
-
-Plan plan_avx512(FloatType value, int64_t batch, bool fixed) {
-  return plan_avx2(value, batch, fixed);
-}
-
-}  // namespace losa::sparse_linear
-
-#endif

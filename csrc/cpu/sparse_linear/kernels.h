@@ -1,15 +1,16 @@
-// What csrc/cpu/sparse_linear.cpp and its kernels, one set per instruction set, agree on.
+// What sparse_linear.cpp and its kernels agree on.
 #pragma once
 
 #include <cstdint>
 
 #include "common/float_type.h"
+#include "cpu/isa.h"
 
 namespace losa::sparse_linear {
 
 // Columns that a kernel takes at a time: one 64-bit word of the mask.
 constexpr int64_t kBlock = 64;
-constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostBatch = 16;
 
 struct Weight {
   const uint8_t* values;
@@ -34,8 +35,8 @@ struct Task {
 // gives the same bits.
 using Kernel = void (*)(const Task& task, int64_t begin, int64_t end);
 
-// A kernel and how it wants x: columns padded with zeros to a multiple of kBlock, rows of x in passes of `rows` (padded
-// with zeros too), stored as [pass][column / lanes][row][column % lanes].
+// A kernel and how it wants x: columns padded with zeros to a multiple of kBlock, rows of x in passes of `batch`
+// (padded with zeros too), stored as [pass][column / lanes][row of x][column % lanes].
 enum class Layout : int {
   kFloat,     // as floats
   kEvenOdd,   // floats; in every 32 columns the 16 even ones come first
@@ -44,16 +45,19 @@ enum class Layout : int {
 
 struct Plan {
   Kernel kernel;
-  int64_t rows;
+  int64_t batch;
   int64_t lanes;
   Layout layout;
 };
 
-// `fixed`: for weights whose per_byte is not 0.
-Plan plan_scalar(FloatType value, int64_t batch);
-Plan plan_avx2(FloatType value, int64_t batch, bool fixed);
-Plan plan_avx512(FloatType value, int64_t batch, bool fixed);
-// For bfloat16 weights and x: products of bfloat16 pairs, sums in fp32.
-Plan plan_avx512_bfloat16(int64_t batch, bool fixed);
+struct Kernels {
+  // The kernel for weights of a type and so many rows of x. `fixed`: for weights whose per_byte is not 0.
+  Plan (*plan)(FloatType weight, int64_t batch, bool fixed);
+};
+
+LOSA_KERNELS(Kernels)
+
+// For bfloat16 weights and x, on CPUs that has_bfloat16_products() names: products of bfloat16 pairs, sums in fp32.
+Plan plan_bfloat16_pairs(int64_t batch, bool fixed);
 
 }  // namespace losa::sparse_linear

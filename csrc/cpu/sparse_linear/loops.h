@@ -1,5 +1,5 @@
-// The two loops of the vector kernels. Included by one file per instruction set; all of it has internal linkage, since
-// what is compiled here for one instruction set must not be linked into code for another.
+// The two loops of the vector kernels. All of this file has internal linkage: what is compiled here for one instruction
+// set must not be linked into code for another.
 //
 // A decoder D supplies, for one value type on one instruction set:
 //   Vector, Weights       a register of sums, and one of the weights that expand() gives
@@ -19,7 +19,8 @@
 
 #include <cstring>
 
-#include "cpu/sparse_linear.h"
+#include "cpu/simd/float_lanes.h"
+#include "cpu/sparse_linear/kernels.h"
 
 #define LOSA_INLINE inline __attribute__((always_inline))
 
@@ -46,6 +47,14 @@ LOSA_INLINE uint64_t load_word(const uint8_t* mask) {
   uint64_t word;
   std::memcpy(&word, mask, sizeof word);
   return word;
+}
+
+// `count` values of 16 bits as floats, by whole registers: both buffers reach to the end of the last one.
+template <class Type>
+LOSA_INLINE const float* widen_values(const uint8_t* from, int64_t count, float* to) {
+  const auto* values = reinterpret_cast<const typename Type::Stored*>(from);
+  for (int64_t i = 0; i < count; i += losa::kLanes) store<FloatLanes>(to + i, load<Type>(values + i));
+  return to;
 }
 
 template <class D>
@@ -128,7 +137,7 @@ struct Dot {
     const int64_t per_step = weight.per_byte * (D::kStep / 8) * D::kBytes;
     alignas(64) uint8_t values[kRows][kChunk * D::kBytes];
     uint8_t words[kRows][kChunk / 8];
-    Vector waiting[kTile][kMostRows / kBatch][kBatch * kChains];
+    Vector waiting[kTile][kMostBatch / kBatch][kBatch * kChains];
     const uint8_t* next[kTile + kRows];
 
     for (int64_t tile = begin; tile < end; tile += kTile) {
