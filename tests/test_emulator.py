@@ -17,10 +17,10 @@ from losa_kernels.column_sweep import reference
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     "bitmask": ["bitmask"],
-    "packing": ["packing"],
-    "sparse_linear": ["sparse_linear"],
+    "packing": ["packing/packing"],
+    "sparse_linear": ["sparse_linear/sparse_linear"],
     "tiles": ["sparse_linear/tiles"],
-    "sweep": ["selection", "wanda", "column_sweep", "factor"],
+    "sweep": ["selection/selection", "pruning/wanda", "pruning/column_sweep", "pruning/factor"],
     "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
 

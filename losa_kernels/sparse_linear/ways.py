@@ -1,6 +1,6 @@
 """Which way a product with few rows of x takes on a GPU where x and the weight have one 16-bit dtype:
 
-* ``window``: csrc/cuda/sparse_linear.cu, from the packed weight as it is;
+* ``window``: csrc/cuda/sparse_linear/sparse_linear.cu, from the packed weight as it is;
 * ``tiles``: csrc/cuda/sparse_linear/tiles.cu, from the weight in tiles (tiles.py), which take about its bytes again;
 * ``unpack``: the dense weight as a temporary, and torch's product.
 

@@ -9,7 +9,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return *event = 1
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return ++*static_cast<int64_t*>(stream), cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return *event == 1 ? cudaSuccess : (std::abort(), 1); }
 
-#include "cuda/packing.cu"
+#include "cuda/packing/packing.cu"
 
 #include "driver.h"
 

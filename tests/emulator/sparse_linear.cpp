@@ -1,4 +1,4 @@
-#include "cuda/sparse_linear.cu"
+#include "cuda/sparse_linear/sparse_linear.cu"
 
 #include "driver.h"
 

@@ -1,13 +1,13 @@
 // Few blocks, so that their loops over rows and keys take several turns.
 #define LOSA_MAX_BLOCKS 3
 
-#include "cuda/selection.cu"
+#include "cuda/selection/selection.cu"
 
-#include "cuda/wanda.cu"
+#include "cuda/pruning/wanda.cu"
 
-#include "cuda/column_sweep.cu"
+#include "cuda/pruning/column_sweep.cu"
 
-#include "cuda/factor.cu"
+#include "cuda/pruning/factor.cu"
 
 #include "driver.h"
 

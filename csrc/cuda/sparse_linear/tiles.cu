@@ -76,7 +76,7 @@ void launch_unpack_tiles(const Tiles& tiles, uint16_t* dense, cudaStream_t strea
 #include <optional>
 
 #include "common/packing_checks.h"
-#include "cuda/sparse_linear/rows_of_x.h"
+#include "cuda/sparse_linear/x_and_y.h"
 
 namespace losa::sparse_linear {
 namespace {

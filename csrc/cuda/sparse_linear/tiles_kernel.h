@@ -16,7 +16,7 @@
 // takes about 48, 50 and 177.
 #pragma once
 
-#include "cuda/decode_task.h"
+#include "cuda/sparse_linear/task.h"
 #include "cuda/sparse_linear/tiles.h"
 
 namespace losa::sparse_linear {

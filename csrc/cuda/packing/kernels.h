@@ -5,7 +5,7 @@
 // it, in 16-byte pieces, so that they are as coalesced as the dense side.
 #pragma once
 
-#include "cuda/packing_units.h"
+#include "cuda/packing/units.h"
 
 namespace losa::packing {
 

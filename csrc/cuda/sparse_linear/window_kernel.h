@@ -13,7 +13,7 @@
 // finds in shared memory behind the barrier. The values of the next row wait in registers.
 #pragma once
 
-#include "cuda/decode_task.h"
+#include "cuda/sparse_linear/task.h"
 
 namespace losa::sparse_linear {
 

@@ -17,8 +17,8 @@
 
 #include "common/bits.h"
 #include "common/launch.h"
-#include "cuda/decode_kernel.h"
-#include "cuda/matvec_kernel.h"
+#include "cuda/sparse_linear/row_kernel.h"
+#include "cuda/sparse_linear/window_kernel.h"
 #include "cuda/per_device.h"
 
 namespace losa::sparse_linear {
@@ -136,7 +136,7 @@ template void launch_decode<false, FloatType::kFloat>(const Task&, const Choice&
 #include <optional>
 
 #include "common/packing_checks.h"
-#include "cuda/sparse_linear/rows_of_x.h"
+#include "cuda/sparse_linear/x_and_y.h"
 
 namespace losa::sparse_linear {
 namespace {

@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "cuda/decode_task.h"
+#include "cuda/sparse_linear/task.h"
 
 namespace losa::sparse_linear {
 

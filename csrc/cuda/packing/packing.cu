@@ -1,9 +1,9 @@
 // Packing and unpacking on CUDA: which kernel runs, on how many blocks, and what the host has to wait for.
 #include "common/bits.h"
 #include "common/launch.h"
-#include "cuda/late_number.h"
-#include "cuda/mask_kernels.h"
-#include "cuda/packing_kernels.h"
+#include "cuda/packing/late_number.h"
+#include "cuda/packing/mask_kernels.h"
+#include "cuda/packing/kernels.h"
 
 namespace losa::packing {
 

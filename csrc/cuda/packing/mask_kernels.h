@@ -1,7 +1,7 @@
 // What packing learns from a mask before it moves a value: where each row's values begin, and how full its groups are.
 #pragma once
 
-#include "cuda/packing_units.h"
+#include "cuda/packing/units.h"
 
 namespace losa::packing {
 
