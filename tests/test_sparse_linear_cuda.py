@@ -31,7 +31,7 @@ def decode(emulate):
         arrays = {"values": values, "mask": packed.bitmask, "x": pad(x, (0, -columns % 8)), "bias": bias}
         arrays["offsets"] = getattr(packed, "row_offsets", None)
         numbers = (rows, columns, batch, tensor, kind, bias_kind, per_byte, split, aligned, lead, lot)
-        command = "devices" if counts else "decode"
+        command = "devices" if counts else "multiply"
         folder = emulate("sparse_linear", command, *numbers, seed=seed, result="y", **arrays)
         y = torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=x.dtype).reshape(batch, rows)
         return (y, np.fromfile(folder / "attributes", np.int32).tolist()) if counts else y

@@ -1,36 +1,52 @@
-// sparse_linear on CUDA for up to 16 rows of x: which decode kernel runs, on how many blocks.
+// sparse_linear on CUDA: y = x W^T from a packed weight, for up to 16 rows of x.
 //
-// | x                 | rows of x | columns               | kernel        | because                               |
-// |-------------------|-----------|-----------------------|---------------|---------------------------------------|
-// | the values' type, | 1         | 32 * n, at most 28672 | matvec_kernel | A warp has its 1024 columns of x in   |
-// | bf16 or fp16      | 2         | 32 * n, at most 20480 | matvec_kernel | registers, a block all columns of a   |
-// |                   | 3, 4      | 32 * n, at most 12288 | matvec_kernel | row; registers bound its warps.       |
-// |                   | 1 to 16   | any other             | decode_kernel | It reads masks of any alignment, and  |
-// | fp32              | 1 to 16   | any                   | decode_kernel | warps may share a row. Tensor cores   |
-// |                   |           |                       |               | take no fp32.                         |
+// Which kernel multiplies what, where x is (batch, in) and the weight (out, in):
 //
-// Masks are words of 32 columns for matvec_kernel: a view of a bitmask that begins elsewhere goes to decode_kernel too.
-// Both take values with row offsets (bitmask) and without (N:M); decode_kernel alone takes fp32 values.
-// The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows matvec_kernel takes between two barriers (else 4),
+// | x           | values of W     | batch   | columns (in)         | kernel        | why                                |
+// |-------------|-----------------|---------|----------------------|---------------|------------------------------------|
+// | bf16, fp16  | the type of x   | 1       | 32 * n up to 28672   | window_kernel | A warp has its 1024 columns of x   |
+// |             |                 | 2       | 32 * n up to 20480   | window_kernel | in registers, a block all columns  |
+// |             |                 | 3, 4    | 32 * n up to 12288   | window_kernel | of a row. Registers bound the      |
+// |             |                 |         |                      |               | warps of a block.                  |
+// |             |                 | 1 to 16 | every other number   | row_kernel    | It reads masks of any alignment,   |
+// | fp32        | fp32, bf16,     | 1 to 16 | all                  | row_kernel    | loads x anew for each step, and    |
+// |             | fp16            |         |                      |               | has a path without tensor cores,   |
+// |             |                 |         |                      |               | which take no fp32.                |
+// | bf16, fp16  | the type of x,  | 1 to 16 | all                  | tiles_kernel  | One bulk copy brings masks and     |
+// |             | made into tiles |         |                      |               | values of 16 rows; tensor cores    |
+// |             |                 |         |                      |               | use all of a tile (tiles.cu).      |
+// | bf16, fp16  | another type    | 1 to 16 | all                  | row_kernel    | losa_kernels converts x to fp32.   |
+// | all         | all             | over 16 | all                  | none          | losa_kernels unpacks W and takes   |
+// |             |                 |         |                      |               | torch's product.                   |
+//
+// Columns are below 2^30. window_kernel reads the mask in aligned 32-bit words: if the bitmask begins elsewhere (a
+// view), or W has 2^30 rows or more, row_kernel runs instead. Both kernels take the bitmask format, with row offsets, and
+// N:M, whose rows have equally many values; row_kernel<.., true> is for N:M where every 8 columns have equally many
+// values (1:4, 2:4, 4:8, ...), so that it counts no bits. PackedNM with M = 16 has row lengths but no such number.
+//
+// Where x has the 16-bit type of the values, losa_kernels/sparse_linear/ways.py chooses among this file (`window`), tiles
+// (`tiles`) and unpacking (`unpack`) by one measurement of each, or by LOSA_SPARSE_LINEAR.
+//
+// The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows window_kernel takes between two barriers (else 4),
 // to compare them on a card.
 #include <algorithm>
 
 #include "common/bits.h"
 #include "common/launch.h"
+#include "cuda/per_device.h"
 #include "cuda/sparse_linear/row_kernel.h"
 #include "cuda/sparse_linear/window_kernel.h"
-#include "cuda/per_device.h"
 
 namespace losa::sparse_linear {
 
-// How a call is to run; 0 leaves the number to the launcher.
+// How a call is to run. 0 leaves a number to the launcher.
 struct Choice {
-  int split;  // warps of decode_kernel that share the columns of a group of rows, which also asks for this kernel
-  int lot;    // rows of matvec_kernel between two barriers
+  int split;  // warps of row_kernel that share a group of rows; a number asks for this kernel as well
+  int lot;    // rows of window_kernel between two barriers
   int multiprocessors;
 };
 
-// Few rows leave multiprocessors idle: then up to 8 warps of a block share the columns of a group of rows.
+// A weight with few rows leaves multiprocessors idle: then up to 8 warps of a block share the columns of a group of rows.
 inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiprocessors) {
   const int64_t groups = (rows + rows_of_warp - 1) / rows_of_warp, wanted = int64_t{8} * multiprocessors;
   int split = 1;
@@ -38,11 +54,10 @@ inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiproce
   return split;
 }
 
-template <bool kTensor, FloatType kValue, int kBatch, bool kFixed>
-void launch(Task task, const Choice& choice, cudaStream_t stream) {
-  constexpr int kRows = rows_of(kTensor, kBatch);
-  using Element = typename Stored<kValue>::Type;
-  constexpr int kBytes = Rings<Element, kRows>::kBytes;
+template <bool kTensorCores, FloatType kValue, int kBatch, bool kEqualBytes>
+void launch_row_kernel(Task task, const Choice& choice, cudaStream_t stream) {
+  constexpr int kRows = rows_of_warp(kTensorCores, kBatch);
+  constexpr int kBytes = RowBuffers<ElementBits<kValue>, kRows>::kBytes;
   const int64_t rows = task.weight.rows;
   const int columns = task.weight.columns;
   task.split = choice.split > 0 ? choice.split : split_for(rows, kRows, columns, choice.multiprocessors);
@@ -50,32 +65,32 @@ void launch(Task task, const Choice& choice, cudaStream_t stream) {
   task.slice = (steps + task.split - 1) / task.split * kStepColumns;
   const int64_t block_rows = kWarps / task.split * kRows;
   const auto grid = static_cast<unsigned>((rows + block_rows - 1) / block_rows);
-  const auto kernel = decode_kernel<kTensor, kValue, kBatch, kFixed>;
+  const auto kernel = row_kernel<kTensorCores, kValue, kBatch, kEqualBytes>;
   static PerDevice<> prepared;
   prepared.get(0, [&] { return prefer_shared_memory(kernel, kBytes); });
   LOSA_LAUNCH_DEPENDENT(kernel, grid, kThreads, kBytes, stream, task);
 }
 
-template <bool kTensor, FloatType kValue, int kBatch>
-void launch(const Task& task, const Choice& choice, cudaStream_t stream) {
+template <bool kTensorCores, FloatType kValue, int kBatch>
+void launch_row_kernel(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.per_byte > 0) {
-    launch<kTensor, kValue, kBatch, true>(task, choice, stream);
+    launch_row_kernel<kTensorCores, kValue, kBatch, true>(task, choice, stream);
   } else {
-    launch<kTensor, kValue, kBatch, false>(task, choice, stream);
+    launch_row_kernel<kTensorCores, kValue, kBatch, false>(task, choice, stream);
   }
 }
 
 // The shared memory that every GPU from compute capability 8.0 on has for one block.
 constexpr int kMostShared = 99 << 10;
-static_assert(Shape{most_windows(1), 1, 0, 0}.bytes(1) <= kMostShared);
-static_assert(Shape{most_windows(2), 1, 0, 0}.bytes(2) <= kMostShared);
-static_assert(Shape{most_windows(4), 1, 0, 0}.bytes(4) <= kMostShared);
+static_assert(WindowShape{.windows = most_windows(1), .lot = 1}.bytes(1) <= kMostShared);
+static_assert(WindowShape{.windows = most_windows(2), .lot = 1}.bytes(2) <= kMostShared);
+static_assert(WindowShape{.windows = most_windows(4), .lot = 1}.bytes(4) <= kMostShared);
 
 template <FloatType kValue, int kBatch>
-void launch_matvec(const Task& task, int windows, const Choice& choice, cudaStream_t stream) {
-  Shape shape{windows, choice.lot > 0 ? std::min(choice.lot, kMostLot) : kMostLot, 0, 0};
+void launch_window_kernel(const Task& task, int windows, const Choice& choice, cudaStream_t stream) {
+  WindowShape shape{.windows = windows, .lot = choice.lot > 0 ? std::min(choice.lot, kMostLot) : kMostLot};
   while (shape.bytes(kBatch) > kMostShared) --shape.lot;
-  const auto kernel = matvec_kernel<kValue, kBatch>;
+  const auto kernel = window_kernel<kValue, kBatch>;
   const int threads = 32 * windows, bytes = shape.bytes(kBatch);
   static PerDevice<(most_windows(kBatch) + 1) * (kMostLot + 1)> residents;
   const int resident = residents.get(windows * (kMostLot + 1) + shape.lot, [&] {
@@ -91,39 +106,39 @@ void launch_matvec(const Task& task, int windows, const Choice& choice, cudaStre
   LOSA_LAUNCH_DEPENDENT(kernel, static_cast<unsigned>(blocks), threads, bytes, stream, task, shape);
 }
 
-// Whether matvec_kernel can take it: a block has a warp for each window, a lane has whole words of the mask.
-inline bool fits_matvec(const Task& task, int windows) {
+// Whether window_kernel can take the task: a block has a warp for each window, a lane whole words of the mask.
+inline bool fits_window_kernel(const Task& task, int windows) {
   const Weight& weight = task.weight;
-  return task.batch <= 4 && windows > 0 && windows <= most_windows(task.batch) && weight.words &&
+  return task.batch <= 4 && windows > 0 && windows <= most_windows(task.batch) && weight.word_aligned &&
       weight.columns % 32 == 0 && weight.rows < int64_t{1} << 30;
 }
 
-// kTensor: x has the values' type, of 16 bits; else it is fp32.
-template <bool kTensor, FloatType kValue>
-void launch_decode(const Task& task, const Choice& choice, cudaStream_t stream) {
+// The kernel of the table above. kTensorCores: x has the 16-bit type of the values; else x is fp32.
+template <bool kTensorCores, FloatType kValue>
+void launch_sparse_linear(const Task& task, const Choice& choice, cudaStream_t stream) {
   if (task.weight.rows == 0 || task.batch == 0) return;
-  if constexpr (kTensor) {
+  if constexpr (kTensorCores) {
     const int windows = (task.weight.columns + kWindowColumns - 1) / kWindowColumns;
-    if (choice.split == 0 && fits_matvec(task, windows)) {
-      const auto run = task.batch == 1 ? launch_matvec<kValue, 1>
-          : task.batch == 2            ? launch_matvec<kValue, 2>
-                                       : launch_matvec<kValue, 4>;
+    if (choice.split == 0 && fits_window_kernel(task, windows)) {
+      const auto run = task.batch == 1 ? launch_window_kernel<kValue, 1>
+          : task.batch == 2            ? launch_window_kernel<kValue, 2>
+                                       : launch_window_kernel<kValue, 4>;
       return run(task, windows, choice, stream);
     }
   }
-  const auto run = task.batch <= 1 ? launch<kTensor, kValue, 1>
-      : task.batch <= 2            ? launch<kTensor, kValue, 2>
-      : task.batch <= 4            ? launch<kTensor, kValue, 4>
-      : task.batch <= 8            ? launch<kTensor, kValue, 8>
-                                   : launch<kTensor, kValue, 16>;
+  const auto run = task.batch <= 1 ? launch_row_kernel<kTensorCores, kValue, 1>
+      : task.batch <= 2            ? launch_row_kernel<kTensorCores, kValue, 2>
+      : task.batch <= 4            ? launch_row_kernel<kTensorCores, kValue, 4>
+      : task.batch <= 8            ? launch_row_kernel<kTensorCores, kValue, 8>
+                                   : launch_row_kernel<kTensorCores, kValue, 16>;
   run(task, choice, stream);
 }
 
-template void launch_decode<true, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<true, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
-template void launch_decode<false, FloatType::kFloat>(const Task&, const Choice&, cudaStream_t);
+template void launch_sparse_linear<true, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_sparse_linear<true, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_sparse_linear<false, FloatType::kBFloat16>(const Task&, const Choice&, cudaStream_t);
+template void launch_sparse_linear<false, FloatType::kHalf>(const Task&, const Choice&, cudaStream_t);
+template void launch_sparse_linear<false, FloatType::kFloat>(const Task&, const Choice&, cudaStream_t);
 
 }  // namespace losa::sparse_linear
 
@@ -155,73 +170,81 @@ int window_lot() {
   return lot;
 }
 
-Tensor decode(const Tensor& x, const Tensor& values_in, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
-              const std::optional<Tensor>& bias, int64_t per_byte) {
-  const int64_t dims = x.dim();
-  packing::check_sparse_linear(x, values_in, bitmask, row_offsets, bias);
-  const FloatType value = float_type(values_in, "values"), x_value = float_type(x, "x");
-  STD_TORCH_CHECK(x_value == value || x_value == FloatType::kFloat, "x: expected float32 or the dtype of values");
-  const int64_t out = bitmask.size(0), columns = x.size(dims - 1), total = values_in.numel();
+// How many elements before values' first one lie between it and a multiple of 16 bytes. They are of the same storage; if
+// they are not, values become a copy that begins at such a multiple.
+int64_t align_values(Tensor& values) {
+  const auto size = static_cast<int64_t>(values.element_size());
+  const int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16) / size;
+  int64_t before = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(values.get(), &before));
+  if (lead <= before) return lead;
+  values = torch::stable::clone(values);
+  return 0;
+}
+
+Weight weight_of(const Tensor& values, int64_t lead, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
+                 int64_t columns, int64_t per_byte) {
+  const auto size = static_cast<int64_t>(values.element_size());
+  const int64_t rows = bitmask.size(0), width = bitmask.size(1), total = values.numel();
+  const auto* const mask = static_cast<const uint8_t*>(bitmask.const_data_ptr());
+  return {.values = static_cast<const uint8_t*>(values.const_data_ptr()) - lead * size,
+          .lead = lead,
+          .total = lead + total,
+          .offsets = row_offsets.has_value() ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+          .length = total / rows,
+          .per_byte = static_cast<int>(per_byte),
+          .mask = mask,
+          .mask_stride = width,
+          .rows = rows,
+          .columns = static_cast<int>(columns),
+          .word_aligned = width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0};
+}
+
+// x (..., in) -> (..., out) of the dtype of x.
+Tensor multiply(const Tensor& x, Tensor values, const Tensor& bitmask, const std::optional<Tensor>& row_offsets,
+                const std::optional<Tensor>& bias, int64_t per_byte) {
+  packing::check_sparse_linear(x, values, bitmask, row_offsets, bias);
+  const FloatType value = float_type(values, "values"), x_type = float_type(x, "x");
+  STD_TORCH_CHECK(x_type == value || x_type == FloatType::kFloat, "x: expected float32 or the dtype of values");
+  const int64_t rows = bitmask.size(0), columns = x.size(x.dim() - 1);
   STD_TORCH_CHECK(columns < kMostColumns, "x: expected fewer than ", kMostColumns, " columns, got ", columns);
 
   const int64_t batch = batch_of(x);
   const DeviceGuard guard(x.get_device_index());
   const auto stream = current_stream(x);
-  Tensor y = result_of(x, out);
-  if (batch == 0 || out == 0) return y;
+  Tensor y = result_of(x, rows);
+  if (batch == 0 || rows == 0) return y;
 
-  const Tensor rows = padded_rows(x, batch, columns, 8, stream);
-  // A view's first value may lie between two 16-byte boundaries; what lies before it is the same storage.
-  const auto size = static_cast<int64_t>(values_in.element_size());
-  int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values_in.const_data_ptr()) % 16) / size;
-  int64_t before = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(values_in.get(), &before));
-  Tensor values = values_in;
-  if (lead > before) {
-    values = torch::stable::clone(values_in);
-    lead = 0;
-  }
-  const auto* const mask = static_cast<const uint8_t*>(bitmask.const_data_ptr());
-  const int64_t width = bitmask.size(1);
-  const Weight weight{static_cast<const uint8_t*>(values.const_data_ptr()) - lead * size,
-                      lead,
-                      lead + total,
-                      row_offsets.has_value() ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
-                      total / out,
-                      static_cast<int>(per_byte),
-                      mask,
-                      width,
-                      out,
-                      static_cast<int>(columns),
-                      width % 4 == 0 && reinterpret_cast<uintptr_t>(mask) % 4 == 0};
-  const Task task{weight,
-                  rows.const_data_ptr(),
-                  (columns + 7) / 8 * 8,
-                  static_cast<int>(batch),
-                  bias.has_value() ? bias->const_data_ptr() : nullptr,
-                  bias.has_value() ? float_type(*bias, "bias") : FloatType::kFloat,
-                  y.mutable_data_ptr(),
-                  1,
-                  0};
-  const auto launch = x_value == FloatType::kFloat
-      ? (value == FloatType::kFloat           ? launch_decode<false, FloatType::kFloat>
-             : value == FloatType::kBFloat16 ? launch_decode<false, FloatType::kBFloat16>
-                                             : launch_decode<false, FloatType::kHalf>)
-      : value == FloatType::kBFloat16 ? launch_decode<true, FloatType::kBFloat16>
-                                      : launch_decode<true, FloatType::kHalf>;
-  launch(task, {0, window_lot(), multiprocessors()}, stream);
+  const Tensor padded = padded_x(x, batch, columns, 8, stream);
+  const int64_t lead = align_values(values);
+  const Task task{.weight = weight_of(values, lead, bitmask, row_offsets, columns, per_byte),
+                  .x = padded.const_data_ptr(),
+                  .x_stride = (columns + 7) / 8 * 8,
+                  .batch = static_cast<int>(batch),
+                  .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
+                  .bias_type = bias.has_value() ? float_type(*bias, "bias") : FloatType::kFloat,
+                  .y = y.mutable_data_ptr(),
+                  .split = 1,
+                  .slice = 0};
+  const auto launch = x_type == FloatType::kFloat
+      ? (value == FloatType::kFloat           ? launch_sparse_linear<false, FloatType::kFloat>
+             : value == FloatType::kBFloat16 ? launch_sparse_linear<false, FloatType::kBFloat16>
+                                             : launch_sparse_linear<false, FloatType::kHalf>)
+      : value == FloatType::kBFloat16 ? launch_sparse_linear<true, FloatType::kBFloat16>
+                                      : launch_sparse_linear<true, FloatType::kHalf>;
+  launch(task, {.split = 0, .lot = window_lot(), .multiprocessors = multiprocessors()}, stream);
   return y;
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
                      const std::optional<Tensor>& row_offsets, const std::optional<Tensor>& bias) {
-  return decode(x, values, bitmask, row_offsets, bias, 0);
+  return multiply(x, values, bitmask, row_offsets, bias, 0);
 }
 
 Tensor sparse_linear_nm(const Tensor& x, const Tensor& values, const Tensor& bitmask, int64_t per_byte,
                         const std::optional<Tensor>& bias) {
   packing::check_per_byte(x, values, bitmask, per_byte);
-  return decode(x, values, bitmask, std::nullopt, bias, per_byte);
+  return multiply(x, values, bitmask, std::nullopt, bias, per_byte);
 }
 
 }  // namespace
