@@ -2,7 +2,7 @@
 // of a byte are one 64-bit access, so a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes for a
 // packed byte), which leaves no time for a division by the row's width.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa::bitmask {
 

@@ -1,7 +1,7 @@
 // A barrier of all blocks of a cooperative launch.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 
 namespace losa {

@@ -1,7 +1,7 @@
 // Instructions that CUDA C++ has no plain word for. The emulator has its own version of each.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 #if defined(LOSA_EMULATOR)
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 

@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/packed_rows.h"
 
 namespace losa::selection {

@@ -1,7 +1,7 @@
 // What selection.cu, wanda.cu and column_sweep.cu must compute alike.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the host, so that their logic is tested without a GPU and under sanitizers.
 //
-// csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another, those of a
+// csrc/cuda/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another, those of a
 // cooperative launch together; a block's threads are fibers on one OS thread, each with a stack of its own. A fiber runs
 // until it reaches a barrier, a warp operation or a wait for other blocks; which one runs next is drawn from a seed, and
 // one warp is let far ahead of the others, so that a result that depends on the order (a missing barrier) changes with

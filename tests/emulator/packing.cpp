@@ -1,4 +1,4 @@
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 // Streams that count how often the host waits for them, and events.
 using cudaEvent_t = int64_t*;

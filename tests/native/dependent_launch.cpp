@@ -1,6 +1,6 @@
 // How a launch asks the CUDA runtime to start it early, with a runtime of this file's own.
 //   dependent_launch CAPTURING PTX_VERSION -> how many attributes the launch has
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 #include <cstdio>
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/decoder_step/attention_kernel.h"
 
 namespace losa::decoder_step {

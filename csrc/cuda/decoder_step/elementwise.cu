@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/elements.h"
 
 namespace losa::decoder_step {

@@ -1,7 +1,7 @@
 // A number that kernels compute and the host waits for.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 

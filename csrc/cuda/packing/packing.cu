@@ -1,6 +1,6 @@
 // Packing and unpacking on CUDA: which kernel runs, on how many blocks, and what the host has to wait for.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/packing/late_number.h"
 #include "cuda/packing/mask_kernels.h"
 #include "cuda/packing/kernels.h"

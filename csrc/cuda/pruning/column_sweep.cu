@@ -2,7 +2,7 @@
 // registers. A column's error goes from the lane that has it to the other three; U is in shared memory. There is no
 // barrier once U is loaded, and 4096 rows are a warp for nearly every scheduler of an H100.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 #include "cuda/scores.h"
 

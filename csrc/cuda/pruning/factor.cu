@@ -2,7 +2,7 @@
 // threads has the whole matrix in registers, eight rows and eight columns a thread, and eliminates rows from the last to
 // the first: row i < j loses its multiple of row j, on the matrix and, in the columns that this leaves free, on an
 // identity.
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 
 namespace losa::factor {

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/radix_select.h"
 #include "cuda/scores.h"
 

@@ -2,7 +2,7 @@
 // wait for each other between the digits. No sort, no index tensors.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/grid_barrier.h"
 #include "cuda/radix_select.h"
 #include "cuda/scores.h"

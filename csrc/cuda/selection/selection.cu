@@ -1,6 +1,6 @@
 // Exact selection for one column block of a sweep on CUDA, and how many entries a mask has pruned already.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/per_device.h"
 #include "cuda/radix_select.h"
 #include "cuda/selection/block_kernel.h"

@@ -32,7 +32,7 @@
 #include <algorithm>
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/per_device.h"
 #include "cuda/sparse_linear/row_kernel.h"
 #include "cuda/sparse_linear/window_kernel.h"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/elements.h"
 #include "cuda/machine.h"
 #include "cuda/packed_rows.h"

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "common/tensor_checks.h"
 
 namespace losa::sparse_linear {
