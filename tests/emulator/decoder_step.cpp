@@ -19,10 +19,10 @@ void norm(const Driver& driver) {
   const auto weight = driver.read<uint8_t>("weight");
   std::vector<uint8_t> out(x.size(), 0xa5);
   write_late(x, update, out);
-  const decoder_step::AddRmsNorm job{x.data(),   data_or_null(update),        weight.data(),
+  const decoder_step::AddRmsNorm task{x.data(),   data_or_null(update),        weight.data(),
                                      out.data(), driver[1],                   static_cast<int>(driver[2]),
                                      1e-6f * static_cast<float>(driver[4])};
-  decoder_step::launch_add_rms_norm(type, job, driver[3] != 0, nullptr);
+  decoder_step::launch_add_rms_norm(type, task, driver[3] != 0, nullptr);
   driver.write("x", x);
   driver.write("normed", out);
 }
@@ -33,8 +33,8 @@ void silu(const Driver& driver) {
   auto gate_up = driver.read<uint8_t>("gate_up");
   std::vector<uint8_t> out(gate_up.size() / 2, 0xa5);
   write_late(gate_up, out);
-  const decoder_step::GatedSilu job{gate_up.data(), out.data(), driver[1], static_cast<int>(driver[2])};
-  decoder_step::launch_gated_silu(type, job, driver[3] != 0, nullptr);
+  const decoder_step::GatedSilu task{gate_up.data(), out.data(), driver[1], static_cast<int>(driver[2])};
+  decoder_step::launch_gated_silu(type, task, driver[3] != 0, nullptr);
   driver.write("out", out);
 }
 
@@ -48,7 +48,7 @@ void rotate(const Driver& driver) {
   auto k_norm = driver.read<uint8_t>("k_norm");
   std::vector<uint8_t> turned(driver[1] * driver[3] * losa::float_type_size(type), 0xa5);
   write_late(heads, position, cache, turned);
-  const decoder_step::Rotation job{heads.data(),
+  const decoder_step::Rotation task{heads.data(),
                                    cos.data(),
                                    sin.data(),
                                    position.data(),
@@ -61,7 +61,7 @@ void rotate(const Driver& driver) {
                                    static_cast<int>(driver[2]),
                                    static_cast<int>(driver[3]),
                                    driver[4]};
-  decoder_step::launch_rotate_and_store(type, job, nullptr);
+  decoder_step::launch_rotate_and_store(type, task, nullptr);
   driver.write("turned", turned);
   driver.write("cache", cache);
 }
@@ -79,7 +79,7 @@ void attend(const Driver& driver) {
   std::vector<uint8_t> out(q.size(), 0xa5);
   std::vector<float> parts(queries * runs * size, NAN), weights(queries * runs * 2, NAN);
   std::vector<int> finished(queries, 0);
-  const decoder_step::Attention job{q.data(),
+  const decoder_step::Attention task{q.data(),
                                     cache.data(),
                                     position.data(),
                                     out.data(),
@@ -97,7 +97,7 @@ void attend(const Driver& driver) {
                                                 : decoder_step::launch_attention<FloatType::kBFloat16>;
   for (int turn = 0; turn < 2; ++turn) {
     write_late(q, cache, position, out, parts, weights, finished);
-    launch(job, runs, nullptr);
+    launch(task, runs, nullptr);
   }
   driver.write("out", out);
   driver.write("finished", finished);

@@ -56,7 +56,7 @@ void pack(const Driver& driver, const Arguments& a) {
     total[0] = a.rows * length;
   }
   std::vector<Element> values(a.lead + total[0], Element(0xa5));
-  const packing::Packing job{mask,
+  const packing::Packing task{mask,
                              weight.data(),
                              a.weight_stride,
                              a.aligned,
@@ -65,7 +65,7 @@ void pack(const Driver& driver, const Arguments& a) {
                              static_cast<int>(a.keep_n),
                              stored.data(),
                              values.data() + a.lead};
-  packing::launch_pack<sizeof(Element)>(job, a.m, nullptr, a.shares);
+  packing::launch_pack<sizeof(Element)>(task, a.m, nullptr, a.shares);
   driver.write("values", values);
   driver.write("offsets", offsets);
   driver.write("stored", stored);
@@ -79,14 +79,14 @@ void unpack(const Driver& driver, const Arguments& a) {
   auto offsets = driver.read<int64_t>("offsets");
   std::vector<Element> dense(a.rows * a.columns, Element(0xa5));
   const auto total = static_cast<int64_t>(values.size()) - a.lead;
-  const packing::Unpacking job{a.mask(bits),
+  const packing::Unpacking task{a.mask(bits),
                                values.data() + a.lead,
                                total,
                                data_or_null(offsets),
                                total / a.rows,
                                dense.data(),
                                a.aligned};
-  packing::launch_unpack<sizeof(Element)>(job, nullptr, a.shares);
+  packing::launch_unpack<sizeof(Element)>(task, nullptr, a.shares);
   driver.write("dense", dense);
 }
 

@@ -22,12 +22,12 @@ void wanda(const Driver& driver) {
   auto mask = driver.read<uint8_t>("mask");
   std::vector<uint8_t> packed(rows * losa::packed_width(columns), 0xa5);
   std::vector<int> faults(1, 0);
-  const selection::Wanda job{weight.data(), norms.data(), data_or_null(mask), rows, columns, static_cast<int>(driver[2]),
+  const selection::Wanda task{weight.data(), norms.data(), data_or_null(mask), rows, columns, static_cast<int>(driver[2]),
                              packed.data(), faults.data(), columns % selection::kUnit == 0};
   switch (driver[4]) {
-    case 0: selection::launch_wanda<selection::WeightType::kFloat>(job, m, nullptr); break;
-    case 1: selection::launch_wanda<selection::WeightType::kHalf>(job, m, nullptr); break;
-    default: selection::launch_wanda<selection::WeightType::kBFloat16>(job, m, nullptr);
+    case 0: selection::launch_wanda<selection::WeightType::kFloat>(task, m, nullptr); break;
+    case 1: selection::launch_wanda<selection::WeightType::kHalf>(task, m, nullptr); break;
+    default: selection::launch_wanda<selection::WeightType::kBFloat16>(task, m, nullptr);
   }
   driver.write("packed", packed);
   driver.write("faults", faults);
@@ -92,7 +92,7 @@ void prune(const Driver& driver) {
     const int64_t parts = split ? 3 : 1, errors_stride = parts * width + 4;
     std::vector<float> errors(rows * errors_stride - 4, NAN);
     const bool aligned = columns % 4 == 0 && start % 4 == 0 && width % 4 == 0 && errors_stride % 4 == 0;
-    const column_sweep::Sweep job{weight.data() + start,
+    const column_sweep::Sweep task{weight.data() + start,
                                   columns,
                                   factor.data() + start * (columns + 1),
                                   columns,
@@ -108,7 +108,7 @@ void prune(const Driver& driver) {
                                   split,
                                   loss.data(),
                                   aligned};
-    column_sweep::launch_sweep_block(job, m, nullptr);
+    column_sweep::launch_sweep_block(task, m, nullptr);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = end; j < columns; ++j) {
         for (int64_t i = 0; i < width; ++i) {

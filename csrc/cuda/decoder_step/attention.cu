@@ -28,36 +28,36 @@ inline int sets_of(int queries, int keys) {
 }
 
 template <FloatType kType, int kLanes>
-void launch_attention(const Attention& job, int runs, cudaStream_t stream) {
+void launch_attention(const Attention& task, int runs, cudaStream_t stream) {
   constexpr int kThreads = 32 * kAttendWarps;
-  const dim3 grid(static_cast<unsigned>(runs), static_cast<unsigned>(job.keys * sets_of(job.queries, job.keys)));
-  if (queries_of_set(job.queries, job.keys) == 1) {
-    LOSA_LAUNCH_DEPENDENT((attend_kernel<kType, kLanes, 1>), grid, kThreads, 0, stream, job);
+  const dim3 grid(static_cast<unsigned>(runs), static_cast<unsigned>(task.keys * sets_of(task.queries, task.keys)));
+  if (queries_of_set(task.queries, task.keys) == 1) {
+    LOSA_LAUNCH_DEPENDENT((attend_kernel<kType, kLanes, 1>), grid, kThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH_DEPENDENT((attend_kernel<kType, kLanes, 4>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((attend_kernel<kType, kLanes, 4>), grid, kThreads, 0, stream, task);
   }
 }
 
 template <FloatType kType>
-void launch_attention(const Attention& job, int runs, cudaStream_t stream) {
-  const int bytes = job.size * float_type_size(kType);
+void launch_attention(const Attention& task, int runs, cudaStream_t stream) {
+  const int bytes = task.size * float_type_size(kType);
   if (bytes <= 128 && kType != FloatType::kFloat) {
-    if constexpr (kType != FloatType::kFloat) launch_attention<kType, 8>(job, runs, stream);
+    if constexpr (kType != FloatType::kFloat) launch_attention<kType, 8>(task, runs, stream);
   } else if (bytes <= 256) {
-    launch_attention<kType, 16>(job, runs, stream);
+    launch_attention<kType, 16>(task, runs, stream);
   } else {
-    launch_attention<kType, 32>(job, runs, stream);
+    launch_attention<kType, 32>(task, runs, stream);
   }
 }
 
 #if !defined(LOSA_EMULATOR)  // whose compiler takes a second for each kernel: its driver chooses among fewer types
 
 // Rows of cache and q lie at 16-byte boundaries and are at most 512 bytes long: 16 for each lane of a warp.
-void launch_attention(FloatType type, const Attention& job, int runs, cudaStream_t stream) {
+void launch_attention(FloatType type, const Attention& task, int runs, cudaStream_t stream) {
   switch (type) {
-    case FloatType::kFloat: return launch_attention<FloatType::kFloat>(job, runs, stream);
-    case FloatType::kBFloat16: return launch_attention<FloatType::kBFloat16>(job, runs, stream);
-    case FloatType::kHalf: return launch_attention<FloatType::kHalf>(job, runs, stream);
+    case FloatType::kFloat: return launch_attention<FloatType::kFloat>(task, runs, stream);
+    case FloatType::kBFloat16: return launch_attention<FloatType::kBFloat16>(task, runs, stream);
+    case FloatType::kHalf: return launch_attention<FloatType::kHalf>(task, runs, stream);
   }
 }
 
@@ -115,7 +115,7 @@ Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position
   const int runs = runs_for(heads, static_cast<int>(places), multiprocessors());
   Tensor parts = torch::stable::new_empty(q, {queries * runs * (size + 2)}, ScalarType::Float);
   auto* const first = static_cast<float*>(parts.mutable_data_ptr());
-  const Attention job{q.const_data_ptr(),
+  const Attention task{q.const_data_ptr(),
                       cache.const_data_ptr(),
                       static_cast<const int64_t*>(position.const_data_ptr()),
                       out.mutable_data_ptr(),
@@ -128,7 +128,7 @@ Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position
                       room,
                       static_cast<int>(places),
                       static_cast<float>(scaling * M_LOG2E)};
-  launch_attention(type, job, runs, current_stream(q));
+  launch_attention(type, task, runs, current_stream(q));
   return out;
 }
 

@@ -52,27 +52,27 @@ __device__ __forceinline__ uint4 load_share(const ElementBits<kType>* first, int
 
 // Adds places `begin` to `end` of a key head. Keys and values of a step are asked for before any is used.
 template <FloatType kType, int kLanes, int kQueries, int kOwn>
-__device__ __forceinline__ void see_places(const Attention& job, int key, int begin, int end,
+__device__ __forceinline__ void see_places(const Attention& task, int key, int begin, int end,
                                            const float (&q)[kQueries][kOwn], Seen<kQueries, kOwn>& seen) {
   using Shape = AttendShape<kType, kLanes, kQueries>;
   constexpr int kTurns = Shape::kTurns;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   // The lane's share of a row; a lane beyond the row's end has none.
-  const int share = lane % kLanes * kOwn, limit = share < job.size ? end : 0;
-  const auto* const keys_from = static_cast<const ElementBits<kType>*>(job.cache) + key * job.room * job.size + share;
-  const auto* const values_from = keys_from + job.keys * job.room * job.size;
+  const int share = lane % kLanes * kOwn, limit = share < task.size ? end : 0;
+  const auto* const keys_from = static_cast<const ElementBits<kType>*>(task.cache) + key * task.room * task.size + share;
+  const auto* const values_from = keys_from + task.keys * task.room * task.size;
   for (int base = begin; base < end; base += Shape::kStep) {
     const int first = base + warp * Shape::kRows + lane / kLanes;
     uint4 keys[kTurns], stored[kTurns];
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
       const int place = first + t * kAttendWarps * Shape::kRows;
-      keys[t] = load_share<kType>(keys_from, place, job.size, place < limit);
+      keys[t] = load_share<kType>(keys_from, place, task.size, place < limit);
     }
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
       const int place = first + t * kAttendWarps * Shape::kRows;
-      stored[t] = load_share<kType>(values_from, place, job.size, place < limit);
+      stored[t] = load_share<kType>(values_from, place, task.size, place < limit);
     }
     float scores[kTurns][kQueries];
 #pragma unroll
@@ -143,11 +143,11 @@ struct BlockSeen {
 
 // Puts together what the warps have seen, as run `run` of the queries from `first` on.
 template <int kQueries, int kSize>
-__device__ __forceinline__ void store_run(const Attention& job, const BlockSeen<kQueries, kSize>& block, int first,
+__device__ __forceinline__ void store_run(const Attention& task, const BlockSeen<kQueries, kSize>& block, int first,
                                           int queries, int run, int runs) {
   for (int index = static_cast<int>(threadIdx.x); index < queries * kSize; index += 32 * kAttendWarps) {
     const int g = index / kSize, d = index % kSize;
-    if (d >= job.size) continue;
+    if (d >= task.size) continue;
     float top = block.tops[0][g], total = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int w = 1; w < kAttendWarps; ++w) top = fmaxf(top, block.tops[w][g]);
@@ -158,21 +158,21 @@ __device__ __forceinline__ void store_run(const Attention& job, const BlockSeen<
       sum += factor * block.values[w][g][d];
     }
     const int64_t place = int64_t{first + g} * runs + run;
-    job.parts[place * job.size + d] = sum;
+    task.parts[place * task.size + d] = sum;
     if (d == 0) {
-      job.weights[2 * place] = top;
-      job.weights[2 * place + 1] = total;
+      task.weights[2 * place] = top;
+      task.weights[2 * place + 1] = total;
     }
   }
 }
 
 // The last of its key head's blocks: `queries` outputs from `first` on, a warp for each.
 template <FloatType kType, int kSize>
-__device__ __forceinline__ void combine_runs(const Attention& job, int first, int queries, int runs) {
+__device__ __forceinline__ void combine_runs(const Attention& task, int first, int queries, int runs) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int own = static_cast<int>(threadIdx.x) / 32; own < queries; own += kAttendWarps) {
     const int64_t query = first + own;
-    const float* const weights = job.weights + query * runs * 2;
+    const float* const weights = task.weights + query * runs * 2;
     float top = kNoScore;
     for (int run = lane; run < runs; run += 32) top = fmaxf(top, __ldcg(weights + 2 * run));
 #pragma unroll
@@ -185,20 +185,20 @@ __device__ __forceinline__ void combine_runs(const Attention& job, int first, in
 #pragma unroll
       for (int i = 0; i < kSize / 32; ++i) {
         const int d = lane + 32 * i;
-        if (d < job.size) sums[i] += factor * __ldcg(job.parts + (query * runs + run) * job.size + d);
+        if (d < task.size) sums[i] += factor * __ldcg(task.parts + (query * runs + run) * task.size + d);
       }
     }
 #pragma unroll
     for (int i = 0; i < kSize / 32; ++i) {
       const int d = lane + 32 * i;
-      if (d < job.size) store_element<kType>(job.out, query * job.size + d, sums[i] / total);
+      if (d < task.size) store_element<kType>(task.out, query * task.size + d, sums[i] / total);
     }
   }
 }
 
 // Grid (runs, keys * sets): a set is up to kQueries queries of a key head, the first of them set * kQueries.
 template <FloatType kType, int kLanes, int kQueries>
-__global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention job) {
+__global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention task) {
   using Shape = AttendShape<kType, kLanes, kQueries>;
   constexpr int kOwn = Shape::kOwn;
   __shared__ BlockSeen<kQueries, Shape::kSize> block;
@@ -206,14 +206,14 @@ __global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention 
   let_next_kernel_start();
   wait_for_kernels_before();
 
-  const int group = job.queries / job.keys, sets = (group + kQueries - 1) / kQueries;
+  const int group = task.queries / task.keys, sets = (group + kQueries - 1) / kQueries;
   const int key = static_cast<int>(blockIdx.y) / sets, set = static_cast<int>(blockIdx.y) % sets;
   const int first = key * group + set * kQueries, queries = min(kQueries, group - set * kQueries);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int runs = static_cast<int>(gridDim.x), run = static_cast<int>(blockIdx.x);
 
   // The run's places, in whole steps of a block; the last runs may have none.
-  const int64_t last = min(static_cast<int64_t>(__ldcg(job.position)), int64_t{job.places} - 1);
+  const int64_t last = min(static_cast<int64_t>(__ldcg(task.position)), int64_t{task.places} - 1);
   const int written = static_cast<int>(max(int64_t{0}, last + 1));
   const int length = ((written + runs - 1) / runs + Shape::kStep - 1) / Shape::kStep * Shape::kStep;
   const int begin = run * length, end = min(begin + length, written);
@@ -224,17 +224,17 @@ __global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention 
   for (int g = 0; g < kQueries; ++g) {
     Elements<kType, kOwn> share;
     const int column = lane % kLanes * kOwn;
-    const auto* const from = static_cast<const ElementBits<kType>*>(job.q) + column;
-    share.set(load_share<kType>(from, first + g, job.size, g < queries && column < job.size));
+    const auto* const from = static_cast<const ElementBits<kType>*>(task.q) + column;
+    share.set(load_share<kType>(from, first + g, task.size, g < queries && column < task.size));
     seen.top[g] = kNoScore;
     seen.total[g] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      q[g][i] = share.values[i] * job.scale;
+      q[g][i] = share.values[i] * task.scale;
       seen.values[g][i] = 0.0f;
     }
   }
-  see_places<kType, kLanes>(job, key, begin, end, q, seen);
+  see_places<kType, kLanes>(task, key, begin, end, q, seen);
   join_rows<kLanes>(seen);
   if (lane < kLanes) {
 #pragma unroll
@@ -246,17 +246,17 @@ __global__ void __launch_bounds__(32 * kAttendWarps, 4) attend_kernel(Attention 
     }
   }
   __syncthreads();
-  store_run(job, block, first, queries, run, runs);
+  store_run(task, block, first, queries, run, runs);
 
   // All of the block's results are visible to every block before it counts as finished.
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(job.finished + blockIdx.y, 1) == runs - 1;
+  if (threadIdx.x == 0) is_last = atomicAdd(task.finished + blockIdx.y, 1) == runs - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  combine_runs<kType, Shape::kSize>(job, first, queries, runs);
-  if (threadIdx.x == 0) job.finished[blockIdx.y] = 0;
+  combine_runs<kType, Shape::kSize>(task, first, queries, runs);
+  if (threadIdx.x == 0) task.finished[blockIdx.y] = 0;
 }
 
 }  // namespace losa::decoder_step

@@ -26,17 +26,17 @@ constexpr int kHeld = 2;  // loads of a thread that stay in registers; wider row
 // A block for each row; kCount divides columns. Roundings are those of transformers: of the sum, of the normalised row,
 // and of its product with the weight.
 template <FloatType kType, int kCount>
-__global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm job) {
+__global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm task) {
   using Part = Elements<kType, kCount>;
   __shared__ float sums[kNormThreads / 32];
-  const int parts = job.columns / kCount, threads = static_cast<int>(blockDim.x), own = static_cast<int>(threadIdx.x);
-  const int64_t row = int64_t{blockIdx.x} * job.columns;
+  const int parts = task.columns / kCount, threads = static_cast<int>(blockDim.x), own = static_cast<int>(threadIdx.x);
+  const int64_t row = int64_t{blockIdx.x} * task.columns;
   let_next_kernel_start();
   Part held[kHeld], scale[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int part = own + i * threads;
-    if (part < parts) scale[i].load(job.weight, int64_t{part} * kCount);
+    if (part < parts) scale[i].load(task.weight, int64_t{part} * kCount);
   }
   wait_for_kernels_before();
 
@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm j
   const auto take = [&](int part) {
     Part sum;
     const int64_t place = row + int64_t{part} * kCount;
-    sum.load(job.x, place);
-    if (job.update != nullptr) {
+    sum.load(task.x, place);
+    if (task.update != nullptr) {
       Part update;
-      update.load(job.update, place);
+      update.load(task.update, place);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum.values[i] = rounded<kType>(sum.values[i] + update.values[i]);
-      sum.store(job.x, place);
+      sum.store(task.x, place);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += sum.values[i] * sum.values[i];
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm j
   if (lane == 0) sums[own / 32] = squares;
   __syncthreads();
   squares = sum_over_warp(lane < threads / 32 ? sums[lane] : 0.0f);
-  const float factor = 1.0f / sqrtf(squares / static_cast<float>(job.columns) + job.eps);
+  const float factor = 1.0f / sqrtf(squares / static_cast<float>(task.columns) + task.eps);
 
   const auto give = [&](int part, Part values, const Part& weight) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values.values[i] = rounded<kType>(values.values[i] * factor) * weight.values[i];
-    values.store(job.out, row + int64_t{part} * kCount);
+    values.store(task.out, row + int64_t{part} * kCount);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -82,22 +82,22 @@ __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm j
   }
   for (int part = own + kHeld * threads; part < parts; part += threads) {
     Part sum, weight;
-    sum.load(job.x, row + int64_t{part} * kCount);
-    weight.load(job.weight, int64_t{part} * kCount);
+    sum.load(task.x, row + int64_t{part} * kCount);
+    weight.load(task.weight, int64_t{part} * kCount);
     give(part, sum, weight);
   }
 }
 
 template <FloatType kType>
-void launch_add_rms_norm(const AddRmsNorm& job, bool vectors, cudaStream_t stream) {
-  if (job.rows == 0 || job.columns == 0) return;
-  const int parts = vectors ? job.columns / kPerVector<kType> : job.columns;
+void launch_add_rms_norm(const AddRmsNorm& task, bool vectors, cudaStream_t stream) {
+  if (task.rows == 0 || task.columns == 0) return;
+  const int parts = vectors ? task.columns / kPerVector<kType> : task.columns;
   const int threads = std::min(kNormThreads, (parts + 31) / 32 * 32);
-  const auto grid = static_cast<unsigned>(job.rows);
+  const auto grid = static_cast<unsigned>(task.rows);
   if (vectors) {
-    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, kPerVector<kType>>), grid, threads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, kPerVector<kType>>), grid, threads, 0, stream, task);
   } else {
-    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, 1>), grid, threads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, 1>), grid, threads, 0, stream, task);
   }
 }
 
@@ -114,34 +114,34 @@ constexpr int kSiluThreads = 128, kMostRowBlocks = 65535;
 
 // A thread for each kCount columns, which kCount divides. Roundings are torch's: of SiLU, and of the product.
 template <FloatType kType, int kCount>
-__global__ void __launch_bounds__(kSiluThreads) gated_silu_kernel(GatedSilu job) {
+__global__ void __launch_bounds__(kSiluThreads) gated_silu_kernel(GatedSilu task) {
   let_next_kernel_start();
   wait_for_kernels_before();
-  const int64_t column = (int64_t{blockIdx.x} * kSiluThreads + threadIdx.x) * kCount, columns = job.columns;
+  const int64_t column = (int64_t{blockIdx.x} * kSiluThreads + threadIdx.x) * kCount, columns = task.columns;
   if (column >= columns) return;
-  for (int64_t row = blockIdx.y; row < job.rows; row += gridDim.y) {
+  for (int64_t row = blockIdx.y; row < task.rows; row += gridDim.y) {
     Elements<kType, kCount> gate, up;
-    gate.load(job.gate_up, row * 2 * columns + column);
-    up.load(job.gate_up, row * 2 * columns + columns + column);
+    gate.load(task.gate_up, row * 2 * columns + column);
+    up.load(task.gate_up, row * 2 * columns + columns + column);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float value = gate.values[i];
       up.values[i] *= rounded<kType>(value / (1.0f + expf(-value)));
     }
-    up.store(job.out, row * columns + column);
+    up.store(task.out, row * columns + column);
   }
 }
 
 template <FloatType kType>
-void launch_gated_silu(const GatedSilu& job, bool vectors, cudaStream_t stream) {
-  if (job.rows == 0 || job.columns == 0) return;
-  const int parts = vectors ? job.columns / kPerVector<kType> : job.columns;
+void launch_gated_silu(const GatedSilu& task, bool vectors, cudaStream_t stream) {
+  if (task.rows == 0 || task.columns == 0) return;
+  const int parts = vectors ? task.columns / kPerVector<kType> : task.columns;
   const dim3 grid(static_cast<unsigned>((parts + kSiluThreads - 1) / kSiluThreads),
-                  static_cast<unsigned>(std::min<int64_t>(job.rows, kMostRowBlocks)));
+                  static_cast<unsigned>(std::min<int64_t>(task.rows, kMostRowBlocks)));
   if (vectors) {
-    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, kPerVector<kType>>), grid, kSiluThreads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, kPerVector<kType>>), grid, kSiluThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, 1>), grid, kSiluThreads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, 1>), grid, kSiluThreads, 0, stream, task);
   }
 }
 
@@ -165,15 +165,15 @@ constexpr int kMostPairs = 4;  // of a lane: heads of up to 256
 
 // A warp for each head; a lane has the pairs (i, i + size / 2) for every 32nd i.
 template <FloatType kType>
-__global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Rotation job) {
+__global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Rotation task) {
   let_next_kernel_start();
   wait_for_kernels_before();
   const int head = static_cast<int>(blockIdx.x) * kHeadsOfBlock + static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32, half = job.size / 2;
-  if (head >= job.queries + 2 * job.keys) return;
-  const int64_t position = __ldcg(job.position);
+  const int lane = static_cast<int>(threadIdx.x) % 32, half = task.size / 2;
+  if (head >= task.queries + 2 * task.keys) return;
+  const int64_t position = __ldcg(task.position);
   // Nothing is written beyond the cache, wherever the position comes from.
-  if (position < 0 || position >= job.places) return;
+  if (position < 0 || position >= task.places) return;
 
   float low[kMostPairs], high[kMostPairs];
   float squares = 0.0f;
@@ -182,16 +182,16 @@ __global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Ro
     const int i = lane + 32 * p;
     low[p] = high[p] = 0.0f;
     if (i < half) {
-      low[p] = load_element<kType>(job.heads, int64_t{head} * job.size + i);
-      high[p] = load_element<kType>(job.heads, int64_t{head} * job.size + half + i);
+      low[p] = load_element<kType>(task.heads, int64_t{head} * task.size + i);
+      high[p] = load_element<kType>(task.heads, int64_t{head} * task.size + half + i);
     }
     squares += low[p] * low[p] + high[p] * high[p];
   }
 
-  const bool is_query = head < job.queries, is_value = head >= job.queries + job.keys;
-  const void* const norm = is_value ? nullptr : is_query ? job.q_norm : job.k_norm;
+  const bool is_query = head < task.queries, is_value = head >= task.queries + task.keys;
+  const void* const norm = is_value ? nullptr : is_query ? task.q_norm : task.k_norm;
   if (norm != nullptr) {
-    const float factor = 1.0f / sqrtf(sum_over_warp(squares) / static_cast<float>(job.size) + job.eps);
+    const float factor = 1.0f / sqrtf(sum_over_warp(squares) / static_cast<float>(task.size) + task.eps);
 #pragma unroll
     for (int p = 0; p < kMostPairs; ++p) {
       const int i = lane + 32 * p;
@@ -203,28 +203,28 @@ __global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Ro
   }
 
   // The cache holds all key heads, then the values of all.
-  void* const to = is_query ? job.turned : job.cache;
-  const int64_t row = is_query ? head : (head - job.queries) * job.places + position;
+  void* const to = is_query ? task.turned : task.cache;
+  const int64_t row = is_query ? head : (head - task.queries) * task.places + position;
 #pragma unroll
   for (int p = 0; p < kMostPairs; ++p) {
     const int i = lane + 32 * p;
     if (i >= half) continue;
     float first = low[p], second = high[p];
     if (!is_value) {
-      const int64_t angle = position * job.size + i;
-      first = low[p] * load_element<kType>(job.cos, angle) + high[p] * load_element<kType>(job.sin, angle);
-      second = high[p] * load_element<kType>(job.cos, angle + half) + low[p] * load_element<kType>(job.sin, angle + half);
+      const int64_t angle = position * task.size + i;
+      first = low[p] * load_element<kType>(task.cos, angle) + high[p] * load_element<kType>(task.sin, angle);
+      second = high[p] * load_element<kType>(task.cos, angle + half) + low[p] * load_element<kType>(task.sin, angle + half);
     }
-    store_element<kType>(to, row * job.size + i, first);
-    store_element<kType>(to, row * job.size + half + i, second);
+    store_element<kType>(to, row * task.size + i, first);
+    store_element<kType>(to, row * task.size + half + i, second);
   }
 }
 
 template <FloatType kType>
-void launch_rotate_and_store(const Rotation& job, cudaStream_t stream) {
-  const int heads = job.queries + 2 * job.keys;
+void launch_rotate_and_store(const Rotation& task, cudaStream_t stream) {
+  const int heads = task.queries + 2 * task.keys;
   const auto grid = static_cast<unsigned>((heads + kHeadsOfBlock - 1) / kHeadsOfBlock);
-  LOSA_LAUNCH_DEPENDENT(rotate_and_store_kernel<kType>, grid, 32 * kHeadsOfBlock, 0, stream, job);
+  LOSA_LAUNCH_DEPENDENT(rotate_and_store_kernel<kType>, grid, 32 * kHeadsOfBlock, 0, stream, task);
 }
 
 // launch(kType) for the type.
@@ -237,16 +237,16 @@ void by_type(FloatType type, Launch launch) {
   }
 }
 
-void launch_add_rms_norm(FloatType type, const AddRmsNorm& job, bool vectors, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_add_rms_norm<decltype(kind)::value>(job, vectors, stream); });
+void launch_add_rms_norm(FloatType type, const AddRmsNorm& task, bool vectors, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_add_rms_norm<decltype(kind)::value>(task, vectors, stream); });
 }
 
-void launch_gated_silu(FloatType type, const GatedSilu& job, bool vectors, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_gated_silu<decltype(kind)::value>(job, vectors, stream); });
+void launch_gated_silu(FloatType type, const GatedSilu& task, bool vectors, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_gated_silu<decltype(kind)::value>(task, vectors, stream); });
 }
 
-void launch_rotate_and_store(FloatType type, const Rotation& job, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_rotate_and_store<decltype(kind)::value>(job, stream); });
+void launch_rotate_and_store(FloatType type, const Rotation& task, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_rotate_and_store<decltype(kind)::value>(task, stream); });
 }
 
 }  // namespace losa::decoder_step
@@ -295,12 +295,12 @@ Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const 
   }
   const DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, sizes_of(x));
-  const AddRmsNorm job{x.mutable_data_ptr(),   update ? update->const_data_ptr() : nullptr,
+  const AddRmsNorm task{x.mutable_data_ptr(),   update ? update->const_data_ptr() : nullptr,
                        weight.const_data_ptr(), out.mutable_data_ptr(),
                        rows,                    static_cast<int>(columns),
                        static_cast<float>(eps)};
-  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({job.x, job.update, job.weight, job.out});
-  launch_add_rms_norm(type, job, vectors, current_stream(x));
+  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({task.x, task.update, task.weight, task.out});
+  launch_add_rms_norm(type, task, vectors, current_stream(x));
   return out;
 }
 
@@ -313,10 +313,10 @@ Tensor gated_silu(const Tensor& gate_up) {
   STD_TORCH_CHECK(columns < (1 << 30), "gate_up: expected fewer than 2^31 columns");
   const DeviceGuard guard(gate_up.get_device_index());
   Tensor out = torch::stable::new_empty(gate_up, sizes);
-  const GatedSilu job{gate_up.const_data_ptr(), out.mutable_data_ptr(), columns == 0 ? 0 : out.numel() / columns,
+  const GatedSilu task{gate_up.const_data_ptr(), out.mutable_data_ptr(), columns == 0 ? 0 : out.numel() / columns,
                       static_cast<int>(columns)};
-  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({job.gate_up, job.out});
-  launch_gated_silu(type, job, vectors, current_stream(gate_up));
+  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({task.gate_up, task.out});
+  launch_gated_silu(type, task, vectors, current_stream(gate_up));
   return out;
 }
 
@@ -350,7 +350,7 @@ Tensor rotate_and_store(const Tensor& heads, const Tensor& cos, const Tensor& si
   }
   const DeviceGuard guard(heads.get_device_index());
   Tensor turned = torch::stable::new_empty(heads, {queries, size});
-  const Rotation job{heads.const_data_ptr(),
+  const Rotation task{heads.const_data_ptr(),
                      cos.const_data_ptr(),
                      sin.const_data_ptr(),
                      static_cast<const int64_t*>(position.const_data_ptr()),
@@ -363,7 +363,7 @@ Tensor rotate_and_store(const Tensor& heads, const Tensor& cos, const Tensor& si
                      static_cast<int>(keys),
                      static_cast<int>(size),
                      places};
-  launch_rotate_and_store(type, job, current_stream(heads));
+  launch_rotate_and_store(type, task, current_stream(heads));
   return turned;
 }
 

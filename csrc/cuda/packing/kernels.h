@@ -98,31 +98,31 @@ __device__ __forceinline__ unsigned stored_byte(unsigned kept, int keep_n) {
 
 // kM = 0: what the mask keeps; else exactly keep_n of each group of kM.
 template <int kSize, int kM>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Packing job, Slices slices) {
+__global__ void __launch_bounds__(kThreads) pack_kernel(Packing task, Slices slices) {
   using Element = typename OfSize<kSize>::Element;
   using Count = Columns<kSize>;
   constexpr int kPiece = Count::kPiece, kUnit = Count::kUnit;
   __shared__ __align__(16) Element buffers[kWarps][Count::kBatch + kPiece];
-  const int lane = threadIdx.x % 32, columns = job.mask.columns;
+  const int lane = threadIdx.x % 32, columns = task.mask.columns;
   const int64_t row = slices.row();
   const int begin = slices.begin(), end = min(begin + slices.slice, columns);
-  if (row >= job.mask.rows || begin >= end) return;
+  if (row >= task.mask.rows || begin >= end) return;
   Element* const buffer = buffers[threadIdx.x / 32];
-  const uint8_t* const mask = job.mask.row(row);
-  const Element* const from = static_cast<const Element*>(job.weight) + row * job.weight_stride;
+  const uint8_t* const mask = task.mask.row(row);
+  const Element* const from = static_cast<const Element*>(task.weight) + row * task.weight_stride;
 
   Bytes<kSize> next_bytes;
   Unit<kSize> next[kSteps];
   const auto load = [&](int first) {
     next_bytes.load(mask, first, columns);
-    load_units(next, from + first, columns - first, job.aligned);
+    load_units(next, from + first, columns - first, task.aligned);
   };
   load(begin);
 
-  int64_t place = job.offsets != nullptr ? job.offsets[row] : row * job.length;
-  if (begin > 0) place += kM > 0 ? begin / (kM > 0 ? kM : 1) * job.keep_n : kept_before(mask, begin);
+  int64_t place = task.offsets != nullptr ? task.offsets[row] : row * task.length;
+  if (begin > 0) place += kM > 0 ? begin / (kM > 0 ? kM : 1) * task.keep_n : kept_before(mask, begin);
   // `to` is a 16-byte boundary that buffer[0] belongs to. The first piece may hold the end of the row or slice before.
-  Element* to = static_cast<Element*>(job.values) + place;
+  Element* to = static_cast<Element*>(task.values) + place;
   int lead = static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16 / sizeof(Element)), filled = lead;
   to -= lead;
 
@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Packing job, Slices slic
       unsigned byte = bytes.at[s];
       if constexpr (kM > 0) {
         const int column = unit_column<kSize>(s), own = left - column / 8 * 8;
-        byte = stored_byte<kSize, kM>(byte, job.keep_n);
+        byte = stored_byte<kSize, kM>(byte, task.keep_n);
         if (own < 8) byte &= Bytes<kSize>::existing(own);
         if (column % 8 == 0 && own > 0) {
           const unsigned at = static_cast<unsigned>(first + column) / 8;
-          job.stored[row * packed_width(columns) + at] = static_cast<uint8_t>(byte);
+          task.stored[row * packed_width(columns) + at] = static_cast<uint8_t>(byte);
         }
         if (byte != bytes.at[s]) units[s].clear(~unit_bits<kSize>(bytes.at[s]));
       }
@@ -195,22 +195,22 @@ struct Arriving {
   int lead;  // of the first value in the buffer
 
   // Asks for the values from `place` on, zeros beyond the end. By all lanes.
-  __device__ __forceinline__ Arriving(Bytes<kSize> bytes, int left, const Unpacking& job, int64_t place,
+  __device__ __forceinline__ Arriving(Bytes<kSize> bytes, int left, const Unpacking& task, int64_t place,
                                       Element* buffer)
       : bits(units_of(bytes, left)), places(bits) {
-    const Element* const from = static_cast<const Element*>(job.values) + place;
+    const Element* const from = static_cast<const Element*>(task.values) + place;
     lead = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(Element));
     const int total = places.sum(kSteps), pieces = total == 0 ? 0 : (lead + total + kPiece - 1) / kPiece;
     const int64_t origin = place - lead;
     for (int piece = threadIdx.x % 32; piece < pieces; piece += 32) {
       const int64_t at = origin + piece * kPiece;
       Element* const to = buffer + piece * kPiece;
-      if (at >= 0 && at + kPiece <= job.total) {
+      if (at >= 0 && at + kPiece <= task.total) {
         copy_async(shared_address(to), from - lead + piece * kPiece);
       } else {
 #pragma unroll 1
         for (int i = 0; i < kPiece; ++i) {
-          to[i] = at + i >= 0 && at + i < job.total ? static_cast<const Element*>(job.values)[at + i] : Element{0};
+          to[i] = at + i >= 0 && at + i < task.total ? static_cast<const Element*>(task.values)[at + i] : Element{0};
         }
       }
     }
@@ -228,23 +228,23 @@ struct Arriving {
 };
 
 template <int kSize>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job, Slices slices) {
+__global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking task, Slices slices) {
   using Element = typename OfSize<kSize>::Element;
   using Count = Columns<kSize>;
   constexpr int kUnit = Count::kUnit;
   __shared__ __align__(16) Element buffers[kWarps][2][Count::kBatch + Count::kPiece];
-  const int warp = threadIdx.x / 32, columns = job.mask.columns;
+  const int warp = threadIdx.x / 32, columns = task.mask.columns;
   const int64_t row = slices.row();
   const int begin = slices.begin(), end = min(begin + slices.slice, columns);
-  if (row >= job.mask.rows || begin >= end) return;
-  const uint8_t* const mask = job.mask.row(row);
-  Element* const to = static_cast<Element*>(job.dense) + row * columns;
+  if (row >= task.mask.rows || begin >= end) return;
+  const uint8_t* const mask = task.mask.row(row);
+  Element* const to = static_cast<Element*>(task.dense) + row * columns;
 
   Bytes<kSize> bytes;
   bytes.load(mask, begin, end);
-  int64_t place = first_value(job.offsets, row, job.length, job.total);
+  int64_t place = first_value(task.offsets, row, task.length, task.total);
   if (begin > 0) place += kept_before(mask, begin);
-  Arriving<kSize> next(bytes, end - begin, job, place, buffers[warp][0]);
+  Arriving<kSize> next(bytes, end - begin, task, place, buffers[warp][0]);
   bytes.load(mask, begin + Count::kBatch, end);
   int which = 0;
 #pragma unroll 1
@@ -253,11 +253,11 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job, Slices 
     const Element* const buffer = buffers[warp][which];
     which ^= 1;
     place += now.places.sum(kSteps);
-    next = Arriving<kSize>(bytes, end - first - Count::kBatch, job, place, buffers[warp][which]);
+    next = Arriving<kSize>(bytes, end - first - Count::kBatch, task, place, buffers[warp][which]);
     bytes.load(mask, first + 2 * Count::kBatch, end);
     wait_copies<1>();
     __syncwarp();
-    const bool whole = job.aligned && columns - first >= Count::kBatch;
+    const bool whole = task.aligned && columns - first >= Count::kBatch;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const Element* at = buffer + now.lead + now.places.of(s);
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job, Slices 
       if (whole) {
         unit.store(to + column);
       } else {
-        unit.store_part(to + column, columns - column, job.aligned);
+        unit.store_part(to + column, columns - column, task.aligned);
       }
     }
     __syncwarp();

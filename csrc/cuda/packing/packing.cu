@@ -47,26 +47,26 @@ void launch_warm(const void* from, int64_t bytes, cudaStream_t stream) {
 
 // m = 0, 4, 8 or 16; in-features are a multiple of it. shares: see Slices, -1 to choose.
 template <int kSize>
-void launch_pack(const Packing& job, int64_t m, cudaStream_t stream, int shares = -1) {
-  if (job.mask.rows * job.mask.columns == 0) return;
-  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
-  const unsigned grid = grid_of(job.mask.rows, slices);
+void launch_pack(const Packing& task, int64_t m, cudaStream_t stream, int shares = -1) {
+  if (task.mask.rows * task.mask.columns == 0) return;
+  const Slices slices = slices_of<kSize>(task.mask.rows, task.mask.columns, shares);
+  const unsigned grid = grid_of(task.mask.rows, slices);
   if (m == 0) {
-    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, task, slices);
   } else if (m == 4) {
-    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, task, slices);
   } else if (m == 8) {
-    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, task, slices);
   } else {
-    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, task, slices);
   }
 }
 
 template <int kSize>
-void launch_unpack(const Unpacking& job, cudaStream_t stream, int shares = -1) {
-  if (job.mask.rows * job.mask.columns == 0) return;
-  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
-  LOSA_LAUNCH((unpack_kernel<kSize>), grid_of(job.mask.rows, slices), kThreads, 0, stream, job, slices);
+void launch_unpack(const Unpacking& task, cudaStream_t stream, int shares = -1) {
+  if (task.mask.rows * task.mask.columns == 0) return;
+  const Slices slices = slices_of<kSize>(task.mask.rows, task.mask.columns, shares);
+  LOSA_LAUNCH((unpack_kernel<kSize>), grid_of(task.mask.rows, slices), kThreads, 0, stream, task, slices);
 }
 
 template void launch_pack<1>(const Packing&, int64_t, cudaStream_t, int);
@@ -181,9 +181,9 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   const int64_t bytes = rows * columns > 0 ? ((rows - 1) * source.stride(0) + columns) * size : 0;
   launch_warm(from, std::min(bytes, cache_bytes(weight.get_device_index()) / 2), stream);
   Tensor values = torch::stable::new_empty(weight, {total.wait()});
-  const Packing job{kept,    from, source.stride(0), has_aligned_rows(from, source.stride(0), size), starts, 0, 0,
+  const Packing task{kept,    from, source.stride(0), has_aligned_rows(from, source.stride(0), size), starts, 0, 0,
                     nullptr, values.mutable_data_ptr()};
-  with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(job, 0, stream); });
+  with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(task, 0, stream); });
   return {values, offsets};
 }
 
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int
   Tensor stored = torch::stable::new_empty(mask, {rows, packed_width(columns)});
   Tensor values = torch::stable::new_empty(weight, {rows, length});
   const void* const from = source.const_data_ptr();
-  const Packing job{mask_of(bits, columns),
+  const Packing task{mask_of(bits, columns),
                     from,
                     source.stride(0),
                     has_aligned_rows(from, source.stride(0), size),
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int
                     static_cast<int>(keep_n),
                     static_cast<uint8_t*>(stored.mutable_data_ptr()),
                     values.mutable_data_ptr()};
-  with_size(size, [&](auto bytes) { launch_pack<bytes.value>(job, m, current_stream(weight)); });
+  with_size(size, [&](auto bytes) { launch_pack<bytes.value>(task, m, current_stream(weight)); });
   return {values, stored};
 }
 
@@ -230,14 +230,14 @@ void unpack_bitmask(const Tensor& dense, const Tensor& values, const Tensor& bit
   const int64_t rows = dense.size(0), columns = dense.size(1), total = values.numel();
   const auto size = static_cast<int64_t>(dense.element_size());
   void* const to = dense.mutable_data_ptr();
-  const Unpacking job{mask_of(bits, columns),
+  const Unpacking task{mask_of(bits, columns),
                       values.const_data_ptr(),
                       total,
                       row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
                       rows > 0 ? total / rows : 0,
                       to,
                       has_aligned_rows(to, columns, size)};
-  with_size(size, [&](auto bytes) { launch_unpack<bytes.value>(job, current_stream(dense)); });
+  with_size(size, [&](auto bytes) { launch_unpack<bytes.value>(task, current_stream(dense)); });
 }
 
 }  // namespace

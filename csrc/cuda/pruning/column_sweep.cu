@@ -65,8 +65,8 @@ __device__ __forceinline__ float rounded_to_tf32(float value) {
 
 // Four errors; split into two TF32 numbers each, which loses at most 2^-22 of an error.
 template <bool kAligned>
-__device__ __forceinline__ void store_errors(const Sweep& job, float* place, int left, const float (&errors)[4]) {
-  if (!job.split) {
+__device__ __forceinline__ void store_errors(const Sweep& task, float* place, int left, const float (&errors)[4]) {
+  if (!task.split) {
     store_four<kAligned>(place, left, make_float4(errors[0], errors[1], errors[2], errors[3]));
     return;
   }
@@ -77,8 +77,8 @@ __device__ __forceinline__ void store_errors(const Sweep& job, float* place, int
     low[i] = rounded_to_tf32(errors[i] - high[i]);
   }
   store_four<kAligned>(place, left, make_float4(high[0], high[1], high[2], high[3]));
-  store_four<kAligned>(place + job.width, left, make_float4(high[0], high[1], high[2], high[3]));
-  store_four<kAligned>(place + 2 * job.width, left, make_float4(low[0], low[1], low[2], low[3]));
+  store_four<kAligned>(place + task.width, left, make_float4(high[0], high[1], high[2], high[3]));
+  store_four<kAligned>(place + 2 * task.width, left, make_float4(low[0], low[1], low[2], low[3]));
 }
 
 // In shared memory a row of U begins at its strip's first column. Floats of it, and before those of a strip:
@@ -91,13 +91,13 @@ LOSA_HOST_DEVICE constexpr int strip_start(int strip) {
 
 // A warp to a row, zero beyond the block's width; there after wait_copies and a barrier.
 template <bool kAligned>
-__device__ __forceinline__ void load_upper(const Sweep& job, float* upper) {
-  const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (job.width + kStrip - 1) / kStrip * kStrip;
+__device__ __forceinline__ void load_upper(const Sweep& task, float* upper) {
+  const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (task.width + kStrip - 1) / kStrip * kStrip;
   for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
-    const int strip = row / kStrip, first = strip * kStrip, left = row < job.width ? job.width - column : 0;
+    const int strip = row / kStrip, first = strip * kStrip, left = row < task.width ? task.width - column : 0;
     if (column < first) continue;
     float* place = upper + strip_start(strip) + (row - first) * row_floats(strip) + column - first;
-    const float* from = job.factor + row * job.factor_stride + column;
+    const float* from = task.factor + row * task.factor_stride + column;
     if (kAligned && left > 0) {
       copy_async(shared_address(place), from);
     } else {
@@ -145,17 +145,17 @@ __device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, c
 
 // kM = 0: the entries before `bound` go; else `prune` of each group of kM, from updated weights.
 template <int kM, bool kAligned>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
+__global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
   __shared__ __align__(16) float upper[strip_start(kStrips)];
   __shared__ __align__(16) float diagonal[kMaxWidth];
   __shared__ __align__(16) float inverse[kMaxWidth];
-  load_upper<kAligned>(job, upper);
+  load_upper<kAligned>(task, upper);
   const int part = threadIdx.x % kLanes, first = 4 * part;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
-  const bool real = row < job.rows;
-  const int width = real ? job.width : 0, bytes = (width + 7) / 8;
-  float* weight = job.weight + row * job.stride + first;
-  const int64_t packed = row * job.packed_stride;
+  const bool real = row < task.rows;
+  const int width = real ? task.width : 0, bytes = (width + 7) / 8;
+  float* weight = task.weight + row * task.stride + first;
+  const int64_t packed = row * task.packed_stride;
 
   // Bit 4 k + i stands for w[k][i]. Rows and columns beyond the matrix are zeros that stay.
   float w[kStrips][4];
@@ -168,13 +168,13 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
     for (int i = 0; i < 4; ++i) w[k][i] = component(four, i);
     inside |= (left >= 4 ? 15u : left > 0 ? (1u << left) - 1 : 0u) << 4 * k;
     const int byte = 2 * k + part / 2;
-    if (job.mask != nullptr && byte < bytes) gone |= (~job.mask[packed + byte] >> 4 * (part % 2) & 15u) << 4 * k;
+    if (task.mask != nullptr && byte < bytes) gone |= (~task.mask[packed + byte] >> 4 * (part % 2) & 15u) << 4 * k;
   }
   gone &= inside;
   {
     static_assert(kMaxWidth == kThreads);
     const int column = threadIdx.x;
-    const float u = column < job.width ? job.factor[column * (job.factor_stride + 1)] : 1.0f;
+    const float u = column < task.width ? task.factor[column * (task.factor_stride + 1)] : 1.0f;
     diagonal[column] = u;
     inverse[column] = __frcp_rn(u);
   }
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
 
   unsigned chosen = gone;
   if constexpr (kM == 0) {
-    const int key = job.bound[0], column = job.bound[1];
-    const bool row_tied = row < job.bound[2];
+    const int key = task.bound[0], column = task.bound[1];
+    const bool row_tied = row < task.bound[2];
 #pragma unroll
     for (int k = 0; k < kStrips; ++k) {
 #pragma unroll
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
   const auto* inverses = reinterpret_cast<const float4*>(inverse);
 #pragma unroll
   for (int k = 0; k < kStrips; ++k) {
-    if (kStrip * k >= job.width) break;
+    if (kStrip * k >= task.width) break;
     const float* strip = upper + strip_start(k) + first;
 #pragma unroll 1
     for (int turn = 0; turn < kLanes; ++turn) {
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
         constexpr int kShare = kM / 4;  // lanes of a group
         if (turn % kShare == 0) {
           const int own = kStrip / 4 * k + part;
-          const unsigned smallest = choose<kM>(w[k], gone >> 4 * k, diagonals[own], inverses[own], part, job.prune);
+          const unsigned smallest = choose<kM>(w[k], gone >> 4 * k, diagonals[own], inverses[own], part, task.prune);
           if (part / kShare == turn / kShare) chosen |= smallest << 4 * k & inside;
         }
       }
@@ -247,11 +247,11 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
     }
     const int left = width - kStrip * k - first;
     store_four<kAligned>(weight + kStrip * k, left, make_float4(kept[0], kept[1], kept[2], kept[3]));
-    store_errors<kAligned>(job, job.errors + row * job.errors_stride + first + kStrip * k, left, errors);
+    store_errors<kAligned>(task, task.errors + row * task.errors_stride + first + kStrip * k, left, errors);
   }
   loss += __shfl_xor_sync(0xffffffffu, loss, 1, kLanes);
   loss += __shfl_xor_sync(0xffffffffu, loss, 2, kLanes);
-  if (part == 0 && real) job.loss[row] += loss / 2;
+  if (part == 0 && real) task.loss[row] += loss / 2;
 
   // A byte is the four bits of an even lane and those of the next one.
   const unsigned kept = ~chosen & inside, next = __shfl_xor_sync(0xffffffffu, kept, 1, kLanes);
@@ -259,32 +259,32 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep job) {
   for (int k = 0; k < kStrips; ++k) {
     const int byte = 2 * k + part / 2;
     if (part % 2 == 0 && byte < bytes) {
-      job.kept[packed + byte] = static_cast<uint8_t>((kept >> 4 * k & 15u) | (next >> 4 * k & 15u) << 4);
+      task.kept[packed + byte] = static_cast<uint8_t>((kept >> 4 * k & 15u) | (next >> 4 * k & 15u) << 4);
     }
   }
 }
 
 template <int kM>
-void launch_sweep(const Sweep& job, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((job.rows + kRows - 1) / kRows);
-  if (job.aligned) {
-    LOSA_LAUNCH((sweep_kernel<kM, true>), grid, kThreads, 0, stream, job);
+void launch_sweep(const Sweep& task, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((task.rows + kRows - 1) / kRows);
+  if (task.aligned) {
+    LOSA_LAUNCH((sweep_kernel<kM, true>), grid, kThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH((sweep_kernel<kM, false>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((sweep_kernel<kM, false>), grid, kThreads, 0, stream, task);
   }
 }
 
 // m = 0, 4, 8 or 16; width <= kMaxWidth; the block begins at a whole byte of the masks.
-void launch_sweep_block(const Sweep& job, int64_t m, cudaStream_t stream) {
-  if (job.rows == 0) return;
+void launch_sweep_block(const Sweep& task, int64_t m, cudaStream_t stream) {
+  if (task.rows == 0) return;
   if (m == 0) {
-    launch_sweep<0>(job, stream);
+    launch_sweep<0>(task, stream);
   } else if (m == 4) {
-    launch_sweep<4>(job, stream);
+    launch_sweep<4>(task, stream);
   } else if (m == 8) {
-    launch_sweep<8>(job, stream);
+    launch_sweep<8>(task, stream);
   } else {
-    launch_sweep<16>(job, stream);
+    launch_sweep<16>(task, stream);
   }
 }
 
@@ -323,7 +323,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   const bool split = errors.size(1) != width;
   const uintptr_t places = reinterpret_cast<uintptr_t>(weights) | reinterpret_cast<uintptr_t>(upper) |
       reinterpret_cast<uintptr_t>(errors_out);
-  const Sweep job{weights,
+  const Sweep task{weights,
                   columns,
                   upper,
                   columns,
@@ -339,7 +339,7 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
                   split,
                   static_cast<float*>(loss.mutable_data_ptr()),
                   columns % 4 == 0 && errors_stride % 4 == 0 && (!split || width % 4 == 0) && places % 16 == 0};
-  launch_sweep_block(job, m, current_stream(weight));
+  launch_sweep_block(task, m, current_stream(weight));
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ struct Panel {
 };
 
 // Row `ty + 16 r` and column `4 tx + 64 q + i` of the matrix are w[r][4 q + i].
-__global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
+__global__ void __launch_bounds__(kThreads) panel_kernel(Panel task) {
   __shared__ __align__(16) float rows[2][kSide];
   __shared__ float scales[kSide];
   const int tx = static_cast<int>(threadIdx.x) % kGrid, ty = static_cast<int>(threadIdx.x) / kGrid;
@@ -29,17 +29,17 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = 4 * tx + 64 * (c / 4) + c % 4;
-      w[r][c] = row < job.width && column < job.width ? job.matrix[row * job.stride + column] : 0.0f;
+      w[r][c] = row < task.width && column < task.width ? task.matrix[row * task.stride + column] : 0.0f;
     }
   }
 
   bool failed = false;
 #pragma unroll 1
-  for (int four = (job.width + 3) / 4 - 1; four >= 0; --four) {
+  for (int four = (task.width + 3) / 4 - 1; four >= 0; --four) {
 #pragma unroll
     for (int part = 3; part >= 0; --part) {
       const int j = 4 * four + part;
-      if (j >= job.width) continue;
+      if (j >= task.width) continue;
       // Two buffers: whoever writes row j - 1 has passed the barrier of row j, and the readers of row j + 1 too.
       float* pivot_row = rows[j % 2];
 #pragma unroll
@@ -75,22 +75,22 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     const int row = ty + kGrid * r;
-    if (row >= job.width) continue;
+    if (row >= task.width) continue;
     const float scale = scales[row];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = 4 * tx + 64 * (c / 4) + c % 4;
-      if (column >= job.width) continue;
-      job.inverse[row * job.width + column] = column > row ? w[r][c] * scale : column == row ? scale : 0.0f;
-      job.matrix[row * job.stride + column] = column == row ? 1.0f : 0.0f;
+      if (column >= task.width) continue;
+      task.inverse[row * task.width + column] = column > row ? w[r][c] * scale : column == row ? scale : 0.0f;
+      task.matrix[row * task.stride + column] = column == row ? 1.0f : 0.0f;
     }
   }
-  if (failed && threadIdx.x == 0) *job.failed = 1;
+  if (failed && threadIdx.x == 0) *task.failed = 1;
 }
 
 // width: 1 to kSide
-void launch_panel(const Panel& job, cudaStream_t stream) {
-  LOSA_LAUNCH(panel_kernel, 1, kThreads, 0, stream, job);
+void launch_panel(const Panel& task, cudaStream_t stream) {
+  LOSA_LAUNCH(panel_kernel, 1, kThreads, 0, stream, task);
 }
 
 }  // namespace losa::factor

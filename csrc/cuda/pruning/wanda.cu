@@ -72,14 +72,14 @@ struct Unit {
 // Keys of a row's columns from `column` on, a multiple of kUnit; -1 for those that the mask lacks or that do not exist.
 // Returns the bits of the former. `largest` takes the bits of the largest |w|; norms are looked at in the first row.
 template <WeightType kType>
-__device__ __forceinline__ unsigned find_keys(const Wanda& job, const Unit<kType>& unit, int64_t row, int column,
+__device__ __forceinline__ unsigned find_keys(const Wanda& task, const Unit<kType>& unit, int64_t row, int column,
                                               int (&keys)[kUnit], int* largest, int* faults) {
-  const int left = static_cast<int>(job.columns) - column;
+  const int left = static_cast<int>(task.columns) - column;
   float norms[kUnit];
-  load_unit<float4>(job.norms + column, left, job.aligned, 0.0f, norms);
+  load_unit<float4>(task.norms + column, left, task.aligned, 0.0f, norms);
   const unsigned inside = left < kUnit ? (1u << left) - 1 : 0xffu;
   unsigned gone = 0;
-  if (job.mask != nullptr) gone = ~job.mask[row * packed_width(job.columns) + column / 8] & inside;
+  if (task.mask != nullptr) gone = ~task.mask[row * packed_width(task.columns) + column / 8] & inside;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
     const float magnitude = unit.magnitude(i);
@@ -95,33 +95,33 @@ __device__ __forceinline__ unsigned find_keys(const Wanda& job, const Unit<kType
   return gone;
 }
 
-__device__ __forceinline__ void tell(const Wanda& job, int largest, int faults) {
+__device__ __forceinline__ void tell(const Wanda& task, int largest, int faults) {
   if (largest >= kInfinityKey) faults |= kBadWeight;
-  if (faults != 0 && job.faults != nullptr) atomicOr(job.faults, faults);
+  if (faults != 0 && task.faults != nullptr) atomicOr(task.faults, faults);
 }
 
 // A block of threads per row; kUnits of a thread, 0: any number.
 template <WeightType kType, int kUnits>
-__global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4) wanda_rows_kernel(Wanda job) {
+__global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4) wanda_rows_kernel(Wanda task) {
   __shared__ __align__(16) int histogram[kBins];
   __shared__ int warp_sums[kWarps];
   __shared__ int lost;
   __shared__ Bin found;
-  const int width = static_cast<int>(packed_width(job.columns));
+  const int width = static_cast<int>(packed_width(task.columns));
   const int shares = kUnits > 0 ? kUnits : (width + kThreads - 1) / kThreads;
   int largest = 0, faults = 0, own_lost = 0;
   int stored[kUnits > 0 ? kUnits : 1][kUnit];
 
   for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
-  for (int64_t row = blockIdx.x; row < job.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
     const auto load = [&](int unit) {
       Unit<kType> raw;
-      raw.load(job.weight, row * job.columns + unit * kUnit, job.columns - unit * kUnit, job.aligned);
+      raw.load(task.weight, row * task.columns + unit * kUnit, task.columns - unit * kUnit, task.aligned);
       return raw;
     };
     const auto decide = [&](int unit, const Unit<kType>& raw, int(&keys)[kUnit]) {
       if (unit < width) {
-        own_lost += __popc(find_keys(job, raw, row, unit * kUnit, keys, &largest, &faults));
+        own_lost += __popc(find_keys(task, raw, row, unit * kUnit, keys, &largest, &faults));
       } else {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) keys[i] = -1;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
     __syncthreads();
 
     // Keys above `bound` stay, and of those equal to it all but the first `room`.
-    int room = job.count - lost, bound = -1;
+    int room = task.count - lost, bound = -1;
     bool all_ties = true;
     const auto narrow = [&](int pass, const auto& counts) {
       const Bin bin = find_bin(counts, room, warp_sums, &found);
@@ -204,35 +204,35 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
           if ((ties >> i & 1u) != 0 && before++ >= room) kept |= 1u << i;
         }
       }
-      if (unit < width) job.packed[row * width + unit] = static_cast<uint8_t>(kept);
+      if (unit < width) task.packed[row * width + unit] = static_cast<uint8_t>(kept);
     });
     __syncthreads();
   }
-  tell(job, largest, faults);
+  tell(task, largest, faults);
 }
 
 // A thread per 8 columns, or per 16 for M = 16.
 template <WeightType kType, int kM>
-__global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda job) {
+__global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda task) {
   constexpr int kUnits = kM > kUnit ? kM / kUnit : 1;
-  const auto width = static_cast<unsigned>(packed_width(job.columns)), shares = (width + kUnits - 1) / kUnits;
-  const unsigned total = static_cast<unsigned>(job.rows) * shares, step = gridDim.x * kThreads;
+  const auto width = static_cast<unsigned>(packed_width(task.columns)), shares = (width + kUnits - 1) / kUnits;
+  const unsigned total = static_cast<unsigned>(task.rows) * shares, step = gridDim.x * kThreads;
   int largest = 0, faults = 0;
   for (unsigned index = blockIdx.x * kThreads + threadIdx.x; index < total; index += step) {
     const unsigned row = index / shares, unit = (index - row * shares) * kUnits;
-    const int64_t left = job.columns - static_cast<int64_t>(unit) * kUnit;
+    const int64_t left = task.columns - static_cast<int64_t>(unit) * kUnit;
     Unit<kType> raw[kUnits];
     int keys[kUnits][kUnit];
     unsigned lost = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int64_t place = static_cast<int64_t>(unit + u) * kUnit;
-      raw[u].load(job.weight, row * job.columns + place, job.columns - place, job.aligned);
+      raw[u].load(task.weight, row * task.columns + place, task.columns - place, task.aligned);
     }
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int column = static_cast<int>(unit + u) * kUnit;
-      lost |= find_keys(job, raw[u], row, column, keys[u], &largest, &faults) << kUnit * u;
+      lost |= find_keys(task, raw[u], row, column, keys[u], &largest, &faults) << kUnit * u;
     }
     unsigned pruned = lost;
 #pragma unroll
@@ -240,15 +240,15 @@ __global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda job) {
       int group[kM];
 #pragma unroll
       for (int i = 0; i < kM; ++i) group[i] = keys[(first + i) / kUnit][(first + i) % kUnit];
-      pruned |= smallest_of<kM>(group, job.count) << first;
+      pruned |= smallest_of<kM>(group, task.count) << first;
     }
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const auto kept = static_cast<uint8_t>(~pruned >> kUnit * u);
-      job.packed[static_cast<int64_t>(row) * width + unit + u] = kept & column_bits(left - kUnit * u);
+      task.packed[static_cast<int64_t>(row) * width + unit + u] = kept & column_bits(left - kUnit * u);
     }
   }
-  tell(job, largest, faults);
+  tell(task, largest, faults);
 }
 
 inline unsigned limited(int64_t blocks) {
@@ -256,36 +256,36 @@ inline unsigned limited(int64_t blocks) {
 }
 
 template <WeightType kType>
-void launch_wanda_rows(const Wanda& job, cudaStream_t stream) {
-  const unsigned grid = limited(job.rows);
+void launch_wanda_rows(const Wanda& task, cudaStream_t stream) {
+  const unsigned grid = limited(task.rows);
   const int64_t share = kUnit * kThreads;
-  if (job.columns <= share) {
-    LOSA_LAUNCH((wanda_rows_kernel<kType, 1>), grid, kThreads, 0, stream, job);
-  } else if (job.columns <= 2 * share) {
-    LOSA_LAUNCH((wanda_rows_kernel<kType, 2>), grid, kThreads, 0, stream, job);
-  } else if (job.columns <= 4 * share) {
-    LOSA_LAUNCH((wanda_rows_kernel<kType, 4>), grid, kThreads, 0, stream, job);
-  } else if (job.columns <= kMaxStored) {
-    LOSA_LAUNCH((wanda_rows_kernel<kType, kMaxUnits>), grid, kThreads, 0, stream, job);
+  if (task.columns <= share) {
+    LOSA_LAUNCH((wanda_rows_kernel<kType, 1>), grid, kThreads, 0, stream, task);
+  } else if (task.columns <= 2 * share) {
+    LOSA_LAUNCH((wanda_rows_kernel<kType, 2>), grid, kThreads, 0, stream, task);
+  } else if (task.columns <= 4 * share) {
+    LOSA_LAUNCH((wanda_rows_kernel<kType, 4>), grid, kThreads, 0, stream, task);
+  } else if (task.columns <= kMaxStored) {
+    LOSA_LAUNCH((wanda_rows_kernel<kType, kMaxUnits>), grid, kThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH((wanda_rows_kernel<kType, 0>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((wanda_rows_kernel<kType, 0>), grid, kThreads, 0, stream, task);
   }
 }
 
 // m = 0: `count` go of each row; m = 4, 8 or 16: of each group, of less than 2^31 units.
 template <WeightType kType>
-void launch_wanda(const Wanda& job, int64_t m, cudaStream_t stream) {
-  if (job.rows * job.columns == 0) return;
-  const int64_t units = job.rows * packed_width(job.columns) / (m > kUnit ? m / kUnit : 1);
+void launch_wanda(const Wanda& task, int64_t m, cudaStream_t stream) {
+  if (task.rows * task.columns == 0) return;
+  const int64_t units = task.rows * packed_width(task.columns) / (m > kUnit ? m / kUnit : 1);
   const unsigned grid = limited((units + kThreads - 1) / kThreads);
   if (m == 0) {
-    launch_wanda_rows<kType>(job, stream);
+    launch_wanda_rows<kType>(task, stream);
   } else if (m == 4) {
-    LOSA_LAUNCH((wanda_groups_kernel<kType, 4>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((wanda_groups_kernel<kType, 4>), grid, kThreads, 0, stream, task);
   } else if (m == 8) {
-    LOSA_LAUNCH((wanda_groups_kernel<kType, 8>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((wanda_groups_kernel<kType, 8>), grid, kThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH((wanda_groups_kernel<kType, 16>), grid, kThreads, 0, stream, job);
+    LOSA_LAUNCH((wanda_groups_kernel<kType, 16>), grid, kThreads, 0, stream, task);
   }
 }
 
@@ -329,7 +329,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   Tensor packed = torch::stable::new_empty(source, {rows, packed_width(columns)}, ScalarType::Byte);
   const auto* norm = static_cast<const float*>(norms.const_data_ptr());
   const uintptr_t places = reinterpret_cast<uintptr_t>(source.const_data_ptr()) | reinterpret_cast<uintptr_t>(norm);
-  const Wanda job{source.const_data_ptr(),
+  const Wanda task{source.const_data_ptr(),
                   norm,
                   before ? static_cast<const uint8_t*>(before->const_data_ptr()) : nullptr,
                   rows,
@@ -341,7 +341,7 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
   const auto launch = dtype == ScalarType::Float  ? launch_wanda<WeightType::kFloat>
                       : dtype == ScalarType::Half ? launch_wanda<WeightType::kHalf>
                                                   : launch_wanda<WeightType::kBFloat16>;
-  launch(job, m, current_stream(weight));
+  launch(task, m, current_stream(weight));
   return packed;
 }
 
