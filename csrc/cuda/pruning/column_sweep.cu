@@ -1,6 +1,7 @@
-// SparseGPT's sweep of one column block on CUDA. Four lanes have a row, each four neighbours of every 16 columns, in
-// registers. A column's error goes from the lane that has it to the other three; U is in shared memory. There is no
-// barrier once U is loaded, and 4096 rows are a warp for nearly every scheduler of an H100.
+// SparseGPT's sweep of one column block on CUDA. Four lanes share a row: each has four neighbours of every 16 columns, in
+// registers. A column's error goes from the lane that has the column to the other three lanes. U, the upper triangular
+// factor, is in shared memory. There is no barrier after U is loaded, and 4096 rows are a warp for nearly every scheduler
+// of an H100.
 #include "common/bits.h"
 #include "cuda/launch.h"
 #include "cuda/machine.h"
@@ -9,26 +10,28 @@
 namespace losa::column_sweep {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kLanes = 4, kRows = kThreads / kLanes;  // of a row; of a block of threads
-constexpr int kStrip = 4 * kLanes;                    // columns of a turn
+constexpr int kLanes = 4;               // that share a row
+constexpr int kRows = kThreads / kLanes;  // of a block of threads
+constexpr int kStrip = 4 * kLanes;        // columns of a strip, of which each lane has four neighbours
 constexpr int kMaxWidth = 128, kStrips = kMaxWidth / kStrip;
 
-// Pointers are at the first row and column of the block, those of packed masks at the byte of the first column.
+// Pointers are at the first row and column of the block; pointers to packed masks are at the byte of the first column.
 struct Sweep {
-  float* weight;
+  float* weight;  // (rows, stride), of which `width` columns are swept
   int64_t stride;
-  const float* factor;
+  const float* factor;  // (width, factor_stride): rows of U
   int64_t factor_stride;
-  int width, prune;
+  int width;
+  int prune;  // of each group of kM columns; unless kM is 0
   int64_t rows;
-  const int* bound;     // key, column, row; unless kM > 0
-  const uint8_t* mask;  // may be null
-  uint8_t* kept;
+  const int* bound;     // (3,): key, column and row of select_block; if kM is 0
+  const uint8_t* mask;  // (rows, packed_stride): what is not pruned yet; or null
+  uint8_t* kept;        // (rows, packed_stride): what stays
   int64_t packed_stride;
-  float* errors;  // rows x width; split: three times as wide, the high part twice and the low part
+  float* errors;  // (rows, width); if split, (rows, 3 * width): the high part twice, then the low part
   int64_t errors_stride;
   bool split;
-  float* loss;
+  float* loss;  // (rows,), added to
   bool aligned;  // rows of weight, factor and errors are whole fours and may be accessed 16 bytes at a time
 };
 
@@ -36,7 +39,7 @@ __device__ __forceinline__ float component(const float4& four, int index) {
   return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
 }
 
-// Four columns of which `left` exist, zero beyond.
+// Four columns of which `left` exist; the others are zero.
 template <bool kAligned>
 __device__ __forceinline__ float4 load_four(const float* place, int left) {
   if constexpr (kAligned) {
@@ -58,12 +61,12 @@ __device__ __forceinline__ void store_four(float* place, int left, const float4&
   }
 }
 
-// To TF32's 10 bits after the point, halves away from zero.
+// Rounded to TF32's 10 bits after the point, halves away from zero.
 __device__ __forceinline__ float rounded_to_tf32(float value) {
   return __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu);
 }
 
-// Four errors; split into two TF32 numbers each, which loses at most 2^-22 of an error.
+// Four errors; if split, as two TF32 numbers each, which loses at most 2^-22 of an error.
 template <bool kAligned>
 __device__ __forceinline__ void store_errors(const Sweep& task, float* place, int left, const float (&errors)[4]) {
   if (!task.split) {
@@ -81,7 +84,8 @@ __device__ __forceinline__ void store_errors(const Sweep& task, float* place, in
   store_four<kAligned>(place + 2 * task.width, left, make_float4(low[0], low[1], low[2], low[3]));
 }
 
-// In shared memory a row of U begins at its strip's first column. Floats of it, and before those of a strip:
+// In shared memory a row of U begins at its strip's first column. The floats of a row, and the floats of all strips before
+// one:
 LOSA_HOST_DEVICE constexpr int row_floats(int strip) {
   return kMaxWidth - kStrip * strip;
 }
@@ -89,7 +93,8 @@ LOSA_HOST_DEVICE constexpr int strip_start(int strip) {
   return kStrip * (kMaxWidth * strip - kStrip * (strip * (strip - 1) / 2));
 }
 
-// A warp to a row, zero beyond the block's width; there after wait_copies and a barrier.
+// U to shared memory, by a warp for each row; zeros beyond the block's width. All of it is there after wait_copies and a
+// barrier of the block.
 template <bool kAligned>
 __device__ __forceinline__ void load_upper(const Sweep& task, float* upper) {
   const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (task.width + kStrip - 1) / kStrip * kStrip;
@@ -99,7 +104,7 @@ __device__ __forceinline__ void load_upper(const Sweep& task, float* upper) {
     float* place = upper + strip_start(strip) + (row - first) * row_floats(strip) + column - first;
     const float* from = task.factor + row * task.factor_stride + column;
     if (kAligned && left > 0) {
-      copy_async(shared_address(place), from);
+      copy_async(shared_address(place), from);  // [32 lanes, 4] of row `row`
     } else {
       *reinterpret_cast<float4*>(place) = load_four<false>(from, left);
     }
@@ -107,14 +112,25 @@ __device__ __forceinline__ void load_upper(const Sweep& task, float* upper) {
   commit_copies();
 }
 
-// Which of a lane's four columns are among the `prune` smallest of their group, which kM / 4 neighbouring lanes share.
+// The diagonal of U, one beyond the block's width, and its inverses to shared memory. By all threads.
+__device__ __forceinline__ void load_diagonal(const Sweep& task, float* diagonal, float* inverse) {
+  static_assert(kMaxWidth == kThreads);
+  const int column = threadIdx.x;
+  const float u = column < task.width ? task.factor[column * (task.factor_stride + 1)] : 1.0f;  // [128]
+  diagonal[column] = u;
+  inverse[column] = __frcp_rn(u);
+}
+
+// A bit for each of a lane's four columns that is among the `prune` smallest of its group. kM / 4 neighbouring lanes share a
+// group; `own_lane` is the lane's number in the row.
 template <int kM>
-__device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, const float4& diagonal,
-                                           const float4& inverse, int part, int prune) {
+__device__ __forceinline__ unsigned smallest_columns(const float (&w)[4], unsigned pruned,
+                                                     const float4& diagonal, const float4& inverse, int own_lane,
+                                                     int prune) {
   int keys[4], before[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    keys[i] = (gone >> i & 1u) != 0 ? -1 : sweep_key(w[i], component(diagonal, i), component(inverse, i));
+    keys[i] = (pruned >> i & 1u) != 0 ? -1 : sweep_key(w[i], component(diagonal, i), component(inverse, i));
     before[i] = 0;
   }
 #pragma unroll
@@ -127,7 +143,7 @@ __device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, c
   }
 #pragma unroll
   for (int other = 1; other < kM / 4; ++other) {
-    const int earlier = (part ^ other) < part ? 1 : 0;
+    const int earlier = (own_lane ^ other) < own_lane ? 1 : 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int key = __shfl_xor_sync(0xffffffffu, keys[j], other, kLanes);
@@ -143,60 +159,76 @@ __device__ __forceinline__ unsigned choose(const float (&w)[4], unsigned gone, c
   return chosen;
 }
 
-// kM = 0: the entries before `bound` go; else `prune` of each group of kM, from updated weights.
+// Sets bit 4 k + i where w[k][i] comes before the bound, by its key, then by its column, then by its row.
+__device__ __forceinline__ void choose_before_bound(const Sweep& task, const float (&w)[kStrips][4], int64_t row,
+                                                    int first, const float* diagonal, const float* inverse,
+                                                    unsigned* chosen) {
+  const int key = task.bound[0], column = task.bound[1];
+  const bool row_tied = row < task.bound[2];
+#pragma unroll
+  for (int k = 0; k < kStrips; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int here = kStrip * k + first + i, own = sweep_key(w[k][i], diagonal[here], inverse[here]);
+      const bool tied = here < column || (here == column && row_tied);
+      if (own < key || (own == key && tied)) *chosen |= 1u << (4 * k + i);
+    }
+  }
+}
+
+// The row's bytes of the mask from `packed` on: a byte is the four bits of an even lane and the four bits of the next lane.
+__device__ __forceinline__ void store_mask(const Sweep& task, int64_t packed, int own_lane, int bytes, unsigned kept) {
+  const unsigned next = __shfl_xor_sync(0xffffffffu, kept, 1, kLanes);
+#pragma unroll
+  for (int k = 0; k < kStrips; ++k) {
+    const int byte = 2 * k + own_lane / 2;
+    if (own_lane % 2 == 0 && byte < bytes) {
+      task.kept[packed + byte] = static_cast<uint8_t>((kept >> 4 * k & 15u) | (next >> 4 * k & 15u) << 4);
+    }
+  }
+}
+
+// kM = 0: the entries before `bound` are pruned; else `prune` of each group of kM columns, chosen by the updated weights.
 template <int kM, bool kAligned>
 __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
   __shared__ __align__(16) float upper[strip_start(kStrips)];
   __shared__ __align__(16) float diagonal[kMaxWidth];
   __shared__ __align__(16) float inverse[kMaxWidth];
   load_upper<kAligned>(task, upper);
-  const int part = threadIdx.x % kLanes, first = 4 * part;
+  const int own_lane = threadIdx.x % kLanes, first = 4 * own_lane;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
   const bool real = row < task.rows;
   const int width = real ? task.width : 0, bytes = (width + 7) / 8;
   float* weight = task.weight + row * task.stride + first;
   const int64_t packed = row * task.packed_stride;
 
-  // Bit 4 k + i stands for w[k][i]. Rows and columns beyond the matrix are zeros that stay.
+  // The row's weights and mask. Bit 4 k + i stands for w[k][i]. Rows and columns beyond the matrix are zeros that stay.
   float w[kStrips][4];
-  unsigned inside = 0, gone = 0;
+  unsigned inside = 0, pruned = 0;
 #pragma unroll
   for (int k = 0; k < kStrips; ++k) {
     const int left = width - kStrip * k - first;
-    const float4 four = load_four<kAligned>(weight + kStrip * k, left);
+    const float4 four = load_four<kAligned>(weight + kStrip * k, left);  // [8 rows, 4 lanes, 4]
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[k][i] = component(four, i);
     inside |= (left >= 4 ? 15u : left > 0 ? (1u << left) - 1 : 0u) << 4 * k;
-    const int byte = 2 * k + part / 2;
-    if (task.mask != nullptr && byte < bytes) gone |= (~task.mask[packed + byte] >> 4 * (part % 2) & 15u) << 4 * k;
+    const int byte = 2 * k + own_lane / 2;
+    if (task.mask != nullptr && byte < bytes) {
+      pruned |= (~task.mask[packed + byte] >> 4 * (own_lane % 2) & 15u) << 4 * k;
+    }
   }
-  gone &= inside;
-  {
-    static_assert(kMaxWidth == kThreads);
-    const int column = threadIdx.x;
-    const float u = column < task.width ? task.factor[column * (task.factor_stride + 1)] : 1.0f;
-    diagonal[column] = u;
-    inverse[column] = __frcp_rn(u);
-  }
+  pruned &= inside;
+  load_diagonal(task, diagonal, inverse);
   wait_copies<0>();
   __syncthreads();
 
-  unsigned chosen = gone;
+  unsigned chosen = pruned;
   if constexpr (kM == 0) {
-    const int key = task.bound[0], column = task.bound[1];
-    const bool row_tied = row < task.bound[2];
-#pragma unroll
-    for (int k = 0; k < kStrips; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int here = kStrip * k + first + i, own = sweep_key(w[k][i], diagonal[here], inverse[here]);
-        const bool tied = here < column || (here == column && row_tied);
-        if (own < key || (own == key && tied)) chosen |= 1u << (4 * k + i);
-      }
-    }
+    choose_before_bound(task, w, row, first, diagonal, inverse, &chosen);
     chosen &= inside;
   }
 
+  // The sweep, column by column. The error of a column that is pruned takes the place of its weight.
   const auto* diagonals = reinterpret_cast<const float4*>(diagonal);
   const auto* inverses = reinterpret_cast<const float4*>(inverse);
 #pragma unroll
@@ -208,41 +240,42 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
       if constexpr (kM > 0) {
         constexpr int kShare = kM / 4;  // lanes of a group
         if (turn % kShare == 0) {
-          const int own = kStrip / 4 * k + part;
-          const unsigned smallest = choose<kM>(w[k], gone >> 4 * k, diagonals[own], inverses[own], part, task.prune);
-          if (part / kShare == turn / kShare) chosen |= smallest << 4 * k & inside;
+          const int own = kStrip / 4 * k + own_lane;
+          const unsigned smallest = smallest_columns<kM>(w[k], pruned >> 4 * k, diagonals[own], inverses[own], own_lane,
+                                                         task.prune);
+          if (own_lane / kShare == turn / kShare) chosen |= smallest << 4 * k & inside;
         }
       }
       const float4 diagonal_now = diagonals[kStrip / 4 * k + turn], inverse_now = inverses[kStrip / 4 * k + turn];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool goes = (chosen >> (4 * k + i) & 1u) != 0;
+        const bool is_pruned = (chosen >> (4 * k + i) & 1u) != 0;
         const float own = quotient(w[k][i], component(diagonal_now, i), component(inverse_now, i));
-        const float error = __shfl_sync(0xffffffffu, goes ? own : 0.0f, turn, kLanes);
-        // The error takes the place of a weight that goes.
-        if (part == turn && goes) w[k][i] = error;
+        const float error = __shfl_sync(0xffffffffu, is_pruned ? own : 0.0f, turn, kLanes);
+        if (own_lane == turn && is_pruned) w[k][i] = error;
         const auto* fours = reinterpret_cast<const float4*>(strip + (4 * turn + i) * row_floats(k));
 #pragma unroll
         for (int later = k; later < kStrips; ++later) {
           const float4 u = fours[(later - k) * kStrip / 4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            if (later > k || part > turn || (part == turn && j > i)) w[later][j] -= error * component(u, j);
+            if (later > k || own_lane > turn || (own_lane == turn && j > i)) w[later][j] -= error * component(u, j);
           }
         }
       }
     }
   }
 
+  // Weights, errors, loss and mask.
   float loss = 0.0f;
 #pragma unroll
   for (int k = 0; k < kStrips; ++k) {
     float kept[4], errors[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool goes = (chosen >> (4 * k + i) & 1u) != 0;
-      kept[i] = goes ? 0.0f : w[k][i];
-      errors[i] = goes ? w[k][i] : 0.0f;
+      const bool is_pruned = (chosen >> (4 * k + i) & 1u) != 0;
+      kept[i] = is_pruned ? 0.0f : w[k][i];
+      errors[i] = is_pruned ? w[k][i] : 0.0f;
       loss += errors[i] * errors[i];
     }
     const int left = width - kStrip * k - first;
@@ -251,17 +284,9 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
   }
   loss += __shfl_xor_sync(0xffffffffu, loss, 1, kLanes);
   loss += __shfl_xor_sync(0xffffffffu, loss, 2, kLanes);
-  if (part == 0 && real) task.loss[row] += loss / 2;
+  if (own_lane == 0 && real) task.loss[row] += loss / 2;
 
-  // A byte is the four bits of an even lane and those of the next one.
-  const unsigned kept = ~chosen & inside, next = __shfl_xor_sync(0xffffffffu, kept, 1, kLanes);
-#pragma unroll
-  for (int k = 0; k < kStrips; ++k) {
-    const int byte = 2 * k + part / 2;
-    if (part % 2 == 0 && byte < bytes) {
-      task.kept[packed + byte] = static_cast<uint8_t>((kept >> 4 * k & 15u) | (next >> 4 * k & 15u) << 4);
-    }
-  }
+  store_mask(task, packed, own_lane, bytes, ~chosen & inside);
 }
 
 template <int kM>
@@ -323,22 +348,23 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   const bool split = errors.size(1) != width;
   const uintptr_t places = reinterpret_cast<uintptr_t>(weights) | reinterpret_cast<uintptr_t>(upper) |
       reinterpret_cast<uintptr_t>(errors_out);
-  const Sweep task{weights,
-                  columns,
-                  upper,
-                  columns,
-                  static_cast<int>(width),
-                  static_cast<int>(prune),
-                  rows,
-                  state ? static_cast<const int*>(state->const_data_ptr()) : nullptr,
-                  mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) + start / 8 : nullptr,
-                  static_cast<uint8_t*>(kept.mutable_data_ptr()) + start / 8,
-                  packed_width(columns),
-                  errors_out,
-                  errors_stride,
-                  split,
-                  static_cast<float*>(loss.mutable_data_ptr()),
-                  columns % 4 == 0 && errors_stride % 4 == 0 && (!split || width % 4 == 0) && places % 16 == 0};
+  const Sweep task{
+      .weight = weights,
+      .stride = columns,
+      .factor = upper,
+      .factor_stride = columns,
+      .width = static_cast<int>(width),
+      .prune = static_cast<int>(prune),
+      .rows = rows,
+      .bound = state ? static_cast<const int*>(state->const_data_ptr()) : nullptr,
+      .mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) + start / 8 : nullptr,
+      .kept = static_cast<uint8_t*>(kept.mutable_data_ptr()) + start / 8,
+      .packed_stride = packed_width(columns),
+      .errors = errors_out,
+      .errors_stride = errors_stride,
+      .split = split,
+      .loss = static_cast<float*>(loss.mutable_data_ptr()),
+      .aligned = columns % 4 == 0 && errors_stride % 4 == 0 && (!split || width % 4 == 0) && places % 16 == 0};
   launch_sweep_block(task, m, current_stream(weight));
 }
 

@@ -1,19 +1,22 @@
 // The diagonal blocks of a blocked factorisation on CUDA: H = R R^T with R upper triangular, and R^-1. One block of
-// threads has the whole matrix in registers, eight rows and eight columns a thread, and eliminates rows from the last to
-// the first: row i < j loses its multiple of row j, on the matrix and, in the columns that this leaves free, on an
-// identity.
+// threads has the whole matrix in registers, eight rows and eight columns a thread. It eliminates rows from the last to
+// the first: a multiple of row j is subtracted from every row i < j of the matrix, and of an identity, which takes the
+// columns that elimination leaves free.
 #include "cuda/launch.h"
 #include "cuda/machine.h"
 
 namespace losa::factor {
 
-constexpr int kSide = 128, kGrid = 16, kThreads = kGrid * kGrid, kOwn = kSide / kGrid;  // of rows, and of columns
+constexpr int kSide = 128;             // the most rows and columns of a matrix
+constexpr int kGrid = 16;              // threads along the rows, and along the columns
+constexpr int kThreads = kGrid * kGrid;
+constexpr int kOwn = kSide / kGrid;  // rows, and columns, of a thread
 
 struct Panel {
-  float* matrix;  // width x width, symmetric; an identity afterwards
+  float* matrix;  // (width, width), rows `stride` apart: symmetric; an identity afterwards
   int64_t stride;
   int width;
-  float* inverse;  // width x width, dense: the upper triangular R^-1, zero below
+  float* inverse;  // (width, width), dense: the upper triangular R^-1, zero below the diagonal
   int* failed;     // set to 1 where a pivot is not positive
 };
 
@@ -29,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel task) {
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = 4 * tx + 64 * (c / 4) + c % 4;
-      w[r][c] = row < task.width && column < task.width ? task.matrix[row * task.stride + column] : 0.0f;
+      w[r][c] = row < task.width && column < task.width ? task.matrix[row * task.stride + column] : 0.0f;  // [8, 8]
     }
   }
 
@@ -37,10 +40,11 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel task) {
 #pragma unroll 1
   for (int four = (task.width + 3) / 4 - 1; four >= 0; --four) {
 #pragma unroll
-    for (int part = 3; part >= 0; --part) {
-      const int j = 4 * four + part;
+    for (int i = 3; i >= 0; --i) {
+      const int j = 4 * four + i;
       if (j >= task.width) continue;
-      // Two buffers: whoever writes row j - 1 has passed the barrier of row j, and the readers of row j + 1 too.
+      // Two buffers are enough: the threads that write row j - 1 have passed the barrier of row j, and so have the
+      // threads that read row j + 1.
       float* pivot_row = rows[j % 2];
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
@@ -64,13 +68,14 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel task) {
         const float multiple = pivot_row[row] * inverse;
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) w[r][c] -= multiple * own[c];
-        // Column j is free from now on and belongs to the identity, whose row j has a one there.
-        // Selects, as an index of the register would send them all to memory.
-        w[r][part] = four == tx ? -multiple : w[r][part];
-        w[r][4 + part] = four == tx + kGrid ? -multiple : w[r][4 + part];
+        // Column j is free from now on and belongs to the identity, whose row j has a one there. Selects, because an
+        // index into registers would send all of them to memory.
+        w[r][i] = four == tx ? -multiple : w[r][i];
+        w[r][4 + i] = four == tx + kGrid ? -multiple : w[r][4 + i];
       }
     }
   }
+  // R^-1, with its rows scaled, and the identity.
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
@@ -112,11 +117,11 @@ void factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor
   pruning::check_factor_panel(matrix, start, end, inverse, failed);
   const DeviceGuard guard(matrix.get_device_index());
   const int64_t stride = matrix.stride(0);
-  launch_panel({static_cast<float*>(matrix.mutable_data_ptr()) + start * (stride + 1),
-                stride,
-                static_cast<int>(end - start),
-                static_cast<float*>(inverse.mutable_data_ptr()),
-                static_cast<int*>(failed.mutable_data_ptr())},
+  launch_panel({.matrix = static_cast<float*>(matrix.mutable_data_ptr()) + start * (stride + 1),
+                .stride = stride,
+                .width = static_cast<int>(end - start),
+                .inverse = static_cast<float*>(inverse.mutable_data_ptr()),
+                .failed = static_cast<int*>(failed.mutable_data_ptr())},
                current_stream(matrix));
 }
 
