@@ -123,17 +123,22 @@ __device__ __forceinline__ void place_ties(const ColumnBlock& block, BlockShared
   if (threadIdx.x == 0) state[kColumn] = shared.column;
 }
 
+// Fills the shared memory. By all threads; ends with a barrier of the block.
+__device__ __forceinline__ void prepare(const ColumnBlock& block, BlockShared& shared) {
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
+  if (threadIdx.x == 0) shared.pruned = 0;
+  for (unsigned i = threadIdx.x; i < block.width; i += kThreads) {
+    shared.diagonal[i] = block.diagonal[i * block.diagonal_stride];  // [width]
+    shared.inverse[i] = __frcp_rn(shared.diagonal[i]);
+  }
+  __syncthreads();
+}
+
 // keys: scratch (rows, width).
 __global__ void __launch_bounds__(kThreads) select_kernel(ColumnBlock block, int* keys, int* state) {
   LOSA_DYNAMIC_SHARED(BlockShared, memory);
   BlockShared& shared = *memory;
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
-  if (threadIdx.x == 0) shared.pruned = 0;
-  for (unsigned i = threadIdx.x; i < block.width; i += kThreads) {
-    shared.diagonal[i] = block.diagonal[i * block.diagonal_stride];
-    shared.inverse[i] = __frcp_rn(shared.diagonal[i]);
-  }
-  __syncthreads();
+  prepare(block, shared);
   const unsigned units = (block.width + kUnit - 1) / kUnit, total = block.rows * units, step = gridDim.x * kThreads;
   const unsigned begin = blockIdx.x * kThreads + threadIdx.x;
 
