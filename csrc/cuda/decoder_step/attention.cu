@@ -1,4 +1,4 @@
-// Attention of one token in the stable ABI: which kernel runs, on how many blocks.
+// Attention of one token in the stable ABI: which kernel splits, on how many blocks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,29 +8,30 @@
 
 namespace losa::decoder_step {
 
-constexpr int kFewestPlaces = 32, kMostRuns = 64;
+constexpr int kFewestPlaces = 32, kMostSplits = 64;
 
-// Runs of places for each of `heads` key heads (or sets of queries): two blocks for a multiprocessor, none of them with
-// fewer places than a block reads at once.
-inline int runs_for(int heads, int places, int multiprocessors) {
+// Splits of the places of each of `heads` key heads (or sets of queries): two blocks for a multiprocessor, none of which
+// has fewer places than a block reads at once.
+inline int splits_for(int heads, int places, int multiprocessors) {
   const int wanted = (2 * multiprocessors + heads - 1) / heads, most = (places + kFewestPlaces - 1) / kFewestPlaces;
-  return std::clamp(std::min(wanted, most), 1, kMostRuns);
+  return std::clamp(std::min(wanted, most), 1, kMostSplits);
 }
 
-// Queries that share the reads of a key head: all of a group up to this number, else sets of it.
+// The most queries that share the reads of a key head.
 inline int queries_of_set(int queries, int keys) {
   return queries == keys ? 1 : 4;
 }
 
+// How many sets the queries of a key head are divided into.
 inline int sets_of(int queries, int keys) {
   const int group = queries / keys, together = queries_of_set(queries, keys);
   return (group + together - 1) / together;
 }
 
 template <FloatType kType, int kLanes>
-void launch_attention(const Attention& task, int runs, cudaStream_t stream) {
+void launch_attention(const Attention& task, int splits, cudaStream_t stream) {
   constexpr int kThreads = 32 * kAttendWarps;
-  const dim3 grid(static_cast<unsigned>(runs), static_cast<unsigned>(task.keys * sets_of(task.queries, task.keys)));
+  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(task.keys * sets_of(task.queries, task.keys)));
   if (queries_of_set(task.queries, task.keys) == 1) {
     LOSA_LAUNCH_DEPENDENT((attend_kernel<kType, kLanes, 1>), grid, kThreads, 0, stream, task);
   } else {
@@ -39,25 +40,25 @@ void launch_attention(const Attention& task, int runs, cudaStream_t stream) {
 }
 
 template <FloatType kType>
-void launch_attention(const Attention& task, int runs, cudaStream_t stream) {
+void launch_attention(const Attention& task, int splits, cudaStream_t stream) {
   const int bytes = task.size * float_type_size(kType);
   if (bytes <= 128 && kType != FloatType::kFloat) {
-    if constexpr (kType != FloatType::kFloat) launch_attention<kType, 8>(task, runs, stream);
+    if constexpr (kType != FloatType::kFloat) launch_attention<kType, 8>(task, splits, stream);
   } else if (bytes <= 256) {
-    launch_attention<kType, 16>(task, runs, stream);
+    launch_attention<kType, 16>(task, splits, stream);
   } else {
-    launch_attention<kType, 32>(task, runs, stream);
+    launch_attention<kType, 32>(task, splits, stream);
   }
 }
 
-#if !defined(LOSA_EMULATOR)  // whose compiler takes a second for each kernel: its driver chooses among fewer types
+#if !defined(LOSA_EMULATOR)  // The emulator compiles each kernel for a second: its driver chooses among fewer types.
 
-// Rows of cache and q lie at 16-byte boundaries and are at most 512 bytes long: 16 for each lane of a warp.
-void launch_attention(FloatType type, const Attention& task, int runs, cudaStream_t stream) {
+// Rows of cache and q begin at multiples of 16 bytes and have at most 512 bytes, 16 for each lane of a warp.
+void launch_attention(FloatType type, const Attention& task, int splits, cudaStream_t stream) {
   switch (type) {
-    case FloatType::kFloat: return launch_attention<FloatType::kFloat>(task, runs, stream);
-    case FloatType::kBFloat16: return launch_attention<FloatType::kBFloat16>(task, runs, stream);
-    case FloatType::kHalf: return launch_attention<FloatType::kHalf>(task, runs, stream);
+    case FloatType::kFloat: return launch_attention<FloatType::kFloat>(task, splits, stream);
+    case FloatType::kBFloat16: return launch_attention<FloatType::kBFloat16>(task, splits, stream);
+    case FloatType::kHalf: return launch_attention<FloatType::kHalf>(task, splits, stream);
   }
 }
 
@@ -112,23 +113,23 @@ Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position
   const DeviceGuard guard(q.get_device_index());
   Tensor out = torch::stable::new_empty(q, {queries, size});
   const int heads = static_cast<int>(keys) * sets_of(static_cast<int>(queries), static_cast<int>(keys));
-  const int runs = runs_for(heads, static_cast<int>(places), multiprocessors());
-  Tensor parts = torch::stable::new_empty(q, {queries * runs * (size + 2)}, ScalarType::Float);
+  const int splits = splits_for(heads, static_cast<int>(places), multiprocessors());
+  Tensor parts = torch::stable::new_empty(q, {queries * splits * (size + 2)}, ScalarType::Float);
   auto* const first = static_cast<float*>(parts.mutable_data_ptr());
-  const Attention task{q.const_data_ptr(),
-                      cache.const_data_ptr(),
-                      static_cast<const int64_t*>(position.const_data_ptr()),
-                      out.mutable_data_ptr(),
-                      first,
-                      first + queries * runs * size,
-                      static_cast<int*>(finished.mutable_data_ptr()),
-                      static_cast<int>(queries),
-                      static_cast<int>(keys),
-                      static_cast<int>(size),
-                      room,
-                      static_cast<int>(places),
-                      static_cast<float>(scaling * M_LOG2E)};
-  launch_attention(type, task, runs, current_stream(q));
+  const Attention task{.q = q.const_data_ptr(),
+                       .cache = cache.const_data_ptr(),
+                       .position = static_cast<const int64_t*>(position.const_data_ptr()),
+                       .out = out.mutable_data_ptr(),
+                       .parts = first,
+                       .weights = first + queries * splits * size,
+                       .finished = static_cast<int*>(finished.mutable_data_ptr()),
+                       .queries = static_cast<int>(queries),
+                       .keys = static_cast<int>(keys),
+                       .size = static_cast<int>(size),
+                       .room = room,
+                       .places = static_cast<int>(places),
+                       .scale = static_cast<float>(scaling * M_LOG2E)};
+  launch_attention(type, task, splits, current_stream(q));
   return out;
 }
 
