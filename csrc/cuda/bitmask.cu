@@ -1,6 +1,6 @@
-// pack_mask and unpack_mask on CUDA. Neighbouring threads have neighbouring packed bytes. If rows are aligned, the 8 columns
-// of a byte are one 64-bit access, so that a warp moves 256 contiguous bytes. The limit is memory bandwidth (9 bytes for
-// a packed byte), which leaves no time for a division by the row's width.
+// pack_mask and unpack_mask on CUDA. Neighbouring threads have neighbouring packed bytes. If rows are aligned, the 8
+// columns of a byte are one 64-bit access, so that a warp moves 256 contiguous bytes. The limit is memory bandwidth (9
+// bytes for a packed byte), which leaves no time for a division by the row's width.
 #include "common/bits.h"
 #include "cuda/launch.h"
 

@@ -6,9 +6,9 @@
 
 namespace losa {
 
-// Whatever any thread of any block wrote before the barrier is there for all threads of all blocks behind it; __ldcg reads
-// it past the first-level cache. *counter is zero before the kernel's first barrier, and each barrier adds the number of
-// blocks to it. The block that ends last sets it to zero again (last_block).
+// Whatever any thread of any block wrote before the barrier is there for all threads of all blocks behind it; __ldcg
+// reads it past the first-level cache. *counter is zero before the kernel's first barrier, and each barrier adds the
+// number of blocks to it. The block that ends last sets it to zero again (last_block).
 __device__ __forceinline__ void grid_barrier(int* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -21,8 +21,8 @@ __device__ __forceinline__ void grid_barrier(int* counter) {
   __syncthreads();
 }
 
-// True in the block that comes here last, which sees what all other blocks wrote. *finished is zero before, and zero again
-// after the last block.
+// True in the block that comes here last, which sees what all other blocks wrote. *finished is zero before, and zero
+// again after the last block.
 __device__ __forceinline__ bool last_block(int* finished, bool* last) {
   __syncthreads();
   if (threadIdx.x == 0) {

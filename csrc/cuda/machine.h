@@ -36,7 +36,8 @@ __device__ __forceinline__ Shared shared_address(const void* pointer) {
   return static_cast<Shared>(__cvta_generic_to_shared(pointer));
 }
 
-// Keeps compilers from computing a number again wherever it is used, which may cost more than the register that it saves.
+// Keeps compilers from computing a number again wherever it is used, which may cost more than the register that it
+// saves.
 template <class Number>
 __device__ __forceinline__ void keep_in_register(Number& number) {
   asm volatile("" : "+r"(number));
@@ -136,8 +137,9 @@ __device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
                : "memory");
 }
 
-// A word, or 16 bytes, at a multiple of its own size in global memory that nothing writes while the kernel runs. It is read
-// once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same time.
+// A word, or 16 bytes, at a multiple of its own size in global memory that nothing writes while the kernel runs. It is
+// read once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same
+// time.
 __device__ __forceinline__ unsigned load_once_word(const void* from) {
   unsigned word;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(word) : "l"(from));
@@ -216,8 +218,8 @@ __device__ __forceinline__ void publish_barriers() {
 #endif
 }
 
-// `bytes` from global to shared memory; both addresses and `bytes` are multiples of 16. Reads of what the shared memory held
-// before must be complete: this thread's reads, and the reads of threads that it met at a barrier since.
+// `bytes` from global to shared memory; both addresses and `bytes` are multiples of 16. Reads of what the shared memory
+// held before must be complete: this thread's reads, and the reads of threads that it met at a barrier since.
 __device__ __forceinline__ void copy_bulk(Shared to, const void* from, unsigned bytes, Shared barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -229,7 +231,8 @@ __device__ __forceinline__ void copy_bulk(Shared to, const void* from, unsigned 
 #endif
 }
 
-// Returns when the barrier's copy is complete: the first, third, ... with parity 0, the second, fourth, ... with parity 1.
+// Returns when the barrier's copy is complete: the first, third, ... with parity 0, the second, fourth, ... with parity
+// 1.
 __device__ __forceinline__ void wait_barrier(Shared barrier, unsigned parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   unsigned done = 0;
@@ -243,16 +246,16 @@ __device__ __forceinline__ void wait_barrier(Shared barrier, unsigned parity) {
 #endif
 }
 
-// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and what
-// they wrote can be read. In other kernels they are complete from the start.
+// In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and
+// what they wrote can be read. In other kernels they are complete from the start.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel of the stream start, if LOSA_LAUNCH_DEPENDENT starts it, when every block has come here: it may take
-// the multiprocessors that this kernel leaves idle.
+// Lets the next kernel of the stream start, if LOSA_LAUNCH_DEPENDENT starts it, when every block has come here: it may
+// take the multiprocessors that this kernel leaves idle.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" :::);

@@ -1,5 +1,5 @@
-// Questions and settings that the host gives to the driver once for each device: a kernel's attributes hold on one device
-// only.
+// Questions and settings that the host gives to the driver once for each device: a kernel's attributes hold on one
+// device only.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,8 @@
 
 namespace losa {
 
-// kKeys numbers >= 0 for each device. Any thread may be the first to compute a number, and several threads may compute it.
+// kKeys numbers >= 0 for each device. Any thread may be the first to compute a number, and several threads may compute
+// it.
 template <int kKeys = 1>
 class PerDevice {
  public:
@@ -31,8 +32,9 @@ class PerDevice {
   std::atomic<int> known_[kMostDevices][kKeys] = {};
 };
 
-// Before a kernel's first launch on a device: gives the kernel as much shared memory as there is. For kernels whose L1 cache
-// serves x only; kernels that follow each other can overlap only if they have the same setting. For PerDevice::get.
+// Before a kernel's first launch on a device: gives the kernel as much shared memory as there is. For kernels whose L1
+// cache serves x only; kernels that follow each other can overlap only if they have the same setting. For
+// PerDevice::get.
 template <class Kernel>
 int prefer_shared_memory(Kernel* kernel, int bytes) {
   allow_shared_memory(kernel, bytes);

@@ -1,5 +1,5 @@
-// What selection and Wanda share: a radix select of 11, 10 and 10 bits on the bits of a score. Counts are integers, so that
-// atomics leave the result the same from run to run.
+// What selection and Wanda share: a radix select of 11, 10 and 10 bits on the bits of a score. Counts are integers, so
+// that atomics leave the result the same from run to run.
 #pragma once
 
 #include "common/bits.h"
@@ -64,7 +64,8 @@ __device__ __forceinline__ int exclusive_sum(int value, int* warp_sums, int* tot
   return before + sum - value;
 }
 
-// The bin of the k-th smallest key (k from 1). By all threads of the block, each with the counts of kOwn neighbouring bins.
+// The bin of the k-th smallest key (k from 1). By all threads of the block, each with the counts of kOwn neighbouring
+// bins.
 template <int kOwn>
 __device__ __forceinline__ Bin find_bin(const int (&counts)[kOwn], int k, int* warp_sums, Bin* found) {
   int sum = 0, total;
@@ -100,8 +101,8 @@ __device__ __forceinline__ void take_bins(int* histogram, int (&counts)[kOwn]) {
   }
 }
 
-// A unit of kUnit columns, of which `left` exist; the others become `rest`. aligned: all columns exist, and the unit may be
-// read 16 bytes (a Four) at a time.
+// A unit of kUnit columns, of which `left` exist; the others become `rest`. aligned: all columns exist, and the unit
+// may be read 16 bytes (a Four) at a time.
 template <class Four, class T>
 __device__ __forceinline__ void load_unit(const T* place, int left, bool aligned, T rest, T (&values)[kUnit]) {
   if (aligned) {

@@ -10,8 +10,8 @@ namespace losa::decoder_step {
 
 constexpr int kFewestPlaces = 32, kMostSplits = 64;
 
-// Splits of the places of each of `heads` key heads (or sets of queries): two blocks for a multiprocessor, none of which
-// has fewer places than a block reads at once.
+// Splits of the places of each of `heads` key heads (or sets of queries): two blocks for a multiprocessor, none of
+// which has fewer places than a block reads at once.
 inline int splits_for(int heads, int places, int multiprocessors) {
   const int wanted = (2 * multiprocessors + heads - 1) / heads, most = (places + kFewestPlaces - 1) / kFewestPlaces;
   return std::clamp(std::min(wanted, most), 1, kMostSplits);

@@ -1,5 +1,6 @@
-// Attention of one token over the places of a cache that have been written (flash-decoding). The places of a key head are
-// split into ranges, one for each block. The head's last block to finish combines the splits, in the order of places.
+// Attention of one token over the places of a cache that have been written (flash-decoding). The places of a key head
+// are split into ranges, one for each block. The head's last block to finish combines the splits, in the order of
+// places.
 #pragma once
 
 #include <cmath>
@@ -27,8 +28,8 @@ constexpr int kAttendWarps = 4;
 // A score below the scores of all places. It is finite, so that the difference of two such scores is a number.
 constexpr float kNoScore = -1e30f;
 
-// kLanes lanes share a row of the cache, of up to kLanes * 16 bytes. A warp reads 32 / kLanes rows at once, for kQueries
-// queries.
+// kLanes lanes share a row of the cache, of up to kLanes * 16 bytes. A warp reads 32 / kLanes rows at once, for
+// kQueries queries.
 template <FloatType kType, int kLanes, int kQueries>
 struct AttendShape {
   static constexpr int kOwn = kPerVector<kType>, kSize = kLanes * kOwn, kRows = 32 / kLanes;
@@ -36,8 +37,8 @@ struct AttendShape {
   static constexpr int kStep = kAttendWarps * kRows * kRowsAtOnce;
 };
 
-// The softmax over some places: each query's top score, the sum of 2^(score - top), and the sum of the values weighted by
-// this, of which a lane has its share of a row.
+// The softmax over some places: each query's top score, the sum of 2^(score - top), and the sum of the values weighted
+// by this, of which a lane has its share of a row.
 template <int kQueries, int kOwn>
 struct SoftmaxSums {
   float top[kQueries], total[kQueries], values[kQueries][kOwn];

@@ -24,8 +24,8 @@ struct AddRmsNorm {
 constexpr int kNormThreads = 1024;
 constexpr int kHeld = 2;  // vectors of a thread that stay in registers; the rest of wider rows is read again
 
-// A block for each row. A vector has kCount columns, which divides `columns`. Roundings are the ones of transformers: of the
-// sum, of the normalised row, and of its product with the weight.
+// A block for each row. A vector has kCount columns, which divides `columns`. Roundings are the ones of transformers:
+// of the sum, of the normalised row, and of its product with the weight.
 template <FloatType kType, int kCount>
 __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm task) {
   using Vector = Elements<kType, kCount>;

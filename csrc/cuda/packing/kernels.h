@@ -56,7 +56,8 @@ __device__ __forceinline__ int kept_before(const uint8_t* row, int end) {
   return __shfl_sync(kAllLanes, inclusive_sum(count), 31);
 }
 
-// Of each group of kM bits keep_n: the set bits and, where they are fewer, the first other bits. Never more than keep_n.
+// Of each group of kM bits keep_n: the set bits and, where they are fewer, the first other bits. Never more than
+// keep_n.
 template <int kM>
 __device__ __forceinline__ unsigned stored_bits(unsigned kept, int keep_n) {
   constexpr int kWidth = kM < 8 ? 8 : kM;
@@ -83,7 +84,8 @@ __device__ __forceinline__ unsigned stored_bits(unsigned kept, int keep_n) {
   return stored;
 }
 
-// The stored bits of a byte. A group of 16 is an even byte and the next byte, which a neighbouring lane has. By all lanes.
+// The stored bits of a byte. A group of 16 is an even byte and the next byte, which a neighbouring lane has. By all
+// lanes.
 template <int kSize, int kM>
 __device__ __forceinline__ unsigned stored_byte(unsigned kept, int keep_n) {
   if constexpr (kM == 16) {
@@ -121,7 +123,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Packing task, Slices sli
 
   int64_t place = task.offsets != nullptr ? task.offsets[row] : row * task.length;
   if (begin > 0) place += kM > 0 ? begin / (kM > 0 ? kM : 1) * task.keep_n : kept_before(mask, begin);
-  // buffer[0] belongs to `to`, a multiple of 16 bytes. The first piece may begin with values of the row or slice before.
+  // buffer[0] belongs to `to`, a multiple of 16 bytes. The first piece may begin with values of the row or slice
+  // before.
   Element* to = static_cast<Element*>(task.values) + place;
   int lead = static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16 / sizeof(Element)), filled = lead;
   to -= lead;

@@ -8,8 +8,8 @@ namespace losa::packing {
 constexpr int kScanWarps = 32, kScanThreads = 32 * kScanWarps;
 constexpr int kScanned = 4;  // rows of a thread at a time
 
-// counts[row]: how many columns the row keeps. A warp for each row. pieces: every row of the mask is whole pieces of 16 bytes,
-// at a multiple of 16, and every bit is a column.
+// counts[row]: how many columns the row keeps. A warp for each row. pieces: every row of the mask is whole pieces of 16
+// bytes, at a multiple of 16, and every bit is a column.
 __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, bool pieces, int64_t* counts) {
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, bool pieces,
   if (lane == 31) counts[row] = count;
 }
 
-// counts become their exclusive prefix sums, by one block. *total is the sum of all counts and may be memory of the host.
+// counts become their exclusive prefix sums, by one block. *total is the sum of all counts and may be memory of the
+// host.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t rows, int64_t* total) {
   __shared__ int64_t sums[kScanWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -1,6 +1,6 @@
-// How packing goes along a row. A unit is neighbouring columns, which a lane moves in one access. In an iteration a warp
-// takes four units of each lane, one in each step. One prefix sum says where the values of an iteration go. Elements are
-// moved as bits, so that every bit pattern survives.
+// How packing goes along a row. A unit is neighbouring columns, which a lane moves in one access. In an iteration a
+// warp takes four units of each lane, one in each step. One prefix sum says where the values of an iteration go.
+// Elements are moved as bits, so that every bit pattern survives.
 #pragma once
 
 #include "common/bits.h"

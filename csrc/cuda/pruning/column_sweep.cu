@@ -1,7 +1,7 @@
-// SparseGPT's sweep of one column block on CUDA. Four lanes share a row: each has four neighbours of every 16 columns, in
-// registers. A column's error goes from the lane that has the column to the other three lanes. U, the upper triangular
-// factor, is in shared memory. There is no barrier after U is loaded, and 4096 rows are a warp for nearly every scheduler
-// of an H100.
+// SparseGPT's sweep of one column block on CUDA. Four lanes share a row: each has four neighbours of every 16 columns,
+// in registers. A column's error goes from the lane that has the column to the other three lanes. U, the upper
+// triangular factor, is in shared memory. There is no barrier after U is loaded, and 4096 rows are a warp for nearly
+// every scheduler of an H100.
 #include "common/bits.h"
 #include "cuda/launch.h"
 #include "cuda/machine.h"
@@ -84,8 +84,8 @@ __device__ __forceinline__ void store_errors(const Sweep& task, float* place, in
   store_four<kAligned>(place + 2 * task.width, left, make_float4(low[0], low[1], low[2], low[3]));
 }
 
-// In shared memory a row of U begins at its strip's first column. The floats of a row, and the floats of all strips before
-// one:
+// In shared memory a row of U begins at its strip's first column. The floats of a row, and the floats of all strips
+// before one:
 LOSA_HOST_DEVICE constexpr int row_floats(int strip) {
   return kMaxWidth - kStrip * strip;
 }
@@ -93,8 +93,8 @@ LOSA_HOST_DEVICE constexpr int strip_start(int strip) {
   return kStrip * (kMaxWidth * strip - kStrip * (strip * (strip - 1) / 2));
 }
 
-// U to shared memory, by a warp for each row; zeros beyond the block's width. All of it is there after wait_copies and a
-// barrier of the block.
+// U to shared memory, by a warp for each row; zeros beyond the block's width. All of it is there after wait_copies and
+// a barrier of the block.
 template <bool kAligned>
 __device__ __forceinline__ void load_upper(const Sweep& task, float* upper) {
   const int column = 4 * static_cast<int>(threadIdx.x % 32), rows = (task.width + kStrip - 1) / kStrip * kStrip;
@@ -121,8 +121,8 @@ __device__ __forceinline__ void load_diagonal(const Sweep& task, float* diagonal
   inverse[column] = __frcp_rn(u);
 }
 
-// A bit for each of a lane's four columns that is among the `prune` smallest of its group. kM / 4 neighbouring lanes share a
-// group; `own_lane` is the lane's number in the row.
+// A bit for each of a lane's four columns that is among the `prune` smallest of its group. kM / 4 neighbouring lanes
+// share a group; `own_lane` is the lane's number in the row.
 template <int kM>
 __device__ __forceinline__ unsigned smallest_columns(const float (&w)[4], unsigned pruned,
                                                      const float4& diagonal, const float4& inverse, int own_lane,
@@ -176,7 +176,8 @@ __device__ __forceinline__ void choose_before_bound(const Sweep& task, const flo
   }
 }
 
-// The row's bytes of the mask from `packed` on: a byte is the four bits of an even lane and the four bits of the next lane.
+// The row's bytes of the mask from `packed` on: a byte is the four bits of an even lane and the four bits of the next
+// lane.
 __device__ __forceinline__ void store_mask(const Sweep& task, int64_t packed, int own_lane, int bytes, unsigned kept) {
   const unsigned next = __shfl_xor_sync(0xffffffffu, kept, 1, kLanes);
 #pragma unroll
@@ -188,7 +189,8 @@ __device__ __forceinline__ void store_mask(const Sweep& task, int64_t packed, in
   }
 }
 
-// kM = 0: the entries before `bound` are pruned; else `prune` of each group of kM columns, chosen by the updated weights.
+// kM = 0: the entries before `bound` are pruned; else `prune` of each group of kM columns, chosen by the updated
+// weights.
 template <int kM, bool kAligned>
 __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
   __shared__ __align__(16) float upper[strip_start(kStrips)];

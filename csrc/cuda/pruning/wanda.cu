@@ -1,6 +1,6 @@
 // Wanda's masks on CUDA. The smallest scores |w| * norm of a row are found by a block of threads, by radix select; the
-// smallest scores of each group of M columns by one thread. The kernels check the values on the way and report faults in
-// flags, so that the host need not read the values before the launch.
+// smallest scores of each group of M columns by one thread. The kernels check the values on the way and report faults
+// in flags, so that the host need not read the values before the launch.
 #include "common/bits.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
@@ -76,8 +76,9 @@ __device__ __forceinline__ Unit<kType> load_unit_of(const Wanda& task, int64_t r
   return raw;
 }
 
-// Keys of the unit at `column` of a row; -1 for columns that the mask lacks or that do not exist. Returns a bit for each
-// column that the mask lacks. *largest becomes the bits of the largest |w|; the norms are checked in the first row.
+// Keys of the unit at `column` of a row; -1 for columns that the mask lacks or that do not exist. Returns a bit for
+// each column that the mask lacks. *largest becomes the bits of the largest |w|; the norms are checked in the first
+// row.
 template <FloatType kType>
 __device__ __forceinline__ unsigned find_keys(const Wanda& task, const Unit<kType>& unit, int64_t row, int column,
                                               int (&keys)[kUnit], int* largest, int* faults) {

@@ -1,5 +1,5 @@
-// Exact selection for one column block of a sweep: the k-th smallest score by radix select. One launch, whose blocks wait
-// for each other between the digits; no sort, no index tensors.
+// Exact selection for one column block of a sweep: the k-th smallest score by radix select. One launch, whose blocks
+// wait for each other between the digits; no sort, no index tensors.
 #pragma once
 
 #include "cuda/launch.h"
@@ -53,8 +53,8 @@ __device__ __forceinline__ void store_unit(int* place, int left, bool aligned, c
   }
 }
 
-// Keys of the unit at a row and column; -1 for entries that are pruned already or do not exist. Returns how many are pruned
-// already.
+// Keys of the unit at a row and column; -1 for entries that are pruned already or do not exist. Returns how many are
+// pruned already.
 __device__ __forceinline__ int find_keys(const ColumnBlock& block, const BlockShared& shared, unsigned row,
                                          unsigned column, int (&keys)[kUnit]) {
   const int left = static_cast<int>(block.width - column);
@@ -86,8 +86,8 @@ __device__ __forceinline__ Bin find_digit(BlockShared& shared, int* state, int k
   return find_bin(counts, k, shared.warp_sums, &shared.found);
 }
 
-// Adds the block's counts of a digit to the counts of all blocks, and waits until these are complete. The block's counts are
-// zero afterwards.
+// Adds the block's counts of a digit to the counts of all blocks, and waits until these are complete. The block's
+// counts are zero afterwards.
 template <int kPass>
 __device__ __forceinline__ void add_histogram(BlockShared& shared, int* state) {
   __syncthreads();

@@ -17,8 +17,8 @@ void launch_select_block(const ColumnBlock& block, int* keys, int* state, cudaSt
   LOSA_LAUNCH_COOPERATIVE(select_kernel, grid, kThreads, sizeof(BlockShared), stream, block, keys, state);
 }
 
-// pruned[block]: the block's entries whose bit of the mask is 0. A block of threads for each column block. aligned: every
-// row of a column block is 16 bytes of the mask, at a multiple of 16.
+// pruned[block]: the block's entries whose bit of the mask is 0. A block of threads for each column block. aligned:
+// every row of a column block is 16 bytes of the mask, at a multiple of 16.
 __global__ void __launch_bounds__(kThreads) pruned_kernel(const uint8_t* mask, int64_t rows, int64_t columns,
                                                           int64_t block_size, bool aligned, int64_t* pruned) {
   __shared__ unsigned long long kept_in_block;

@@ -6,11 +6,11 @@
 //
 // Instructions, of which an H100 has 10 for each column in the time that its bytes take at 50 %: a lane expands 8
 // columns of each row from the ring with a predicated load for each column. The loads' addresses are sums of the mask's
-// bits, which one multiply and one dot product of bytes make. Neighbouring lanes read neighbouring values, so that loads
-// meet few bank conflicts (fewer and wider loads would be unaligned). Products of 16-bit values are the diagonal of a
-// tensor core tile: of lane (g, t), A holds its columns of two rows as rows g and g + 8, B its columns of x as column g,
-// and only D[g][g] and D[g + 8][g] are used. One instruction does 8 products of a lane, x needs no conversion, and sums
-// are fp32.
+// bits, which one multiply and one dot product of bytes make. Neighbouring lanes read neighbouring values, so that
+// loads meet few bank conflicts (fewer and wider loads would be unaligned). Products of 16-bit values are the diagonal
+// of a tensor core tile: of lane (g, t), A holds its columns of two rows as rows g and g + 8, B its columns of x as
+// column g, and only D[g][g] and D[g + 8][g] are used. One instruction does 8 products of a lane, x needs no
+// conversion, and sums are fp32.
 #pragma once
 
 #include <type_traits>
@@ -23,8 +23,8 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
 // A row's values on their way through shared memory. Places count from the multiple of 16 bytes in global memory at or
-// before the row's first value. Place p lies p % kRing into the ring, and the ring's first 8 elements stand again behind
-// its end, so that 8 elements from any place on are neighbours.
+// before the row's first value. Place p lies p % kRing into the ring, and the ring's first 8 elements stand again
+// behind its end, so that 8 elements from any place on are neighbours.
 template <class Element, int kChunks>
 struct ValueStream {
   static constexpr int kSize = sizeof(Element), kPiece = 16 / kSize, kRing = kChunks * kStepColumns, kMirror = 8;

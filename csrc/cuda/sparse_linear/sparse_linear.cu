@@ -2,30 +2,29 @@
 //
 // Which kernel multiplies what, where x is (batch, in) and the weight (out, in):
 //
-// | x           | values of W     | batch   | columns (in)         | kernel        | why                                |
-// |-------------|-----------------|---------|----------------------|---------------|------------------------------------|
-// | bf16, fp16  | the type of x   | 1       | 32 * n up to 28672   | window_kernel | A warp has its 1024 columns of x   |
-// |             |                 | 2       | 32 * n up to 20480   | window_kernel | in registers, a block all columns  |
-// |             |                 | 3, 4    | 32 * n up to 12288   | window_kernel | of a row. Registers bound the      |
-// |             |                 |         |                      |               | warps of a block.                  |
-// |             |                 | 1 to 16 | every other number   | row_kernel    | It reads masks of any alignment,   |
-// | fp32        | fp32, bf16,     | 1 to 16 | all                  | row_kernel    | loads x anew for each step, and    |
-// |             | fp16            |         |                      |               | has a path without tensor cores,   |
-// |             |                 |         |                      |               | which take no fp32.                |
-// | bf16, fp16  | the type of x,  | 1 to 16 | all                  | tiles_kernel  | One bulk copy brings masks and     |
-// |             | made into tiles |         |                      |               | values of 16 rows; tensor cores    |
-// |             |                 |         |                      |               | use all of a tile (tiles.cu).      |
-// | bf16, fp16  | another type    | 1 to 16 | all                  | row_kernel    | losa_kernels converts x to fp32.   |
-// | all         | all             | over 16 | all                  | none          | losa_kernels unpacks W and takes   |
-// |             |                 |         |                      |               | torch's product.                   |
+// | x          | values of W     | batch   | columns (in)       | kernel        | why                                 |
+// |------------|-----------------|---------|--------------------|---------------|-------------------------------------|
+// | bf16, fp16 | the type of x   | 1       | 32 * n up to 28672 | window_kernel | A warp has its 1024 columns of x    |
+// |            |                 | 2       | 32 * n up to 20480 | window_kernel | in registers, a block all columns   |
+// |            |                 | 3, 4    | 32 * n up to 12288 | window_kernel | of a row. Registers bound the       |
+// |            |                 |         |                    |               | warps of a block.                   |
+// |            |                 | 1 to 16 | every other number | row_kernel    | It reads masks of any alignment     |
+// | fp32       | fp32, bf16,     | 1 to 16 | all                | row_kernel    | and x anew for each step. For fp32  |
+// |            | fp16            |         |                    |               | it has a path without tensor cores. |
+// | bf16, fp16 | another type    | 1 to 16 | all                | row_kernel    | losa_kernels converts x to fp32.    |
+// | bf16, fp16 | the type of x,  | 1 to 16 | all                | tiles_kernel  | One bulk copy brings masks and      |
+// |            | made into tiles |         |                    |               | values of 16 rows; tensor cores     |
+// |            |                 |         |                    |               | use all of a tile (tiles.cu).       |
+// | all        | all             | over 16 | all                | none          | losa_kernels unpacks W and takes    |
+// |            |                 |         |                    |               | torch's product.                    |
 //
 // Columns are below 2^30. window_kernel reads the mask in aligned 32-bit words: if the bitmask begins elsewhere (a
-// view), or W has 2^30 rows or more, row_kernel runs instead. Both kernels take the bitmask format, with row offsets, and
-// N:M, whose rows have equally many values; row_kernel<.., true> is for N:M where every 8 columns have equally many
+// view), or W has 2^30 rows or more, row_kernel runs instead. Both kernels take the bitmask format, with row offsets,
+// and N:M, whose rows have equally many values; row_kernel<.., true> is for N:M where every 8 columns have equally many
 // values (1:4, 2:4, 4:8, ...), so that it counts no bits. PackedNM with M = 16 has row lengths but no such number.
 //
-// Where x has the 16-bit type of the values, losa_kernels/sparse_linear/ways.py chooses among this file (`window`), tiles
-// (`tiles`) and unpacking (`unpack`) by one measurement of each, or by LOSA_SPARSE_LINEAR.
+// Where x has the 16-bit type of the values, losa_kernels/sparse_linear/ways.py chooses among this file (`window`),
+// tiles (`tiles`) and unpacking (`unpack`) by one measurement of each, or by LOSA_SPARSE_LINEAR.
 //
 // The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows window_kernel takes between two barriers (else 4),
 // to compare them on a card.
@@ -46,7 +45,8 @@ struct Choice {
   int multiprocessors;
 };
 
-// A weight with few rows leaves multiprocessors idle: then up to 8 warps of a block share the columns of a group of rows.
+// A weight with few rows leaves multiprocessors idle: then up to 8 warps of a block share the columns of a group of
+// rows.
 inline int split_for(int64_t rows, int rows_of_warp, int columns, int multiprocessors) {
   const int64_t groups = (rows + rows_of_warp - 1) / rows_of_warp, wanted = int64_t{8} * multiprocessors;
   int split = 1;
@@ -170,8 +170,8 @@ int window_lot() {
   return lot;
 }
 
-// How many elements before values' first one lie between it and a multiple of 16 bytes. They are of the same storage; if
-// they are not, values become a copy that begins at such a multiple.
+// How many elements before values' first one lie between it and a multiple of 16 bytes. They are of the same storage;
+// if they are not, values become a copy that begins at such a multiple.
 int64_t align_values(Tensor& values) {
   const auto size = static_cast<int64_t>(values.element_size());
   const int64_t lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16) / size;

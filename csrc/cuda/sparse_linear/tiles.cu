@@ -1,5 +1,5 @@
-// A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it. Sets launches and their shared
-// memory; the table at the head of sparse_linear.cu says when products take this way.
+// A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it. Sets launches and their
+// shared memory; the table at the head of sparse_linear.cu says when products take this way.
 #include "cuda/per_device.h"
 #include "cuda/sparse_linear/tile_packing.h"
 #include "cuda/sparse_linear/tiles_kernel.h"

@@ -1,9 +1,9 @@
-// The tile layout of a packed weight of 16-bit values, private to the GPU: losa_kernels/sparse_linear/TILES.md has it byte
-// by byte. Here are its sizes, and what the kernels that write tiles and the kernels that read them share.
+// The tile layout of a packed weight of 16-bit values, private to the GPU: losa_kernels/sparse_linear/TILES.md has it
+// byte by byte. Here are its sizes, and what the kernels that write tiles and the kernels that read them share.
 //
-// A tile has 16 rows and 64 columns. It holds 8 nibbles of the mask for each lane (g, t) = (lane / 4, lane % 4): nibble i
-// stands for row g + 8 * (i / 2 % 2) and for column 32 * (i / 4) + 8 * t + 4 * (i % 2) and the next three, so that a byte
-// of the lane's word is a byte of the row's mask. For mma.m16n8k16 the tile's columns are taken in another order:
+// A tile has 16 rows and 64 columns. It holds 8 nibbles of the mask for each lane (g, t) = (lane / 4, lane % 4): nibble
+// i stands for row g + 8 * (i / 2 % 2) and for column 32 * (i / 4) + 8 * t + 4 * (i % 2) and the next three, so that a
+// byte of the lane's word is a byte of the row's mask. For mma.m16n8k16 the tile's columns are taken in another order:
 // in the k-step 2 * (i / 4) + i % 2, these four columns are k = 2t, 2t + 1, 2t + 8 and 2t + 9 of lane t.
 #pragma once
 
@@ -44,8 +44,8 @@ __device__ __forceinline__ unsigned count_nibbles(unsigned word) {
   return (word & 0x33333333u) + (word >> 2 & 0x33333333u);
 }
 
-// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all lanes have.
-// Each number is a byte; even nibbles are in element 0, odd nibbles in element 1.
+// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all lanes
+// have. Each number is a byte; even nibbles are in element 0, odd nibbles in element 1.
 struct TilePlaces {
   unsigned through[2], total[2];
 

@@ -2,14 +2,15 @@
 //
 // A block has 16 rows of the weight, and its warps take the chunks of these rows in turn. A chunk's mask and values are
 // one piece of memory, which one bulk copy brings to shared memory several chunks ahead of the products. The first
-// copies are requested before the kernel waits for the kernels before it, as weights are constant. A warp needs no other
-// warp until the sums of all warps are added up, always in the same order.
+// copies are requested before the kernel waits for the kernels before it, as weights are constant. A warp needs no
+// other warp until the sums of all warps are added up, always in the same order.
 //
 // For every nibble of the mask a lane reads 3 values: the last value that is its own and the two values before it,
-// wherever they are. It reads the value before these only if all 4 columns are kept. One of 16 permutations, from shared
-// memory, puts the values into their columns with zeros between; where fewer columns are kept the fourth value is zero.
-// The result is the lane's part of A. The lane's part of B is 8 columns of row g of x for two k-steps, 16 bytes. Columns
-// of D are rows of x: if the batch is smaller, the other columns of B may hold anything, as nothing reads their D.
+// wherever they are. It reads the value before these only if all 4 columns are kept. One of 16 permutations, from
+// shared memory, puts the values into their columns with zeros between; where fewer columns are kept the fourth value
+// is zero. The result is the lane's part of A. The lane's part of B is 8 columns of row g of x for two k-steps, 16
+// bytes. Columns of D are rows of x: if the batch is smaller, the other columns of B may hold anything, as nothing
+// reads their D.
 //
 // By arithmetic: in the time in which an H200 brings a tile of 70 % zeros from memory, a multiprocessor can do 45
 // accesses of a warp to shared memory (shuffles among them), 90 integer instructions and 180 of all kinds. The kernel
@@ -54,8 +55,8 @@ struct TileTask {
   unsigned twice[4] = {2u, 2u << 8, 2u << 16, 2u << 24};
 };
 
-// For 4 columns of which `kept` has a bit for each: where their bytes are in the last 4 values. Number 0 is the last value;
-// where fewer columns are kept, number 3 is zero. Two times 4 hex digits.
+// For 4 columns of which `kept` has a bit for each: where their bytes are in the last 4 values. Number 0 is the last
+// value; where fewer columns are kept, number 3 is zero. Two times 4 hex digits.
 __device__ __forceinline__ unsigned permutation_from_behind(unsigned kept) {
   unsigned digits = 0;
   for (int column = 3; column >= 0; --column) {
@@ -149,8 +150,8 @@ struct ChunkStream {
   }
 };
 
-// A lane's 8 columns of x for two k-steps, twice, if `wanted`. If not, B keeps what it had, for columns of D that nothing
-// reads.
+// A lane's 8 columns of x for two k-steps, twice, if `wanted`. If not, B keeps what it had, for columns of D that
+// nothing reads.
 __device__ __forceinline__ void load_x(unsigned (&x)[2][4], const uint16_t* from, bool wanted) {
   if (!wanted) return;
 #pragma unroll

@@ -5,7 +5,8 @@
 // and the fourth value only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into
 // their columns with zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of
 // a tensor core tile: of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and
-// only D[g][g] is used. A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks hold.
+// only D[g][g] is used. A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks
+// hold.
 //
 // All memory of the weight is requested early. Rows are taken in lots, and there is a barrier between two lots. While a
 // lot is multiplied, the masks of the next lot are counted and the masks of the lot after that are on their way. A warp
@@ -39,9 +40,9 @@ struct alignas(8) Word {
   unsigned pruned, before;
 };
 
-// Where a row's values are: the multiple of 16 bytes at or before them, and how many values there are from it to the end
-// of the buffer (at most 2^30). In shared memory 1 + windows ints follow: how many values lie between `origin` and the
-// row, then how many values each window has.
+// Where a row's values are: the multiple of 16 bytes at or before them, and how many values there are from it to the
+// end of the buffer (at most 2^30). In shared memory 1 + windows ints follow: how many values lie between `origin` and
+// the row, then how many values each window has.
 struct alignas(16) RowStart {
   const uint16_t* origin;
   int left;
@@ -52,8 +53,8 @@ struct alignas(16) RowStart {
 struct WindowShape {
   int windows, lot, rows = 0, longer = 0;
 
-  // Places in shared memory, in bytes. First come the permutations and each warp's values, then each warp's words of two
-  // lots: one that is multiplied and one that is counted. Row starts are of three lots: while a slow warp still
+  // Places in shared memory, in bytes. First come the permutations and each warp's values, then each warp's words of
+  // two lots: one that is multiplied and one that is counted. Row starts are of three lots: while a slow warp still
   // multiplies one lot, a fast warp may request values of the second and count the third. Sums are of two lots, since
   // the sums of a lot are added up while the next lot is multiplied.
   LOSA_HOST_DEVICE constexpr int words_at() const { return 64 + windows * kBufferValues * 2; }
