@@ -1,7 +1,5 @@
-#include "cuda/decoder_step/elementwise.cu"
-
 #include "cuda/decoder_step/attention.cu"
-
+#include "cuda/decoder_step/elementwise.cu"
 #include "driver.h"
 
 namespace decoder_step = losa::decoder_step;
@@ -49,7 +47,8 @@ void rotate(const Driver& driver) {
   const auto type = static_cast<FloatType>(driver[0]);
   const auto cos = driver.read<uint8_t>("cos"), sin = driver.read<uint8_t>("sin");
   auto position = driver.read<int64_t>("position");
-  auto heads = driver.read<uint8_t>("heads"), cache = driver.read<uint8_t>("cache"), q_norm = driver.read<uint8_t>("q_norm");
+  auto heads = driver.read<uint8_t>("heads"), cache = driver.read<uint8_t>("cache"),
+       q_norm = driver.read<uint8_t>("q_norm");
   auto k_norm = driver.read<uint8_t>("k_norm");
   std::vector<uint8_t> rotated(driver[1] * driver[3] * losa::float_type_size(type), 0xa5);
   write_late(heads, position, cache, rotated);

@@ -3,14 +3,23 @@
 // Streams that count how often the host waits for them, and events.
 using cudaEvent_t = int64_t*;
 constexpr unsigned cudaEventDisableTiming = 2;
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new int64_t(0), cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return *event = 1, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return ++*static_cast<int64_t*>(stream), cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return *event == 1 ? cudaSuccess : (std::abort(), 1); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = new int64_t(0), cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return delete event, cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  return *event = 1, cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return ++*static_cast<int64_t*>(stream), cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return *event == 1 ? cudaSuccess : (std::abort(), 1);
+}
 
 #include "cuda/packing/packing.cu"
-
 #include "driver.h"
 
 namespace packing = losa::packing;

@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
                                  .split = 1,
                                  .slice = 0};
   const auto run = !tensor
-      ? (value == FloatType::kFloat           ? sparse_linear::launch_sparse_linear<false, FloatType::kFloat>
+      ? (value == FloatType::kFloat          ? sparse_linear::launch_sparse_linear<false, FloatType::kFloat>
              : value == FloatType::kBFloat16 ? sparse_linear::launch_sparse_linear<false, FloatType::kBFloat16>
                                              : sparse_linear::launch_sparse_linear<false, FloatType::kHalf>)
       : value == FloatType::kHalf ? sparse_linear::launch_sparse_linear<true, FloatType::kHalf>

@@ -1,14 +1,10 @@
 // Few blocks, so that their loops over rows and keys take several turns.
 #define LOSA_MAX_BLOCKS 3
 
-#include "cuda/selection/selection.cu"
-
-#include "cuda/pruning/wanda.cu"
-
 #include "cuda/pruning/column_sweep.cu"
-
 #include "cuda/pruning/factor.cu"
-
+#include "cuda/pruning/wanda.cu"
+#include "cuda/selection/selection.cu"
 #include "driver.h"
 
 namespace selection = losa::selection;

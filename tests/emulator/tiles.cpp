@@ -63,8 +63,8 @@ int main(int argc, char** argv) {
                                        .y = y.data(),
                                        .shape = {}};
     const bool half = static_cast<FloatType>(driver[3]) == FloatType::kHalf;
-    const auto run = half ? sparse_linear::launch_tiles<FloatType::kHalf>
-                          : sparse_linear::launch_tiles<FloatType::kBFloat16>;
+    const auto run =
+        half ? sparse_linear::launch_tiles<FloatType::kHalf> : sparse_linear::launch_tiles<FloatType::kBFloat16>;
     run(task, static_cast<int>(largest), static_cast<int>(driver[6]), nullptr);
     driver.write("y", y);
   }

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/launch.h"
 #include "cuda/decoder_step/attention_kernel.h"
+#include "cuda/launch.h"
 
 namespace losa::decoder_step {
 
@@ -94,10 +94,12 @@ bool is_aligned(const Tensor& tensor) {
 Tensor attend_cache(const Tensor& q, const Tensor& cache, const Tensor& position, int64_t places, double scaling,
                     const Tensor& finished) {
   const FloatType type = float_type(q, "q");
-  STD_TORCH_CHECK(q.dim() == 2 && q.is_contiguous() && is_aligned(q), "q: expected an aligned, contiguous (heads, size)");
+  STD_TORCH_CHECK(q.dim() == 2 && q.is_contiguous() && is_aligned(q),
+                  "q: expected an aligned, contiguous (heads, size)");
   STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == 2 && cache.size(3) == q.size(1) && beside(cache, q) &&
                       cache.scalar_type() == q.scalar_type() && is_aligned(cache),
-                  "cache: expected an aligned, contiguous (2, key heads, places, ", q.size(1), ") of q's dtype and device");
+                  "cache: expected an aligned, contiguous (2, key heads, places, ", q.size(1),
+                  ") of q's dtype and device");
   const int64_t queries = q.size(0), size = q.size(1), keys = cache.size(1), room = cache.size(2);
   const int64_t bytes = size * float_type_size(type);
   STD_TORCH_CHECK(bytes > 0 && bytes <= kMostRowBytes && bytes % 16 == 0, "q: expected heads of up to ", kMostRowBytes,

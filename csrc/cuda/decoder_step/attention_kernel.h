@@ -54,13 +54,14 @@ __device__ __forceinline__ uint4 load_share(const ElementBits<kType>* first, int
 // Adds places `begin` to `end` of a key head. All keys and values of a step are requested before the first one is used.
 template <FloatType kType, int kLanes, int kQueries, int kOwn>
 __device__ __forceinline__ void attend_places(const Attention& task, int key, int begin, int end,
-                                           const float (&q)[kQueries][kOwn], SoftmaxSums<kQueries, kOwn>& sums) {
+                                              const float (&q)[kQueries][kOwn], SoftmaxSums<kQueries, kOwn>& sums) {
   using Shape = AttendShape<kType, kLanes, kQueries>;
   constexpr int kRowsAtOnce = Shape::kRowsAtOnce;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   // The lane's share of a row; a lane beyond the row's end has none.
   const int share = lane % kLanes * kOwn, limit = share < task.size ? end : 0;
-  const auto* const keys_from = static_cast<const ElementBits<kType>*>(task.cache) + key * task.room * task.size + share;
+  const auto* const keys_from =
+      static_cast<const ElementBits<kType>*>(task.cache) + key * task.room * task.size + share;
   const auto* const values_from = keys_from + task.keys * task.room * task.size;
   for (int base = begin; base < end; base += Shape::kStep) {
     const int first = base + warp * Shape::kRows + lane / kLanes;
@@ -149,7 +150,7 @@ struct BlockSums {
 // Combines the sums of the warps and stores them as split number `split` of the queries from `first` on.
 template <int kQueries, int kSize>
 __device__ __forceinline__ void store_split(const Attention& task, const BlockSums<kQueries, kSize>& block, int first,
-                                          int queries, int split, int splits) {
+                                            int queries, int split, int splits) {
   for (int index = static_cast<int>(threadIdx.x); index < queries * kSize; index += 32 * kAttendWarps) {
     const int g = index / kSize, d = index % kSize;
     if (d >= task.size) continue;

@@ -115,7 +115,8 @@ Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const 
                         .rows = rows,
                         .columns = static_cast<int>(columns),
                         .eps = static_cast<float>(eps)};
-  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({task.x, task.update, task.weight, task.out});
+  const bool vectors =
+      columns * float_type_size(type) % 16 == 0 && aligned({task.x, task.update, task.weight, task.out});
   launch_add_rms_norm(type, task, vectors, current_stream(x));
   return out;
 }

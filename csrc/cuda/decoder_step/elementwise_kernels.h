@@ -30,7 +30,8 @@ template <FloatType kType, int kCount>
 __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm task) {
   using Vector = Elements<kType, kCount>;
   __shared__ float sums[kNormThreads / 32];
-  const int vectors = task.columns / kCount, threads = static_cast<int>(blockDim.x), own = static_cast<int>(threadIdx.x);
+  const int vectors = task.columns / kCount, threads = static_cast<int>(blockDim.x),
+            own = static_cast<int>(threadIdx.x);
   const int64_t row = int64_t{blockIdx.x} * task.columns;
   let_next_kernel_start();
   Vector held[kHeld], scale[kHeld];
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm t
   }
   for (int v = own + kHeld * threads; v < vectors; v += threads) {
     Vector sum, weight;
-    sum.load(task.x, row + int64_t{v} * kCount);      // [threads, kCount] of [columns]
+    sum.load(task.x, row + int64_t{v} * kCount);    // [threads, kCount] of [columns]
     weight.load(task.weight, int64_t{v} * kCount);  // [threads, kCount] of [columns]
     normalise(v, sum, weight);
   }
@@ -125,14 +126,14 @@ __global__ void __launch_bounds__(kSiluThreads) gated_silu_kernel(GatedSilu task
 // rotary positions of queries and keys; keys and values into the cache
 
 struct Rotation {
-  const void* heads;  // (queries + 2 * keys, size): queries, keys, values
-  const void* cos;    // (places, size)
-  const void* sin;    // (places, size), its first half negated
+  const void* heads;            // (queries + 2 * keys, size): queries, keys, values
+  const void* cos;              // (places, size)
+  const void* sin;              // (places, size), its first half negated
   const int64_t* position;      // of the token, in cos, sin and cache
   const void *q_norm, *k_norm;  // (size,): weights of RMS norms before the rotation; or null
   float eps;                    // of these norms
-  void* rotated;  // (queries, size)
-  void* cache;   // (2, keys, places, size)
+  void* rotated;                // (queries, size)
+  void* cache;                  // (2, keys, places, size)
   int queries, keys, size;
   int64_t places;
 };
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Ro
     if (!is_value) {
       const int64_t angle = position * task.size + i;
       first = low[p] * load_element<kType>(task.cos, angle) + high[p] * load_element<kType>(task.sin, angle);
-      second = high[p] * load_element<kType>(task.cos, angle + half) + low[p] * load_element<kType>(task.sin, angle + half);
+      second =
+          high[p] * load_element<kType>(task.cos, angle + half) + low[p] * load_element<kType>(task.sin, angle + half);
     }
     store_element<kType>(to, row * task.size + i, first);
     store_element<kType>(to, row * task.size + half + i, second);

@@ -202,7 +202,7 @@ struct ValuesAhead {
 
   // Requests the values from `place` on; zeros beyond the end. By all lanes.
   __device__ __forceinline__ ValuesAhead(Bytes<kSize> bytes, int left, const Unpacking& task, int64_t place,
-                                      Element* buffer)
+                                         Element* buffer)
       : bits(units_of(bytes, left)), places(bits) {
     const Element* const from = static_cast<const Element*>(task.values) + place;
     lead = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(Element));

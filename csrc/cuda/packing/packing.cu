@@ -1,9 +1,9 @@
 // Packing and unpacking on CUDA: which kernel runs, on how many blocks, and when the host has to wait.
 #include "common/bits.h"
 #include "cuda/launch.h"
+#include "cuda/packing/kernels.h"
 #include "cuda/packing/late_number.h"
 #include "cuda/packing/mask_kernels.h"
-#include "cuda/packing/kernels.h"
 
 namespace losa::packing {
 
@@ -31,8 +31,8 @@ inline unsigned grid_of(int64_t rows, const Slices& slices) {
 
 // offsets: (rows,); total: one number, in memory of the device or in pinned memory.
 void launch_offsets(const Mask& mask, int64_t* offsets, int64_t* total, cudaStream_t stream) {
-  const bool pieces = mask.columns % 128 == 0 && mask.stride % 16 == 0 &&
-      reinterpret_cast<uintptr_t>(mask.bits) % 16 == 0;
+  const bool pieces =
+      mask.columns % 128 == 0 && mask.stride % 16 == 0 && reinterpret_cast<uintptr_t>(mask.bits) % 16 == 0;
   if (mask.rows > 0) LOSA_LAUNCH(count_kernel, grid_size(mask.rows), kThreads, 0, stream, mask, pieces, offsets);
   LOSA_LAUNCH(scan_kernel, 1, kScanThreads, 0, stream, offsets, mask.rows, total);
 }
@@ -153,8 +153,8 @@ using Size = std::integral_constant<int, kSize>;
 
 template <class Body>
 void with_size(int64_t size, const Body& body) {
-  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8,
-                  "expected elements of 1, 2, 4 or 8 bytes, got ", size);
+  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8, "expected elements of 1, 2, 4 or 8 bytes, got ",
+                  size);
   if (size == 1) body(Size<1>{});
   if (size == 2) body(Size<2>{});
   if (size == 4) body(Size<4>{});
@@ -240,14 +240,13 @@ void unpack_bitmask(const Tensor& dense, const Tensor& values, const Tensor& bit
   const int64_t rows = dense.size(0), columns = dense.size(1), total = values.numel();
   const auto size = static_cast<int64_t>(dense.element_size());
   void* const to = dense.mutable_data_ptr();
-  const Unpacking task{
-      .mask = mask_of(bits, columns),
-      .values = values.const_data_ptr(),
-      .total = total,
-      .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
-      .length = rows > 0 ? total / rows : 0,
-      .dense = to,
-      .aligned = has_aligned_rows(to, columns, size)};
+  const Unpacking task{.mask = mask_of(bits, columns),
+                       .values = values.const_data_ptr(),
+                       .total = total,
+                       .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                       .length = rows > 0 ? total / rows : 0,
+                       .dense = to,
+                       .aligned = has_aligned_rows(to, columns, size)};
   with_size(size, [&](auto bytes) { launch_unpack<bytes.value>(task, current_stream(dense)); });
 }
 

@@ -18,13 +18,21 @@ constexpr int kSteps = 4;  // units of a lane in an iteration
 template <int kSize>
 struct OfSize;
 template <>
-struct OfSize<1> { using Element = uint8_t; };
+struct OfSize<1> {
+  using Element = uint8_t;
+};
 template <>
-struct OfSize<2> { using Element = uint16_t; };
+struct OfSize<2> {
+  using Element = uint16_t;
+};
 template <>
-struct OfSize<4> { using Element = uint32_t; };
+struct OfSize<4> {
+  using Element = uint32_t;
+};
 template <>
-struct OfSize<8> { using Element = uint64_t; };
+struct OfSize<8> {
+  using Element = uint64_t;
+};
 
 // Elements of 16 bytes (a piece); columns of a unit (all in one byte of the mask), of a step, and of an iteration.
 template <int kSize>

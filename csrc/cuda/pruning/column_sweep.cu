@@ -10,7 +10,7 @@
 namespace losa::column_sweep {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kLanes = 4;               // that share a row
+constexpr int kLanes = 4;                 // that share a row
 constexpr int kRows = kThreads / kLanes;  // of a block of threads
 constexpr int kStrip = 4 * kLanes;        // columns of a strip, of which each lane has four neighbours
 constexpr int kMaxWidth = 128, kStrips = kMaxWidth / kStrip;
@@ -31,7 +31,7 @@ struct Sweep {
   float* errors;  // (rows, width); if split, (rows, 3 * width): the high part twice, then the low part
   int64_t errors_stride;
   bool split;
-  float* loss;  // (rows,), added to
+  float* loss;   // (rows,), added to
   bool aligned;  // rows of weight, factor and errors are whole fours and may be accessed 16 bytes at a time
 };
 
@@ -124,9 +124,8 @@ __device__ __forceinline__ void load_diagonal(const Sweep& task, float* diagonal
 // A bit for each of a lane's four columns that is among the `prune` smallest of its group. kM / 4 neighbouring lanes
 // share a group; `own_lane` is the lane's number in the row.
 template <int kM>
-__device__ __forceinline__ unsigned smallest_columns(const float (&w)[4], unsigned pruned,
-                                                     const float4& diagonal, const float4& inverse, int own_lane,
-                                                     int prune) {
+__device__ __forceinline__ unsigned smallest_columns(const float (&w)[4], unsigned pruned, const float4& diagonal,
+                                                     const float4& inverse, int own_lane, int prune) {
   int keys[4], before[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -243,8 +242,8 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Sweep task) {
         constexpr int kShare = kM / 4;  // lanes of a group
         if (turn % kShare == 0) {
           const int own = kStrip / 4 * k + own_lane;
-          const unsigned smallest = smallest_columns<kM>(w[k], pruned >> 4 * k, diagonals[own], inverses[own], own_lane,
-                                                         task.prune);
+          const unsigned smallest =
+              smallest_columns<kM>(w[k], pruned >> 4 * k, diagonals[own], inverses[own], own_lane, task.prune);
           if (own_lane / kShare == turn / kShare) chosen |= smallest << 4 * k & inside;
         }
       }

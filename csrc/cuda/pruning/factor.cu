@@ -7,8 +7,8 @@
 
 namespace losa::factor {
 
-constexpr int kSide = 128;             // the most rows and columns of a matrix
-constexpr int kGrid = 16;              // threads along the rows, and along the columns
+constexpr int kSide = 128;  // the most rows and columns of a matrix
+constexpr int kGrid = 16;   // threads along the rows, and along the columns
 constexpr int kThreads = kGrid * kGrid;
 constexpr int kOwn = kSide / kGrid;  // rows, and columns, of a thread
 

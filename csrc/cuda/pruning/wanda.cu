@@ -24,7 +24,7 @@ struct Wanda {
   int count;        // entries of a row or group to be pruned, with those that are pruned already
   uint8_t* packed;  // (rows, packed_width(columns)), dense: the entries that stay
   int* faults;      // kBadNorms and kBadWeight are added to it; or null
-  bool aligned;  // units of weight and norms are whole and may be read 16 bytes at a time
+  bool aligned;     // units of weight and norms are whole and may be read 16 bytes at a time
 };
 
 // |w| from the bits of w.
@@ -58,7 +58,9 @@ struct Unit {
     const auto* from = static_cast<const ElementBits<kType>*>(weight) + place;
     if (aligned) {
 #pragma unroll
-      for (int q = 0; q < kWords / 4; ++q) spread(reinterpret_cast<const uint4*>(from)[q], words + 4 * q);  // [16 bytes]
+      for (int q = 0; q < kWords / 4; ++q) {
+        spread(reinterpret_cast<const uint4*>(from)[q], words + 4 * q);  // [16 bytes]
+      }
     } else {
       constexpr int kPerWord = kUnit / kWords;
 #pragma unroll
@@ -125,9 +127,14 @@ __device__ __forceinline__ void keep_ties(unsigned ties, int before, int room, u
   }
 }
 
+// Blocks that a multiprocessor's registers must allow, where a thread holds the keys of so many units.
+LOSA_HOST_DEVICE constexpr int blocks_of_multiprocessor(int units) {
+  return units > 4 ? 2 : units > 2 ? 3 : 4;
+}
+
 // A block of threads for each row. kUnits: units of a thread; 0 for any number.
 template <FloatType kType, int kUnits>
-__global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4) wanda_rows_kernel(Wanda task) {
+__global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kUnits)) wanda_rows_kernel(Wanda task) {
   __shared__ __align__(16) int histogram[kBins];
   __shared__ int warp_sums[kWarps];
   __shared__ int pruned_before;
@@ -140,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
   for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
     const auto unit_of = [](int turn) { return turn * kThreads + static_cast<int>(threadIdx.x); };
-    const auto find = [&](int unit, const Unit<kType>& raw, int(&keys)[kUnit]) {
+    const auto find = [&](int unit, const Unit<kType>& raw, int (&keys)[kUnit]) {
       if (unit < width) {
         own_pruned += __popc(find_keys(task, raw, row, unit * kUnit, keys, &largest, &faults));
       } else {
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
       }
     };
     const auto count_digits = [&](int pass, int prefix) {
-      each([&](int, const int(&keys)[kUnit]) {
+      each([&](int, const int (&keys)[kUnit]) {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
           if (takes_part(keys[i], pass, prefix)) atomicAdd(&histogram[digit_of(keys[i], pass)], 1);
@@ -209,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
 
     // The mask. Ties are counted in the order of columns.
     int passed = 0;
-    each([&](int unit, const int(&keys)[kUnit]) {
+    each([&](int unit, const int (&keys)[kUnit]) {
       unsigned kept = 0, ties = 0;
       compare(keys, bound, &kept, &ties);
       if (!all_ties) {
@@ -229,7 +236,8 @@ __global__ void __launch_bounds__(kThreads, kUnits > 4 ? 2 : kUnits > 2 ? 3 : 4)
 template <FloatType kType, int kM>
 __global__ void __launch_bounds__(kThreads, 2) wanda_groups_kernel(Wanda task) {
   constexpr int kUnits = kM > kUnit ? kM / kUnit : 1;
-  const auto width = static_cast<unsigned>(packed_width(task.columns)), items = (width + kUnits - 1) / kUnits;  // of a row
+  const auto width = static_cast<unsigned>(packed_width(task.columns));
+  const unsigned items = (width + kUnits - 1) / kUnits;  // of a row
   const unsigned total = static_cast<unsigned>(task.rows) * items, step = gridDim.x * kThreads;
   int largest = 0, faults = 0;
   for (unsigned index = blockIdx.x * kThreads + threadIdx.x; index < total; index += step) {

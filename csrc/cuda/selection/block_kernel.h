@@ -2,8 +2,8 @@
 // wait for each other between the digits; no sort, no index tensors.
 #pragma once
 
-#include "cuda/launch.h"
 #include "cuda/grid_barrier.h"
+#include "cuda/launch.h"
 #include "cuda/radix_select.h"
 #include "cuda/scores.h"
 
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(ColumnBlock block, int
     *column = (index - row * units) * kUnit;
     return row;
   };
-  const auto count_digits = [&](int pass, int prefix, const int(&own)[kUnit]) {
+  const auto count_digits = [&](int pass, int prefix, const int (&own)[kUnit]) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (takes_part(own[i], pass, prefix)) atomicAdd(&shared.histogram[digit_of(own[i], pass)], 1);
@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(ColumnBlock block, int
     for (unsigned index = begin + step; index < total; index += step) {
       unsigned column, row = place_of(index, &column);
       int own[kUnit];
-      load_unit<int4>(keys + row * block.width + column, static_cast<int>(block.width - column), block.aligned, -1, own);
+      load_unit<int4>(keys + row * block.width + column, static_cast<int>(block.width - column), block.aligned, -1,
+                      own);
       use(index, own);
     }
   };
@@ -191,12 +192,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(ColumnBlock block, int
     Bin bin = find_digit<0>(shared, state, room);
     bound = bin.index;
     room -= bin.before;
-    each([&](unsigned, const int(&own)[kUnit]) { count_digits(1, bound, own); });
+    each([&](unsigned, const int (&own)[kUnit]) { count_digits(1, bound, own); });
     add_histogram<1>(shared, state);
     bin = find_digit<1>(shared, state, room);
     bound = bound << 10 | bin.index;
     room -= bin.before;
-    each([&](unsigned, const int(&own)[kUnit]) { count_digits(2, bound, own); });
+    each([&](unsigned, const int (&own)[kUnit]) { count_digits(2, bound, own); });
     add_histogram<2>(shared, state);
     bin = find_digit<2>(shared, state, room);
     bound = bound << 10 | bin.index;
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(ColumnBlock block, int
   }
   // Keys equal to the bound, of which only the first are pruned: how many there are in each column.
   if (tied) {
-    each([&](unsigned index, const int(&own)[kUnit]) {
+    each([&](unsigned index, const int (&own)[kUnit]) {
       unsigned column;
       place_of(index, &column);
 #pragma unroll

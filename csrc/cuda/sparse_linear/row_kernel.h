@@ -255,7 +255,8 @@ __device__ __forceinline__ void move_to_column(const Weight& weight, const uint8
 
 // y of a block's rows from the partial sums of its warps: partial[group * split + s] are those of slice s.
 template <FloatType kX, int kRows, int kBatch>
-__device__ __forceinline__ void store_sums(const Task& task, int groups, const float (&partial)[kWarps][kRows * kBatch]) {
+__device__ __forceinline__ void store_sums(const Task& task, int groups,
+                                           const float (&partial)[kWarps][kRows * kBatch]) {
   constexpr int kSums = kRows * kBatch;
   for (int i = threadIdx.x; i < groups * kSums; i += kThreads) {
     const int group = i / kSums, r = i % kSums / kBatch, b = i % kBatch;
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor(kTensorCore
   int places[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int64_t row = first_row + r < weight.rows ? first_row + r : weight.rows - 1;  // beyond it: it again, not stored
+    const int64_t row = first_row + r < weight.rows ? first_row + r : weight.rows - 1;  // beyond: not stored
     masks[r] = weight.mask + row * weight.mask_stride;
     int64_t first = first_value(weight, row);
     const int64_t last = row + 1 < weight.rows ? first_value(weight, row + 1) : weight.total;

@@ -227,7 +227,7 @@ Tensor multiply(const Tensor& x, Tensor values, const Tensor& bitmask, const std
                   .split = 1,
                   .slice = 0};
   const auto launch = x_type == FloatType::kFloat
-      ? (value == FloatType::kFloat           ? launch_sparse_linear<false, FloatType::kFloat>
+      ? (value == FloatType::kFloat          ? launch_sparse_linear<false, FloatType::kFloat>
              : value == FloatType::kBFloat16 ? launch_sparse_linear<false, FloatType::kBFloat16>
                                              : launch_sparse_linear<false, FloatType::kHalf>)
       : value == FloatType::kBFloat16 ? launch_sparse_linear<true, FloatType::kBFloat16>

@@ -43,7 +43,8 @@ __device__ __forceinline__ unsigned tile_word(const unsigned long long (&rows)[2
 }
 
 // sizes: of each chunk, in units of kCopyUnit bytes, (groups, chunks). A warp for each chunk, two lanes for each row.
-__global__ void __launch_bounds__(32 * kTilePackWarps) count_tiles_kernel(PackedRows weight, Tiles tiles, int64_t* sizes) {
+__global__ void __launch_bounds__(32 * kTilePackWarps)
+    count_tiles_kernel(PackedRows weight, Tiles tiles, int64_t* sizes) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kTilePackWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (at >= tiles.groups() * tiles.chunks()) return;
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(32 * kTilePackWarps) count_tiles_kernel(Packed
 }
 
 // Fills tiles.data; tiles.offsets are the sums of the sizes. A warp for each group of rows.
-__global__ void __launch_bounds__(32 * kTilePackWarps) write_tiles_kernel(PackedRows weight, Tiles tiles, uint8_t* data) {
+__global__ void __launch_bounds__(32 * kTilePackWarps)
+    write_tiles_kernel(PackedRows weight, Tiles tiles, uint8_t* data) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kTilePackWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if (group >= tiles.groups()) return;

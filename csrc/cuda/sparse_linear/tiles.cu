@@ -1,10 +1,10 @@
 // A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it. Sets launches and their
 // shared memory; the table at the head of sparse_linear.cu says when products take this way.
+#include <algorithm>
+
 #include "cuda/per_device.h"
 #include "cuda/sparse_linear/tile_packing.h"
 #include "cuda/sparse_linear/tiles_kernel.h"
-
-#include <algorithm>
 
 namespace losa::sparse_linear {
 
@@ -139,14 +139,13 @@ void write_tiles(const Tensor& values, const Tensor& bitmask, const std::optiona
   const DeviceGuard guard(values.get_device_index());
   const Tensor bits = torch::stable::contiguous(bitmask);
   const Tiles tiles = tiles_of(data, offsets, rows, columns);
-  const PackedRows weight{
-      .values = static_cast<const uint16_t*>(values.const_data_ptr()),
-      .total = total,
-      .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
-      .length = total / rows,
-      .mask = static_cast<const uint8_t*>(bits.const_data_ptr()),
-      .rows = rows,
-      .columns = tiles.columns};
+  const PackedRows weight{.values = static_cast<const uint16_t*>(values.const_data_ptr()),
+                          .total = total,
+                          .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                          .length = total / rows,
+                          .mask = static_cast<const uint8_t*>(bits.const_data_ptr()),
+                          .rows = rows,
+                          .columns = tiles.columns};
   launch_write_tiles(weight, tiles, static_cast<uint8_t*>(data.mutable_data_ptr()), current_stream(values));
 }
 

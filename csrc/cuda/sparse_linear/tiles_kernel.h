@@ -37,9 +37,7 @@ struct TileShape {
   LOSA_HOST_DEVICE constexpr int stages_at(int batch) const {
     return sums_at() + warps * kTileRows * batch * static_cast<int>(sizeof(float));
   }
-  LOSA_HOST_DEVICE constexpr int bytes(int batch) const {
-    return stages_at(batch) + warps * stages * stage_bytes;
-  }
+  LOSA_HOST_DEVICE constexpr int bytes(int batch) const { return stages_at(batch) + warps * stages * stage_bytes; }
 };
 
 struct TileTask {
@@ -128,11 +126,12 @@ struct ChunkStream {
     if (has_bulk_copies()) {
       if (lane == owner && bytes != 0) copy_bulk(to + kStageHead, from, bytes, to);
     } else {
-      const auto begin = reinterpret_cast<const uint8_t*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(from), owner));
+      const auto begin =
+          reinterpret_cast<const uint8_t*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(from), owner));
       const unsigned count = __shfl_sync(kAllLanes, bytes, owner);
 #pragma unroll 1
-      for (unsigned at = kCopyUnit * lane; at < count; at += kCopyUnit * 32) copy_async(to + kStageHead + at, begin + at);
+      for (unsigned at = kCopyUnit * lane; at < count; at += kCopyUnit * 32)
+        copy_async(to + kStageHead + at, begin + at);
       // A group of copies for every turn, so that the number of groups on their way tells which chunks have come.
       commit_copies();
     }

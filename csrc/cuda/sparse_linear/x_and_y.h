@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "cuda/launch.h"
 #include "common/tensor_checks.h"
+#include "cuda/launch.h"
 
 namespace losa::sparse_linear {
 
@@ -44,8 +44,8 @@ inline torch::stable::Tensor padded_x(const torch::stable::Tensor& x, int64_t ba
   torch::stable::Tensor padded = torch::stable::new_empty(x, {batch, padded_columns});
   void* const to = padded.mutable_data_ptr();
   LOSA_CUDA_CHECK(cudaMemsetAsync(to, 0, count * pitch, stream));
-  LOSA_CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, source.const_data_ptr(), bytes, bytes, count, cudaMemcpyDeviceToDevice,
-                                    stream));
+  LOSA_CUDA_CHECK(
+      cudaMemcpy2DAsync(to, pitch, source.const_data_ptr(), bytes, bytes, count, cudaMemcpyDeviceToDevice, stream));
   return padded;
 }
 
