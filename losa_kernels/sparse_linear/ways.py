@@ -118,7 +118,7 @@ def _timed(packed: Packed, name: str, run):
 
 def table(device: torch.device, batch: int, possible: bool) -> str:
     """Where nothing may be timed, by predictions from counted instructions and bytes, not by measurements: tiles are
-    the fastest where bulk copies bring them. The kernel for windows reads each weight once for up to 4 rows of x, which
+    the fastest where bulk copies bring them. The window kernel reads each weight once for up to 4 rows of x, which
     sit in registers; for more its instructions take longer than a dense product reads the unpacked weight."""
     if possible and _major(device) >= TILES_MAJOR:
         return "tiles"

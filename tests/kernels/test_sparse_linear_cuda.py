@@ -1,4 +1,4 @@
-"""The CUDA decode kernels: in the emulator on every machine, and on a GPU where there is one."""
+"""The window kernel and the row kernel: in the emulator on every machine, and on a GPU where there is one."""
 
 from __future__ import annotations
 
