@@ -1,4 +1,4 @@
-"""Machine instructions of the loops of sparse_linear's kernels, counted along the paths that a warp takes through them."""
+"""Machine instructions of the loops of sparse_linear's kernels, counted along the paths that a warp takes."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_files_and_functions_are_short():
 
 
 def room(path: str) -> tuple[str, ...]:
-    """Of a path below csrc: (common,), (cpu,) or (cuda,) for what all ops share, and the op after it for what one owns."""
+    """(common,), (cpu,) or (cuda,) for a file that all ops share; followed by the op for a file of one op."""
     return Path(path).parts[:-1][:2]
 
 
