@@ -79,7 +79,7 @@ struct CopyBarrier {
   bool asked = false;  // a copy that has not happened
   Copy copy{};
   std::size_t bytes = 0;
-  unsigned phase = 0, waited = 0;        // copies that are complete, and of these what somebody waited for
+  unsigned phase = 0, waited = 0;        // copies that are complete, and of these the copies that were waited for
   std::map<const void*, unsigned> seen;  // by each fiber
 };
 
@@ -114,9 +114,10 @@ struct Machine {
   std::vector<std::vector<unsigned char>> dynamic_shared;  // of each block that runs
   Fiber* current = nullptr;
   unsigned patience = 64;
-  bool dependent = false;                             // the launch is one of LOSA_LAUNCH_DEPENDENT
-  std::vector<std::function<void()>> kernels_before;  // what they do, as late as they may: when somebody waits for them
-  bool has_bulk_copies = true;                        // as from compute capability 9.0 on
+  bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
+  // What the kernels before do, as late as possible: when a thread waits for them.
+  std::vector<std::function<void()>> kernels_before;
+  bool has_bulk_copies = true;                          // as from compute capability 9.0 on
   std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
   int device = 0;
   int attributes_set = 0;

@@ -21,10 +21,13 @@
 // Columns are below 2^30. window_kernel reads the mask in aligned 32-bit words: if the bitmask begins elsewhere (a
 // view), or W has 2^30 rows or more, row_kernel runs instead. Both kernels take the bitmask format, with row offsets,
 // and N:M, whose rows have equally many values; row_kernel<.., true> is for N:M where every 8 columns have equally many
-// values (1:4, 2:4, 4:8, ...), so that it counts no bits. PackedNM with M = 16 has row lengths but no such number.
+// values (1:4, 2:4, 4:8, ...; not M = 16), so that it counts no bits. Weights in torch's own 2:4 format and of other
+// types take torch's products.
 //
 // Where x has the 16-bit type of the values, losa_kernels/sparse_linear/ways.py chooses among this file (`window`),
-// tiles (`tiles`) and unpacking (`unpack`) by one measurement of each, or by LOSA_SPARSE_LINEAR.
+// tiles (`tiles`) and unpacking (`unpack`): by LOSA_SPARSE_LINEAR, by one measurement of each way, or, where nothing
+// may be measured, by a rule: tiles from compute capability 9.0 on, else this file for up to 4 rows of x, else
+// unpacking.
 //
 // The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows window_kernel takes between two barriers (else 4),
 // to compare them on a card.
