@@ -15,7 +15,8 @@ from losa.decoding import LeanDecoder
 from losa.model import block_linears, find_blocks
 from losa.modules import SparseLinear
 from losa.sparse import group_linears, join_linears, pack_weight
-from losa.speed import bytes_per_token, copy_bandwidth, seconds_per_token
+from losa.speed import bytes_per_token, seconds_per_token
+from losa_kernels.timing import copy_bandwidth
 
 # hidden, intermediate, layers, heads, key heads, vocabulary
 SIZES = {
