@@ -20,7 +20,7 @@ from losa.errors import LosaError, ModelError, NumericsError
 from losa.pruners.base import Statistic
 from losa.stream_storage import StreamStorage
 from losa_kernels import gram
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
 
 class _Stop(Exception):

@@ -26,7 +26,7 @@ from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa.schedule import RoundPlan
 from losa_kernels import cka_similarity, merge_masked_lora, unpack_mask
-from losa_kernels.column_sweep import free_graphs
+from losa_kernels.pruning import free_graphs
 
 
 class Engine:

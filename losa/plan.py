@@ -22,7 +22,7 @@ from losa.recipe import Recipe
 from losa.schedule import RoundPlan, plan_rounds
 from losa.stream_storage import fits_on_device
 from losa.train import autocast_dtype
-from losa_kernels.column_sweep.factor import TOGETHER
+from losa_kernels.pruning.factor import TOGETHER
 
 PHASES = ("throughout", "loading", "pruning", "training", "export")
 

@@ -7,7 +7,7 @@ import torch
 from column_sweep_problems import hessian, operands, tied
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask
-from losa_kernels.column_sweep import blocks, cuda, reference
+from losa_kernels.pruning import blocks, cuda, reference
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 

@@ -8,7 +8,7 @@ from column_sweep_problems import hessian, operands, tied
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import blocks, cpu, inverse_factor, reference
+from losa_kernels.pruning import blocks, cpu, inverse_factor, reference
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 

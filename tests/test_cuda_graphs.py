@@ -9,8 +9,8 @@ import torch
 from fake_cuda import FakeCuda
 
 from losa_kernels import cuda_graphs, measured
-from losa_kernels.column_sweep import factor
-from losa_kernels.column_sweep.graph import CudaCapture
+from losa_kernels.pruning import factor
+from losa_kernels.pruning.graph import CudaCapture
 
 
 def test_streams_and_graphs_of_recorders(monkeypatch):

@@ -20,8 +20,8 @@ from losa.model import merge_model
 from losa.modules import SparseLinear
 from losa.speed import decode_speeds
 from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
 from losa_kernels.cuda_graphs import Recorder
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
 
 def inputs_of(model, ids):

@@ -12,7 +12,7 @@ from column_sweep_problems import tied
 from emulation import FOLDER, NEEDED, load
 
 from losa_kernels import bitmask, pack_mask, unpack_mask
-from losa_kernels.column_sweep import reference
+from losa_kernels.pruning import reference
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {

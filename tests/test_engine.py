@@ -12,7 +12,7 @@ from losa.errors import NumericsError
 from losa.model import merge_model, wrap_model, wrapped_linears
 from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig, RoundsConfig
 from losa.schedule import plan_rounds
-from losa_kernels.column_sweep import cuda, factor
+from losa_kernels.pruning import cuda, factor
 from tests.tiny import tiny_llama
 
 IDS = torch.randint(0, 90, (8, 24), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ import torch
 from fake_cuda import FakeCuda
 
 from losa_kernels import native, pack_mask, sparsegpt_prune
-from losa_kernels.column_sweep import blocks, cuda, graph, inverse_factor
+from losa_kernels.pruning import blocks, cuda, graph, inverse_factor
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
