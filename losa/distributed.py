@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
 
 from losa.errors import LosaError, OutputError
 
@@ -111,3 +112,14 @@ def check_agreement(what: str, value: str) -> None:
             f"{what}: process 0 has {values[0]}, process {other} has {values[other]}; the processes must read the same "
             "files, so inputs and output belong on a file system that all of them share"
         )
+
+
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """The tensor of process 0, on the device of this process's own one: so all processes decide alike. Alone, a process
+    gets its tensor back."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    device = tensor.device
+    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
+    dist.broadcast(shared, 0)
+    return shared.to(device)
