@@ -30,7 +30,7 @@ from losa.pruners.base import Pattern
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa_kernels import cka_similarity
-from losa_kernels.column_sweep import free_graphs
+from losa_kernels.pruning import free_graphs
 
 
 class Engine:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, NumericsError
 from losa.registry import Registry
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
 
 class Statistic(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from losa_kernels.column_sweep.factor import TOGETHER
+from losa_kernels.pruning.factor import TOGETHER
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from losa.pruners.base import Pattern, Pruned, Pruner, check_finite
 from losa.pruners.cost import Memory, PruningShape, hessian_flops, hessian_memory
 from losa.recipe.sections import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import SingularHessianError, inverse_factor, inverse_factors
+from losa_kernels.pruning import SingularHessianError, inverse_factor, inverse_factors
 
 
 class SparseGPT(Pruner):

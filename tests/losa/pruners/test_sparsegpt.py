@@ -9,7 +9,7 @@ from losa.errors import NumericsError, RecipeError
 from losa.pruners import Pattern, get_pruner
 from losa.recipe.sections import PruneConfig
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import inverse_factor
+from losa_kernels.pruning import inverse_factor
 from tests.helpers.pruning import statistic_for
 
 
