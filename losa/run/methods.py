@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round, make_schedule
 from losa.data.sequences import PackedData
-from losa.distributed import check_agreement, on_main
+from losa.distributed import check_agreement, on_main, process_count
 from losa.errors import OutputError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
@@ -188,7 +187,7 @@ class MethodRun:
                 if trainer is not None:
                     trainer.global_step = step
                 self.log(f"{self.method}: resuming after round {len(done)} of {len(plans)}")
-            if PartialState().num_processes > 1:
+            if process_count() > 1:
                 check_agreement(f"{self.method}: the newest checkpoint", self._standing(done))
         first = sum(plan.sequences for plan in plans[: len(done)])
         for plan in plans[len(done) :]:
