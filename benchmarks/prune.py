@@ -19,7 +19,7 @@ from benchmarks._timing import parser, report
 from benchmarks.cka import pairwise
 from benchmarks.quality import MODELS
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import RoundPlan
+from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
 from losa.model.blocks import block_linears, find_blocks, find_linears
 from losa.model.loading import load_model
@@ -69,7 +69,7 @@ def _round(model: nn.Module, ids: Tensor, pruner: str) -> dict[str, float]:
     )
     engine = Engine(model, ids, config, AllocationConfig(), calibration)
     start = time.perf_counter()
-    record = engine.run_round(RoundPlan(1, SPARSITY, 6, 1))
+    record = engine.run_round(Round(1, SPARSITY, 6, 1))
     whole = time.perf_counter() - start
     passes = _pure_forward(engine, ids)
     unwrap_model(model)
@@ -81,7 +81,7 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
     """The block calls of a round: features for rates, the dense stream, statistics, the sparse stream."""
 
     def once() -> None:
-        stream = BlockStream(engine.model, engine.blocks, ids, engine.calibration.batch_size, calls=engine._calls)
+        stream = BlockStream(engine.model, engine.modules, ids, engine.calibration.batch_size, calls=engine._calls)
         for index in range(len(engine.blocks)):
             stream.advance(index)
 
