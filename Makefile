@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench gpu gpu-again test-gpu bench-gpu clean
 
@@ -23,6 +24,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 # make bench BENCH="bitmask --quick"
 BENCH ?= bitmask --quick

@@ -1,4 +1,6 @@
 // Centred Grams on the CPU: slices of the features in parallel, partial Grams in fp64, their sum in a fixed order.
+#include "cpu/cka.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,7 +9,6 @@
 
 #include "common/cpu_isa.h"
 #include "common/tensor_checks.h"
-#include "cpu/cka.h"
 #include "cpu/scratch.h"
 
 namespace losa::cka {
@@ -34,8 +35,8 @@ Tensor gram(const Tensor& features) {
   Tensor grams = torch::stable::new_zeros(features, {layers, samples, samples}, ScalarType::Double);
 
   const CpuIsa isa = selected_isa();
-  const auto add_slice = isa == CpuIsa::kAvx512  ? add_slice_avx512
-                         : isa == CpuIsa::kAvx2 ? add_slice_avx2
+  const auto add_slice = isa == CpuIsa::kAvx512 ? add_slice_avx512
+      : isa == CpuIsa::kAvx2                    ? add_slice_avx2
                                                 : add_slice_scalar;
   const int64_t panel = panel_columns(samples), panels = (columns + panel - 1) / panel;
   const int64_t width = panel * std::max(kPanelsPerSlice, (panels + kMostSlices - 1) / kMostSlices);

@@ -61,8 +61,8 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   const int64_t stride = packed_width(columns), errors_stride = errors.stride(0);
   const bool split = errors.size(1) != width;
   const CpuIsa isa = selected_isa();
-  const auto sweep = isa == CpuIsa::kAvx512  ? sweep_panel_avx512
-                     : isa == CpuIsa::kAvx2 ? sweep_panel_avx2
+  const auto sweep = isa == CpuIsa::kAvx512 ? sweep_panel_avx512
+      : isa == CpuIsa::kAvx2                ? sweep_panel_avx2
                                             : sweep_panel_scalar;
 
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
@@ -95,8 +95,8 @@ void sweep_block(const Tensor& weight, const Tensor& factor, int64_t start, int6
   });
 }
 
-// On rows [start, end) from the last to the first: each earlier row loses its multiple of the row, on the matrix and, in
-// the columns that this leaves free, on an identity.
+// On rows [start, end) from the last to the first: each earlier row loses its multiple of the row, on the matrix and,
+// in the columns that this leaves free, on an identity.
 void factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor& inverse, const Tensor& failed) {
   pruning::check_factor_panel(matrix, start, end, inverse, failed);
   const int64_t stride = matrix.stride(0), width = end - start;

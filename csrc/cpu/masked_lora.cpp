@@ -53,9 +53,9 @@ void project_masked_lora(const Tensor& gradient, const Tensor& weight, const std
                          const std::optional<Tensor>& dB) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == rows && gradient.size(1) == columns &&
-                      has_dense_rows(gradient),
-                  "gradient: expected (", rows, ", ", columns, ") with dense rows");
+  STD_TORCH_CHECK(
+      gradient.dim() == 2 && gradient.size(0) == rows && gradient.size(1) == columns && has_dense_rows(gradient),
+      "gradient: expected (", rows, ", ", columns, ") with dense rows");
   check_factors(lora_A, lora_B, rows, columns);
   const int64_t rank = lora_A.size(0);
   check_gradients(dA, dB, rows, columns, rank);

@@ -41,15 +41,14 @@ void split_tokens(const Tensor& matrix, const Tensor& passes) {
 }
 
 void multiply_masked_lora(const Tensor& passes, const Tensor& weight, const Tensor& mask, const Tensor& lora_A,
-                          const Tensor& lora_B, const std::optional<Tensor>& bias, bool transposed,
-                          const Tensor& out) {
+                          const Tensor& lora_B, const std::optional<Tensor>& bias, bool transposed, const Tensor& out) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float, "weight: expected float32 (out, in)");
   STD_TORCH_CHECK(lora_A.dim() == 2, "lora_A: expected (r, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1), rank = lora_A.size(0);
   const int64_t ins = transposed ? rows : columns, outs = transposed ? columns : rows;
-  STD_TORCH_CHECK(out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.size(1) == outs &&
-                      has_dense_rows(out),
-                  "out: expected float32 (tokens, ", outs, ") with dense rows");
+  STD_TORCH_CHECK(
+      out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.size(1) == outs && has_dense_rows(out),
+      "out: expected float32 (tokens, ", outs, ") with dense rows");
   const int64_t tokens = out.size(0);
   check_passes(passes, tokens, ins, "passes");
   check_factors(lora_A, lora_B, rows, columns);
@@ -58,8 +57,9 @@ void multiply_masked_lora(const Tensor& passes, const Tensor& weight, const Tens
   const Source source(weight, mask);
   const Tensor A = with_dense_rows(lora_A), B = torch::stable::contiguous(lora_B);
   const CpuIsa isa = selected_isa();
-  const auto multiply =
-      isa == CpuIsa::kAvx512 ? multiply_avx512 : isa == CpuIsa::kAvx2 ? multiply_avx2 : multiply_scalar;
+  const auto multiply = isa == CpuIsa::kAvx512 ? multiply_avx512
+      : isa == CpuIsa::kAvx2                   ? multiply_avx2
+                                               : multiply_scalar;
 
   const int64_t tasks = (outs + kOutFeatures - 1) / kOutFeatures;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {

@@ -22,7 +22,7 @@ struct Sample {
   const uint8_t* bits;
   int64_t bits_stride;
   Passes dy, x;
-  int64_t tokens;  // with the zeros
+  int64_t tokens;       // with the zeros
   const float* lora_A;  // (rank, columns)
   const float* lora_B;  // (rows, rank), scaled, dense
   int64_t lora_A_stride, rank;

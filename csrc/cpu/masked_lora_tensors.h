@@ -36,8 +36,9 @@ void check_factors(const Tensor& lora_A, const Tensor& lora_B, int64_t rows, int
 
 void check_gradients(const std::optional<Tensor>& dA, const std::optional<Tensor>& dB, int64_t rows, int64_t columns,
                      int64_t rank) {
-  STD_TORCH_CHECK(!dA || (dA->dim() == 2 && dA->scalar_type() == ScalarType::Float && dA->size(0) == rank &&
-                          dA->size(1) == columns && has_dense_rows(*dA)),
+  STD_TORCH_CHECK(!dA ||
+                      (dA->dim() == 2 && dA->scalar_type() == ScalarType::Float && dA->size(0) == rank &&
+                       dA->size(1) == columns && has_dense_rows(*dA)),
                   "dA: expected float32 (", rank, ", ", columns, ") with dense rows");
   STD_TORCH_CHECK(!dB || (is_dense_float(*dB) && dB->dim() == 2 && dB->size(0) == rows && dB->size(1) == rank),
                   "dB: expected contiguous float32 (", rows, ", ", rank, ")");

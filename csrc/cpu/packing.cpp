@@ -67,8 +67,7 @@ void for_each_row(int64_t rows, int64_t columns, const Body& body) {
 PackRow pack_row_of(size_t element_size) {
   const CpuIsa isa = selected_isa();
   switch (element_size) {
-    case 1:
-      return pack_row_scalar<uint8_t>;
+    case 1: return pack_row_scalar<uint8_t>;
     case 2:
       return isa == CpuIsa::kAvx512 ? pack_row16_avx512
           : isa == CpuIsa::kAvx2    ? pack_row16_avx2
@@ -86,8 +85,7 @@ PackRow pack_row_of(size_t element_size) {
 UnpackRow unpack_row_of(size_t element_size) {
   const CpuIsa isa = selected_isa();
   switch (element_size) {
-    case 1:
-      return unpack_row_scalar<uint8_t>;
+    case 1: return unpack_row_scalar<uint8_t>;
     case 2:
       return isa == CpuIsa::kAvx512 ? unpack_row16_avx512
           : isa == CpuIsa::kAvx2    ? unpack_row16_avx2

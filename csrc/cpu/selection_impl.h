@@ -104,8 +104,8 @@ void keep_of_groups(const int32_t* keys, int64_t n, int64_t m, int64_t count, ui
   }
 }
 
-constexpr Kernels kKernels = {wanda_keys, sweep_keys, drop_pruned, range, count_up_to, gather, keep_above,
-                              keep_of_groups};
+constexpr Kernels kKernels = {wanda_keys,  sweep_keys, drop_pruned, range,
+                              count_up_to, gather,     keep_above,  keep_of_groups};
 
 }  // namespace
 }  // namespace losa::selection

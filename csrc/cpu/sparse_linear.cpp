@@ -299,9 +299,8 @@ Tensor decode(const Tensor& x, const Tensor& values, const Tensor& bitmask, cons
   const bool strided = dims == 2;
   const Tensor source = strided || x.is_contiguous() ? x : torch::stable::contiguous(x);
   const Plan plan = plan_here(weight_value, x_value, batch, per_byte != 0);
-  const Rows rows{source.const_data_ptr(), x_value,
-                  batch, columns,
-                  strided ? source.stride(0) : columns, strided ? source.stride(1) : 1};
+  const Rows rows{source.const_data_ptr(),       x_value, batch, columns, strided ? source.stride(0) : columns,
+                  strided ? source.stride(1) : 1};
   const auto* const data = static_cast<const uint8_t*>(values.const_data_ptr());
   const auto value_size = static_cast<int64_t>(values.element_size());
   const Weight weight{data,
@@ -329,9 +328,8 @@ Tensor decode(const Tensor& x, const Tensor& values, const Tensor& bitmask, cons
     return y;
   }
   const Shares shares(weight, out, total, value_size);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    run(shares.cut(begin, tasks), shares.cut(end, tasks));
-  });
+  torch::stable::parallel_for(
+      0, tasks, 1, [&](int64_t begin, int64_t end) { run(shares.cut(begin, tasks), shares.cut(end, tasks)); });
   return y;
 }
 

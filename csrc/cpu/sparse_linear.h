@@ -37,9 +37,9 @@ using Kernel = void (*)(const Task& task, int64_t begin, int64_t end);
 // A kernel and how it wants x: columns padded with zeros to a multiple of kBlock, rows of x in passes of `rows` (padded
 // with zeros too), stored as [pass][column / lanes][row][column % lanes].
 enum class Layout : int {
-  kFloat,      // as floats
-  kEvenOdd,    // floats; in every 32 columns the 16 even ones come first
-  kBfloat16,   // as the bfloat16 values that x has
+  kFloat,     // as floats
+  kEvenOdd,   // floats; in every 32 columns the 16 even ones come first
+  kBfloat16,  // as the bfloat16 values that x has
 };
 
 struct Plan {

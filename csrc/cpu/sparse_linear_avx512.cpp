@@ -24,9 +24,8 @@ struct Registers {
 
   static LOSA_INLINE int64_t columns(const uint8_t* mask, int64_t words, uint16_t* at) {
     const uint16_t* const begin = at;
-    const __m512i counting =
-        _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8,
-                         7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i counting = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14,
+                                              13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512i offsets = _mm512_slli_epi16(counting, 6);
     for (int64_t i = 0; i < 2 * words; ++i) {
       uint32_t bits;

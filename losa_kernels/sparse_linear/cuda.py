@@ -1,8 +1,8 @@
 """Few rows of x: kernels that read the packed weight once. More: unpack, then multiply.
 
 Weights and x in fp32, bf16 or fp16; sums are fp32, and so are products unless weights and x are of one 16-bit dtype.
-Those choose among three ways (ways.py); for all others there is csrc/cuda/sparse_linear.cu. The unpacked weight is a
-temporary: torch's allocator gives all layers the same memory.
+Those choose among three ways (ways.py); all others take csrc/cuda/sparse_linear/sparse_linear.cu, whose head has
+a table of its kernels. The unpacked weight is a temporary: torch's allocator gives all layers the same memory.
 
 ``LOSA_24=cutlass`` runs 2:4 weights (``pack_24``) of x's dtype by torch's semi-structured product instead of unpacking
 them. torch has that for GPUs of compute capability 8.x only, and it pays for many rows only.
@@ -10,12 +10,11 @@ them. torch has that for GPUs of compute capability 8.x only, and it pays for ma
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa_kernels import settings
 from losa_kernels.packing import Packed, Packed24, PackedBitmask
 from losa_kernels.sparse_linear import reference, tiles, ways
 from losa_kernels.sparse_linear.cpu import supported, values_per_byte
@@ -46,7 +45,7 @@ def _by(way: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def window(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """By csrc/cuda/sparse_linear.cu."""
+    """By the window kernel or the row kernel of csrc/cuda/sparse_linear/sparse_linear.cu."""
     # Of two different 16-bit dtypes the product is fp32.
     rows = x if x.dtype in (packed.dtype, torch.float32) else x.float()
     if per_byte := values_per_byte(packed):
@@ -61,13 +60,10 @@ def use_semi_structured(device: torch.device) -> bool:
     """Whether ``LOSA_24`` asks for torch's semi-structured product.
 
     Raises:
-        ValueError: a value that the setting has not.
+        ValueError: the setting has a value that is not allowed.
         RuntimeError: it asks for the product on a GPU that torch has none for.
     """
-    wanted = os.environ.get("LOSA_24", "unpack").strip().lower()
-    if wanted not in ("unpack", "cutlass"):
-        raise ValueError(f"LOSA_24: expected unpack or cutlass, got {wanted!r}")
-    if wanted == "unpack":
+    if settings.WEIGHTS_24() == "unpack":
         return False
     major, minor = torch.cuda.get_device_capability(device)
     if major != MAJOR_24:

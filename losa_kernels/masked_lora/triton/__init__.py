@@ -1,0 +1,164 @@
+"""Masked-LoRA linear on a GPU by Triton; kernels.py and projection.py have the kernels and their reasons.
+
+Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
+formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff, which lives as long as
+the call, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes
+in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With
+dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
+
+The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
+and the CPU draw from torch's generator: a GPU result is replayed by the GPU, not compared with theirs bit for bit. The
+share dropped is p to 2^-16.
+
+fp64 goes to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.triton import tuning
+from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, factor_depth, keep, linear, project, split
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> Tensor:
+    """y (..., out) in x's dtype: x (M * (W + s B A))^T + bias, W_eff rounded once to x's dtype before the product.
+
+    With dropout_p > 0: y = x (M * W)^T + s drop(x) (M * BA)^T + bias.
+    """
+    if _exceeds_fp32(x, weight, lora_A, lora_B):
+        return reference.forward(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    rows, mask = x.reshape(-1, x.shape[-1]), _unit_columns(mask)
+    with torch.cuda.device_of(x):
+        drop = draw(rows.shape[0], rows.shape[1], dropout_p, seed, x.device)
+        if rows.shape[0] == 0:
+            y = x.new_empty(0, weight.shape[0])
+        else:
+
+            def fused() -> Tensor:
+                factors = split(lora_A, lora_B, x.dtype)
+                return linear(
+                    rows, weight, mask, factors, scaling, _contiguous(bias), drop, dropout_p, transposed=False
+                )
+
+            def composed() -> Tensor:
+                layer, narrow = (weight, mask, lora_A, lora_B), None if bias is None else bias.to(x.dtype)
+                base, adapter = compose(*layer, scaling * drop_scale(dropout_p), x.dtype, apart=drop is not None)
+                y = F.linear(rows, base, narrow)
+                return y if adapter is None else y.addmm_(keep(rows, drop), adapter.T)
+
+            y = _by_way("forward", rows, weight, mask, lora_A, lora_B, drop, fused, composed)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32; ``needs`` says which, others are None.
+
+    dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G), dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None
+    if neither lora_A nor lora_B needs a gradient.
+    """
+    if _exceeds_fp32(grad_y, weight, lora_A, lora_B):
+        return reference.backward(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    needs_x, needs_A, needs_B, needs_bias = needs
+    (out_features, in_features), dtype = weight.shape, grad_y.dtype
+    dy, mask = grad_y.reshape(-1, out_features), _unit_columns(mask)
+    dx = dA = dB = None
+    with torch.cuda.device_of(grad_y):
+        drop = None
+        if needs_x or needs_A or needs_B:
+            drop = draw(dy.shape[0], in_features, dropout_p, seed, dy.device)
+        if needs_x:
+            if dy.shape[0] == 0:
+                dx = dy.new_empty(0, in_features)
+            else:
+
+                def fused() -> Tensor:
+                    A_terms, B_terms = split(lora_A, lora_B, dtype)
+                    factors = (B_terms, A_terms)
+                    return linear(dy, weight.T, mask, factors, scaling, None, drop, dropout_p, transposed=True)
+
+                def composed() -> Tensor:
+                    layer = (weight, mask, lora_A, lora_B)
+                    base, adapter = compose(*layer, scaling * drop_scale(dropout_p), dtype, apart=drop is not None)
+                    if adapter is None:
+                        return dy @ base
+                    through_adapter = dy @ adapter
+                    return keep(through_adapter, drop, out=through_adapter).addmm_(dy, base)
+
+                dx = _by_way("gradient of x", dy, weight, mask, lora_A, lora_B, drop, fused, composed)
+            dx = dx.view(*grad_y.shape[:-1], in_features)
+        if needs_A or needs_B:
+            rows = x.reshape(-1, in_features)
+            factor = scaling * drop_scale(dropout_p)
+            dA, dB = project(dy, rows, weight, mask, lora_A, lora_B, factor, drop, needs_A, needs_B)
+    dbias = dy.sum(0, dtype=torch.float32) if needs_bias else None
+    return dx, dA, dB, dbias
+
+
+def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """M * (W + s B A) in fp32, one rounding to the weight's dtype, +0.0 where pruned; (out, in), a new tensor."""
+    if _exceeds_fp32(weight, lora_A, lora_B):
+        return reference.merge(weight, mask, lora_A, lora_B, scaling)
+    with torch.cuda.device_of(weight):
+        # The factors as one fp32 term: a checkpoint is written once, so speed does not matter.
+        layer = (weight, _unit_columns(mask), lora_A, lora_B)
+        return compose(*layer, scaling, weight.dtype, terms_dtype=torch.float32)[0]
+
+
+def _by_way(
+    op: str,
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    drop: Tensor | None,
+    fused: Callable[[], Tensor],
+    composed: Callable[[], Tensor],
+) -> Tensor:
+    """The product of ``rows`` by the faster way, the same for all token counts up to the next power of two."""
+    tokens, (out_features, in_features), dtype = rows.shape[0], weight.shape, rows.dtype
+    depth, arch = factor_depth(lora_A, lora_B, dtype), tuning.architecture(rows.device)
+    transposed, dropout = op == "gradient of x", drop is not None
+    predicted = tuning.fused(tokens, out_features, in_features, depth, arch, transposed, dropout)
+    words = tuning.words(mask=mask is not None, dropout=dropout)
+    key = (tuning.next_power_of_2(tokens), out_features, in_features, depth, dtype, weight.dtype, *words)
+    return tuning.by_way(op, key, dtype == torch.float32, rows.device, predicted, fused, composed)
+
+
+def _exceeds_fp32(*tensors: Tensor) -> bool:
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _unit_columns(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
