@@ -21,7 +21,7 @@ from benchmarks.quality import MODELS
 from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
-from losa.model.blocks import block_linears, find_blocks, find_linears
+from losa.model.blocks import Blocks, block_linears, find_blocks, find_linears
 from losa.model.loading import load_model
 from losa.model.wrapping import unwrap_model, wrap_model
 from losa.modules.masked_lora import dense_mode
@@ -81,7 +81,7 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
     """The block calls of a round: features for rates, the dense stream, statistics, the sparse stream."""
 
     def once() -> None:
-        stream = BlockStream(engine.model, engine.modules, ids, engine.calibration.batch_size, calls=engine._calls)
+        stream = BlockStream(engine.model, engine.decoder, ids, engine.calibration.batch_size, calls=engine._calls)
         for index in range(len(engine.blocks)):
             stream.advance(index)
 
@@ -96,7 +96,7 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
 def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     seconds = {"forward": 0.0, "rates": 0.0, "prune": 0.0}
     began = time.perf_counter()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     kept = {linear: linear.weight.data for linear in block_linears(model).values()}
     start = time.perf_counter()
     features = torch.stack([torch.stack(samples) for samples in _features(model, blocks, ids)])
@@ -134,7 +134,7 @@ def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     return [_row(pruner, "official manner", name, value, seconds["whole"]) for name, value in seconds.items()]
 
 
-def _features(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[list[Tensor]]:
+def _features(model: nn.Module, blocks: Blocks, ids: Tensor) -> list[list[Tensor]]:
     """Block outputs, by block and sample."""
     found: list[list[Tensor]] = [[] for _ in blocks]
     with ExitStack() as stack:

@@ -75,10 +75,10 @@ class Engine:
         self.importance = get_importance(allocation.rates)
         self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"
-        self.name, self.modules = find_blocks(model)
+        self.decoder = find_blocks(model)
         self.blocks = [
-            WrappedBlock(f"{self.name}.{i}", module, self.pruner.updates_weight)
-            for i, module in enumerate(self.modules)
+            WrappedBlock(name, module, self.pruner.updates_weight)
+            for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
         self._calls = {} if calls is None else calls
         self._check_blocks()
@@ -115,7 +115,7 @@ class Engine:
         try:
             return from_rank_zero(cka_similarity(torch.stack(grams)).double())
         except ValueError as error:
-            raise NumericsError(f"calibration: blocks of {self.name} cannot be compared: {error}") from error
+            raise NumericsError(f"calibration: blocks of {self.decoder.prefix} cannot be compared: {error}") from error
 
     def run_round(self, this_round: Round) -> RoundRecord:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
@@ -154,7 +154,7 @@ class Engine:
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
         batch_size = self.calibration.batch_size
-        return BlockStream(self.model, self.modules, input_ids, batch_size, calls=self._calls, name=self.name)
+        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls)
 
     def _importance(self) -> tuple[Tensor | None, Tensor | None]:
         """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""

@@ -37,23 +37,23 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     Raises:
         ModelError: adapters are left, or no linear has zeros enough.
     """
-    prefix, found = find_blocks(model)
-    blocks = [(block, list(find_linears(block))) for block in found]
-    for block, names in blocks:  # all of them before the first is replaced
+    found = find_blocks(model)
+    blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
+    for _, block, names in blocks:  # all of them before the first is replaced
         for name in names:
             if type(linear := block.get_submodule(name)) is not nn.Linear:
                 raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
     forget_decoder(model)
-    replaced, considered = 0, sum(len(names) for _, names in blocks)
+    replaced, considered = 0, sum(len(names) for _, _, names in blocks)
     try:
         leave = read_directly(model)
     except ModelError as error:
         logger.info("sparsify: %s", error)
         leave = set()
-    for index, (block, names) in enumerate(blocks):
+    for block_name, block, names in blocks:
         for name in names:
             linear = block.get_submodule(name)
-            if f"{prefix}.{index}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
+            if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
                 replaced += 1

@@ -15,7 +15,7 @@ from torch import nn
 from losa.algorithm.schedule import Round, make_schedule
 from losa.algorithm.stream_storage import fits_on_device
 from losa.errors import ModelError, RecipeError
-from losa.model.blocks import find_blocks, find_linears
+from losa.model.blocks import find_blocks
 from losa.model.loading import explain_failure, locate_model, refuse_other_kinds
 from losa.pruners import LinearShape, PruningShape, get_pruner
 from losa.recipe.rates import compares_samples
@@ -144,14 +144,10 @@ class _Shape:
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> _Shape:
-        _, blocks = find_blocks(model)
+        blocks = find_blocks(model)
         config = model.config.get_text_config()
         every, pruned = (
-            [
-                LinearShape(linear.in_features, linear.out_features)
-                for block in blocks
-                for linear in find_linears(block, targets, model=model).values()
-            ]
+            [LinearShape(linear.in_features, linear.out_features) for linear in blocks.linears(targets).values()]
             for targets in (None, recipe.prune.targets)
         )
         if not pruned:
@@ -167,7 +163,7 @@ class _Shape:
             weight_bytes=sum(p.nbytes for p in model.parameters()),
             blocks=len(blocks),
             hidden=hidden,
-            heads=_attention_width(config, blocks, hidden),
+            heads=_attention_width(config, blocks.modules, hidden),
             head=0 if head is None else head.weight.numel(),
             vocabulary=_number(config, "vocab_size") or embedding.shape[0],
             linears=every,

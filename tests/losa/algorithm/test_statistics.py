@@ -23,8 +23,8 @@ IDS = torch.arange(6 * 16).reshape(6, 16) % 90
 
 def test_collectors_equal_direct_statistics_and_share_inputs():
     model = tiny_llama()
-    name, blocks = find_blocks(model)
-    linears = find_linears(blocks[0])
+    blocks = find_blocks(model)
+    linears = find_linears(blocks.modules[0])
     inputs: dict[str, list] = {n: [] for n in linears}
     handles = [
         m.register_forward_pre_hook(lambda _m, a, n=n: inputs[n].append(a[0].flatten(0, 1).double()))
@@ -35,7 +35,7 @@ def test_collectors_equal_direct_statistics_and_share_inputs():
         for statistic in (InputNorms, Hessian):
             for values in inputs.values():
                 values.clear()
-            with collect(linears, statistic, name, lambda: stream.position) as results:
+            with collect(linears, statistic, blocks.names[0], lambda: stream.position) as results:
                 for _ in stream.run(0):
                     pass
             for n in linears:
@@ -52,8 +52,8 @@ def test_collectors_equal_direct_statistics_and_share_inputs():
 
 def test_non_finite_input_names_block_linear_and_sample():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
-    linears = find_linears(blocks[0])
+    blocks = find_blocks(model)
+    linears = find_linears(blocks.modules[0])
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 2)
         stream.hidden[1][0, 3, 5] = float("nan")

@@ -53,7 +53,7 @@ def outputs_of_blocks(model, blocks, ids):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_stream_equals_a_whole_forward_pass(build, batch_size):
     model = build()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     expected = outputs_of_blocks(model, blocks, IDS)
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, batch_size)
@@ -72,7 +72,7 @@ def tensors_alive() -> list[torch.Tensor]:
 
 def test_memory_between_blocks_is_the_stated_bound():
     model = tiny_llama(layers=6)
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     before = tensors_alive()  # held, so that no address comes back
     known = {t.untyped_storage().data_ptr() for t in before}
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_memory_between_blocks_is_the_stated_bound():
 
 def test_gram_of_a_stream_is_the_gram_of_all_features():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 4)
         stream.advance(0)
@@ -112,8 +112,7 @@ def test_gram_of_a_stream_is_the_gram_of_all_features():
 
 def test_arguments_that_depend_on_tokens_are_refused():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
-    original = blocks[0].forward
+    blocks = find_blocks(model)
     embed = model.model.embed_tokens
 
     class Inner(nn.Module):
@@ -124,12 +123,12 @@ def test_arguments_that_depend_on_tokens_are_refused():
         def forward(self, hidden_states, side=None, **kwargs):
             return self.block(hidden_states, **kwargs)
 
-    model.model.layers[0] = Inner(blocks[0])
+    blocks.modules[0] = Inner(blocks.modules[0])
     inner_forward = model.model.forward
 
     def forward(input_ids=None, **kwargs):
         side = embed(input_ids).sum(-1)
-        hook = model.model.layers[0].register_forward_pre_hook(
+        hook = blocks.modules[0].register_forward_pre_hook(
             lambda _m, a, k: (a, {**k, "side": side}), with_kwargs=True, prepend=True
         )
         try:
@@ -139,8 +138,7 @@ def test_arguments_that_depend_on_tokens_are_refused():
 
     model.model.forward = forward
     with pytest.raises(ModelError, match="depend on the tokens"):
-        BlockStream(model, model.model.layers, IDS, 1)
-    assert original is not None
+        BlockStream(model, blocks, IDS, 1)
 
 
 class Wrapped(nn.Module):
@@ -201,7 +199,7 @@ def wrapped_blocks(kind):
 def test_blocks_that_cannot_be_replayed_are_refused_by_name(build, message, samples):
     model = build()
     with pytest.raises(ModelError, match=message):
-        BlockStream(model, model.model.layers, IDS[:samples], 1, name="model.layers")
+        BlockStream(model, find_blocks(model), IDS[:samples], 1)
 
 
 def extra_by_tokens(model):
@@ -228,7 +226,7 @@ def test_prompts_in_front_of_the_tokens():
     model.model.forward = forward
     expected = outputs_of_blocks(model, model.model.layers, IDS)[-1]
     with torch.no_grad():
-        stream = BlockStream(model, model.model.layers, IDS, 4)
+        stream = BlockStream(model, find_blocks(model), IDS, 4)
         for index in range(len(model.model.layers)):
             stream.advance(index)
     assert expected.shape == (6, 19, 32)
@@ -240,16 +238,16 @@ def test_prompts_in_front_of_the_tokens():
 def test_a_model_that_fails_on_the_tokens_is_named():
     model = tiny_llama()
     with pytest.raises(ModelError, match="forward pass fails on calibration tokens .*IndexError"):
-        BlockStream(model, model.model.layers, IDS + 50, 1)
+        BlockStream(model, find_blocks(model), IDS + 50, 1)
 
 
 def test_a_block_may_work_in_its_input_s_memory():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 4)
         before = [hidden.clone() for hidden in stream.hidden]
-        blocks[0].forward = lambda hidden_states, **others: hidden_states.mul_(2)
+        blocks.modules[0].forward = lambda hidden_states, **others: hidden_states.mul_(2)
         list(stream.run(0))
         stream.advance(0)
     assert all(torch.equal(now, 2 * then) for now, then in zip(stream.hidden, before, strict=True))
