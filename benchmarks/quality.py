@@ -18,13 +18,14 @@ import torch
 from benchmarks import _models
 from benchmarks._machine import machine, origin
 from benchmarks._results import plain_parser, read_document
-from losa.data import calibration_tokens, evaluation_tokens, training_sequences
-from losa.evaluate import perplexity
-from losa.files import write_json
-from losa.loading import load_model
-from losa.methods import Inputs, MethodRun
-from losa.model import block_linears
-from losa.recipe import Recipe, parse_recipe
+from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
+from losa.evaluation.perplexity import perplexity
+from losa.model.blocks import block_linears
+from losa.model.loading import load_model
+from losa.recipe.reading import parse_recipe
+from losa.recipe.sections import Recipe
+from losa.run.methods import Inputs, MethodRun
+from losa.storage.files import write_json
 
 GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))
 TOKENS = 61_440

@@ -14,9 +14,10 @@ from benchmarks._models import add_model_option, load
 from benchmarks._problems import dtype_name
 from benchmarks._results import parser, report
 from benchmarks._timing import interleaved, medians
-from losa.loss import TokenLoss
-from losa.model import block_linears, wrap_model
-from losa.train import autocast_dtype
+from losa.model.blocks import block_linears
+from losa.model.wrapping import wrap_model
+from losa.training.loss import TokenLoss
+from losa.training.precision import autocast_dtype
 
 BATCH, RANK, SPARSITY = 4, 8, 0.7
 
