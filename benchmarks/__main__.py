@@ -23,9 +23,8 @@ def modules() -> dict[str, str]:
 
 
 def usage() -> str:
-    lines = (
-        f"  {name:<14} {textwrap.shorten(sentence.partition(': ')[0], 100)}" for name, sentence in modules().items()
-    )
+    subjects = {name: sentence.partition(": ")[0] for name, sentence in modules().items()}
+    lines = (f"  {name:<14} {textwrap.shorten(subject, 100)}" for name, subject in subjects.items())
     return "\n".join(["usage: python -m benchmarks NAME [options]", "", *lines, "", EXAMPLES])
 
 

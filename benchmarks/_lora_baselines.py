@@ -83,7 +83,8 @@ def eager_losa_linear(
 ) -> Tensor:
     """The frozen product plus the product with the adapter, which ``W != 0`` masks.
 
-    ``recompute`` puts the adapter under a checkpoint, as the official code does: 12 T out in FLOPs a step instead of 10.
+    ``recompute`` puts the adapter under a checkpoint, as the official code does. A step then costs 12 T out in
+    FLOPs instead of 10.
     """
 
     def adapter(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def peft_lora(p: Problem) -> Forward | None:
 
 
 def three_products(p: Problem) -> Callable[[], None]:
-    """The floor of a step: Y, dX and the weight's gradient by the vendor's library into kept buffers, and nothing else."""
+    """The floor of a step: Y, dX and the weight's gradient by the vendor's library, into kept buffers."""
     x, weight = p.x.detach(), p.weight
     y, dx, G = torch.empty_like(p.grad), torch.empty_like(x), torch.empty_like(weight)
 

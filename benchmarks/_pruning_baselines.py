@@ -1,5 +1,5 @@
-"""A pruning problem, and what the official code does about it, in our own words: full sorts, a Python loop over columns,
-a factor in three steps, and two Gram matrices for each pair of blocks."""
+"""A pruning problem, and the official manner of solving it in our own words: full sorts, a Python loop over columns, a
+factor in three steps, and two Gram matrices for each pair of blocks."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ SIZES = {
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
 }
-# As a share of the logits' norm. Both sides round every layer's results to 8 bits, each in another order. A wrong function
-# is off by about 1.
+# As a share of the logits' norm. Both sides round every layer's results to 8 bits, each in another order. A wrong
+# function is off by about 1.
 ALLOWED = 0.1
 SMALL = 4e-6  # seconds; a kernel that takes less does little beside the products
 
@@ -79,9 +79,12 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def token_on_gpu(decoder: LeanDecoder, prompt: torch.Tensor, device: str) -> dict:
-    """``host_ms``: the host's time to launch a token. ``kernels_ms``, ``kernels``: the time of the token's kernels without
-    gaps, and their number. ``small_kernels_ms``, ``small_kernels``: the same of the kernels that take less than ``SMALL``
-    on average."""
+    """Fields of a row about one token.
+
+    ``host_ms``: the host's time to launch it. ``kernels_ms``, ``kernels``: the time of its kernels without gaps, and
+    their number. ``small_kernels_ms``, ``small_kernels``: time and number of the kernels that take less than ``SMALL``
+    on average.
+    """
     decoder.reset()
     token = decoder(prompt).argmax(-1, keepdim=True)
     for _ in range(3):
@@ -103,8 +106,8 @@ def patterns(text: str) -> list[str]:
 
 
 def random_llama(size: str, layers: int | None, device: str, like: nn.Module | None = None) -> nn.Module:
-    """A LLaMA in bf16. The linears of its blocks are not initialised; with ``like`` they stay on the meta device, and all
-    other parameters are shared with ``like``."""
+    """A LLaMA in bf16 whose blocks have linears that are not initialised. With ``like`` these linears stay on the meta
+    device, and all other parameters are shared with ``like``."""
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -176,7 +176,7 @@ def parts(weight, factor, name, pattern, repetitions, device) -> list[dict]:
 
 
 def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
-    """The first block is swept again and again in place: the same entries are chosen and stay zero, at the same cost."""
+    """The first block, swept again and again in place: the same entries are chosen and stay zero, at the same cost."""
     (rows, columns), (_, keep_n, m) = weight.shape, pattern
     width = min(BLOCK, columns)
     work, factor = weight.clone(), inverse_factor(hessian, 0.01)[0]

@@ -1,4 +1,4 @@
-"""Two result files side by side: how many times as long each timing of NEW takes as the same timing of OLD, worst first.
+"""Two result files side by side: the ratio NEW / OLD of each timing, worst first.
 
 A file is one that --json of any benchmark, --out of gpu or quality, or tools/gpu.sh wrote. Rows are matched by the
 fields that say what was measured (op, shape, dtype, implementation, ...). A ratio above 1 is slower; of quality, a
@@ -21,7 +21,7 @@ from benchmarks._results import plain_parser, read_document
 # What a row measured. All other fields of a row are results.
 IDENTITY = (
     "op", "model", "run", "name", "shape", "batch", "tokens", "T", "rank", "r", "dropout_p", "sparsity", "pattern",
-    "layers", "samples", "features", "dtype", "allocator", "implementation", "stage",
+    "layers", "samples", "features", "dtype", "allocator", "tile", "implementation", "stage",
 )  # fmt: skip
 UNITS = {"us": "us", "seconds": "s", "perplexity": "", "perplexity_unmerged": ""}  # by field, see ``unit``
 Row = tuple[str, ...]  # the benchmark's name, and what the row measured in words
@@ -145,7 +145,7 @@ def quality_row(key: str, run: dict) -> dict:
 def identity(benchmark: str, fields: dict) -> Row:
     """A number has its field's name before it; text speaks for itself."""
     known = {field: fields[field] for field in IDENTITY if fields.get(field) is not None}
-    words = (value if isinstance(value, str) else f"{field} {value:g}" for field, value in known.items())
+    words = (value if isinstance(value, str) else f"{field} {value}" for field, value in known.items())
     return benchmark, *(word for word in words if word != benchmark)
 
 

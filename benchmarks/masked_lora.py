@@ -36,8 +36,8 @@ from benchmarks._results import parser, report
 from benchmarks._timing import host_seconds, interleaved, medians, peak_bytes, product_rate, rotation, setting
 from losa_kernels.masked_lora import reference
 
-# glibc gives large blocks back to the system at once, and faults them in anew at the next call. With raised thresholds it
-# keeps them.
+# glibc gives large blocks back to the system at once, and faults them in anew at the next call. With raised thresholds
+# it keeps them.
 RAISED = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",

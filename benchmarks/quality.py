@@ -1,8 +1,8 @@
 """Does LoSA beat its baselines at equal training tokens? Perplexity of merged models over methods, seeds, pruners.
 
-Every finished run is written to --out at once, and runs found there are not repeated, so that a comparison of many hours
-can be stopped and resumed. Learning rates are tuned once per method, with a third of the tokens, on other text than the
-text that is reported.
+Every finished run is written to --out at once, and runs found there are not repeated, so that a comparison of many
+hours can be stopped and resumed. Learning rates are tuned once per method, with a third of the tokens, on other text
+than the text that is reported.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -134,8 +133,7 @@ class Run:
                 status, detail = "failed", f"the build: {built}; {found.get('native', {}).get('losa_cuda')}"
         self.document |= {key: found[key] for key in ("machine", "origin", "native") if key in found}
         if found.get("gpu"):
-            card = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
-            self.out = self.committed = ROOT / "benchmarks" / "results" / card
+            self.out = self.committed = ROOT / "benchmarks" / "results" / found["card"]
         if "OUT" in os.environ:
             self.out = Path(os.environ["OUT"])
         status = NO_GPU if found.get("gpu") is False else status
