@@ -107,12 +107,13 @@ def read(path: Path) -> Results:
     """Raises SystemExit: the file is no result of a benchmark."""
     document = read_document("compare", path)
     try:
-        results = Results(document, {}, {})
+        results, seen = Results(document, {}, {}), Counter()
         for benchmark, rows in tables(document).items():
             for fields in rows:
                 row = identity(benchmark, fields)
-                if row in results.timings:
-                    raise ValueError(f"expected one row of each kind, got two of {label(row)}")
+                seen[row] += 1
+                if seen[row] > 1:  # measured twice; both files have such rows in the same order
+                    row = (*row, f"no. {seen[row]}")
                 results.timings[row] = timings(row, fields)
                 if fields.get("failed"):
                     results.failed[row] = fields["failed"]
@@ -143,7 +144,7 @@ def quality_row(key: str, run: dict) -> dict:
 
 
 def identity(benchmark: str, fields: dict) -> Row:
-    """A number has its field's name before it; text speaks for itself."""
+    """What a row measured, in words. Only numbers need the name of their field."""
     known = {field: fields[field] for field in IDENTITY if fields.get(field) is not None}
     words = (value if isinstance(value, str) else f"{field} {value}" for field, value in known.items())
     return benchmark, *(word for word in words if word != benchmark)

@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def operations(sizes: tuple[int, ...], all_places: tuple[int, ...], device: str, dtype: torch.dtype):
-    """By label; see ``MODELS`` for ``sizes``."""
+def operations(sizes: tuple[int, ...], all_places: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
+    """``Operation`` by label; see ``MODELS`` for ``sizes``."""
     hidden, intermediate, queries, keys, size = sizes
     normal = partial(torch.randn, device=device, dtype=dtype)
     cos, sin = normal(PLACES[-1], size), normal(PLACES[-1], size)
@@ -78,9 +78,8 @@ def measure(model: str, sizes: tuple[int, ...], limit: float, args) -> list[dict
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     repetitions = args.repetitions or (5 if args.quick else 15)
     found = []
-    for label, (name, make, moved) in operations(
-        sizes, PLACES[:1] if args.quick else PLACES, args.device, dtype
-    ).items():
+    all_places = PLACES[:1] if args.quick else PLACES
+    for label, (name, make, moved) in operations(sizes, all_places, args.device, dtype).items():
         first = make()
         bytes_moved = moved(first)
         count = rotation(sum(t.nbytes for t in first if isinstance(t, Tensor)), args.device, repetitions)
