@@ -122,12 +122,9 @@ def kernel_seconds(run: Callable[[int], object], runs: int) -> float | None:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / runs or None
 
 
-def product_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
-    """FLOP/s of a large square product, the limit of compute-bound kernels on this machine.
-
-    ``side`` is the number of rows; by default 8192 on a GPU and 2048 on a CPU.
-    """
-    side = side or (8192 if device.startswith("cuda") else 2048)
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product, the limit of compute-bound kernels on this machine."""
+    side = 8192 if device.startswith("cuda") else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     times = interleaved({"product": lambda _: torch.mm(left, right, out=out)}, 7, device)["product"]
