@@ -1,7 +1,6 @@
 """Builds the native libraries by CMakeLists.txt. LOSA_NO_EXT=1: Python and Triton only. LOSA_CUDA=OFF: no CUDA half."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "losa_kernels/__init__.py").read_text()).group(1)
 
 
 class CMakeBuild(build_ext):
@@ -22,7 +20,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLOSA_VERSION={VERSION}",
+            f"-DLOSA_VERSION={self.distribution.get_version()}",
             f"-DLOSA_OUTPUT={target}",
             f"-DLOSA_CUDA={os.environ.get('LOSA_CUDA', 'ON')}",
             f"-DLOSA_CUDA_ARCHS={os.environ.get('LOSA_CUDA_ARCHS', '').replace(',', ';')}",
@@ -50,7 +48,6 @@ class CMakeBuild(build_ext):
 
 skip = os.environ.get("LOSA_NO_EXT", "0") not in ("", "0")
 setup(
-    version=VERSION,
     ext_modules=[] if skip else [Extension("losa_kernels._build_info", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-__version__ = "0.1.0"
+from losa_kernels.version import __version__
 
 _EXPORTS = {
     "pack_mask": "bitmask",
