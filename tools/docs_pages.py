@@ -1,0 +1,161 @@
+"""Parts of the documentation that are made when it is built (a hook of mkdocs.yml).
+
+A page asks for a part by a line ``<!-- made: NAME -->``; ``PARTS`` says which there are. So the tables of recipe keys,
+commands and environment variables are those of the code, and the notebook's results are those of today.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "tiny_model.ipynb"
+MARKER = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for every page. Raises KeyError for a part that is not known."""
+    return MARKER.sub(lambda found: PARTS[found[1]](), markdown)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def recipe_keys() -> str:
+    """A table of keys for every section of a recipe."""
+    from losa.recipe import DataSource, Recipe
+
+    found = [("The recipe itself", "", Recipe)]
+    found += [(f"`{name}`", f"{name}.", model) for name, model in sections(Recipe)]
+    found.append(("A data source", "", DataSource))
+    parts = []
+    for title, prefix, model in found:
+        fields = {name: field for name, field in model.model_fields.items() if section_of(field.annotation) is None}
+        rows = [
+            [f"`{prefix}{name}`", f"`{values(field)}`", default(field), field.description or ""]
+            for name, field in fields.items()
+        ]
+        about = " ".join((model.__doc__ or "").split())
+        parts.append(f"### {title}\n\n{about}\n\n{table(['key', 'values', 'default', ''], rows)}")
+    return "\n\n".join(parts)
+
+
+def sections(model: type) -> Iterator[tuple[str, type]]:
+    for name, field in model.model_fields.items():
+        if (section := section_of(field.annotation)) is not None:
+            yield name, section
+
+
+def section_of(annotation: Any) -> type | None:
+    """The section's class where a field is a section or an optional one."""
+    from typing import get_args
+
+    from losa.recipe import DataSource, Recipe
+
+    base = Recipe.__base__
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, base) and kind is not DataSource:
+            return kind
+    return None
+
+
+def values(field: Any) -> str:
+    """A field's type and bounds, as a reader of YAML names them."""
+    text = kinds(field.annotation)
+    bounds = {"Gt": "> {.gt}", "Ge": ">= {.ge}", "Lt": "< {.lt}", "Le": "<= {.le}"}
+    said = [bounds[type(m).__name__].format(m) for m in field.metadata if type(m).__name__ in bounds]
+    return f"{text} {', '.join(said)}".strip()
+
+
+def kinds(annotation: Any) -> str:
+    from types import NoneType, UnionType
+    from typing import Annotated, Literal, Union, get_args, get_origin
+
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kinds(arguments[0])
+    if origin is Literal:
+        return ", ".join(arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(kinds(a) for a in arguments if a is not NoneType)
+    if origin is list:
+        return f"list of {kinds(arguments[0])}"
+    names = {str: "text", int: "integer", float: "number", bool: "true, false", Path: "path"}
+    return names.get(annotation, "source" if annotation.__name__ == "DataSource" else annotation.__name__)
+
+
+def default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None or value == []:
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def commands() -> str:
+    """Every command of ``losa`` with its arguments and options."""
+    import click
+    import typer.main
+
+    from losa.cli import app
+
+    group = typer.main.get_command(app)
+    parts = []
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name=f"losa {name}")
+        usage = " ".join(command.collect_usage_pieces(context))
+        rows = [row for parameter in command.params if (row := option(parameter))]
+        parts.append(f"## losa {name}\n\n{command.help}\n\n```\nlosa {name} {usage}\n```\n\n{table(OPTION, rows)}")
+    return "\n\n".join(parts)
+
+
+OPTION = ["", "default", ""]
+
+
+def option(parameter: Any) -> list[str] | None:
+    if parameter.param_type_name == "argument":
+        names = parameter.metavar or parameter.name.upper()
+        return [f"`{names}`", "required" if parameter.required else "", parameter.help or ""]
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    value = parameter.default
+    shown = "" if parameter.is_flag or value in (None, [], ()) or callable(value) else f"`{value}`"
+    return [f"`{names}`", "required" if parameter.required else shown, parameter.help or ""]
+
+
+def settings() -> str:
+    """The environment variables of ``losa_kernels.settings``."""
+    return ""
+
+
+def notebook() -> str:
+    """The notebook, executed: its text, its code, and what each cell printed."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    document = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(document, timeout=300, kernel_name="python3").execute()
+    parts = []
+    for cell in document.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        parts += [f"```text\n{text.rstrip()}\n```" for output in cell.outputs if (text := printed(output))]
+    return "\n\n".join(parts)
+
+
+def printed(output: Any) -> str:
+    return output.text if output.output_type == "stream" else output.data.get("text/plain", "")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe keys": recipe_keys,
+    "commands": commands,
+    "settings": settings,
+    "notebook": notebook,
+}
