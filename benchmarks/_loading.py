@@ -27,9 +27,9 @@ def measure(directory: Path) -> dict:
     from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 
-    from losa.modules import SparseLinear
-    from losa.packed import load
-    from losa.streaming import skeleton
+    from losa.model.skeleton import skeleton
+    from losa.modules.sparse import SparseLinear
+    from losa.packed.directory import load
 
     with init_empty_weights(include_buffers=False):
         skeleton(directory, meta=False)

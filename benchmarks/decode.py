@@ -15,10 +15,10 @@ import torch
 from benchmarks import _random_model
 from benchmarks._loading import loading_memory
 from benchmarks._timing import machine, parser, report, write_rows
-from losa.generation import generate
-from losa.loading import load_model
-from losa.packed import load, pack_directory
-from losa.speed import decode_speeds
+from losa.inference.generation import generate
+from losa.inference.speed import decode_speeds
+from losa.model.loading import load_model
+from losa.packed.directory import load, pack_directory
 
 PARTS = ("text", "memory", "speed")
 PROMPTS = ("The sky is", "def fibonacci(n):", "Once upon a time there was a miller who")

@@ -18,13 +18,14 @@ from benchmarks._pruning_baselines import official_factor, official_sweep, offic
 from benchmarks._timing import parser, report
 from benchmarks.cka import pairwise
 from benchmarks.quality import MODELS
-from losa.calibration import BlockStream
-from losa.engine import Engine
-from losa.loading import load_model
-from losa.model import block_linears, find_blocks, find_linears, unwrap_model, wrap_model
-from losa.modules import dense_mode
-from losa.recipe import AllocationConfig, CalibrationConfig, PruneConfig
-from losa.schedule import RoundPlan
+from losa.algorithm.engine import Engine
+from losa.algorithm.schedule import RoundPlan
+from losa.algorithm.stream import BlockStream
+from losa.model.blocks import block_linears, find_blocks, find_linears
+from losa.model.loading import load_model
+from losa.model.wrapping import unwrap_model, wrap_model
+from losa.modules.masked_lora import dense_mode
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 
 SPARSITY = 0.5
 BATCH = 4  # samples per block call

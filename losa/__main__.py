@@ -1,5 +1,5 @@
 """``python -m losa`` and ``accelerate launch -m losa``."""
 
-from losa.cli import main
+from losa.cli.app import main
 
 main()

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import shared
 import torch
-from emulation import drivers, emulate  # noqa: F401  fixtures
+
+from tests.helpers import shared
+from tests.helpers.emulation import drivers, emulate  # noqa: F401  fixtures
 
 try:
     from hypothesis import settings

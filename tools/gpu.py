@@ -146,7 +146,7 @@ class Run:
         if gpu_steps.missing(step):
             return self.record(step.name, SKIPPED, detail=f"{step.tool} not found")
         if any("{kernels}" in part for part in step.command):
-            names = gpu_steps.python("tests/gpu_smoke.py", "--kernels")
+            names = gpu_steps.python("tests/gpu/smoke.py", "--kernels")
             self.kernels = last_line(self.call("kernels", names, min(PROBE_LIMIT, self.left()))[2])
         limit = min(step.limit, self.left())
         if limit < 1:

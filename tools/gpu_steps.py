@@ -60,7 +60,7 @@ def sanitizer(tool: str, expected: int, limit: int, *flags: str) -> Step:
 
 def first() -> list[Step]:
     return [
-        Step("smoke", 30, 70, python("tests/gpu_smoke.py", "--json", "{work}/smoke.json"), kind="smoke"),
+        Step("smoke", 30, 70, python("tests/gpu/smoke.py", "--json", "{work}/smoke.json"), kind="smoke"),
         benchmark(
             "sparse_linear", 30, 70,
             "--shapes", SHAPES, "--patterns", "50%,60%,70%,2:4", "--batches", "1,4,8,16", "--only", OURS,
@@ -81,7 +81,7 @@ def first() -> list[Step]:
                 "ncu", "--section", "SpeedOfLight", "--section", "Occupancy", "--section", "LaunchStats",
                 "--section", "WarpStateStats", "--clock-control", "none", "--profile-from-start", "off",
                 "--kernel-name", "regex:^({kernels})$", "--csv", "--log-file", "{work}/ncu.csv",
-                *python("tests/gpu_smoke.py", "--profile"),
+                *python("tests/gpu/smoke.py", "--profile"),
             ],
             tool="ncu",
         ),
@@ -118,7 +118,7 @@ def again(failed_tests: list[str], smoke_failed: bool) -> list[Step]:
     steps = []
     blocking = {"CUDA_LAUNCH_BLOCKING": "1", "LOSA_AUTOTUNE": "0"}
     if smoke_failed:
-        command = python("tests/gpu_smoke.py", "--json", "{work}/smoke again.json")
+        command = python("tests/gpu/smoke.py", "--json", "{work}/smoke again.json")
         steps.append(Step("smoke again", 40, 70, command, blocking, "smoke"))
     if failed_tests:
         steps.append(tests("failed tests again", 30, 80, *failed_tests, **blocking))
@@ -130,7 +130,7 @@ def again(failed_tests: list[str], smoke_failed: bool) -> list[Step]:
         *(swept(f"LOSA_FACTOR={way}", LOSA_FACTOR=way) for way in ("torch", "blocked")),
         *(token(f"LOSA_SPARSE_LINEAR={way}", LOSA_SPARSE_LINEAR=way) for way in ("window", "tiles")),
         token("LOSA_DEPENDENT_LAUNCH=0", LOSA_DEPENDENT_LAUNCH="0"),
-        Step("chosen", 15, 60, python("-m", "losa.choices")),
+        Step("chosen", 15, 60, python("-m", "losa.inference.choices")),
     ]
 
 

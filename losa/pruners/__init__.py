@@ -10,7 +10,7 @@ from losa.pruners.base import Pattern, Pruned, Pruner, Statistic
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.sparsegpt import SparseGPT
 from losa.pruners.wanda import Wanda
-from losa.recipe import PruneConfig
+from losa.recipe.sections import PruneConfig
 
 __all__ = ["Pattern", "Pruned", "Pruner", "Statistic", "get_pruner", "register"]
 

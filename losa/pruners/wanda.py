@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from losa.pruners.base import Pattern, Pruned, check_finite
-from losa.recipe import PruneConfig
+from losa.recipe.sections import PruneConfig
 from losa_kernels import wanda_mask
 
 

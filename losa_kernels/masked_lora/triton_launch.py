@@ -299,7 +299,7 @@ def _sum(
 
 
 def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> None:
-    """The one place that launches: tests/test_triton_aot.py records here what to compile."""
+    """The one place that launches: tests/native/test_triton_aot.py records here what to compile."""
     grid = grid if isinstance(grid, tuple) else (grid,)
     if all(grid):
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)

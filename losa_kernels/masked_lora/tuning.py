@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 # By who multiplies: 90 is wgmma (and tcgen05, into which Triton turns it on 10.x), 80 is mma, which 8.x and 12.x have.
 # The first of each list that fits the device's shared memory is what runs unmeasured. A multiprocessor has 227 KB for a
 # program on 9.0 and 10.0, 163 KB on 8.0, and 99 KB on 8.6, 8.9 and 12.0, which at least one tile of each list of 80
-# fits. tests/test_triton_aot.py compiles every tile for all of them: none spills a register.
+# fits. tests/native/test_triton_aot.py compiles every tile for all of them: none spills a register.
 LINEAR: dict[int, tuple[Tile, ...]] = {
     # With 64 rows two programs fit a multiprocessor, and one's product hides the other's forming of W_eff; 256 tokens
     # halve what forming it costs per product. On an H100, 4096 x 4096, rank 8, 4096 tokens: 487, 353 and 562 us

@@ -1,0 +1,1 @@
+"""The LoSA rounds: schedule, calibration streams, rates, masks, reconstruction errors and ranks."""

@@ -1,0 +1,65 @@
+"""Each block's rank, from reconstruction errors or from sparsity."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniform_ranks(count: int, mean_rank: int) -> Tensor:
+    """(count,) int64, all ``mean_rank``: the ablation without layer-wise ranks."""
+    return torch.full((count,), mean_rank, dtype=torch.int64)
+
+
+def allocate_ranks(errors: Tensor, mean_rank: int, r_min: int, r_max: int) -> Tensor:
+    """Ranks proportional to reconstruction errors (Eq. 7) whose sum is exactly mean_rank * L, within [r_min, r_max].
+
+    Shares E_l / mean(E) * mean_rank are clipped, what clipping freed is shared out again in proportion, and the
+    largest remainders round up (ties: the larger error, then the first block). A larger error never gets a smaller
+    rank; equal errors differ by at most 1.
+
+    Args:
+        errors: (L,) non-negative, finite; all zero means uniform.
+
+    Returns:
+        (L,) int64.
+
+    Raises:
+        ValueError: bad errors or bounds.
+    """
+    errors = errors.double()
+    if errors.dim() != 1 or len(errors) == 0:
+        raise ValueError(f"errors: expected (L,), got {tuple(errors.shape)}")
+    if not torch.isfinite(errors).all() or bool((errors < 0).any()):
+        raise ValueError("errors: expected finite values >= 0")
+    if not 1 <= r_min <= mean_rank <= r_max:
+        raise ValueError(f"mean_rank: expected 1 <= r_min <= mean_rank <= r_max, got {r_min}, {mean_rank}, {r_max}")
+    budget = mean_rank * len(errors)
+    shares = _clipped_shares(errors, budget, r_min, r_max)
+    ranks = shares.floor().long()
+    remainders = shares - ranks
+    # Rounded, so that equal remainders do not depend on the last bit.
+    order = sorted(range(len(errors)), key=lambda i: (-round(remainders[i].item(), 9), -errors[i].item(), i))
+    for index in order[: budget - int(ranks.sum())]:
+        ranks[index] += 1
+    return ranks
+
+
+def _clipped_shares(errors: Tensor, budget: int, low: int, high: int) -> Tensor:
+    """clip(lambda * errors, low, high) with the lambda that makes the sum ``budget`` (L low <= budget <= L high)."""
+    largest = errors.max()
+    if largest == 0:
+        return torch.full_like(errors, budget / len(errors))
+    # Zero errors get a vanishing share, which still takes what is left once all others have reached the upper bound.
+    weights = (errors / largest).clamp_min(1e-12)
+    # The sum is piecewise linear in lambda with kinks where a share meets a bound: invert it by interpolation.
+    kinks = torch.cat([low / weights, high / weights]).sort().values
+    totals = (kinks[:, None] * weights).clamp(low, high).sum(1)
+    scale = float(np.interp(budget, totals.numpy(), kinks.numpy()))
+    return (scale * weights).clamp(low, high)
+
+
+def ranks_by_sparsity(rates: Tensor, mean_rank: int, r_min: int, r_max: int) -> Tensor:
+    """The ablation that gives sparser blocks higher ranks: ``allocate_ranks`` on the rates (L,) as errors."""
+    return allocate_ranks(rates, mean_rank, r_min, r_max)

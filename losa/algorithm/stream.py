@@ -1,0 +1,268 @@
+"""Streaming calibration: block by block, holding one block's hidden states per stream and nothing else.
+
+A stream's memory is bounded by ``BlockStream.nbytes`` (samples x length x hidden x bytes), whatever the number of
+blocks: on a GPU while it is at most a quarter of what is free there when the stream begins, else on the host, where
+torch pins the next power of two.
+Statistics live for one block; Grams take L n^2 floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from losa.algorithm.stream_storage import StreamStorage
+from losa.errors import LosaError, ModelError
+from losa.model.block_calls import Call, hidden_of, same, split_call
+from losa_kernels import gram
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the first block's input is known."""
+
+
+# What a model's own code raises is told with the model; these speak for themselves.
+_PASSED_ON = (LosaError, _Stop, MemoryError, torch.OutOfMemoryError)
+
+
+def _forward(model: nn.Module, batch: Tensor) -> None:
+    try:
+        model.base_model(batch, use_cache=False)
+    except _PASSED_ON:
+        raise
+    except Exception as error:
+        raise ModelError(f"model: its forward pass fails on calibration tokens ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+class BlockStream:
+    """Hidden states of all calibration samples at one depth of the model.
+
+    Args:
+        model: a causal LM; ``blocks``: its decoder blocks.
+        input_ids: (samples, length) int64.
+        batch_size: samples per block call.
+        storage: device where hidden states wait between blocks; default: the GPU that the model is on, while they fit,
+            else host memory (``losa.algorithm.stream_storage``).
+        calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
+            takes a whole forward pass to find out. While it is empty, a stream of two batches is compared with whole
+            forward passes first.
+        name: of the list of blocks, for messages.
+
+    Raises:
+        ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
+            depend on the tokens, or something else passes between blocks. Names the first such block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        input_ids: Tensor,
+        batch_size: int = 1,
+        storage: torch.device | str | None = None,
+        calls: dict[tuple[int, int], list[Call]] | None = None,
+        name: str = "blocks",
+    ):
+        self.blocks = blocks
+        self.device = next(blocks.parameters()).device
+        self.storage = torch.device("cpu" if storage is None else storage)
+        self.name = name
+        self.hidden: list[Tensor] = []
+        self.position = ""
+        self._calls = {} if calls is None else calls
+        self._shapes: list[tuple[int, int]] = []
+        self._held: StreamStorage | None = None
+        with torch.no_grad():
+            if not self._calls:
+                self._check_replay(model, input_ids[:batch_size])
+            if storage is None and _keeps_streams(self.device):
+                self._held = StreamStorage(self.device, len(input_ids))
+            for batch in input_ids.split(batch_size):
+                self._add(model, batch)
+
+    def _add(self, model: nn.Module, batch: Tensor) -> None:
+        shape = tuple(batch.shape)
+        if shape not in self._calls:
+            self._calls[shape], _ = self._whole_pass(model, batch)
+        hidden = self._capture_first(model, batch)
+        self.hidden.append(self._stored(sum(map(len, self.hidden)), hidden))
+        self._shapes.append(shape)
+
+    def _stored(self, first: int, hidden: Tensor) -> Tensor:
+        """Hidden states of the samples from ``first`` on, where they wait for the next block."""
+        return hidden.to(self.storage) if self._held is None else self._held.write(first, hidden)
+
+    def _check_replay(self, model: nn.Module, batch: Tensor) -> None:
+        """Stream two batches and compare with what whole forward passes give.
+
+        Blocks are called with what the first batch's pass called them with: the second one, the same tokens backwards,
+        shows what depends on the tokens. Two in turn show what a block leaves behind for the next one.
+        """
+        batches = [batch, batch.flip(0, 1)]
+        self._calls[tuple(batch.shape)], first = self._whole_pass(model, batch)
+        expected = [first, self._whole_pass(model, batches[1])[1]]
+        for other in batches:
+            self._add(model, other)
+        for index in range(len(self.blocks)):
+            self._replay(index)
+        if not all(self._near(s, e) for s, e in zip(self.hidden, expected, strict=True)):
+            self._find_difference(model, batches, expected)
+        self.hidden, self._shapes = [], []
+
+    def _replay(self, index: int) -> None:
+        try:
+            self.advance(index)
+        except _PASSED_ON:
+            raise
+        except Exception as error:  # a model's own code, called in a way that it may not expect
+            message = f"{self.name}.{index}: cannot be run by itself, as calibration does"
+            raise ModelError(f"{message} ({_reason(error)})") from error
+
+    def _find_difference(self, model: nn.Module, batches: list[Tensor], expected: list[Tensor]) -> None:
+        """Replays once more, beside all blocks' outputs, and names the first block that differs by more than twice as
+        much as the model's passes differ among themselves: atomic sums on GPUs come in any order."""
+        outputs: list[list[Tensor]] = []
+        noise = 0.0
+        for batch, last in zip(batches, expected, strict=True):
+            outputs.append([])
+            again = self._whole_pass(model, batch, outputs[-1])[1]
+            noise = max(noise, _distance(again, last))
+        self.hidden, self._shapes = [], []
+        for batch in batches:
+            self._add(model, batch)
+        for index in range(len(self.blocks)):
+            self._replay(index)
+            if not all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True)):
+                raise ModelError(
+                    f"{self.name}.{index}: calibration runs blocks one by one, and this one then gives another output "
+                    "than in a whole forward pass: its arguments depend on the tokens, or the model passes more than "
+                    "hidden states from block to block, or changes them in between; losa cannot prune this model"
+                )
+
+    def _near(self, streamed: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
+        """The same kernels on the same shapes: at most a rounding or two for each block, which add up like a walk."""
+        if streamed.shape != expected.shape:
+            return False
+        if torch.equal(streamed, expected) or not torch.isfinite(expected).all():
+            return True  # what is not finite is told with the linear that meets it first
+        bound = 2 * torch.finfo(streamed.dtype).eps * len(self.blocks) ** 0.5
+        return _distance(streamed, expected) <= bound + 2 * noise
+
+    def _whole_pass(
+        self, model: nn.Module, batch: Tensor, outputs: list[Tensor] | None = None
+    ) -> tuple[list[Call], Tensor]:
+        """What each block is called with (sliding-window models give each its own), and the last block's output.
+        ``outputs`` takes all blocks' outputs, in host memory."""
+        count = len(self.blocks)
+        calls: dict[int, Call] = {}
+        last: list[Tensor] = []
+
+        def before(index):
+            def hook(_module, args, kwargs):
+                calls[index] = split_call(args, kwargs)[1]
+
+            return hook
+
+        def after(index):
+            def hook(_module, _args, output):
+                hidden = hidden_of(output)
+                if index == count - 1:
+                    last[:] = [hidden.to(self.storage, copy=True)]
+                if outputs is not None:
+                    outputs.append(hidden.to(self.storage, copy=True))
+
+            return hook
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after(index)).remove)
+            _forward(model, batch.to(self.device))
+        missing = [i for i in range(count) if i not in calls]
+        if missing:
+            raise ModelError(f"blocks {missing} are not reached by a forward pass")
+        return [calls[i] for i in range(count)], last[0]
+
+    def _capture_first(self, model, batch: Tensor) -> Tensor:
+        seen = []
+
+        def hook(_module, args, kwargs):
+            seen.append(split_call(args, kwargs))
+            raise _Stop
+
+        handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            _forward(model, batch.to(self.device))
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        hidden, call = seen[0]
+        known = self._calls[tuple(batch.shape)][0]
+        if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
+            raise ModelError(
+                f"{self.name}.0: its arguments besides hidden states depend on the tokens, so it cannot be run by "
+                "itself, as calibration does; losa cannot prune this model"
+            )
+        return hidden
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of hidden states held."""
+        return sum(h.numel() * h.element_size() for h in self.hidden)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def run(self, index: int) -> Iterator[Tensor]:
+        """Yield block ``index``'s output for each batch, (batch, length, hidden), on the model's device."""
+        start = 0
+        for hidden, shape in zip(self.hidden, self._shapes, strict=True):
+            call = self._calls[shape][index]
+            self.position = f"samples {start}..{start + len(hidden) - 1}"
+            start += len(hidden)
+            # A copy always: a block may work in its input's memory, and a stream is read more than once.
+            yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True, copy=True))
+
+    def advance(self, index: int) -> None:
+        """Replace every hidden state by block ``index``'s output, batch by batch."""
+        first = 0
+        for position, output in enumerate(self.run(index)):
+            self.hidden[position] = self._stored(first, output)
+            first += len(output)
+
+    def gram(self, slice_features: int = 1 << 22) -> Tensor:
+        """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
+        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, where they
+        are not in one piece already."""
+        out = None
+        if self._held is not None:
+            for features in self._held.features():
+                out = gram(features, out=out)
+            return out
+        flat = [h.flatten(1) for h in self.hidden]
+        samples = sum(len(f) for f in flat)
+        width = max(1, slice_features // samples)
+        for start in range(0, flat[0].shape[1], width):
+            features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
+            out = gram(features, out=out)
+        return out
+
+
+def _keeps_streams(device: torch.device) -> bool:
+    """Whether hidden states may stay on the model's device, or wait in pinned memory."""
+    return device.type == "cuda"
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||; infinity where that is no number."""
+    distance = (torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double())).item()
+    return distance if math.isfinite(distance) else math.inf

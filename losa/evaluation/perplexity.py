@@ -1,0 +1,156 @@
+"""Perplexity as the pruning papers measure it, and zero-shot tasks through lm-eval."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from losa.data.tokens import IGNORED
+from losa.errors import DataError, NumericsError
+from losa.model.limits import check_ids, check_length
+from losa.training.loss import TokenLoss
+
+logger = logging.getLogger("losa")
+
+# In nats. Losing one token of context costs a model that does not need the first one a hundredth of that.
+_START_MATTERS = 0.2
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``value`` = exp(``nll``), ``nll`` the mean in nats over windows x (length - 1) predicted tokens; ``tokens``: the
+    text that was read, windows x length (length - 1 where each window begins with a token of its own)."""
+
+    value: float
+    nll: float
+    windows: int
+    tokens: int
+    length: int
+
+
+def evaluation_windows(tokens: Tensor, length: int, max_windows: int | None = None, bos: int | None = None) -> Tensor:
+    """(windows, length) int64: the text ``tokens`` (tokens,) in non-overlapping windows; the tail is dropped.
+
+    ``bos`` goes in front of each window, which then holds length - 1 tokens of the text (less one that the text has in
+    front already).
+
+    Raises:
+        DataError: less text than one window.
+    """
+    if bos is not None and len(tokens) and tokens[0] == bos:
+        tokens = tokens[1:]
+    width = length - (bos is not None)
+    count = len(tokens) // width
+    if count == 0:
+        raise DataError(f"evaluate.data: {len(tokens)} tokens are less than one window of evaluate.length, {length}")
+    if max_windows is not None:
+        count = min(count, max_windows)
+    windows = tokens[: count * width].reshape(count, width)
+    return windows if bos is None else torch.cat([windows.new_full((count, 1), bos), windows], dim=1)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    length: int,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: bool = False,
+    bos: int | None = None,
+) -> Perplexity:
+    """exp(mean NLL) over non-overlapping windows of ``length`` tokens; the tail is dropped.
+
+    Each window predicts its tokens 2..length from the window alone, as in SparseGPT's and Wanda's code: that code
+    weighs windows equally and so do we, for all have the same number of predictions. The model computes in its own
+    dtype, the loss in fp32.
+
+    Windows have no beginning-of-text token of their own, as in those papers, whose values are compared. Some models
+    (Gemma) are far worse without one than they are in use: ``bos`` gives each window one, and the values are then
+    comparable only among themselves.
+
+    Args:
+        model: causal LM; set to evaluation mode and put back.
+        tokens: (tokens,) int64, of ``losa.data.evaluation_tokens``.
+        batch_size: windows per forward pass.
+        max_windows: use only the first ones.
+        progress: show a progress bar (in a terminal only).
+        bos: a token to begin each window with, not predicted; the window holds length - 1 tokens of text then.
+
+    Raises:
+        DataError: less text than one window.
+        ModelError: windows longer than the model's table of positions, or tokens that it has no embedding for.
+        NumericsError: a non-finite loss; names the windows.
+        ValueError: length below 2, batch_size or max_windows below 1.
+    """
+    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    windows = evaluation_windows(tokens, length, max_windows, bos)
+    check_length(model, length, "evaluate.length")
+    check_ids(model, windows, "evaluate.data")
+    count = len(windows)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        loss = TokenLoss(model)
+        bar = tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None if progress else True)
+        for index, batch in enumerate(bar):
+            batch = batch.to(device)
+            summed = loss(batch, batch).item()
+            if not math.isfinite(summed):
+                first = index * batch_size
+                where = f"windows {first}..{first + len(batch) - 1}" if len(batch) > 1 else f"window {first}"
+                raise NumericsError(f"evaluation: the loss is {summed} in {where} of {count}")
+            total += summed
+    finally:
+        model.train(was_training)
+    nll = total / (count * (length - 1))
+    return Perplexity(_exp(nll), nll, count, count * (length - (bos is not None)), length)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < math.log(torch.finfo(torch.float64).max) else math.inf
+
+
+def window_start(tokenizer, what: str) -> int:
+    """The beginning-of-text token, for windows that begin with one. Raises DataError, naming the setting ``what``."""
+    if tokenizer.bos_token_id is None:
+        raise DataError(f"{what}: the tokenizer has no beginning-of-text token")
+    return tokenizer.bos_token_id
+
+
+@torch.no_grad()
+def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: int) -> None:
+    """Warn where windows without a beginning-of-text token are not what the model is used with: the tokenizer puts one
+    in front of the whole text, and with it the second window's tokens are likelier by more than ``_START_MATTERS``."""
+    bos = tokenizer.bos_token_id
+    if bos is None or len(tokens) < 2 * length or length < 3 or tokens[0] != bos:
+        return
+    text = tokens[length : 2 * length - 1].to(next(model.parameters()).device)
+    started = torch.cat([text.new_tensor([bos]), text])
+    labels = started.clone()
+    # Both are asked for the same tokens.
+    labels[1] = IGNORED
+    was_training = model.training
+    model.eval()
+    try:
+        loss = TokenLoss(model)
+        without = loss(text[None], text[None]).item() / (len(text) - 1)
+        within = loss(started[None], labels[None]).item() / (len(text) - 1)
+    finally:
+        model.train(was_training)
+    if without - within > _START_MATTERS:
+        logger.warning(
+            "evaluation: windows after the first lack the beginning-of-text token that this model is used with: the "
+            "second one's perplexity is %.4g with it and %.4g without. --bos (evaluate.bos_per_window: true) gives it "
+            "to each window",
+            *(_exp(within), _exp(without)),
+        )

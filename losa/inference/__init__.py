@@ -1,0 +1,1 @@
+"""Text and speed from a model's zeros."""

@@ -1,0 +1,185 @@
+"""The parts of a transformers decoder block of the LLaMA kind, as the lean loop calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losa.modules.sparse import SparseLinear, share_rows
+from losa_kernels import sparse_linear
+from losa_kernels.decoder_step import Operations
+
+SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' names of it
+
+
+class Norm:
+    """A norm of the model: where it is transformers' RMS norm, by fewer calls than the six of its module."""
+
+    def __init__(self, module: nn.Module):
+        self.eps: float | None = getattr(module, "variance_epsilon", None)
+        self.weight: Tensor | None = None if self.eps is None else module.weight
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._module(x) if self.eps is None else F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def after(self, x: Tensor, update: Tensor | None, run: Operations) -> Tensor:
+        """x += update, where there is one; the norm of x."""
+        if self.eps is not None:
+            return run.add_rms_norm(x, update, self.weight, self.eps)
+        return self._module(x if update is None else x.add_(update))
+
+
+@dataclass(frozen=True)
+class Block:
+    attention_norm: Norm
+    mlp_norm: Norm
+    qkv: Callable[[Tensor], Tensor]
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]
+    activation: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    scaling: float
+
+    def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
+        """x (..., hidden), normed -> queries, keys and values (..., heads, size), normed where the model norms them."""
+        heads = self.qkv(x).view(*x.shape[:-1], queries + 2 * keys, -1)
+        if self.q_norm is None:
+            return heads
+        q, k, v = heads.split((queries, keys, keys), -2)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(self.activation(gate) * up)
+
+    def step(
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        position: Tensor,
+        cache: Tensor,
+        places: int,
+        finished: Tensor,
+        run: Operations,
+    ) -> Tensor:
+        """One token in at most nine launches on a GPU, where q, k and v, and gate and up, are one product each.
+
+        Args:
+            x: (1, hidden), the residual stream; changed in place.
+            update: (1, hidden), what the block before adds to it.
+            cos, sin, position, cache, places, finished: see ``losa_kernels.decoder_step``.
+
+        Returns:
+            (1, hidden), what this block adds to x at last.
+        """
+        keys, size = cache.shape[1], cache.shape[3]
+        normed = self.attention_norm.after(x, update, run)
+        norms = self._head_norms(size)
+        if norms is None:
+            q_norm, k_norm, eps, queries = None, None, 0.0, self.out.in_features // size
+            heads = self.heads(normed, queries, keys)[0]
+        else:
+            (q_norm, k_norm, eps), heads = norms, self.qkv(normed).view(-1, size)
+        q = run.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
+        attended = run.attend_cache(q, cache, position, places, self.scaling, finished)
+        normed = self.mlp_norm.after(x, self.out(attended.view(1, -1)), run)
+        gate_up = self.gate_up(normed)
+        if type(self.activation).__name__ in SILU:
+            return self.down(run.gated_silu(gate_up))
+        gate, up = gate_up.chunk(2, -1)
+        return self.down(self.activation(gate) * up)
+
+    def _head_norms(self, size: int) -> tuple[Tensor | None, Tensor | None, float] | None:
+        """Weights and eps of RMS norms of single heads; None: the norms are others."""
+        if self.q_norm is None:
+            return None, None, 0.0
+        q, k = self.q_norm, self.k_norm
+        alike = q.eps is not None and q.eps == k.eps and q.weight.shape == k.weight.shape == (size,)
+        return (q.weight, k.weight, q.eps) if alike else None
+
+
+def read_block(block: nn.Module) -> Block:
+    """Raises AttributeError where a part has another name, or is missing."""
+    attention, mlp = block.self_attn, block.mlp
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return Block(
+        attention_norm=Norm(block.input_layernorm),
+        mlp_norm=Norm(block.post_attention_layernorm),
+        qkv=_together([attention.q_proj, attention.k_proj, attention.v_proj]),
+        q_norm=None if q_norm is None else Norm(q_norm),
+        k_norm=None if k_norm is None else Norm(k_norm),
+        out=attention.o_proj,
+        gate_up=_together([mlp.gate_proj, mlp.up_proj]),
+        activation=mlp.act_fn,
+        down=mlp.down_proj,
+        scaling=attention.scaling,
+    )
+
+
+def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
+    group = getattr(linears[0], "group", None)
+    if group is None and all(type(linear) is SparseLinear for linear in linears):
+        group = share_rows(linears)  # moving or loading them took them apart
+    if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
+        join(linears, "weight")  # a launch each, and one to put the results together, cost more there than on a CPU
+    if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
+        product, weight = sparse_linear, group
+    elif (weight := joined([_rows(linear) for linear in linears])) is not None:
+        product = F.linear
+    else:
+        return lambda x: torch.cat([linear(x) for linear in linears], -1)
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return lambda x: product(x, weight)
+    join(linears, "bias")
+    biases = [linear.bias for linear in linears]
+    bias = joined([None if bias is None else bias.detach() for bias in biases])
+    if bias is not None:
+        return lambda x: product(x, weight, bias)
+    zeros = [torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device) for linear in linears]
+    parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
+    return lambda x: product(x, weight, torch.cat(parts))
+
+
+def _rows(linear: nn.Module) -> Tensor | None:
+    return linear.weight.detach() if type(linear) is nn.Linear else None
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensor whose rows all ``parts`` are, one after the other (see ``join_linears``); None: there is none."""
+    if any(part is None for part in parts):
+        return None
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
+        if not (same and part.is_contiguous() and part.storage_offset() == place):
+            return None
+        place += part.numel()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def join(linears: Sequence[nn.Module], name: str) -> None:
+    """Their parameters or buffers of that name become rows of one tensor, where they are alike and it fits into memory;
+    for the model they stay what they are."""
+    parts = [getattr(linear, name) for linear in linears]
+    if any(part is None or part.is_inference() for part in parts):
+        return
+    alike = len({(part.shape[1:], part.dtype, part.device) for part in parts}) == 1
+    if not alike or joined([part.detach() for part in parts]) is not None:
+        return
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for part, rows in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = rows
+    except torch.OutOfMemoryError:
+        return

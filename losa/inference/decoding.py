@@ -1,0 +1,299 @@
+"""The lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
+
+Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
+gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: every key of its configuration
+must be known (``lean_config``), the loop must read all weights, and its logits are compared with the model's own on
+some tokens. Other models generate through transformers.
+
+On a GPU single tokens go through ``LeanDecoder.step``, whose blocks are nine launches each, as a CUDA graph
+(``losa.inference.token_graphs``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losa.errors import LosaError, ModelError
+from losa.inference.decoder_blocks import Block, Norm, read_block
+from losa.inference.lean_config import Unsupported, longest_served
+from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
+from losa.model.blocks import find_blocks
+from losa.modules.sparse import SparseLinear
+from losa_kernels import decoder_step, native
+
+# What of a block the loop reads.
+READ = (
+    *("input_layernorm.", "post_attention_layernorm.", "self_attn.q_norm.", "self_attn.k_norm."),
+    *("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.", "self_attn.o_proj."),
+    *("mlp.gate_proj.", "mlp.up_proj.", "mlp.down_proj."),
+)
+
+# Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
+# is off by 2e-5 of fp64. Another function is off by more than a thousandth.
+SAME = 2**-10
+# Tokens of that comparison; fewer where they would take seconds: from so many weights on, and for half precision on a
+# CPU, which may compute it by detours.
+PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
+
+
+class LeanDecoder:
+    """One sequence at a time through a decoder of the LLaMA kind.
+
+    On a GPU, a model whose tensors were replaced (``to``, ``load_state_dict(assign=True)``) needs a ``resize``: graphs
+    read the memory that they were captured with.
+
+    Args:
+        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied. Biases of linears
+            with the same input, their packed weights and on a GPU dense ones move beside each other in memory.
+        max_length: tokens of prompt and continuation that the cache has room for.
+
+    Raises:
+        Unsupported: another kind of model; says what differs.
+    """
+
+    def __init__(self, model: nn.Module, max_length: int):
+        try:
+            self.config = model.config
+            decoder = model.get_decoder()
+            self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+            first = self.embeddings.weight
+            self.device, self.dtype = first.device, first.dtype
+            prefix, blocks = find_blocks(model)
+            attention = blocks[0].self_attn
+            self.head_dim = attention.head_dim
+            self.key_heads = attention.k_proj.out_features // self.head_dim
+            self.query_heads = attention.q_proj.out_features // self.head_dim
+            self.blocks = [read_block(block) for block in blocks]
+            self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
+            self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
+            _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
+        except (AttributeError, NotImplementedError, ModelError) as error:
+            raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
+        self.graphs: TokenGraphs | None = None
+        self.logits: Tensor | None = None
+        self._recordable = _recordable(model, self.device)
+        # Elsewhere a step of static shapes costs more than one that knows its position.
+        self._steps = self.device.type == "cuda" and native.in_graph(self.device)
+        self._check_length(max_length)
+        self._check(model)
+        self.resize(max_length)
+
+    def resize(self, max_length: int) -> None:
+        """Forget what was read, and make room for so many tokens; 0 frees cache and graphs.
+
+        Raises:
+            Unsupported: within so many tokens the model does not attend to all of them.
+            LosaError: the cache does not fit into memory.
+        """
+        self._check_length(max_length)
+        if self.graphs is not None:
+            self.graphs.close()
+        self.graphs = graphs_for(self.device) if max_length and self._recordable else None
+        shape = (len(self.blocks), 2, 1, self.key_heads, max_length, self.head_dim)
+        self.cache = self.logits = None  # the old one's memory, before the new one is asked for
+        self._caches: list[Tensor] = []
+        self.cache = _zeros(shape, self.dtype, self.device)
+        self._caches = list(self.cache[:, :, 0])  # of each block, (2, key heads, room, size)
+        positions = torch.arange(max_length, device=self.device)[None]
+        cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
+        if cos.shape[-1] != self.head_dim:
+            raise Unsupported("generate: rotary positions cover a part of each head only")
+        half = self.head_dim // 2
+        # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        self._run = decoder_step.operations(self.device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._finished = torch.zeros(self.query_heads, dtype=torch.int32, device=self.device)
+        self.max_length, self.length = max_length, 0
+
+    def _check_length(self, max_length: int) -> None:
+        window = self._shortest_window() if max_length else None
+        if window is not None and max_length > window:
+            raise Unsupported(
+                f"generate: attention in a sliding window of {window} tokens, fewer than the {max_length} of this text"
+            )
+
+    def _shortest_window(self) -> int | None:
+        windows = [*self._windows, longest_served(self.config)]
+        return min((window for window in windows if window is not None), default=None)
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.length = 0
+        if self.graphs is not None:
+            self.cache.zero_()
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids (tokens,) that follow what was read before -> logits (vocabulary,) of the last one, which the next call
+        may overwrite. They are ``logits`` of the decoder too.
+
+        Raises:
+            LosaError: the cache is full.
+        """
+        if len(ids) == 1 and self._graphed(ids):
+            self.logits = self.graphs.logits
+        else:
+            self.logits = self._logits(ids, last=True)[-1]
+        return self.logits
+
+    @torch.inference_mode()
+    def likeliest(self, token: Tensor) -> Tensor:
+        """token (1,) that follows what was read before -> the likeliest after it, (1,), which the next call may
+        overwrite. Nothing waits for the device.
+
+        Raises:
+            LosaError: the cache is full.
+        """
+        if self._graphed(token):
+            self.logits = self.graphs.logits
+            return self.graphs.token
+        self.logits = self._logits(token, last=True)[-1]
+        return self.logits.argmax(-1, keepdim=True)
+
+    def _graphed(self, token: Tensor) -> bool:
+        """Has a graph read the token?"""
+        if self.graphs is None:
+            return False
+        self._check_room(1)
+        if not self.graphs.run(self.step, token, self.length):
+            return False
+        self.length += 1
+        return True
+
+    def step(self, token: Tensor, position: Tensor, places: int) -> Tensor:
+        """One token in shapes that do not depend on its position, with nothing read back: what a graph can hold.
+
+        Args:
+            token, position: (1,) int64 on the model's device; writes keys and values there into the cache.
+            places: of the cache that the launches are sized for, all of it if it has fewer; more than ``position``.
+
+        Returns:
+            logits (vocabulary,).
+        """
+        x, update, places = self.embeddings(token), None, min(places, self.max_length)
+        for block, cache in zip(self.blocks, self._caches, strict=True):
+            update = block.step(x, update, self.cos, self.sin, position, cache, places, self._finished, self._run)
+        return self.head(self.norm.after(x, update, self._run))[0]
+
+    def _check_room(self, tokens: int) -> None:
+        needed = self.length + tokens
+        if needed > self.max_length:
+            raise LosaError(f"generate: {needed} tokens are more than max_length, {self.max_length}")
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        """ids (tokens,) -> logits of all of them, or of the last one: (tokens or 1, vocabulary)."""
+        self._check_room(len(ids))
+        if len(ids) == 1 and self._steps:
+            self._position.fill_(self.length)
+            logits = self.step(ids, self._position, places_for(self.length + 1))
+            self.length += 1
+            return logits[None]
+        start, stop = self.length, self.length + len(ids)
+        x = self.embeddings(ids[None])
+        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        for block, cache in zip(self.blocks, self.cache, strict=True):
+            x = block.feed_forward(x + block.out(self._attention(block, x, cache, cos, sin, start, stop)))
+        self.length = stop
+        return self.head(self.norm(x[0, -1:] if last else x[0]))
+
+    def _attention(
+        self, block: Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int
+    ) -> Tensor:
+        tokens, queries, keys = x.shape[1], self.query_heads, self.key_heads
+        heads = block.heads(block.attention_norm(x), queries, keys).transpose(1, 2)
+        turned = heads[:, : queries + keys]
+        turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
+        cache[0, :, :, start:stop] = turned[:, queries:]
+        cache[1, :, :, start:stop] = heads[:, queries + keys :]
+        q, k, v = turned[:, :queries], cache[0, :, :, :stop], cache[1, :, :, :stop]
+        if tokens == 1:
+            # Queries that share a key head are its rows: no key is repeated, and nothing is masked.
+            grouped = q.reshape(1, keys, queries // keys, self.head_dim)
+            return F.scaled_dot_product_attention(grouped, k, v, scale=block.scaling).reshape(1, 1, -1)
+        mask = None
+        if start:
+            mask = torch.ones(tokens, stop, dtype=torch.bool, device=q.device).tril(start)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=block.scaling, enable_gqa=queries != keys
+        )
+        return attended.transpose(1, 2).reshape(1, tokens, -1)
+
+    @torch.inference_mode()
+    def _check(self, model: nn.Module) -> None:
+        """The loop computes what the model computes, read at once and token by token, or it is not used."""
+        weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
+        slow = weights >= LARGE or (self.device.type == "cpu" and self.dtype.itemsize < 4)
+        count = SHORT_PROBE if slow else PROBE
+        window = self._shortest_window()
+        count = count if window is None else min(count, window)
+        vocabulary = self.embeddings.weight.shape[0]
+        # From all over the vocabulary, the first and the last token among them.
+        ids = (torch.arange(count, device=self.device) * 0.6180339887 % 1 * vocabulary).long()
+        ids[count // 2] = vocabulary - 1
+        try:
+            self.resize(count)
+            expected = model(ids[None], use_cache=False).logits[0].float()
+            found = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
+            found = torch.cat([*found, self(ids[-1:])[None]]).float()
+        except LosaError:
+            raise
+        except Exception as error:  # the model's own, or shapes that do not fit the loop
+            raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
+        if not expected.isfinite().all():
+            raise Unsupported(f"generate: {type(model).__name__}'s own logits are not finite for some tokens")
+        allowed = max(64 * torch.finfo(self.dtype).eps, SAME) * expected.abs().max()
+        if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
+            raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
+
+
+def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module]) -> None:
+    """The loop reads every weight of the model: of the blocks, at ``prefix``, and of ``others``."""
+    read = {id(parameter) for module in others for parameter in module.parameters()}
+    packed = {f"{name}.packed": module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, weight in (dict(model.named_parameters()) | packed).items():
+        inside = name.removeprefix(f"{prefix}.")
+        if id(weight) not in read if inside == name else not inside.partition(".")[2].startswith(READ):
+            raise Unsupported(f"generate: the lean loop does not read {name} of {type(model).__name__}")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    needed = math.prod(shape) * dtype.itemsize
+    message = (
+        f"generate: the cache for {shape[-2]:,} tokens does not fit into memory ({needed / 1e9:.1f} GB); give a "
+        "smaller max_new_tokens or a shorter prompt"
+    )
+    # A CPU gives out more memory than it has, and ends the process that fills it.
+    if device.type == "cpu" and needed > (_memory() or needed):
+        raise LosaError(message)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's for memory of any kind
+        raise LosaError(message) from error
+
+
+def _memory() -> int | None:
+    """Bytes of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def hooked(model: nn.Module) -> bool:
+    """Were forward methods replaced, or hooks hung onto modules? What those do can change unseen."""
+    return any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _recordable(model: nn.Module, device: torch.device) -> bool:
+    """Is a step nothing but kernels? A replay runs no hook, and without native code packed weights are unpacked by
+    operations that the host waits for."""
+    packed = any(isinstance(module, SparseLinear) for module in model.modules())
+    return not hooked(model) and (native.in_graph(device) or not packed)

@@ -1,0 +1,181 @@
+"""Decode speed of a checkpoint, dense and packed, side by side, with the bytes each token moves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from losa.errors import LosaError, ModelError
+from losa.inference.decoding import LeanDecoder, Unsupported
+from losa.inference.sparsify import densify, sparsify
+from losa.inference.transformers_loop import failure, with_settings
+from losa.model.blocks import find_blocks
+from losa.model.grouping import join_linears
+from losa.model.limits import check_length
+from losa.modules.sparse import SparseLinear
+
+logger = logging.getLogger("losa")
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """``bytes_per_token``: weights read for one token (block linears and output layer); ``fraction_of_limit``: those
+    bytes at the speed of a large copy, over the time taken."""
+
+    name: str
+    tokens_per_second: float
+    bytes_per_token: int
+    fraction_of_limit: float
+
+
+# Who decodes, and the weights: as they came, without zeros, and both in bfloat16 (where they are not already).
+LOOPS = ("transformers", "losa")
+WEIGHTS = ("dense", "packed", "packed bfloat16", "dense bfloat16")
+
+
+@torch.inference_mode()
+def decode_speeds(
+    model: nn.Module, *, tokens: int = 64, repetitions: int = 3, only: Collection[str] | None = None
+) -> list[DecodeSpeed]:
+    """Greedy decoding of one sequence, in turns, by transformers' ``generate`` and by the lean loop.
+
+    Where the lean loop does not compute the model, a warning says why, and transformers takes its place with the same
+    weights. A way that fails in transformers is left out with a warning.
+
+    Args:
+        model: a pruned, merged model, dense or packed; left as it came.
+        tokens: new tokens per measurement, at least 2: the first comes with the prompt.
+        repetitions: measurements of each; the median counts.
+        only: names "LOOP, WEIGHTS" of what to measure; None measures all.
+
+    Raises:
+        ModelError: the model is not pruned, has a table of too few positions, or nothing can be measured.
+        LosaError: fewer than 2 tokens are asked for.
+    """
+    if tokens < 2:
+        raise LosaError(f"bench: tokens: expected at least 2, got {tokens}")
+    dense = densify(copy.deepcopy(model))
+    device = dense.get_input_embeddings().weight.device
+    prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
+    check_length(dense, len(prompt) + tokens - 1, "bench: tokens")
+    runs: dict[str, tuple[int, Callable[[], float]]] = {}
+    warned = False
+    for weights in WEIGHTS[:2] if dense.dtype == torch.bfloat16 else WEIGHTS:
+        names = [f"{loop}, {weights}" for loop in LOOPS]
+        names = [name for name in names if only is None or name in only]
+        if not names:
+            continue
+        variant = copy.deepcopy(dense)
+        if "bfloat16" in weights:
+            variant.bfloat16()
+        if "packed" in weights:
+            sparsify(variant)
+        else:  # the same products as with packed weights
+            for block in find_blocks(variant)[1]:
+                join_linears(block)
+        moved = bytes_per_token(variant)
+        for name in names:
+            if name.startswith("losa"):
+                try:
+                    decoder = LeanDecoder(variant, len(prompt) + tokens)
+                    runs[name] = moved, lambda d=decoder: seconds_per_token(d, prompt, tokens)
+                    continue
+                except Unsupported as error:
+                    if not warned:
+                        reason = str(error).removeprefix("generate: ")
+                        logger.warning("bench: through transformers only: %s", reason)
+                    warned, name = True, f"{LOOPS[0]}, {weights}"
+            runs[name] = moved, lambda m=variant: _transformers(m, prompt, tokens)
+    del dense
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(-1, repetitions):
+        for name in list(seconds):
+            try:
+                taken = runs[name][1]()
+            except ModelError as error:
+                logger.warning("%s, not measured: %s", name, error)
+                del seconds[name]
+                continue
+            if repetition >= 0:
+                seconds[name].append(taken)
+    if not seconds:
+        raise ModelError("bench: the model generates neither through transformers nor by losa's own loop")
+    bandwidth = copy_bandwidth(device, 128)
+    found = []
+    for name, times in seconds.items():
+        moved, per_token = runs[name][0], statistics.median(times)
+        found.append(DecodeSpeed(name, 1 / per_token, moved, moved / bandwidth / per_token))
+    return found
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
+    head = model.get_output_embeddings()
+    total = head.weight.nbytes if head is not None else 0
+    for block in find_blocks(model)[1]:
+        for module in block.modules():
+            if isinstance(module, SparseLinear):
+                total += module.packed.nbytes
+            elif isinstance(module, nn.Linear):
+                total += module.weight.nbytes
+    return total
+
+
+def copy_bandwidth(device: torch.device | str, megabytes: int = 256) -> float:
+    """Bytes per second of a large copy (read + write), the limit of memory-bound kernels on this machine."""
+    if torch.device(device).type == "cuda":
+        megabytes = max(megabytes, 2048)  # the host's share of the time is then 1 %
+    source = torch.ones(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(8):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times[1:])
+
+
+def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
+    """Greedy decoding of ``tokens`` after ``prompt`` (tokens,), whose pass does not count; every token is read by the
+    host, as for showing it."""
+    decoder.reset()
+    token = decoder(prompt).argmax(-1, keepdim=True)
+    wait(prompt.device)
+    start = time.perf_counter()
+    for _ in range(tokens - 1):
+        token = decoder.likeliest(token)
+        int(token)
+    return (time.perf_counter() - start) / (tokens - 1)
+
+
+def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
+    """Seconds a token of ``generate``, from its first new token to its last. ModelError: the model's own code fails."""
+    times = []
+
+    def clock(ids, scores, **_):
+        wait(prompt.device)
+        times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    ids = prompt[None]
+    plain = with_settings(model, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    try:
+        plain.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock])
+    except Exception as error:
+        raise ModelError(failure("bench", model, error)) from error
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def wait(device: torch.device | str) -> None:
+    """Until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

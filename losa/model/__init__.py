@@ -1,0 +1,16 @@
+"""A Hugging Face model: its blocks found, its linears wrapped and merged."""
+
+from losa.model.blocks import Targets, block_linears, find_blocks, find_linears
+from losa.model.wrapping import merge_model, sparsity_of, unwrap_model, wrap_model, wrapped_linears
+
+__all__ = [
+    "Targets",
+    "block_linears",
+    "find_blocks",
+    "find_linears",
+    "merge_model",
+    "sparsity_of",
+    "unwrap_model",
+    "wrap_model",
+    "wrapped_linears",
+]

@@ -1,0 +1,166 @@
+"""Finding, wrapping and merging: everything that depends on how a Hugging Face model is built.
+
+Structure is discovered from the modules themselves; no model's name appears here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+
+from losa.errors import ModelError
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.sparse import SparseLinear
+
+Targets = list[str] | str | None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's repeated blocks: the ``nn.ModuleList`` of one class that holds the most linear weights.
+
+    Returns:
+        its name in ``model`` and the list itself.
+
+    Raises:
+        ModelError: an encoder-decoder; no such list; or a second list at least half as large. Says what was seen.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError("model: expected a decoder-only language model, got an encoder-decoder")
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    # Lists inside a list (experts of a block) are parts of blocks.
+    lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    sizes = {n: sum(_weights(x) for x in m.modules()) for n, m in lists.items()}
+    ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
+    seen = "; ".join(_describe(n, blocks, sizes[n]) for n, blocks in lists.items()) or "no nn.ModuleList at all"
+    if not ranked:
+        raise ModelError(f"model: found no repeated blocks with nn.Linear layers; saw {seen}")
+    if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
+        raise ModelError(f"model: cannot tell which list holds the decoder's blocks; saw {seen}")
+    best = lists[ranked[0]]
+    if len({type(block) for block in best}) > 1 or any(_is_linear(block) for block in best):
+        raise ModelError(f"model: expected decoder blocks of one class; saw {seen}")
+    return ranked[0], best
+
+
+def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
+    kinds = Counter(type(block).__name__ for block in blocks)
+    text = f"{name!r} ({', '.join(f'{count} x {kind}' for kind, count in kinds.items())}) with "
+    if weights:
+        return text + f"{weights} weights in nn.Linear"
+    others = {type(m).__name__ for m in blocks.modules() for p in m.parameters(recurse=False) if p.ndim >= 2}
+    return text + "no nn.Linear" + (f" (weights live in {', '.join(sorted(others))})" if others else "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A layer that computes x W^T + bias from ``weight``: not its subclasses with another forward (quantised ones)
+    and not the one inside ``nn.MultiheadAttention``, whose forward is never called."""
+    if isinstance(module, MaskedLoRALinear):
+        return True
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _weights(module: nn.Module) -> int:
+    if isinstance(module, SparseLinear):
+        return module.out_features * module.in_features
+    return module.weight.numel() if _is_linear(module) else 0
+
+
+def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it.
+
+    Left out: weights that occur twice within ``model`` (default: within the block), and routers of a mixture of experts
+    (beside a collection of n experts, linears with n outputs or with one).
+
+    Args:
+        targets: names: a linear's last component ("q_proj") or a longer end of its name; or "re:<regex>", searched
+            in the name; or a list of both. None takes all. May match nothing here: blocks can differ.
+
+    Raises:
+        ModelError: a regular expression that does not compile.
+    """
+    return _linears(block, _uses(model or block), _as_targets(targets))
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The prunable linears of all decoder blocks, in model order, by full name."""
+    prefix, blocks = find_blocks(model)
+    uses = _uses(model)
+    return {
+        f"{prefix}.{index}.{name}": linear
+        for index, block in enumerate(blocks)
+        for name, linear in _linears(block, uses, []).items()
+    }
+
+
+def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
+    routers = _routers(block)
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if _is_linear(module)
+        and uses[id(module.weight)] == 1
+        and module not in routers
+        and (not targets or any(_matches(target, name) for target in targets))
+    }
+
+
+def _uses(model: nn.Module) -> Counter:
+    """How often each parameter occurs, by id: a module reached by two names counts twice."""
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _as_targets(targets: Targets) -> list[str]:
+    targets = [targets] if isinstance(targets, str) else list(targets or [])
+    for target in targets:
+        if target.startswith("re:"):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise ModelError(f"targets: {target!r} is not a regular expression: {error}") from error
+    return targets
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.search(target[3:], name) is not None
+    return f".{name}".endswith(f".{target}")
+
+
+def _fused(module: nn.Module) -> list[str]:
+    """Names of a module's own stacked expert weights: Parameters (experts, ., .).
+
+    A module of experts has no other parameters, but for biases (experts, .), and none in modules of its own: that tells
+    it from a mixer whose heads have matrices of their own.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    stacked = [name for name, p in own.items() if p.ndim == 3 and p.shape[0] > 1]
+    if not stacked or isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    inside = any(True for child in module.children() for _ in child.parameters())
+    return [] if inside or any(p.ndim < 2 for p in own.values()) else stacked
+
+
+def _expert_count(collection: nn.Module) -> int | None:
+    """The number of experts in a list of like modules or in stacked weights; None for anything else."""
+    if fused := _fused(collection):
+        return getattr(collection, fused[0]).shape[0]
+    if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:
+        inside = any(_is_linear(m) for m in collection.modules())
+        return len(collection) if inside and not _is_linear(collection[0]) else None
+    return None
+
+
+def _routers(block: nn.Module) -> set[nn.Module]:
+    routers = set()
+    for parent in block.modules():
+        for collection in parent.children():
+            count = _expert_count(collection)
+            if count is not None:
+                beside = set(parent.modules()) - set(collection.modules())
+                routers |= {m for m in beside if _is_linear(m) and m.out_features in (1, count)}
+    return routers

@@ -1,0 +1,196 @@
+"""Names of tensors on disk and in the model: transformers' own rules between them.
+
+A checkpoint keeps the names of whoever published it. transformers renames tensors when it loads them, and makes some
+from several stored ones (stacked experts, split projections). ``Naming`` says which stored tensor goes where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError, reason
+from losa.model.blocks import find_blocks
+from losa.storage.tensor_files import Stored, checkpoint_tensors, shown_name
+
+
+def check_names(directory: Path, model: nn.Module) -> Naming:
+    """Where the tensors of a dense directory go in ``model``, of ``skeleton``.
+
+    Raises:
+        ModelError: names the directory and the first tensor that is missing or does not fit.
+    """
+    with checkpoint_tensors(directory) as files:
+        stored = files.stored
+    return checked_naming(model, stored, directory)
+
+
+def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> Naming:
+    """The same for the tensors that ``where`` lists."""
+    try:
+        naming = Naming(model, stored)
+        naming.check(stored)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    try:
+        prefix, blocks = find_blocks(model)
+    except ModelError:  # no structure that could be pruned; the tensors fit all the same
+        return naming
+    for name, target in naming.unused.items():
+        index = block_index(target, prefix)
+        if index is not None and index >= len(blocks) and not naming.ignored(target):
+            raise ModelError(f"{where}: {shown_name(name)}: config.json says that there are {len(blocks)} blocks")
+    return naming
+
+
+def block_index(name: str, prefix: str) -> int | None:
+    """The number of the block that a tensor of the model belongs to; None: to none."""
+    number = name.removeprefix(f"{prefix}.").partition(".")[0] if name.startswith(f"{prefix}.") else ""
+    return int(number) if re.fullmatch(r"\d{1,9}", number, re.ASCII) else None
+
+
+class Naming:
+    """Where each tensor of a checkpoint goes in ``model``.
+
+    ``renamed``: name on disk -> name in the model, of tensors that are the model's as they are stored.
+    ``made``: name in the model -> names on disk that transformers makes it (and perhaps others) from.
+    ``unused``: name on disk -> what it would be called, of tensors that the model has no place for; transformers
+    leaves them aside as well.
+
+    Args:
+        model: of transformers, on any device; meta will do.
+        names: of all stored tensors.
+
+    Raises:
+        ModelError: something that is no name of a tensor.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        self.model = model
+        self.expected: dict[str, Tensor] = model.state_dict()
+        self.renamed: dict[str, str] = {}
+        self.made: dict[str, list[str]] = {}
+        self.unused: dict[str, str] = {}
+        self._patterns: dict[str, str] = {}
+        self._mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        prefix, taken = model.base_model_prefix, set()
+
+        def order(name: str) -> list:
+            try:
+                return dot_natural_key(name)
+            except ValueError as error:
+                raise ModelError(f"{shown_name(name)}: no model has a tensor of that name") from error
+
+        for name in sorted(names, key=order):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self.expected)
+            if target not in self.expected and name in self.expected:
+                target, pattern = rename_source_key(name, [], [], prefix, self.expected)
+            if target not in self.expected or (pattern is None and target in taken):
+                self.unused[name] = target
+            elif pattern is None:
+                self.renamed[name] = target
+                taken.add(target)
+            else:
+                self.made.setdefault(target, []).append(name)
+                self._patterns[name] = pattern
+
+    def targets(self) -> dict[str, str]:
+        """Name on disk -> name in the model; where several names come of one tensor, the first of them."""
+        made = {source: target for target, sources in self.made.items() for source in sources}
+        return self.renamed | made | self.unused
+
+    def make(self, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What transformers makes of the stored ``tensors`` of ``made[target]``, by name in the model.
+
+        Raises:
+            ModelError: they do not fit together; names the first.
+        """
+        sources = self.made[target]
+        converter = deepcopy(self._converters[self._patterns[sources[0]]])
+        for source in sources:
+            converter.add_tensor(target, source, self._patterns[source], tensors[source])
+        try:
+            made = converter.convert(target, model=self.model, config=self.model.config)
+        except Exception as error:  # transformers' operations raise errors of many kinds
+            raise ModelError(
+                f"{shown_name(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def missing(self, loaded: Iterable[str]) -> list[str]:
+        """Names in the model that nothing ``loaded`` fills, in model order; tied weights count as one."""
+        absent = self.expected.keys() - set(loaded)
+        # The same for all members of a family of tied weights, of which one is enough.
+        family: dict[str, set[str]] = {}
+        for one, other in getattr(self.model, "all_tied_weights_keys", {}).items():
+            joined = family.get(one, {one}) | family.get(other, {other})
+            family |= dict.fromkeys(joined, joined)
+        ignored = self._model_says("_keys_to_ignore_on_load_missing")
+        return [
+            name
+            for name in self.expected
+            if name in absent and not family.get(name, set()) - absent and not (ignored and ignored.search(name))
+        ]
+
+    def ignored(self, target: str) -> bool:
+        """Whether the model says itself that a stored tensor of this name is of no use to it."""
+        pattern = self._model_says("_keys_to_ignore_on_load_unexpected")
+        old_buffers = re.search(r"rotary_emb\.inv_freq|(^|\.)position_ids$", target)
+        return old_buffers is not None or (pattern is not None and pattern.search(target) is not None)
+
+    def _model_says(self, attribute: str) -> re.Pattern | None:
+        patterns = getattr(self.model, attribute, None)
+        return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+    def check(self, stored: Mapping[str, Stored]) -> None:
+        """Compare a checkpoint's headers with the model: every tensor is there, in the model's shape.
+
+        Raises:
+            ModelError: names the first tensor that does not fit, and what was expected.
+        """
+        found: dict[str, Stored] = {target: stored[name] for name, target in self.renamed.items()}
+        names = {target: name for name, target in self.renamed.items()}
+        for target, sources in self.made.items():
+            tensors = {s: torch.empty(stored[s].shape, dtype=stored[s].dtype, device="meta") for s in sources}
+            for name, tensor in self.make(target, tensors).items():
+                found[name], names[name] = Stored(tensor.dtype, tuple(tensor.shape)), sources[0]
+        for target, (dtype, shape) in found.items():
+            expected, name = self.expected.get(target), shown_name(names[target])
+            if expected is None:
+                raise ModelError(f"{name}: makes {shown_name(target)}, which the model has not")
+            if tuple(expected.shape) != shape:
+                raise ModelError(f"{name}: expected shape {list(expected.shape)}, the file has {list(shape)}")
+            if expected.is_floating_point() and not dtype.is_floating_point:
+                raise ModelError(f"{name}: expected floating-point weights, the file has {dtype}")
+        if absent := self.missing(found):
+            more = f" and {len(absent) - 3} others" if len(absent) > 3 else ""
+            raise ModelError(f"tensors are missing: {', '.join(absent[:3])}{more}")
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The type in which transformers keeps each floating-point tensor of the model: its own, but for those that
+        the model keeps in fp32."""
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept = {name: t.dtype for name, t in self.expected.items() if t.is_floating_point()}
+        plan = self.model._get_dtype_plan(self.model.dtype)
+        if plan:
+            pattern, plans, _ = build_glob_alternation(list(plan))
+            for name in kept:
+                if match := pattern.search(name):
+                    kept[name] = plan[plans[match.lastgroup]]
+        return kept
+
+    def remember(self) -> None:
+        """Let ``save_pretrained`` write the names of this checkpoint, as after transformers' own loading."""
+        self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]

@@ -1,0 +1,58 @@
+"""Which linears' weights a model reads itself, instead of calling the linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from losa.errors import ModelError
+from losa.modules.sparse import SparseLinear
+
+
+def read_directly(model: nn.Module) -> set[str]:
+    """Names of linears whose ``weight`` the model reads itself when it runs: some models compute with it and never call
+    the linear. Found by running a few tokens; packed linears give their dense weight for that time.
+
+    Raises:
+        ModelError: the model does not run, or its logits are not finite.
+    """
+    found: set[str] = set()
+    watched = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, SparseLinear)}
+    names = {id(module): name for name, module in watched.items()}
+    kinds = {name: type(module) for name, module in watched.items()}
+
+    class Dense(nn.Linear):
+        @property
+        def weight(self) -> Tensor:
+            found.add(names[id(self)])
+            return self._parameters["weight"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self._parameters["weight"], self.bias)
+
+    class Sparse(SparseLinear):
+        @property
+        def weight(self) -> Tensor:
+            found.add(names[id(self)])
+            return self.packed.unpack()
+
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(min(8, embeddings.shape[0]), device=embeddings.device)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for name, module in watched.items():
+            module.__class__ = Dense if kinds[name] is nn.Linear else Sparse
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # models raise errors of many kinds
+        raise ModelError(f"the model does not run ({type(error).__name__}: {error})") from error
+    finally:
+        for name, module in watched.items():
+            module.__class__ = kinds[name]
+        for module, mode in modes:
+            module.training = mode
+    if not bool(logits.isfinite().all()):
+        raise ModelError(f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}")
+    return found

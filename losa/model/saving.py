@@ -1,0 +1,78 @@
+"""``save_pretrained`` of models whose linears were replaced, and what a config says of tied embeddings."""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import signature
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.sparse import SparseLinear
+from losa.storage.files import write_json
+from losa.storage.tensor_files import read_json
+
+_TIED = "tie_word_embeddings"
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` (and so ``push_to_hub``) write what loads, whatever the linears are by then.
+
+    Packed linears are written dense, under their ordinary names: all of the model's dense weights are in memory for
+    that time (``losa unpack`` takes a block at a time). Adapters are refused: the file would hold the weights without
+    them. Models that are not of transformers stay as they are.
+    """
+    for module in model.modules():  # a part of it can be saved alone
+        if hasattr(type(module), "save_pretrained"):
+            # No method of the module: pickle would read that back as the class's own.
+            module.save_pretrained = partial(save_pretrained, module)
+
+
+def save_pretrained(model: nn.Module, *args, **kwargs):
+    """What takes the place of a model's own ``save_pretrained``; its arguments."""
+    save = type(model).save_pretrained
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)]
+    if wrapped:
+        raise ModelError(
+            f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}, ...), which transformers cannot "
+            "load; merge_model first, or torch.save(model.state_dict(), ...) to go on later"
+        )
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        call = signature(save).bind(model, *args, **kwargs)
+        call.arguments["state_dict"] = dense_state_dict(model, call.arguments.get("state_dict"))
+        return save(*call.args, **call.kwargs)
+    return save(model, *args, **kwargs)
+
+
+def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's state dict (or the given one of it) with dense weights in the place of packed ones."""
+    found = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            for part in module.packed.tensors():
+                found.pop(f"{name}.{part}", None)
+            found[f"{name}.weight"] = module.packed.unpack()
+    return found
+
+
+def untied_though_stated(model: nn.Module) -> bool:
+    """Whether the config says that input and output embeddings are one, and they differ."""
+    if not getattr(model.config.get_text_config(), _TIED, False) and not getattr(model.config, _TIED, False):
+        return False
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(module, "weight", None) for module in (output, inputs)]
+    if any(not isinstance(weight, Tensor) for weight in weights) or weights[0] is weights[1]:
+        return False
+    return not torch.equal(*weights)
+
+
+def state_untied(directory: Path) -> None:
+    """Write into config.json that the output layer has weights of its own."""
+    path = directory / "config.json"
+    config = read_json(path)
+    for part in [value for value in config.values() if isinstance(value, dict) and _TIED in value]:
+        part[_TIED] = False
+    write_json(path, config | {_TIED: False})

@@ -1,0 +1,134 @@
+"""A model's block linears replaced by masked-LoRA layers, and back: wrapped, merged, unwrapped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+
+import torch
+from torch import nn
+
+from losa.errors import ModelError
+from losa.model.blocks import (
+    Targets,
+    _as_targets,
+    _fused,
+    _is_linear,
+    _linears,
+    _matches,
+    _uses,
+    _weights,
+    block_linears,
+    find_blocks,
+)
+from losa.model.saving import guard_saving
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.sparse import SparseLinear
+
+logger = logging.getLogger("losa")
+
+
+def wrap_model(
+    model: nn.Module,
+    *,
+    layer: type[MaskedLoRALinear] = MaskedLoRALinear,
+    rank: int,
+    scaling: float,
+    dropout_p: float = 0.0,
+    targets: Targets = None,
+    seed: int = 0,
+) -> dict[str, MaskedLoRALinear]:
+    """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
+
+    The weights stay where they are in memory. Adapters are seeded by (seed, full name): another choice of targets
+    changes none of them. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
+    it is merged or unwrapped.
+
+    Returns:
+        the new layers by full name, in model order.
+
+    Raises:
+        ModelError: no blocks, already wrapped, a target that matches nothing, or a rank that does not fit a linear.
+            The model is unchanged then.
+    """
+    if wrapped_linears(model):
+        raise ModelError("model: already wrapped; merge_model or unwrap_model first")
+    prefix, blocks = find_blocks(model)
+    uses, wanted = _uses(model), _as_targets(targets)
+    every = {f"{prefix}.{i}": _linears(block, uses, []) for i, block in enumerate(blocks)}
+    names = list(dict.fromkeys(name for linears in every.values() for name in linears))
+    for target in wanted:
+        if not any(_matches(target, name) for name in names):
+            raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
+    wrapped = {}
+    for block_name, linears in every.items():
+        for name, linear in linears.items():
+            if wanted and not any(_matches(target, name) for target in wanted):
+                continue
+            full = f"{block_name}.{name}"
+            generator = torch.Generator().manual_seed(_seed_for(seed, full))
+            try:
+                wrapped[full] = layer.from_linear(
+                    linear, rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+                )
+            except ValueError as error:
+                raise ModelError(f"{full}: {error}") from error
+    if not wrapped:
+        raise ModelError(f"model: every nn.Linear of {prefix!r} is shared or a router; nothing can be pruned")
+    _warn_left_dense(prefix, blocks, uses)
+    model.requires_grad_(False)
+    for name, new in wrapped.items():
+        model.set_submodule(name, new)
+    guard_saving(model)
+    return wrapped
+
+
+def _seed_for(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def _warn_left_dense(prefix: str, blocks: nn.ModuleList, uses: Counter) -> None:
+    fused = [f"{name}.{p}" for name, module in blocks[0].named_modules() for p in _fused(module)]
+    if not fused:
+        fused = [f"{name}.{p}" for name, module in blocks.named_modules() for p in _fused(module)]
+    if fused:
+        logger.warning("stacked expert weights of %r stay dense: %s", prefix, ", ".join(fused))
+    shared = [n for n, m in blocks.named_modules() if _is_linear(m) and uses[id(m.weight)] > 1]
+    if shared:
+        logger.warning("linears of %r with a shared weight stay dense: %s", prefix, ", ".join(shared))
+
+
+def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
+    """All wrapped layers by full name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)}
+
+
+def merge_model(model: nn.Module) -> nn.Module:
+    """Turn every wrapped layer into a plain linear with weight M * (W + s B A), in place. Parameters stay frozen."""
+    for name, layer in wrapped_linears(model).items():
+        model.set_submodule(name, layer.merge())
+    return model
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Drop masks and adapters: plain linears with the layers' dense weights, in place. Parameters stay frozen."""
+    for name, layer in wrapped_linears(model).items():
+        model.set_submodule(name, layer.unwrap())
+    return model
+
+
+def sparsity_of(model: nn.Module) -> tuple[int, int]:
+    """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain or packed
+    linear, exact zeros."""
+    zeros = total = 0
+    for linear in block_linears(model).values():
+        kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
+        total += kept.numel()
+        zeros += kept.numel() - int(torch.count_nonzero(kept))
+    for block in find_blocks(model)[1]:
+        for linear in block.modules():
+            if isinstance(linear, SparseLinear):
+                total += _weights(linear)
+                zeros += _weights(linear) - int(torch.count_nonzero(linear.packed.values))
+    return zeros, total

@@ -1,0 +1,7 @@
+"""Drop-in replacements of ``nn.Linear``: masked LoRA for training, packed weights for inference."""
+
+from losa.modules.lora import LoRALinear
+from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
+from losa.modules.sparse import SparseLinear, share_rows
+
+__all__ = ["MaskedLoRALinear", "dense_mode", "LoRALinear", "SparseLinear", "share_rows"]

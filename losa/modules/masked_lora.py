@@ -1,0 +1,248 @@
+"""Drop-in replacements of ``nn.Linear``: a frozen weight under an explicit mask with a low-rank adapter, for training;
+a packed weight, for inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
+from losa_kernels.masked_lora import MAX_RANK
+
+
+class MaskedLoRALinear(nn.Module):
+    """y = x (M * (W + s B A))^T + bias, with W and M frozen (the bracket of Eq. 1).
+
+    Direct Parameters, no children and no buffers, so that FSDP2 shards every one of them by rows:
+
+    * ``weight`` (out, in), frozen; ``bias`` (out,), frozen, or None;
+    * ``mask`` packed uint8 (out, ceil(in/8)), frozen: bit b of byte j is column 8j+b, 1 = kept;
+    * ``lora_A`` (rank, in) and ``lora_B`` (out, rank), fp32, trained.
+
+    ``scaling`` (s) and ``dropout_p`` (on the adapter's input while training) are plain floats. ``adapter_enabled``:
+    False makes the layer the dense linear it came from, without mask and adapter (see ``dense_mode``).
+
+    ``to(dtype)`` and ``half()`` convert the adapter along with the weight, as in any ``nn.Module``; convert a model
+    before wrapping it to train the adapter in fp32. State dicts load whatever rank they hold. ``set_rank`` and such
+    a load replace the adapter's Parameters: make a new optimiser afterwards.
+
+    Args:
+        weight, bias: tensors whose storage is shared, never written to.
+        mask: bool (out, in) or packed; None keeps everything.
+        generator: for ``lora_A`` (Gaussian, std 1/sqrt(3 in)); ``lora_B`` starts at zero.
+
+    Raises:
+        ValueError: rank outside 1..min(in, out, 128), a bad mask, or a weight that is not floating point.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        rank: int = 8,
+        *,
+        scaling: float = 2.0,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(f"weight: expected floating point (out, in), got {weight.dtype} {tuple(weight.shape)}")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+        self.out_features, self.in_features = weight.shape
+        self.scaling = float(scaling)
+        self.dropout_p = float(dropout_p)
+        self.adapter_enabled = True
+        # New Parameters over the same storage: assigning to their .data leaves the source module as it was.
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.weight_replaced = False
+        packed = torch.full((self.out_features, -(-self.in_features // 8)), 255, dtype=torch.uint8)
+        packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
+        self.mask = nn.Parameter(packed.to(weight.device), requires_grad=False)
+        self._check_rank(rank)
+        self._set_adapter(self._gaussian_rows(rank, generator), weight.new_zeros(self.out_features, rank).float())
+        if mask is not None:
+            self.set_mask(mask)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 8,
+        *,
+        scaling: float = 2.0,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> MaskedLoRALinear:
+        """Wrap a linear; its weight and bias stay where they are in memory. Arguments: see the class."""
+        layer = cls(
+            linear.weight,
+            linear.bias,
+            rank,
+            scaling=scaling,
+            mask=mask,
+            dropout_p=dropout_p,
+            generator=generator,
+        )
+        return layer.train(linear.training)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that the mask prunes, 0..1."""
+        return 1 - int(self.mask_bool().sum()) / self.weight.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if not self.adapter_enabled:
+            return F.linear(x, self.weight, self.bias)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return masked_lora_linear(
+            x, self.weight, self.mask, self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p
+        )
+
+    def mask_bool(self) -> Tensor:
+        """The mask as bool (out, in), True = kept."""
+        return unpack_mask(self.mask.detach(), self.in_features)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask, given as bool (out, in) or packed uint8 (out, ceil(in/8)) with zero padding bits.
+
+        Raises:
+            ValueError: another dtype or shape, or a padding bit that is set.
+        """
+        dense = (self.out_features, self.in_features)
+        packed = tuple(self.mask.shape)
+        expected = {torch.bool: dense, torch.uint8: packed}.get(mask.dtype)
+        if expected is None or tuple(mask.shape) != expected:
+            raise ValueError(
+                f"mask: expected bool {dense} or packed uint8 {packed}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if mask.dtype == torch.bool:
+            mask = pack_mask(mask)
+        elif self.in_features % 8 and bool((mask[:, -1] >> (self.in_features % 8)).any()):
+            raise ValueError(f"mask: a padding bit beyond column {self.in_features - 1} is set")
+        with torch.no_grad():
+            self.mask.copy_(mask)
+
+    def set_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
+        """Grow or shrink the adapter, for real: ``lora_A`` and ``lora_B`` become new Parameters of the new size.
+
+        Growing appends Gaussian rows to A and zero columns to B, so that the function stays the same. Shrinking
+        drops the components i with the smallest ||b_i|| ||a_i|| (ties: the last ones) and keeps the others' order.
+
+        Raises:
+            ValueError: rank outside 1..min(in, out, 128).
+        """
+        self._check_rank(rank)
+        if rank == self.rank:
+            return
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        if rank > self.rank:
+            extra = rank - self.rank
+            rows = self._gaussian_rows(extra, generator).to(a.dtype)
+            self._set_adapter(torch.cat([a, rows]), torch.cat([b, b.new_zeros(self.out_features, extra)], dim=1))
+            return
+        size = a.float().norm(dim=1) * b.float().norm(dim=0)
+        kept = size.argsort(descending=True, stable=True)[:rank].sort().values
+        self._set_adapter(a[kept], b[:, kept].contiguous())
+
+    def replace_weight(self, weight: Tensor) -> None:
+        """Take another frozen weight (out, in), as pruners that compensate do; the wrapped linear keeps its own.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"weight: expected {tuple(self.weight.shape)}, got {tuple(weight.shape)}")
+        self.weight.data = weight.to(self.weight.dtype)
+        self.weight_replaced = True
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """W + s B A without the mask: fp32 (out, in), a new tensor."""
+        return torch.addmm(self.weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+
+    def merge(self) -> nn.Linear:
+        """A plain, frozen linear with weight M * (W + s B A), rounded once to the weight's dtype.
+
+        Pruned entries are exactly +0.0. The bias keeps its storage.
+        """
+        adapter = (self.lora_A.detach(), self.lora_B.detach())
+        return self._plain(merge_masked_lora(self.weight.detach(), self.mask.detach(), *adapter, self.scaling))
+
+    def unwrap(self) -> nn.Linear:
+        """The plain, frozen linear underneath: weight W and bias as stored, without mask and adapter."""
+        return self._plain(self.weight.detach())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"scaling={self.scaling:g}, bias={self.bias is not None}"
+        )
+
+    def _plain(self, weight: Tensor) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        return linear.train(self.training)
+
+    def _check_rank(self, rank: int) -> None:
+        limit = min(self.in_features, self.out_features, MAX_RANK)
+        if not 1 <= rank <= limit:
+            shape = (self.out_features, self.in_features)
+            raise ValueError(f"rank: expected 1..{limit} for a weight of shape {shape}, got {rank}")
+
+    def _gaussian_rows(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        """(rows, in) fp32 with the variance of ``nn.Linear``'s own initialisation."""
+        device = self.weight.device
+        if device.type == "meta":
+            return torch.empty(rows, self.in_features, device=device)
+        # Drawn where the generator lives, by default on the host: the same numbers whatever the weight's device.
+        source = "cpu" if generator is None else generator.device
+        gaussian = torch.randn(rows, self.in_features, generator=generator, device=source)
+        return (gaussian / math.sqrt(3 * self.in_features)).to(device)
+
+    def _set_adapter(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        a, b = state_dict.get(f"{prefix}lora_A"), state_dict.get(f"{prefix}lora_B")
+        if a is not None and b is not None and a.ndim == b.ndim == 2 and 0 < a.shape[0] == b.shape[1] != self.rank:
+            rank = a.shape[0]
+            self._set_adapter(
+                self.lora_A.new_zeros(rank, self.in_features), self.lora_B.new_zeros(self.out_features, rank)
+            )
+        # Loading copies in place, which must not reach the module that was wrapped.
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if f"{prefix}{name}" in state_dict and parameter is not None:
+                parameter.data = parameter.data.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def dense_mode(module: nn.Module) -> Iterator[None]:
+    """Within the context every wrapped linear inside ``module`` computes x W^T + bias: no mask, no adapter."""
+    layers = [m for m in module.modules() if isinstance(m, MaskedLoRALinear)]
+    before = [layer.adapter_enabled for layer in layers]
+    for layer in layers:
+        layer.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled

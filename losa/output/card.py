@@ -1,0 +1,91 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import yaml
+
+from losa.output.figures import NAMES
+from losa.output.tables import _markdown, _percent, protocol, results_table, rounds_table
+from losa.record import RECORD, RunRecord
+
+HOW = {
+    "losa": "pruned round by round and fine-tuned under the mask with adapters of dynamic rank, merged at the end",
+    "sparse_lora": "pruned at once, fine-tuned under the mask with adapters of one rank, and merged",
+    "lora": "pruned at once, fine-tuned with dense adapters, and merged under the mask, which changes the function",
+    "prune_only": "pruned at once, without any training",
+    "finetune_then_prune": "fine-tuned dense, then pruned at once, without training afterwards",
+}
+FORMAT = """The files are an ordinary dense checkpoint with exact zeros: transformers, and whatever else reads the base
+model's format, reads this one."""
+LIMITS = """Perplexity on one text says little about a task, and one seed little about a method: evaluate on your own.
+Pruning can change a model's behaviour, its safety training included. The files are as large as the dense model's, and
+only software that makes use of zeros runs them faster."""
+LICENCE = """Derived from the base model: its licence and terms of use apply, and those of the training data. losa adds
+none."""
+
+
+def model_card(record: RunRecord) -> str:
+    """README.md of an exported model: what it is, what was measured and how, and its limits."""
+    recipe, prune = record.recipe, record.recipe["prune"]
+    goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
+    method = NAMES.get(record.method, record.method)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["losa", "sparse", "pruned"]}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", record.model) and not Path(record.model).exists():
+        front["base_model"] = record.model
+    settings = {key: value for key, value in recipe.items() if key != "output"}
+    environment = ", ".join(f"{key} {value}" for key, value in record.environment.items())
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({method})",
+        "",
+        f"`{record.model}`, {HOW.get(record.method, method)}, with losa {record.losa_version}. {_zeros(record)}",
+        FORMAT,
+        "",
+        "## Measured",
+        "",
+        f"{protocol(record)}.",
+        "",
+        *_markdown(results_table(record)),
+        "",
+        *(_rounds_section(record) if record.rounds else []),
+        f"Times are those of {environment}; the whole run took {record.seconds / 60:,.1f} minutes.",
+        "",
+        f"`{RECORD}` holds the recipe, rates, ranks, numbers of every round and a checksum of every mask;",
+        "`figures/` shows them, each picture with its numbers in a CSV file.",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
+        "## Limits",
+        "",
+        LIMITS,
+        "",
+        "## Licence",
+        "",
+        LICENCE,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rounds_section(record: RunRecord) -> list[str]:
+    table = rounds_table(record)
+    caption = [f"{str(table.caption).capitalize()}.", ""] if table.caption else []
+    return ["Rounds:", "", *_markdown(table), "", *caption]
+
+
+def _zeros(record: RunRecord) -> str:
+    if not record.masks:
+        return "No mask was recorded."
+    total = sum(math.prod(mask.shape) for mask in record.masks.values())
+    pruned = total - sum(mask.kept for mask in record.masks.values())
+    return f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({_percent(pruned / total)})."

@@ -1,0 +1,134 @@
+"""A look into any checkpoint's zeros, packed or not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from losa.errors import ModelError, OutputError
+from losa.record import RECORD, RunRecord
+from losa.storage.kinds import is_packed, read_config, refuse_adapter
+from losa.storage.tensor_files import Stored, checkpoint_tensors, read_json
+from losa_kernels.packing import Packed
+
+# Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight".
+BLOCK_WEIGHT = re.compile(r"(.*?\.\d{1,9})\..*weight", re.ASCII)
+MEASURED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class TensorSparsity:
+    """One matrix as it lies in the files; ``zeros`` counts 0.0 and -0.0."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    total: int
+
+
+@dataclass
+class Inspection:
+    """``record``: what losa wrote, or None; ``tensors``: every matrix inside a decoder block, measured.
+
+    ``targets``: what tensors are called in the model, by their name in the files. ``unchecked``: why names and shapes
+    were not compared with the model's; None if they were.
+    """
+
+    record: RunRecord | None
+    tensors: list[TensorSparsity] = field(default_factory=list)
+    targets: dict[str, str] = field(default_factory=dict)
+    unchecked: str | None = None
+    packed: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        return sum(t.zeros for t in self.tensors) / max(1, sum(t.total for t in self.tensors))
+
+    @property
+    def lost_zeros(self) -> list[str]:
+        """Matrices with more nonzero weights than their recorded mask keeps: changed since losa wrote them."""
+        masks = self.record.masks if self.record is not None else {}
+        names = {t.name: self.targets.get(t.name, t.name).removesuffix(".weight") for t in self.tensors}
+        return [
+            t.name
+            for t in self.tensors
+            if (mask := masks.get(names[t.name])) is not None and t.total - t.zeros > mask.kept
+        ]
+
+
+def inspect_directory(directory: Path) -> Inspection:
+    """Measure a checkpoint's zeros from its safetensors, one tensor in memory at a time (of a packed one, one block);
+    any Hugging Face directory. Where transformers knows the model, names and shapes are compared with it first.
+
+    Raises:
+        OutputError: no such directory, no safetensors or no floating-point matrix of a block in it, a damaged file, or
+            tensors that are not the model's; names file and tensor.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise OutputError(f"{directory}: no such directory")
+    inspection = Inspection(_read_record(directory / RECORD))
+    try:
+        for name, tensor in _tensors(directory, inspection):
+            shape = tensor.shape
+            if BLOCK_WEIGHT.fullmatch(name) and len(shape) == 2:
+                values = tensor.values if isinstance(tensor, Packed) else tensor
+                if values.dtype in MEASURED and (total := shape[0] * shape[1]):
+                    zeros = total - int(torch.count_nonzero(values))
+                    inspection.tensors.append(TensorSparsity(name, tuple(shape), zeros, total))
+    except ModelError as error:
+        raise OutputError(str(error)) from error
+    if not inspection.tensors:
+        raise OutputError(f"{directory}: found no floating-point matrix of a decoder block")
+    return inspection
+
+
+def _tensors(directory: Path, inspection: Inspection) -> Iterator[tuple[str, Packed | Tensor]]:
+    """Every tensor under its name in the dense checkpoint; what is known of them goes into ``inspection``."""
+    from losa.packed.directory import open_packed
+
+    if not (directory / "config.json").is_file():
+        refuse_adapter(directory)
+        inspection.unchecked = "no config.json"
+    elif is_packed(directory):
+        inspection.packed, contents = True, open_packed(directory)
+        inspection.unchecked = _compare(inspection, directory, contents.stored, contents.where)
+        for part in contents.parts:
+            yield from ((f"{n}.weight" if isinstance(t, Packed) else n, t) for n, t in part.items())
+        return
+    elif read_config(directory).get("quantization_config"):
+        inspection.unchecked = "quantised"
+    else:
+        with checkpoint_tensors(directory) as files:
+            inspection.unchecked = _compare(inspection, directory, files.stored, directory)
+    with checkpoint_tensors(directory) as files:
+        for name, stored in files.stored.items():
+            if len(stored.shape) == 2 and BLOCK_WEIGHT.fullmatch(name):
+                yield name, files.get(name)
+
+
+def _compare(inspection: Inspection, directory: Path, stored: dict[str, Stored], where: Path) -> str | None:
+    """Compare with config.json's model: why that is impossible, or None. Raises ModelError if a tensor does not fit."""
+    from losa.model.naming import checked_naming
+    from losa.model.skeleton import skeleton
+
+    try:
+        model = skeleton(directory)
+    except ModelError as error:
+        return str(error)
+    inspection.targets = checked_naming(model, stored, where).targets()
+    return None
+
+
+def _read_record(path: Path) -> RunRecord | None:
+    if not path.exists():
+        return None
+    try:
+        return RunRecord.from_dict(read_json(path))
+    except (ModelError, ValueError) as error:
+        raise OutputError(f"{path}: damaged ({error})") from error

@@ -1,0 +1,178 @@
+"""``losa_packed.json``: what a packed directory holds, read into checked values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from losa.errors import ModelError, shown
+from losa.storage.files import write_json
+from losa.storage.tensor_files import Stored, read_json, shown_name
+from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
+
+MANIFEST = "losa_packed.json"
+VERSION = 1
+REST = "rest.safetensors"
+CLASSES: dict[str, type[Packed]] = {"bitmask": PackedBitmask, "nm": PackedNM, "24": Packed24}
+_NAMES = {kind: name for name, kind in CLASSES.items()}
+_TENSORS = {name: tuple(sorted(f.name for f in fields(kind) if f.type == "Tensor")) for name, kind in CLASSES.items()}
+_FILE = re.compile(r"rest\.safetensors|block-(\d{5,9})\.safetensors", re.ASCII)
+_LONGEST_SIDE = 2**31
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One packed weight: ``shape`` (out, in); ``keep_n`` and ``m`` of N:M, else None."""
+
+    format: str
+    shape: tuple[int, int]
+    tensors: tuple[str, ...]
+    keep_n: int | None = None
+    m: int | None = None
+
+    @classmethod
+    def of(cls, packed: Packed) -> Linear:
+        return cls(
+            _NAMES[type(packed)],
+            packed.shape,
+            tuple(sorted(packed.tensors())),
+            getattr(packed, "keep_n", None),
+            getattr(packed, "m", None),
+        )
+
+    def build(self, tensors: dict[str, Tensor]) -> Packed:
+        """The weight. Raises ValueError if the tensors contradict each other or this entry."""
+        extra = {} if self.m is None else {"keep_n": self.keep_n, "m": self.m}
+        packed = CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        packed.check()
+        return packed
+
+    def to_dict(self) -> dict:
+        described = {"format": self.format, "shape": list(self.shape), "tensors": list(self.tensors)}
+        return described if self.m is None else described | {"keep_n": self.keep_n, "m": self.m}
+
+
+@dataclass
+class Manifest:
+    """``linears``: by name on disk; ``files`` and ``sha256``: of every stored tensor, by its name."""
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        linears = {name: linear.to_dict() for name, linear in self.linears.items()}
+        write_json(
+            directory / MANIFEST,
+            {"version": VERSION, "linears": linears, "files": self.files, "sha256": self.sha256},
+        )
+
+    def parts(self) -> dict[str, str]:
+        """Stored tensor -> the linear that it is a part of."""
+        return {f"{name}.{part}": name for name, linear in self.linears.items() for part in linear.tensors}
+
+    def dense(self, stored: dict[str, Stored]) -> dict[str, Stored]:
+        """Type and shape of each tensor of the directory that this one was made from, of those of the stored ones."""
+        parts = self.parts()
+        packed = {
+            f"{name}.weight": Stored(stored[f"{name}.values"].dtype, linear.shape)
+            for name, linear in self.linears.items()
+        }
+        return {name: entry for name, entry in stored.items() if name not in parts} | packed
+
+
+def block_file(index: int | None) -> str:
+    """The file of a block's tensors; None: of what belongs to none."""
+    return REST if index is None else f"block-{index:05d}.safetensors"
+
+
+def block_of(file: str) -> int | None:
+    number = _FILE.fullmatch(file)[1]
+    return None if number is None else int(number)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The directory's manifest.
+
+    Raises:
+        ModelError: names the file, the entry, and what was expected of it.
+    """
+    path = directory / MANIFEST
+    data = read_json(path)
+    try:
+        return _parse(data)
+    except _WrongError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+class _WrongError(Exception):
+    """What is wrong, without the file's name."""
+
+
+def _parse(data: object) -> Manifest:
+    data = _object(data, "the file")
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        raise _WrongError(f"expected format version {VERSION}, got {shown(version)}")
+    linears = {name: _linear(name, entry) for name, entry in _object(data.get("linears"), "linears").items()}
+    files, digests = _object(data.get("files"), "files"), _object(data.get("sha256"), "sha256")
+    for name, file in files.items():
+        if not isinstance(file, str) or _FILE.fullmatch(file) is None:
+            known = f"{REST} or block-NNNNN.safetensors"
+            raise _WrongError(f"files: {shown_name(name)}: expected {known}, got {shown(file)}")
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or re.fullmatch("[0-9a-f]{64}", digest) is None:
+            raise _WrongError(f"sha256: {shown_name(name)}: expected 64 hexadecimal digits, got {shown(digest)}")
+    if odd := sorted(files.keys() ^ digests.keys()):
+        raise _WrongError(f"{shown_name(odd[0])} is in files or in sha256, not in both")
+    manifest = Manifest(linears, files, digests)
+    for name, linear in linears.items():
+        places = {files.get(f"{name}.{part}") for part in linear.tensors}
+        if None in places:
+            absent = next(part for part in linear.tensors if f"{name}.{part}" not in files)
+            raise _WrongError(f"files: tensors are missing: {shown_name(f'{name}.{absent}')}")
+        if len(places) > 1:
+            raise _WrongError(f"files: the tensors of {shown_name(name)} are in more than one file")
+        if f"{name}.weight" in files:
+            raise _WrongError(f"{shown_name(name)} is stored packed and dense")
+    parts = manifest.parts()
+    for name in files:
+        linear = name.removesuffix(".values")
+        packed = {f"{linear}.bitmask", f"{linear}.meta"} & files.keys()
+        if name != linear and name not in parts and packed:
+            raise _WrongError(f"linears: {shown_name(linear)} is missing, whose tensors are in files")
+    return manifest
+
+
+def _object(value: object, what: str) -> dict:
+    if not isinstance(value, dict):
+        raise _WrongError(f"{what}: expected an object, got {shown(value)}")
+    return value
+
+
+def _linear(name: str, entry: object) -> Linear:
+    where = f"linears: {shown_name(name)}"
+    entry = _object(entry, where)
+    format, shape, tensors = entry.get("format"), entry.get("shape"), entry.get("tensors")
+    if not isinstance(format, str) or format not in CLASSES:
+        raise _WrongError(f"{where}: expected a format among {', '.join(CLASSES)}, got {shown(format)}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_count(side, _LONGEST_SIDE) for side in shape):
+        raise _WrongError(f"{where}: expected a shape of two positive numbers, got {shown(shape)}")
+    wanted = _TENSORS[format]
+    if not isinstance(tensors, list) or sorted(map(str, tensors)) != list(wanted):
+        raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted)}, got {shown(tensors)}")
+    keep_n, m = entry.get("keep_n"), entry.get("m")
+    if format == "nm":
+        if not _count(m, shape[1]) or not _count(keep_n, m) or shape[1] % m:
+            told = f"keep_n {shown(keep_n)} and m {shown(m)}"
+            raise _WrongError(f"{where}: expected keep_n of every m, a divisor of the width {shape[1]}, got {told}")
+    elif keep_n is not None or m is not None:
+        raise _WrongError(f"{where}: only the format nm has keep_n and m, not {format}")
+    return Linear(format, (shape[0], shape[1]), wanted, keep_n, m)
+
+
+def _count(value: object, most: int) -> bool:
+    return type(value) is int and 0 < value <= most

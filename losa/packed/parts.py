@@ -1,0 +1,205 @@
+"""Checkpoint directories block by block: what packing, unpacking and loading have in common."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from losa.errors import ModelError, OutputError
+from losa.model.blocks import block_linears, find_blocks
+from losa.model.finite import check_finite, check_rounded
+from losa.model.naming import Naming, block_index, check_names
+from losa.model.skeleton import skeleton
+from losa.packed.weights import zero_share
+from losa.storage.files import write_json
+from losa.storage.kinds import read_config
+from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
+from losa_kernels.packing import Packed
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+@dataclass
+class Part:
+    """One block's tensors (``block`` its index), or the model's others (None).
+
+    All names are those on disk but for ``modules``: the packed linears' in the model. ``left``: linears that were not
+    packed; ``source_bytes``: of the tensors that all of it was made from.
+    """
+
+    block: int | None
+    linears: dict[str, Packed]
+    dense: dict[str, Tensor]
+    left: list[str]
+    modules: set[str]
+    source_bytes: int
+
+
+class Contents(NamedTuple):
+    """A packed directory. ``where``: what lists its tensors; ``stored``: type and shape of the tensors of the dense
+    checkpoint; ``parts``: one after the other, packed weights by linear and other tensors by name, as on disk."""
+
+    where: Path
+    stored: dict[str, Stored]
+    parts: Iterator[dict[str, Packed | Tensor]]
+
+
+def packed_parts(
+    source: Path,
+    pack: Callable[[Tensor], Packed | None],
+    dtype: torch.dtype | None,
+    min_sparsity: float,
+    leave: Set[str] = frozenset(),
+    needs: str = "",
+) -> Iterator[Part]:
+    """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
+
+    Tensors and linears keep the names that they have on disk. Weights that transformers makes from several stored
+    tensors (stacked experts, split projections) stay as they are stored.
+
+    Args:
+        pack: a linear's weight -> packed, or None to leave it dense.
+        dtype: to round floating-point tensors to first; None keeps each tensor's.
+        min_sparsity: linears with a smaller share of zeros are left dense.
+        leave: names in the model of linears to leave dense.
+        needs: what ``pack`` asks of a weight, where it may give None.
+
+    Raises:
+        ModelError: not a Hugging Face directory of safetensors; its tensors are not those of the model; one is not
+            finite; or (at the end) no linear was packed.
+    """
+    model = skeleton(source)
+    prefix, blocks = find_blocks(model)
+    naming = check_names(source, model)
+    linears = block_linears(model).keys()
+
+    def parts() -> Iterator[Part]:
+        done, left, unfit = 0, 0, []
+        with checkpoint_tensors(source) as files:
+            for block, names in by_block(naming, files.names, prefix, len(blocks)):
+                part = Part(block, {}, {}, [], set(), 0)
+                for name in names:
+                    tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
+                    part.source_bytes += tensor.nbytes
+                    module = naming.renamed.get(name, "").removesuffix(".weight")
+                    linear = name.removesuffix(".weight")
+                    if module in linears and naming.renamed[name] == f"{module}.weight" and name != linear:
+                        packed = None
+                        if module not in leave and zero_share(tensor) >= min_sparsity:
+                            packed = _packed(pack, tensor, f"{source}: {linear}")
+                            unfit += [] if packed is not None else [linear]
+                        if packed is not None:
+                            part.linears[linear] = packed
+                            part.modules.add(module)
+                            continue
+                        part.left.append(linear)
+                    part.dense[name] = tensor
+                done, left = done + len(part.linears), left + len(part.left)
+                yield part
+        if not done:
+            raise ModelError(f"{source}: {_nothing_packed(naming, linears, left, unfit, min_sparsity, needs)}")
+
+    return parts()
+
+
+def _packed(pack: Callable[[Tensor], Packed | None], weight: Tensor, where: str) -> Packed | None:
+    try:
+        return pack(weight)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}; the format auto packs any width") from error
+
+
+def _nothing_packed(
+    naming: Naming, linears: Set[str], left: int, unfit: list[str], min_sparsity: float, needs: str
+) -> str:
+    if unfit:
+        others = f" and {len(unfit) - 1} others" if len(unfit) > 1 else ""
+        return f"the format needs {needs}; {unfit[0]}{others} of {left} linears have zeros enough, but not like that"
+    if left:
+        return f"none of {left} linears has {min_sparsity:.0%} zeros; is it pruned?"
+    if linears:
+        made = f"; transformers makes them from other tensors, such as {next(iter(naming.made))}" if naming.made else ""
+        return f"none of the model's {len(linears)} linears is stored as a tensor of its own{made}"
+    return "the model's blocks have no linear that can be packed"
+
+
+def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None, parameter: bool) -> Tensor:
+    tensor = files.get(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if parameter:
+        check_finite(f"{source}: {name}", tensor)
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    if parameter:
+        check_rounded(f"{source}: {name}", tensor, rounded)
+    return rounded
+
+
+def by_block(naming: Naming, names: Iterable[str], prefix: str, blocks: int) -> Iterator[tuple[int | None, list[str]]]:
+    """Names on disk by the block they belong to in the model, blocks in order and all others last."""
+    groups: dict[int | None, list[str]] = {**{i: [] for i in range(blocks)}, None: []}
+    targets = naming.targets()
+    for name in names:
+        index = block_index(targets[name], prefix)
+        groups[index if index in groups else None].append(name)
+    yield from ((index, found) for index, found in groups.items() if found)
+
+
+class Shards:
+    """Writes the tensors of a Hugging Face directory, shard by shard, then their index."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        self._shards.append(list(tensors))
+        self._bytes += sum(t.nbytes for t in tensors.values())
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        save_file(contiguous, self._path(len(self._shards)), {"format": "pt"})
+
+    def finish(self) -> None:
+        """Names as transformers writes them say how many shards there are, which is known only now."""
+        weight_map, count = {}, len(self._shards)
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._path(number).rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+        write_json(self.directory / "model.safetensors.index.json", index)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"model-{number:05d}.safetensors"
+
+
+def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> None:
+    """All but weights, in subdirectories too, and what ``leave`` names."""
+    weights = {path for pattern in (*_WEIGHTS, *leave) for path in source.glob(pattern)}
+    for path in source.iterdir():
+        if path in weights:
+            continue
+        try:
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            else:
+                shutil.copyfile(path, target / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot copy {path}: {error}") from error
+
+
+def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
+    """Write into config.json which type the weights have now; None leaves it as it is."""
+    if dtype is not None:
+        config = read_config(directory)
+        config.pop("torch_dtype", None)
+        write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

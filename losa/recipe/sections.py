@@ -1,0 +1,274 @@
+"""Recipes: YAML in, validated settings out. Every knob of a run lives here and nowhere else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from losa.errors import shown
+
+Method = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+MAX_SPARSITY = 0.95
+MAX_COUNT = 2**31 - 1
+# What messages quote: characters of a key, and problems.
+MAX_KEY, MAX_PROBLEMS = 60, 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSource(_Section):
+    """One text source.
+
+    ``path`` is a local file or directory (.jsonl, .json, .parquet, .txt, .raw), a Hugging Face dataset name,
+    or ``builtin:pydoc/{calibration,train,heldout}``, text that every Python carries.
+    """
+
+    path: str
+    format: Literal["auto", "alpaca", "messages", "text"] = "auto"
+    split: str = "train"
+    subset: str | None = None
+    text_field: str = "text"
+    limit: int | None = Field(None, gt=0, le=MAX_COUNT, description="use at most this many rows")
+
+
+def _as_sources(value):
+    if isinstance(value, (str, dict, DataSource)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a path, a mapping with a path, or a list of those; got {shown(value)}")
+    return [_as_source(v) for v in value]
+
+
+def _as_source(value):
+    return {"path": value} if isinstance(value, str) else value
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_as_sources), Field(min_length=1)]
+Source = Annotated[DataSource, BeforeValidator(_as_source)]
+
+
+def _targets(value):
+    """One message for the union of text and list, instead of pydantic's one for each."""
+    names = [value] if isinstance(value, str) else value
+    if value is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
+        raise ValueError(f"expected names of linears, such as [q_proj, v_proj], or 're:<regex>'; got {shown(value)}")
+    return value
+
+
+Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
+
+
+class PruneConfig(_Section):
+    """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
+
+    pruner: str = "wanda"
+    sparsity: float | None = Field(None, gt=0, le=MAX_SPARSITY)
+    pattern: Annotated[str | None, Field(pattern=r"^[0-9]{1,4}:[0-9]{1,4}$")] = None
+    mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
+    targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
+    regrow: bool = Field(False, description="later rounds may bring pruned weights back")
+    damping: float = Field(0.01, gt=0, le=1)
+    block_size: int = Field(128, gt=0, le=MAX_COUNT)
+    on_singular: Literal["error", "wanda"] = "error"
+
+    @model_validator(mode="after")
+    def _one_goal(self):
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give exactly one of prune.sparsity and prune.pattern")
+        if self.pattern is not None:
+            keep_n, m = self.keep_n_m
+            if not 0 < keep_n < m:
+                raise ValueError(f"prune.pattern: expected keep_n:m with 0 < keep_n < m, got {self.pattern!r}")
+            if 1 - keep_n / m > MAX_SPARSITY:
+                raise ValueError(f"prune.pattern: {self.pattern!r} exceeds sparsity {MAX_SPARSITY}")
+        if self.mixed and self.pattern is None:
+            raise ValueError("prune.mixed needs prune.pattern")
+        return self
+
+    @property
+    def keep_n_m(self) -> tuple[int, int] | None:
+        if self.pattern is None:
+            return None
+        keep_n, m = self.pattern.split(":")
+        return int(keep_n), int(m)
+
+    @property
+    def final_sparsity(self) -> float:
+        if self.sparsity is not None:
+            return self.sparsity
+        keep_n, m = self.keep_n_m
+        return 1 - keep_n / m
+
+
+class RoundsConfig(_Section):
+    """T rounds; cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
+
+    count: int = Field(5, ge=1, le=1000)
+    schedule: Literal["cubic", "linear", "oneshot"] = "cubic"
+
+
+class AllocationConfig(_Section):
+    """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
+
+    rates: Literal["cka", "uniform"] = "cka"
+    delta: float | None = Field(None, ge=0, lt=0.5, description="half width of the box around theta_t; default: rule")
+    ranks: Literal["error", "uniform", "sparsity"] = "error"
+    error: Literal["relative", "frobenius"] = Field("relative", description="E_l of Eq. 7: per-channel or Eq. 1's")
+    mean_rank: int = Field(6, ge=1, le=128, description="Omega_0, mean rank of the first round")
+    rank_growth: int = Field(1, ge=0, le=128)
+    rank_min: int = Field(1, ge=1)
+    rank_max: int = Field(16, ge=1, le=128)
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        if not self.rank_min <= self.mean_rank <= self.rank_max:
+            raise ValueError(
+                "allocation: expected rank_min <= mean_rank <= rank_max, got "
+                f"{self.rank_min}, {self.mean_rank}, {self.rank_max}"
+            )
+        return self
+
+
+class LoraConfig(_Section):
+    """Adapters. ``scaling`` is alpha / r held constant whatever the rank; ``rank`` serves the fixed-rank baselines."""
+
+    scaling: float = Field(2.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(8, ge=1, le=128)
+
+
+class CalibrationConfig(_Section):
+    data: Sources
+    samples: int = Field(128, ge=1, le=MAX_COUNT)
+    length: int = Field(2048, ge=8, le=MAX_COUNT)
+    cka_samples: int = Field(64, ge=2, le=256)
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
+
+
+class TrainConfig(_Section):
+    data: Sources
+    length: int = Field(1024, ge=8, le=MAX_COUNT)
+    batch_size: int = Field(8, ge=1, le=MAX_COUNT)
+    gradient_accumulation: int = Field(1, ge=1, le=MAX_COUNT)
+    max_tokens: int | None = Field(
+        None, gt=0, lt=2**63, description="packed tokens over all rounds; default: the data once"
+    )
+    round_share: float = Field(0.1, gt=0, le=1, description="share of the data per round; the last takes the rest")
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_schedule: Literal["per_round", "global"] = "per_round"
+    warmup: float = Field(0.3, ge=0, lt=1)
+    weight_decay: float = Field(1e-3, ge=0)
+    max_grad_norm: float = Field(0.3, gt=0)
+    train_on: Literal["response", "all"] = "response"
+    activation_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    tensorboard: bool = False
+
+
+class EvaluateConfig(_Section):
+    data: Source
+    length: int = Field(2048, ge=8, le=MAX_COUNT)
+    max_windows: int | None = Field(None, gt=0, le=MAX_COUNT)
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
+    each_round: bool = True
+    bos_per_window: bool = Field(
+        False, description="begin each window with the beginning-of-text token; published protocols do not"
+    )
+
+
+def _device(name: str) -> str:
+    # Tensors on meta have no values to compute with.
+    if not re.fullmatch(r"(?!meta)[a-z]+(:[0-9]{1,3})?", name):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:1, ...; got {shown(name)}")
+    return name
+
+
+def output_path(path: Path) -> Path:
+    """Where a run may write, with ~ resolved. Raises ValueError for what cannot be a directory's name."""
+    try:
+        path = path.expanduser()
+        # The longest of the names beside it that the output has while it is written.
+        beside = path.with_name(f".{path.name}.partial-{2**22}")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"not a directory's name: {shown(str(path))} ({error})") from error
+    check_name(str(beside), str(path))
+    return path
+
+
+def work_path(output: Path) -> Path:
+    """Where a run keeps unfinished work."""
+    return output.with_name(f"{output.name}.work")
+
+
+def check_name(path: str, said: str) -> None:
+    """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable), and says ``said``
+    for it."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{error.strerror}: {shown(said)}") from error
+    except ValueError as error:
+        raise ValueError(f"not a path: {shown(said)} ({error})") from error
+
+
+class Recipe(_Section):
+    """One run. See ``examples/`` for complete files."""
+
+    model: str = Field(
+        min_length=1, description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)"
+    )
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    trust_remote_code: bool = False
+    output: Annotated[Path, AfterValidator(output_path)]
+    seed: int = Field(0, ge=0, lt=2**32)
+    deterministic: bool = False
+    method: Method = "losa"
+    compare: list[Method] = Field([], description="further methods run in the same harness, for the final table")
+    prune: PruneConfig
+    rounds: RoundsConfig = RoundsConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    lora: LoraConfig = LoraConfig()
+    calibration: CalibrationConfig
+    train: TrainConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _needs_training_data(self):
+        trains = [m for m in (self.method, *self.compare) if m != "prune_only"]
+        if trains and self.train is None:
+            raise ValueError(f"train: method {trains[0]!r} needs a train section with data")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_for_similarity(self):
+        dynamic = "losa" in (self.method, *self.compare)
+        if dynamic and self.allocation.rates == "cka" and self.calibration.samples < 2:
+            raise ValueError("calibration.samples: allocation.rates 'cka' compares samples and needs at least 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _output_apart_from_inputs(self):
+        sources = {"calibration.data": self.calibration.data, "train.data": self.train.data if self.train else []}
+        inputs = [("model", self.model), *((key, source.path) for key, part in sources.items() for source in part)]
+        if self.evaluate is not None:
+            inputs.append(("evaluate.data", self.evaluate.data.path))
+        for key, name in inputs:
+            path = os.path.expanduser(name)
+            try:
+                check_name(path, name)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+            for place in (self.output, work_path(self.output)):
+                if os.path.exists(path) and Path(path).resolve().is_relative_to(place.resolve()):
+                    raise ValueError(f"output: {str(place)!r} holds {key} {name!r}, which overwriting would destroy")
+        return self

@@ -1,0 +1,147 @@
+"""The next-token loss without a logits tensor over all positions and the whole vocabulary."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from losa.data.tokens import IGNORED
+
+# Bytes of fp32 logits at a time: each chunk reads the whole output layer, so small ones are slow.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+
+
+class TokenLoss(nn.Module):
+    """Summed next-token loss of a causal LM over its label tokens, by logits at label positions only.
+
+    Where the model's logits are exactly what its frozen output layer returns, the loss and its gradient are taken in
+    chunks of tokens: memory for logits is ``CHUNK_BYTES``, whatever the batch. That is found out by running the model
+    on two tokens. Models that do more (soft-capping, scaling), or whose output layer is trained, still run the output
+    layer on label positions only, and models without a separate output layer return all logits.
+
+    Args:
+        model: Hugging Face causal LM; a submodule here, so that DDP on this module finds its parameters.
+        autocast: dtype of autocast regions around the forward pass, or None.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.plain = _head_gives_logits(model)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats: a scalar, fp32
+        (fp64 for an fp64 model)."""
+        following = labels[:, 1:]
+        rows, columns = (following != IGNORED).nonzero(as_tuple=True)
+        targets = following[rows, columns]
+        positions = rows * input_ids.shape[1] + columns
+        device = input_ids.device.type
+        region = nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
+        with region:
+            head = self.model.get_output_embeddings()
+            if self.plain and not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
+                hidden = self._hidden(head, input_ids).flatten(0, 1).index_select(0, positions)
+                weight, bias = head.weight, head.bias
+                if self.autocast is not None:
+                    # Once for all chunks: autocast caches casts of trained parameters only.
+                    hidden, weight = hidden.to(self.autocast), weight.to(self.autocast)
+                    bias = None if bias is None else bias.to(self.autocast)
+                return _ChunkedLoss.apply(hidden, weight, bias, targets)
+            logits = self._logits(head, input_ids, positions)
+            return F.cross_entropy(_wide(logits), targets, reduction="sum")
+
+    def _hidden(self, head: nn.Module, input_ids: Tensor) -> Tensor:
+        """The output layer's input; the layer itself runs on no token."""
+        kept = []
+
+        def keep(module, args):
+            kept.append(args[0])
+            return (args[0][:, :0],)
+
+        handle = head.register_forward_pre_hook(keep)
+        try:
+            self.model(input_ids, use_cache=False)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    def _logits(self, head: nn.Module | None, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(positions, vocabulary) logits as the model returns them, by its output layer on these positions."""
+
+        def gather(module, args):
+            if not args or args[0].shape[:2] != input_ids.shape:
+                return None
+            return (args[0].flatten(0, 1).index_select(0, positions)[None],)
+
+        handle = None if head is None else head.register_forward_pre_hook(gather)
+        try:
+            logits = self.model(input_ids, use_cache=False).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        if logits.shape[:2] == input_ids.shape:
+            return logits.flatten(0, 1).index_select(0, positions)
+        return logits[0]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy sum of hidden (n, in) under a frozen output layer; the gradient is made along with the loss, so
+    that no chunk's logits are computed twice or kept."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_grad else None
+        total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                target = targets[part, None]
+                logits = _wide(F.linear(hidden[part], weight, bias))
+                chosen = logits.gather(1, target)
+                largest = logits.amax(1, keepdim=True)
+                share = logits.sub_(largest).exp_()
+                normaliser = share.sum(1, keepdim=True)
+                total += (normaliser.log() + largest - chosen).sum()
+                if needs_grad:
+                    share.div_(normaliser).scatter_add_(1, target, share.new_full(target.shape, -1.0))
+                    torch.mm(share.to(weight.dtype), weight, out=gradient[part])
+        if needs_grad:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _head_gives_logits(model: nn.Module) -> bool:
+    """Does the model return its output layer's result as it is?"""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    seen = []
+    handle = head.register_forward_hook(lambda module, args, output: seen.append((args, output, output._version)))
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+        logits = model(ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        return False
+    args, output, version = seen[0]
+    return logits is output and output._version == version and len(args) == 1 and args[0].shape[:2] == ids.shape

@@ -1,0 +1,252 @@
+"""The plan's numbers against ones counted by hand, and against what a real step keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from losa.errors import ModelError, RecipeError
+from losa.model.blocks import find_blocks
+from losa.model.wrapping import wrap_model
+from losa.output.tables import plain_text
+from losa.recipe.reading import parse_recipe
+from losa.run.estimate import plan
+from losa.run.estimate_tables import plan_tables
+from tests.helpers.tiny import tiny_llama
+from tests.losa.model.test_loading import write_gguf
+
+# tiny_llama: 98 words, hidden 32, MLP 64, 4 heads of 8, 2 of them for keys and values. A block's linears (in, out):
+# q (32, 32), k (32, 16), v (32, 16), o (32, 32), gate (32, 64), up (32, 64), down (64, 32).
+IN_PLUS_OUT = 64 + 48 + 48 + 64 + 96 + 96 + 96
+BLOCK = 1024 + 512 + 512 + 1024 + 2048 + 2048 + 2048
+EMBEDDING = 98 * 32
+PARAMETERS = 2 * BLOCK + 2 * EMBEDDING + 5 * 32
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """Configuration only: the plan loads no weights."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama(layers=2).config.save_pretrained(directory)
+    return directory
+
+
+def recipe(model, **changes):
+    settings = {
+        "model": str(model),
+        "output": "out",
+        "device": "cpu",
+        "prune": {"sparsity": 0.5},
+        "calibration": {"data": "c.txt", "samples": 4, "length": 16, "cka_samples": 3, "batch_size": 2},
+        "train": {"data": "t.txt", "length": 16, "batch_size": 2, "max_tokens": 160},
+        "allocation": {"mean_rank": 2, "rank_max": 4},
+        "rounds": {"count": 2},
+        "lora": {"rank": 3},
+    }
+    for key, value in changes.items():
+        settings[key] = settings.get(key) | value if isinstance(value, dict) and settings.get(key) else value
+    return parse_recipe(settings)
+
+
+def test_memory_parts_in_fp32_on_the_host(model_directory):
+    found = plan(recipe(model_directory), probe=False)
+    assert (found.parameters, found.prunable, found.blocks) == (PARAMETERS, 2 * BLOCK, 2)
+    assert (found.dtype, found.device) == ("float32", "cpu")
+    adapters = 2 * 3 * IN_PLUS_OUT * 4  # two blocks, mean rank 2 + 1
+    assert found.size("weights") == 4 * PARAMETERS
+    assert found.size("masks") == 2 * BLOCK / 8
+    assert found.size("adapters") == found.size("gradients") == adapters
+    assert found.size("optimiser") == 2 * adapters
+    assert found.size("hidden states") == 2 * 4 * 16 * 32 * 4
+    assert found.size("Grams") == 2 * 3 * 3 * 4
+    assert found.size("activations") == 32 * 2 * IN_PLUS_OUT * 4
+    assert found.size("loss") == 32 * 98 * 4 + 2 * 32 * 32 * 4
+    assert {part.place for part in found.parts} == {"host"}
+    always = 4 * PARAMETERS + 2 * BLOCK // 8 + adapters
+    training = 3 * adapters + found.size("activations") + found.size("loss") + 2 * 4 * 2048
+    assert found.peak("host") == (always + training, "training")
+    assert found.capacity["host"] > 1e8
+
+
+def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
+    changes = {"prune": {"pruner": "sparsegpt"}, "dtype": "bfloat16", "device": "cuda"}
+    found = plan(recipe(model_directory, train={"activation_checkpointing": True}, **changes), probe=False)
+    assert found.size("weights") == 2 * PARAMETERS
+    assert found.size("new weights") == found.size("dense weights") == 2 * 2 * BLOCK
+    assert found.size("Hessians of a block") == 4 * (6 * 32**2 + 64**2)
+    assert found.size("factors of a block") == 4 * (6 * 32**2 + 64**2)
+    assert found.size("factorising") == 5 * 4 * (6 * 32**2 + 64**2)
+    assert found.size("hidden states") == 2 * 4 * 16 * 32 * 2
+    assert found.size("activations") == 32 * (2 * 32 + IN_PLUS_OUT) * 2
+    places = {part.what: part.place for part in found.parts}
+    assert places["dense weights"] == places["hidden states"] == "host"
+    assert places["weights"] == places["Hessians of a block"] == "device"
+    assert found.peak("host") == (4 * PARAMETERS, "export")
+
+
+@pytest.mark.parametrize(("missing", "place"), [(1, "host"), (0, "device")])
+def test_hidden_states_stay_on_a_gpu_where_they_fit(model_directory, monkeypatch, missing, place):
+    """Each stream in a quarter of what is free when it begins; the first one is there when the second one begins."""
+    given, hidden = recipe(model_directory, device="cuda"), 4 * 16 * 32 * 4
+    always = sum(part.size for part in plan(given, probe=False).parts if part.phase == "throughout")
+    free = always + hidden + 4 * hidden - missing
+    monkeypatch.setattr("losa.run.estimate.capacity", lambda device: {"host": 1 << 40, "device": free})
+    found = plan(given, probe=False)
+    assert {part.what: part.place for part in found.parts}["hidden states"] == place
+    assert found.size("hidden states") == 2 * hidden
+
+
+def test_pinned_hidden_states_take_a_power_of_two(model_directory):
+    calibration = {"samples": 3, "cka_samples": 3}
+    for device, size in (("cpu", 3 * 16 * 32 * 4), ("cuda", 4 * 16 * 32 * 4)):
+        found = plan(recipe(model_directory, device=device, calibration=calibration), probe=False)
+        assert found.size("hidden states") == 2 * size
+
+
+def test_pruning_alone_has_one_stream_and_no_training(model_directory):
+    found = plan(recipe(model_directory, method="prune_only", train=None), probe=False)
+    assert found.size("hidden states") == 4 * 16 * 32 * 4
+    assert not {"training"} & {part.phase for part in found.parts}
+    assert len(found.rounds) == 1 and found.rounds[0].mean_rank == 3
+    (stage,) = found.stages
+    # The stream with a batch to record its calls, and Wanda's statistics.
+    assert stage.flops == (4 + 2 + 4) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
+
+
+def test_rounds_and_work(model_directory):
+    evaluate = {"data": "e.txt", "length": 32, "max_windows": 2}
+    changes = {"method": "losa", "compare": ["lora"], "evaluate": evaluate}
+    found = plan(recipe(model_directory, **changes), probe=False)
+    assert [(r.sparsity, r.mean_rank, r.sequences) for r in found.rounds] == [(0.4375, 2, 1), (0.5, 3, 9)]
+    work = {stage.what: stage.flops for stage in found.stages}
+    attention = 2 * 32 * 2  # 2 x heads' width x blocks, for each token and position of its window
+    forward = 2 * 2 * BLOCK
+    training = 160 * (3 * forward + 4 * EMBEDDING + 3 * 16 * attention)
+    assert work["losa: training"] == work["lora: training"] == training
+    # Similarity (3), statistics (4), both streams (4), and a recorded batch (2) for each stream.
+    assert work["losa: calibration and pruning"] == 2 * (3 + 2 + 4 + 4 + 2 + 4 + 2) * 16 * (forward + 16 * attention)
+    evaluation = 64 * (forward + 32 * attention + 2 * EMBEDDING)
+    assert work["dense: evaluation"] == evaluation
+    assert work["losa: evaluation"] == 3 * evaluation and work["lora: evaluation"] == 2 * evaluation
+    assert found.flops == sum(work.values()) and found.seconds is None
+
+
+def test_open_amount_of_data_is_a_rate(model_directory):
+    found = plan(recipe(model_directory, train={"max_tokens": None}), probe=False)
+    (stage,) = [stage for stage in found.stages if "training" in stage.what]
+    assert not stage.counted and stage.flops > 0
+    assert found.flops == sum(s.flops for s in found.stages if s is not stage)
+    assert "train.max_tokens is not set" in "".join(map(plain_text, plan_tables(found)))
+
+
+def test_targets_narrow_what_is_pruned(model_directory):
+    found = plan(recipe(model_directory, prune={"targets": ["q_proj", "o_proj"]}), probe=False)
+    assert found.prunable == 2 * 2 * 1024
+    assert found.size("adapters") == 2 * 3 * (64 + 64) * 4
+    assert found.size("activations") == 32 * 2 * IN_PLUS_OUT * 4
+    with pytest.raises(RecipeError, match="prune.targets: .*no_proj"):
+        plan(recipe(model_directory, prune={"targets": ["no_proj"]}), probe=False)
+
+
+def test_tied_embeddings_count_once_and_gguf_is_read(tmp_path):
+    model = tiny_llama(layers=2, tie_word_embeddings=True)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    found = plan(recipe(tmp_path / "tiny.gguf"), probe=False)
+    assert found.parameters == PARAMETERS - EMBEDDING == sum(p.numel() for p in model.parameters())
+    assert found.dtype == "float32"
+
+
+def test_activations_are_close_to_what_a_step_keeps(tmp_path):
+    model = tiny_llama(layers=2, hidden=128)
+    model.config.save_pretrained(tmp_path)
+    guess = plan(recipe(tmp_path, train={"length": 64, "max_tokens": 640}), probe=False).size("activations")
+    wrap_model(model, rank=3, scaling=2.0)
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.train().base_model(torch.randint(0, 98, (2, 64)), use_cache=False)[0]
+    assert hidden.requires_grad and len(find_blocks(model)[1]) == 2
+    kept = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)
+    assert 0.75 * kept < guess < 1.35 * kept
+
+
+def test_probe_gives_a_time(model_directory):
+    found = plan(recipe(model_directory))
+    assert 1e7 < found.rate < 1e16
+    assert found.seconds == pytest.approx(found.flops / found.rate)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"model": "/nowhere/model"}, ModelError, "/nowhere/model"),
+        ({"model": "package:no_such_package"}, ModelError, "no_such_package"),
+        ({"prune": {"pruner": "nothing"}}, RecipeError, "prune.pruner"),
+        (
+            {"prune": {"pruner": "sparsegpt", "block_size": 10, "sparsity": None, "pattern": "2:4"}},
+            RecipeError,
+            "block",
+        ),
+        ({"device": "nonsense"}, RecipeError, "device: .*nonsense"),
+    ],
+)
+def test_refusals(model_directory, changes, error, message):
+    with pytest.raises(error, match=message):
+        plan(recipe(**{"model": model_directory} | changes), probe=False)
+
+
+def test_tables_name_every_part(model_directory):
+    found = plan(recipe(model_directory), probe=False)
+    memory, rounds, work = map(plain_text, plan_tables(found))
+    assert all(part.what in memory and part.how in memory for part in found.parts)
+    assert f"{PARAMETERS:,} parameters (float32), {2 * BLOCK:,} prunable in 2 blocks" in memory
+    assert "43.8 %" in rounds and "losa: training" in work and "not measured" in work
+
+
+def configured(tmp_path, kind, **settings):
+    common = {"vocab_size": 98, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1}
+    getattr(transformers, f"{kind}Config")(**common | settings).save_pretrained(tmp_path / kind)
+    return recipe(tmp_path / kind, evaluate={"data": "e.txt", "length": 16, "max_windows": 2})
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
+def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
+    settings = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
+    found = plan(configured(tmp_path, kind, **settings), probe=False)
+    linears = found.prunable
+    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
+    # Two windows of 16 tokens through the prunable linears and the head, two operations a weight.
+    assert evaluation.flops == 2 * 16 * 2.0 * (linears + 98 * 32)
+    assert plan_tables(found)
+
+
+def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    settings |= {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    settings |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 98}
+    found = plan(configured(tmp_path, "Gemma4Text", **settings), probe=False)
+    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
+    # Four heads of the wider kind in both blocks, q k^T and p v over half a window each.
+    attention = 2.0 * 16 * (4 * 16) * 2
+    assert evaluation.flops == 2 * 16 * (2.0 * (found.prunable + 98 * 32) + attention)
+
+
+def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, model_directory):
+    packed, adapter = tmp_path / "packed", tmp_path / "adapter"
+    for directory in (packed, adapter):
+        tiny_llama(layers=2).config.save_pretrained(directory)
+    (packed / "losa_packed.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="packed; `losa unpack` it first"):
+        plan(recipe(packed), probe=False)
+    with pytest.raises(ModelError, match="adapter"):
+        plan(recipe(adapter), probe=False)
+    with pytest.raises(RecipeError, match="device: expected .* got 'meta'"):
+        plan(recipe(model_directory, device="meta"), probe=False)

@@ -1,0 +1,175 @@
+"""Whole runs on a tiny local model: every method, export, resume, failure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from losa.algorithm.stream import BlockStream
+from losa.errors import LosaError, NumericsError, OutputError
+from losa.recipe.reading import parse_recipe
+from losa.run.methods import MethodRun
+from losa.run.pipeline import run_recipe
+from tests.helpers.tiny import tiny_llama, tiny_tokenizer
+
+METHODS = ["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    tiny_llama(layers=3).save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    text = "The quick brown fox jumps over the lazy dog; a sparse model decodes faster than a dense one. "
+    (root / "text.txt").write_text("\n".join(f"{i}: {text}" for i in range(60)))
+    return root
+
+
+def settings(workspace, output, **changes) -> dict:
+    text = str(workspace / "text.txt")
+    base = {
+        "model": str(workspace / "model"),
+        "output": str(output),
+        "device": "cpu",
+        "prune": {"sparsity": 0.5},
+        "rounds": {"count": 2},
+        "allocation": {"mean_rank": 2, "rank_max": 6},
+        "lora": {"rank": 3},
+        "calibration": {"data": text, "samples": 4, "length": 32, "cka_samples": 4, "batch_size": 2},
+        "train": {"data": text, "length": 32, "batch_size": 2, "max_tokens": 32 * 12, "learning_rate": 5e-3},
+        "evaluate": {"data": text, "length": 64, "max_windows": 8},
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_sparse_checkpoint(workspace, tmp_path, method):
+    output = tmp_path / "out"
+    record = run_recipe(parse_recipe(settings(workspace, output, method=method)))
+    dense, result = record.results
+    assert dense.method == "dense" and dense.sparsity < 0.01
+    assert result.method == method
+    # Per-row floors over 32 and 64 columns at 50 % are exact; CKA rates move blocks by at most delta.
+    assert result.sparsity == pytest.approx(0.5, abs=1 / 32)
+    assert result.train_tokens == (0 if method == "prune_only" else 32 * 12)
+    assert (result.perplexity_unmerged is not None) == (method == "lora")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
+    assert zeros == result.zeros
+    saved = json.loads((output / "losa_config.json").read_text())
+    assert saved["method"] == method and len(saved["masks"]) == 3 * 7
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_training_recovers_what_pruning_lost(workspace, tmp_path):
+    changes = {"compare": ["prune_only"], "prune": {"sparsity": 0.6}}
+    recipe = settings(workspace, tmp_path / "out", **changes)
+    recipe["train"] |= {"max_tokens": 32 * 60, "learning_rate": 1e-2}
+    results = {r.method: r for r in run_recipe(parse_recipe(recipe)).results}
+    assert results["losa"].perplexity < results["prune_only"].perplexity
+
+
+def test_methods_do_not_disturb_each_other(workspace, tmp_path):
+    alone = run_recipe(parse_recipe(settings(workspace, tmp_path / "alone")))
+    compare = ["lora", "finetune_then_prune", "sparse_lora", "prune_only"]
+    together = run_recipe(parse_recipe(settings(workspace, tmp_path / "together", compare=compare)))
+    assert [r.method for r in together.results] == ["dense", *compare, "losa"]
+    assert together.results[-1].perplexity == alone.results[-1].perplexity
+    assert together.masks == alone.masks
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch, pruner):
+    changes = {"prune": {"sparsity": 0.5, "pruner": pruner}, "compare": ["prune_only"], "rounds": {"count": 3}}
+    whole = run_recipe(parse_recipe(settings(workspace, tmp_path / "whole", **changes)))
+    recipe = parse_recipe(settings(workspace, tmp_path / "parts", **changes))
+
+    from losa.algorithm import engine
+
+    run_round = engine.Engine.run_round
+
+    def interrupted(self, plan):
+        if plan.index == 3:
+            raise KeyboardInterrupt
+        return run_round(self, plan)
+
+    monkeypatch.setattr(engine.Engine, "run_round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe)
+    monkeypatch.undo()
+    assert not (tmp_path / "parts").exists()
+    with pytest.raises(OutputError, match="--resume"):
+        run_recipe(recipe)
+    resumed = run_recipe(recipe, resume=True)
+    assert resumed.masks == whole.masks
+    assert resumed.results[-1].perplexity == whole.results[-1].perplexity
+    assert [r.ranks for r in resumed.rounds] == [r.ranks for r in whole.rounds]
+
+
+def test_non_finite_loss_leaves_no_output(workspace, tmp_path):
+    recipe = settings(workspace, tmp_path / "out")
+    recipe["train"] |= {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_tokens": 32 * 40}
+    with pytest.raises(NumericsError, match="round 1"):
+        run_recipe(parse_recipe(recipe))
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_kept_unless_told(workspace, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("mine")
+    recipe = parse_recipe(settings(workspace, output, method="prune_only"))
+    with pytest.raises(OutputError, match="out"):
+        run_recipe(recipe)
+    with pytest.raises(OutputError, match="losa did not write it.*--force"):
+        run_recipe(recipe, overwrite=True)
+    assert (output / "precious").read_text() == "mine"
+    run_recipe(recipe, overwrite=True, force=True)
+    assert (output / "losa_config.json").exists()
+    run_recipe(recipe, overwrite=True)
+
+
+@pytest.mark.parametrize("section, key, value", [("train", "data", "nowhere.txt"), ("evaluate", "data", "nowhere.txt")])
+def test_missing_data_is_named(workspace, tmp_path, section, key, value):
+    recipe = settings(workspace, tmp_path / "out")
+    recipe[section] |= {key: value}
+    with pytest.raises(LosaError, match="nowhere"):
+        run_recipe(parse_recipe(recipe))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rank_above_dimension_is_refused(workspace, tmp_path):
+    recipe = settings(workspace, tmp_path / "out", method="sparse_lora", lora={"rank": 64})
+    with pytest.raises((LosaError, ValueError), match="rank"):
+        run_recipe(parse_recipe(recipe))
+
+
+def test_global_lr_schedule_and_accumulation_run(workspace, tmp_path):
+    recipe = settings(workspace, tmp_path / "out")
+    recipe["train"] |= {"lr_schedule": "global", "gradient_accumulation": 2, "activation_checkpointing": True}
+    record = run_recipe(parse_recipe(recipe))
+    assert sum(r.train_steps for r in record.rounds) > 0
+
+
+def test_whether_blocks_can_be_run_one_by_one_is_found_out_once(workspace, tmp_path, monkeypatch):
+    checked, check = [], BlockStream._check_replay
+    monkeypatch.setattr(BlockStream, "_check_replay", lambda self, *a: (checked.append(a[1].shape), check(self, *a)))
+    recipe = settings(workspace, tmp_path / "out", method="sparse_lora", compare=["prune_only"])
+    run_recipe(parse_recipe(recipe))
+    assert checked == [(1, recipe["calibration"]["length"])]
+
+
+def test_method_run_needs_no_files(workspace, tmp_path):
+    """The harness works on a model in memory, as the quality benchmark uses it."""
+    recipe = parse_recipe(settings(workspace, tmp_path / "unused", method="prune_only"))
+    from losa.data.tokens import calibration_tokens
+    from losa.run.methods import Inputs
+
+    tokens = calibration_tokens(recipe.calibration.data, tiny_tokenizer(), 4, 32, 0)
+    model = tiny_llama(layers=3)
+    outcome = MethodRun("prune_only", model, recipe, Inputs(tokens, None, lambda m: None), tmp_path).run()
+    assert outcome.result.perplexity is None and len(outcome.masks) == 21
+    assert all(m.dtype == torch.uint8 for m in outcome.masks.values())
