@@ -102,7 +102,7 @@ def commands() -> str:
     import click
     import typer.main
 
-    from losa.cli import app
+    from losa.cli.app import app
 
     group = typer.main.get_command(app)
     parts = []
