@@ -6,12 +6,14 @@ commands and environment variables are those of the code, and the notebook's res
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "tiny_model.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "tiny_model.ipynb"
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
 
 
@@ -129,16 +131,58 @@ def option(parameter: Any) -> list[str] | None:
 
 def settings() -> str:
     """The environment variables of ``losa_kernels.settings``."""
-    return ""
+    from losa_kernels.settings import TABLE
+
+    rows = [[f"`{s.name}`", s.expected, s.default_text, s.about, s.read] for s in TABLE]
+    return table(["variable", "values", "default", "what it does", "read"], rows)
+
+
+def rooms(package: str) -> str:
+    """The folders and files directly in a package: their docstrings, what is in them, and what they import of it."""
+    rows = []
+    for path in sorted((ROOT / package).iterdir()):
+        if (path / "__init__.py").is_file():
+            files = sorted(path.rglob("*.py"))
+            inside = ", ".join(f"`{f.relative_to(path).with_suffix('')}`" for f in files if f.stem != "__init__")
+            rows.append([f"`{path.name}/`", summary(path / "__init__.py"), inside, imported(package, path.name, files)])
+        elif path.suffix == ".py" and path.stem not in ("__init__", "__main__"):
+            rows.append([f"`{path.name}`", summary(path), "", imported(package, path.stem, [path])])
+    return table(["room", "what lives there", "modules", f"imports of `{package}`"], rows)
+
+
+def summary(path: Path) -> str:
+    """The first sentence of a module's docstring."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    return re.split(r"(?<=\.) |: (?=one|every|by|what)", text)[0].replace("``", "`")
+
+
+def imported(package: str, room: str, files: list[Path]) -> str:
+    """The rooms of ``package`` that these files import, where the import is written out."""
+    names = set()
+    for path in files:
+        here = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {tuple(alias.name.split(".")) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = here[: len(here) - node.level] if node.level else ()
+                module = (*base, *(node.module or "").split("."))
+                names |= {(*(part for part in module if part), alias.name) for alias in node.names}
+    found = {name[1] for name in names if name[0] == package and len(name) > 1}
+    known = {path.stem for path in (ROOT / package).iterdir() if path.is_dir() or path.suffix == ".py"}
+    return ", ".join(f"`{name}`" for name in sorted(found & known - {room}))
 
 
 def notebook() -> str:
     """The notebook, executed: its text, its code, and what each cell printed."""
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     document = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(document, timeout=300, kernel_name="python3").execute()
+    # Local sockets: the kernel warns of TCP, which is not encrypted.
+    config = Config(KernelManager={"transport": "ipc"})
+    NotebookClient(document, timeout=300, kernel_name="python3", config=config).execute()
     parts = []
     for cell in document.cells:
         if cell.cell_type == "markdown":
@@ -157,5 +201,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
     "commands": commands,
     "settings": settings,
+    "rooms of losa": lambda: rooms("losa"),
+    "rooms of losa_kernels": lambda: rooms("losa_kernels"),
     "notebook": notebook,
 }
