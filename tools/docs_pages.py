@@ -41,7 +41,7 @@ def recipe_keys() -> str:
             [f"`{prefix}{name}`", f"`{values(field)}`", default(field), field.description or ""]
             for name, field in fields.items()
         ]
-        about = " ".join((model.__doc__ or "").split())
+        about = " ".join((model.__doc__ or "").split()).replace("``", "`")
         parts.append(f"### {title}\n\n{about}\n\n{table(['key', 'values', 'default', ''], rows)}")
     return "\n\n".join(parts)
 
@@ -69,7 +69,8 @@ def values(field: Any) -> str:
     """A field's type and bounds, as a reader of YAML names them."""
     text = kinds(field.annotation)
     bounds = {"Gt": "> {.gt}", "Ge": ">= {.ge}", "Lt": "< {.lt}", "Le": "<= {.le}"}
-    said = [bounds[type(m).__name__].format(m) for m in field.metadata if type(m).__name__ in bounds]
+    limits = [m for m in field.metadata if getattr(m, "le", 0) < 2**31 - 1 and getattr(m, "lt", 0) < 2**63]
+    said = [bounds[type(m).__name__].format(m) for m in limits if type(m).__name__ in bounds]
     return f"{text} {', '.join(said)}".strip()
 
 
@@ -110,7 +111,7 @@ def commands() -> str:
     parts = []
     for name, command in group.commands.items():
         context = click.Context(command, info_name=f"losa {name}")
-        usage = " ".join(command.collect_usage_pieces(context))
+        usage = re.sub(r"[{}]", "", " ".join(command.collect_usage_pieces(context)))
         rows = [row for parameter in command.params if (row := option(parameter))]
         parts.append(f"## losa {name}\n\n{command.help}\n\n```\nlosa {name} {usage}\n```\n\n{table(OPTION, rows)}")
     return "\n\n".join(parts)
