@@ -154,7 +154,7 @@ def rooms(package: str) -> str:
 def summary(path: Path) -> str:
     """The first sentence of a module's docstring."""
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-    return re.split(r"(?<=\.) |: (?=one|every|by|what)", text)[0].replace("``", "`")
+    return text.partition(". ")[0].removesuffix(".").replace("``", "`")
 
 
 def imported(package: str, room: str, files: list[Path]) -> str:
