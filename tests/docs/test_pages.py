@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,16 +18,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r'^```python(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
-PUBLIC = ["losa", *(f"losa.{name}" for name in ("modules", "model", "pruners", "recipe", "errors", "run")), "losa_kernels"]
-    "losa",
-    "losa.modules",
-    "losa.model",
-    "losa.pruners",
-    "losa.recipe",
-    "losa.errors",
-    "losa.run",
-    "losa_kernels",
-)
+ROOMS = ("modules", "model", "pruners", "recipe", "errors", "run")
+PUBLIC = ["losa", *(f"losa.{room}" for room in ROOMS), "losa_kernels"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -51,11 +44,14 @@ def test_every_public_name_has_an_entry(name):
     text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     described = {resolved(path) for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
     module = importlib.import_module(name)
-    public = getattr(module, "__all__", None) or [
-        key for key, value in vars(module).items() if not key.startswith("_") and getattr(value, "__module__", None) == name
-    ]
+    public = getattr(module, "__all__", None) or own_names(module)
     missing = [key for key in public if key != "__version__" and id(getattr(module, key)) not in described]
     assert not missing, f"docs/reference: no entry for {', '.join(missing)} of {name}"
+
+
+def own_names(module: ModuleType) -> list[str]:
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [key for key in own if not key.startswith("_")]
 
 
 def resolved(path: str) -> int:
