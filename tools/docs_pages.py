@@ -195,7 +195,10 @@ def notebook() -> str:
 
 
 def printed(output: Any) -> str:
-    return output.text if output.output_type == "stream" else output.data.get("text/plain", "")
+    """What a cell printed or its last value; not what libraries say on stderr."""
+    if output.output_type == "stream":
+        return output.text if output.name == "stdout" else ""
+    return output.data.get("text/plain", "")
 
 
 PARTS: dict[str, Callable[[], str]] = {
