@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks NAME [options]``. Results that the documentation quotes are committed under results/."""
+"""Benchmarks: ``python -m benchmarks NAME [options]``. The results that the documentation quotes are in results/."""

@@ -15,9 +15,9 @@ from losa_kernels.version import __version__
 if TYPE_CHECKING:
     from losa_kernels.bitmask import pack_mask, unpack_mask
     from losa_kernels.cka import cka_similarity, gram
-    from losa_kernels.pruning import SweepResult, sparsegpt_prune, wanda_mask
     from losa_kernels.masked_lora import masked_lora_linear, merge_masked_lora
     from losa_kernels.packing import pack_24, pack_bitmask, pack_nm
+    from losa_kernels.pruning import SweepResult, sparsegpt_prune, wanda_mask
     from losa_kernels.sparse_linear import sparse_linear
 
 _EXPORTS = {
