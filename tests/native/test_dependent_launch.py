@@ -1,4 +1,4 @@
-"""Which launches may start before the kernel before them is complete (csrc/common/launch.h)."""
+"""Which launches may start before the kernel before them is complete (csrc/cuda/launch.h)."""
 
 from __future__ import annotations
 

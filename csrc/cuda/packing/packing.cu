@@ -1,9 +1,9 @@
-// Packing and unpacking on CUDA: which kernel runs, on how many blocks, and what the host has to wait for.
+// Packing and unpacking on CUDA: which kernel runs, on how many blocks, and when the host has to wait.
 #include "common/bits.h"
-#include "common/launch.h"
-#include "cuda/late_number.h"
-#include "cuda/mask_kernels.h"
-#include "cuda/packing_kernels.h"
+#include "cuda/launch.h"
+#include "cuda/packing/kernels.h"
+#include "cuda/packing/late_number.h"
+#include "cuda/packing/mask_kernels.h"
 
 namespace losa::packing {
 
@@ -11,62 +11,62 @@ inline unsigned grid_size(int64_t warps) {
   return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// Warps that a large GPU has room for. Where rows alone are fewer, up to 8 warps share a row.
+// Warps that a large GPU has room for. Where there are fewer rows, up to 8 warps share a row.
 constexpr int64_t kWarpsWanted = 8192;
 
 template <int kSize>
 Slices slices_of(int64_t rows, int columns, int shares) {
-  constexpr int kBatch = Columns<kSize>::kBatch;
-  const int batches = (columns + kBatch - 1) / kBatch;
+  constexpr int kIteration = Columns<kSize>::kIteration;
+  const int iterations = (columns + kIteration - 1) / kIteration;
   if (shares < 0) {
     shares = 0;
-    while (shares < 3 && rows << shares < kWarpsWanted && 2 << shares <= batches) ++shares;
+    while (shares < 3 && rows << shares < kWarpsWanted && 2 << shares <= iterations) ++shares;
   }
-  return {shares, ((batches - 1) >> shares) * kBatch + kBatch};
+  return {.shares = shares, .slice = ((iterations - 1) >> shares) * kIteration + kIteration};
 }
 
 inline unsigned grid_of(int64_t rows, const Slices& slices) {
   return static_cast<unsigned>((rows + (kWarps >> slices.shares) - 1) / (kWarps >> slices.shares));
 }
 
-// offsets: of rows; total: of one, in memory of the device or pinned.
+// offsets: (rows,); total: one number, in memory of the device or in pinned memory.
 void launch_offsets(const Mask& mask, int64_t* offsets, int64_t* total, cudaStream_t stream) {
-  const bool pieces = mask.columns % 128 == 0 && mask.stride % 16 == 0 &&
-      reinterpret_cast<uintptr_t>(mask.bits) % 16 == 0;
+  const bool pieces =
+      mask.columns % 128 == 0 && mask.stride % 16 == 0 && reinterpret_cast<uintptr_t>(mask.bits) % 16 == 0;
   if (mask.rows > 0) LOSA_LAUNCH(count_kernel, grid_size(mask.rows), kThreads, 0, stream, mask, pieces, offsets);
   LOSA_LAUNCH(scan_kernel, 1, kScanThreads, 0, stream, offsets, mask.rows, total);
 }
 
-// Brings `bytes` to the L2 cache, but for a few of the last. Not if `from` is not aligned.
-void launch_warm(const void* from, int64_t bytes, cudaStream_t stream) {
-  const int64_t pieces = bytes / 16, block = kThreads * kWarmed;
+// Brings `bytes` to the L2 cache, except for a few of the last bytes. Does nothing if `from` is not aligned.
+void launch_prefetch(const void* from, int64_t bytes, cudaStream_t stream) {
+  const int64_t pieces = bytes / 16, block = kThreads * kPrefetched;
   if (pieces == 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) return;
   const auto blocks = static_cast<unsigned>((pieces + block - 1) / block);
-  LOSA_LAUNCH(warm_kernel, blocks, kThreads, 0, stream, static_cast<const uint4*>(from), pieces);
+  LOSA_LAUNCH(prefetch_kernel, blocks, kThreads, 0, stream, static_cast<const uint4*>(from), pieces);
 }
 
 // m = 0, 4, 8 or 16; in-features are a multiple of it. shares: see Slices, -1 to choose.
 template <int kSize>
-void launch_pack(const Packing& job, int64_t m, cudaStream_t stream, int shares = -1) {
-  if (job.mask.rows * job.mask.columns == 0) return;
-  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
-  const unsigned grid = grid_of(job.mask.rows, slices);
+void launch_pack(const Packing& task, int64_t m, cudaStream_t stream, int shares = -1) {
+  if (task.mask.rows * task.mask.columns == 0) return;
+  const Slices slices = slices_of<kSize>(task.mask.rows, task.mask.columns, shares);
+  const unsigned grid = grid_of(task.mask.rows, slices);
   if (m == 0) {
-    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 0>), grid, kThreads, 0, stream, task, slices);
   } else if (m == 4) {
-    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 4>), grid, kThreads, 0, stream, task, slices);
   } else if (m == 8) {
-    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 8>), grid, kThreads, 0, stream, task, slices);
   } else {
-    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, job, slices);
+    LOSA_LAUNCH((pack_kernel<kSize, 16>), grid, kThreads, 0, stream, task, slices);
   }
 }
 
 template <int kSize>
-void launch_unpack(const Unpacking& job, cudaStream_t stream, int shares = -1) {
-  if (job.mask.rows * job.mask.columns == 0) return;
-  const Slices slices = slices_of<kSize>(job.mask.rows, job.mask.columns, shares);
-  LOSA_LAUNCH((unpack_kernel<kSize>), grid_of(job.mask.rows, slices), kThreads, 0, stream, job, slices);
+void launch_unpack(const Unpacking& task, cudaStream_t stream, int shares = -1) {
+  if (task.mask.rows * task.mask.columns == 0) return;
+  const Slices slices = slices_of<kSize>(task.mask.rows, task.mask.columns, shares);
+  LOSA_LAUNCH((unpack_kernel<kSize>), grid_of(task.mask.rows, slices), kThreads, 0, stream, task, slices);
 }
 
 template void launch_pack<1>(const Packing&, int64_t, cudaStream_t, int);
@@ -137,7 +137,10 @@ int64_t cache_bytes(int device) {
 Mask mask_of(const Tensor& mask, int64_t columns) {
   constexpr int64_t kMost = int64_t{1} << 30;
   STD_TORCH_CHECK(columns <= kMost, "in_features: expected at most ", kMost, ", got ", columns);
-  return {static_cast<const uint8_t*>(mask.const_data_ptr()), mask.stride(0), mask.size(0), static_cast<int>(columns)};
+  return {.bits = static_cast<const uint8_t*>(mask.const_data_ptr()),
+          .stride = mask.stride(0),
+          .rows = mask.size(0),
+          .columns = static_cast<int>(columns)};
 }
 
 bool has_aligned_rows(const void* data, int64_t stride, int64_t element_size) {
@@ -150,8 +153,8 @@ using Size = std::integral_constant<int, kSize>;
 
 template <class Body>
 void with_size(int64_t size, const Body& body) {
-  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8,
-                  "expected elements of 1, 2, 4 or 8 bytes, got ", size);
+  STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8, "expected elements of 1, 2, 4 or 8 bytes, got ",
+                  size);
   if (size == 1) body(Size<1>{});
   if (size == 2) body(Size<2>{});
   if (size == 4) body(Size<4>{});
@@ -173,17 +176,24 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   auto* const starts = static_cast<int64_t*>(offsets.mutable_data_ptr());
   const Mask kept = mask_of(bits, columns);
   const void* const from = source.const_data_ptr();
-  // The result's size is data: the host waits for it. Until it has launched the rest, the device reads what that needs.
+  // The result's size depends on the mask, so that the host waits for it. Meanwhile the device reads the weight.
   const Pinned memory;
   LateNumber total(memory.on_host(), stream);
   launch_offsets(kept, starts, memory.on_device(), stream);
   total.launched();
   const int64_t bytes = rows * columns > 0 ? ((rows - 1) * source.stride(0) + columns) * size : 0;
-  launch_warm(from, std::min(bytes, cache_bytes(weight.get_device_index()) / 2), stream);
+  launch_prefetch(from, std::min(bytes, cache_bytes(weight.get_device_index()) / 2), stream);
   Tensor values = torch::stable::new_empty(weight, {total.wait()});
-  const Packing job{kept,    from, source.stride(0), has_aligned_rows(from, source.stride(0), size), starts, 0, 0,
-                    nullptr, values.mutable_data_ptr()};
-  with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(job, 0, stream); });
+  const Packing task{.mask = kept,
+                     .weight = from,
+                     .weight_stride = source.stride(0),
+                     .aligned = has_aligned_rows(from, source.stride(0), size),
+                     .offsets = starts,
+                     .length = 0,
+                     .keep_n = 0,
+                     .stored = nullptr,
+                     .values = values.mutable_data_ptr()};
+  with_size(size, [&](auto bytes_of) { launch_pack<bytes_of.value>(task, 0, stream); });
   return {values, offsets};
 }
 
@@ -198,16 +208,16 @@ std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int
   Tensor stored = torch::stable::new_empty(mask, {rows, packed_width(columns)});
   Tensor values = torch::stable::new_empty(weight, {rows, length});
   const void* const from = source.const_data_ptr();
-  const Packing job{mask_of(bits, columns),
-                    from,
-                    source.stride(0),
-                    has_aligned_rows(from, source.stride(0), size),
-                    nullptr,
-                    length,
-                    static_cast<int>(keep_n),
-                    static_cast<uint8_t*>(stored.mutable_data_ptr()),
-                    values.mutable_data_ptr()};
-  with_size(size, [&](auto bytes) { launch_pack<bytes.value>(job, m, current_stream(weight)); });
+  const Packing task{.mask = mask_of(bits, columns),
+                     .weight = from,
+                     .weight_stride = source.stride(0),
+                     .aligned = has_aligned_rows(from, source.stride(0), size),
+                     .offsets = nullptr,
+                     .length = length,
+                     .keep_n = static_cast<int>(keep_n),
+                     .stored = static_cast<uint8_t*>(stored.mutable_data_ptr()),
+                     .values = values.mutable_data_ptr()};
+  with_size(size, [&](auto bytes) { launch_pack<bytes.value>(task, m, current_stream(weight)); });
   return {values, stored};
 }
 
@@ -230,14 +240,14 @@ void unpack_bitmask(const Tensor& dense, const Tensor& values, const Tensor& bit
   const int64_t rows = dense.size(0), columns = dense.size(1), total = values.numel();
   const auto size = static_cast<int64_t>(dense.element_size());
   void* const to = dense.mutable_data_ptr();
-  const Unpacking job{mask_of(bits, columns),
-                      values.const_data_ptr(),
-                      total,
-                      row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
-                      rows > 0 ? total / rows : 0,
-                      to,
-                      has_aligned_rows(to, columns, size)};
-  with_size(size, [&](auto bytes) { launch_unpack<bytes.value>(job, current_stream(dense)); });
+  const Unpacking task{.mask = mask_of(bits, columns),
+                       .values = values.const_data_ptr(),
+                       .total = total,
+                       .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                       .length = rows > 0 ? total / rows : 0,
+                       .dense = to,
+                       .aligned = has_aligned_rows(to, columns, size)};
+  with_size(size, [&](auto bytes) { launch_unpack<bytes.value>(task, current_stream(dense)); });
 }
 
 }  // namespace

@@ -1,45 +1,45 @@
-// The kernels that move values: a warp goes along a row, or a slice of one, batch by batch.
+// The kernels that move values: a warp goes along a row, or a slice of a row, iteration by iteration.
 //
-// Both directions are bound by memory, so what counts is bytes in flight: the mask and the weight of the next batch, or
-// its values, are asked for before this batch is handled. Kept values meet in shared memory and leave it, or come to
-// it, in 16-byte pieces, so that they are as coalesced as the dense side.
+// Both directions are bound by memory, so that bytes in flight count: the mask and the weight of the next iteration, or
+// its values, are requested before this iteration is handled. Kept values go through shared memory, which they leave or
+// enter in pieces of 16 bytes, so that the packed side is as coalesced as the dense side.
 #pragma once
 
-#include "cuda/packing_units.h"
+#include "cuda/packing/units.h"
 
 namespace losa::packing {
 
-// Rows of a weight where they are, and of its values where they go.
+// Packs a weight (rows, columns).
 struct Packing {
   Mask mask;
-  const void* weight;
+  const void* weight;      // (rows, weight_stride)
   int64_t weight_stride;   // in elements
   bool aligned;            // every unit of a row is one aligned access
-  const int64_t* offsets;  // or null: rows of `length` values
+  const int64_t* offsets;  // (rows,): each row's first value; null if all rows have `length` values
   int64_t length;
-  int keep_n;       // of kM
-  uint8_t* stored;  // dense packed mask that N:M also writes
-  void* values;
+  int keep_n;       // values of each group of kM columns; for kM > 0
+  uint8_t* stored;  // (rows, packed_width(columns)), dense: the columns that are stored; for kM > 0
+  void* values;     // all rows' values, one after the other
 };
 
 struct Unpacking {
   Mask mask;
-  const void* values;
+  const void* values;  // (total,)
   int64_t total;
-  const int64_t* offsets;  // or null: rows of `length` values
+  const int64_t* offsets;  // (rows,): each row's first value; null if all rows have `length` values
   int64_t length;
-  void* dense;
-  bool aligned;
+  void* dense;   // (rows, columns)
+  bool aligned;  // every unit of a row of `dense` is one aligned access
 };
 
-constexpr int kWarmed = 4;  // pieces of a thread
+constexpr int kPrefetched = 4;  // pieces of a thread
 
-// Copies 16-byte pieces to a place that nobody reads: they are in the L2 cache afterwards.
-__global__ void __launch_bounds__(kThreads) warm_kernel(const uint4* from, int64_t pieces) {
+// Copies pieces of 16 bytes to a place that nothing reads, so that they are in the L2 cache afterwards.
+__global__ void __launch_bounds__(kThreads) prefetch_kernel(const uint4* from, int64_t pieces) {
   __shared__ uint4 ignored[kThreads];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kWarmed + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kPrefetched + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < kWarmed; ++i) {
+  for (int i = 0; i < kPrefetched; ++i) {
     if (first + i * kThreads < pieces) {
       copy_async(shared_address(&ignored[threadIdx.x]), from + first + i * kThreads);
     }
@@ -48,15 +48,16 @@ __global__ void __launch_bounds__(kThreads) warm_kernel(const uint4* from, int64
   wait_copies<0>();
 }
 
-// The mask's columns in [0, end) that are kept; end is a multiple of 8. By all lanes.
+// How many of the columns [0, end) the mask keeps; end is a multiple of 8. By all lanes.
 __device__ __forceinline__ int kept_before(const uint8_t* row, int end) {
   int count = 0;
 #pragma unroll 4
-  for (int byte = threadIdx.x % 32; byte < end / 8; byte += 32) count += __popc(row[byte]);
+  for (int byte = threadIdx.x % 32; byte < end / 8; byte += 32) count += __popc(row[byte]);  // [8]
   return __shfl_sync(kAllLanes, inclusive_sum(count), 31);
 }
 
-// Of each group of kM bits the set ones, and its first others until there are keep_n; never more than keep_n.
+// Of each group of kM bits keep_n: the set bits and, where they are fewer, the first other bits. Never more than
+// keep_n.
 template <int kM>
 __device__ __forceinline__ unsigned stored_bits(unsigned kept, int keep_n) {
   constexpr int kWidth = kM < 8 ? 8 : kM;
@@ -83,7 +84,8 @@ __device__ __forceinline__ unsigned stored_bits(unsigned kept, int keep_n) {
   return stored;
 }
 
-// The stored bits of a byte; a group of 16 is an even byte and the next one, which a neighbour has. By all lanes.
+// The stored bits of a byte. A group of 16 is an even byte and the next byte, which a neighbouring lane has. By all
+// lanes.
 template <int kSize, int kM>
 __device__ __forceinline__ unsigned stored_byte(unsigned kept, int keep_n) {
   if constexpr (kM == 16) {
@@ -96,44 +98,46 @@ __device__ __forceinline__ unsigned stored_byte(unsigned kept, int keep_n) {
   }
 }
 
-// kM = 0: what the mask keeps; else exactly keep_n of each group of kM.
+// kM = 0: the columns that the mask keeps; else exactly keep_n of each group of kM columns.
 template <int kSize, int kM>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Packing job, Slices slices) {
+__global__ void __launch_bounds__(kThreads) pack_kernel(Packing task, Slices slices) {
   using Element = typename OfSize<kSize>::Element;
   using Count = Columns<kSize>;
   constexpr int kPiece = Count::kPiece, kUnit = Count::kUnit;
-  __shared__ __align__(16) Element buffers[kWarps][Count::kBatch + kPiece];
-  const int lane = threadIdx.x % 32, columns = job.mask.columns;
+  __shared__ __align__(16) Element buffers[kWarps][Count::kIteration + kPiece];
+  const int lane = threadIdx.x % 32, columns = task.mask.columns;
   const int64_t row = slices.row();
   const int begin = slices.begin(), end = min(begin + slices.slice, columns);
-  if (row >= job.mask.rows || begin >= end) return;
+  if (row >= task.mask.rows || begin >= end) return;
   Element* const buffer = buffers[threadIdx.x / 32];
-  const uint8_t* const mask = job.mask.row(row);
-  const Element* const from = static_cast<const Element*>(job.weight) + row * job.weight_stride;
+  const uint8_t* const mask = task.mask.row(row);
+  const Element* const from = static_cast<const Element*>(task.weight) + row * task.weight_stride;
 
   Bytes<kSize> next_bytes;
   Unit<kSize> next[kSteps];
   const auto load = [&](int first) {
     next_bytes.load(mask, first, columns);
-    load_units(next, from + first, columns - first, job.aligned);
+    load_units(next, from + first, columns - first, task.aligned);
   };
   load(begin);
 
-  int64_t place = job.offsets != nullptr ? job.offsets[row] : row * job.length;
-  if (begin > 0) place += kM > 0 ? begin / (kM > 0 ? kM : 1) * job.keep_n : kept_before(mask, begin);
-  // `to` is a 16-byte boundary that buffer[0] belongs to. The first piece may hold the end of the row or slice before.
-  Element* to = static_cast<Element*>(job.values) + place;
+  int64_t place = task.offsets != nullptr ? task.offsets[row] : row * task.length;
+  if (begin > 0) place += kM > 0 ? begin / (kM > 0 ? kM : 1) * task.keep_n : kept_before(mask, begin);
+  // buffer[0] belongs to `to`, a multiple of 16 bytes. The first piece may begin with values of the row or slice
+  // before.
+  Element* to = static_cast<Element*>(task.values) + place;
   int lead = static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16 / sizeof(Element)), filled = lead;
   to -= lead;
 
 #pragma unroll 1
-  for (int first = begin; first < end; first += Count::kBatch) {
+  for (int first = begin; first < end; first += Count::kIteration) {
     Bytes<kSize> bytes = next_bytes;
     Unit<kSize> units[kSteps];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) units[s] = next[s];
-    if (first + Count::kBatch < end) load(first + Count::kBatch);
+    if (first + Count::kIteration < end) load(first + Count::kIteration);
 
+    // The bits of the columns that are stored.
     const int left = columns - first;
     bytes.cut(left);
     unsigned stored = 0;  // byte s: of this lane's unit of step s
@@ -142,16 +146,17 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Packing job, Slices slic
       unsigned byte = bytes.at[s];
       if constexpr (kM > 0) {
         const int column = unit_column<kSize>(s), own = left - column / 8 * 8;
-        byte = stored_byte<kSize, kM>(byte, job.keep_n);
+        byte = stored_byte<kSize, kM>(byte, task.keep_n);
         if (own < 8) byte &= Bytes<kSize>::existing(own);
         if (column % 8 == 0 && own > 0) {
           const unsigned at = static_cast<unsigned>(first + column) / 8;
-          job.stored[row * packed_width(columns) + at] = static_cast<uint8_t>(byte);
+          task.stored[row * packed_width(columns) + at] = static_cast<uint8_t>(byte);
         }
         if (byte != bytes.at[s]) units[s].clear(~unit_bits<kSize>(bytes.at[s]));
       }
       stored |= unit_bits<kSize>(byte) << (8 * s);
     }
+    // Their values to the buffer.
     const Places places(stored);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -164,53 +169,54 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Packing job, Slices slic
     filled += places.sum(kSteps);
     __syncwarp();
 
-    const int pieces = filled / kPiece, gone = pieces * kPiece;
+    // The buffer's whole pieces to memory. The values behind them move to the buffer's begin.
+    const int pieces = filled / kPiece, written = pieces * kPiece;
     const int skipped = lead > 0 && pieces > 0 ? 1 : 0;
     if (skipped != 0 && lane >= lead && lane < kPiece) to[lane] = buffer[lane];
 #pragma unroll
-    for (int i = 0; i < Count::kBatch / kPiece; i += 32) {
+    for (int i = 0; i < Count::kIteration / kPiece; i += 32) {
       const int piece = i + lane;
       if (piece >= skipped && piece < pieces) {
         reinterpret_cast<uint4*>(to)[piece] = reinterpret_cast<const uint4*>(buffer)[piece];
       }
     }
-    filled -= gone;
-    const Element rest = lane < filled ? buffer[gone + lane] : Element{0};
+    filled -= written;
+    const Element rest = lane < filled ? buffer[written + lane] : Element{0};
     __syncwarp();
     if (lane < filled) buffer[lane] = rest;
-    to += gone;
+    to += written;
     if (pieces > 0) lead = 0;
   }
   __syncwarp();
   if (lane >= lead && lane < filled) to[lane] = buffer[lane];
 }
 
-// The values of a batch on their way to shared memory.
+// The values of an iteration on their way to shared memory.
 template <int kSize>
-struct Arriving {
+struct ValuesAhead {
   using Element = typename OfSize<kSize>::Element;
   static constexpr int kPiece = Columns<kSize>::kPiece;
   unsigned bits;  // byte s: the bits of this lane's unit of step s
   Places places;
-  int lead;  // of the first value in the buffer
+  int lead;  // the place of the first value in the buffer
 
-  // Asks for the values from `place` on, zeros beyond the end. By all lanes.
-  __device__ __forceinline__ Arriving(Bytes<kSize> bytes, int left, const Unpacking& job, int64_t place,
-                                      Element* buffer)
+  // Requests the values from `place` on; zeros beyond the end. By all lanes.
+  __device__ __forceinline__ ValuesAhead(Bytes<kSize> bytes, int left, const Unpacking& task, int64_t place,
+                                         Element* buffer)
       : bits(units_of(bytes, left)), places(bits) {
-    const Element* const from = static_cast<const Element*>(job.values) + place;
+    const Element* const from = static_cast<const Element*>(task.values) + place;
     lead = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(Element));
     const int total = places.sum(kSteps), pieces = total == 0 ? 0 : (lead + total + kPiece - 1) / kPiece;
     const int64_t origin = place - lead;
     for (int piece = threadIdx.x % 32; piece < pieces; piece += 32) {
       const int64_t at = origin + piece * kPiece;
       Element* const to = buffer + piece * kPiece;
-      if (at >= 0 && at + kPiece <= job.total) {
-        copy_async(shared_address(to), from - lead + piece * kPiece);
+      if (at >= 0 && at + kPiece <= task.total) {
+        copy_async(shared_address(to), from - lead + piece * kPiece);  // [32 lanes, kPiece]
       } else {
 #pragma unroll 1
         for (int i = 0; i < kPiece; ++i) {
-          to[i] = at + i >= 0 && at + i < job.total ? static_cast<const Element*>(job.values)[at + i] : Element{0};
+          to[i] = at + i >= 0 && at + i < task.total ? static_cast<const Element*>(task.values)[at + i] : Element{0};
         }
       }
     }
@@ -227,37 +233,40 @@ struct Arriving {
   }
 };
 
+// dense: the values at the columns that the mask keeps, zeros elsewhere.
 template <int kSize>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job, Slices slices) {
+__global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking task, Slices slices) {
   using Element = typename OfSize<kSize>::Element;
   using Count = Columns<kSize>;
   constexpr int kUnit = Count::kUnit;
-  __shared__ __align__(16) Element buffers[kWarps][2][Count::kBatch + Count::kPiece];
-  const int warp = threadIdx.x / 32, columns = job.mask.columns;
+  __shared__ __align__(16) Element buffers[kWarps][2][Count::kIteration + Count::kPiece];
+  const int warp = threadIdx.x / 32, columns = task.mask.columns;
   const int64_t row = slices.row();
   const int begin = slices.begin(), end = min(begin + slices.slice, columns);
-  if (row >= job.mask.rows || begin >= end) return;
-  const uint8_t* const mask = job.mask.row(row);
-  Element* const to = static_cast<Element*>(job.dense) + row * columns;
+  if (row >= task.mask.rows || begin >= end) return;
+  const uint8_t* const mask = task.mask.row(row);
+  Element* const to = static_cast<Element*>(task.dense) + row * columns;
 
   Bytes<kSize> bytes;
   bytes.load(mask, begin, end);
-  int64_t place = first_value(job.offsets, row, job.length, job.total);
+  int64_t place = first_value(task.offsets, row, task.length, task.total);
   if (begin > 0) place += kept_before(mask, begin);
-  Arriving<kSize> next(bytes, end - begin, job, place, buffers[warp][0]);
-  bytes.load(mask, begin + Count::kBatch, end);
+  ValuesAhead<kSize> next(bytes, end - begin, task, place, buffers[warp][0]);
+  bytes.load(mask, begin + Count::kIteration, end);
   int which = 0;
 #pragma unroll 1
-  for (int first = begin; first < end; first += Count::kBatch) {
-    const Arriving<kSize> now = next;
+  for (int first = begin; first < end; first += Count::kIteration) {
+    // Request the next iteration's values, and the mask of the iteration after it.
+    const ValuesAhead<kSize> now = next;
     const Element* const buffer = buffers[warp][which];
     which ^= 1;
     place += now.places.sum(kSteps);
-    next = Arriving<kSize>(bytes, end - first - Count::kBatch, job, place, buffers[warp][which]);
-    bytes.load(mask, first + 2 * Count::kBatch, end);
+    next = ValuesAhead<kSize>(bytes, end - first - Count::kIteration, task, place, buffers[warp][which]);
+    bytes.load(mask, first + 2 * Count::kIteration, end);
+    // Expand this iteration's values.
     wait_copies<1>();
     __syncwarp();
-    const bool whole = job.aligned && columns - first >= Count::kBatch;
+    const bool whole = task.aligned && columns - first >= Count::kIteration;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const Element* at = buffer + now.lead + now.places.of(s);
@@ -272,7 +281,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpacking job, Slices 
       if (whole) {
         unit.store(to + column);
       } else {
-        unit.store_part(to + column, columns - column, job.aligned);
+        unit.store_part(to + column, columns - column, task.aligned);
       }
     }
     __syncwarp();

@@ -1,13 +1,13 @@
 // A number that kernels compute and the host waits for.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 
-// Kernels of `stream` write it to memory of the host that the device sees. The memory's owner outlives this object,
-// which waits for the stream where nobody else has: after an exception the memory could go to its next user while a
-// kernel still writes.
+// Kernels of `stream` write it to memory of the host that the device sees. The memory's owner outlives this object. If
+// nothing has waited for the number, the destructor waits for the stream: after an exception the memory could otherwise
+// go to its next user while a kernel still writes to it.
 class LateNumber {
  public:
   LateNumber(const int64_t* memory, cudaStream_t stream) : memory_(memory), stream_(stream) {
@@ -20,10 +20,10 @@ class LateNumber {
   LateNumber(const LateNumber&) = delete;
   LateNumber& operator=(const LateNumber&) = delete;
 
-  // Everything that writes it has been launched.
+  // To be called when all kernels that write the number have been launched.
   void launched() { LOSA_CUDA_CHECK(cudaEventRecord(written_, stream_)); }
 
-  // Waits for what was launched until then, not for what follows.
+  // Waits for the kernels launched until then, not for later kernels.
   int64_t wait() {
     LOSA_CUDA_CHECK(cudaEventSynchronize(written_));
     known_ = true;

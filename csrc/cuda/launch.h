@@ -40,16 +40,17 @@
     LOSA_CUDA_CHECK(cudaGetLastError());                                  \
   } while (0)
 
-// LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs. Every
-// thread of it calls wait_for_kernels_before before it reads what that kernel wrote, or writes anything. Weights it reads
-// at once. LOSA_DEPENDENT_LAUNCH says where this is done, by code for compute capability 9.0 or later: in CUDA graphs (1,
-// default), where kernels before it write no weights; everywhere (always), which is for measuring; nowhere (0).
-#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                         \
+// LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs. Each
+// of its threads calls wait_for_kernels_before before it reads anything that the kernel before wrote, and before it
+// writes anything. It reads weights at once. The environment variable LOSA_DEPENDENT_LAUNCH says where this is done, by
+// code for compute capability 9.0 or later: in CUDA graphs (1, the default), where kernels before it write no weights;
+// everywhere (always), which is for measuring; nowhere (0).
+#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                    \
   LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                            (stream), __VA_ARGS__))
 
-// LOSA_LAUNCH_COOPERATIVE: the same for a kernel whose blocks wait for each other (cuda/grid_barrier.h), with at most
-// resident_blocks() of them: all run at the same time.
+// LOSA_LAUNCH_COOPERATIVE: the same for a kernel whose blocks wait for each other (cuda/grid_barrier.h). There are at
+// most resident_blocks() of them, so that all run at the same time.
 #define LOSA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                    \
   LOSA_CUDA_CHECK(::losa::launch_cooperative((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                              (stream), __VA_ARGS__))
@@ -70,7 +71,7 @@ inline bool may_launch_dependent(const void* kernel, cudaStream_t stream) {
   if (!always && (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusActive)) {
     return false;
   }
-  // Of the code, not of the device: PTX for 8.0 runs on later devices too, and has no wait in it.
+  // The code's version decides, not the device's: PTX for 8.0 runs on later devices too, and has no wait in it.
   cudaFuncAttributes code{};
   return cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
 }
@@ -107,7 +108,7 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 bl
   return launch_with(&together, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-// Before a launch with more dynamic shared memory than every kernel may have.
+// Before a launch with more dynamic shared memory than a kernel may have without asking.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {
   if (bytes <= 32 << 10) return;

@@ -1,13 +1,13 @@
-// Exact selection for one column block of a sweep on CUDA, and how many entries a mask has pruned already.
+// Exact selection for one column block of a sweep on CUDA, and the number of entries that a mask has pruned already.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/per_device.h"
 #include "cuda/radix_select.h"
 #include "cuda/selection/block_kernel.h"
 
 namespace losa::selection {
 
-// keys: rows x width scratch; state: kStateInts at 16 bytes, zero before the first call.
+// keys: scratch (rows, width); state: kStateInts ints at a multiple of 16 bytes, zero before the first call.
 void launch_select_block(const ColumnBlock& block, int* keys, int* state, cudaStream_t stream) {
   const int64_t units = static_cast<int64_t>(block.rows) * ((block.width + kUnit - 1) / kUnit);
   const int64_t needed = (units + kThreads - 1) / kThreads, most = needed < kMaxBlocks ? needed : kMaxBlocks;
@@ -17,7 +17,8 @@ void launch_select_block(const ColumnBlock& block, int* keys, int* state, cudaSt
   LOSA_LAUNCH_COOPERATIVE(select_kernel, grid, kThreads, sizeof(BlockShared), stream, block, keys, state);
 }
 
-// `aligned`: every row of every column block is 16 bytes at a multiple of 16.
+// pruned[block]: the block's entries whose bit of the mask is 0. A block of threads for each column block. aligned:
+// every row of a column block is 16 bytes of the mask, at a multiple of 16.
 __global__ void __launch_bounds__(kThreads) pruned_kernel(const uint8_t* mask, int64_t rows, int64_t columns,
                                                           int64_t block_size, bool aligned, int64_t* pruned) {
   __shared__ unsigned long long kept_in_block;
@@ -29,13 +30,13 @@ __global__ void __launch_bounds__(kThreads) pruned_kernel(const uint8_t* mask, i
   if (aligned) {
 #pragma unroll 8
     for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-      const uint4 four = *reinterpret_cast<const uint4*>(mask + row * stride + first);
+      const uint4 four = *reinterpret_cast<const uint4*>(mask + row * stride + first);  // [1, 128 columns]
       kept += static_cast<unsigned>(__popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w));
     }
   } else {
     for (int64_t index = threadIdx.x; index < rows * bytes; index += kThreads) {
       const int64_t row = index / bytes, byte = first + index - row * bytes;
-      unsigned value = mask[row * stride + byte];
+      unsigned value = mask[row * stride + byte];  // [1, 8 columns]
       if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
       if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
       kept += static_cast<unsigned>(__popc(value));
@@ -98,17 +99,17 @@ void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int
   auto* states = static_cast<int*>(state.mutable_data_ptr());
   const uintptr_t places = reinterpret_cast<uintptr_t>(weights) | reinterpret_cast<uintptr_t>(keys);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(states) % 16 == 0, "state: expected at a multiple of 16 bytes");
-  const ColumnBlock block{weights,
-                          columns,
-                          static_cast<const float*>(factor.const_data_ptr()) + start * diagonal_stride,
-                          diagonal_stride,
-                          mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
-                          packed_width(columns),
-                          start,
-                          static_cast<unsigned>(rows),
-                          static_cast<unsigned>(width),
-                          static_cast<const int64_t*>(counts.const_data_ptr()) + index,
-                          columns % 4 == 0 && width % kUnit == 0 && places % 16 == 0};
+  const ColumnBlock block{.weight = weights,
+                          .stride = columns,
+                          .diagonal = static_cast<const float*>(factor.const_data_ptr()) + start * diagonal_stride,
+                          .diagonal_stride = diagonal_stride,
+                          .mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                          .mask_stride = packed_width(columns),
+                          .first_column = start,
+                          .rows = static_cast<unsigned>(rows),
+                          .width = static_cast<unsigned>(width),
+                          .count = static_cast<const int64_t*>(counts.const_data_ptr()) + index,
+                          .aligned = columns % 4 == 0 && width % kUnit == 0 && places % 16 == 0};
   launch_select_block(block, keys, states, current_stream(weight));
 }
 

@@ -1,61 +1,63 @@
-// The window kernel: sparse_linear for up to 4 rows of x of the values' 16-bit type.
+// The window kernel: y = x W^T for up to 4 rows of x, where x and the packed values have one 16-bit type.
 //
-// A block has a warp for each window of 1024 columns and takes one contiguous range of the weight's rows; a warp's x
-// stays in registers. A lane expands 4 columns at a time: it reads the next 3 values, wherever they begin, and the
-// fourth only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into their columns
-// with zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of a tensor core
-// tile: of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and only D[g][g] is
-// used. A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks hold.
+// A block has a warp for each window of 1024 columns and takes one contiguous range of the weight's rows. A warp's
+// columns of x stay in registers. A lane expands 4 columns at a time: it reads the next 3 values, wherever they begin,
+// and the fourth value only if all 4 columns are kept. One of 16 permutations, from shared memory, puts the values into
+// their columns with zeros between; where fewer columns are kept the fourth value is zero. Products are the diagonal of
+// a tensor core tile: of lane (g, t), A holds its columns of the weight as row g, B its columns of x as column g, and
+// only D[g][g] is used. A step of 32 x 4 columns keeps what 32 lanes read within about the 128 bytes that the banks
+// hold.
 //
-// Everything of the weight is asked for early. Rows are taken in lots, between two of which there is a barrier. While a
+// All memory of the weight is requested early. Rows are taken in lots, and there is a barrier between two lots. While a
 // lot is multiplied, the masks of the next lot are counted and the masks of the lot after that are on their way. A warp
-// counts the masks of its own window; where its values begin follows from the counts of the windows before, which it
-// finds in shared memory behind the barrier. The values of the next row wait in registers.
+// counts the masks of its own window. Where the window's values begin follows from the counts of the windows before it,
+// which the warp finds in shared memory behind the barrier. The values of the next row wait in registers.
 #pragma once
 
-#include "cuda/decode_task.h"
+#include "cuda/sparse_linear/task.h"
 
 namespace losa::sparse_linear {
 
 constexpr int kNibbleColumns = 128;  // 4 for each lane
 constexpr int kNibbles = kWindowColumns / kNibbleColumns;
-constexpr int kPiece = 8;  // values that a lane loads at a time
-constexpr int kHeld = 3;   // loads of a lane that are on their way while the row before is multiplied
-// For a window's values, which may begin anywhere in the first piece, and what is read beyond them.
-constexpr int kRoom = kWindowColumns + 2 * kPiece;
-constexpr int kParts = 8;  // of a window's sum, each in one lane
+constexpr int kPiece = 8;  // values in 16 bytes, which a lane loads at a time
+constexpr int kHeld = 3;   // pieces of a lane that are on their way while the row before is multiplied
+// Values of a window's buffer. The window's first value may be anywhere in the first piece, and a lane reads beyond the
+// last value.
+constexpr int kBufferValues = kWindowColumns + 2 * kPiece;
+constexpr int kPartialSums = 8;  // of a row and window, each in one lane
 constexpr int kWindowWords = kWindowColumns / 32;
 constexpr int kMostLot = 4;  // rows of a lot
 
-// Windows of a block at most. A multiprocessor's registers allow as many warps, of blocks of any size: 72, 96 or 168
+// The most windows of a block. A multiprocessor's registers allow as many warps, of blocks of any size: 72, 96 or 168
 // registers of a thread. So two blocks for 14336 columns and one row of x, one block for 11008 columns and two rows.
 LOSA_HOST_DEVICE constexpr int most_windows(int batch) {
   return batch == 1 ? 28 : batch == 2 ? 20 : 12;
 }
 
-// 32 columns of a row: a bit for each that was pruned, and how many bytes of the window's values are before the word's.
+// 32 columns of a row: a bit for each pruned column, and how many bytes of the window's values come before the word's.
 struct alignas(8) Word {
   unsigned pruned, before;
 };
 
-// Where a row's values are: the 16-byte boundary at or before them, and how many values there are from it to the end of
-// the buffer (at most 2^30). In shared memory an int for each window follows, and one before them: how many values lie
-// between the boundary and the row, and how many each window has.
+// Where a row's values are: the multiple of 16 bytes at or before them, and how many values there are from it to the
+// end of the buffer (at most 2^30). In shared memory 1 + windows ints follow: how many values lie between `origin` and
+// the row, then how many values each window has.
 struct alignas(16) RowStart {
   const uint16_t* origin;
   int left;
 };
 
-// Blocks of `windows` warps, `lot` rows between two barriers. Of all rows each block has `rows`, and the first `longer`
-// blocks one more.
-struct Shape {
-  int windows, lot, rows, longer;
+// Blocks of `windows` warps, `lot` rows between two barriers. Each block has `rows` rows of the weight, and the first
+// `longer` blocks have one more.
+struct WindowShape {
+  int windows, lot, rows = 0, longer = 0;
 
-  // Places in shared memory, in bytes. First the permutations and each warp's values; then each warp's words of two
-  // lots, one that is multiplied and one that is counted. Row starts are of three lots: while a slow warp still
-  // multiplies one, a fast one may ask for values of the second and count the third. Sums are of two lots: one is added
-  // up late.
-  LOSA_HOST_DEVICE constexpr int words_at() const { return 64 + windows * kRoom * 2; }
+  // Places in shared memory, in bytes. First come the permutations and each warp's values, then each warp's words of
+  // two lots: one that is multiplied and one that is counted. Row starts are of three lots: while a slow warp still
+  // multiplies one lot, a fast warp may request values of the second and count the third. Sums are of two lots, since
+  // the sums of a lot are added up while the next lot is multiplied.
+  LOSA_HOST_DEVICE constexpr int words_at() const { return 64 + windows * kBufferValues * 2; }
   LOSA_HOST_DEVICE constexpr int starts_at() const {
     return words_at() + windows * 2 * lot * kWindowWords * static_cast<int>(sizeof(Word));
   }
@@ -64,7 +66,7 @@ struct Shape {
   }
   LOSA_HOST_DEVICE constexpr int sums_at() const { return starts_at() + 3 * lot * start_bytes(); }
   LOSA_HOST_DEVICE constexpr int bytes(int batch) const {
-    return sums_at() + 2 * lot * windows * batch * kParts * static_cast<int>(sizeof(float));
+    return sums_at() + 2 * lot * windows * batch * kPartialSums * static_cast<int>(sizeof(float));
   }
 };
 
@@ -78,12 +80,12 @@ __device__ __forceinline__ unsigned permutation(unsigned kept) {
   return digits;
 }
 
-// A window's masks of one lot on their way, a word of each row for each lane.
+// A window's masks of one lot on their way: a word of each row for each lane.
 struct MasksAhead {
   unsigned words[kMostLot];
-  int64_t first;  // in warp 0: the first value of the row that this lane describes
+  int64_t first;  // in warp 0: the index of the first value of the row that this lane describes
 
-  // Of `count` rows from `row` on; there may be none.
+  // Of `count` rows from `row` on. `count` may be 0 or less.
   __device__ __forceinline__ void load(const Weight& weight, int window, int row, int count) {
     const int lane = threadIdx.x % 32, column = window * kWindowColumns + 32 * lane;
     const uint8_t* mask = weight.mask + row * weight.mask_stride + column / 8;
@@ -91,14 +93,14 @@ struct MasksAhead {
 #pragma unroll
     for (int i = 0; i < kMostLot; ++i, mask += weight.mask_stride) {
       words[i] = 0;
-      if (i < wanted) words[i] = load_once_word(mask);  // [32]
+      if (i < wanted) words[i] = load_once_word(mask);  // [1 row, 32 columns] of [lot, 1024]
     }
     first = 0;
     if (window == 0 && lane < count) first = first_value(weight, row + lane);
   }
 
-  // To shared memory, of the first `count` of the rows: this lane's words, and in the rows' starts, `stride` bytes
-  // apart, the window's number of values. By all lanes of all warps; others may read after a barrier of the block.
+  // To shared memory, for the first `count` rows: this lane's words, and in the rows' starts, `stride` bytes apart, the
+  // window's number of values. By all lanes of all warps; other warps may read after a barrier of the block.
   __device__ __forceinline__ void count(const Weight& weight, int window, int count, Word* words_to,
                                         unsigned char* starts, int stride) const {
     const int lane = threadIdx.x % 32;
@@ -130,10 +132,10 @@ struct MasksAhead {
   }
 };
 
-// A row's values of one window, the first of them already asked for.
+// A row's values of one window. The first kHeld pieces of each lane are requested before they are needed.
 struct ValuesAhead {
   const uint16_t* from;  // this lane's first piece
-  int pieces, whole;     // of the row; those inside the buffer: all but at its end, or in a damaged file
+  int pieces, whole;     // of the row and window; of these, how many lie inside the buffer: all but at the buffer's end
   Shared values;         // the address of the first value, once it is stored
   uint4 held[kHeld];
 
@@ -150,12 +152,12 @@ struct ValuesAhead {
     from = start.origin + (place - margin + kPiece * lane);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (is_whole(i)) held[i] = piece(i);  // [32, 8]
+      if (is_whole(i)) held[i] = piece(i);  // [32 lanes, 8 values]
     }
   }
 
-  // To the buffer, in which this lane's first piece goes to `to`. By all lanes; others may read after a barrier
-  // of the warp.
+  // To the buffer, in which this lane's first piece goes to `to`. By all lanes; other lanes may read after a barrier of
+  // the warp.
   __device__ __forceinline__ void store(const Weight& weight, Shared to) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -163,8 +165,8 @@ struct ValuesAhead {
     }
     if (whole == pieces && pieces <= 32 * kHeld) return;
 #pragma unroll 1
-    for (int i = kHeld; is_whole(i); ++i) store_shared_piece(to + 512 * i, piece(i));
-    // At the end of the buffer, or beyond it in a damaged file, whose values there are zero.
+    for (int i = kHeld; is_whole(i); ++i) store_shared_piece(to + 512 * i, piece(i));  // [32 lanes, 8 values]
+    // Values at the end of the buffer one by one, and zeros where a damaged file points beyond it.
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = 8 * whole + lane; i < 8 * pieces; i += 32) {
@@ -208,16 +210,18 @@ struct WindowOfX {
       for (int s = 0; s < kNibbles; ++s) {
         const int column = window * kWindowColumns + s * kNibbleColumns + 4 * (threadIdx.x % 32);
         uint2 four = make_uint2(0, 0);
-        if (column < task.weight.columns && b < task.batch) four = *reinterpret_cast<const uint2*>(from + column);
+        if (column < task.weight.columns && b < task.batch) {
+          four = *reinterpret_cast<const uint2*>(from + column);  // [32 lanes, 4 columns] of [batch, 1024]
+        }
         x[b][s][0] = four.x;
         x[b][s][1] = four.y;
       }
     }
   }
 
-  // The lane's part of the sums of a row whose values begin at `values`. words: from this lane's first on.
+  // The lane's partial sums of a row whose values begin at `values`. words: from this lane's first word on.
   __device__ __forceinline__ void multiply(const Word* words, Shared values, Shared permutations, const LaneBits& own,
-                                           float (&parts)[kBatch]) const {
+                                           float (&partial)[kBatch]) const {
     float d[kBatch][4] = {};
 #pragma unroll
     for (int s = 0; s < kNibbles; ++s) {
@@ -235,56 +239,58 @@ struct WindowOfX {
       for (int b = 0; b < kBatch; ++b) multiply_tile<kValue == FloatType::kHalf>(d[b], a, x[b][s]);
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) parts[b] = threadIdx.x / 4 % 2 == 0 ? d[b][0] : d[b][1];
+    for (int b = 0; b < kBatch; ++b) partial[b] = threadIdx.x / 4 % 2 == 0 ? d[b][0] : d[b][1];
   }
 
-  // Which part of a sum this lane has, or -1.
-  __device__ __forceinline__ static int part_of_lane() {
+  // Which partial sum this lane has, or -1.
+  __device__ __forceinline__ static int partial_of_lane() {
     const int lane = threadIdx.x % 32, g = lane / 4;
     return lane % 4 == g / 2 ? g : -1;
   }
 };
 
-// The sums of `count` rows: 8 lanes add up the parts of each, always in the same order.
+// y of `count` rows: 8 lanes add up the partial sums of each row and row of x, always in the same order.
 template <FloatType kValue, int kBatch>
-__device__ __forceinline__ void store_sums(const Task& task, int windows, const float* parts, int first_row, int count,
-                                           int thread) {
+__device__ __forceinline__ void store_sums(const Task& task, int windows, const float* partial, int first_row,
+                                           int count, int thread) {
 #pragma unroll 1
-  for (int at = thread; at / 32 * 32 < count * kBatch * kParts; at += 32 * windows) {  // whole warps
-    const int r = at / (kBatch * kParts), b = at / kParts % kBatch, row = first_row + r;
-    const float* const own = parts + (r * windows * kBatch + b) * kParts + at % kParts;
+  for (int at = thread; at / 32 * 32 < count * kBatch * kPartialSums; at += 32 * windows) {  // whole warps
+    const int r = at / (kBatch * kPartialSums), b = at / kPartialSums % kBatch, row = first_row + r;
+    const float* const own = partial + (r * windows * kBatch + b) * kPartialSums + at % kPartialSums;
     const bool wanted = r < count && b < task.batch;
     float sum = 0.0f;
     if (wanted) {
 #pragma unroll 1
-      for (int w = 0; w < windows; ++w) sum += own[w * kBatch * kParts];
+      for (int w = 0; w < windows; ++w) sum += own[w * kBatch * kPartialSums];
     }
 #pragma unroll
-    for (int delta = kParts / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(kAllLanes, sum, delta);
-    if (!wanted || at % kParts != 0) continue;
-    if (task.bias != nullptr) sum += load_any(task.bias, task.bias_value, row);
+    for (int delta = kPartialSums / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(kAllLanes, sum, delta);
+    if (!wanted || at % kPartialSums != 0) continue;
+    if (task.bias != nullptr) sum += load_bias(task.bias, task.bias_type, row);
     store_element<kValue>(task.y, b * task.weight.rows + row, sum);
   }
 }
 
-// Blocks of 32 * shape.windows threads; each has a row at least. Only the weight is read before the wait for the
-// kernels before: this kernel starts early only behind kernels that let it, and those write no weight.
+// Blocks of 32 * shape.windows threads; each block has a row at least. Before the wait for earlier kernels only the
+// weight is read: this kernel starts early only behind kernels that permit it, and none of these writes a weight.
 template <FloatType kValue, int kBatch>
-__global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task task, Shape shape) {
+__global__ void __launch_bounds__(32 * most_windows(kBatch)) window_kernel(Task task, WindowShape shape) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
   const Weight& weight = task.weight;
   const int windows = shape.windows, lot = shape.lot, block = static_cast<int>(blockIdx.x);
   // A shuffle tells the compiler that the whole warp agrees.
   const int window = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
-  int row = block * shape.rows + min(block, shape.longer);  // the lot's first
+  int row = block * shape.rows + min(block, shape.longer);  // the lot's first row
   const int end = row + shape.rows + (block < shape.longer ? 1 : 0);
 
+  // Request the masks of the first two lots.
   MasksAhead masks, second;
   masks.load(weight, window, row, min(lot, end - row));
   second.load(weight, window, row + lot, min(lot, end - row - lot));
 
+  // Lay out the shared memory.
   if (threadIdx.x < 16) reinterpret_cast<unsigned*>(memory)[threadIdx.x] = permutation(~threadIdx.x & 15u);
-  const Shared permutations = shared_address(memory), buffer = permutations + 64 + window * kRoom * 2;
+  const Shared permutations = shared_address(memory), buffer = permutations + 64 + window * kBufferValues * 2;
   Shared store_to = buffer + 16 * lane;
   keep_in_register(store_to);
   const auto words = reinterpret_cast<Word*>(memory + shape.words_at()) + window * 2 * lot * kWindowWords;
@@ -295,6 +301,7 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
   keep_in_register(ring);
   keep_in_register(ring_end);
 
+  // Count the first lot's masks, request the first row's values, and read x.
   masks.count(weight, window, min(lot, end - row), words + lane, memory + start, stride);
   masks = second;
   __syncthreads();
@@ -305,14 +312,15 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
   WindowOfX<kValue, kBatch> columns;
   columns.load(task, window);
 
-  constexpr int kSums = kBatch * kParts;
+  constexpr int kSums = kBatch * kPartialSums;
   const LaneBits own;
-  int part = WindowOfX<kValue, kBatch>::part_of_lane();
+  int part = WindowOfX<kValue, kBatch>::partial_of_lane();
   keep_in_register(part);
   const int store_thread = 32 * (windows - 1 - window) + lane;  // the last window may be the shortest
   int odd = 0, slot = 0;
 #pragma unroll 1
   for (int before = 0; row < end; row += lot) {
+    // Count the next lot's masks, request the masks of the lot after it, and store y of the lot before.
     const int count = min(lot, end - row);
     slot = slot == 2 ? 0 : slot + 1;
     const int next = ring + slot * lot * stride;
@@ -324,6 +332,7 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
     const float* const done = sums + (odd ^ 1) * lot * windows * kSums;
     store_sums<kValue, kBatch>(task, windows, done, row - lot, before, store_thread);
     before = count;
+    // Multiply this lot row by row; the next row's values are requested before a row is multiplied.
     const Word* row_words = words + odd * lot * kWindowWords + lane / 8;
     float* sum = sums + (odd * lot * windows + window) * kSums + part;
     int left = end - row, stop = left - count;
@@ -338,12 +347,12 @@ __global__ void __launch_bounds__(32 * most_windows(kBatch)) matvec_kernel(Task 
         if (start == ring_end) start = ring;
         ahead.load(window, memory + start, buffer);
       }
-      float parts[kBatch];
-      columns.multiply(row_words, values, permutations, own, parts);
+      float partial[kBatch];
+      columns.multiply(row_words, values, permutations, own, partial);
       row_words += kWindowWords;
       if (part >= 0) {
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) sum[b * kParts] = parts[b];
+        for (int b = 0; b < kBatch; ++b) sum[b * kPartialSums] = partial[b];
       }
       sum += windows * kSums;
       __syncwarp();

@@ -1,24 +1,27 @@
 // The diagonal blocks of a blocked factorisation on CUDA: H = R R^T with R upper triangular, and R^-1. One block of
-// threads has the whole matrix in registers, eight rows and eight columns a thread, and eliminates rows from the last to
-// the first: row i < j loses its multiple of row j, on the matrix and, in the columns that this leaves free, on an
-// identity.
-#include "common/launch.h"
+// threads has the whole matrix in registers, eight rows and eight columns a thread. It eliminates rows from the last to
+// the first: a multiple of row j is subtracted from every row i < j of the matrix, and of an identity, which takes the
+// columns that elimination leaves free.
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 
 namespace losa::factor {
 
-constexpr int kSide = 128, kGrid = 16, kThreads = kGrid * kGrid, kOwn = kSide / kGrid;  // of rows, and of columns
+constexpr int kSide = 128;  // the most rows and columns of a matrix
+constexpr int kGrid = 16;   // threads along the rows, and along the columns
+constexpr int kThreads = kGrid * kGrid;
+constexpr int kOwn = kSide / kGrid;  // rows, and columns, of a thread
 
 struct Panel {
-  float* matrix;  // width x width, symmetric; an identity afterwards
+  float* matrix;  // (width, width), rows `stride` apart: symmetric; an identity afterwards
   int64_t stride;
   int width;
-  float* inverse;  // width x width, dense: the upper triangular R^-1, zero below
+  float* inverse;  // (width, width), dense: the upper triangular R^-1, zero below the diagonal
   int* failed;     // set to 1 where a pivot is not positive
 };
 
 // Row `ty + 16 r` and column `4 tx + 64 q + i` of the matrix are w[r][4 q + i].
-__global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
+__global__ void __launch_bounds__(kThreads) panel_kernel(Panel task) {
   __shared__ __align__(16) float rows[2][kSide];
   __shared__ float scales[kSide];
   const int tx = static_cast<int>(threadIdx.x) % kGrid, ty = static_cast<int>(threadIdx.x) / kGrid;
@@ -29,18 +32,19 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = 4 * tx + 64 * (c / 4) + c % 4;
-      w[r][c] = row < job.width && column < job.width ? job.matrix[row * job.stride + column] : 0.0f;
+      w[r][c] = row < task.width && column < task.width ? task.matrix[row * task.stride + column] : 0.0f;  // [8, 8]
     }
   }
 
   bool failed = false;
 #pragma unroll 1
-  for (int four = (job.width + 3) / 4 - 1; four >= 0; --four) {
+  for (int four = (task.width + 3) / 4 - 1; four >= 0; --four) {
 #pragma unroll
-    for (int part = 3; part >= 0; --part) {
-      const int j = 4 * four + part;
-      if (j >= job.width) continue;
-      // Two buffers: whoever writes row j - 1 has passed the barrier of row j, and the readers of row j + 1 too.
+    for (int i = 3; i >= 0; --i) {
+      const int j = 4 * four + i;
+      if (j >= task.width) continue;
+      // Two buffers are enough: the threads that write row j - 1 have passed the barrier of row j, and so have the
+      // threads that read row j + 1.
       float* pivot_row = rows[j % 2];
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
@@ -64,33 +68,34 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(Panel job) {
         const float multiple = pivot_row[row] * inverse;
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) w[r][c] -= multiple * own[c];
-        // Column j is free from now on and belongs to the identity, whose row j has a one there.
-        // Selects, as an index of the register would send them all to memory.
-        w[r][part] = four == tx ? -multiple : w[r][part];
-        w[r][4 + part] = four == tx + kGrid ? -multiple : w[r][4 + part];
+        // Column j is free from now on and belongs to the identity, whose row j has a one there. Selects, because an
+        // index into registers would send all of them to memory.
+        w[r][i] = four == tx ? -multiple : w[r][i];
+        w[r][4 + i] = four == tx + kGrid ? -multiple : w[r][4 + i];
       }
     }
   }
+  // R^-1, with its rows scaled, and the identity.
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     const int row = ty + kGrid * r;
-    if (row >= job.width) continue;
+    if (row >= task.width) continue;
     const float scale = scales[row];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = 4 * tx + 64 * (c / 4) + c % 4;
-      if (column >= job.width) continue;
-      job.inverse[row * job.width + column] = column > row ? w[r][c] * scale : column == row ? scale : 0.0f;
-      job.matrix[row * job.stride + column] = column == row ? 1.0f : 0.0f;
+      if (column >= task.width) continue;
+      task.inverse[row * task.width + column] = column > row ? w[r][c] * scale : column == row ? scale : 0.0f;
+      task.matrix[row * task.stride + column] = column == row ? 1.0f : 0.0f;
     }
   }
-  if (failed && threadIdx.x == 0) *job.failed = 1;
+  if (failed && threadIdx.x == 0) *task.failed = 1;
 }
 
 // width: 1 to kSide
-void launch_panel(const Panel& job, cudaStream_t stream) {
-  LOSA_LAUNCH(panel_kernel, 1, kThreads, 0, stream, job);
+void launch_panel(const Panel& task, cudaStream_t stream) {
+  LOSA_LAUNCH(panel_kernel, 1, kThreads, 0, stream, task);
 }
 
 }  // namespace losa::factor
@@ -112,11 +117,11 @@ void factor_panel(const Tensor& matrix, int64_t start, int64_t end, const Tensor
   pruning::check_factor_panel(matrix, start, end, inverse, failed);
   const DeviceGuard guard(matrix.get_device_index());
   const int64_t stride = matrix.stride(0);
-  launch_panel({static_cast<float*>(matrix.mutable_data_ptr()) + start * (stride + 1),
-                stride,
-                static_cast<int>(end - start),
-                static_cast<float*>(inverse.mutable_data_ptr()),
-                static_cast<int*>(failed.mutable_data_ptr())},
+  launch_panel({.matrix = static_cast<float*>(matrix.mutable_data_ptr()) + start * (stride + 1),
+                .stride = stride,
+                .width = static_cast<int>(end - start),
+                .inverse = static_cast<float*>(inverse.mutable_data_ptr()),
+                .failed = static_cast<int*>(failed.mutable_data_ptr())},
                current_stream(matrix));
 }
 

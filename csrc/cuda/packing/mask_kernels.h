@@ -1,14 +1,15 @@
-// What packing learns from a mask before it moves a value: where each row's values begin, and how full its groups are.
+// What packing reads from a mask before it moves a value: where each row's values begin, and how full its groups are.
 #pragma once
 
-#include "cuda/packing_units.h"
+#include "cuda/packing/units.h"
 
 namespace losa::packing {
 
 constexpr int kScanWarps = 32, kScanThreads = 32 * kScanWarps;
-constexpr int kScanned = 4;  // rows of a thread
+constexpr int kScanned = 4;  // rows of a thread at a time
 
-// counts[row]: the row's kept columns. pieces: rows of the mask are whole aligned 16-byte pieces, all of them columns.
+// counts[row]: how many columns the row keeps. A warp for each row. pieces: every row of the mask is whole pieces of 16
+// bytes, at a multiple of 16, and every bit is a column.
 __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, bool pieces, int64_t* counts) {
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, bool pieces,
   if (pieces) {
 #pragma unroll 4
     for (int piece = lane; piece < width / 16; piece += 32) {
-      const uint4 four = reinterpret_cast<const uint4*>(bits)[piece];
+      const uint4 four = reinterpret_cast<const uint4*>(bits)[piece];  // [128 columns]
       count += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
     }
   } else {
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, bool pieces,
   if (lane == 31) counts[row] = count;
 }
 
-// counts become their exclusive prefix sums, by one block; *total is the sum of all and may be memory of the host.
+// counts become their exclusive prefix sums, by one block. *total is the sum of all counts and may be memory of the
+// host.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int64_t rows, int64_t* total) {
   __shared__ int64_t sums[kScanWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int
     int64_t own[kScanned], sum = 0;
 #pragma unroll
     for (int i = 0; i < kScanned; ++i) {
-      own[i] = first + i < rows ? counts[first + i] : 0;
+      own[i] = first + i < rows ? counts[first + i] : 0;  // [4 rows]
       sum += own[i];
     }
     const int64_t here = inclusive_sum(sum);
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* counts, int
   if (threadIdx.x == 0) *total = before;
 }
 
-// *largest: the most kept columns of a group of kM, where it was 0 before. A maximum is the same in any order.
+// *largest, which is 0 before: the most columns that a group of kM keeps. A maximum is the same in any order.
 template <int kM>
 __global__ void __launch_bounds__(kThreads) largest_kernel(Mask mask, unsigned long long* largest) {
   const int lane = threadIdx.x % 32;

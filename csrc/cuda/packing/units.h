@@ -1,10 +1,10 @@
-// How packing goes along a row: a lane moves units of neighbouring columns in one access, a warp four units a lane at a
-// time, which is a batch. One prefix sum says where the values of a batch's units go. Elements are moved as bits: every
-// pattern survives.
+// How packing goes along a row. A unit is neighbouring columns, which a lane moves in one access. In an iteration a
+// warp takes four units of each lane, one in each step. One prefix sum says where the values of an iteration go.
+// Elements are moved as bits, so that every bit pattern survives.
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 #include "cuda/packed_rows.h"
 
@@ -12,30 +12,37 @@ namespace losa::packing {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kSteps = 4;  // units of a lane in a batch
+constexpr int kSteps = 4;  // units of a lane in an iteration
 
-// Elements by their size: the kernels' names in a profile and in ptxas's table then say it.
+// Elements by their size in bytes, so that the kernels' names in a profile and in ptxas's table say the size.
 template <int kSize>
 struct OfSize;
 template <>
-struct OfSize<1> { using Element = uint8_t; };
+struct OfSize<1> {
+  using Element = uint8_t;
+};
 template <>
-struct OfSize<2> { using Element = uint16_t; };
+struct OfSize<2> {
+  using Element = uint16_t;
+};
 template <>
-struct OfSize<4> { using Element = uint32_t; };
+struct OfSize<4> {
+  using Element = uint32_t;
+};
 template <>
-struct OfSize<8> { using Element = uint64_t; };
+struct OfSize<8> {
+  using Element = uint64_t;
+};
 
-// Elements of a 16-byte piece; columns of a unit (neighbours that a lane moves in one access, within a byte of the
-// mask), of the units of all lanes, and of a batch.
+// Elements of 16 bytes (a piece); columns of a unit (all in one byte of the mask), of a step, and of an iteration.
 template <int kSize>
 struct Columns {
   static constexpr int kPiece = 16 / kSize, kUnit = kSize == 1 ? 8 : kPiece;
-  static constexpr int kStep = 32 * kUnit, kBatch = kSteps * kStep;
+  static constexpr int kStep = 32 * kUnit, kIteration = kSteps * kStep;
 };
 
 struct Mask {
-  const uint8_t* bits;
+  const uint8_t* bits;  // (rows, stride)
   int64_t stride;
   int64_t rows;
   int columns;
@@ -43,10 +50,10 @@ struct Mask {
   __device__ const uint8_t* row(int64_t index) const { return bits + index * stride; }
 };
 
-// Which part of which row is this warp's: 2^shares of them, 8 at most, take `slice` columns of a row each.
+// Which part of which row a warp takes: 2^shares warps, 8 at most, take `slice` columns of a row each.
 struct Slices {
   int shares;
-  int slice;  // a multiple of a batch
+  int slice;  // a multiple of an iteration's columns
 
   __device__ int64_t row() const {
     return static_cast<int64_t>(blockIdx.x) * (kWarps >> shares) + static_cast<int>(threadIdx.x / 32 >> shares);
@@ -54,7 +61,7 @@ struct Slices {
   __device__ int begin() const { return static_cast<int>(threadIdx.x / 32 & ((1u << shares) - 1)) * slice; }
 };
 
-// A lane's unit of each step, as it came from memory.
+// The elements of a unit, as they are in memory.
 template <int kSize>
 struct Unit {
   using Element = typename OfSize<kSize>::Element;
@@ -69,7 +76,7 @@ struct Unit {
     }
   }
 
-  // Where it was 0.
+  // Sets element j, which was 0.
   __device__ __forceinline__ void put(int j, Element element) {
     if constexpr (kSize == 8) {
       words[2 * j] = static_cast<unsigned>(element);
@@ -90,15 +97,15 @@ struct Unit {
 
   __device__ __forceinline__ void load(const Element* from) {
     if constexpr (kSize == 1) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      const uint2 two = *reinterpret_cast<const uint2*>(from);  // [kUnit]
       words[0] = two.x, words[1] = two.y;
     } else {
-      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      const uint4 four = *reinterpret_cast<const uint4*>(from);  // [kUnit]
       words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     }
   }
 
-  // Only `left` columns, which may be none.
+  // Only the first `left` columns, which may be none.
   __device__ __forceinline__ void load_part(const Element* from, int left, bool aligned) {
     if (aligned && left >= kColumns) return load(from);
 #pragma unroll
@@ -126,19 +133,19 @@ struct Unit {
   }
 };
 
-// The first column of a lane's unit of a step, from the batch's first one.
+// The first column of a lane's unit of a step, counted from the iteration's first column.
 template <int kSize>
 __device__ __forceinline__ int unit_column(int step) {
   return step * Columns<kSize>::kStep + static_cast<int>(threadIdx.x % 32) * Columns<kSize>::kUnit;
 }
 
-// A batch from its first column on.
+// The units of an iteration whose first column is at `from`, of a row with `left` columns from there on.
 template <int kSize>
 __device__ __forceinline__ void load_units(Unit<kSize> (&units)[kSteps], const typename OfSize<kSize>::Element* from,
                                            int left, bool aligned) {
-  if (aligned && left >= Columns<kSize>::kBatch) {
+  if (aligned && left >= Columns<kSize>::kIteration) {
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) units[s].load(from + unit_column<kSize>(s));
+    for (int s = 0; s < kSteps; ++s) units[s].load(from + unit_column<kSize>(s));  // [32 lanes, kUnit]
   } else {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -147,23 +154,23 @@ __device__ __forceinline__ void load_units(Unit<kSize> (&units)[kSteps], const t
   }
 }
 
-// The mask's byte of a lane's unit in each step. Looked at no earlier than needed: until then loads are under way.
+// The mask's byte of a lane's unit in each step. It is not used before it is needed, so that its loads stay under way.
 template <int kSize>
 struct Bytes {
   unsigned at[kSteps];
 
-  // row: the whole row's mask; columns: of the row.
+  // row: the whole row's mask; first: the iteration's first column; columns: of the row.
   __device__ __forceinline__ void load(const uint8_t* row, int first, int columns) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int column = first + unit_column<kSize>(s);
-      at[s] = column < columns ? row[static_cast<unsigned>(column) / 8] : 0u;
+      at[s] = column < columns ? row[static_cast<unsigned>(column) / 8] : 0u;  // [32 lanes, 8 columns]
     }
   }
 
-  // Zeros for columns beyond the row, of which `left` are left at the batch's first one.
+  // Clears the bits of columns beyond the row, which has `left` columns from the iteration's first column on.
   __device__ __forceinline__ void cut(int left) {
-    if (left >= Columns<kSize>::kBatch) return;
+    if (left >= Columns<kSize>::kIteration) return;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) at[s] &= existing(left - unit_column<kSize>(s) / 8 * 8);
   }
@@ -171,7 +178,7 @@ struct Bytes {
   __device__ __forceinline__ static unsigned existing(int left) { return left <= 0 ? 0u : column_bits(left); }
 };
 
-// Of a byte of the mask the bits of the lane's unit.
+// The bits of the lane's unit, of a byte of the mask.
 template <int kSize>
 __device__ __forceinline__ unsigned unit_bits(unsigned byte) {
   constexpr int kUnit = Columns<kSize>::kUnit;
@@ -185,10 +192,10 @@ __device__ __forceinline__ unsigned bytes_counts(unsigned bits) {
   return (word + (word >> 4)) & 0x0f0f0f0fu;
 }
 
-// Where a batch's values go, counted from its first one.
+// Where an iteration's values go, counted from its first value.
 struct Places {
   unsigned before;       // byte s: values of step s in the lanes before this one, at most 31 * 8
-  unsigned ends, tails;  // of step s in all lanes: the sum of both bytes s
+  unsigned ends, tails;  // byte s of ends + byte s of tails: values of step s in all lanes
 
   // Byte s of bits: the mask of this lane's unit of step s. By all lanes.
   __device__ __forceinline__ explicit Places(unsigned bits) {
@@ -206,6 +213,7 @@ struct Places {
     return static_cast<int>(add_bytes(add_bytes(0, ends, ones), tails, ones));
   }
 
+  // The place of the first value of this lane's unit of step s.
   __device__ __forceinline__ int of(int s) const { return sum(s) + static_cast<int>(before >> (8 * s) & 0xffu); }
 };
 
