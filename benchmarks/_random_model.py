@@ -12,11 +12,12 @@ from torch import nn
 from benchmarks._sparse import kept_mask
 from benchmarks._timing import host_seconds
 from losa.inference.decoding import LeanDecoder
-from losa.inference.speed import bytes_per_token, copy_bandwidth, seconds_per_token
+from losa.inference.speed import bytes_per_token, seconds_per_token
 from losa.model.blocks import block_linears, find_blocks
 from losa.model.grouping import group_linears, join_linears
 from losa.modules.sparse import SparseLinear
 from losa.packed.weights import pack_weight
+from losa_kernels.timing import copy_bandwidth
 
 # hidden, intermediate, layers, heads, key heads, vocabulary
 SIZES = {

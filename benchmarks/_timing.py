@@ -18,8 +18,8 @@ from rich.table import Table
 
 from benchmarks._machine import machine as machine
 from benchmarks._machine import origin as origin
-from losa.inference.speed import copy_bandwidth as copy_bandwidth
-from losa.inference.speed import wait
+from losa_kernels.timing import copy_bandwidth as copy_bandwidth
+from losa_kernels.timing import wait
 
 SHAPES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],

@@ -26,8 +26,8 @@ from benchmarks._timing import copy_bandwidth, host_seconds, interleaved, parser
 from benchmarks.selection import BLOCK, wanda
 from losa_kernels import dispatch, native, sparsegpt_prune, unpack_mask
 from losa_kernels.bitmask import packed_width
-from losa_kernels.column_sweep import cuda, inverse_factor
-from losa_kernels.column_sweep.blocks import STATE, block_counts
+from losa_kernels.pruning import cuda, inverse_factor
+from losa_kernels.pruning.blocks import STATE, block_counts
 
 AGREEMENT, LOSS_ERROR = 0.998, 5e-3  # the least and the most that pass as right
 

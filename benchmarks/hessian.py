@@ -15,7 +15,7 @@ import torch
 
 from benchmarks._pruning_baselines import official_factor, problem
 from benchmarks._timing import interleaved, parser, product_rate, report, setting
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
+from losa_kernels.pruning import accumulate_hessian, complete_hessian, inverse_factor
 
 WIDTHS = (576, 1536, 4096)
 GPU_WIDTHS = (4096, 11008)

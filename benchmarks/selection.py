@@ -15,8 +15,8 @@ import torch
 from benchmarks._pruning_baselines import PATTERNS, SHAPES, official_block_selection, official_wanda, problem
 from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rotation
 from losa_kernels import native, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import checks_together, inverse_factor, reference
-from losa_kernels.column_sweep.blocks import STATE
+from losa_kernels.pruning import checks_together, inverse_factor, reference
+from losa_kernels.pruning.blocks import STATE
 
 BLOCK = 128
 

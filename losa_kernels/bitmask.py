@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from . import arguments, native
-from .dispatch import implementation
+from losa_kernels import arguments, native
+from losa_kernels.dispatch import implementation
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -22,8 +22,6 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"mask: expected 2 dimensions (out, in), got shape {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-    if torch.compiler.is_compiling():
-        return pack_native(mask) if native.in_graph(mask.device) else pack_reference(mask)
     return implementation("pack_mask", mask)(mask)
 
 
@@ -44,9 +42,6 @@ def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     width = packed_width(in_features)
     if packed.shape[1] != width:
         raise ValueError(f"in_features: {in_features} columns need {width} bytes per row, packed has {packed.shape[1]}")
-    if torch.compiler.is_compiling():
-        run = unpack_native if native.in_graph(packed.device) else unpack_reference
-        return run(packed, in_features)
     return implementation("unpack_mask", packed)(packed, in_features)
 
 

@@ -1,7 +1,6 @@
-"""Which implementation of an op runs: one table, one environment variable, one log line per choice.
+"""Which implementation of an op runs: one table, one setting (``LOSA_BACKEND``), one log line per choice.
 
-``LOSA_BACKEND`` = ``auto`` (default) | ``reference`` | ``triton`` | ``cuda`` | ``cpu``. It is read at every call, so a
-test may change it.
+torch.compile traces :func:`implementation` as well: it makes the choice while it compiles, and the graph keeps it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 
+from losa_kernels import native, settings
+
 logger = logging.getLogger("losa_kernels")
 
-BACKENDS = ("reference", "triton", "cuda", "cpu")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 TABLE: dict[str, dict[str, str]] = {
@@ -52,39 +53,39 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.cka.cpu:gram",
     },
     "inverse_factor": {
-        "reference": "losa_kernels.column_sweep.reference:inverse_factor",
-        "cpu": "losa_kernels.column_sweep.cpu:inverse_factor",
-        "cuda": "losa_kernels.column_sweep.factor:inverse_factor",
+        "reference": "losa_kernels.pruning.reference:inverse_factor",
+        "cpu": "losa_kernels.pruning.cpu:inverse_factor",
+        "cuda": "losa_kernels.pruning.factor:inverse_factor",
     },
     "column_sweep": {
-        "reference": "losa_kernels.column_sweep.reference:column_sweep",
-        "cpu": "losa_kernels.column_sweep.cpu:column_sweep",
-        "cuda": "losa_kernels.column_sweep.cuda:column_sweep",
+        "reference": "losa_kernels.pruning.reference:column_sweep",
+        "cpu": "losa_kernels.pruning.cpu:column_sweep",
+        "cuda": "losa_kernels.pruning.cuda:column_sweep",
     },
     "wanda_mask": {
-        "reference": "losa_kernels.column_sweep.reference:wanda_mask",
-        "cpu": "losa_kernels.column_sweep.cpu:wanda_mask",
-        "cuda": "losa_kernels.column_sweep.cuda:wanda_mask",
+        "reference": "losa_kernels.pruning.reference:wanda_mask",
+        "cpu": "losa_kernels.pruning.cpu:wanda_mask",
+        "cuda": "losa_kernels.pruning.cuda:wanda_mask",
     },
     "pack_bitmask": {
         "reference": "losa_kernels.packing.reference:pack_bitmask",
-        "cpu": "losa_kernels.packing.cpu:pack_bitmask",
+        "cpu": "losa_kernels.packing.native:pack_bitmask",
         "cuda": "losa_kernels.packing.cuda:pack_bitmask",
     },
     "pack_nm": {
         "reference": "losa_kernels.packing.reference:pack_nm",
-        "cpu": "losa_kernels.packing.cpu:pack_nm",
+        "cpu": "losa_kernels.packing.native:pack_nm",
         "cuda": "losa_kernels.packing.cuda:pack_nm",
     },
     "pack_24": {"reference": "losa_kernels.packing.reference:pack_24"},
     "largest_group": {
         "reference": "losa_kernels.packing.reference:largest_group",
-        "cpu": "losa_kernels.packing.cpu:largest_group",
+        "cpu": "losa_kernels.packing.native:largest_group",
         "cuda": "losa_kernels.packing.cuda:largest_group",
     },
     "unpack_bitmask": {
         "reference": "losa_kernels.packing.reference:unpack_bitmask",
-        "cpu": "losa_kernels.packing.cpu:unpack_bitmask",
+        "cpu": "losa_kernels.packing.native:unpack_bitmask",
         "cuda": "losa_kernels.packing.cuda:unpack_bitmask",
     },
     "unpack_24": {"reference": "losa_kernels.packing.reference:unpack_24"},
@@ -112,27 +113,42 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
+# What _first_that_can() has imported, as "OP_on_BACKEND". torch.compile cannot trace an import; it sees an attribute of
+# an object that is added while it traces, but not a new key of a dict.
+_imported = SimpleNamespace()
+
+
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
     """The callable that runs ``op`` on ``device`` (a device, its name, or a tensor that lies on it).
 
+    Raises ValueError for an unknown op or a bad ``LOSA_BACKEND``; RuntimeError when the forced backend cannot load.
+    """
+    return getattr(_imported, f"{op}_on_{backend(op, device)}")
+
+
+def backend(op: str, device: torch.device | torch.Tensor | str) -> str:
+    """The backend that runs ``op`` on ``device``: "reference", "triton", "cuda" or "cpu".
+
     CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row
     for the op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and
-    device the order above decides.
-
-    Raises ValueError for an unknown op or backend name; RuntimeError when the forced backend cannot load at all.
+    device the order above decides. Errors: see :func:`implementation`.
     """
     if isinstance(device, torch.Tensor):
         device = device.device
-    device_type = device.type if isinstance(device, torch.device) else str(device).partition(":")[0]
-    return _choose(op, device_type, os.environ.get("LOSA_BACKEND", "auto").strip().lower() or "auto")
+    device_type = device.type if isinstance(device, torch.device) else device.partition(":")[0]
+    return _choose(op, device_type, settings.BACKEND())
+
+
+# A plain function around the cached one: torch.compile would trace into the cache's.
+@torch.compiler.assume_constant_result
+def _choose(op: str, device_type: str, forced: str) -> str:
+    return _first_that_can(op, device_type, forced)
 
 
 @cache
-def _choose(op: str, device_type: str, forced: str) -> Callable:
+def _first_that_can(op: str, device_type: str, forced: str) -> str:
     if op not in TABLE:
         raise ValueError(f"op: expected one of {', '.join(TABLE)}; got {op!r}")
-    if forced != "auto" and forced not in BACKENDS:
-        raise ValueError(f"LOSA_BACKEND: expected auto, {', '.join(BACKENDS)}; got {forced!r}")
 
     order = ORDER.get(device_type, ("reference",))
     if forced != "auto":
@@ -142,15 +158,13 @@ def _choose(op: str, device_type: str, forced: str) -> Callable:
         if forced in order or forced == "reference" or _interpreted(forced):
             order = (forced, *(name for name in order if name != forced))
 
-    for backend in order:
-        target = TABLE[op].get(backend)
-        if not target:
-            continue
-        module, _, name = target.partition(":")
-        if not unavailable(backend):
-            function = getattr(importlib.import_module(module), name)
-            logger.info("%s on %s: %s (%s)", op, device_type, backend, target)
-            return function
+    for name in order:
+        target = TABLE[op].get(name)
+        if target and not unavailable(name):
+            module, _, function = target.partition(":")
+            setattr(_imported, f"{op}_on_{name}", getattr(importlib.import_module(module), function))
+            logger.info("%s on %s: %s (%s)", op, device_type, name, target)
+            return name
     raise RuntimeError(f"{op} has no implementation for device type {device_type!r}")
 
 
@@ -165,6 +179,4 @@ def unavailable(backend: str) -> str | None:
         return None
     if backend == "triton":
         return None if importlib.util.find_spec("triton") else "the package 'triton' is not installed"
-    from . import native
-
     return native.missing(backend)

@@ -1,8 +1,8 @@
 """Choice by measurement: where several implementations compute the same, the first call of a shape times them all and
 the later calls take the fastest, so that no card runs what is slower on it than its best alternative.
 
-``LOSA_AUTOTUNE`` = ``1`` (default) | ``0``: measure, or take what the op's table says. torch's deterministic mode takes
-the table too. While a stream records a CUDA graph nothing can be timed: an earlier measurement decides, or the table.
+With ``LOSA_AUTOTUNE=0``, and in torch's deterministic mode, the op's table decides and nothing is timed. While a stream
+records a CUDA graph nothing can be timed: an earlier measurement decides, or the table.
 
 What is timed is the device alone. Each run stands behind work that keeps the device busy until the host has launched
 the run, since a captured graph or a training step hides the launches of the host in the same way.
@@ -11,7 +11,6 @@ the run, since a captured graph or a training step hides the launches of the hos
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -19,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from losa_kernels import settings
 from losa_kernels.cuda_graphs import capturing
 
 logger = logging.getLogger("losa_kernels")
@@ -58,7 +58,7 @@ def forget() -> None:
 
 def allowed() -> bool:
     """Whether measured choices are wanted: not with ``LOSA_AUTOTUNE=0``, nor in torch's deterministic mode."""
-    return os.environ.get("LOSA_AUTOTUNE", "1").strip() != "0" and not torch.are_deterministic_algorithms_enabled()
+    return settings.AUTOTUNE() and not torch.are_deterministic_algorithms_enabled()
 
 
 def fastest(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from losa_kernels import settings
 
 logger = logging.getLogger("losa_kernels")
 
@@ -69,23 +71,20 @@ def missing(backend: str) -> str | None:
     return _missing[backend]
 
 
-def in_graph(device: torch.device) -> bool:
-    """What dispatch would choose for an op with native code, in terms that torch.compile can trace (its imports and
-    logging are not)."""
-    wanted = os.environ.get("LOSA_BACKEND", "auto") != "reference"
-    return wanted and device.type in LIBRARIES and _missing[device.type] is None
-
-
 def build_info() -> dict | None:
     """What the extension was compiled with and which CPU instruction set it selects here; None when it is not built.
 
     Keys: version, torch_headers, torch_target, compiler, cuda (compiler version or None), cuda_archs, cuda_built,
     cpu_isa_compiled, cpu_isa_selected.
+
+    Raises:
+        SettingError: ``LOSA_CPU_ISA`` has a value that is not allowed.
     """
     try:
         from . import _build_info
     except ImportError:
         return None
+    settings.CPU_ISA()  # a bad value is this error, in whichever order things are asked
     return {
         "version": _build_info.version,
         "torch_headers": _build_info.torch_headers,
@@ -126,3 +125,12 @@ def status() -> dict[str, str]:
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; others emulate it, many times slower than fp32."""
     return any(getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of ``dtype`` run on this CPU: fp32 where the CPU would emulate them, 5 to 40 times
+    slower."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    return dtype if dtype == torch.bfloat16 and cpu_has_bf16() else torch.float32

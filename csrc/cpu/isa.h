@@ -2,17 +2,11 @@
 // set's flags and its name as LOSA_ISA; every other file is compiled for any CPU and chooses at run time.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-#include <initializer_list>
+#include "common/settings.h"
 
 namespace losa {
 
 enum class CpuIsa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-
-inline const char* isa_name(CpuIsa isa) {
-  return isa == CpuIsa::kAvx512 ? "avx512" : isa == CpuIsa::kAvx2 ? "avx2" : "scalar";
-}
 
 inline CpuIsa detect_isa() {
 #if defined(__x86_64__)
@@ -36,15 +30,13 @@ inline bool has_bfloat16_products() {
 #endif
 }
 
-// The best set this CPU has, or less if the environment variable LOSA_CPU_ISA = scalar | avx2 | avx512 asks for less.
+// The best set this CPU has, or less if the environment variable LOSA_CPU_ISA asks for less.
 inline CpuIsa selected_isa() {
   static const CpuIsa best = detect_isa();
-  const char* wanted = std::getenv("LOSA_CPU_ISA");
-  if (wanted == nullptr) return best;
-  for (CpuIsa isa : {CpuIsa::kScalar, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
-    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
-  }
-  return best;
+  const int wanted = setting("LOSA_CPU_ISA", {"auto", "scalar", "avx2", "avx512"});
+  if (wanted == 0) return best;
+  const auto isa = static_cast<CpuIsa>(wanted - 1);
+  return isa < best ? isa : best;
 }
 
 }  // namespace losa

@@ -13,8 +13,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
+
+#include "common/settings.h"
 
 #if defined(LOSA_KERNELS_ONLY)
 
@@ -63,9 +63,8 @@
 namespace losa {
 
 inline bool may_launch_dependent(const void* kernel, cudaStream_t stream) {
-  static const char* const setting = std::getenv("LOSA_DEPENDENT_LAUNCH");
-  static const bool never = setting != nullptr && std::strcmp(setting, "0") == 0;
-  static const bool always = setting != nullptr && std::strcmp(setting, "always") == 0;
+  static const int wanted = setting("LOSA_DEPENDENT_LAUNCH", {"auto", "0", "always"});
+  const bool never = wanted == 1, always = wanted == 2;
   if (never) return false;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (!always && (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusActive)) {

@@ -31,7 +31,7 @@ from losa.pruners.base import Pattern, Pruned
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa_kernels import cka_similarity, merge_masked_lora, unpack_mask
-from losa_kernels.column_sweep import free_graphs
+from losa_kernels.pruning import free_graphs
 
 
 class Engine:

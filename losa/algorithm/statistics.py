@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, NumericsError
 from losa.pruners.base import Statistic
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
 
 class _InputNorms:

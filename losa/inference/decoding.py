@@ -25,7 +25,7 @@ from losa.inference.lean_config import Unsupported, longest_served
 from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
 from losa.modules.sparse import SparseLinear
-from losa_kernels import decoder_step, native
+from losa_kernels import decoder_step, dispatch
 
 # What of a block the loop reads.
 READ = (
@@ -79,7 +79,7 @@ class LeanDecoder:
         self.logits: Tensor | None = None
         self._recordable = _recordable(model, self.device)
         # Elsewhere a step of static shapes costs more than one that knows its position.
-        self._steps = self.device.type == "cuda" and native.in_graph(self.device)
+        self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"
         self._check_length(max_length)
         self._check(model)
         self.resize(max_length)
@@ -296,4 +296,4 @@ def _recordable(model: nn.Module, device: torch.device) -> bool:
     """Is a step nothing but kernels? A replay runs no hook, and without native code packed weights are unpacked by
     operations that the host waits for."""
     packed = any(isinstance(module, SparseLinear) for module in model.modules())
-    return not hooked(model) and (native.in_graph(device) or not packed)
+    return not hooked(model) and (not packed or dispatch.backend("sparse_linear", device) != "reference")

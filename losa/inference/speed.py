@@ -20,6 +20,7 @@ from losa.model.blocks import find_blocks
 from losa.model.grouping import join_linears
 from losa.model.limits import check_length
 from losa.modules.sparse import SparseLinear
+from losa_kernels.timing import copy_bandwidth, wait
 
 logger = logging.getLogger("losa")
 
@@ -128,22 +129,6 @@ def bytes_per_token(model: nn.Module) -> int:
     return total
 
 
-def copy_bandwidth(device: torch.device | str, megabytes: int = 256) -> float:
-    """Bytes per second of a large copy (read + write), the limit of memory-bound kernels on this machine."""
-    if torch.device(device).type == "cuda":
-        megabytes = max(megabytes, 2048)  # the host's share of the time is then 1 %
-    source = torch.ones(megabytes << 18, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(8):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(times[1:])
-
-
 def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
     """Greedy decoding of ``tokens`` after ``prompt`` (tokens,), whose pass does not count; every token is read by the
     host, as for showing it."""
@@ -173,9 +158,3 @@ def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
     except Exception as error:
         raise ModelError(failure("bench", model, error)) from error
     return (times[-1] - times[0]) / (len(times) - 1)
-
-
-def wait(device: torch.device | str) -> None:
-    """Until the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,12 +12,12 @@ one's there.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from losa_kernels import settings
 from losa_kernels.cuda_graphs import Recorder
 
 logger = logging.getLogger("losa")
@@ -39,7 +39,7 @@ def places_for(tokens: int) -> int:
 
 def graphs_for(device: torch.device) -> TokenGraphs | None:
     """None where tokens are read step by step."""
-    if device.type != "cuda" or os.environ.get("LOSA_DECODE_GRAPH", "1") == "0":
+    if device.type != "cuda" or not settings.DECODE_GRAPH():
         return None
     return TokenGraphs(Recorder(device), device)
 

@@ -12,7 +12,7 @@ from losa.errors import NumericsError, RecipeError
 from losa.pruners.base import Pattern, Pruned, check_finite
 from losa.recipe.sections import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import SingularHessianError, inverse_factor, inverse_factors
+from losa_kernels.pruning import SingularHessianError, inverse_factor, inverse_factors
 
 
 class SparseGPT:

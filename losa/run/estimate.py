@@ -22,7 +22,7 @@ from losa.recipe.sections import Recipe
 from losa.run.machine import capacity, product_rate
 from losa.training.loss import CHUNK_BYTES
 from losa.training.precision import autocast_dtype
-from losa_kernels.column_sweep.factor import TOGETHER
+from losa_kernels.pruning.factor import TOGETHER
 
 PHASES = ("throughout", "loading", "pruning", "training", "export")
 

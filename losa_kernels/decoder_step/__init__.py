@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_kernels import arguments, dispatch, native
-from losa_kernels.decoder_step import cuda, reference
+from losa_kernels import arguments, dispatch
 
 
 class Operations(NamedTuple):
@@ -28,9 +27,6 @@ class Operations(NamedTuple):
 
 def operations(device: torch.device) -> Operations:
     """What runs on ``device`` now (``LOSA_BACKEND``), for callers that check their arguments once."""
-    if torch.compiler.is_compiling():
-        module = cuda if device.type == "cuda" and native.in_graph(device) else reference
-        return Operations(*(getattr(module, name) for name in Operations._fields))
     return Operations(*(dispatch.implementation(name, device) for name in Operations._fields))
 
 

@@ -9,14 +9,13 @@ tenth of the product it serves.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from losa_kernels import native
 from losa_kernels.masked_lora import cpu_sparse, reference
 from losa_kernels.masked_lora.reference import dropout_keep
+from losa_kernels.native import product_dtype
 from losa_kernels.scratch import scratch
 
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
@@ -134,14 +133,6 @@ def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, s
     sB = lora_B.float() * scaling
     torch.ops.losa.compose_masked_lora.default(weight, mask, True, lora_A.float(), sB, merged)
     return merged
-
-
-@cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of ``dtype`` run: fp32 on a CPU that would emulate them, 5 to 40 times slower."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return dtype
-    return dtype if dtype == torch.bfloat16 and native.cpu_has_bf16() else torch.float32
 
 
 def _composed(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from losa_kernels import arguments, dispatch, native
+from losa_kernels import arguments
 from losa_kernels.bitmask import check_packed, packed_width
-from losa_kernels.packing import checks, cpu, cuda, reference
+from losa_kernels.dispatch import implementation
+from losa_kernels.packing import checks, reference
 
 __all__ = ["Packed", "Packed24", "PackedBitmask", "PackedNM", "pack_24", "pack_bitmask", "pack_nm"]
 
@@ -106,7 +107,7 @@ class PackedBitmask(Packed):
         checks.bitmask_data(self.values, self.bitmask, self.row_offsets, self.shape[1])
 
     def unpack(self) -> Tensor:
-        return _run("unpack_bitmask", self.values)(self.values, self.bitmask, self.row_offsets, self.shape)
+        return implementation("unpack_bitmask", self.values)(self.values, self.bitmask, self.row_offsets, self.shape)
 
     def mask(self) -> Tensor:
         return self.bitmask
@@ -129,11 +130,11 @@ class PackedNM(Packed):
         checks.field("bitmask", self.bitmask, torch.uint8, (rows, packed_width(columns)), self.device)
 
     def _check_data(self) -> None:
-        largest = _run("largest_group", self.bitmask)(self.bitmask, self.shape[1], self.m)
+        largest = implementation("largest_group", self.bitmask)(self.bitmask, self.shape[1], self.m)
         checks.nm_data(self.bitmask, self.shape[1], self.keep_n, self.m, largest)
 
     def unpack(self) -> Tensor:
-        return _run("unpack_bitmask", self.values)(self.values, self.bitmask, None, self.shape)
+        return implementation("unpack_bitmask", self.values)(self.values, self.bitmask, None, self.shape)
 
     def mask(self) -> Tensor:
         return self.bitmask
@@ -159,7 +160,7 @@ class Packed24(Packed):
         checks.data_24(self.meta)
 
     def unpack(self) -> Tensor:
-        return _run("unpack_24", self.values)(self.values, self.meta)
+        return implementation("unpack_24", self.values)(self.values, self.meta)
 
     def mask(self) -> Tensor:
         return reference.mask_24(self.meta)
@@ -179,7 +180,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
     mask = mask.clone(memory_format=torch.contiguous_format)
     if last := weight.shape[1] % 8:
         mask[:, -1] &= (1 << last) - 1  # a set padding bit would be read as one more value
-    values, offsets = _run("pack_bitmask", weight)(weight.detach(), mask)
+    values, offsets = implementation("pack_bitmask", weight)(weight.detach(), mask)
     return PackedBitmask(tuple(weight.shape), values, mask, offsets)
 
 
@@ -194,7 +195,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
     _check(weight, mask)
     keep_n, m = arguments.pattern(keep_n, m, weight.shape[1])
     _check_groups(weight, mask, keep_n, m)
-    values, stored = _run("pack_nm", weight)(weight.detach(), mask, keep_n, m)
+    values, stored = implementation("pack_nm", weight)(weight.detach(), mask, keep_n, m)
     return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
 
 
@@ -211,7 +212,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
     if rows % 32 or columns % 64:
         raise ValueError(f"weight: expected out a multiple of 32 and in of 64, got {tuple(weight.shape)}")
     _check_groups(weight, mask, 2, 4)
-    values, meta = _run("pack_24", weight)(weight.detach(), mask)
+    values, meta = implementation("pack_24", weight)(weight.detach(), mask)
     return Packed24((rows, columns), values, meta)
 
 
@@ -223,13 +224,6 @@ def _check(weight: Tensor, mask: Tensor) -> None:
 
 
 def _check_groups(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> None:
-    most = _run("largest_group", weight)(mask, weight.shape[1], m)
+    most = implementation("largest_group", weight)(mask, weight.shape[1], m)
     if most > keep_n:
         raise ValueError(f"mask: expected at most {keep_n} kept of every {m}, got a group with {most}")
-
-
-def _run(op: str, tensor: Tensor):
-    if torch.compiler.is_compiling():
-        module = {"cpu": cpu, "cuda": cuda}[tensor.device.type] if native.in_graph(tensor.device) else reference
-        return getattr(module, op, None) or getattr(reference, op)
-    return dispatch.implementation(op, tensor.device)

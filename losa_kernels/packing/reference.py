@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from losa_kernels.bitmask import pack_mask, unpack_mask
 from losa_kernels.tensors import INTEGERS, as_bits
@@ -23,7 +24,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """Dense (out, in). The mask alone says where values go; what takes rows in parallel needs their offsets too."""
-    if values.is_meta:
+    if values.is_meta or isinstance(values, FakeTensor):
         return values.new_empty(shape)
     kept = unpack_mask(mask, shape[1])
     if not torch.compiler.is_compiling() and (total := int(kept.sum())) != values.numel():

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import arguments, dispatch, native
+from losa_kernels import arguments, dispatch
 from losa_kernels.packing import Packed
-from losa_kernels.sparse_linear import cpu, cuda, reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch multiplies
-_IN_GRAPH = {"cpu": cpu, "cuda": cuda}
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +55,4 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
             if tensor is not None and tensor.requires_grad:
                 reason = "requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
                 raise RuntimeError(f"{name}: {reason}")
-    if torch.compiler.is_compiling():
-        module = _IN_GRAPH[device.type] if native.in_graph(device) else reference
-        return module.sparse_linear(x, packed, bias)
     return dispatch.implementation("sparse_linear", device)(x, packed, bias)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from losa_kernels import native
-from losa_kernels.masked_lora.cpu import product_dtype
-from losa_kernels.packing import Packed, PackedBitmask, PackedNM, cpu
+from losa_kernels.native import product_dtype
+from losa_kernels.packing import Packed, PackedBitmask, PackedNM
+from losa_kernels.packing.native import unpack_bitmask
 from losa_kernels.scratch import scratch
 from losa_kernels.sparse_linear import reference
 
@@ -65,7 +66,7 @@ def many_rows(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | 
         shape = (part.stop - start, in_features)
         offsets = None if row_offsets is None else row_offsets[part]
         stored = values if row_offsets is not None else values.reshape(-1)[per_row * start : per_row * part.stop]
-        panel = cpu.unpack_bitmask(stored, bitmask[part], offsets, shape, out=scratch("unpacked", shape, values.dtype))
+        panel = unpack_bitmask(stored, bitmask[part], offsets, shape, out=scratch("unpacked", shape, values.dtype))
         if values.dtype != wide:
             panel = scratch("widened", shape, wide).copy_(panel)
         y[:, part] = rows @ panel.T if bias is None else torch.addmm(bias[part].to(wide), rows, panel.T)

@@ -10,12 +10,11 @@ them. torch has that for GPUs of compute capability 8.x only, and it pays for ma
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa_kernels import settings
 from losa_kernels.packing import Packed, Packed24, PackedBitmask
 from losa_kernels.sparse_linear import reference, tiles, ways
 from losa_kernels.sparse_linear.cpu import supported, values_per_byte
@@ -61,13 +60,10 @@ def use_semi_structured(device: torch.device) -> bool:
     """Whether ``LOSA_24`` asks for torch's semi-structured product.
 
     Raises:
-        ValueError: a value that the setting has not.
+        ValueError: the setting has a value that is not allowed.
         RuntimeError: it asks for the product on a GPU that torch has none for.
     """
-    wanted = os.environ.get("LOSA_24", "unpack").strip().lower()
-    if wanted not in ("unpack", "cutlass"):
-        raise ValueError(f"LOSA_24: expected unpack or cutlass, got {wanted!r}")
-    if wanted == "unpack":
+    if settings.WEIGHTS_24() == "unpack":
         return False
     major, minor = torch.cuda.get_device_capability(device)
     if major != MAJOR_24:

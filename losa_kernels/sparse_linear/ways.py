@@ -5,7 +5,7 @@
 * ``unpack``: the dense weight as a temporary, and torch's product.
 
 The first eager call of a shape times all three (``losa_kernels.measured``); where nothing may be timed :func:`table`
-decides. ``LOSA_SPARSE_LINEAR`` = ``auto`` (default) | ``window`` | ``tiles`` | ``unpack`` forces one.
+decides. ``LOSA_SPARSE_LINEAR`` forces one.
 
 Tiles are made at a weight's first call that takes them, hang on the packed weight and go with it: files, copies and
 other devices do not have them. They are made only while ``FREE`` of the device's memory stays free, never during a
@@ -14,14 +14,13 @@ capture, and are let go where the measurement chooses another way. Parts of one 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from losa_kernels import measured
+from losa_kernels import measured, settings
 from losa_kernels.cuda_graphs import capturing
 from losa_kernels.cuda_memory import free_bytes
 from losa_kernels.packing import Packed, PackedNM
@@ -47,18 +46,6 @@ class Held:
     ways: dict[int, str] = field(default_factory=dict)  # by batch, as last chosen
 
 
-def setting() -> str:
-    """``LOSA_SPARSE_LINEAR``.
-
-    Raises:
-        ValueError: a value that it does not have.
-    """
-    wanted = os.environ.get("LOSA_SPARSE_LINEAR", "auto").strip().lower()
-    if wanted not in ("auto", *WAYS):
-        raise ValueError(f"LOSA_SPARSE_LINEAR: expected auto, {', '.join(WAYS)}; got {wanted!r}")
-    return wanted
-
-
 def choose(x: Tensor, packed: Packed, run) -> str:
     """The way for x of 1 to 16 rows, and a weight of which there can be tiles.
 
@@ -69,7 +56,7 @@ def choose(x: Tensor, packed: Packed, run) -> str:
         ValueError: ``LOSA_SPARSE_LINEAR`` has a value that it does not know.
         RuntimeError: it asks for tiles during a capture, and there are none yet.
     """
-    wanted, batch = setting(), batch_of(x.numel() // packed.shape[1])
+    wanted, batch = settings.SPARSE_LINEAR(), batch_of(x.numel() // packed.shape[1])
     if torch.compiler.is_compiling():
         return _in_graph(packed, wanted, batch)
     if wanted == "tiles":

@@ -25,9 +25,9 @@ from losa_kernels import (
     unpack_mask,
     wanda_mask,
 )
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
-from losa_kernels.column_sweep import reference as pruning
 from losa_kernels.packing import reference as packing
+from losa_kernels.pruning import accumulate_hessian, complete_hessian, inverse_factor
+from losa_kernels.pruning import reference as pruning
 from losa_kernels.tensors import as_bits
 from tests.gpu import checks_decode as gpu_checks_decode
 from tests.gpu.case import (
@@ -198,12 +198,12 @@ def lora(way, shape, rank, tokens, dtype, device) -> Verdict:
 
 
 def dropout(way, shape, rank, tokens, dtype, device) -> Verdict:
-    from losa_kernels.masked_lora import triton_launch
+    from losa_kernels.masked_lora.triton import launch as launchers
 
     args, grad = lora_problem(shape, rank, tokens, dtype, device)
     torch.manual_seed(5)
     seed = int(torch.randint(2**31 - 1, ()).item())  # as the public function draws it
-    drawn = triton_launch.draw(tokens, shape[1], 0.1, seed, torch.device(device))
+    drawn = launchers.draw(tokens, shape[1], 0.1, seed, torch.device(device))
     keep = unpack_mask(drawn, shape[1]).double() / (1 - round(0.1 * 65536) / 65536)
     truth = run(partial(dropout_formula, keep=keep), double(args), grad.double())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from losa_kernels.column_sweep import blocks
+from losa_kernels.pruning import blocks
 
 
 def hessian(columns, spread, dtype=torch.float64, seed=0):

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import SingularHessianError, accumulate_hessian, complete_hessian, inverse_factor
-from losa_kernels.column_sweep import hessian as hessian_module
+from losa_kernels.pruning import SingularHessianError, accumulate_hessian, complete_hessian, inverse_factor
+from losa_kernels.pruning import hessian as hessian_module
 
 
 def hessian(columns, tokens=None, seed=0, spread=1.0, dtype=torch.float64):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask
-from losa_kernels.column_sweep import blocks, cuda, reference
+from losa_kernels.pruning import blocks, cuda, reference
 from tests.helpers.column_sweep_problems import hessian, operands, tied
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))

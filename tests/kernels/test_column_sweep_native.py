@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import blocks, cpu, inverse_factor, reference
+from losa_kernels.pruning import blocks, cpu, inverse_factor, reference
 from tests.helpers.column_sweep_problems import hessian, operands, tied
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from losa_kernels import cuda_graphs, measured
-from losa_kernels.column_sweep import factor
-from losa_kernels.column_sweep.graph import CudaCapture
+from losa_kernels.pruning import factor
+from losa_kernels.pruning.graph import CudaCapture
 from tests.helpers.fake_cuda import FakeCuda
 
 

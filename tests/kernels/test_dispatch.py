@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import logging
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losa_kernels
-from losa_kernels import bitmask, dispatch, native
+from losa_kernels import bitmask, dispatch, native, pack_mask, pack_nm, settings, sparse_linear, unpack_mask
+from losa_kernels.decoder_step import gated_silu
 
+BACKENDS = settings.BACKEND.values[1:]
 ROWS = [(op, backend) for op, row in dispatch.TABLE.items() for backend in row]
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
     monkeypatch.delenv("LOSA_BACKEND", raising=False)
-    dispatch._choose.cache_clear()
+    dispatch._first_that_can.cache_clear()
     yield
-    dispatch._choose.cache_clear()
+    dispatch._first_that_can.cache_clear()
 
 
 @pytest.mark.parametrize(("op", "backend"), ROWS)
@@ -32,7 +37,7 @@ def test_every_row_leads_to_a_function(op, backend):
 
 
 def test_every_op_has_a_reference():
-    assert all("reference" in row and set(row) <= set(dispatch.BACKENDS) for row in dispatch.TABLE.values())
+    assert all("reference" in row and set(row) <= set(BACKENDS) for row in dispatch.TABLE.values())
 
 
 @pytest.mark.parametrize("name", losa_kernels.__all__)
@@ -51,9 +56,55 @@ def test_auto_prefers_native_on_cpu():
         assert dispatch.implementation("pack_mask", device) is bitmask.pack_native
 
 
-def test_reference_can_be_forced(monkeypatch):
-    monkeypatch.setenv("LOSA_BACKEND", " Reference ")
-    assert dispatch.implementation("pack_mask", "cpu") is bitmask.pack_reference
+def products(packed) -> None:
+    """Every op whose Python function torch.compile traces."""
+    unpack_mask(pack_mask(packed.values[:, :8] > 0), 8)
+    packed.unpack()
+    sparse_linear(torch.ones(2, 64), packed)
+    gated_silu(torch.ones(2, 64))
+
+
+def eagerly(packed) -> set[str]:
+    """The native operators that ``products`` runs."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.add(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with Recorder():
+        products(packed)
+    return names
+
+
+def on_fake_tensors(packed) -> set[str]:
+    with FakeTensorMode() as mode:
+        tensors = {name: mode.from_tensor(tensor) for name, tensor in packed.tensors().items()}
+        return eagerly(dataclasses.replace(packed, **tensors))
+
+
+def compiled(packed) -> set[str]:
+    names: set[str] = set()
+
+    def keep(module, inputs):
+        names.update(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    torch.compiler.reset()
+    torch.compile(products, backend=keep, fullgraph=True)(packed)
+    return names
+
+
+@pytest.mark.skipif(native.missing("cpu") is not None, reason="losa_cpu is not loaded")
+@pytest.mark.parametrize("run", [eagerly, on_fake_tensors, compiled])
+def test_the_reference_can_be_forced_whatever_runs_the_ops(run, monkeypatch):
+    packed = pack_nm(torch.ones(16, 64), pack_mask(torch.arange(64).expand(16, 64) % 2 == 0), 2, 4)
+    names = {name.split(".")[1] for name in run(packed) if name.startswith("losa.")}
+    assert names == {"pack_mask", "unpack_mask", "unpack_bitmask", "sparse_linear_nm"}
+    for forced in ("reference", " Reference "):
+        monkeypatch.setenv("LOSA_BACKEND", forced)
+        assert not [name for name in run(packed) if name.startswith("losa.")]
 
 
 def test_other_devices_take_the_reference():
@@ -62,13 +113,13 @@ def test_other_devices_take_the_reference():
 
 def test_order_without_native_code(monkeypatch):
     """What is not loaded is passed over: cuda, then triton, then reference; on the CPU the reference."""
-    table = {"op": {b: f"losa_kernels.dispatch:{n}" for b, n in zip(dispatch.BACKENDS, "RTCP", strict=True)}}
+    table = {"op": {b: f"losa_kernels.dispatch:{n}" for b, n in zip(BACKENDS, "RTCP", strict=True)}}
     monkeypatch.setattr(dispatch, "TABLE", table)
     for name in "RTCP":
         monkeypatch.setattr(dispatch, name, name, raising=False)
     for absent, cuda, cpu in [((), "C", "P"), (("cuda",), "T", "P"), (("cuda", "triton", "cpu"), "R", "R")]:
         monkeypatch.setattr(dispatch, "unavailable", lambda backend, a=absent: "absent" if backend in a else None)
-        dispatch._choose.cache_clear()
+        dispatch._first_that_can.cache_clear()
         assert dispatch.implementation("op", "cuda:0") == cuda
         assert dispatch.implementation("op", "cpu") == cpu
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from losa_kernels import native
-from losa_kernels.column_sweep import SingularHessianError, factor, inverse_factor, inverse_factors, reference
+from losa_kernels.pruning import SingularHessianError, factor, inverse_factor, inverse_factors, reference
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 

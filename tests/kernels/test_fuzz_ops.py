@@ -12,7 +12,7 @@ import torch
 
 import losa_kernels as kernels
 from losa_kernels import native, unpack_mask
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian, inverse_factor
+from losa_kernels.pruning import accumulate_hessian, complete_hessian, inverse_factor
 from losa_kernels.tensors import as_bits
 from tests.helpers.hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt, with_special
 

@@ -28,7 +28,8 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from losa_kernels import masked_lora_linear, measured, unpack_mask
-from losa_kernels.masked_lora import triton_launch, tuning
+from losa_kernels.masked_lora.triton import launch as launchers
+from losa_kernels.masked_lora.triton import tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.gpu
@@ -92,7 +93,7 @@ def test_dropout(dtype, way):
     torch.manual_seed(5)
     seed = int(torch.randint(2**31 - 1, ()).item())
     share = 1 - round(0.1 * 65536) / 65536
-    keep = unpack_mask(triton_launch.draw(100, 320, 0.1, seed, torch.device("cuda")), 320).double() / share
+    keep = unpack_mask(launchers.draw(100, 320, 0.1, seed, torch.device("cuda")), 320).double() / share
     grad_y = torch.randn(100, 192, device="cuda").to(dtype)
     truth = run(lambda **a: dropout_formula(**a, keep=keep), double(args), grad_y.double())
 
@@ -150,7 +151,7 @@ def test_merge(dtype):
 def test_peak_memory_of_a_step(monkeypatch):
     """Nothing of W's size beyond what the caller gets: shares of dA and dB, and G in slices."""
     args = on_gpu(problem(8192, 8192, 16, tokens=256, dtype=BF16, bias=False))
-    monkeypatch.setattr(triton_launch, "G_BYTES", 16 << 20)
+    monkeypatch.setattr(launchers, "G_BYTES", 16 << 20)
     monkeypatch.setenv("LOSA_AUTOTUNE", "0")
     grad_y = torch.randn(256, 8192, device="cuda").bfloat16()
     inputs = args | leaves(args)

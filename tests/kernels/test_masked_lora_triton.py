@@ -33,8 +33,10 @@ from tests.helpers.masked_lora_problems import (
 pytest.importorskip("triton")
 
 from losa_kernels import masked_lora_linear, pack_mask, unpack_mask
-from losa_kernels.masked_lora import reference, triton_launch, tuning
+from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora import triton as lora
+from losa_kernels.masked_lora.triton import launch as launchers
+from losa_kernels.masked_lora.triton import tuning
 from tests.native.aot import interpreter_problem
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -78,7 +80,7 @@ def test_error_model(shape, dtype, masked, way):
 def test_G_in_one_term(masked, monkeypatch):
     """As bf16 layers take it from the vendor's GEMM, in fp16; two spans of rows, the second ragged."""
     monkeypatch.setenv("LOSA_MASKED_LORA", "compose")
-    monkeypatch.setattr(triton_launch, "_product_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(launchers, "_product_dtype", lambda dtype: dtype)
     args = problem(100, 41, 20, tokens=18, dtype=FP16)
     check(args if masked else implicit(args), torch.randn(18, 100).half(), FP16, factor_error=2**-10)
 
@@ -203,7 +205,7 @@ def test_slices_and_splits_of_the_projection(way, p, change, monkeypatch):
     grad_y, needs = torch.randn(50, 40).half(), [False, True, True, False]
     expected = lora.backward(grad_y, *inputs, p, 7, needs)[1:3]
     for name, value in change.items():
-        monkeypatch.setattr(triton_launch, name, value)
+        monkeypatch.setattr(launchers, name, value)
     for ours, whole in zip(lora.backward(grad_y, *inputs, p, 7, needs)[1:3], expected, strict=True):
         assert (ours - whole).abs().max() <= 1e-5 * whole.abs().max()
 
@@ -226,15 +228,15 @@ def philox(seed: int, byte: int, row: int) -> list[int]:
 @interpreter
 def test_dropout_is_a_function_of_seed_row_and_column():
     seed, p = 2**31 - 7, 0.3
-    keep = unpack_mask(triton_launch.draw(21, 530, p, seed, torch.device("cpu")), 530)
+    keep = unpack_mask(launchers.draw(21, 530, p, seed, torch.device("cpu")), 530)
     for row, column in [(0, 0), (0, 3), (0, 4), (5, 7), (20, 529), (17, 517), (16, 512)]:
         byte, bit = divmod(column, 8)
         half = philox(seed, byte, row)[bit % 4] >> (16 if bit >= 4 else 0) & 0xFFFF
         assert bool(keep[row, column]) == (half >= round(p * 65536)), (row, column)
     # Binomial with n = 11130, p = 0.7: five standard deviations are 242.
     assert abs(int(keep.sum()) - 7791) <= 242
-    assert torch.equal(unpack_mask(triton_launch.draw(9, 100, p, seed, torch.device("cpu")), 100), keep[:9, :100])
-    assert not torch.equal(unpack_mask(triton_launch.draw(21, 530, p, seed + 1, torch.device("cpu")), 530), keep)
+    assert torch.equal(unpack_mask(launchers.draw(9, 100, p, seed, torch.device("cpu")), 100), keep[:9, :100])
+    assert not torch.equal(unpack_mask(launchers.draw(21, 530, p, seed + 1, torch.device("cpu")), 530), keep)
 
 
 @interpreter
@@ -246,7 +248,7 @@ def test_dropout_is_on_the_adapters_input_and_replays(dtype, masked):
     torch.manual_seed(5)
     seed = int(torch.randint(2**31 - 1, ()).item())
     share = 1 - round(0.3 * 65536) / 65536
-    keep = unpack_mask(triton_launch.draw(20, 35, 0.3, seed, torch.device("cpu")), 35).double() / share
+    keep = unpack_mask(launchers.draw(20, 35, 0.3, seed, torch.device("cpu")), 35).double() / share
     grad_y = torch.randn(20, 40).to(dtype)
     explicit = args if masked else args | {"mask": pack_mask(args["weight"] != 0)}
     truth = run(lambda **a: dropout_formula(**a, keep=keep), double(explicit), grad_y.double())
@@ -262,7 +264,7 @@ def test_dropout_is_on_the_adapters_input_and_replays(dtype, masked):
 
 @interpreter
 def test_extreme_dropout():
-    assert triton_launch.draw(4, 8, 1e-9, 1, torch.device("cpu")) is None
+    assert launchers.draw(4, 8, 1e-9, 1, torch.device("cpu")) is None
     args = problem(dtype=FP32)
     assert torch.equal(masked_lora_linear(**args, dropout_p=1e-9), masked_lora_linear(**args))
     assert torch.isfinite(masked_lora_linear(**args, dropout_p=1 - 1e-9)).all()
@@ -294,7 +296,7 @@ def test_a_composed_weight_lives_as_long_as_its_call(p, monkeypatch):
 def test_fused_keeps_no_matrix_of_the_weights_size(monkeypatch):
     """Every tensor that the launchers allocate."""
     monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
-    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(launchers, "PARTIAL_BYTES", 1)
     args = problem(128, 96, 1, tokens=2, dtype=FP16)
     allocated, allocate = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(allocate(*a, **k)) or allocated[-1])

@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from losa_kernels import measured
+from losa_kernels import measured, settings
 from losa_kernels.cka import triton as cka
 from losa_kernels.masked_lora import triton as lora
-from losa_kernels.masked_lora import triton_launch, tuning
+from losa_kernels.masked_lora.triton import launch as launchers
+from losa_kernels.masked_lora.triton import tuning
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -66,7 +67,7 @@ def test_the_way_is_as_asked_for_or_as_measured(monkeypatch):
         assert by_way(True, name != "fused", GPU) == name
     assert len(asked) == 1
     monkeypatch.setenv("LOSA_MASKED_LORA", "both")
-    with pytest.raises(ValueError, match="LOSA_MASKED_LORA: expected auto, fused, compose; got 'both'"):
+    with pytest.raises(ValueError, match="LOSA_MASKED_LORA: expected auto, fused or compose, got 'both'"):
         by_way()
 
 
@@ -74,7 +75,7 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
     """Training calls differ in their tokens; each new key costs a measurement."""
     keys = []
     monkeypatch.delenv("LOSA_MASKED_LORA", raising=False)
-    monkeypatch.setattr(triton_launch, "_launch", lambda *args, **arguments: None)
+    monkeypatch.setattr(launchers, "_launch", lambda *args, **arguments: None)
     monkeypatch.setattr(
         measured, "fastest", lambda op, key, candidates, device, table: keys.append((op, key)) or "compose"
     )
@@ -90,8 +91,8 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
 
 def test_fp32_precision_is_checked(monkeypatch):
     monkeypatch.setenv("LOSA_TRITON_FP32", "tf32")
-    with pytest.raises(ValueError, match="LOSA_TRITON_FP32: expected ieee or tf32x3; got 'tf32'"):
-        triton_launch._precision()
+    with pytest.raises(ValueError, match="LOSA_TRITON_FP32: expected ieee or tf32x3, got 'tf32'"):
+        settings.TRITON_FP32()
 
 
 class Card:
@@ -197,7 +198,7 @@ def test_launches_are_on_the_tensors_device(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cka, "_processors", lambda device: 132)
     monkeypatch.setattr(cka, "_launch", launch)
-    monkeypatch.setattr(triton_launch, "_launch", launch)
+    monkeypatch.setattr(launchers, "_launch", launch)
     with FakeTensorMode():
         x, weight = (torch.empty(64, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
         A, B = torch.empty(8, 64, device="cuda:1"), torch.empty(64, 8, device="cuda:1")

@@ -15,7 +15,8 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from losa_kernels import native, pack_24, pack_bitmask, pack_mask, pack_nm, unpack_mask
-from losa_kernels.packing import cpu, reference
+from losa_kernels.packing import native as packing_native
+from losa_kernels.packing import reference
 from losa_kernels.packing.reference import metadata_order
 from losa_kernels.tensors import as_bits
 
@@ -182,11 +183,11 @@ def test_native_bitmask_is_the_references(isa, dtype, density, poisoned_native_m
         for stored in (weight, weight.T.contiguous().T, torch.cat([weight, weight], 1)[:, :columns]):
             mask = pack_mask(kept)
             wide = torch.cat([mask, mask], 1)[:, : mask.shape[1]]
-            values, offsets = cpu.pack_bitmask(stored, wide)
+            values, offsets = packing_native.pack_bitmask(stored, wide)
             expected, expected_offsets = reference.pack_bitmask(weight, mask)
             assert torch.equal(as_bits(values), as_bits(expected)) and values.dtype == dtype
             assert torch.equal(offsets, expected_offsets)
-            dense = cpu.unpack_bitmask(values, wide, offsets, weight.shape)
+            dense = packing_native.unpack_bitmask(values, wide, offsets, weight.shape)
             assert torch.equal(as_bits(dense), expected_bits(weight, kept))
 
 
@@ -200,13 +201,13 @@ def test_native_nm_is_the_references(isa, pattern, poisoned_native_memory):
             kept[3:6] &= torch.rand(3, groups * m) < 0.5
             kept[6] = False
             mask = pack_mask(kept)
-            values, stored = cpu.pack_nm(weight, mask, keep_n, m)
+            values, stored = packing_native.pack_nm(weight, mask, keep_n, m)
             expected, expected_stored = reference.pack_nm(weight, mask, keep_n, m)
             assert torch.equal(as_bits(values), as_bits(expected)) and values.shape == expected.shape
             assert torch.equal(stored, expected_stored)
-            most = cpu.largest_group(mask, groups * m, m)
+            most = packing_native.largest_group(mask, groups * m, m)
             assert most == reference.largest_group(mask, groups * m, m) == (keep_n if groups else 0)
-            dense = cpu.unpack_bitmask(values, stored, None, weight.shape)
+            dense = packing_native.unpack_bitmask(values, stored, None, weight.shape)
             assert torch.equal(as_bits(dense), expected_bits(weight, kept))
 
 
@@ -215,7 +216,9 @@ def test_unpacking_some_rows_into_given_memory():
     weight, kept = hostile(20, 72, torch.bfloat16), torch.rand(20, 72) < 0.4
     packed, part = pack_bitmask(weight, pack_mask(kept)), slice(7, 15)
     out = torch.full((8, 72), 3.0).bfloat16()
-    dense = cpu.unpack_bitmask(packed.values, packed.bitmask[part], packed.row_offsets[part], (8, 72), out=out)
+    dense = packing_native.unpack_bitmask(
+        packed.values, packed.bitmask[part], packed.row_offsets[part], (8, 72), out=out
+    )
     assert dense is out and torch.equal(as_bits(out), expected_bits(weight, kept)[part])
 
 
@@ -235,9 +238,9 @@ def test_more_rows_than_one_task():
 def test_damaged_offsets_stay_in_the_buffer(isa):
     """Wrong numbers may come out, but nothing beyond the values is read."""
     weight, mask = torch.ones(4, 64), pack_mask(torch.ones(4, 64, dtype=torch.bool))
-    values, _ = cpu.pack_bitmask(weight, mask)
+    values, _ = packing_native.pack_bitmask(weight, mask)
     offsets = torch.tensor([-5, 250, 1 << 40, -(1 << 40)])
-    dense = cpu.unpack_bitmask(values, mask, offsets, (4, 64))
+    dense = packing_native.unpack_bitmask(values, mask, offsets, (4, 64))
     assert torch.equal(dense.sum(1), torch.tensor([64.0, 6.0, 0.0, 64.0]))
 
 
@@ -245,19 +248,19 @@ def test_damaged_offsets_stay_in_the_buffer(isa):
 def test_operators_check_what_python_did_not():
     weight, mask = torch.ones(2, 16), torch.full((2, 2), 255, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mask: expected at most 2 kept of every 4"):
-        cpu.pack_nm(weight, mask, 2, 4)
+        packing_native.pack_nm(weight, mask, 2, 4)
     with pytest.raises(RuntimeError, match="mask: expected a uint8 tensor"):
-        cpu.pack_bitmask(weight, mask[:, :1])
+        packing_native.pack_bitmask(weight, mask[:, :1])
     with pytest.raises(RuntimeError, match="values: expected rows of equal length"):
-        cpu.unpack_bitmask(torch.ones(31), mask, None, (2, 16))
+        packing_native.unpack_bitmask(torch.ones(31), mask, None, (2, 16))
     with pytest.raises(RuntimeError, match="row_offsets: expected int64"):
-        cpu.unpack_bitmask(torch.ones(32), mask, torch.zeros(2), (2, 16))
+        packing_native.unpack_bitmask(torch.ones(32), mask, torch.zeros(2), (2, 16))
 
 
 @needs_native
 def test_opcheck():
     weight, mask = torch.randn(5, 24), pack_mask(nm_mask(5, 24, 2, 4))
-    values, offsets = cpu.pack_bitmask(weight, mask)
+    values, offsets = packing_native.pack_bitmask(weight, mask)
     ops = torch.ops.losa
     torch.library.opcheck(ops.pack_bitmask.default, (weight, mask))
     torch.library.opcheck(ops.pack_nm.default, (weight, mask, 2, 4))

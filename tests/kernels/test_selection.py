@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import checks_together, cuda, inverse_factor, reference
-from losa_kernels.column_sweep.reference import block_counts, prune_count, smallest, smallest_of_groups
+from losa_kernels.pruning import checks_together, cuda, inverse_factor, reference
+from losa_kernels.pruning.reference import block_counts, prune_count, smallest, smallest_of_groups
 from tests.kernels.test_column_sweep import hessian
 
 

@@ -210,7 +210,7 @@ def test_strided_inputs_of_any_dimension(batch):
 PAST_THE_END = """
 import ctypes, mmap, os, torch
 from losa_kernels import native, pack_bitmask, pack_mask
-from losa_kernels.packing import cpu
+from losa_kernels.packing import native as packing_native
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -237,10 +237,10 @@ for level in ("scalar", "avx2", "avx512"):
             weight, kept = torch.randn(rows, columns).to(dtype), torch.rand(rows, columns) < density
             kept[-1, -1] = True
             mask = at_the_end(pack_mask(kept))
-            values, offsets = cpu.pack_bitmask(at_the_end(weight), mask)
+            values, offsets = packing_native.pack_bitmask(at_the_end(weight), mask)
             values, offsets = at_the_end(values), at_the_end(offsets)
             out = at_the_end(torch.zeros(rows, columns, dtype=dtype))
-            dense = cpu.unpack_bitmask(values, mask, offsets, (rows, columns), out=out)
+            dense = packing_native.unpack_bitmask(values, mask, offsets, (rows, columns), out=out)
             assert torch.equal(dense, weight.masked_fill(~kept, 0))
             for batch in (1, 2, 4, 7, 16):
                 x = at_the_end(torch.randn(batch, columns))

@@ -182,7 +182,7 @@ def test_one_way_can_be_forced(gpu, packed, monkeypatch, way):
 
 def test_what_cannot_be_forced(gpu, packed, monkeypatch):
     monkeypatch.setenv("LOSA_SPARSE_LINEAR", "fast")
-    with pytest.raises(ValueError, match="LOSA_SPARSE_LINEAR: expected auto, window, tiles, unpack; got 'fast'"):
+    with pytest.raises(ValueError, match="LOSA_SPARSE_LINEAR: expected auto, window, tiles or unpack, got 'fast'"):
         product(packed, 1)
     monkeypatch.setenv("LOSA_SPARSE_LINEAR", "tiles")
     gpu.capturing = True

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from losa_kernels import native, pack_mask, sparsegpt_prune
-from losa_kernels.column_sweep import blocks, cuda, graph, inverse_factor
+from losa_kernels.pruning import blocks, cuda, graph, inverse_factor
 from tests.helpers.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from losa_kernels import bitmask, pack_mask, unpack_mask
-from losa_kernels.column_sweep import reference
+from losa_kernels.pruning import reference
 from tests.helpers.column_sweep_problems import tied
 from tests.helpers.emulation import FOLDER, NEEDED, load
 

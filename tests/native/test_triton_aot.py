@@ -22,7 +22,8 @@ import triton
 
 from losa_kernels.cka import triton as cka
 from losa_kernels.masked_lora import triton as lora
-from losa_kernels.masked_lora import triton_launch, tuning
+from losa_kernels.masked_lora.triton import launch as launchers
+from losa_kernels.masked_lora.triton import tuning
 from tests.native import aot, wgmma
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -178,7 +179,7 @@ def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launc
             patch.setattr(tuning, "tuned", tuned)
             patch.setattr(tuning, "architecture", lambda device: arch)
             patch.setattr(cka, "_capability", lambda device: arch)
-            recorded = aot.record(cka if case.startswith("Gram") else triton_launch, call, patch)
+            recorded = aot.record(cka if case.startswith("Gram") else launchers, call, patch)
         for launch in recorded:
             name = launch.kernel.__name__
             row = f"{case}: {name} {launch.tile or f'w{launch.warps} s{launch.stages}'}"
@@ -267,7 +268,7 @@ def test_fp32_sums_are_added_up_in_chunks(call, products, monkeypatch):
     """No product continues an earlier step's sums, which would pile up roundings along the whole reduction."""
     monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
     monkeypatch.setattr(tuning, "architecture", lambda device: 90)
-    launches = aot.record(triton_launch, call, monkeypatch)
+    launches = aot.record(launchers, call, monkeypatch)
     (launch,) = (launch for launch in launches if launch.kernel.__name__ not in SMALL)
     code = launch.build(90).asm["ttgir"]
     zeros = re.findall(r"(%\w+) = arith.constant dense<0.0+e\+00> : tensor<\w+xf32", code)

@@ -150,10 +150,10 @@ template void launch_sparse_linear<false, FloatType::kFloat>(const Task&, const 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
 #include <optional>
 
 #include "common/packing_checks.h"
+#include "common/settings.h"
 #include "cuda/sparse_linear/x_and_y.h"
 
 namespace losa::sparse_linear {
@@ -163,13 +163,8 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 int window_lot() {
-  static const int lot = [] {
-    const char* const setting = std::getenv("LOSA_WINDOW_LOT");
-    if (setting == nullptr || *setting == '\0') return 0;
-    const bool known = setting[1] == '\0' && setting[0] >= '1' && setting[0] <= '0' + kMostLot;
-    STD_TORCH_CHECK(known, "LOSA_WINDOW_LOT: expected a number from 1 to ", kMostLot, ", got '", setting, "'");
-    return setting[0] - '0';
-  }();
+  static_assert(kMostLot == 4);
+  static const int lot = setting("LOSA_WINDOW_LOT", {"auto", "1", "2", "3", "4"});
   return lot;
 }
 

@@ -12,7 +12,7 @@ from losa.algorithm.schedule import plan_rounds
 from losa.errors import NumericsError
 from losa.model.wrapping import merge_model, wrap_model, wrapped_linears
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, RoundsConfig
-from losa_kernels.column_sweep import cuda, factor
+from losa_kernels.pruning import cuda, factor
 from tests.helpers.tiny import tiny_llama
 
 IDS = torch.randint(0, 90, (8, 24), generator=torch.Generator().manual_seed(1))

@@ -18,8 +18,8 @@ from losa.model.wrapping import merge_model
 from losa.modules.sparse import SparseLinear
 from losa.packed import directory as files
 from losa_kernels import sparsegpt_prune, wanda_mask
-from losa_kernels.column_sweep import accumulate_hessian, complete_hessian
 from losa_kernels.cuda_graphs import Recorder
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 from tests.helpers.tiny import EPS, tiny_llama, tiny_tokenizer, wrap
 from tests.losa.inference.test_sparsify import LLAMA_KIND, build, thin
 

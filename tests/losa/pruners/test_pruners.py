@@ -15,7 +15,7 @@ from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.pruners import Pattern, Pruned, Pruner, get_pruner, register
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.column_sweep import inverse_factor
+from losa_kernels.pruning import inverse_factor
 from tests.helpers.tiny import tiny_llama
 
 NAMES = ["magnitude", "wanda", "sparsegpt"]

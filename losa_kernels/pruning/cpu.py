@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels.column_sweep import blocks, reference
+from losa_kernels.pruning import blocks, reference
 
 # A diagonal block that is inverted at once, and the width of a product with a triangle; both keep products efficient.
 LEAF = 128

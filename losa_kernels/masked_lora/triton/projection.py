@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of A and B: M * G, G = dY^T X, projected by both; triton_launch.py launches them.
+"""Triton kernels of the gradients of A and B: M * G, G = dY^T X, projected by both; launch.py launches them.
 
 dA = s B^T (M * G) and dB = s (M * G) A^T are thin: the rank is at most 128. Either a tile of G is projected where the
 main product has put its sums (``project_kernel``), or the vendor's GEMM writes G, and one pass over it suffices
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from losa_kernels.masked_lora.triton_kernels import accumulate, expand, load_bits, two_terms
+from losa_kernels.masked_lora.triton.kernels import accumulate, expand, load_bits, two_terms
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losa_kernels import native
 from losa_kernels.bitmask import packed_width
-from losa_kernels.column_sweep.reference import prune_count
+from losa_kernels.pruning.reference import prune_count
 
 NATIVE_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)  # that wanda_select takes
 STATE = 4352  # int32s that select_block takes: the bound it found, and on CUDA its histograms

@@ -1,4 +1,4 @@
-"""Triton kernels of the products with W_eff; triton_launch.py launches them, triton_project.py is the rest.
+"""Triton kernels of the products with W_eff; launch.py launches them, projection.py has the other kernels.
 
 One identity carries the file. With W_eff = M * (W + s B A), transposing every operand turns the forward pass into the
 gradient of x:

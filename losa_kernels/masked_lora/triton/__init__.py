@@ -1,4 +1,4 @@
-"""Masked-LoRA linear on a GPU by Triton; the kernels and their reasons are in triton_kernels.py and triton_project.py.
+"""Masked-LoRA linear on a GPU by Triton; kernels.py and projection.py have the kernels and their reasons.
 
 Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
 formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff, which lives as long as
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losa_kernels.masked_lora import reference, tuning
-from losa_kernels.masked_lora.triton_launch import compose, draw, drop_scale, factor_depth, keep, linear, project, split
+from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.triton import tuning
+from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, factor_depth, keep, linear, project, split
 
 
 def forward(

@@ -1,10 +1,9 @@
 """What the Triton masked-LoRA linear decides before it launches: fused or composed, and which tile.
 
-``LOSA_MASKED_LORA`` = ``auto`` (default) | ``fused`` | ``compose``; read at every call. ``auto`` chooses the way by
-measurement at the first call of a shape, as the tile always is (``losa_kernels.measured``: ``LOSA_AUTOTUNE``). Where
-nothing is measured, the way is what ``fused`` and ``fused_projection`` predict, and the tile is the first of its list
-that the device has the shared memory for. Tiles differ in their order of summation, so torch's deterministic mode
-measures nothing: runs repeat bit for bit.
+``LOSA_MASKED_LORA=auto`` chooses the way by measurement at the first call of a shape, as the tile is always chosen
+(``losa_kernels.measured``). Where nothing is measured, ``fused`` and ``fused_projection`` predict the way, and the tile
+is the first of its list that the device has the shared memory for. Tiles differ in their order of summation, so torch's
+deterministic mode measures nothing: runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from triton.runtime.errors import OutOfResources
 
-from losa_kernels import measured
+from losa_kernels import measured, settings
 
-WAYS = ("auto", "fused", "compose")
 Name, Result = TypeVar("Name"), TypeVar("Result")
 
 
@@ -201,7 +199,7 @@ def by_way(
     """What ``fused`` or ``compose`` returns: as LOSA_MASKED_LORA says, or the faster; ``predicted``: fused, where
     nothing may be measured. fp32 composes: tl.dot has no tensor cores for full fp32, and the vendor's GEMM honours
     torch's own switch for tf32."""
-    ways, way = {"fused": fused, "compose": compose}, _way()
+    ways, way = {"fused": fused, "compose": compose}, settings.MASKED_LORA()
     if way == "auto" and wide:
         way = "compose"
     if way != "auto":
@@ -268,13 +266,6 @@ def fused_projection(tokens: int, rows: int, columns: int, itemsize: int, arch: 
     in_registers = 2 * tokens * size / machine.project_flops + size * machine.project_seconds
     product = max(2 * tokens * size / machine.vendor_flops, itemsize * size / machine.bytes)
     return in_registers <= product + itemsize * size / machine.bytes + LAUNCH_SECONDS
-
-
-def _way() -> str:
-    way = os.environ.get("LOSA_MASKED_LORA", "auto").strip().lower() or "auto"
-    if way not in WAYS:
-        raise ValueError(f"LOSA_MASKED_LORA: expected {', '.join(WAYS)}; got {way!r}")
-    return way
 
 
 # Plain functions: triton.cdiv and its like are callable by kernels too, and cost the host microseconds.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed, packed_width
-from losa_kernels.column_sweep import cuda as sweep_on_cuda
-from losa_kernels.column_sweep import factor as factor_on_cuda
-from losa_kernels.column_sweep.hessian import accumulate_hessian, complete_hessian
-from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, check_values
+from losa_kernels.pruning import cuda as sweep_on_cuda
+from losa_kernels.pruning import factor as factor_on_cuda
+from losa_kernels.pruning.hessian import accumulate_hessian, complete_hessian
+from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError, check_values
 from losa_kernels.tensors import all_finite
 
 __all__ = [

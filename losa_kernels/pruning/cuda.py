@@ -1,15 +1,14 @@
 """Selection and sweep on CUDA: csrc/cuda/{selection,pruning}, and trailing products of the vendor's.
 
-``LOSA_TRAILING`` = ``auto`` (default) | ``fp32`` | ``3xtf32``: products in fp32, whatever torch's global precision is,
-or on tensor cores from operands in two TF32 parts each, which leaves out at most 3 * 2^-22 of each product. ``auto``:
-the faster of both at the first weight of a shape (``measured``), if the latter is as accurate on this device as it
-should be; fp32 where nothing may be measured. The blocks become one CUDA graph from the second call on (``graph.py``;
-``LOSA_SWEEP_GRAPH=0``: never).
+``LOSA_TRAILING`` says how trailing products are computed. ``fp32``: in fp32, whatever torch's global precision is.
+``3xtf32``: on tensor cores, from operands in two TF32 parts each, which leaves out at most 3 * 2^-22 of each product.
+``auto``: the faster of the two at the first weight of a shape (``measured``), if ``3xtf32`` is as accurate on this
+device as it should be; ``fp32`` where nothing may be measured. The blocks become one CUDA graph from the second call on
+(``graph.py``; ``LOSA_SWEEP_GRAPH=0``: never).
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from losa_kernels import measured
-from losa_kernels.column_sweep import blocks, reference
-from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
+from losa_kernels import measured, settings
+from losa_kernels.pruning import blocks, reference
+from losa_kernels.pruning.graph import CudaCapture, SweepGraphs
 
 WIDEST_BLOCK = 128  # columns that sweep_block takes
 # Columns whose errors reach what is right of them in one product: four times as deep as a block's, it moves the rest of
@@ -66,9 +65,7 @@ def column_sweep(
 
 def _trailing(weight: Tensor, factor: Tensor) -> str:
     """How trailing products are computed: fp32 or 3xtf32."""
-    setting = os.environ.get("LOSA_TRAILING", "auto").strip().lower() or "auto"
-    if setting not in ("auto", "fp32", "3xtf32"):
-        raise ValueError(f"LOSA_TRAILING: expected auto, fp32 or 3xtf32, got {setting!r}")
+    setting = settings.TRAILING()
     if setting != "auto":
         return setting
     rows, columns = weight.shape
@@ -176,21 +173,21 @@ def check_3xtf32(device: torch.device) -> None:
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
     """torch's fp32 precision of CUDA products, "ieee" or "tf32", inside the block."""
-    settings = torch.backends.cuda.matmul
-    before, medium = settings.fp32_precision, _is_medium()
+    matmul = torch.backends.cuda.matmul
+    before, medium = matmul.fp32_precision, _is_medium()
     changes = (before == "tf32") != (name == "tf32")
     if changes:
         # The older of two switches: it sets both, and torch refuses to work while they disagree.
-        settings.allow_tf32 = name == "tf32"
+        matmul.allow_tf32 = name == "tf32"
     try:
         yield
     finally:
         if changes:
-            settings.allow_tf32 = before == "tf32"
+            matmul.allow_tf32 = before == "tf32"
             if medium:
                 torch.set_float32_matmul_precision("medium")
-        if settings.fp32_precision != before:
-            settings.fp32_precision = before
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before
 
 
 def _is_medium() -> bool:

@@ -1,22 +1,21 @@
 """The inverse factor on CUDA: torch's Cholesky and an inverse by products, or column blocks from the last to the first.
 
-``LOSA_FACTOR`` = ``auto`` (default) | ``torch`` | ``blocked``: the faster of both at the first Hessian of a width
-(``measured``), torch's where nothing may be measured, or one of them. Neither reads anything back before its end, so
-that the Hessians of a block are factored on several streams at a time.
+``LOSA_FACTOR=auto`` takes the faster of the two at the first Hessian of a width (``measured``), and torch's where
+nothing may be measured. Neither reads anything back before its end, so that the Hessians of a block are factored on
+several streams at a time.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from losa_kernels import cuda_graphs, measured
-from losa_kernels.column_sweep.cuda import matmul_precision
-from losa_kernels.column_sweep.graph import CudaCapture, SweepGraphs
-from losa_kernels.column_sweep.reference import MAX_DAMPING, SingularHessianError, damped_diagonal, singular
+from losa_kernels import cuda_graphs, measured, settings
+from losa_kernels.pruning.cuda import matmul_precision
+from losa_kernels.pruning.graph import CudaCapture, SweepGraphs
+from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError, damped_diagonal, singular
 
 LEAF = 128  # a diagonal block that torch inverts, all of them at once
 BLOCK = 128  # columns that factor_panel takes
@@ -209,10 +208,7 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 def _method(hessian: Tensor, diagonal: Tensor) -> Attempt:
-    setting = os.environ.get("LOSA_FACTOR", "auto").strip().lower() or "auto"
-    methods = {"torch": by_torch, "blocked": by_blocks}
-    if setting not in ("auto", *methods):
-        raise ValueError(f"LOSA_FACTOR: expected auto, torch or blocked, got {setting!r}")
+    setting, methods = settings.FACTOR(), {"torch": by_torch, "blocked": by_blocks}
 
     def exact(run: Attempt) -> Attempt:
         def call(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ before.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -21,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from losa_kernels import cuda_graphs
+from losa_kernels import cuda_graphs, settings
 
 logger = logging.getLogger("losa_kernels")
 
@@ -67,7 +66,7 @@ class SweepGraphs:
     def run(self, loop: Loop, inputs: Inputs, key: tuple) -> Results:
         """``loop(*inputs)``, which gives the first input up for the first result. ``key``: all that the loop depends on
         besides the place and its inputs' shapes."""
-        off = os.environ.get("LOSA_SWEEP_GRAPH", "1") == "0" or torch.are_deterministic_algorithms_enabled()
+        off = not settings.SWEEP_GRAPH() or torch.are_deterministic_algorithms_enabled()
         too_large = sum(0 if given is None else given.nbytes for given in inputs[:2]) > LARGEST
         place = None if off or too_large else self._capture.place(inputs[0].device)
         if place is not None:

@@ -1,20 +1,18 @@
-"""Launchers, one for each kernel of triton_kernels.py and triton_project.py; triton.py composes them into the op.
+"""Launchers, one for each kernel of kernels.py and projection.py; __init__.py composes them into the operators.
 
-``LOSA_TRITON_FP32`` = ``ieee`` (default) | ``tf32x3``: how fp32 operands are multiplied. ieee is exact fp32, on the
-fp32 units; tf32x3 runs on tensor cores, three tf32 products each, which keep about 21 bits. fp16 and bf16 operands are
-not concerned.
+``LOSA_TRITON_FP32`` says how fp32 operands are multiplied: ``ieee`` is exact and runs on the fp32 units; ``tf32x3`` is
+three TF32 products on tensor cores, which keep about 21 bits. It does not concern fp16 and bf16 operands.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from losa_kernels.masked_lora import triton_kernels, triton_project, tuning
-from losa_kernels.masked_lora.tuning import Tile, ceil_div, next_power_of_2
+from losa_kernels import settings
+from losa_kernels.masked_lora.triton import kernels, projection, tuning
+from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div, next_power_of_2
 
 PARTIAL_BYTES = 32 << 20  # shares of dA and dB in memory at a time
 G_BYTES = 128 << 20  # of G at a time, where the vendor's GEMM makes it
@@ -44,7 +42,7 @@ def linear(
 
     def run(tile: Tile) -> None:
         _launch(
-            triton_kernels.linear_kernel,
+            kernels.linear_kernel,
             ceil_div(out_features, tile.rows) * ceil_div(tokens, tile.columns), tile,
             x=rows, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
             tokens=tokens, rows=out_features, depth=depth,
@@ -52,7 +50,7 @@ def linear(
             mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
             drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p), one=1.0,
             HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
-            PRECISION=_precision(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
+            PRECISION=settings.TRITON_FP32(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
             BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
         )  # fmt: skip
 
@@ -89,12 +87,12 @@ def compose(
         left, right, (head, tail) = B_terms.T, A_terms.T, tuning.factor_split(A_terms.shape[0])
         terms, step = head + tail, min(tail or head, 32)
     _launch(
-        triton_kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
+        kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
         weight=weight, mask=mask, left=left, right=right, composed=composed, adapter=adapter,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
         left_m=left.stride(0), left_r=left.stride(1), right_r=right.stride(1), right_k=right.stride(0),
         scaling=scaling, RANK=rank if direct else 0, TERMS=terms, STEP=step, MASKED=mask is not None,
-        WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=_precision(),
+        WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=settings.TRITON_FP32(),
         BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
     return composed, adapter
@@ -113,7 +111,7 @@ def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     rows, block = 16, 128
     grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
     _launch(
-        triton_kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
+        kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
         lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
         inputs=lora_A.shape[1], outputs=lora_B.shape[0], rank=rank,
         A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
@@ -130,7 +128,7 @@ def draw(tokens: int, features: int, p: float, seed: int, device: torch.device) 
     block = Tile(16, 64, 0, 4, 1)
     grid = (ceil_div(tokens, block.rows), ceil_div(drop.shape[1], block.columns))
     _launch(
-        triton_kernels.drop_kernel, grid, block,
+        kernels.drop_kernel, grid, block,
         drop=drop, tokens=tokens, width=drop.shape[1], seed=seed, threshold=_threshold(p),
         BT=block.rows, BYTES=block.columns,
     )  # fmt: skip
@@ -143,7 +141,7 @@ def keep(rows: Tensor, drop: Tensor, out: Tensor | None = None) -> Tensor:
     tokens, width = rows.shape
     block = tuning.KEEP
     _launch(
-        triton_kernels.keep_kernel, (ceil_div(tokens, block.rows), ceil_div(width, block.columns)), block,
+        kernels.keep_kernel, (ceil_div(tokens, block.rows), ceil_div(width, block.columns)), block,
         source=rows, drop=drop, target=out, tokens=tokens, width=width,
         source_t=rows.stride(0), source_i=rows.stride(1), drop_t=drop.stride(0), BT=block.rows, BI=block.columns,
     )  # fmt: skip
@@ -225,7 +223,7 @@ def _project(
         split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
         A_parts, B_parts = _shares(tiles_o * splits, tiles_i * splits, weight, rank, needs_A, needs_B)
         _launch(
-            triton_project.project_kernel, tiles_o * tiles_i * splits, tile,
+            projection.project_kernel, tiles_o * tiles_i * splits, tile,
             dy=dy, x=x, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
             A_parts=A_parts, B_parts=B_parts,
             tokens=tokens, outputs=outputs, inputs=inputs, rank=rank, splits=splits, split_tokens=split_tokens,
@@ -234,7 +232,7 @@ def _project(
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
             drop_t=_row_stride(drop), one=1.0, R=R, RANK_STEP=RANK_STEP,
             MASKED=mask is not None, DROPOUT=drop is not None,
-            LOW=_TRITON_DTYPE[_low_dtype()], TERMS=terms, PRECISION=_precision(),
+            LOW=_TRITON_DTYPE[_low_dtype()], TERMS=terms, PRECISION=settings.TRITON_FP32(),
             BO=tile.rows, BI=tile.columns, BT=tile.step, GROUP=GROUP,
         )  # fmt: skip
         return A_parts, B_parts
@@ -256,12 +254,12 @@ def _project_given(
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
         _launch(
-            triton_project.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
+            projection.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
             G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, A_parts=A_parts, B_parts=B_parts,
             outputs=outputs, inputs=inputs, rank=rank,
             w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
-            R=R, RANK_STEP=RANK_STEP, MASKED=mask is not None, TERMS=terms, PRECISION=_precision(),
+            R=R, RANK_STEP=RANK_STEP, MASKED=mask is not None, TERMS=terms, PRECISION=settings.TRITON_FP32(),
             LOW=_TRITON_DTYPE[_low_dtype() if G.dtype == torch.float32 else G.dtype],
             BO=tile.rows, BI=tile.columns, SPAN=tile.step,
         )  # fmt: skip
@@ -291,7 +289,7 @@ def _sum(
     rank, inputs, outputs = A_shape[1], A_shape[2], B_shape[2]
     tile = tuning.SUM
     _launch(
-        triton_project.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
+        projection.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
         A_parts=A_parts, B_parts=B_parts, dA=dA, dB=dB, A_count=A_shape[0], B_count=B_shape[0],
         inputs=inputs, outputs=outputs, rank=rank, factor=factor,
         ACCUMULATE=accumulate, PARTS=tile.rows, BLOCK=tile.columns,
@@ -358,13 +356,6 @@ def drop_scale(p: float) -> float:
 def _token_splits(tiles: int, tokens: int, arch: int) -> int:
     """Into how many programs to divide the tokens: until the machine is full, or a share is 512 tokens."""
     return max(1, min(tuning.MACHINES[tuning.family(arch)].units // tiles, tokens // 512))
-
-
-def _precision() -> str:
-    precision = os.environ.get("LOSA_TRITON_FP32", "ieee")
-    if precision not in ("ieee", "tf32x3"):
-        raise ValueError(f"LOSA_TRITON_FP32: expected ieee or tf32x3; got {precision!r}")
-    return precision
 
 
 def _aligned(*matrices: Tensor) -> bool:
