@@ -43,6 +43,7 @@ from benchmarks._timing import (
     setting,
 )
 from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.layer import Layer
 
 # glibc hands memory of this size back at once and faults it in anew; raised, it keeps what was freed.
 RAISED = {
@@ -220,14 +221,14 @@ def _check(problem: Problem) -> None:
     part, s, mask = slice(0, 64), problem.scaling, problem.mask
     grad, W, x, A, B = (t.detach().double() for t in (problem.grad, problem.weight, *problem.leaves))
     y = losa(problem)
-    _compare("y", y[part], reference.forward(x[part], W, mask, A, B, s, None, 0.0, 0))
+    _compare("y", y[part], reference.forward(x[part], Layer(W, mask, A, B, s), None, 0.0, 0))
     y.backward(problem.grad)
     dx, dA, dB = (leaf.grad for leaf in problem.leaves)
     for leaf in problem.leaves:
         leaf.grad = None
 
-    def backward(which: int, *arguments: torch.Tensor) -> torch.Tensor:
-        return reference.backward(*arguments, s, 0.0, 0, [i == which for i in range(4)])[which]
+    def backward(which: int, grad: torch.Tensor, x: torch.Tensor, *layer: torch.Tensor) -> torch.Tensor:
+        return reference.backward(grad, x, Layer(*layer, s), 0.0, 0, [i == which for i in range(4)])[which]
 
     _compare("x", dx[part], backward(0, grad[part], x[part], W, mask, A, B))
     columns = (x[:, part], W[:, part], mask[:, :8], A[:, part])
