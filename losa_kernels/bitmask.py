@@ -26,7 +26,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Undo :func:`pack_mask`: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features), contiguous.
+    """Undo ``pack_mask``: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features), contiguous.
 
     Padding bits are ignored. Raises ValueError if ``packed`` is not a 2-D uint8 tensor or its width does not fit
     ``in_features``.
