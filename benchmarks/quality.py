@@ -191,9 +191,7 @@ def table(runs: dict) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="a name known here, a local directory or a hub id")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (docs/results.md)"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (docs/results.md)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; finished runs in it are kept")
     parser.add_argument("--windows", type=int, default=48, help="evaluation windows of 512 tokens")
     parser.add_argument("--only", action="append", help="run only jobs whose key contains this text, or another's")

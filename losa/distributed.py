@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,8 @@ def on_main(work: Callable[[], _T]) -> _T:
     process = PartialState()
     if process.num_processes == 1:
         return work()
-    store, key = dist.distributed_c10d._get_default_store(), f"losa/{next(_calls)}"
+    store: Any = dist.distributed_c10d._get_default_store()
+    key = f"losa/{next(_calls)}"
     if not process.is_main_process:
         return _wait(store, key)
     try:
@@ -83,7 +84,7 @@ def on_main(work: Callable[[], _T]) -> _T:
     return result
 
 
-def _wait(store, key: str):
+def _wait(store: Any, key: str):
     try:
         while not store.check([key]):
             time.sleep(_POLL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,8 +42,9 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     blocks = [(block, list(find_linears(block))) for block in found]
     for block, names in blocks:  # all of them before the first is replaced
         for name in names:
-            if type(linear := block.get_submodule(name)) is not nn.Linear:
-                raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
+            if type(block.get_submodule(name)) is not nn.Linear:
+                kind = type(block.get_submodule(name)).__name__
+                raise ModelError(f"sparsify: {name} is a {kind}; merge_model first")
     forget_decoder(model)
     replaced, considered = 0, sum(len(names) for _, names in blocks)
     try:
@@ -52,7 +54,7 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
         leave = set()
     for index, (block, names) in enumerate(blocks):
         for name in names:
-            linear = block.get_submodule(name)
+            linear: Any = block.get_submodule(name)
             if f"{prefix}.{index}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))

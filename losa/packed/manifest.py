@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -45,8 +46,10 @@ class Linear:
 
     def build(self, tensors: dict[str, Tensor]) -> Packed:
         """The weight. Raises ValueError if the tensors contradict each other or this entry."""
-        extra = {} if self.m is None else {"keep_n": self.keep_n, "m": self.m}
-        packed = CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        fields: dict[str, Any] = {"shape": self.shape, **tensors}
+        if self.m is not None:
+            fields |= {"keep_n": self.keep_n, "m": self.m}
+        packed = CLASSES[self.format](**fields)
         packed.check()
         return packed
 
@@ -90,8 +93,8 @@ def block_file(index: int | None) -> str:
 
 
 def block_of(file: str) -> int | None:
-    number = _FILE.fullmatch(file)[1]
-    return None if number is None else int(number)
+    found = _FILE.fullmatch(file)
+    return None if found is None or found[1] is None else int(found[1])
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -174,5 +177,5 @@ def _linear(name: str, entry: object) -> Linear:
     return Linear(format, (shape[0], shape[1]), wanted, keep_n, m)
 
 
-def _count(value: object, most: int) -> bool:
+def _count(value: object, most: Any) -> bool:
     return type(value) is int and 0 < value <= most

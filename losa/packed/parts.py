@@ -170,7 +170,8 @@ class Shards:
 
     def finish(self) -> None:
         """Names as transformers writes them say how many shards there are, which is known only now."""
-        weight_map, count = {}, len(self._shards)
+        weight_map: dict[str, str] = {}
+        count = len(self._shards)
         for number, names in enumerate(self._shards, 1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
             self._path(number).rename(self.directory / final)

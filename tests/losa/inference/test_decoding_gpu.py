@@ -19,6 +19,7 @@ from losa.modules.sparse import SparseLinear
 from losa.packed import directory as files
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.cuda_graphs import Recorder
+from losa_kernels.pruning import accumulate_hessian, complete_hessian
 from tests.helpers.tiny import EPS, tiny_llama, tiny_tokenizer, wrap
 from tests.losa.inference.test_sparsify import LLAMA_KIND, build, thin
 
