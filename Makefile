@@ -8,7 +8,8 @@ TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
-SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test lint docs bench gpu gpu-again test-gpu bench-gpu clean
 
@@ -24,6 +25,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 # The site, in build/docs: pages, API reference, an executed notebook. Strict: a warning is an error.

@@ -1,6 +1,7 @@
 """Builds the native libraries by CMakeLists.txt. LOSA_NO_EXT=1: Python and Triton only. LOSA_CUDA=OFF: no CUDA half."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+SETTINGS = runpy.run_path(str(ROOT / "losa_kernels/settings.py"))
 
 
 class CMakeBuild(build_ext):
@@ -22,8 +24,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLOSA_VERSION={self.distribution.get_version()}",
             f"-DLOSA_OUTPUT={target}",
-            f"-DLOSA_CUDA={os.environ.get('LOSA_CUDA', 'ON')}",
-            f"-DLOSA_CUDA_ARCHS={os.environ.get('LOSA_CUDA_ARCHS', '').replace(',', ';')}",
+            f"-DLOSA_CUDA={int(SETTINGS['CUDA']())}",
+            f"-DLOSA_CUDA_ARCHS={SETTINGS['CUDA_ARCHS']().replace(',', ';')}",
         ]
         # The cmake and ninja of this environment first, activated or not.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
@@ -46,8 +48,7 @@ class CMakeBuild(build_ext):
             library.unlink()
 
 
-skip = os.environ.get("LOSA_NO_EXT", "0") not in ("", "0")
 setup(
-    ext_modules=[] if skip else [Extension("losa_kernels._build_info", [])],
+    ext_modules=[] if SETTINGS["NO_EXT"]() else [Extension("losa_kernels._build_info", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks NAME [options]``. The results that the documentation quotes are in results/."""
+"""Benchmarks: ``python -m benchmarks --help``. The results that the documentation quotes are committed in results/."""

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cpu_isa.h"
+#include "cpu/isa.h"
 
 namespace {
 

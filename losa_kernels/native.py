@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from losa_kernels import settings
+
 logger = logging.getLogger("losa_kernels")
 
 LIBRARY_FOLDER = Path(__file__).parent
@@ -74,11 +76,15 @@ def build_info() -> dict | None:
 
     Keys: version, torch_headers, torch_target, compiler, cuda (compiler version or None), cuda_archs, cuda_built,
     cpu_isa_compiled, cpu_isa_selected.
+
+    Raises:
+        SettingError: ``LOSA_CPU_ISA`` has a value that is not allowed.
     """
     try:
         from . import _build_info
     except ImportError:
         return None
+    settings.CPU_ISA()  # a bad value is this error, in whichever order things are asked
     return {
         "version": _build_info.version,
         "torch_headers": _build_info.torch_headers,

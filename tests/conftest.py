@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import shared
+from losa_kernels.settings import FAILED_TESTS, TEST_RUN
 from tests.helpers.emulation import drivers, emulate  # noqa: F401  fixtures
 
 try:
@@ -95,7 +95,7 @@ def device(request) -> torch.device:
 def shared_folder(tmp_path_factory):
     """For ``shared.made``: the same in all of pytest-xdist's workers, whose own folders are inside it."""
     folder = tmp_path_factory.getbasetemp()
-    os.environ[shared.FOLDER] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    os.environ[TEST_RUN.name] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def pytest_runtest_logreport(report):
     LOSA_FAILED_TESTS names a file that gets the names of failed tests while the others still run.
     """
     worker = "PYTEST_XDIST_WORKER" in os.environ
-    if report.failed and not worker and (file := os.environ.get("LOSA_FAILED_TESTS")):
+    if report.failed and not worker and (file := FAILED_TESTS()):
         with open(file, "a") as names:
             names.write(f"{report.nodeid}\n")
     if report.when != "teardown" or not report.failed or not device_is_lost():

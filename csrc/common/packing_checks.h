@@ -58,9 +58,9 @@ inline void check_sparse_linear(const torch::stable::Tensor& x, const torch::sta
                                 const std::optional<torch::stable::Tensor>& row_offsets,
                                 const std::optional<torch::stable::Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., in)");
-  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == torch::headeronly::ScalarType::Byte &&
-                      bitmask.is_contiguous(),
-                  "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(
+      bitmask.dim() == 2 && bitmask.scalar_type() == torch::headeronly::ScalarType::Byte && bitmask.is_contiguous(),
+      "bitmask: expected a contiguous uint8 tensor (out, ceil(in / 8))");
   STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
   const int64_t out = bitmask.size(0), columns = x.size(x.dim() - 1);
   STD_TORCH_CHECK(bitmask.size(1) == packed_width(columns), "x: ", columns, " columns do not fit packed rows of ",
@@ -73,9 +73,9 @@ inline void check_sparse_linear(const torch::stable::Tensor& x, const torch::sta
 inline void check_per_byte(const torch::stable::Tensor& x, const torch::stable::Tensor& values,
                            const torch::stable::Tensor& bitmask, int64_t per_byte) {
   const int64_t columns = x.dim() > 0 ? x.size(x.dim() - 1) : 0, rows = bitmask.dim() > 0 ? bitmask.size(0) : 0;
-  STD_TORCH_CHECK(columns % 8 == 0 && 0 < per_byte && per_byte <= 8 &&
-                      values.numel() == rows * (columns / 8) * per_byte,
-                  "per_byte: expected the number of values of every 8 columns, got ", per_byte);
+  STD_TORCH_CHECK(
+      columns % 8 == 0 && 0 < per_byte && per_byte <= 8 && values.numel() == rows * (columns / 8) * per_byte,
+      "per_byte: expected the number of values of every 8 columns, got ", per_byte);
 }
 
 }  // namespace losa::packing

@@ -16,13 +16,13 @@ using torch::stable::Tensor;
 inline void check_wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t count, int64_t m,
                                const std::optional<Tensor>& mask) {
   const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(weight.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                                        dtype == ScalarType::BFloat16),
-                  "weight: expected a float, half or bfloat16 tensor (out, in)");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16),
+      "weight: expected a float, half or bfloat16 tensor (out, in)");
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  STD_TORCH_CHECK(input_norms.dim() == 1 && input_norms.size(0) == columns &&
-                      input_norms.scalar_type() == ScalarType::Float,
-                  "input_norms: expected a float tensor (", columns, ",)");
+  STD_TORCH_CHECK(
+      input_norms.dim() == 1 && input_norms.size(0) == columns && input_norms.scalar_type() == ScalarType::Float,
+      "input_norms: expected a float tensor (", columns, ",)");
   STD_TORCH_CHECK(m >= 0 && (m == 0 || columns % m == 0), "m: expected 0 or a divisor of ", columns, ", got ", m);
   STD_TORCH_CHECK(0 <= count && count <= (m == 0 ? columns : m), "count: got ", count);
   STD_TORCH_CHECK(!mask || is_packed_mask(*mask, rows, columns), "mask: expected a uint8 tensor (", rows, ", ",
@@ -65,8 +65,7 @@ inline void check_select_block(const Tensor& weight, const Tensor& factor, int64
   STD_TORCH_CHECK(0 <= index && index < counts.size(0), "index: expected one of ", counts.size(0), " counts, got ",
                   index);
   STD_TORCH_CHECK(is_dense_float(scratch) && scratch.numel() >= entries,
-                  "scratch: expected a contiguous float tensor of ",
-                  entries, " elements");
+                  "scratch: expected a contiguous float tensor of ", entries, " elements");
   check_state(state, state_ints);
 }
 
@@ -91,8 +90,8 @@ inline void check_sweep_block(const Tensor& weight, const Tensor& factor, int64_
                               const Tensor& kept, const Tensor& errors, const Tensor& loss) {
   check_column_block(weight, factor, start, end, mask);
   const int64_t rows = weight.size(0), width = end - start;
-  STD_TORCH_CHECK(m == 0 ? state.has_value() : m > 0 && width % m == 0 && 0 <= prune && prune <= m,
-                  "m, prune: got ", m, ", ", prune);
+  STD_TORCH_CHECK(m == 0 ? state.has_value() : m > 0 && width % m == 0 && 0 <= prune && prune <= m, "m, prune: got ", m,
+                  ", ", prune);
   if (state) check_state(*state, 3);
   STD_TORCH_CHECK(is_packed_mask(kept, rows, weight.size(1)) && kept.is_contiguous(),
                   "kept: expected a contiguous packed uint8 tensor");

@@ -1,8 +1,8 @@
-// pack_mask and unpack_mask on CUDA: neighbouring threads have neighbouring packed bytes. With aligned rows the 8 columns
-// of a byte are one 64-bit access, so a warp moves 256 contiguous bytes; the limit is memory bandwidth (9 bytes for a
-// packed byte), which leaves no time for a division by the row's width.
+// pack_mask and unpack_mask on CUDA. Neighbouring threads have neighbouring packed bytes. If rows are aligned, the 8
+// columns of a byte are one 64-bit access, so that a warp moves 256 contiguous bytes. The limit is memory bandwidth (9
+// bytes for a packed byte), which leaves no time for a division by the row's width.
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa::bitmask {
 
@@ -10,12 +10,12 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;
 constexpr int kAtOnce = 4;  // packed bytes of a thread whose loads are on their way together
 
-// From one packed byte of a thread to its next: whole rows, and bytes of the next row.
+// From a packed byte of a thread to the thread's next packed byte: whole rows, and bytes within a row.
 struct Step {
   int64_t rows, bytes;
 };
 
-// A packed byte. One division finds a thread's first, and additions the others.
+// Where a packed byte is. One division finds a thread's first byte, and additions find the other bytes.
 struct Place {
   int64_t row, byte;
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
       to[i] = packed + (place.row * width + place.byte);
       const uint8_t* const from = bools + (place.row * row_stride + place.byte * 8);
       if (kAligned) {
-        eights[i] = *reinterpret_cast<const uint64_t*>(from);
+        eights[i] = *reinterpret_cast<const uint64_t*>(from);  // [8 columns]
       } else {
         const int64_t left = columns - place.byte * 8;
 #pragma unroll
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     uint8_t bytes[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i, ahead.advance(step, width)) {
-      bytes[i] = ahead.row < rows ? packed[ahead.row * row_stride + ahead.byte] : uint8_t{0};
+      bytes[i] = ahead.row < rows ? packed[ahead.row * row_stride + ahead.byte] : uint8_t{0};  // [8 columns]
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i, place.advance(step, width)) {
@@ -106,10 +106,10 @@ struct Grid {
 inline Grid grid_of(int64_t rows, int64_t columns, int64_t most) {
   const int64_t width = packed_width(columns), blocks = (rows * width + kThreads - 1) / kThreads;
   const int64_t used = blocks < most ? blocks : most, bytes = used * kThreads;
-  return {static_cast<unsigned>(used), {bytes / width, bytes % width}};
+  return {.blocks = static_cast<unsigned>(used), .step = {.rows = bytes / width, .bytes = bytes % width}};
 }
 
-// bools: rows x columns bytes, row_stride bytes apart; packed: rows x packed_width(columns), dense.
+// bools: (rows, columns) bytes, rows row_stride bytes apart; packed: (rows, packed_width(columns)), dense.
 void launch_pack(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* packed,
                  cudaStream_t stream, int64_t most_blocks = kMaxBlocks) {
   if (rows * columns == 0) return;
@@ -122,7 +122,7 @@ void launch_pack(const uint8_t* bools, int64_t row_stride, int64_t rows, int64_t
   }
 }
 
-// packed: rows x packed_width(columns) bytes, row_stride bytes apart; bools: rows x columns bytes, dense.
+// packed: (rows, packed_width(columns)), rows row_stride bytes apart; bools: (rows, columns) bytes, dense.
 void launch_unpack(const uint8_t* packed, int64_t row_stride, int64_t rows, int64_t columns, uint8_t* bools,
                    cudaStream_t stream, int64_t most_blocks = kMaxBlocks) {
   if (rows * columns == 0) return;

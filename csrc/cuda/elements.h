@@ -30,7 +30,7 @@ __device__ __forceinline__ ElementBits<kType> narrow(float value) {
   }
 }
 
-// The nearest number that an element can hold.
+// Rounded to the nearest number that an element can hold.
 template <FloatType kType>
 __device__ __forceinline__ float rounded(float value) {
   return widen<kType>(narrow<kType>(value));
@@ -40,7 +40,7 @@ __device__ __forceinline__ float rounded(float value) {
 template <FloatType kType>
 constexpr int kPerVector = 16 / float_type_size(kType);
 
-// Element `place`. Loads go past the L1 cache, which other multiprocessors' writes do not reach.
+// Element `place`. The load goes past the L1 cache, which the writes of other multiprocessors do not reach.
 template <FloatType kType>
 __device__ __forceinline__ float load_element(const void* from, int64_t place) {
   return widen<kType>(__ldcg(static_cast<const ElementBits<kType>*>(from) + place));
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_element(void* to, int64_t place, float val
   static_cast<ElementBits<kType>*>(to)[place] = narrow<kType>(value);
 }
 
-// kCount consecutive elements: one, or the 16 bytes at a 16-byte boundary.
+// kCount consecutive elements: one, or 16 bytes at a multiple of 16 bytes.
 template <FloatType kType, int kCount>
 struct Elements {
   static_assert(kCount == 1 || kCount == kPerVector<kType>);
@@ -98,7 +98,7 @@ struct Elements {
 // The sum over the lanes of a warp, in every lane.
 __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
   return value;
 }
 

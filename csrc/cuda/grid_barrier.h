@@ -1,14 +1,14 @@
 // A barrier of all blocks of a cooperative launch.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 
 namespace losa {
 
-// What any thread of any block wrote before is there for all threads of all blocks afterwards; __ldcg reads it past the
-// first-level cache. *counter is zero before the kernel's first barrier and grows by a round of blocks at each; the
-// block that ends last sets it to zero again (last_block).
+// Whatever any thread of any block wrote before the barrier is there for all threads of all blocks behind it; __ldcg
+// reads it past the first-level cache. *counter is zero before the kernel's first barrier, and each barrier adds the
+// number of blocks to it. The block that ends last sets it to zero again (last_block).
 __device__ __forceinline__ void grid_barrier(int* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -21,7 +21,8 @@ __device__ __forceinline__ void grid_barrier(int* counter) {
   __syncthreads();
 }
 
-// True in the block that comes here last, which sees what all others wrote; *finished, zero before, is zero again then.
+// True in the block that comes here last, which sees what all other blocks wrote. *finished is zero before, and zero
+// again after the last block.
 __device__ __forceinline__ bool last_block(int* finished, bool* last) {
   __syncthreads();
   if (threadIdx.x == 0) {

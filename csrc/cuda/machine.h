@@ -1,7 +1,7 @@
 // Instructions that CUDA C++ has no plain word for. The emulator has its own version of each.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 #if defined(LOSA_EMULATOR)
 
@@ -29,20 +29,21 @@ __device__ __forceinline__ uint16_t narrow_bfloat16(float value) {
   return bits;
 }
 
-// An address in shared memory, in bytes. Held as a number it is computed once; compilers else form it at every access.
+// An address in shared memory, in bytes. A number is computed once; compilers form a pointer anew at every access.
 using Shared = unsigned;
 
 __device__ __forceinline__ Shared shared_address(const void* pointer) {
   return static_cast<Shared>(__cvta_generic_to_shared(pointer));
 }
 
-// Compilers else form a number again wherever it is used, which may take more than the register that it saves.
+// Keeps compilers from computing a number again wherever it is used, which may cost more than the register that it
+// saves.
 template <class Number>
 __device__ __forceinline__ void keep_in_register(Number& number) {
   asm volatile("" : "+r"(number));
 }
 
-// Adds the number of the lane kDelta below, where there is one. By all lanes.
+// Adds the number of the lane kDelta below, if there is such a lane. By all lanes.
 template <int kDelta>
 __device__ __forceinline__ void add_from_below(unsigned& number) {
   asm volatile("{.reg .u32 r; .reg .pred p; shfl.sync.up.b32 r|p, %0, %1, 0, -1; @p add.u32 %0, %0, r;}"
@@ -136,7 +137,7 @@ __device__ __forceinline__ void store_shared_piece(Shared to, uint4 piece) {
                : "memory");
 }
 
-// A word, or 16 bytes, at a boundary of its own size in global memory that nobody writes while the kernel runs. It is
+// A word, or 16 bytes, at a multiple of its own size in global memory that nothing writes while the kernel runs. It is
 // read once: L1 does not keep it, and L2 fetches the 256 bytes around it, which other warps want at about the same
 // time.
 __device__ __forceinline__ unsigned load_once_word(const void* from) {
@@ -153,12 +154,12 @@ __device__ __forceinline__ uint4 load_once_piece(const void* from) {
   return piece;
 }
 
-// 16 bytes from global to shared memory, both aligned; they are there after this thread's wait_copies.
+// 16 bytes from global to shared memory, both at multiples of 16 bytes; they are there after this thread's wait_copies.
 __device__ __forceinline__ void copy_async(Shared to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Closes a group: the copies since the last one.
+// Closes a group of copies: all copies since the last group.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -185,15 +186,15 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)
   }
 }
 
-// This thread's place in its warp. It stays in a register, where threadIdx.x is read anew at every use.
+// This thread's lane in its warp. It stays in a register, whereas threadIdx.x is read anew at every use.
 __device__ __forceinline__ int lane_of_warp() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
 
-// Bulk copies: one thread asks for up to 1 MB from global to shared memory, and a barrier in shared memory (8 bytes,
-// aligned) tells when it is there. From compute capability 9.0 on; elsewhere none of these may be called.
+// Bulk copies: one thread requests up to 1 MB from global to shared memory, and a barrier in shared memory (8 bytes,
+// aligned) tells when the copy is complete. From compute capability 9.0 on; elsewhere none of these may be called.
 __device__ __forceinline__ constexpr bool has_bulk_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return true;
@@ -202,14 +203,14 @@ __device__ __forceinline__ constexpr bool has_bulk_copies() {
 #endif
 }
 
-// A barrier for one copy at a time, before its first use.
+// Makes a barrier for one copy at a time. Before the barrier's first use.
 __device__ __forceinline__ void init_barrier(Shared barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 #endif
 }
 
-// Between this thread's init_barrier and a copy: copies are made by another unit, which has to see the barriers.
+// Between this thread's init_barrier and a copy: another unit of the GPU makes the copies, and has to see the barriers.
 __device__ __forceinline__ void publish_barriers() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -217,50 +218,49 @@ __device__ __forceinline__ void publish_barriers() {
 #endif
 }
 
-// `bytes` from global to shared memory, all three multiples of 16. The reads of what was there before are complete: of
-// this thread, and of those that it met at a barrier since.
+// `bytes` from global to shared memory; both addresses and `bytes` are multiples of 16. Reads of what the shared memory
+// held before must be complete: this thread's reads, and the reads of threads that it met at a barrier since.
 __device__ __forceinline__ void copy_bulk(Shared to, const void* from, unsigned bytes, Shared barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 #endif
 }
 
-// Returns when the barrier's copy is there: the first, third, ... with parity 0, the second, fourth, ... with parity 1.
+// Returns when the barrier's copy is complete: the first, third, ... with parity 0, the second, fourth, ... with parity
+// 1.
 __device__ __forceinline__ void wait_barrier(Shared barrier, unsigned parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   unsigned done = 0;
   do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
   } while (done == 0);
 #endif
 }
 
 // In a kernel that LOSA_LAUNCH_DEPENDENT started: returns when all kernels before it on the stream are complete and
-// what they wrote can be read. Elsewhere they are complete from the start.
+// what they wrote can be read. In other kernels they are complete from the start.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel of the stream start, if LOSA_LAUNCH_DEPENDENT starts it, once every block has come here: it may
-// take the multiprocessors that this one leaves idle.
+// Lets the next kernel of the stream start, if LOSA_LAUNCH_DEPENDENT starts it, when every block has come here: it may
+// take the multiprocessors that this kernel leaves idle.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" :::);
 #endif
 }
 
-// Returns when *counter is at least `goal`; what was written before another block added to it can then be read.
+// Returns when *counter is at least `goal`. What another block wrote before it added to *counter can then be read.
 __device__ __forceinline__ void wait_for_count(const int* counter, int goal) {
   int found;
   for (;;) {

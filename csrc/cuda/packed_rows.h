@@ -2,14 +2,14 @@
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 
 constexpr int kStepColumns = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Of the lanes up to this one.
+// The sum of the values of the lanes up to this one.
 template <class Number>
 __device__ __forceinline__ Number inclusive_sum(Number value) {
   const int lane = threadIdx.x % 32;
@@ -21,13 +21,13 @@ __device__ __forceinline__ Number inclusive_sum(Number value) {
   return value;
 }
 
-// Eight elements of a row, moved in as few accesses as their alignment allows.
+// Eight elements of a row, which move in as few accesses as their alignment allows.
 template <class Element>
 struct alignas(sizeof(Element) == 1 ? 8 : 16) Eight {
   Element at[8];
 };
 
-// Where a row's values begin. Offsets from a damaged file must not lead out of the buffer.
+// The index of a row's first value. Offsets from a damaged file must not lead out of the buffer.
 __device__ __forceinline__ int64_t first_value(const int64_t* offsets, int64_t row, int64_t length, int64_t total) {
   const int64_t first = offsets != nullptr ? offsets[row] : row * length;
   return first < 0 ? 0 : first > total ? total : first;

@@ -1,17 +1,19 @@
-// What the host asks the driver, or tells it, once for each device: attributes of a kernel hold on one device only.
+// Questions and settings that the host gives to the driver once for each device: a kernel's attributes hold on one
+// device only.
 #pragma once
 
 #include <atomic>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 
-// Numbers from 0 on, `kKeys` of them for each device. Any thread may be the first to compute one, and several may.
+// kKeys numbers >= 0 for each device. Any thread may be the first to compute a number, and several threads may compute
+// it.
 template <int kKeys = 1>
 class PerDevice {
  public:
-  // For the current device. compute: () -> int.
+  // Number `key` of the current device. compute: () -> int.
   template <class Compute>
   int get(int key, Compute&& compute) {
     int device = 0;
@@ -30,8 +32,9 @@ class PerDevice {
   std::atomic<int> known_[kMostDevices][kKeys] = {};
 };
 
-// Before a decode kernel's first launch on a device, which gives it all the shared memory that it can: its L1 serves x
-// only, and kernels that follow each other run at the same time only if they agree about it. For PerDevice::get.
+// Before a kernel's first launch on a device: gives the kernel as much shared memory as there is. For kernels whose L1
+// cache serves x only; kernels that follow each other can overlap only if they have the same setting. For
+// PerDevice::get.
 template <class Kernel>
 int prefer_shared_memory(Kernel* kernel, int bytes) {
   allow_shared_memory(kernel, bytes);
@@ -41,7 +44,7 @@ int prefer_shared_memory(Kernel* kernel, int bytes) {
 
 #if !defined(LOSA_EMULATOR)
 
-// Of the current device.
+// An attribute of the current device.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
   static PerDevice<> known;
@@ -57,7 +60,7 @@ inline int multiprocessors() {
   return device_attribute<cudaDevAttrMultiProcessorCount>();
 }
 
-// Blocks of a kernel that the current device holds at a time.
+// How many blocks of a kernel the current device holds at a time.
 template <class Kernel>
 int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
   int blocks = 0;

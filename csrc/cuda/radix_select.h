@@ -1,46 +1,53 @@
-// What selection.cu and wanda.cu share: a radix select of 11, 10 and 10 bits on the float's bits. Counts are integers,
-// so that atomics leave the result the same from run to run.
+// What selection and Wanda share: a radix select of 11, 10 and 10 bits on the bits of a score. Counts are integers, so
+// that atomics leave the result the same from run to run.
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/packed_rows.h"
 
-namespace losa::selection {
+namespace losa::radix_select {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 2048;  // of the first digit
 constexpr int kUnit = 8;     // neighbouring columns that a thread takes together: a byte of the mask
-// Beyond these a block takes several shares; tests set few, so that it does.
+// The most blocks of a launch; with more work a block takes several turns. Tests set few blocks, so that it does.
 #if defined(LOSA_MAX_BLOCKS)
 constexpr int64_t kMaxBlocks = LOSA_MAX_BLOCKS, kMaxRowBlocks = LOSA_MAX_BLOCKS;
 #else
 constexpr int64_t kMaxBlocks = 1024, kMaxRowBlocks = 1 << 20;
 #endif
-// The three digits of a key, from the top. A key takes part if what is above the digit equals the prefix found so far.
+
+// The three digits of a key, from the top.
 LOSA_HOST_DEVICE constexpr int digit_shift(int pass) {
   return pass == 0 ? 20 : pass == 1 ? 10 : 0;
 }
 LOSA_HOST_DEVICE constexpr int digit_bins(int pass) {
   return pass == 0 ? kBins : 1024;
 }
-// Bins of the digits before.
+
+// The number of bins of the digits before.
 LOSA_HOST_DEVICE constexpr int digit_start(int pass) {
   return pass == 0 ? 0 : digit_start(pass - 1) + digit_bins(pass - 1);
 }
+
+// A key takes part in a digit's pass if the digits before it equal the prefix found so far. Keys below 0 never do.
 __device__ __forceinline__ bool takes_part(int key, int pass, int prefix) {
   return key >= 0 && (pass == 0 || key >> (digit_shift(pass) + 10) == prefix);
 }
+
 __device__ __forceinline__ int digit_of(int key, int pass) {
   return (key >> digit_shift(pass)) & (digit_bins(pass) - 1);
 }
 
+// A bin of a histogram, with the number of keys in the bins before it and in it.
 struct Bin {
   int index, before, inside;
 };
 
-// Sum over the block of one value a thread, before this thread. Ends with a barrier.
+// The sum of the values of the threads before this one, of one value a thread; *total is the sum of all. Ends with a
+// barrier of the block.
 __device__ __forceinline__ int exclusive_sum(int value, int* warp_sums, int* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int sum = inclusive_sum(value);
@@ -57,7 +64,8 @@ __device__ __forceinline__ int exclusive_sum(int value, int* warp_sums, int* tot
   return before + sum - value;
 }
 
-// The bin of the k-th smallest (k from 1) by all threads of the block, each with the counts of kOwn neighbouring bins.
+// The bin of the k-th smallest key (k from 1). By all threads of the block, each with the counts of kOwn neighbouring
+// bins.
 template <int kOwn>
 __device__ __forceinline__ Bin find_bin(const int (&counts)[kOwn], int k, int* warp_sums, Bin* found) {
   int sum = 0, total;
@@ -73,7 +81,7 @@ __device__ __forceinline__ Bin find_bin(const int (&counts)[kOwn], int k, int* w
   return *found;
 }
 
-// Four neighbours, loaded in one access, to where they go one by one.
+// Four neighbours that one access loaded, one by one.
 template <class Four, class T>
 __device__ __forceinline__ void spread(Four four, T* values) {
   values[0] = four.x;
@@ -82,7 +90,7 @@ __device__ __forceinline__ void spread(Four four, T* values) {
   values[3] = four.w;
 }
 
-// This thread's bins of a histogram in shared memory, which is complete; zero afterwards.
+// Counts of this thread's bins of a complete histogram in shared memory. The bins are zero afterwards.
 template <int kOwn>
 __device__ __forceinline__ void take_bins(int* histogram, int (&counts)[kOwn]) {
   auto* fours = reinterpret_cast<int4*>(histogram + threadIdx.x * kOwn);
@@ -93,19 +101,20 @@ __device__ __forceinline__ void take_bins(int* histogram, int (&counts)[kOwn]) {
   }
 }
 
-// A unit of which `left` columns exist; `aligned`: all, and it may be read 16 bytes (a Four) at a time.
+// A unit of kUnit columns, of which `left` exist; the others become `rest`. aligned: all columns exist, and the unit
+// may be read 16 bytes (a Four) at a time.
 template <class Four, class T>
 __device__ __forceinline__ void load_unit(const T* place, int left, bool aligned, T rest, T (&values)[kUnit]) {
   if (aligned) {
 #pragma unroll
-    for (int q = 0; q < kUnit / 4; ++q) spread(reinterpret_cast<const Four*>(place)[q], values + 4 * q);
+    for (int q = 0; q < kUnit / 4; ++q) spread(reinterpret_cast<const Four*>(place)[q], values + 4 * q);  // [4]
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) values[i] = i < left ? place[i] : rest;
   }
 }
 
-// Bits of eight columns of a packed row from any column on; `width` bytes in the row. Those beyond it are zero.
+// Bits of eight columns of a packed row of `width` bytes, from any column on. Bits beyond the row are zero.
 __device__ __forceinline__ unsigned mask_byte(const uint8_t* row, int64_t width, int64_t column) {
   const int64_t byte = column / 8;
   const int shift = static_cast<int>(column % 8);
@@ -114,4 +123,4 @@ __device__ __forceinline__ unsigned mask_byte(const uint8_t* row, int64_t width,
   return bits >> shift & 0xffu;
 }
 
-}  // namespace losa::selection
+}  // namespace losa::radix_select

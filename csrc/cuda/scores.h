@@ -1,31 +1,31 @@
-// What selection.cu, wanda.cu and column_sweep.cu must compute alike.
+// Scores that selection, Wanda and the column sweep must compute alike.
 #pragma once
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace losa {
 
 constexpr int kInfinityKey = 0x7f800000;
 
-// A score's order as an integer: the bits of a float >= 0; -0.0 counts as 0, NaN above everything.
+// A score >= 0 as an integer of the same order: the float's bits. -0.0 counts as 0, and NaN is above every number.
 __device__ __forceinline__ int score_key(float score) {
   return __float_as_int(score) & 0x7fffffff;
 }
 
-// w / u from u and 1 / u in three steps without a branch: the rounded quotient but for the rarest of cases (Markstein),
-// exact where the quotient is a float, and NaN where it is infinite.
+// w / u from u and 1 / u in three steps without a branch. In all but very rare cases this is the rounded quotient
+// (Markstein). It is exact where the quotient is a float, and NaN where the quotient is infinite.
 __device__ __forceinline__ float quotient(float weight, float diagonal, float inverse) {
   const float guess = __fmul_rn(weight, inverse);
   return __fmaf_rn(__fmaf_rn(-guess, diagonal, weight), inverse, guess);
 }
 
-// (w / u)^2; an infinite quotient's NaN counts as what it stands for.
+// The key of (w / u)^2; the NaN of an infinite quotient counts as infinity.
 __device__ __forceinline__ int sweep_key(float weight, float diagonal, float inverse) {
   const float scaled = quotient(weight, diagonal, inverse);
   return min(score_key(__fmul_rn(scaled, scaled)), kInfinityKey);
 }
 
-// Bit i: keys[i] is among the `count` smallest of kM, ties lowest index first.
+// Bit i: keys[i] is among the `count` smallest of the kM keys. Of equal keys the lowest index comes first.
 template <int kM>
 __device__ __forceinline__ unsigned smallest_of(const int (&keys)[kM], int count) {
   unsigned chosen = 0;

@@ -59,7 +59,7 @@ def parse_settings(settings: list[str]) -> dict:
     """``["prune.sparsity=0.5"]`` -> ``{"prune.sparsity": 0.5}``; values are YAML. Raises RecipeError."""
     import yaml
 
-    from losa.recipe.sections import read_yaml
+    from losa.recipe.reading import read_yaml
 
     overrides = {}
     for setting in settings:

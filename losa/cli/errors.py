@@ -54,7 +54,7 @@ class Commands(TyperGroup):
             _say(f"losa: interrupted{resume}")
             raise typer.Exit(130) from error
         except Exception as error:
-            if _is_usage(error) or _is_broken_pipe(error) or debugging(ctx.params.get("debug", False)):
+            if _is_usage(error) or _is_broken_pipe(error) or _shows_all(ctx.params.get("debug", False)):
                 raise
             _say(message_for(error, ctx.invoked_subcommand) or report(error))
             raise typer.Exit(1) from error
@@ -64,14 +64,28 @@ class Commands(TyperGroup):
         try:
             return super().main(args, *rest, **extra, standalone_mode=standalone_mode)  # type: ignore[misc]
         except Exception as error:
-            if not standalone_mode or debugging("--debug" in (sys.argv if args is None else args)):
+            if not standalone_mode or _shows_all("--debug" in (sys.argv if args is None else args)):
                 raise
             _say(message_for(error, None) or report(error))
             raise SystemExit(1) from error
 
 
 def debugging(option: bool) -> bool:
-    return option or os.environ.get(DEBUG, "0") not in ("", "0")
+    """Whether tracebacks are wanted: by the option or by LOSA_DEBUG, whose bad value is an error."""
+    if option or DEBUG not in os.environ:
+        return option
+    # losa_kernels imports torch, which takes seconds.
+    from losa_kernels import settings
+
+    return settings.DEBUG()
+
+
+def _shows_all(option: bool) -> bool:
+    """``debugging`` while an error is reported, which may be that of LOSA_DEBUG."""
+    try:
+        return debugging(option)
+    except ValueError:
+        return False
 
 
 def message_for(error: BaseException, command: str | None) -> str | None:
@@ -82,7 +96,9 @@ def message_for(error: BaseException, command: str | None) -> str | None:
         return f"losa: out of {'GPU ' if on_gpu else ''}memory; {hint}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"losa: cannot write {error.filename or 'standard output'}: {error.strerror}"
-    return f"losa: {error}" if isinstance(error, LosaError) else None
+    # By name: torch is not to be imported for this.
+    understood = isinstance(error, LosaError) or type(error).__name__ == "SettingError"
+    return f"losa: {error}" if understood else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

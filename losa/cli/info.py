@@ -27,7 +27,7 @@ def info(
         bool, typer.Option("--gpu", help="Also run a model's shapes and show which kernels were chosen, and the times.")
     ] = False,
 ) -> None:
-    """What was built and loaded, why not, the GPU, and the LOSA_* variables that are set."""
+    """What was built and loaded, why not, the GPU, and the LOSA_* environment variables with their values."""
     import torch
 
     for line in _described():
@@ -80,6 +80,21 @@ def _described() -> list[str]:
             lines.append(line)
     else:
         lines.append("GPU: none that torch sees")
-    chosen = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("LOSA_")]
-    lines.append(f"settings: {' '.join(chosen) or 'none'}")
-    return lines
+    return [*lines, *_settings()]
+
+
+def _settings() -> list[str]:
+    """A line for every environment variable: its value, and whether it is set. A bad value is shown, not raised."""
+    from losa_kernels import settings
+
+    rows = []
+    for setting in settings.TABLE:
+        try:
+            row = f"{setting.name}={setting.value_text()}"
+        except settings.SettingError as error:
+            row = str(error)
+        rows.append(f"  {row}{' (set)' if setting.is_set else ''}")
+    known = {setting.name for setting in settings.TABLE}
+    unknown = sorted(name for name in os.environ if name.startswith("LOSA_") and name not in known)
+    rows += [f"  {name}: set, but nothing reads a variable of this name" for name in unknown]
+    return ["settings:", *rows]

@@ -1,4 +1,4 @@
-"""Packing by csrc/cuda/packing.cu. 2:4 in CUTLASS's layout is plain PyTorch on every device: see reference.py."""
+"""Packing by csrc/cuda/packing. 2:4 in CUTLASS's layout is plain PyTorch on every device: see reference.py."""
 
 from __future__ import annotations
 

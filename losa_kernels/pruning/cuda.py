@@ -1,4 +1,4 @@
-"""Selection and sweep on CUDA: csrc/cuda/{selection,wanda,column_sweep}.cu, and trailing products of the vendor's.
+"""Selection and sweep on CUDA: csrc/cuda/{selection,pruning}, and trailing products of the vendor's.
 
 ``LOSA_TRAILING`` says how trailing products are computed. ``fp32``: in fp32, whatever torch's global precision is.
 ``3xtf32``: on tensor cores, from operands in two TF32 parts each, which leaves out at most 3 * 2^-22 of each product.

@@ -11,7 +11,7 @@ from losa_kernels.bitmask import pack_mask, unpack_mask
 from losa_kernels.tensors import all_finite
 
 MAX_DAMPING = 1.0
-BAD_NORMS, BAD_WEIGHT = 1, 2  # faults of Wanda's arguments, as csrc/cuda/wanda.cu tells them
+BAD_NORMS, BAD_WEIGHT = 1, 2  # faults of Wanda's arguments, as csrc/cuda/pruning/wanda.cu tells them
 
 
 class SingularHessianError(ValueError):

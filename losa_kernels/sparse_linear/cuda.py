@@ -1,8 +1,8 @@
 """Few rows of x: kernels that read the packed weight once. More: unpack, then multiply.
 
 Weights and x in fp32, bf16 or fp16; sums are fp32, and so are products unless weights and x are of one 16-bit dtype.
-Those choose among three ways (ways.py); for all others there is csrc/cuda/sparse_linear.cu. The unpacked weight is a
-temporary: torch's allocator gives all layers the same memory.
+Those choose among three ways (ways.py); all others take csrc/cuda/sparse_linear/sparse_linear.cu, whose head has
+a table of its kernels. The unpacked weight is a temporary: torch's allocator gives all layers the same memory.
 
 ``LOSA_24=cutlass`` runs 2:4 weights (``pack_24``) of x's dtype by torch's semi-structured product instead of unpacking
 them. torch has that for GPUs of compute capability 8.x only, and it pays for many rows only.
@@ -45,7 +45,7 @@ def _by(way: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def window(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """By csrc/cuda/sparse_linear.cu."""
+    """By the window kernel or the row kernel of csrc/cuda/sparse_linear/sparse_linear.cu."""
     # Of two different 16-bit dtypes the product is fp32.
     rows = x if x.dtype in (packed.dtype, torch.float32) else x.float()
     if per_byte := values_per_byte(packed):

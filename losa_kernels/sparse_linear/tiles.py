@@ -1,4 +1,4 @@
-"""Weights in tiles: the layout that a GPU's decode kernel for 16-bit values reads (TILES.md), made from packed weights.
+"""Weights in tiles: the layout that the tiles kernel of a GPU reads (TILES.md), made from packed weights.
 
 :func:`pack` and :func:`unpack` say in plain PyTorch what the layout is; :func:`make` and :func:`multiply` are
 csrc/cuda/sparse_linear/tiles.cu.

@@ -1,6 +1,6 @@
 """Which way a product with few rows of x takes on a GPU where x and the weight have one 16-bit dtype:
 
-* ``window``: csrc/cuda/sparse_linear.cu, from the packed weight as it is;
+* ``window``: csrc/cuda/sparse_linear/sparse_linear.cu, from the packed weight as it is;
 * ``tiles``: csrc/cuda/sparse_linear/tiles.cu, from the weight in tiles (tiles.py), which take about its bytes again;
 * ``unpack``: the dense weight as a temporary, and torch's product.
 
@@ -105,7 +105,7 @@ def _timed(packed: Packed, name: str, run):
 
 def table(device: torch.device, batch: int, possible: bool) -> str:
     """Where nothing may be timed, by predictions from counted instructions and bytes, not by measurements: tiles are
-    the fastest where bulk copies bring them. The kernel for windows reads each weight once for up to 4 rows of x, which
+    the fastest where bulk copies bring them. The window kernel reads each weight once for up to 4 rows of x, which
     sit in registers; for more its instructions take longer than a dense product reads the unpacked weight."""
     if possible and _major(device) >= TILES_MAJOR:
         return "tiles"

@@ -1,4 +1,4 @@
-// What the drivers share: arrays as raw files in a folder, integers on the command line.
+// Arguments of the emulator's drivers: arrays as raw files in a folder, integers on the command line.
 #pragma once
 
 #include <cstdint>

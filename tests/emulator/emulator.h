@@ -1,14 +1,17 @@
 // Runs CUDA kernels on the host, so that their logic is tested without a GPU and under sanitizers.
 //
-// csrc/common/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another, those of a
-// cooperative launch together; a block's threads are fibers on one OS thread, each with a stack of its own. A fiber runs
-// until it reaches a barrier, a warp operation or a wait for other blocks; which one runs next is drawn from a seed, and
-// one warp is let far ahead of the others, so that a result that depends on the order (a missing barrier) changes with
-// the seed. Reported, with exit status 3: a barrier that not all threads of the block reach, or reach at different
-// lines; a warp operation that waits for lanes which never come; a wait for what no block will do; a shuffle from a lane
-// that takes no part; a bulk copy that nobody waits for, or a wait for one that was seen already.
-// Shared memory is a static array, or for LOSA_DYNAMIC_SHARED a heap block of the exact size filled with junk, so that
-// the address sanitizer sees accesses beyond either.
+// csrc/cuda/launch.h includes this file where LOSA_EMULATOR is defined. Blocks run one after another; the blocks of a
+// cooperative launch run together. A block's threads are fibers on one OS thread, each with a stack of its own. A fiber
+// runs until it reaches a barrier, a warp operation or a wait for other blocks. Which fiber runs next is drawn from a
+// seed, and one warp gets far ahead of the other warps, so that a result that depends on the order (a missing barrier)
+// changes with the seed.
+//
+// The emulator reports, with exit status 3: a barrier that not all threads of the block reach, or reach at different
+// lines; a warp operation that waits for lanes which never come; a wait for something that no block will do; a shuffle
+// from a lane that takes no part; a bulk copy that nothing waits for, or a second wait for the same copy.
+//
+// Shared memory is a static array. For LOSA_DYNAMIC_SHARED it is a heap block of the exact size, filled with junk. The
+// address sanitizer sees accesses beyond either.
 //
 // Not modelled: several threads between barriers at once, memory ordering, textures.
 #pragma once
@@ -27,26 +30,26 @@
 
 #define LOSA_CUDA_CHECK(call) static_cast<void>(call)
 #define LOSA_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
-#define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
-  do {                                                                                    \
-    static_cast<void>(stream); /* launches run to their end, one after another */         \
-    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));      \
-    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });  \
+#define LOSA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                      \
+  do {                                                                                   \
+    static_cast<void>(stream); /* launches run to their end, one after another */        \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));     \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }); \
   } while (0)
 
-#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                    \
-  do {                                                                                           \
-    static_cast<void>(stream);                                                                   \
-    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));             \
-    ::emulator::machine.dependent = true;                                                        \
-    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); });         \
-    ::emulator::machine.dependent = false;                                                       \
+#define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)            \
+  do {                                                                                   \
+    static_cast<void>(stream);                                                           \
+    ::emulator::check_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));     \
+    ::emulator::machine.dependent = true;                                                \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }); \
+    ::emulator::machine.dependent = false;                                               \
   } while (0)
 
-#define LOSA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                 \
-  do {                                                                                                          \
-    static_cast<void>(stream);                                                                                  \
-    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }, /*cooperative=*/true);  \
+#define LOSA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                \
+  do {                                                                                                         \
+    static_cast<void>(stream);                                                                                 \
+    ::emulator::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }, /*cooperative=*/true); \
   } while (0)
 
 namespace emulator {
@@ -68,7 +71,7 @@ inline bool release_barrier(Fiber* all) {
   return true;
 }
 
-// The barrier of any block that has come to one as a whole.
+// Releases the barrier of every block whose threads have all come to one.
 inline bool release_barriers() {
   bool released = false;
   for (std::size_t i = 0; i < machine.fibers.size(); i += machine.threads) {
@@ -77,7 +80,7 @@ inline bool release_barriers() {
   return released;
 }
 
-// Threads whose wait for other blocks is over.
+// Releases the threads whose wait for other blocks is over.
 inline bool release_waits() {
   bool released = false;
   for (Fiber& fiber : machine.fibers) {
@@ -88,7 +91,7 @@ inline bool release_waits() {
   return released;
 }
 
-// A random thread of the favoured warp while that has one to run, for about `patience` turns; else of any warp.
+// A random thread of the favoured warp while it has threads to run, for about `patience` turns; then of any warp.
 inline bool pick(std::size_t* warp, std::size_t* fiber) {
   auto& ready = machine.ready;
   if (machine.random() % machine.patience == 0 || ready[*warp].empty()) {
@@ -106,7 +109,7 @@ inline bool pick(std::size_t* warp, std::size_t* fiber) {
   return true;
 }
 
-// The blocks whose fibers are prepared, to their end.
+// Runs the blocks whose fibers are prepared to their end.
 inline void run_blocks() {
   const auto is_done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
   const bool several = machine.fibers.size() > machine.threads;
@@ -129,7 +132,7 @@ inline void run_blocks() {
   }
 }
 
-// Without leave a kernel gets 48 KB at most, on every device anew.
+// A kernel that has not asked for more gets at most 48 KB. It must ask on every device.
 inline void check_shared(const void* kernel, std::size_t bytes) {
   const auto found = machine.allowed.find({machine.device, kernel});
   const std::size_t allowed = found == machine.allowed.end() ? 48 << 10 : static_cast<std::size_t>(found->second);
@@ -185,7 +188,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, std::functio
   }
 }
 
-// Until `condition`, which other blocks bring about, holds.
+// Waits until `condition` holds, which other blocks bring about.
 inline void wait_for_other_blocks(std::function<bool()> condition, const char* operation, const char* file, int line) {
   if (condition()) return;
   Fiber& self = *machine.current;
@@ -210,7 +213,7 @@ inline int barrier(const char* operation, bool value, const char* file, int line
   return self.count;
 }
 
-// Waits for the lanes of `mask` in the same operation; then self.seen holds their values.
+// Waits for the lanes of `mask` in the same operation. Then self.seen holds the lanes' values.
 inline Fiber& exchange(const char* operation, unsigned mask, std::uint64_t value, const char* file, int line) {
   Fiber& self = *machine.current;
   const std::size_t own = &self - machine.fibers.data(), first = own / 32 * 32;
@@ -248,10 +251,12 @@ inline Fiber& exchange(const char* operation, unsigned mask, std::uint64_t value
   return self;
 }
 
-// The kernels before the next dependent launch write `memory`: until its first thread waits for them there is junk in it.
+// The kernels before the next dependent launch write `memory`. It holds junk until the launch's first thread waits for
+// these kernels.
 template <class T>
 void write_late(std::vector<T>& memory) {
-  machine.kernels_before.push_back([&memory, values = memory] { std::copy(values.begin(), values.end(), memory.begin()); });
+  machine.kernels_before.push_back(
+      [&memory, values = memory] { std::copy(values.begin(), values.end(), memory.begin()); });
   std::fill_n(reinterpret_cast<unsigned char*>(memory.data()), memory.size() * sizeof(T), 0xff);
 }
 

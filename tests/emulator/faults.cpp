@@ -1,8 +1,7 @@
 // Kernels with planted faults, each of which the emulator must find, and one without.
-#include "emulator.h"
-
 #include "cuda/grid_barrier.h"
 #include "driver.h"
+#include "emulator.h"
 #include "machine_emulator.h"
 
 __global__ void reverse(const int* from, int* to, bool with_barrier) {
@@ -121,7 +120,7 @@ int main(int argc, char** argv) {
   const auto& fault = driver.command;
   auto from = driver.read<int>("from");
   std::vector<int> to(fault == "beyond_global_memory" ? 63 : 64 * 8, -1);
-  const int *in = from.data();
+  const int* in = from.data();
   int* out = to.data();
   if (fault == "without_barrier") LOSA_LAUNCH(reverse, 1, 64, 0, nullptr, in, out, false);
   if (fault == "with_barrier") LOSA_LAUNCH(reverse, 1, 64, 0, nullptr, in, out, true);
@@ -138,7 +137,7 @@ int main(int argc, char** argv) {
     if (fault == "writes_early") LOSA_LAUNCH_DEPENDENT(writes_early, 1, 64, 0, nullptr, in, out);
     if (fault != "writes_early") LOSA_LAUNCH_DEPENDENT(waits, 1, 64, 0, nullptr, in, out, fault == "reads_early");
   }
-  const char* const copying[] = {"bulk_copies",         "bulk_copy_without_fence",  "bulk_copy_unaligned",
+  const char* const copying[] = {"bulk_copies",          "bulk_copy_without_fence",  "bulk_copy_unaligned",
                                  "bulk_copy_not_waited", "bulk_copy_of_same_parity", "bulk_copy_never_asked",
                                  "bulk_copy_too_early"};
   for (int i = 0; i < 7; ++i) {

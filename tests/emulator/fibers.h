@@ -1,4 +1,5 @@
-// The threads of the emulator's blocks: fibers on one OS thread, each with a stack of its own, and what each waits for.
+// The threads of the emulator's blocks: fibers on one OS thread, each with a stack of its own and a state that says
+// what it waits for.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -32,12 +33,24 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -66,7 +79,7 @@ struct CopyBarrier {
   bool asked = false;  // a copy that has not happened
   Copy copy{};
   std::size_t bytes = 0;
-  unsigned phase = 0, waited = 0;  // copies that are complete, and of these what somebody waited for
+  unsigned phase = 0, waited = 0;        // copies that are complete, and of these the copies that were waited for
   std::map<const void*, unsigned> seen;  // by each fiber
 };
 
@@ -83,12 +96,12 @@ struct Fiber {
   unsigned mask = 0;
   std::uint64_t value = 0;
   std::function<bool()> condition;  // of a wait for other blocks
-  // What a finished operation brought: the values of the warp's lanes that took part, or the block's count.
+  // The result of a finished operation: the values of the lanes that took part, or the block's count.
   std::array<std::uint64_t, 32> seen{};
   unsigned members = 0;
   int count = 0;
   bool waited = false;  // for the kernels before
-  // Groups of asynchronous copies that have not happened; the last one is open.
+  // Groups of asynchronous copies that have not happened; the last group is still open.
   std::deque<std::vector<Copy>> copies;
 };
 
@@ -102,8 +115,9 @@ struct Machine {
   Fiber* current = nullptr;
   unsigned patience = 64;
   bool dependent = false;  // the launch is one of LOSA_LAUNCH_DEPENDENT
-  std::vector<std::function<void()>> kernels_before;  // what they do, as late as they may: when somebody waits for them
-  bool has_bulk_copies = true;  // as from compute capability 9.0 on
+  // What the kernels before do, as late as possible: when a thread waits for them.
+  std::vector<std::function<void()>> kernels_before;
+  bool has_bulk_copies = true;                          // as from compute capability 9.0 on
   std::map<std::uintptr_t, CopyBarrier> copy_barriers;  // of the block, by address
   int device = 0;
   int attributes_set = 0;
@@ -192,7 +206,8 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
   machine.body();
-  if (machine.dependent && !machine.current->waited) report("a dependent kernel returns without wait_for_kernels_before");
+  if (machine.dependent && !machine.current->waited)
+    report("a dependent kernel returns without wait_for_kernels_before");
   machine.current->state = State::kDone;
   yield();
   std::abort();  // a finished fiber is not run again

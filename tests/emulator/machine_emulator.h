@@ -1,4 +1,4 @@
-// csrc/cuda/machine.h for the emulator. An asynchronous copy happens when its thread waits for it, as late as it may.
+// csrc/cuda/machine.h for the emulator. An asynchronous copy happens as late as possible: when its thread waits for it.
 #pragma once
 
 #include <type_traits>
@@ -153,7 +153,7 @@ inline void complete(emulator::CopyBarrier& barrier) {
   ++barrier.phase;
 }
 
-// It happens at once, or when somebody waits for it: as early or as late as it may.
+// The copy happens at once, or when a thread waits for it: as early or as late as possible.
 inline void copy_bulk(Shared to, const void* from, unsigned bytes, Shared address) {
   emulator::CopyBarrier& barrier = barrier_at(address);
   if ((to | reinterpret_cast<std::uintptr_t>(from) | bytes) % 16 != 0) emulator::report("a bulk copy is not aligned");
@@ -172,7 +172,7 @@ inline void copy_bulk(Shared to, const void* from, unsigned bytes, Shared addres
 inline void wait_barrier(Shared address, unsigned parity, LOSA_SITE) {
   emulator::CopyBarrier& barrier = barrier_at(address);
   emulator::Fiber& self = *emulator::machine.current;
-  // What is waited for is the end of the phase with this parity: of the one that lasts, or of the one before it.
+  // The wait is for the end of the phase with this parity, which is the current phase or the phase before it.
   while (barrier.phase % 2 == parity) {
     if (barrier.asked) {
       complete(barrier);

@@ -1,16 +1,25 @@
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 // Streams that count how often the host waits for them, and events.
 using cudaEvent_t = int64_t*;
 constexpr unsigned cudaEventDisableTiming = 2;
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new int64_t(0), cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return *event = 1, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return ++*static_cast<int64_t*>(stream), cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return *event == 1 ? cudaSuccess : (std::abort(), 1); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = new int64_t(0), cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return delete event, cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  return *event = 1, cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return ++*static_cast<int64_t*>(stream), cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return *event == 1 ? cudaSuccess : (std::abort(), 1);
+}
 
-#include "cuda/packing.cu"
-
+#include "cuda/packing/packing.cu"
 #include "driver.h"
 
 namespace packing = losa::packing;
@@ -35,7 +44,7 @@ struct Arguments {
         lead(driver[9]) {}
 
   packing::Mask mask(const std::vector<uint8_t>& bits) const {
-    return {bits.data(), mask_stride, rows, static_cast<int>(columns)};
+    return {.bits = bits.data(), .stride = mask_stride, .rows = rows, .columns = static_cast<int>(columns)};
   }
 };
 
@@ -50,22 +59,22 @@ void pack(const Driver& driver, const Arguments& a) {
   int64_t length = 0;
   if (a.m == 0) {
     packing::launch_offsets(mask, offsets.data(), total.data(), nullptr);
-    packing::launch_warm(weight.data(), static_cast<int64_t>(weight.size() * sizeof(Element)), nullptr);
+    packing::launch_prefetch(weight.data(), static_cast<int64_t>(weight.size() * sizeof(Element)), nullptr);
   } else {
     length = a.columns / a.m * a.keep_n;
     total[0] = a.rows * length;
   }
   std::vector<Element> values(a.lead + total[0], Element(0xa5));
-  const packing::Packing job{mask,
-                             weight.data(),
-                             a.weight_stride,
-                             a.aligned,
-                             a.m == 0 ? offsets.data() : nullptr,
-                             length,
-                             static_cast<int>(a.keep_n),
-                             stored.data(),
-                             values.data() + a.lead};
-  packing::launch_pack<sizeof(Element)>(job, a.m, nullptr, a.shares);
+  const packing::Packing task{.mask = mask,
+                              .weight = weight.data(),
+                              .weight_stride = a.weight_stride,
+                              .aligned = a.aligned,
+                              .offsets = a.m == 0 ? offsets.data() : nullptr,
+                              .length = length,
+                              .keep_n = static_cast<int>(a.keep_n),
+                              .stored = stored.data(),
+                              .values = values.data() + a.lead};
+  packing::launch_pack<sizeof(Element)>(task, a.m, nullptr, a.shares);
   driver.write("values", values);
   driver.write("offsets", offsets);
   driver.write("stored", stored);
@@ -79,14 +88,14 @@ void unpack(const Driver& driver, const Arguments& a) {
   auto offsets = driver.read<int64_t>("offsets");
   std::vector<Element> dense(a.rows * a.columns, Element(0xa5));
   const auto total = static_cast<int64_t>(values.size()) - a.lead;
-  const packing::Unpacking job{a.mask(bits),
-                               values.data() + a.lead,
-                               total,
-                               data_or_null(offsets),
-                               total / a.rows,
-                               dense.data(),
-                               a.aligned};
-  packing::launch_unpack<sizeof(Element)>(job, nullptr, a.shares);
+  const packing::Unpacking task{.mask = a.mask(bits),
+                                .values = values.data() + a.lead,
+                                .total = total,
+                                .offsets = data_or_null(offsets),
+                                .length = total / a.rows,
+                                .dense = dense.data(),
+                                .aligned = a.aligned};
+  packing::launch_unpack<sizeof(Element)>(task, nullptr, a.shares);
   driver.write("dense", dense);
 }
 

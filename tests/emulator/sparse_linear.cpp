@@ -1,11 +1,11 @@
-#include "cuda/sparse_linear.cu"
+#include "cuda/sparse_linear/sparse_linear.cu"
 
 #include "driver.h"
 
 namespace sparse_linear = losa::sparse_linear;
 using losa::FloatType;
 
-// decode ROWS COLUMNS BATCH TENSOR VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT:
+// multiply ROWS COLUMNS BATCH TENSOR_CORES VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT:
 // values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
 // devices, of the same: also how many attributes were set after a first call, a second, and one on another device, and
 // the threads of a block
@@ -26,33 +26,34 @@ int main(int argc, char** argv) {
   emulator::write_late(x);
   emulator::write_late(y);
   const auto total = static_cast<int64_t>(values.size()) / size;
-  const sparse_linear::Weight weight{values.data(),
-                                     lead,
-                                     total,
-                                     data_or_null(offsets),
-                                     (total - lead) / rows,
-                                     static_cast<int>(driver[6]),
-                                     mask.data(),
-                                     losa::packed_width(columns),
-                                     rows,
-                                     static_cast<int>(columns),
-                                     aligned && losa::packed_width(columns) % 4 == 0};
-  const sparse_linear::Task task{weight,
-                                 x.data(),
-                                 (columns + 7) / 8 * 8,
-                                 static_cast<int>(batch),
-                                 data_or_null(bias),
-                                 static_cast<FloatType>(driver[5]),
-                                 y.data(),
-                                 1,
-                                 0};
+  const sparse_linear::Weight weight{.values = values.data(),
+                                     .lead = lead,
+                                     .total = total,
+                                     .offsets = data_or_null(offsets),
+                                     .length = (total - lead) / rows,
+                                     .per_byte = static_cast<int>(driver[6]),
+                                     .mask = mask.data(),
+                                     .mask_stride = losa::packed_width(columns),
+                                     .rows = rows,
+                                     .columns = static_cast<int>(columns),
+                                     .word_aligned = aligned && losa::packed_width(columns) % 4 == 0};
+  const sparse_linear::Task task{.weight = weight,
+                                 .x = x.data(),
+                                 .x_stride = (columns + 7) / 8 * 8,
+                                 .batch = static_cast<int>(batch),
+                                 .bias = data_or_null(bias),
+                                 .bias_type = static_cast<FloatType>(driver[5]),
+                                 .y = y.data(),
+                                 .split = 1,
+                                 .slice = 0};
   const auto run = !tensor
-      ? (value == FloatType::kFloat           ? sparse_linear::launch_decode<false, FloatType::kFloat>
-             : value == FloatType::kBFloat16 ? sparse_linear::launch_decode<false, FloatType::kBFloat16>
-                                             : sparse_linear::launch_decode<false, FloatType::kHalf>)
-      : value == FloatType::kHalf ? sparse_linear::launch_decode<true, FloatType::kHalf>
-                                  : sparse_linear::launch_decode<true, FloatType::kBFloat16>;
-  const sparse_linear::Choice choice{static_cast<int>(driver[7]), static_cast<int>(driver[10]), 2};
+      ? (value == FloatType::kFloat          ? sparse_linear::launch_sparse_linear<false, FloatType::kFloat>
+             : value == FloatType::kBFloat16 ? sparse_linear::launch_sparse_linear<false, FloatType::kBFloat16>
+                                             : sparse_linear::launch_sparse_linear<false, FloatType::kHalf>)
+      : value == FloatType::kHalf ? sparse_linear::launch_sparse_linear<true, FloatType::kHalf>
+                                  : sparse_linear::launch_sparse_linear<true, FloatType::kBFloat16>;
+  const sparse_linear::Choice choice{
+      .split = static_cast<int>(driver[7]), .lot = static_cast<int>(driver[10]), .multiprocessors = 2};
   std::vector<int> attributes;
   for (int device : {0, 0, 1}) {
     emulator::machine.device = device;

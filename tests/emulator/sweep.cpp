@@ -1,18 +1,16 @@
 // Few blocks, so that their loops over rows and keys take several turns.
 #define LOSA_MAX_BLOCKS 3
 
-#include "cuda/selection.cu"
-
-#include "cuda/wanda.cu"
-
-#include "cuda/column_sweep.cu"
-
-#include "cuda/factor.cu"
-
+#include "cuda/pruning/column_sweep.cu"
+#include "cuda/pruning/factor.cu"
+#include "cuda/pruning/wanda.cu"
+#include "cuda/selection/selection.cu"
 #include "driver.h"
 
 namespace selection = losa::selection;
 namespace column_sweep = losa::column_sweep;
+using losa::FloatType;
+using losa::radix_select::kUnit;
 
 // wanda ROWS COLUMNS COUNT M TYPE: weight, norms, mask (or no file) -> packed, faults
 void wanda(const Driver& driver) {
@@ -22,12 +20,19 @@ void wanda(const Driver& driver) {
   auto mask = driver.read<uint8_t>("mask");
   std::vector<uint8_t> packed(rows * losa::packed_width(columns), 0xa5);
   std::vector<int> faults(1, 0);
-  const selection::Wanda job{weight.data(), norms.data(), data_or_null(mask), rows, columns, static_cast<int>(driver[2]),
-                             packed.data(), faults.data(), columns % selection::kUnit == 0};
-  switch (driver[4]) {
-    case 0: selection::launch_wanda<selection::WeightType::kFloat>(job, m, nullptr); break;
-    case 1: selection::launch_wanda<selection::WeightType::kHalf>(job, m, nullptr); break;
-    default: selection::launch_wanda<selection::WeightType::kBFloat16>(job, m, nullptr);
+  const losa::wanda::Wanda task{.weight = weight.data(),
+                                .norms = norms.data(),
+                                .mask = data_or_null(mask),
+                                .rows = rows,
+                                .columns = columns,
+                                .count = static_cast<int>(driver[2]),
+                                .packed = packed.data(),
+                                .faults = faults.data(),
+                                .aligned = columns % kUnit == 0};
+  switch (static_cast<FloatType>(driver[4])) {
+    case FloatType::kFloat: losa::wanda::launch_wanda<FloatType::kFloat>(task, m, nullptr); break;
+    case FloatType::kBFloat16: losa::wanda::launch_wanda<FloatType::kBFloat16>(task, m, nullptr); break;
+    case FloatType::kHalf: losa::wanda::launch_wanda<FloatType::kHalf>(task, m, nullptr); break;
   }
   driver.write("packed", packed);
   driver.write("faults", faults);
@@ -48,8 +53,11 @@ void factor(const Driver& driver) {
   auto matrix = driver.read<float>("matrix");
   std::vector<float> inverse(width * width, NAN);
   std::vector<int> failed(1, 0);
-  losa::factor::launch_panel({matrix.data() + start * (columns + 1), columns, static_cast<int>(width), inverse.data(),
-                              failed.data()},
+  losa::factor::launch_panel({.matrix = matrix.data() + start * (columns + 1),
+                              .stride = columns,
+                              .width = static_cast<int>(width),
+                              .inverse = inverse.data(),
+                              .failed = failed.data()},
                              nullptr);
   driver.write("matrix", matrix);
   driver.write("inverse", inverse);
@@ -72,17 +80,17 @@ void prune(const Driver& driver) {
     const int64_t end = std::min(start + size, columns), width = end - start;
     if (m == 0) {
       std::vector<int> keys(rows * width, -7);
-      const selection::ColumnBlock block{weight.data() + start,
-                                         columns,
-                                         factor.data() + start * (columns + 1),
-                                         columns + 1,
-                                         data_or_null(mask),
-                                         stride,
-                                         start,
-                                         static_cast<unsigned>(rows),
-                                         static_cast<unsigned>(width),
-                                         &counts.at(start / size),
-                                         columns % 4 == 0 && start % 4 == 0 && width % selection::kUnit == 0};
+      const selection::ColumnBlock block{.weight = weight.data() + start,
+                                         .stride = columns,
+                                         .diagonal = factor.data() + start * (columns + 1),
+                                         .diagonal_stride = columns + 1,
+                                         .mask = data_or_null(mask),
+                                         .mask_stride = stride,
+                                         .first_column = start,
+                                         .rows = static_cast<unsigned>(rows),
+                                         .width = static_cast<unsigned>(width),
+                                         .count = &counts.at(start / size),
+                                         .aligned = columns % 4 == 0 && start % 4 == 0 && width % kUnit == 0};
       selection::launch_select_block(block, keys.data(), state.data(), nullptr);
       for (std::size_t i = selection::kArrived; i < state.size(); ++i) {
         if (state[i] != 0) std::abort();  // the next block needs them zero
@@ -92,23 +100,23 @@ void prune(const Driver& driver) {
     const int64_t parts = split ? 3 : 1, errors_stride = parts * width + 4;
     std::vector<float> errors(rows * errors_stride - 4, NAN);
     const bool aligned = columns % 4 == 0 && start % 4 == 0 && width % 4 == 0 && errors_stride % 4 == 0;
-    const column_sweep::Sweep job{weight.data() + start,
-                                  columns,
-                                  factor.data() + start * (columns + 1),
-                                  columns,
-                                  static_cast<int>(width),
-                                  static_cast<int>(driver[4]),
-                                  rows,
-                                  state.data(),
-                                  mask.empty() ? nullptr : mask.data() + start / 8,
-                                  kept.data() + start / 8,
-                                  stride,
-                                  errors.data(),
-                                  errors_stride,
-                                  split,
-                                  loss.data(),
-                                  aligned};
-    column_sweep::launch_sweep_block(job, m, nullptr);
+    const column_sweep::Sweep task{.weight = weight.data() + start,
+                                   .stride = columns,
+                                   .factor = factor.data() + start * (columns + 1),
+                                   .factor_stride = columns,
+                                   .width = static_cast<int>(width),
+                                   .prune = static_cast<int>(driver[4]),
+                                   .rows = rows,
+                                   .bound = state.data(),
+                                   .mask = mask.empty() ? nullptr : mask.data() + start / 8,
+                                   .kept = kept.data() + start / 8,
+                                   .packed_stride = stride,
+                                   .errors = errors.data(),
+                                   .errors_stride = errors_stride,
+                                   .split = split,
+                                   .loss = loss.data(),
+                                   .aligned = aligned};
+    column_sweep::launch_sweep_block(task, m, nullptr);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = end; j < columns; ++j) {
         for (int64_t i = 0; i < width; ++i) {

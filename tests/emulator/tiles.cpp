@@ -16,7 +16,7 @@ int main(int argc, char** argv) {
   const auto columns = static_cast<int>(driver[1]);
   auto data = driver.read<uint8_t>("data");
   auto places = driver.read<int64_t>("places");
-  sparse_linear::Tiles tiles{data.data(), places.data(), rows, columns};
+  sparse_linear::Tiles tiles{.data = data.data(), .offsets = places.data(), .rows = rows, .columns = columns};
   const int64_t chunks = tiles.groups() * tiles.chunks();
   if (driver.command == "pack") {
     const auto values = driver.read<uint16_t>("values");
@@ -24,7 +24,13 @@ int main(int argc, char** argv) {
     auto offsets = driver.read<int64_t>("offsets");
     const auto total = static_cast<int64_t>(values.size());
     const int64_t length = total / rows;
-    const sparse_linear::Rows weight{values.data(), total, data_or_null(offsets), length, mask.data(), rows, columns};
+    const sparse_linear::PackedRows weight{.values = values.data(),
+                                           .total = total,
+                                           .offsets = data_or_null(offsets),
+                                           .length = length,
+                                           .mask = mask.data(),
+                                           .rows = rows,
+                                           .columns = columns};
     std::vector<int64_t> sizes(chunks, -1);
     sparse_linear::launch_count_tiles(weight, tiles, sizes.data(), nullptr);
     places.assign(chunks + 1, 0);
@@ -48,17 +54,17 @@ int main(int argc, char** argv) {
     std::vector<uint16_t> y(batch * rows, 0xa5a5);
     emulator::write_late(x);
     emulator::write_late(y);
-    const sparse_linear::TileTask task{tiles,
-                                       x.data(),
-                                       int64_t{tiles.tiles()} * sparse_linear::kTileColumns,
-                                       batch,
-                                       data_or_null(bias),
-                                       static_cast<FloatType>(driver[4]),
-                                       y.data(),
-                                       {}};
+    const sparse_linear::TileTask task{.tiles = tiles,
+                                       .x = x.data(),
+                                       .x_stride = int64_t{tiles.tiles()} * sparse_linear::kTileColumns,
+                                       .batch = batch,
+                                       .bias = data_or_null(bias),
+                                       .bias_type = static_cast<FloatType>(driver[4]),
+                                       .y = y.data(),
+                                       .shape = {}};
     const bool half = static_cast<FloatType>(driver[3]) == FloatType::kHalf;
-    const auto run = half ? sparse_linear::launch_tiles<FloatType::kHalf>
-                          : sparse_linear::launch_tiles<FloatType::kBFloat16>;
+    const auto run =
+        half ? sparse_linear::launch_tiles<FloatType::kHalf> : sparse_linear::launch_tiles<FloatType::kBFloat16>;
     run(task, static_cast<int>(largest), static_cast<int>(driver[6]), nullptr);
     driver.write("y", y);
   }

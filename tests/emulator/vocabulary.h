@@ -1,4 +1,4 @@
-// CUDA's functions for the emulator: barriers, warp operations, atomics, and what else kernels call.
+// CUDA's functions for the emulator: barriers, warp operations, atomics, and other functions that kernels call.
 #pragma once
 
 #include "emulator.h"
@@ -40,9 +40,9 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, LOSA_
   return from >= lane / width * width + width ? value : emulator::taken_from<T>(self, from);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LOSA_SITE) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, LOSA_SITE) {
   const auto& self = emulator::exchange("__shfl_xor_sync", mask, emulator::to_bits(value), file, line);
-  const int lane = emulator::lane(), from = lane ^ lanes;
+  const int lane = emulator::lane(), from = lane ^ lane_mask;
   return from >= lane / width * width + width ? value : emulator::taken_from<T>(self, from);
 }
 
@@ -79,7 +79,7 @@ T __reduce_add_sync(unsigned mask, T value, LOSA_SITE) {
   }
   return sum;
 }
-// Also of 64-bit numbers, as addresses in shared memory are here.
+// Also of 64-bit numbers, because here addresses in shared memory have 64 bits.
 template <class T>
 T __reduce_max_sync(unsigned mask, T value, LOSA_SITE) {
   const auto& self = emulator::exchange("__reduce_max_sync", mask, emulator::to_bits(value), file, line);
@@ -89,7 +89,7 @@ T __reduce_max_sync(unsigned mask, T value, LOSA_SITE) {
   return value;
 }
 
-// Fibers are not interrupted, so that a read and a write in a row are atomic.
+// Fibers are not interrupted, so that a read followed by a write is atomic.
 template <class T, class Operation>
 T losa_atomic(T* address, Operation operation) {
   const T before = *address;
@@ -143,22 +143,54 @@ template <class T>
 void __stcs(T* address, T value) {
   *address = value;
 }
-inline int __popc(unsigned value) { return std::popcount(value); }
-inline int __popcll(unsigned long long value) { return std::popcount(value); }
-inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
-inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }
-inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
-inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
-inline float __int_as_float(int value) { return std::bit_cast<float>(value); }
-inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int __popc(unsigned value) {
+  return std::popcount(value);
+}
+inline int __popcll(unsigned long long value) {
+  return std::popcount(value);
+}
+inline int __clz(int value) {
+  return std::countl_zero(static_cast<unsigned>(value));
+}
+inline int __ffs(int value) {
+  return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1;
+}
+inline int __float_as_int(float value) {
+  return std::bit_cast<int>(value);
+}
+inline unsigned __float_as_uint(float value) {
+  return std::bit_cast<unsigned>(value);
+}
+inline float __int_as_float(int value) {
+  return std::bit_cast<float>(value);
+}
+inline float __uint_as_float(unsigned value) {
+  return std::bit_cast<float>(value);
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline float __frcp_rn(float a) {
+  return 1.0f / a;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 using std::max;
 using std::min;
 

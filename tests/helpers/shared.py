@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FOLDER = "LOSA_TEST_RUN"  # set by conftest.py; without it, a process has a folder of its own
+from losa_kernels import settings
+
+# The folder of a process that no test run has given one by LOSA_TEST_RUN (conftest.py).
 _own = tempfile.TemporaryDirectory()
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:
     """The file of that name; ``make`` writes it, once a run, to the path that it gets."""
-    path = Path(os.environ.get(FOLDER, _own.name)) / name
+    path = Path(settings.TEST_RUN() or _own.name) / name
     with _lock(path.with_name(f"{name}.lock")):
         if not path.exists():
             partial = path.with_name(f"{name}.partial")

@@ -76,9 +76,9 @@ class Emulated:
         _, keys, places, size = cache.shape
         arrays = {"heads": heads, "cos": cos, "sin": sin, "position": position, "cache": cache}
         numbers = (len(heads) - 2 * keys, keys, size, places, round(1e6 * eps))
-        load = self._run("rotate", heads, "turned", *numbers, q_norm=q_norm, k_norm=k_norm, **arrays)
+        load = self._run("rotate", heads, "rotated", *numbers, q_norm=q_norm, k_norm=k_norm, **arrays)
         cache.copy_(load("cache", cache.shape))
-        return load("turned", (numbers[0], size))
+        return load("rotated", (numbers[0], size))
 
     def attend_cache(self, q, cache, position, places, scaling, finished):
         _, keys, room, size = cache.shape

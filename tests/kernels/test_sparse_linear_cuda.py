@@ -1,4 +1,4 @@
-"""The CUDA decode kernels: in the emulator on every machine, and on a GPU where there is one."""
+"""The window kernel and the row kernel: in the emulator on every machine, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [FP32, BF16, FP16]
 
 
 @pytest.fixture
-def decode(emulate):
+def multiply(emulate):
     def run(x, packed, bias=None, per_byte=0, split=0, aligned=True, lead=0, lot=0, seed=0, counts=False):
         (batch, columns), rows, dtype = x.shape, packed.shape[0], packed.dtype
         tensor = x.dtype == dtype != FP32
@@ -31,7 +31,7 @@ def decode(emulate):
         arrays = {"values": values, "mask": packed.bitmask, "x": pad(x, (0, -columns % 8)), "bias": bias}
         arrays["offsets"] = getattr(packed, "row_offsets", None)
         numbers = (rows, columns, batch, tensor, kind, bias_kind, per_byte, split, aligned, lead, lot)
-        command = "devices" if counts else "decode"
+        command = "devices" if counts else "multiply"
         folder = emulate("sparse_linear", command, *numbers, seed=seed, result="y", **arrays)
         y = torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=x.dtype).reshape(batch, rows)
         return (y, np.fromfile(folder / "attributes", np.int32).tolist()) if counts else y
@@ -45,31 +45,31 @@ def decode(emulate):
     ("rows", "columns", "density"),
     [(1, 1, 1), (1, 8, 0.5), (3, 13, 0.5), (17, 300, 0.0), (5, 523, 1.0), (9, 2568, 0.5), (34, 264, 0.3)],
 )
-def test_emulated_decode_is_the_dense_product(decode, rows, columns, density, dtype):
+def test_emulated_row_kernel_is_the_dense_product(multiply, rows, columns, density, dtype):
     """Rows and windows that end anywhere, an empty row, and a full one."""
     weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
     packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
     for seed, batch in enumerate((1, 3, 16)):
         for x_dtype in {dtype, FP32}:
             x = torch.randn(batch, columns).to(x_dtype)
-            y = decode(x, packed, bias if batch != 3 else None, split=1, seed=seed)
+            y = multiply(x, packed, bias if batch != 3 else None, split=1, seed=seed)
             assert_close(y, x, dense, bias if batch != 3 else None)
 
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_emulated_batches_and_shares_of_columns(decode, dtype):
+def test_emulated_batches_and_shares_of_columns(multiply, dtype):
     weight, dense, kept = random_problem(7, 1400, 0.5, dtype)
     packed = pack_bitmask(weight, pack_mask(kept))
     for batch, split in ((1, 2), (2, 4), (4, 8), (5, 0), (8, 2), (9, 8), (12, 1)):
         x = torch.randn(batch, 1400).to(dtype)
-        assert_close(decode(x, packed, split=split, seed=batch), x, dense, None)
+        assert_close(multiply(x, packed, split=split, seed=batch), x, dense, None)
 
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (2, 8), (8, 8), (5, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_emulated_patterns_of_fixed_rows(decode, pattern, dtype):
+def test_emulated_patterns_of_fixed_rows(multiply, pattern, dtype):
     keep_n, m = pattern
     for columns in (16, 304, 1104):
         kept = nm_mask(11, columns, keep_n, m)
@@ -79,11 +79,11 @@ def test_emulated_patterns_of_fixed_rows(decode, pattern, dtype):
         per_byte = keep_n * 8 // m if m <= 8 else 0
         for batch, split in ((1, 0), (1, 1), (6, 4)):
             x = torch.randn(batch, columns).to(dtype)
-            assert_close(decode(x, packed, per_byte=per_byte, split=split, seed=columns), x, dense, None)
+            assert_close(multiply(x, packed, per_byte=per_byte, split=split, seed=columns), x, dense, None)
 
 
 @pytest.mark.subprocess
-def test_emulated_a_neighbours_nan_stays_there(decode):
+def test_emulated_a_neighbours_nan_stays_there(multiply):
     """Rings hold values of the next columns and rows too; tensor cores multiply more than is used."""
     for dtype in (BF16, FP32):
         weight, dense, kept = random_problem(6, 72, 0.5, dtype)
@@ -91,20 +91,20 @@ def test_emulated_a_neighbours_nan_stays_there(decode):
         weight[1], dense[1], kept[1] = float("inf"), 0, True
         weight[0, kept[0]] = dense[0, kept[0]] = -0.0
         x = torch.randn(5, 72).to(dtype)
-        y = decode(x, pack_bitmask(weight, pack_mask(kept)))
+        y = multiply(x, pack_bitmask(weight, pack_mask(kept)))
         assert y[:, 3].isnan().all() and not y[:, 1].isfinite().any() and y[:, 0].eq(0).all()
         y[:, [1, 3]] = 0
         assert_close(y, x, dense, None)
 
 
 @pytest.mark.subprocess
-def test_emulated_mixed_and_unaligned(decode):
+def test_emulated_mixed_and_unaligned(multiply):
     for dtype in (BF16, FP16):
         weight, dense, kept = random_problem(9, 320, 0.6, dtype)
         packed = pack_bitmask(weight, pack_mask(kept))
         for x_dtype, bias_dtype in ((FP32, BF16), (FP32, FP16), (dtype, FP32)):
             x, bias = torch.randn(2, 320).to(x_dtype), torch.randn(9).to(bias_dtype)
-            assert_close(decode(x, packed, bias, aligned=False, lead=5), x, dense, bias)
+            assert_close(multiply(x, packed, bias, aligned=False, lead=5), x, dense, bias)
 
 
 @pytest.mark.subprocess
@@ -122,45 +122,45 @@ def test_emulated_mixed_and_unaligned(decode):
         (5, 11264, 0.05, 0, BF16),
     ],
 )
-def test_emulated_up_to_four_rows(decode, rows, columns, density, lot, dtype):
+def test_emulated_up_to_four_rows(multiply, rows, columns, density, lot, dtype):
     """The kernel that keeps x in registers: several lots of rows, ragged windows, values longer than it holds ahead."""
     weight, dense, kept = random_problem(rows, columns, density, dtype, seed=columns)
     kept[rows // 2], dense[rows // 2] = False, 0
     packed, bias = pack_bitmask(weight, pack_mask(kept)), torch.randn(rows).to(dtype)
     for batch in (1, 2, 3, 4):
         x, added = torch.randn(batch, columns).to(dtype), bias if batch == 1 else None
-        y = decode(x, packed, added, lead=2 * batch - 1, lot=lot, seed=rows)
+        y = multiply(x, packed, added, lead=2 * batch - 1, lot=lot, seed=rows)
         assert_close(y, x, dense, added)
 
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("batch", "windows"), [(1, 28), (2, 20), (4, 12)])
-def test_emulated_widest_windows_on_two_devices(decode, batch, windows):
+def test_emulated_widest_windows_on_two_devices(multiply, batch, windows):
     """Attributes of a kernel are set once for each device; without them its shared memory is too much."""
     for more in (0, 32):
         columns = 1024 * windows + more
         weight, dense, kept = random_problem(2, columns, 0.1, BF16)
         x = torch.randn(batch, columns).bfloat16()
-        y, told = decode(x, pack_bitmask(weight, pack_mask(kept)), counts=True)
+        y, told = multiply(x, pack_bitmask(weight, pack_mask(kept)), counts=True)
         assert_close(y, x, dense, None)
         assert told == [2, 2, 4, 256 if more else 32 * windows]  # beyond, the kernel of 256 threads
 
 
 @pytest.mark.subprocess
-def test_emulated_one_row_against_values_that_are_not_finite(decode):
+def test_emulated_one_row_against_values_that_are_not_finite(multiply):
     """A lane may read into the next columns, windows and rows; x multiplies only what is its own."""
     weight, dense, kept = random_problem(8, 1088, 0.5, BF16)
     weight[3], dense[3], kept[3] = float("nan"), 0, True
     weight[5], dense[5], kept[5] = float("inf"), 0, True
     x = torch.randn(1, 1088).bfloat16()
-    y = decode(x, pack_bitmask(weight, pack_mask(kept)))
+    y = multiply(x, pack_bitmask(weight, pack_mask(kept)))
     assert y[:, 3].isnan().all() and not y[:, 5].isfinite().any()
     y[:, [3, 5]] = 0
     assert_close(y, x, dense, None)
 
 
 @pytest.mark.subprocess
-def test_emulated_damaged_files_are_not_read_beyond(decode):
+def test_emulated_damaged_files_are_not_read_beyond(multiply):
     packed = PackedBitmask(
         (4, 160),
         torch.ones(100),
@@ -168,29 +168,29 @@ def test_emulated_damaged_files_are_not_read_beyond(decode):
         torch.tensor([-5, 90, 1 << 40, -(1 << 40)]),
     )
     for split in (1, 2):
-        assert decode(torch.ones(2, 160), packed, split=split).shape == (2, 4)
+        assert multiply(torch.ones(2, 160), packed, split=split).shape == (2, 4)
     # A row that begins near the values' end leaves others as they are, in every window.
     columns, kept = 4096, torch.full((4, 512), 255, dtype=torch.uint8)
     offsets = torch.tensor([0, columns, 2 * columns, 3 * columns - 5])
     cut = PackedBitmask((4, columns), torch.ones(3 * columns).bfloat16(), kept, offsets)
     for seed in range(3):
-        y = decode(torch.ones(1, columns).bfloat16(), cut, seed=seed)
+        y = multiply(torch.ones(1, columns).bfloat16(), cut, seed=seed)
         assert y.tolist() == [[columns, columns, columns, 5]]
     # Rows that begin anywhere, in several lots.
     cut = PackedBitmask(
         (60, 1088), cut.values, torch.full((60, 136), 255, dtype=torch.uint8), torch.randint(-99, 1 << 16, (60,))
     )
-    assert decode(torch.ones(2, 1088).bfloat16(), cut).isfinite().all()
+    assert multiply(torch.ones(2, 1088).bfloat16(), cut).isfinite().all()
     halves = PackedBitmask(packed.shape, packed.values.bfloat16(), packed.bitmask, packed.row_offsets)
-    assert decode(torch.ones(1, 160).bfloat16(), halves)[0, 0] == 100  # and zeros where there are no values
+    assert multiply(torch.ones(1, 160).bfloat16(), halves)[0, 0] == 100  # and zeros where there are no values
 
 
 @pytest.mark.subprocess
-def test_emulated_order_of_threads_does_not_change_a_bit(decode):
+def test_emulated_order_of_threads_does_not_change_a_bit(multiply):
     weight, _, kept = random_problem(54, 1504, 0.5, BF16)
     packed, x = pack_bitmask(weight, pack_mask(kept)), torch.randn(4, 1504).bfloat16()
     for rows, split, seeds in ((4, 2, 2), (4, 0, 2), (1, 0, 6)):
-        runs = [decode(x[:rows], packed, split=split, seed=seed) for seed in range(seeds)]
+        runs = [multiply(x[:rows], packed, split=split, seed=seed) for seed in range(seeds)]
         assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 

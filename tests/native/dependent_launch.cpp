@@ -1,8 +1,8 @@
 // How a launch asks the CUDA runtime to start it early, with a runtime of this file's own.
 //   dependent_launch CAPTURING PTX_VERSION -> how many attributes the launch has
-#include "common/launch.h"
-
 #include <cstdio>
+
+#include "cuda/launch.h"
 
 int capturing = 0, ptx_version = 0;
 

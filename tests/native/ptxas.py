@@ -1,4 +1,5 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, and decode kernels' instructions.
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, and the instructions of
+sparse_linear's kernels.
 
 ``python tests/native/ptxas.py`` prints what differs from tests/native/ptxas.json; ``--write`` makes the table anew.
 """
@@ -70,7 +71,7 @@ def measure(source: Path) -> dict[str, dict[str, list[int]]]:
 
 
 @cache
-def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
+def sparse_linear_code() -> dict[str, tuple[list[str], dict[str, int]]]:
     """Kernel of sparse_linear.cu or tiles.cu -> its code on sm_90a, see sass.py."""
     fatbins = [compiled(path)[0] for path in SOURCES if path.stem in ("sparse_linear", "tiles")]
     found = {symbol: code for fatbin in fatbins for symbol, code in sass.functions(fatbin, "90a").items()}
@@ -78,27 +79,27 @@ def decode_code() -> dict[str, tuple[list[str], dict[str, int]]]:
 
 
 def steps() -> dict[str, list[int]]:
-    """decode_kernel<...> -> [rows of the weight, shortest, longest path through a step]; sass.step_of."""
+    """row_kernel<...> -> [rows of the weight, shortest, longest path through a step]; sass.step_of."""
     found = {}
-    for name, code in decode_code().items():
-        if match := re.match(r"decode_kernel<(\d+), (\d+), (\d+), (\d+)>", name):
+    for name, code in sparse_linear_code().items():
+        if match := re.match(r"row_kernel<(\d+), (\d+), (\d+), (\d+)>", name):
             tensor, _, batch, _ = match.groups()
             found[name] = [4 if tensor == "1" and batch == "8" else 2, *sass.step_of(*code)]
     return found
 
 
 def windows() -> dict[str, list[int]]:
-    """matvec_kernel<...> -> [instructions for a row, for a lot of rows, values read for a row: always, at times].
+    """window_kernel<...> -> [instructions for a row, for a lot of rows, values read for a row: always, at times].
 
     All for a window; see sass.window_of and sass.value_reads.
     """
-    codes = {name: code for name, code in decode_code().items() if name.startswith("matvec_kernel<")}
+    codes = {name: code for name, code in sparse_linear_code().items() if name.startswith("window_kernel<")}
     return {name: [*sass.window_of(*code), *sass.value_reads(*code)] for name, code in codes.items()}
 
 
 def tiles() -> dict[str, list[int]]:
     """tiles_kernel<...> -> [instructions for a tile, besides for a chunk of 4]; sass.tile_of."""
-    return {n: list(sass.tile_of(*code)) for n, code in decode_code().items() if n.startswith("tiles_kernel<")}
+    return {n: list(sass.tile_of(*code)) for n, code in sparse_linear_code().items() if n.startswith("tiles_kernel<")}
 
 
 def readable(symbol: str) -> str:

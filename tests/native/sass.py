@@ -1,4 +1,4 @@
-"""Machine instructions of the decode kernels' loops, counted along the paths that a warp takes through them."""
+"""Machine instructions of the loops of sparse_linear's kernels, counted along the paths that a warp takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" if TRITON els
 
 
 def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """(shortest, longest) number of instructions through decode_kernel's step: 8 columns of every row of a lane.
+    """(shortest, longest) number of instructions through row_kernel's step: 8 columns of every row of a lane.
 
     It is the smallest loop that waits for copies. The shortest path copies nothing; the longest copies the next 256
     values of every row, which on average as many steps do as there are kept weights. Left out is what handles the
@@ -34,7 +34,7 @@ def step_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
 
 
 def window_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """(row, lot): the shortest numbers of instructions through matvec_kernel's loops, for a window of 1024 columns.
+    """(row, lot): the shortest numbers of instructions through window_kernel's loops, for a window of 1024 columns.
 
     row: through the loop over rows, the smallest around all tensor products. lot: outside it, from one lot of rows to
     the next, for a warp that counts the masks of a whole lot and asks for the next, but stores no sums.

@@ -1,4 +1,4 @@
-"""Which launches may start before the kernel before them is complete (csrc/common/launch.h)."""
+"""Which launches may start before the kernel before them is complete (csrc/cuda/launch.h)."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def test_only_code_that_waits_starts_early_and_only_in_graphs(attributes):
     """PTX for 8.0, which a build for 8.0 and 9.0a holds, is what a GPU of compute capability 12.0 runs."""
     assert [attributes(True, version) for version in (80, 89, 90, 120)] == [0, 0, 1, 1]
     assert attributes(False, 90) == 0
-    assert [attributes(False, 90, setting) for setting in ("always", "1", "0")] == [1, 0, 0]
+    assert [attributes(False, 90, setting) for setting in (" Always", "auto", "0")] == [1, 0, 0]
     assert attributes(True, 90, "0") == 0 and attributes(False, 80, "always") == 0

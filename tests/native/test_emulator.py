@@ -17,12 +17,13 @@ from tests.helpers.emulation import FOLDER, NEEDED, load
 ROOT = Path(__file__).parents[2]
 SOURCES = {
     "bitmask": ["bitmask"],
-    "packing": ["packing"],
-    "sparse_linear": ["sparse_linear"],
+    "packing": ["packing/packing"],
+    "sparse_linear": ["sparse_linear/sparse_linear"],
     "tiles": ["sparse_linear/tiles"],
-    "sweep": ["selection", "wanda", "column_sweep", "factor"],
+    "sweep": ["selection/selection", "pruning/wanda", "pruning/column_sweep", "pruning/factor"],
     "decoder_step": ["decoder_step/elementwise", "decoder_step/attention"],
 }
+FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of csrc/common/float_type.h
 
 pytestmark = NEEDED
 
@@ -165,7 +166,7 @@ def test_bitmask(emulate, shape, blocks, more):
 def test_wanda(emulate, rows, columns, goal, dtype):
     before = torch.rand(rows, columns) < torch.linspace(0.2, 1, rows)[:, None]
     count = reference.prune_count(goal["sparsity"], columns) if "sparsity" in goal else goal["m"] - goal["keep_n"]
-    kind = [torch.float32, torch.float16, torch.bfloat16].index(dtype)
+    kind = FLOAT_TYPES.index(dtype)
     for seed, values in enumerate((torch.randn(rows, columns), tied(rows, columns), 1e-6 * torch.randn(rows, columns))):
         weight, norms = values.to(dtype), torch.ones(columns) if seed == 1 else torch.rand(columns)
         norms[::9] = -0.0
@@ -199,12 +200,12 @@ def test_wanda_of_the_largest_keys(emulate):
     assert torch.equal(unpack_mask(packed, 24)[1], torch.arange(24) % 2 == 1)
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("m", [0, 4, 16])
 @pytest.mark.parametrize("columns", [16, 272])
 def test_wanda_tells_what_is_wrong(emulate, kind, m, columns):
     """Wherever it is, also where the mask lacks the weight; the norms' fault and the weight's are told apart."""
-    dtype = [torch.float32, torch.float16, torch.bfloat16][kind]
+    dtype = FLOAT_TYPES[kind]
     mask = pack_mask(torch.zeros(3, columns, dtype=torch.bool))
 
     def faults(weight, norms):

@@ -25,7 +25,7 @@ def test_names_are_readable():
     for symbol, name in (
         ("_ZN4losa7bitmask11pack_kernelILb1EEEvPKhlllPh", "pack_kernel<1>"),
         (
-            "_ZN4losa9selection19wanda_groups_kernelILNS0_10WeightTypeE2ELi16EEEvNS0_5WandaE",
+            "_ZN4losa5wanda19wanda_groups_kernelILNS_9FloatTypeE2ELi16EEEvNS0_5WandaE",
             "wanda_groups_kernel<2, 16>",
         ),
         ("_ZN4losa9selection11ties_kernelENS0_11ColumnBlockEPKiPi", "ties_kernel"),
@@ -53,7 +53,7 @@ def test_registers_and_spills(source):
 
 
 # Instructions of a lane for each column of a row, for the time that its bytes take: an H100 issues 10 at a density of
-# 50 % and 6.4 at 30 % of 16-bit values. The decode kernels are to reach 70 % and 60 % of that speed.
+# 50 % and 6.4 at 30 % of 16-bit values. The row kernel is to reach 70 % and 60 % of that speed.
 ISSUED = {0.5: 10 / 0.7, 0.3: 6.4 / 0.6}
 WINDOW = 1.1  # instructions a column for every four steps, which count the mask's bits; N:M by bytes has none to count
 
@@ -63,14 +63,14 @@ def per_column(row: list[int], density: float) -> float:
     return (shortest + density * (longest - shortest)) / (8 * rows)
 
 
-def test_instructions_of_the_decode_step_fit_their_time():
+def test_instructions_of_a_step_of_the_row_kernel_fit_their_time():
     steps = TABLE["steps"]
-    assert set(steps) == {name for name in TABLE["kernels"]["sparse_linear"] if name.startswith("decode_kernel<")}
+    assert set(steps) == {name for name in TABLE["kernels"]["sparse_linear"] if name.startswith("row_kernel<")}
     for name, row in steps.items():
-        tensor, value, batch, fixed = (int(part) for part in name[len("decode_kernel<") : -1].split(", "))
+        tensor_cores, value, batch, equal_bytes = (int(part) for part in name[len("row_kernel<") : -1].split(", "))
         for density, issued in ISSUED.items():
-            taken = per_column(row, density) + (0 if fixed else WINDOW)
-            if batch == 1 and tensor:
+            taken = per_column(row, density) + (0 if equal_bytes else WINDOW)
+            if batch == 1 and tensor_cores:
                 assert taken <= issued, name
             elif batch == 1 and value == 0:
                 assert taken <= 1.8 * issued, name  # fp32 values have twice the bytes
@@ -84,7 +84,7 @@ PER_POSITION = {1: 6.9, 2: 7.6, 4: 7.9}
 
 def test_instructions_of_a_window_fit_their_time():
     windows = TABLE["windows"]
-    assert set(windows) == {name for name in TABLE["kernels"]["sparse_linear"] if name.startswith("matvec_kernel<")}
+    assert set(windows) == {name for name in TABLE["kernels"]["sparse_linear"] if name.startswith("window_kernel<")}
     for name, (row, lot, always, at_times) in windows.items():
         batch = int(name.removesuffix(">").split(", ")[1])
         assert (row + lot / LOT) / 32 <= PER_POSITION[batch], name
@@ -93,9 +93,9 @@ def test_instructions_of_a_window_fit_their_time():
 
 
 def test_windows_leave_room_for_the_warps_that_launches_count_on():
-    """A quarter of a multiprocessor's registers serves a quarter of its warps: matvec_kernel.h, most_windows."""
+    """A quarter of a multiprocessor's registers serves a quarter of its warps: window_kernel.h, most_windows."""
     for name, row in TABLE["kernels"]["sparse_linear"].items():
-        if name.startswith("matvec_kernel<"):
+        if name.startswith("window_kernel<"):
             warps = {1: 28, 2: 20, 4: 12}[int(name.removesuffix(">").split(", ")[1])]
             for registers, _, _ in row.values():
                 assert (16 << 10) // (32 * (-(-registers // 8) * 8)) >= warps // 4, name
@@ -119,7 +119,7 @@ def test_instructions_of_a_tile_fit_their_time():
 @pytest.mark.subprocess
 @pytest.mark.skipif(ptxas.NVCC is None, reason="nvcc is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nvdisasm comes with triton")
-def test_instructions_of_the_decode_kernels():
+def test_instructions_of_the_sparse_linear_kernels():
     """As committed within one nvcc release; another may take a tenth more."""
     steps, windows, tiles = ptxas.steps(), ptxas.windows(), ptxas.tiles()
     if ptxas.version() == TABLE["nvcc"]:

@@ -1,5 +1,5 @@
-"""For compute-sanitizer on a GPU: decode kernels at sizes that use their buffers more than once, by the card's count of
-multiprocessors. What each block does only once shows no race between its stages."""
+"""For compute-sanitizer on a GPU: sparse_linear's kernels at sizes that use their buffers more than once, by the card's
+count of multiprocessors. What each block does only once shows no race between its stages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_window_kernel_with_several_lots_a_block(columns, pattern, monkeypatch):
 
 @pytest.mark.parametrize("batch", [8, 16])
 @torch.no_grad()
-def test_decode_kernel_with_many_steps(batch, monkeypatch):
+def test_row_kernel_with_many_steps(batch, monkeypatch):
     monkeypatch.setenv("LOSA_SPARSE_LINEAR", "window")
     packed, dense = problem(64 * processors() + 3, 2072)
     x = torch.randn(batch, 2072, device="cuda").bfloat16()

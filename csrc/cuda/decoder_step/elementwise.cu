@@ -1,230 +1,43 @@
-// The small kernels of a decoder's step: residual sum + RMS norm, rotary positions + cache write, SiLU(gate) * up.
-// Each lets the next kernel of the stream start at once, so that it asks for its weights while these run.
+// Launches of a decoder's small kernels, and their operators.
 #include <algorithm>
 #include <cstdint>
 
-#include "common/launch.h"
-#include "cuda/elements.h"
+#include "cuda/decoder_step/elementwise_kernels.h"
+#include "cuda/launch.h"
 
 namespace losa::decoder_step {
 
-// x += update; out = x / sqrt(mean(x^2) + eps) * weight
-
-struct AddRmsNorm {
-  void* x;             // (rows, columns), written where there is an update
-  const void* update;  // (rows, columns) or null
-  const void* weight;  // (columns,)
-  void* out;           // (rows, columns)
-  int64_t rows;
-  int columns;
-  float eps;
-};
-
-constexpr int kNormThreads = 1024;
-constexpr int kHeld = 2;  // loads of a thread that stay in registers; wider rows are read again
-
-// A block for each row; kCount divides columns. Roundings are those of transformers: of the sum, of the normalised row,
-// and of its product with the weight.
-template <FloatType kType, int kCount>
-__global__ void __launch_bounds__(kNormThreads) add_rms_norm_kernel(AddRmsNorm job) {
-  using Part = Elements<kType, kCount>;
-  __shared__ float sums[kNormThreads / 32];
-  const int parts = job.columns / kCount, threads = static_cast<int>(blockDim.x), own = static_cast<int>(threadIdx.x);
-  const int64_t row = int64_t{blockIdx.x} * job.columns;
-  let_next_kernel_start();
-  Part held[kHeld], scale[kHeld];
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int part = own + i * threads;
-    if (part < parts) scale[i].load(job.weight, int64_t{part} * kCount);
-  }
-  wait_for_kernels_before();
-
-  float squares = 0.0f;
-  const auto take = [&](int part) {
-    Part sum;
-    const int64_t place = row + int64_t{part} * kCount;
-    sum.load(job.x, place);
-    if (job.update != nullptr) {
-      Part update;
-      update.load(job.update, place);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sum.values[i] = rounded<kType>(sum.values[i] + update.values[i]);
-      sum.store(job.x, place);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) squares += sum.values[i] * sum.values[i];
-    return sum;
-  };
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int part = own + i * threads;
-    if (part < parts) held[i] = take(part);
-  }
-  for (int part = own + kHeld * threads; part < parts; part += threads) take(part);
-
-  squares = sum_over_warp(squares);
-  const int lane = own % 32;
-  if (lane == 0) sums[own / 32] = squares;
-  __syncthreads();
-  squares = sum_over_warp(lane < threads / 32 ? sums[lane] : 0.0f);
-  const float factor = 1.0f / sqrtf(squares / static_cast<float>(job.columns) + job.eps);
-
-  const auto give = [&](int part, Part values, const Part& weight) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values.values[i] = rounded<kType>(values.values[i] * factor) * weight.values[i];
-    values.store(job.out, row + int64_t{part} * kCount);
-  };
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int part = own + i * threads;
-    if (part < parts) give(part, held[i], scale[i]);
-  }
-  for (int part = own + kHeld * threads; part < parts; part += threads) {
-    Part sum, weight;
-    sum.load(job.x, row + int64_t{part} * kCount);
-    weight.load(job.weight, int64_t{part} * kCount);
-    give(part, sum, weight);
-  }
-}
-
 template <FloatType kType>
-void launch_add_rms_norm(const AddRmsNorm& job, bool vectors, cudaStream_t stream) {
-  if (job.rows == 0 || job.columns == 0) return;
-  const int parts = vectors ? job.columns / kPerVector<kType> : job.columns;
+void launch_add_rms_norm(const AddRmsNorm& task, bool vectors, cudaStream_t stream) {
+  if (task.rows == 0 || task.columns == 0) return;
+  const int parts = vectors ? task.columns / kPerVector<kType> : task.columns;
   const int threads = std::min(kNormThreads, (parts + 31) / 32 * 32);
-  const auto grid = static_cast<unsigned>(job.rows);
+  const auto grid = static_cast<unsigned>(task.rows);
   if (vectors) {
-    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, kPerVector<kType>>), grid, threads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, kPerVector<kType>>), grid, threads, 0, stream, task);
   } else {
-    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, 1>), grid, threads, 0, stream, job);
-  }
-}
-
-// out = silu(gate) * up
-
-struct GatedSilu {
-  const void* gate_up;  // (rows, 2 columns)
-  void* out;            // (rows, columns)
-  int64_t rows;
-  int columns;
-};
-
-constexpr int kSiluThreads = 128, kMostRowBlocks = 65535;
-
-// A thread for each kCount columns, which kCount divides. Roundings are torch's: of SiLU, and of the product.
-template <FloatType kType, int kCount>
-__global__ void __launch_bounds__(kSiluThreads) gated_silu_kernel(GatedSilu job) {
-  let_next_kernel_start();
-  wait_for_kernels_before();
-  const int64_t column = (int64_t{blockIdx.x} * kSiluThreads + threadIdx.x) * kCount, columns = job.columns;
-  if (column >= columns) return;
-  for (int64_t row = blockIdx.y; row < job.rows; row += gridDim.y) {
-    Elements<kType, kCount> gate, up;
-    gate.load(job.gate_up, row * 2 * columns + column);
-    up.load(job.gate_up, row * 2 * columns + columns + column);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float value = gate.values[i];
-      up.values[i] *= rounded<kType>(value / (1.0f + expf(-value)));
-    }
-    up.store(job.out, row * columns + column);
+    LOSA_LAUNCH_DEPENDENT((add_rms_norm_kernel<kType, 1>), grid, threads, 0, stream, task);
   }
 }
 
 template <FloatType kType>
-void launch_gated_silu(const GatedSilu& job, bool vectors, cudaStream_t stream) {
-  if (job.rows == 0 || job.columns == 0) return;
-  const int parts = vectors ? job.columns / kPerVector<kType> : job.columns;
+void launch_gated_silu(const GatedSilu& task, bool vectors, cudaStream_t stream) {
+  if (task.rows == 0 || task.columns == 0) return;
+  const int parts = vectors ? task.columns / kPerVector<kType> : task.columns;
   const dim3 grid(static_cast<unsigned>((parts + kSiluThreads - 1) / kSiluThreads),
-                  static_cast<unsigned>(std::min<int64_t>(job.rows, kMostRowBlocks)));
+                  static_cast<unsigned>(std::min<int64_t>(task.rows, kMostRowBlocks)));
   if (vectors) {
-    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, kPerVector<kType>>), grid, kSiluThreads, 0, stream, job);
+    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, kPerVector<kType>>), grid, kSiluThreads, 0, stream, task);
   } else {
-    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, 1>), grid, kSiluThreads, 0, stream, job);
-  }
-}
-
-// rotary positions of queries and keys; keys and values into the cache
-
-struct Rotation {
-  const void* heads;  // (queries + 2 keys, size): queries, keys, values
-  const void* cos;    // (places, size)
-  const void* sin;    // (places, size), its first half negated
-  const int64_t* position;
-  const void *q_norm, *k_norm;  // (size,), weights of RMS norms before the rotation; or null
-  float eps;
-  void* turned;  // (queries, size)
-  void* cache;   // (2, keys, places, size)
-  int queries, keys, size;
-  int64_t places;
-};
-
-constexpr int kHeadsOfBlock = 4;
-constexpr int kMostPairs = 4;  // of a lane: heads of up to 256
-
-// A warp for each head; a lane has the pairs (i, i + size / 2) for every 32nd i.
-template <FloatType kType>
-__global__ void __launch_bounds__(32 * kHeadsOfBlock) rotate_and_store_kernel(Rotation job) {
-  let_next_kernel_start();
-  wait_for_kernels_before();
-  const int head = static_cast<int>(blockIdx.x) * kHeadsOfBlock + static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32, half = job.size / 2;
-  if (head >= job.queries + 2 * job.keys) return;
-  const int64_t position = __ldcg(job.position);
-  // Nothing is written beyond the cache, wherever the position comes from.
-  if (position < 0 || position >= job.places) return;
-
-  float low[kMostPairs], high[kMostPairs];
-  float squares = 0.0f;
-#pragma unroll
-  for (int p = 0; p < kMostPairs; ++p) {
-    const int i = lane + 32 * p;
-    low[p] = high[p] = 0.0f;
-    if (i < half) {
-      low[p] = load_element<kType>(job.heads, int64_t{head} * job.size + i);
-      high[p] = load_element<kType>(job.heads, int64_t{head} * job.size + half + i);
-    }
-    squares += low[p] * low[p] + high[p] * high[p];
-  }
-
-  const bool is_query = head < job.queries, is_value = head >= job.queries + job.keys;
-  const void* const norm = is_value ? nullptr : is_query ? job.q_norm : job.k_norm;
-  if (norm != nullptr) {
-    const float factor = 1.0f / sqrtf(sum_over_warp(squares) / static_cast<float>(job.size) + job.eps);
-#pragma unroll
-    for (int p = 0; p < kMostPairs; ++p) {
-      const int i = lane + 32 * p;
-      if (i < half) {
-        low[p] = rounded<kType>(rounded<kType>(low[p] * factor) * load_element<kType>(norm, i));
-        high[p] = rounded<kType>(rounded<kType>(high[p] * factor) * load_element<kType>(norm, half + i));
-      }
-    }
-  }
-
-  // The cache holds all key heads, then the values of all.
-  void* const to = is_query ? job.turned : job.cache;
-  const int64_t row = is_query ? head : (head - job.queries) * job.places + position;
-#pragma unroll
-  for (int p = 0; p < kMostPairs; ++p) {
-    const int i = lane + 32 * p;
-    if (i >= half) continue;
-    float first = low[p], second = high[p];
-    if (!is_value) {
-      const int64_t angle = position * job.size + i;
-      first = low[p] * load_element<kType>(job.cos, angle) + high[p] * load_element<kType>(job.sin, angle);
-      second = high[p] * load_element<kType>(job.cos, angle + half) + low[p] * load_element<kType>(job.sin, angle + half);
-    }
-    store_element<kType>(to, row * job.size + i, first);
-    store_element<kType>(to, row * job.size + half + i, second);
+    LOSA_LAUNCH_DEPENDENT((gated_silu_kernel<kType, 1>), grid, kSiluThreads, 0, stream, task);
   }
 }
 
 template <FloatType kType>
-void launch_rotate_and_store(const Rotation& job, cudaStream_t stream) {
-  const int heads = job.queries + 2 * job.keys;
+void launch_rotate_and_store(const Rotation& task, cudaStream_t stream) {
+  const int heads = task.queries + 2 * task.keys;
   const auto grid = static_cast<unsigned>((heads + kHeadsOfBlock - 1) / kHeadsOfBlock);
-  LOSA_LAUNCH_DEPENDENT(rotate_and_store_kernel<kType>, grid, 32 * kHeadsOfBlock, 0, stream, job);
+  LOSA_LAUNCH_DEPENDENT(rotate_and_store_kernel<kType>, grid, 32 * kHeadsOfBlock, 0, stream, task);
 }
 
 // launch(kType) for the type.
@@ -237,16 +50,16 @@ void by_type(FloatType type, Launch launch) {
   }
 }
 
-void launch_add_rms_norm(FloatType type, const AddRmsNorm& job, bool vectors, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_add_rms_norm<decltype(kind)::value>(job, vectors, stream); });
+void launch_add_rms_norm(FloatType type, const AddRmsNorm& task, bool vectors, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_add_rms_norm<decltype(kind)::value>(task, vectors, stream); });
 }
 
-void launch_gated_silu(FloatType type, const GatedSilu& job, bool vectors, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_gated_silu<decltype(kind)::value>(job, vectors, stream); });
+void launch_gated_silu(FloatType type, const GatedSilu& task, bool vectors, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_gated_silu<decltype(kind)::value>(task, vectors, stream); });
 }
 
-void launch_rotate_and_store(FloatType type, const Rotation& job, cudaStream_t stream) {
-  by_type(type, [&](auto kind) { launch_rotate_and_store<decltype(kind)::value>(job, stream); });
+void launch_rotate_and_store(FloatType type, const Rotation& task, cudaStream_t stream) {
+  by_type(type, [&](auto kind) { launch_rotate_and_store<decltype(kind)::value>(task, stream); });
 }
 
 }  // namespace losa::decoder_step
@@ -268,7 +81,7 @@ namespace {
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// As the first argument's: dtype, device, no gaps.
+// Checks for the dtype and device of the first argument, and for dense memory.
 void check_like(const Tensor& tensor, const Tensor& first, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type() && tensor.is_contiguous() && tensor.is_cuda() &&
                       tensor.get_device_index() == first.get_device_index(),
@@ -295,12 +108,16 @@ Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& update, const 
   }
   const DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, sizes_of(x));
-  const AddRmsNorm job{x.mutable_data_ptr(),   update ? update->const_data_ptr() : nullptr,
-                       weight.const_data_ptr(), out.mutable_data_ptr(),
-                       rows,                    static_cast<int>(columns),
-                       static_cast<float>(eps)};
-  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({job.x, job.update, job.weight, job.out});
-  launch_add_rms_norm(type, job, vectors, current_stream(x));
+  const AddRmsNorm task{.x = x.mutable_data_ptr(),
+                        .update = update ? update->const_data_ptr() : nullptr,
+                        .weight = weight.const_data_ptr(),
+                        .out = out.mutable_data_ptr(),
+                        .rows = rows,
+                        .columns = static_cast<int>(columns),
+                        .eps = static_cast<float>(eps)};
+  const bool vectors =
+      columns * float_type_size(type) % 16 == 0 && aligned({task.x, task.update, task.weight, task.out});
+  launch_add_rms_norm(type, task, vectors, current_stream(x));
   return out;
 }
 
@@ -313,10 +130,12 @@ Tensor gated_silu(const Tensor& gate_up) {
   STD_TORCH_CHECK(columns < (1 << 30), "gate_up: expected fewer than 2^31 columns");
   const DeviceGuard guard(gate_up.get_device_index());
   Tensor out = torch::stable::new_empty(gate_up, sizes);
-  const GatedSilu job{gate_up.const_data_ptr(), out.mutable_data_ptr(), columns == 0 ? 0 : out.numel() / columns,
-                      static_cast<int>(columns)};
-  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({job.gate_up, job.out});
-  launch_gated_silu(type, job, vectors, current_stream(gate_up));
+  const GatedSilu task{.gate_up = gate_up.const_data_ptr(),
+                       .out = out.mutable_data_ptr(),
+                       .rows = columns == 0 ? 0 : out.numel() / columns,
+                       .columns = static_cast<int>(columns)};
+  const bool vectors = columns * float_type_size(type) % 16 == 0 && aligned({task.gate_up, task.out});
+  launch_gated_silu(type, task, vectors, current_stream(gate_up));
   return out;
 }
 
@@ -349,22 +168,22 @@ Tensor rotate_and_store(const Tensor& heads, const Tensor& cos, const Tensor& si
     STD_TORCH_CHECK((*norm)->numel() == size, name, ": expected (", size, ",)");
   }
   const DeviceGuard guard(heads.get_device_index());
-  Tensor turned = torch::stable::new_empty(heads, {queries, size});
-  const Rotation job{heads.const_data_ptr(),
-                     cos.const_data_ptr(),
-                     sin.const_data_ptr(),
-                     static_cast<const int64_t*>(position.const_data_ptr()),
-                     q_norm ? q_norm->const_data_ptr() : nullptr,
-                     k_norm ? k_norm->const_data_ptr() : nullptr,
-                     static_cast<float>(eps),
-                     turned.mutable_data_ptr(),
-                     cache.mutable_data_ptr(),
-                     static_cast<int>(queries),
-                     static_cast<int>(keys),
-                     static_cast<int>(size),
-                     places};
-  launch_rotate_and_store(type, job, current_stream(heads));
-  return turned;
+  Tensor rotated = torch::stable::new_empty(heads, {queries, size});
+  const Rotation task{.heads = heads.const_data_ptr(),
+                      .cos = cos.const_data_ptr(),
+                      .sin = sin.const_data_ptr(),
+                      .position = static_cast<const int64_t*>(position.const_data_ptr()),
+                      .q_norm = q_norm ? q_norm->const_data_ptr() : nullptr,
+                      .k_norm = k_norm ? k_norm->const_data_ptr() : nullptr,
+                      .eps = static_cast<float>(eps),
+                      .rotated = rotated.mutable_data_ptr(),
+                      .cache = cache.mutable_data_ptr(),
+                      .queries = static_cast<int>(queries),
+                      .keys = static_cast<int>(keys),
+                      .size = static_cast<int>(size),
+                      .places = places};
+  launch_rotate_and_store(type, task, current_stream(heads));
+  return rotated;
 }
 
 }  // namespace

@@ -1,20 +1,23 @@
-// Tiles on CUDA: made from packed rows, multiplied, unpacked; which launch runs with how much shared memory.
+// A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it. Sets launches and their
+// shared memory; the table at the head of sparse_linear.cu says when products take this way.
+#include <algorithm>
+
 #include "cuda/per_device.h"
 #include "cuda/sparse_linear/tile_packing.h"
 #include "cuda/sparse_linear/tiles_kernel.h"
 
-#include <algorithm>
-
 namespace losa::sparse_linear {
 
-// Warps and stages of a block, of which there is one for each group of rows. stage_bytes: of the largest chunk;
-// columns: of the kernel; shared_bytes: that a block may have. One warp with one stage is the least, about 9 KB.
-inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, int shared_bytes) {
+// Warps and stages of a block; there is a block for each group of rows. stage_bytes: of a head and the largest chunk;
+// batch: rows of x that the kernel takes, 8 or 16; shared_bytes: the most that a block may have. The least is one warp
+// with one stage, about 9 KB.
+inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int batch, int shared_bytes) {
   constexpr int kFewWarps = 4;
   const int chunks = tiles.chunks(), most = std::min(chunks, kTileWarps), turns = (chunks + most - 1) / most;
-  // As many turns by no more warps than these take.
-  TileShape shape{(chunks + turns - 1) / turns, std::min(turns, kTileStages), stage_bytes};
-  const auto fits = [&](int bytes) { return shape.bytes(columns) <= bytes; };
+  // As many turns, by no more warps than they take.
+  TileShape shape{
+      .warps = (chunks + turns - 1) / turns, .stages = std::min(turns, kTileStages), .stage_bytes = stage_bytes};
+  const auto fits = [&](int bytes) { return shape.bytes(batch) <= bytes; };
   // Two blocks a multiprocessor, so that one's copies go on while the other adds up its sums; or one that fits.
   const int half = shared_bytes / 2 - 1024;
   while (!fits(half) && shape.stages > 2) --shape.stages;
@@ -24,11 +27,11 @@ inline TileShape shape_of(const Tiles& tiles, int stage_bytes, int columns, int 
   return shape;
 }
 
-template <FloatType kValue, int kColumns>
+template <FloatType kValue, int kBatch>
 void launch_tiles(TileTask task, int largest, int shared_bytes, cudaStream_t stream) {
-  task.shape = shape_of(task.tiles, kStageHead + largest, kColumns, shared_bytes);
-  const int bytes = task.shape.bytes(kColumns);
-  const auto kernel = tiles_kernel<kValue, kColumns>;
+  task.shape = shape_of(task.tiles, kStageHead + largest, kBatch, shared_bytes);
+  const int bytes = task.shape.bytes(kBatch);
+  const auto kernel = tiles_kernel<kValue, kBatch>;
   static PerDevice<> prepared;
   prepared.get(0, [&] { return prefer_shared_memory(kernel, shared_bytes); });
   const auto grid = static_cast<unsigned>(task.tiles.groups()), threads = static_cast<unsigned>(32 * task.shape.warps);
@@ -52,12 +55,12 @@ inline unsigned tile_blocks(int64_t warps) {
   return static_cast<unsigned>((warps + kTilePackWarps - 1) / kTilePackWarps);
 }
 
-void launch_count_tiles(const Rows& weight, const Tiles& tiles, int64_t* sizes, cudaStream_t stream) {
+void launch_count_tiles(const PackedRows& weight, const Tiles& tiles, int64_t* sizes, cudaStream_t stream) {
   LOSA_LAUNCH(count_tiles_kernel, tile_blocks(tiles.groups() * tiles.chunks()), 32 * kTilePackWarps, 0, stream, weight,
               tiles, sizes);
 }
 
-void launch_write_tiles(const Rows& weight, const Tiles& tiles, uint8_t* data, cudaStream_t stream) {
+void launch_write_tiles(const PackedRows& weight, const Tiles& tiles, uint8_t* data, cudaStream_t stream) {
   LOSA_LAUNCH(write_tiles_kernel, tile_blocks(tiles.groups()), 32 * kTilePackWarps, 0, stream, weight, tiles, data);
 }
 
@@ -76,7 +79,7 @@ void launch_unpack_tiles(const Tiles& tiles, uint16_t* dense, cudaStream_t strea
 #include <optional>
 
 #include "common/packing_checks.h"
-#include "cuda/sparse_linear/rows_of_x.h"
+#include "cuda/sparse_linear/x_and_y.h"
 
 namespace losa::sparse_linear {
 namespace {
@@ -100,9 +103,11 @@ bool is_vector(const Tensor& tensor, ScalarType type) {
 
 Tiles tiles_of(const Tensor& data, const Tensor& offsets, int64_t rows, int64_t columns) {
   check_size(rows, columns);
-  const Tiles tiles{static_cast<const uint8_t*>(data.const_data_ptr()),
-                    static_cast<const int64_t*>(offsets.const_data_ptr()), rows, static_cast<int>(columns)};
-  STD_TORCH_CHECK(is_vector(data, ScalarType::Byte) && reinterpret_cast<uintptr_t>(tiles.data) % kCopied == 0,
+  const Tiles tiles{.data = static_cast<const uint8_t*>(data.const_data_ptr()),
+                    .offsets = static_cast<const int64_t*>(offsets.const_data_ptr()),
+                    .rows = rows,
+                    .columns = static_cast<int>(columns)};
+  STD_TORCH_CHECK(is_vector(data, ScalarType::Byte) && reinterpret_cast<uintptr_t>(tiles.data) % kCopyUnit == 0,
                   "data: expected a contiguous uint8 vector at a 16-byte boundary");
   STD_TORCH_CHECK(is_vector(offsets, ScalarType::Long) && offsets.size(0) == tiles.groups() * tiles.chunks() + 1,
                   "offsets: expected int64 (", tiles.groups() * tiles.chunks() + 1, ",), contiguous");
@@ -116,8 +121,9 @@ Tensor count_tiles(const Tensor& bitmask, int64_t columns) {
   check_size(rows, columns);
   const DeviceGuard guard(bitmask.get_device_index());
   const Tensor bits = torch::stable::contiguous(bitmask);
-  const Tiles tiles{nullptr, nullptr, rows, static_cast<int>(columns)};
-  const Rows weight{nullptr, 0, nullptr, 0, static_cast<const uint8_t*>(bits.const_data_ptr()), rows, tiles.columns};
+  const Tiles tiles{.data = nullptr, .offsets = nullptr, .rows = rows, .columns = static_cast<int>(columns)};
+  const PackedRows weight{
+      .mask = static_cast<const uint8_t*>(bits.const_data_ptr()), .rows = rows, .columns = tiles.columns};
   Tensor sizes = torch::stable::new_empty(bitmask, {tiles.groups() * tiles.chunks()}, ScalarType::Long);
   launch_count_tiles(weight, tiles, static_cast<int64_t*>(sizes.mutable_data_ptr()), current_stream(bitmask));
   return sizes;
@@ -133,13 +139,13 @@ void write_tiles(const Tensor& values, const Tensor& bitmask, const std::optiona
   const DeviceGuard guard(values.get_device_index());
   const Tensor bits = torch::stable::contiguous(bitmask);
   const Tiles tiles = tiles_of(data, offsets, rows, columns);
-  const Rows weight{static_cast<const uint16_t*>(values.const_data_ptr()),
-                    total,
-                    row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
-                    total / rows,
-                    static_cast<const uint8_t*>(bits.const_data_ptr()),
-                    rows,
-                    tiles.columns};
+  const PackedRows weight{.values = static_cast<const uint16_t*>(values.const_data_ptr()),
+                          .total = total,
+                          .offsets = row_offsets ? static_cast<const int64_t*>(row_offsets->const_data_ptr()) : nullptr,
+                          .length = total / rows,
+                          .mask = static_cast<const uint8_t*>(bits.const_data_ptr()),
+                          .rows = rows,
+                          .columns = tiles.columns};
   launch_write_tiles(weight, tiles, static_cast<uint8_t*>(data.mutable_data_ptr()), current_stream(values));
 }
 
@@ -168,17 +174,17 @@ Tensor sparse_linear_tiles(const Tensor& x, const Tensor& data, const Tensor& of
   if (batch == 0) return y;
 
   constexpr int64_t kMost = kChunkTiles * (kTileMaskBytes + 2 * kTileRows * kTileColumns);
-  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopied == 0, "largest: expected a multiple of ",
-                  kCopied, " up to ", kMost, ", got ", largest);
-  const Tensor padded = padded_rows(x, batch, columns, kTileColumns, stream);
-  const TileTask task{tiles,
-                      padded.const_data_ptr(),
-                      int64_t{tiles.tiles()} * kTileColumns,
-                      static_cast<int>(batch),
-                      bias ? bias->const_data_ptr() : nullptr,
-                      bias ? float_type(*bias, "bias") : FloatType::kFloat,
-                      y.mutable_data_ptr(),
-                      {}};
+  STD_TORCH_CHECK(0 < largest && largest <= kMost && largest % kCopyUnit == 0, "largest: expected a multiple of ",
+                  kCopyUnit, " up to ", kMost, ", got ", largest);
+  const Tensor padded = padded_x(x, batch, columns, kTileColumns, stream);
+  const TileTask task{.tiles = tiles,
+                      .x = padded.const_data_ptr(),
+                      .x_stride = int64_t{tiles.tiles()} * kTileColumns,
+                      .batch = static_cast<int>(batch),
+                      .bias = bias ? bias->const_data_ptr() : nullptr,
+                      .bias_type = bias ? float_type(*bias, "bias") : FloatType::kFloat,
+                      .y = y.mutable_data_ptr(),
+                      .shape = {}};  // launch_tiles sets it
   const auto launch = value == FloatType::kHalf ? launch_tiles<FloatType::kHalf> : launch_tiles<FloatType::kBFloat16>;
   launch(task, static_cast<int>(largest), device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(), stream);
   return y;

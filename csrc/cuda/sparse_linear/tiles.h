@@ -1,14 +1,14 @@
-// The tile layout of a packed weight of 16-bit values, private to the GPU: byte by byte in
-// losa_kernels/sparse_linear/TILES.md. Here are its sizes, and what the kernels that write and read it share.
+// The tile layout of a packed weight of 16-bit values, private to the GPU: losa_kernels/sparse_linear/TILES.md has it
+// byte by byte. Here are its sizes, and what the kernels that write tiles and the kernels that read them share.
 //
-// A tile has 16 rows and 64 columns. Of lane (g, t) = (lane / 4, lane % 4) it holds 8 nibbles of the mask: nibble i
-// stands for row g + 8 * (i / 2 % 2) and the columns 32 * (i / 4) + 8 * t + 4 * (i % 2) and the next three, so that a
+// A tile has 16 rows and 64 columns. It holds 8 nibbles of the mask for each lane (g, t) = (lane / 4, lane % 4): nibble
+// i stands for row g + 8 * (i / 2 % 2) and for column 32 * (i / 4) + 8 * t + 4 * (i % 2) and the next three, so that a
 // byte of the lane's word is a byte of the row's mask. For mma.m16n8k16 the tile's columns are taken in another order:
 // in the k-step 2 * (i / 4) + i % 2, these four columns are k = 2t, 2t + 1, 2t + 8 and 2t + 9 of lane t.
 #pragma once
 
 #include "common/bits.h"
-#include "common/launch.h"
+#include "cuda/launch.h"
 #include "cuda/machine.h"
 #include "cuda/packed_rows.h"
 
@@ -16,15 +16,16 @@ namespace losa::sparse_linear {
 
 constexpr int kTileRows = 16;
 constexpr int kTileColumns = 64;
-constexpr int kChunkTiles = 4;  // tiles whose masks and values lie together: what one copy brings
+constexpr int kChunkTiles = 4;  // tiles whose masks and values lie together, so that one copy brings them
 constexpr int kChunkColumns = kChunkTiles * kTileColumns;
 constexpr int kTileMaskBytes = 32 * 4;
 constexpr int kTileNibbles = 8;
-constexpr int kCopied = 16;  // bytes that a copy's begin and length are multiples of
+constexpr int kCopyUnit = 16;  // bytes: a copy's begin and length are multiples of this
 
+// A weight (rows, columns) in tiles.
 struct Tiles {
   const uint8_t* data;
-  const int64_t* offsets;  // of each chunk, in units of kCopied bytes; the end's besides
+  const int64_t* offsets;  // (groups * chunks + 1,): where each chunk begins, and the end, in units of kCopyUnit bytes
   int64_t rows;
   int columns;
 
@@ -43,8 +44,8 @@ __device__ __forceinline__ unsigned count_nibbles(unsigned word) {
   return (word & 0x33333333u) + (word >> 2 & 0x33333333u);
 }
 
-// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all have; a
-// byte each (of even nibbles and of odd ones).
+// Where a tile's values lie: for each nibble how many values the lanes up to this one have, and how many all lanes
+// have. Each number is a byte; even nibbles are in element 0, odd nibbles in element 1.
 struct TilePlaces {
   unsigned through[2], total[2];
 
@@ -65,7 +66,7 @@ struct TilePlaces {
     }
   }
 
-  // Of nibble i: the index behind the lane's last value, and all of them.
+  // Of nibble i: the index behind the lane's last value, and the number of values of all lanes.
   __device__ __forceinline__ unsigned end_of(int i) const { return through[i % 2] >> i / 2 * 8 & 0xff; }
   __device__ __forceinline__ unsigned total_of(int i) const { return total[i % 2] >> i / 2 * 8 & 0xff; }
 };

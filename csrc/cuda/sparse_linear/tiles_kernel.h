@@ -1,63 +1,61 @@
-// The decode kernel on tiles (tiles.h): y = x W^T for up to 16 rows of x of the values' 16-bit type.
+// The tiles kernel: y = x W^T from a weight in tiles (tiles.h), for up to 16 rows of x of the values' 16-bit type.
 //
-// A block has 16 rows of the weight; its warps take the chunks of these rows in turn. A chunk's mask and values are one
-// piece of memory, which one bulk copy brings to shared memory, several chunks ahead of the products; the first copies
-// are asked for before the kernel waits for those before it, as weights are constant. A warp needs no other warp until
-// the sums of all are added up, always in the same order.
+// A block has 16 rows of the weight, and its warps take the chunks of these rows in turn. A chunk's mask and values are
+// one piece of memory, which one bulk copy brings to shared memory several chunks ahead of the products. The first
+// copies are requested before the kernel waits for the kernels before it, as weights are constant. A warp needs no
+// other warp until the sums of all warps are added up, always in the same order.
 //
-// For every nibble of the mask a lane reads 3 values, the last that is its own and the two before it, wherever they
-// are, and one more before them only if all 4 columns are kept. One of 16 permutations, from shared memory, puts them
-// into their columns with zeros between; where fewer columns are kept the fourth value is zero. That is the lane's part
-// of A; its part of B is 8 columns of row g of x for two k-steps, 16 bytes. Columns of D are rows of x: what B has
-// beyond the batch reaches only columns that are not used.
+// For every nibble of the mask a lane reads 3 values: the last value that is its own and the two values before it,
+// wherever they are. It reads the value before these only if all 4 columns are kept. One of 16 permutations, from
+// shared memory, puts the values into their columns with zeros between; where fewer columns are kept the fourth value
+// is zero. The result is the lane's part of A. The lane's part of B is 8 columns of row g of x for two k-steps, 16
+// bytes. Columns of D are rows of x: if the batch is smaller, the other columns of B may hold anything, as nothing
+// reads their D.
 //
 // By arithmetic: in the time in which an H200 brings a tile of 70 % zeros from memory, a multiprocessor can do 45
 // accesses of a warp to shared memory (shuffles among them), 90 integer instructions and 180 of all kinds. The kernel
 // takes about 48, 50 and 177.
 #pragma once
 
-#include "cuda/decode_task.h"
+#include "cuda/sparse_linear/task.h"
 #include "cuda/sparse_linear/tiles.h"
 
 namespace losa::sparse_linear {
 
-constexpr int kTileWarps = 8;      // of a block at most
-constexpr int kTileBlocks = 3;     // that a multiprocessor's registers allow
-constexpr int kTileStages = 4;     // of a warp at most
+constexpr int kTileWarps = 8;      // the most warps of a block
+constexpr int kTileBlocks = 3;     // blocks that a multiprocessor's registers allow
+constexpr int kTileStages = 4;     // the most stages of a warp
 constexpr int kStageHead = 16;     // bytes of a stage before its chunk: the barrier that tells when the chunk is there
-constexpr int kPermutations = 64;  // bytes
+constexpr int kPermutations = 64;  // bytes of a warp's permutations
 
-// What a block's shared memory holds, in bytes from its begin.
+// How a block is made up. Functions: places in its shared memory, in bytes, where the kernel takes `batch` rows of x.
 struct TileShape {
   int warps, stages;  // warps of a block; chunks of a warp that are there or on their way
-  int stage_bytes;    // a head and the largest chunk
+  int stage_bytes;    // of a head and the largest chunk
 
   LOSA_HOST_DEVICE constexpr int sums_at() const { return warps * kPermutations; }
-  // columns: of the kernel.
-  LOSA_HOST_DEVICE constexpr int stages_at(int columns) const {
-    return sums_at() + warps * kTileRows * columns * static_cast<int>(sizeof(float));
+  LOSA_HOST_DEVICE constexpr int stages_at(int batch) const {
+    return sums_at() + warps * kTileRows * batch * static_cast<int>(sizeof(float));
   }
-  LOSA_HOST_DEVICE constexpr int bytes(int columns) const {
-    return stages_at(columns) + warps * stages * stage_bytes;
-  }
+  LOSA_HOST_DEVICE constexpr int bytes(int batch) const { return stages_at(batch) + warps * stages * stage_bytes; }
 };
 
 struct TileTask {
   Tiles tiles;
-  const void* x;     // rows at 16-byte boundaries, of columns rounded up to kTileColumns, zeros there
+  const void* x;     // (batch, x_stride): rows at multiples of 16 bytes, zeros up to a multiple of kTileColumns
   int64_t x_stride;  // in elements
   int batch;
-  const void* bias;  // may be null
-  FloatType bias_value;
-  void* y;  // batch x rows, dense, of the dtype of x
+  const void* bias;  // (rows,) or null
+  FloatType bias_type;
+  void* y;  // (batch, rows), dense, of the dtype of x
   TileShape shape;
   // 2 in each of the bytes: as constants they would be loaded anew for every tile.
   unsigned twice[4] = {2u, 2u << 8, 2u << 16, 2u << 24};
 };
 
-// For 4 columns of which `kept` has a bit for each: where their bytes are in their last 4 values, of which the last is
-// number 0, and where fewer are kept number 3 is zero. Two times 4 hex digits.
-__device__ __forceinline__ unsigned tile_permutation(unsigned kept) {
+// For 4 columns of which `kept` has a bit for each: where their bytes are in the last 4 values. Number 0 is the last
+// value; where fewer columns are kept, number 3 is zero. Two times 4 hex digits.
+__device__ __forceinline__ unsigned permutation_from_behind(unsigned kept) {
   unsigned digits = 0;
   for (int column = 3; column >= 0; --column) {
     const unsigned value = (kept >> column & 1u) != 0 ? __popc(kept >> column) - 1 : 3;
@@ -66,14 +64,14 @@ __device__ __forceinline__ unsigned tile_permutation(unsigned kept) {
   return digits;
 }
 
-// A warp's chunks on their way to its stages of shared memory: number `turn` of them is chunk warp + turn * warps of
+// A warp's chunks on their way to its stages of shared memory: in turn number i the warp has chunk warp + i * warps of
 // the group. All functions are called by all lanes.
 struct ChunkStream {
-  const uint8_t* from;  // of the turn that is this lane's of 32
-  unsigned bytes;       // 0 where there is no such chunk
-  Shared stage, end;    // the one that is read next; of all
-  unsigned parity;      // of its barrier
-  int asked;            // turns
+  const uint8_t* from;  // where the chunk of this lane's turn begins: 32 lanes look 32 turns ahead
+  unsigned bytes;       // of this chunk, 0 where there is none
+  Shared stage, end;    // the stage that is read next; the end of all stages
+  unsigned parity;      // of the barrier of `stage`
+  int requested;        // turns whose chunk was requested
   int lane;
 
   __device__ __forceinline__ void start(const TileTask& task, Shared stages, int warp, int own_lane) {
@@ -81,7 +79,7 @@ struct ChunkStream {
     const TileShape& shape = task.shape;
     stage = stages + warp * shape.stages * shape.stage_bytes;
     end = stage + shape.stages * shape.stage_bytes;
-    asked = 0;
+    requested = 0;
     parity = 0;
     if (has_bulk_copies()) {
       if (lane == 0) {
@@ -92,11 +90,11 @@ struct ChunkStream {
       __syncwarp();
     }
 #pragma unroll 1
-    for (Shared at = stage; at != end; at += shape.stage_bytes) ask(task, warp, at);
+    for (Shared at = stage; at != end; at += shape.stage_bytes) request(task, warp, at);
   }
 
-  // Where the next chunk is; it is there.
-  __device__ __forceinline__ Shared open(int stages) const {
+  // Waits for the next chunk and returns where it is.
+  __device__ __forceinline__ Shared wait(int stages) const {
     if (has_bulk_copies()) {
       wait_barrier(stage, parity);
     } else {
@@ -109,10 +107,10 @@ struct ChunkStream {
     return stage + kStageHead;
   }
 
-  // The chunk is read: its stage is for the next one to be asked for.
-  __device__ __forceinline__ void close(const TileTask& task, int warp) {
+  // After the last read of the chunk: requests another chunk into its stage.
+  __device__ __forceinline__ void release(const TileTask& task, int warp) {
     __syncwarp();
-    ask(task, warp, stage);
+    request(task, warp, stage);
     stage += task.shape.stage_bytes;
     if (stage == end) {
       stage -= task.shape.stages * task.shape.stage_bytes;
@@ -121,42 +119,43 @@ struct ChunkStream {
   }
 
  private:
-  __device__ __forceinline__ void ask(const TileTask& task, int warp, Shared to) {
-    const int owner = asked % 32;
-    if (owner == 0) look(task, warp + (asked + lane) * task.shape.warps);
-    ++asked;
+  __device__ __forceinline__ void request(const TileTask& task, int warp, Shared to) {
+    const int owner = requested % 32;
+    if (owner == 0) load_places(task, warp + (requested + lane) * task.shape.warps);
+    ++requested;
     if (has_bulk_copies()) {
       if (lane == owner && bytes != 0) copy_bulk(to + kStageHead, from, bytes, to);
     } else {
-      const auto begin = reinterpret_cast<const uint8_t*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(from), owner));
+      const auto begin =
+          reinterpret_cast<const uint8_t*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(from), owner));
       const unsigned count = __shfl_sync(kAllLanes, bytes, owner);
 #pragma unroll 1
-      for (unsigned at = kCopied * lane; at < count; at += kCopied * 32) copy_async(to + kStageHead + at, begin + at);
-      // A group of copies for every turn, so that how many are still on their way tells which have come.
+      for (unsigned at = kCopyUnit * lane; at < count; at += kCopyUnit * 32)
+        copy_async(to + kStageHead + at, begin + at);
+      // A group of copies for every turn, so that the number of groups on their way tells which chunks have come.
       commit_copies();
     }
   }
 
-  // 32 turns' places, so that asking waits for no load.
-  __device__ __forceinline__ void look(const TileTask& task, int chunk) {
+  // The places of the next 32 turns' chunks, so that a request waits for no load.
+  __device__ __forceinline__ void load_places(const TileTask& task, int chunk) {
     bytes = 0;
     const int chunks = task.tiles.chunks();
     if (chunk >= chunks) return;
     const int64_t* const offsets = task.tiles.offsets + (static_cast<int64_t>(blockIdx.x) * chunks + chunk);
-    const int64_t begin = offsets[0];
-    from = task.tiles.data + begin * kCopied;
-    bytes = static_cast<unsigned>(offsets[1] - begin) * kCopied;
+    const int64_t begin = offsets[0];  // [32 lanes]
+    from = task.tiles.data + begin * kCopyUnit;
+    bytes = static_cast<unsigned>(offsets[1] - begin) * kCopyUnit;
   }
 };
 
-// A lane's 8 columns of x for two k-steps, twice, if `wanted`. Without them B has what it had, for columns of D that
-// are not used.
+// A lane's 8 columns of x for two k-steps, twice, if `wanted`. If not, B keeps what it had, for columns of D that
+// nothing reads.
 __device__ __forceinline__ void load_x(unsigned (&x)[2][4], const uint16_t* from, bool wanted) {
   if (!wanted) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint4 eight = *reinterpret_cast<const uint4*>(from + 32 * half);
+    const uint4 eight = *reinterpret_cast<const uint4*>(from + 32 * half);  // [8 rows g, 4 lanes t, 8] of [8, 32]
     x[half][0] = eight.x;
     x[half][1] = eight.y;
     x[half][2] = eight.z;
@@ -164,12 +163,12 @@ __device__ __forceinline__ void load_x(unsigned (&x)[2][4], const uint16_t* from
   }
 }
 
-// d += the products of a tile, of which `values` are where this tile's begin and, then, where the next one's do.
-template <FloatType kValue, int kParts>
+// d += the products of a tile. values: where the tile's values begin; afterwards, where the next tile's values begin.
+template <FloatType kValue, int kColumnTiles>
 __device__ __forceinline__ void multiply_one_tile(Shared mask, Shared& values, Shared permutations,
-                                                  const unsigned (&twice)[4], const unsigned (&x)[kParts][2][4],
-                                                  float (&d)[kParts][4]) {
-  const unsigned word = load_shared<4>(mask);
+                                                  const unsigned (&twice)[4], const unsigned (&x)[kColumnTiles][2][4],
+                                                  float (&d)[kColumnTiles][4]) {
+  const unsigned word = load_shared<4>(mask);  // [32 lanes, 8 nibbles]
   const TilePlaces places(word);
   const unsigned kept[2] = {word << 1 & 0x1e1e1e1eu, word >> 3 & 0x1e1e1e1eu};  // times 2
 #pragma unroll
@@ -191,16 +190,16 @@ __device__ __forceinline__ void multiply_one_tile(Shared mask, Shared& values, S
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const unsigned b[2] = {x[part][half][2 * odd], x[part][half][2 * odd + 1]};
-        multiply_tile<kValue == FloatType::kHalf>(d[part], a[odd], b);
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const unsigned b[2] = {x[n][half][2 * odd], x[n][half][2 * odd + 1]};
+        multiply_tile<kValue == FloatType::kHalf>(d[n], a[odd], b);
       }
     }
   }
 }
 
-// A block's 16 rows of y from the sums of its warps: 16 x kColumns floats each.
-template <FloatType kValue, int kColumns>
+// y of a block's 16 rows from the sums of its warps, (warps, kBatch, 16).
+template <FloatType kValue, int kBatch>
 __device__ __forceinline__ void store_tile_sums(const TileTask& task, const float* sums) {
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
 #pragma unroll 1
@@ -210,71 +209,73 @@ __device__ __forceinline__ void store_tile_sums(const TileTask& task, const floa
     if (row >= task.tiles.rows) continue;
     float sum = 0.0f;
 #pragma unroll 1
-    for (int warp = 0; warp < task.shape.warps; ++warp) sum += sums[warp * kTileRows * kColumns + at];
-    if (task.bias != nullptr) sum += load_any(task.bias, task.bias_value, row);
+    for (int warp = 0; warp < task.shape.warps; ++warp) sum += sums[warp * kTileRows * kBatch + at];
+    if (task.bias != nullptr) sum += load_bias(task.bias, task.bias_type, row);
     store_element<kValue>(task.y, b * task.tiles.rows + row, sum);
   }
 }
 
-// kColumns: rows of x that a block multiplies, 8 or 16.
-template <FloatType kValue, int kColumns>
+// kBatch: rows of x that a block multiplies, 8 or 16. d, sums: D of each 8 rows of x.
+template <FloatType kValue, int kBatch>
 __global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks) tiles_kernel(TileTask task) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
-  constexpr int kParts = kColumns / 8;
+  constexpr int kColumnTiles = kBatch / 8;
   const TileShape& shape = task.shape;
   // A shuffle tells the compiler that the whole warp agrees.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
   const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
-  // The lane's part of the address is 0; without it the address is the warp's, which every use moves to the lanes.
+  // (lane & 32) is 0. Without it the address is the same in the whole warp, and every use moves it to the lanes.
   const Shared begin = shared_address(memory), permutations = begin + warp * kPermutations + (lane & 32);
-  if (lane < 16) store_shared<4>(permutations + 4 * lane, tile_permutation(lane));
+  if (lane < 16) store_shared<4>(permutations + 4 * lane, permutation_from_behind(lane));
 
+  // Request the first chunks, before the kernels before this one are complete.
   ChunkStream stream;
-  stream.start(task, begin + shape.stages_at(kColumns), warp, lane);
+  stream.start(task, begin + shape.stages_at(kBatch), warp, lane);
   let_next_kernel_start();
   wait_for_kernels_before();
 
-  float d[kParts][4] = {};
-  unsigned x[kParts][2][4] = {};
-  const uint16_t* columns[kParts];  // [8 of 64] of row g of x
+  float d[kColumnTiles][4] = {};
+  unsigned x[kColumnTiles][2][4] = {};
+  const uint16_t* x_from[kColumnTiles];  // the lane's 8 of 64 columns of row g of x
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    columns[part] = static_cast<const uint16_t*>(task.x) + (g + 8 * part) * task.x_stride + 8 * t;
-    columns[part] += warp * kChunkColumns;
+  for (int n = 0; n < kColumnTiles; ++n) {
+    x_from[n] = static_cast<const uint16_t*>(task.x) + (g + 8 * n) * task.x_stride + 8 * t;
+    x_from[n] += warp * kChunkColumns;
   }
   const int tiles_ahead = kChunkTiles * shape.warps;
   __syncwarp();
 #pragma unroll 1
-  for (int left = task.tiles.tiles() - kChunkTiles * warp; left > 0; left -= tiles_ahead) {  // tiles, with this chunk's
+  for (int left = task.tiles.tiles() - kChunkTiles * warp; left > 0; left -= tiles_ahead) {  // tiles from this chunk on
     const int tiles = min(left, kChunkTiles);
-    const Shared chunk = stream.open(shape.stages);
+    const Shared chunk = stream.wait(shape.stages);
     Shared mask = chunk + 4 * lane, values = chunk + tiles * kTileMaskBytes;
 #pragma unroll 1
     for (int tile = tiles; tile > 0; --tile, mask += kTileMaskBytes) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        load_x(x[part], columns[part], g + 8 * part < task.batch);
-        columns[part] += kTileColumns;
+      for (int n = 0; n < kColumnTiles; ++n) {
+        load_x(x[n], x_from[n], g + 8 * n < task.batch);
+        x_from[n] += kTileColumns;
       }
       multiply_one_tile<kValue>(mask, values, permutations, task.twice, x, d);
     }
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) columns[part] += kTileColumns * (tiles_ahead - kChunkTiles);
-    stream.close(task, warp);
+    for (int n = 0; n < kColumnTiles; ++n) x_from[n] += kTileColumns * (tiles_ahead - kChunkTiles);
+    stream.release(task, warp);
   }
 
+  // Add up the sums of the warps.
   float* const sums = reinterpret_cast<float*>(memory + shape.sums_at());
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+  for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // D[g + 8 * (i / 2)][2t + i % 2]
-      const int column = 8 * part + 2 * t + i % 2, row = g + i / 2 * 8;
-      sums[(warp * kColumns + column) * kTileRows + row] = d[part][i];
+      const int column = 8 * n + 2 * t + i % 2, row = g + i / 2 * 8;
+      sums[(warp * kBatch + column) * kTileRows + row] = d[n][i];
     }
   }
   __syncthreads();
-  store_tile_sums<kValue, kColumns>(task, sums);
+  store_tile_sums<kValue, kBatch>(task, sums);
 }
 
 }  // namespace losa::sparse_linear

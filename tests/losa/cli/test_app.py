@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import losa.run
 from losa import __version__
 from losa.errors import LosaError, RecipeError
+from losa.run import pipeline
 from tests.helpers.command_line import fail, invoke, succeed
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -54,7 +54,7 @@ def no_trace_in_the_environment(monkeypatch):
 def passed(monkeypatch) -> dict:
     """What run_recipe was called with, instead of running it."""
     seen = {}
-    monkeypatch.setattr(losa.run, "run_recipe", lambda recipe, **options: seen.update(recipe=recipe, **options))
+    monkeypatch.setattr(pipeline, "run_recipe", lambda recipe, **options: seen.update(recipe=recipe, **options))
     return seen
 
 
@@ -246,7 +246,7 @@ def test_messages_are_printed_as_they_are(workspace, monkeypatch):
     def refuse(recipe, **options):
         raise LosaError("data [/red] [bold]x[/bold]: \\[odd]")
 
-    monkeypatch.setattr(losa.run, "run_recipe", refuse)
+    monkeypatch.setattr(pipeline, "run_recipe", refuse)
     assert fail("run", workspace / "recipe.yaml") == "losa: data [/red] [bold]x[/bold]: \\[odd]\n"
 
 
@@ -256,7 +256,7 @@ def test_gpu_out_of_memory_says_what_helps(workspace, monkeypatch):
     def exhaust(recipe, **options):
         raise OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(losa.run, "run_recipe", exhaust)
+    monkeypatch.setattr(pipeline, "run_recipe", exhaust)
     assert "train.batch_size" in fail("run", workspace / "recipe.yaml")
 
 
@@ -264,7 +264,7 @@ def test_debug_shows_the_traceback(workspace, monkeypatch):
     def broken(recipe, **options):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(losa.run, "run_recipe", broken)
+    monkeypatch.setattr(pipeline, "run_recipe", broken)
     assert isinstance(invoke("--debug", "run", workspace / "recipe.yaml").exception, ValueError)
     assert isinstance(invoke("--debug", "run", "/nowhere.yaml").exception, RecipeError)
     monkeypatch.setenv("LOSA_DEBUG", "1")
@@ -288,11 +288,11 @@ def test_ctrl_c(workspace):
     code = """
 import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
-sys.modules["losa.run"] = types.ModuleType("losa.run")
+sys.modules["losa.run.pipeline"] = types.ModuleType("losa.run.pipeline")
 def run_recipe(recipe, **options):
     print("running", flush=True)
     time.sleep(60)
-sys.modules["losa.run"].run_recipe = run_recipe
+sys.modules["losa.run.pipeline"].run_recipe = run_recipe
 from losa.cli import main
 main()
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from losa.inference import choices
-from losa_kernels import measured, native
+from losa_kernels import measured, native, settings
 from tests.helpers.command_line import fail, succeed
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -18,7 +18,27 @@ def test_it_says_what_was_loaded_and_set(monkeypatch):
     monkeypatch.setenv("LOSA_AUTOTUNE", "0")
     text = succeed("info")
     assert torch.__version__ in text and f"losa_cpu: {native.status()['losa_cpu']}" in text
-    assert "losa_cuda: " in text and "LOSA_AUTOTUNE=0" in text.splitlines()[-1]
+    assert "losa_cuda: " in text
+
+
+def test_it_lists_every_setting_with_its_value_and_whether_it_is_set(monkeypatch):
+    for setting in settings.TABLE:
+        monkeypatch.delenv(setting.name, raising=False)
+    monkeypatch.setenv("LOSA_AUTOTUNE", " off")
+    monkeypatch.setenv("LOSA_BACKEND", "")
+    monkeypatch.setenv("LOSA_TRAILING", "fast")
+    monkeypatch.setenv("LOSA_TRIALING", "fp32")
+    lines = succeed("info").splitlines()
+    found = [line.strip() for line in lines[lines.index("settings:") + 1 :]]
+    assert len(found) == len(settings.TABLE) + 1
+    assert "LOSA_AUTOTUNE=0 (set)" in found and "LOSA_BACKEND=auto" in found and "LOSA_MASKED_LORA=auto" in found
+    assert "LOSA_TRAILING: expected auto, fp32 or 3xtf32, got 'fast' (set)" in found
+    assert found[-1] == "LOSA_TRIALING: set, but nothing reads a variable of this name"
+
+
+def test_a_bad_setting_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("LOSA_DEBUG", "perhaps")
+    assert fail("info").strip() == "losa: LOSA_DEBUG: expected 0 or 1, got 'perhaps'"
 
 
 @CPU_ONLY

@@ -93,7 +93,7 @@ def loop(request, monkeypatch):
         def refuse(*_):
             raise Unsupported("generate: as the test wants it")
 
-        monkeypatch.setattr(generation, "_take_decoder", refuse)
+        monkeypatch.setattr(generation, "take_decoder", refuse)
     return request.param
 
 
@@ -266,13 +266,13 @@ def test_text_that_a_tokenizer_cannot_encode(loop):
 
 
 def test_the_time_of_a_prompt_is_its_passes(monkeypatch):
-    taken = generation._take_decoder
+    taken = generation.take_decoder
 
     def slow(*arguments):
         time.sleep(0.5)
         return taken(*arguments)
 
-    monkeypatch.setattr(generation, "_take_decoder", slow)
+    monkeypatch.setattr(generation, "take_decoder", slow)
     for model in (llama(), other("recurrent")):
         assert generate(model, tiny_tokenizer(), "hi", max_new_tokens=1).prefill_seconds < 0.5
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import losa.run
 from losa import distributed
 from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
+from losa.run import pipeline
 from losa.run.pipeline import run_recipe
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -25,7 +25,7 @@ import json, os, sys, time
 import torch.distributed as dist
 from losa.distributed import check_agreement, on_main, start_processes
 from losa.errors import LosaError
-from losa.methods import Engine
+from losa.run.methods import Engine
 from losa.recipe import parse_recipe
 from losa.run import run_recipe
 
@@ -145,7 +145,7 @@ def test_the_main_process_is_gone():
 def test_sharded_weights_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, plugin, processes, kind):
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(losa.run, "load_model", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline, "load_model", lambda *arguments, **options: pytest.fail("loaded"))
     with pytest.raises(LosaError, match=rf"{kind} is not supported.*--multi_gpu"):
         run_recipe(parse_recipe(settings(tmp_path)))
     assert list(tmp_path.iterdir()) == []

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import losa.run
 from losa.errors import OutputError
 from losa.recipe.reading import parse_recipe
 from losa.record import MethodResult
+from losa.run import pipeline
 from losa.run import resume as checkpoint
 from losa.run.fingerprint import model_digest, tensor_digest
 from losa.run.methods import Engine
@@ -108,7 +108,7 @@ def other_weight(root):
 def test_changed_inputs_are_refused_by_name(interrupted, monkeypatch, change, what):
     change(interrupted)
     # Before any work: not even the dense model is evaluated.
-    monkeypatch.setattr(losa.run, "_dense_result", lambda *arguments: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "_dense_result", lambda *arguments: pytest.fail("work was done"))
     with pytest.raises(OutputError, match=f"the {what} changed since it was written; .* --overwrite"):
         run_recipe(recipe(interrupted), resume=True)
     assert (interrupted / "out.work" / "losa" / "checkpoints" / "round-01").is_dir()

@@ -14,12 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import losa.run
 import losa.storage.files
 from losa.cli.app import app
 from losa.errors import DataError, LosaError, OutputError
 from losa.recipe.reading import parse_recipe
-from losa.run import methods, workspace
+from losa.run import methods, pipeline, workspace
 from losa.run.pipeline import run_recipe
 from losa.run.workspace import Workspace
 from losa.storage import lock
@@ -201,7 +200,7 @@ def test_another_recipe_does_not_pass_for_the_one_that_was_killed_at_its_end(inp
 def test_unfinished_work_beside_an_older_output_is_not_taken_for_finished(inputs, tmp_path, monkeypatch):
     made = recipe(inputs, tmp_path / "out")
     run_recipe(made)
-    monkeypatch.setattr(losa.run, "export_model", killed)
+    monkeypatch.setattr(pipeline, "export_model", killed)
     with pytest.raises(Killed):
         run_recipe(made, overwrite=True)
     monkeypatch.undo()
@@ -217,7 +216,7 @@ def test_the_only_round_is_kept_when_the_export_fails(inputs, tmp_path, monkeypa
     def full(*arguments, **options):
         raise OutputError("output: No space left on device")
 
-    monkeypatch.setattr(losa.run, "export_model", full)
+    monkeypatch.setattr(pipeline, "export_model", full)
     with pytest.raises(OutputError, match="No space"):
         run_recipe(made)
     monkeypatch.undo()
@@ -266,7 +265,7 @@ def test_a_dead_process_holds_nothing(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from losa.lock import claimed
+from losa.storage.lock import claimed
 with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     time.sleep(60)
@@ -300,7 +299,7 @@ def test_a_lock_file_without_sense_and_a_file_system_without_locks(tmp_path, mon
 
 def test_errors_in_the_data_stay_what_they_are(inputs, tmp_path, monkeypatch):
     """Cleaning up must not hide why a run failed."""
-    monkeypatch.setattr(losa.run, "load_model", lambda *a, **k: (_ for _ in ()).throw(DataError("row 3")))
+    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: (_ for _ in ()).throw(DataError("row 3")))
     monkeypatch.setattr(workspace, "remove_directory", lambda path: (_ for _ in ()).throw(OutputError("busy")))
     with pytest.raises(DataError, match="row 3"):
         run_recipe(recipe(inputs, tmp_path / "out"))

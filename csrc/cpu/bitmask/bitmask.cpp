@@ -1,0 +1,67 @@
+// pack_mask and unpack_mask on the CPU: rows in parallel.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "common/bits.h"
+#include "common/tensor_checks.h"
+#include "cpu/bitmask/kernels.h"
+
+namespace losa::bitmask {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many columns of work a second thread costs more than it saves.
+constexpr int64_t kColumnsPerTask = 1 << 16;
+
+template <class Body>
+void for_each_row(int64_t rows, int64_t columns, const Body& body) {
+  if (columns == 0) return;  // such rows take no memory, so that there may be any number of them
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, columns)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t row = begin; row < end; ++row) body(row);
+                              });
+}
+
+Tensor pack_mask(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "mask: expected a bool tensor (out, in)");
+  const Tensor source = with_dense_rows(mask);
+  const int64_t rows = mask.size(0), columns = mask.size(1), stride = source.stride(0), width = packed_width(columns);
+  Tensor packed = torch::stable::new_empty(source, {rows, width}, ScalarType::Byte);
+
+  const auto pack_row = kernels().pack_row;
+  const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  for_each_row(rows, columns, [&](int64_t row) { pack_row(from + row * stride, columns, to + row * width); });
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
+  STD_TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == ScalarType::Byte,
+                  "packed: expected a uint8 tensor (out, ceil(in / 8))");
+  STD_TORCH_CHECK(in_features >= 0 && packed.size(1) == packed_width(in_features), "in_features: ", in_features,
+                  " columns do not fit packed rows of ", packed.size(1), " bytes");
+  const Tensor source = with_dense_rows(packed);
+  const int64_t rows = packed.size(0), stride = source.stride(0);
+  Tensor mask = torch::stable::new_empty(source, {rows, in_features}, ScalarType::Bool);
+
+  const auto unpack_row = kernels().unpack_row;
+  const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  for_each_row(rows, in_features,
+               [&](int64_t row) { unpack_row(from + row * stride, in_features, to + row * in_features); });
+  return mask;
+}
+
+}  // namespace
+}  // namespace losa::bitmask
+
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
+  library.impl("pack_mask", TORCH_BOX(&losa::bitmask::pack_mask));
+  library.impl("unpack_mask", TORCH_BOX(&losa::bitmask::unpack_mask));
+}

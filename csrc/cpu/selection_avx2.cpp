@@ -1,8 +1,0 @@
-// Compiled with AVX2 flags.
-#include "cpu/selection_impl.h"
-
-namespace losa::selection {
-
-const Kernels kAvx2Kernels = kKernels;
-
-}  // namespace losa::selection
