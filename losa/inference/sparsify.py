@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,24 +37,23 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     Raises:
         ModelError: adapters are left, or no linear has zeros enough.
     """
-    prefix, found = find_blocks(model)
-    blocks = [(block, list(find_linears(block))) for block in found]
-    for block, names in blocks:  # all of them before the first is replaced
+    found = find_blocks(model)
+    blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
+    for _, block, names in blocks:  # all of them before the first is replaced
         for name in names:
-            if type(block.get_submodule(name)) is not nn.Linear:
-                kind = type(block.get_submodule(name)).__name__
-                raise ModelError(f"sparsify: {name} is a {kind}; merge_model first")
+            if type(linear := block.get_submodule(name)) is not nn.Linear:
+                raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
     forget_decoder(model)
-    replaced, considered = 0, sum(len(names) for _, names in blocks)
+    replaced, considered = 0, sum(len(names) for _, _, names in blocks)
     try:
         leave = read_directly(model)
     except ModelError as error:
         logger.info("sparsify: %s", error)
         leave = set()
-    for index, (block, names) in enumerate(blocks):
+    for block_name, block, names in blocks:
         for name in names:
-            linear: Any = block.get_submodule(name)
-            if f"{prefix}.{index}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
+            linear = block.get_submodule(name)
+            if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
                 replaced += 1

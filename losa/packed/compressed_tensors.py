@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError
-from losa.model.blocks import find_blocks
 from losa.model.naming import Naming
 from losa.model.skeleton import skeleton
 from losa.packed.parts import Contents, Part, Shards, by_block
@@ -97,7 +96,6 @@ def read(directory: Path) -> Contents:
     if compression(read_config(directory)).get("config_groups"):
         raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(COMPRESSED)}")
     model = skeleton(directory)
-    prefix, blocks = find_blocks(model)
     with checkpoint_tensors(directory) as files:
         stored = files.stored
     # The stored tensors of each linear, under the name that its weight has in the dense checkpoint.
@@ -114,11 +112,11 @@ def read(directory: Path) -> Contents:
             linear = weight.removesuffix(".weight")
             shape = _shape(f"{directory}: {shown_name(linear)}", files.get(f"{linear}.shape"))
             dense[weight] = Stored(stored[f"{linear}.compressed"].dtype, shape)
-    naming = Naming(model, dense)
+    blocks = list(by_block(Naming(model, dense), dense))
 
     def contents() -> Iterator[dict[str, Packed | Tensor]]:
         with checkpoint_tensors(directory) as files:
-            for _, names in by_block(naming, dense, prefix, len(blocks)):
+            for _, names in blocks:
                 found: dict[str, Packed | Tensor] = {}
                 for name in names:
                     if name in parts:

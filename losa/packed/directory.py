@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from losa.errors import LosaError, ModelError, reason
 from losa.inference.sparsify import densify
-from losa.model.blocks import find_blocks
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.grouping import group_linears
 from losa.model.loading import DTYPES, load_model, torch_device
-from losa.model.naming import Naming, block_index, checked_naming
+from losa.model.naming import Naming, checked_naming
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving, state_untied, untied_though_stated
 from losa.model.skeleton import skeleton
@@ -247,7 +246,7 @@ def _load_weights(directory: Path, contents: Contents, device: torch.device) -> 
 
 
 def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> None:
-    prefix, blocks = find_blocks(model)
+    blocks = naming.blocks
     targets, dtypes = naming.targets(), naming.dtypes()
     made: dict[str, dict[str, Tensor]] = {}
     loaded: set[str] = set()
@@ -257,7 +256,7 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
         while part:
             name, value = part.popitem()
             target = targets[f"{name}.weight" if isinstance(value, Packed) else name]
-            touched.add(block_index(target, prefix))
+            touched.add(blocks.index_of(target))
             where = f"{directory}: {shown_name(name)}"
             if isinstance(value, Packed):
                 if not _is_linear(model, naming.renamed.get(f"{name}.weight", "")):
@@ -276,7 +275,7 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
         loaded |= dense.keys()
         model.load_state_dict(dense, strict=False, assign=True)  # names and shapes were checked
         for index in touched & set(range(len(blocks))):
-            group_linears(blocks[index])
+            group_linears(blocks.modules[index])
     unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""

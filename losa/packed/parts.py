@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from losa.errors import ModelError, OutputError
-from losa.model.blocks import block_linears, find_blocks
 from losa.model.finite import check_finite, check_rounded
-from losa.model.naming import Naming, block_index, check_names
+from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
 from losa.packed.weights import zero_share
 from losa.storage.files import write_json
@@ -75,15 +74,13 @@ def packed_parts(
         ModelError: not a Hugging Face directory of safetensors; its tensors are not those of the model; one is not
             finite; or (at the end) no linear was packed.
     """
-    model = skeleton(source)
-    prefix, blocks = find_blocks(model)
-    naming = check_names(source, model)
-    linears = block_linears(model).keys()
+    naming = check_names(source, skeleton(source))
+    linears = naming.blocks.linears().keys()
 
     def parts() -> Iterator[Part]:
         done, left, unfit = 0, 0, []
         with checkpoint_tensors(source) as files:
-            for block, names in by_block(naming, files.names, prefix, len(blocks)):
+            for block, names in by_block(naming, files.names):
                 part = Part(block, {}, {}, [], set(), 0)
                 for name in names:
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
@@ -144,12 +141,12 @@ def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None
     return rounded
 
 
-def by_block(naming: Naming, names: Iterable[str], prefix: str, blocks: int) -> Iterator[tuple[int | None, list[str]]]:
+def by_block(naming: Naming, names: Iterable[str]) -> Iterator[tuple[int | None, list[str]]]:
     """Names on disk by the block they belong to in the model, blocks in order and all others last."""
-    groups: dict[int | None, list[str]] = {**{i: [] for i in range(blocks)}, None: []}
-    targets = naming.targets()
+    blocks, targets = naming.blocks, naming.targets()
+    groups: dict[int | None, list[str]] = {**{i: [] for i in range(len(blocks))}, None: []}
     for name in names:
-        index = block_index(targets[name], prefix)
+        index = blocks.index_of(targets[name])
         groups[index if index in groups else None].append(name)
     yield from ((index, found) for index, found in groups.items() if found)
 
