@@ -1,0 +1,27 @@
+"""Names of the formats in which a weight is stored without its zeros. Nothing here needs torch, so help is quick."""
+
+from __future__ import annotations
+
+from losa.storage.kinds import COMPRESSED
+
+# Takes the format that stores a weight in fewest bytes.
+AUTO = "auto"
+# Formats that can be asked for, each with a note for help. ``losa.packed.weights`` holds the formats themselves.
+NOTES: dict[str, str] = {"bitmask": "", "nm": "N of every 8 or 4"}
+
+
+def own_names() -> tuple[str, ...]:
+    """What can be asked for of a directory as losa writes it, and of a weight in memory."""
+    return (AUTO, *NOTES)
+
+
+def all_names() -> tuple[str, ...]:
+    """``own_names``, and the formats of a directory as compressed-tensors writes it."""
+    return (*own_names(), *COMPRESSED)
+
+
+def help_text() -> str:
+    """All names in a sentence."""
+    *most, last = (f"{name} ({note})" if note else name for name, note in {AUTO: "", **NOTES}.items())
+    theirs = ", ".join(COMPRESSED)
+    return f"{', '.join(most)} or {last}; or {theirs}: a directory as compressed-tensors 0.12.2 writes it."
