@@ -191,7 +191,7 @@ def table(runs: dict) -> str:
 def main(argv: list[str]) -> int:
     parser = plain_parser("quality", __doc__)
     _models.add_model_option(parser)
-    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (see the README)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (docs/results.md)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; finished runs in it are kept")
     parser.add_argument("--windows", type=int, default=48, help="evaluation windows of 512 tokens")
     parser.add_argument("--only", action="append", help="run only jobs whose key contains this text; may be repeated")

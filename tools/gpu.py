@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -229,7 +230,7 @@ def main(argv: list[str], first: Callable[[], list[Step]] = gpu_steps.first) -> 
     if argv not in ([], ["again"]):
         print("usage: tools/gpu.sh [again]", file=sys.stderr)
         return 2
-    minutes = float(os.environ.get("LOSA_GPU_MINUTES", "8"))
+    minutes = runpy.run_path(str(ROOT / "losa_kernels/settings.py"))["GPU_MINUTES"]()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     with tempfile.TemporaryDirectory(prefix="losa-gpu-") as folder:

@@ -31,11 +31,13 @@ class DataSource(_Section):
     or ``builtin:pydoc/{calibration,train,heldout}``, text that every Python carries.
     """
 
-    path: str
-    format: Literal["auto", "alpaca", "messages", "text"] = "auto"
-    split: str = "train"
-    subset: str | None = None
-    text_field: str = "text"
+    path: str = Field(description="file, directory, data set name or builtin text")
+    format: Literal["auto", "alpaca", "messages", "text"] = Field(
+        "auto", description="how a row is read; auto looks at the row's columns"
+    )
+    split: str = Field("train", description="split of a Hugging Face data set")
+    subset: str | None = Field(None, description="subset (configuration) of a Hugging Face data set")
+    text_field: str = Field("text", description="column that holds the text")
     limit: int | None = Field(None, gt=0, le=MAX_COUNT, description="use at most this many rows")
 
 
@@ -69,15 +71,23 @@ Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
 class PruneConfig(_Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
-    pruner: str = "wanda"
-    sparsity: float | None = Field(None, gt=0, le=MAX_SPARSITY)
-    pattern: Annotated[str | None, Field(pattern=r"^[0-9]{1,4}:[0-9]{1,4}$")] = None
+    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, or a registered name")
+    sparsity: float | None = Field(
+        None, gt=0, le=MAX_SPARSITY, description="share of weights to remove; this or pattern"
+    )
+    pattern: Annotated[str | None, Field(pattern=r"^[0-9]{1,4}:[0-9]{1,4}$")] = Field(
+        None, description="keep_n:m, weights kept of every m along a row; this or sparsity"
+    )
     mixed: bool = Field(False, description="blocks may differ in keep_n; their mean is exactly the pattern's")
     targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
     regrow: bool = Field(False, description="later rounds may bring pruned weights back")
-    damping: float = Field(0.01, gt=0, le=1)
-    block_size: int = Field(128, gt=0, le=MAX_COUNT)
-    on_singular: Literal["error", "wanda"] = "error"
+    damping: float = Field(
+        0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it (sparsegpt)"
+    )
+    block_size: int = Field(128, gt=0, le=MAX_COUNT, description="columns that are pruned together (sparsegpt)")
+    on_singular: Literal["error", "wanda"] = Field(
+        "error", description="a Hessian that stays singular: stop, or take Wanda's mask (sparsegpt)"
+    )
 
     @model_validator(mode="after")
     def _one_goal(self):
@@ -111,21 +121,27 @@ class PruneConfig(_Section):
 class RoundsConfig(_Section):
     """T rounds; cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
 
-    count: int = Field(5, ge=1, le=1000)
-    schedule: Literal["cubic", "linear", "oneshot"] = "cubic"
+    count: int = Field(5, ge=1, le=1000, description="T, the number of rounds")
+    schedule: Literal["cubic", "linear", "oneshot"] = Field(
+        "cubic", description="how sparsity grows; oneshot is one round"
+    )
 
 
 class AllocationConfig(_Section):
     """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
 
-    rates: Annotated[str, BeforeValidator(check_rates)] = "cka"
+    rates: Annotated[str, BeforeValidator(check_rates)] = Field(
+        "cka", description="sparsity of each block: by importance, or the same for all"
+    )
     delta: float | None = Field(None, ge=0, lt=0.5, description="half width of the box around theta_t; default: rule")
-    ranks: Literal["error", "uniform", "sparsity"] = "error"
+    ranks: Literal["error", "uniform", "sparsity"] = Field(
+        "error", description="rank of each block: by reconstruction error, by sparsity, or the same for all"
+    )
     error: Literal["relative", "frobenius"] = Field("relative", description="E_l of Eq. 7: per-channel or Eq. 1's")
     mean_rank: int = Field(6, ge=1, le=128, description="Omega_0, mean rank of the first round")
-    rank_growth: int = Field(1, ge=0, le=128)
-    rank_min: int = Field(1, ge=1)
-    rank_max: int = Field(16, ge=1, le=128)
+    rank_growth: int = Field(1, ge=0, le=128, description="what the mean rank gains each round")
+    rank_min: int = Field(1, ge=1, description="smallest rank of a block")
+    rank_max: int = Field(16, ge=1, le=128, description="largest rank of a block, and of the mean")
 
     @model_validator(mode="after")
     def _bounds(self):
@@ -140,45 +156,51 @@ class AllocationConfig(_Section):
 class LoraConfig(_Section):
     """Adapters. ``scaling`` is alpha / r held constant whatever the rank; ``rank`` serves the fixed-rank baselines."""
 
-    scaling: float = Field(2.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    rank: int = Field(8, ge=1, le=128)
+    scaling: float = Field(2.0, gt=0, description="s = alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    rank: int = Field(8, ge=1, le=128, description="rank of the methods whose ranks do not change")
 
 
 class CalibrationConfig(_Section):
-    data: Sources
-    samples: int = Field(128, ge=1, le=MAX_COUNT)
-    length: int = Field(2048, ge=8, le=MAX_COUNT)
-    cka_samples: int = Field(64, ge=2, le=256)
-    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
+    data: Sources = Field(description="text that statistics are taken from")
+    samples: int = Field(128, ge=1, le=MAX_COUNT, description="number of samples")
+    length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a sample")
+    cka_samples: int = Field(64, ge=2, le=256, description="how many of the samples serve CKA")
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="samples of a forward pass")
 
 
 class TrainConfig(_Section):
-    data: Sources
-    length: int = Field(1024, ge=8, le=MAX_COUNT)
-    batch_size: int = Field(8, ge=1, le=MAX_COUNT)
-    gradient_accumulation: int = Field(1, ge=1, le=MAX_COUNT)
+    data: Sources = Field(description="text to train on")
+    length: int = Field(1024, ge=8, le=MAX_COUNT, description="tokens of a packed sequence")
+    batch_size: int = Field(8, ge=1, le=MAX_COUNT, description="sequences of a forward pass, per process")
+    gradient_accumulation: int = Field(1, ge=1, le=MAX_COUNT, description="forward passes of a step")
     max_tokens: int | None = Field(
         None, gt=0, lt=2**63, description="packed tokens over all rounds; default: the data once"
     )
     round_share: float = Field(0.1, gt=0, le=1, description="share of the data per round; the last takes the rest")
-    learning_rate: float = Field(2e-4, gt=0)
-    lr_schedule: Literal["per_round", "global"] = "per_round"
-    warmup: float = Field(0.3, ge=0, lt=1)
-    weight_decay: float = Field(1e-3, ge=0)
-    max_grad_norm: float = Field(0.3, gt=0)
-    train_on: Literal["response", "all"] = "response"
-    activation_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    tensorboard: bool = False
+    learning_rate: float = Field(2e-4, gt=0, description="largest learning rate")
+    lr_schedule: Literal["per_round", "global"] = Field(
+        "per_round", description="warm-up and decay in every round, or once"
+    )
+    warmup: float = Field(0.3, ge=0, lt=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(0.3, gt=0, description="gradients are clipped to this norm")
+    train_on: Literal["response", "all"] = Field(
+        "response", description="tokens that count in the loss: answers, or all"
+    )
+    activation_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of forward and backward; auto: bfloat16 on GPUs that have it"
+    )
+    tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
 
 
 class EvaluateConfig(_Section):
-    data: Source
-    length: int = Field(2048, ge=8, le=MAX_COUNT)
-    max_windows: int | None = Field(None, gt=0, le=MAX_COUNT)
-    batch_size: int = Field(1, ge=1, le=MAX_COUNT)
-    each_round: bool = True
+    data: Source = Field(description="text to measure perplexity on")
+    length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a window")
+    max_windows: int | None = Field(None, gt=0, le=MAX_COUNT, description="use only the first windows")
+    batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="windows of a forward pass")
+    each_round: bool = Field(True, description="measure after every round too")
     bos_per_window: bool = Field(
         False, description="begin each window with the beginning-of-text token; published protocols do not"
     )
@@ -226,14 +248,16 @@ class Recipe(_Section):
     model: str = Field(
         min_length=1, description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)"
     )
-    gguf_file: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    trust_remote_code: bool = False
-    output: Annotated[Path, AfterValidator(output_path)]
-    seed: int = Field(0, ge=0, lt=2**32)
-    deterministic: bool = False
-    method: Method = "losa"
+    gguf_file: str | None = Field(None, description="which GGUF file of the model's directory, repository or package")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the weights; auto: the checkpoint's"
+    )
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    output: Annotated[Path, AfterValidator(output_path)] = Field(description="directory to write")
+    seed: int = Field(0, ge=0, lt=2**32, description="of data order, adapters and samples")
+    deterministic: bool = Field(False, description="the same bits in every run, at some cost in time")
+    method: Method = Field("losa", description="what is run and exported")
     compare: list[Method] = Field([], description="further methods run in the same harness, for the final table")
     prune: PruneConfig
     rounds: RoundsConfig = RoundsConfig()
