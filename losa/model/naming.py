@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError, reason
+from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
-from losa.storage.tensor_files import Stored, checkpoint_tensors, shown_name
+from losa.storage.tensor_files import Stored, checkpoint_tensors
 
 
 def check_names(directory: Path, model: nn.Module) -> Naming:
