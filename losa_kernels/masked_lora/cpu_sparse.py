@@ -55,6 +55,7 @@ def backward(
         if dx is not None:
             torch.ops.losa.multiply_masked_lora.default(dy_passes, weight, mask, A, sB, None, True, dx[part])
         if dA is not None or dB is not None:
+            assert x is not None
             x_passes = _split("tokens", x[part])
             torch.ops.losa.sample_masked_lora.default(dy_passes, x_passes, len(x[part]), mask, A, sB, dA, dB)
 

@@ -89,8 +89,10 @@ def column_sweep(
     if keep_n is None and columns:
         scratch = work.new_empty(rows * min(block_size, columns))
         state = work.new_zeros(STATE, dtype=torch.int32)
-        counts = block_counts(sparsity, work, block_size, mask) if counts is None else counts
-    group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
+        if counts is None:
+            assert sparsity is not None
+            counts = block_counts(sparsity, work, block_size, mask)
+    group, prune = (0, 0) if keep_n is None or m is None else (m, m - keep_n)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)
         first = start // panel * panel
@@ -117,7 +119,11 @@ def wanda_mask(
     faults: Tensor | None = None,
 ) -> Tensor:
     """Packed mask of an fp32, fp16 or bf16 weight by |W_ij| ||X_j||; ``faults``: see the operator."""
-    count, group = (prune_count(sparsity, weight.shape[1]), 0) if keep_n is None else (m - keep_n, m)
+    if keep_n is None or m is None:
+        assert sparsity is not None
+        count, group = prune_count(sparsity, weight.shape[1]), 0
+    else:
+        count, group = m - keep_n, m
     return torch.ops.losa.wanda_select(weight, input_norms.float(), count, group, mask, faults)
 
 

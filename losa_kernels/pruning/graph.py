@@ -30,7 +30,7 @@ KEPT = 4  # graphs in a process, the least recently used goes; as many as a tran
 LARGEST = 128 << 20
 
 Results = tuple[Tensor, ...]
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Tensor | None, ...]  # the first is a tensor
 Loop = Callable[..., Results]
 
 
@@ -66,9 +66,11 @@ class SweepGraphs:
     def run(self, loop: Loop, inputs: Inputs, key: tuple) -> Results:
         """``loop(*inputs)``, which gives the first input up for the first result. ``key``: all that the loop depends on
         besides the place and its inputs' shapes."""
+        first = inputs[0]
+        assert first is not None
         off = not settings.SWEEP_GRAPH() or torch.are_deterministic_algorithms_enabled()
         too_large = sum(0 if given is None else given.nbytes for given in inputs[:2]) > LARGEST
-        place = None if off or too_large else self._capture.place(inputs[0].device)
+        place = None if off or too_large else self._capture.place(first.device)
         if place is not None:
             key = (place, *(None if given is None else given.shape for given in inputs), *key)
             with self._lock:
@@ -113,19 +115,21 @@ class _Graph:
             ]
             self._inputs = own
             self._load(inputs)
-            self._recording = capture(lambda: loop(*own), inputs[0].device)
+            assert own[0] is not None
+            self._recording = capture(lambda: loop(*own), own[0].device)
 
     def run(self, inputs: Inputs) -> Results:
         self._load(inputs)
-        first, *rest = self._recording()
-        return inputs[0].contiguous().copy_(first), *(result.clone() for result in rest)
+        given, (first, *rest) = inputs[0], self._recording()
+        assert given is not None
+        return given.contiguous().copy_(first), *(result.clone() for result in rest)
 
     def close(self) -> None:
         self._recording.close()
 
     def _load(self, inputs: Inputs) -> None:
         for static, value in zip(self._inputs, inputs, strict=True):
-            if static is not None:
+            if static is not None and value is not None:
                 static.copy_(value)
 
 

@@ -21,6 +21,8 @@ GROUP = 8  # strips of W that programs in flight share
 LONGEST = 128  # rows of the tallest tile
 RANK_STEP = 16  # components of the adapter at a time: the factors of more would not fit the registers
 
+Gradients = tuple[Tensor | None, Tensor | None]  # of A and of B, or shares of both
+
 
 def linear(
     x: Tensor,
@@ -153,7 +155,7 @@ def project(
     drop: Tensor | None,
     needs_A: bool,
     needs_B: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Gradients:
     """dA = s B^T (M * G) and dB = s (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
 
     Memory beyond the results: PARTIAL_BYTES, and G_BYTES where the vendor's GEMM makes G; or what one strip of tiles
@@ -165,7 +167,7 @@ def project(
         return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
     wide, arch, G_dtype = x.dtype == torch.float32, tuning.architecture(device), _product_dtype(x.dtype)
 
-    def slices(rows: Tensor, in_registers: bool, tiles: tuple[Tile, ...], terms: int) -> tuple[Tensor | None, ...]:
+    def slices(rows: Tensor, in_registers: bool, tiles: tuple[Tile, ...], terms: int) -> Gradients:
         dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
         dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
         strip = tiles[0].rows if in_registers else tiles[0].step
@@ -175,25 +177,24 @@ def project(
             strips = min(strips, G_BYTES // (G_dtype.itemsize * inputs * strip))
         step = max(1, strips) * strip
         for start in range(0, outputs, step):
-            part = slice(start, min(start + step, outputs))
+            sliced, dy_part, dB_part = layer, dy, dB
             # A slice of everything is skipped: it costs the host microseconds.
-            whole = start == 0 and step >= outputs
-            dy_part, weight_part, mask_part, B_part, dB_part = (
-                t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
-            )
-            sliced = Layer(weight_part, mask_part, lora_A, B_part, scaling)
+            if step < outputs:
+                part = slice(start, min(start + step, outputs))
+                sliced = Layer(weight[part], None if mask is None else mask[part], lora_A, lora_B[part], scaling)
+                dy_part, dB_part = dy[:, part], None if dB is None else dB[part]
             if in_registers:
-                A_parts, B_parts = _project(dy_part.T, rows, sliced, drop, needs_A, needs_B, terms, tiles)
+                A_parts, B_parts = _project(dy_part, rows, sliced, drop, needs_A, needs_B, terms, tiles)
             else:
-                G = _product(dy_part, rows, G_dtype)
+                G = _product(dy_part.T, rows, G_dtype)
                 A_parts, B_parts = _project_given(G, sliced, needs_A, needs_B, terms, tiles)
             _sum(A_parts, B_parts, dA, dB_part, scaling, accumulate=start > 0)
         return dA, dB
 
-    def fused() -> tuple[Tensor | None, ...]:
+    def fused() -> Gradients:
         return slices(x, True, tuning.project_tiles(arch, wide, _aligned(dy, x)), 0 if wide else 2)
 
-    def composed() -> tuple[Tensor | None, ...]:
+    def composed() -> Gradients:
         terms = 0 if wide else 2 if G_dtype == torch.float32 else 1
         return slices(x if drop is None else keep(x, drop), False, tuning.project_given_tiles(terms), terms)
 
@@ -213,13 +214,13 @@ def _project(
     needs_B: bool,
     terms: int,
     tiles: tuple[Tile, ...],
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Gradients:
     """Shares of dA (shares, rank, in) and of dB^T (shares, rank, rows of the slice), G formed in registers."""
     weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), tokens, rank, device = weight.shape, x.shape[0], lora_A.shape[0], weight.device
     arch, R = tuning.architecture(device), _padded(rank)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    def run(tile: Tile) -> Gradients:
         tiles_o, tiles_i = ceil_div(outputs, tile.rows), ceil_div(inputs, tile.columns)
         splits = _token_splits(tiles_o * tiles_i, tokens, arch)
         split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
@@ -246,13 +247,13 @@ def _project(
 
 def _project_given(
     G: Tensor, layer: Layer, needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Gradients:
     """The same of G (rows of the slice, in), contiguous, which goes into the products in ``terms`` terms."""
     weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), rank = weight.shape, lora_A.shape[0]
     R = _padded(rank)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    def run(tile: Tile) -> Gradients:
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
         _launch(
@@ -271,14 +272,13 @@ def _project_given(
     return tuning.tuned("gradients of A and B from G", key, tiles, G.device, run)
 
 
-def _shares(
-    A_count: int, B_count: int, weight: Tensor, rank: int, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _shares(A_count: int, B_count: int, weight: Tensor, rank: int, needs_A: bool, needs_B: bool) -> Gradients:
     outputs, inputs = weight.shape
-    return tuple(
-        torch.empty(count, rank, n, dtype=torch.float32, device=weight.device) if needed else None
-        for count, n, needed in ((A_count, inputs, needs_A), (B_count, outputs, needs_B))
-    )
+
+    def empty(count: int, features: int) -> Tensor:
+        return torch.empty(count, rank, features, dtype=torch.float32, device=weight.device)
+
+    return empty(A_count, inputs) if needs_A else None, empty(B_count, outputs) if needs_B else None
 
 
 def _sum(

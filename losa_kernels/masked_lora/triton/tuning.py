@@ -9,7 +9,7 @@ deterministic mode measures nothing: runs repeat bit for bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 
 from losa_kernels import measured, settings
 
-Name, Result = TypeVar("Name"), TypeVar("Result")
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 class Tile(NamedTuple):
