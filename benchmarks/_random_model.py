@@ -136,7 +136,7 @@ def random_llama(size: str, layers: int | None, device: str, like: nn.Module | N
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     if like is None:
-        for block in find_blocks(model)[1]:
+        for block in find_blocks(model):
             join_linears(block)
     return model
 
@@ -151,7 +151,7 @@ def fill(model: nn.Module, pattern: str) -> None:
 
 
 def pack(dense: nn.Module, packed: nn.Module) -> None:
-    for source, block in zip(find_blocks(dense)[1], find_blocks(packed)[1], strict=True):
+    for source, block in zip(find_blocks(dense), find_blocks(packed), strict=True):
         for name, linear in source.named_modules():
             if type(linear) is nn.Linear:
                 block.set_submodule(name, SparseLinear(pack_weight(linear.weight)))

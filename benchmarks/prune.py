@@ -93,7 +93,7 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
 def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     seconds = {"forward": 0.0, "rates": 0.0, "prune": 0.0}
     began = time.perf_counter()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     kept = {linear: linear.weight.data for linear in block_linears(model).values()}
     start = time.perf_counter()
     features = torch.stack([torch.stack(samples) for samples in _features(model, blocks, ids)])

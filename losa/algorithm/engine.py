@@ -67,7 +67,8 @@ class Engine:
         self.allocation = allocation
         self.calibration = calibration
         self.seed = seed
-        self.name, self.blocks = find_blocks(model)
+        found = find_blocks(model)
+        self.name, self.blocks = found.prefix, found.modules
         self.pruner = get_pruner(prune)
         self.needs_errors = measure_errors or allocation.ranks == "error"
         self.layers: list[dict[str, MaskedLoRALinear]] = [

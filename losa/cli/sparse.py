@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from losa.errors import LosaError, ModelError
+from losa.packed.formats import help_text
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
@@ -31,10 +32,7 @@ def pack(
     output: Output,
     format: Annotated[
         str,
-        typer.Option(
-            help="auto, bitmask or nm (N of every 8 or 4); or sparse-bitmask, sparse-24-bitmask: a directory as "
-            "compressed-tensors 0.12.2 writes it."
-        ),
+        typer.Option(help=help_text()),
     ] = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,

@@ -64,15 +64,15 @@ class LeanDecoder:
             self.embeddings, self.head = model.get_input_embeddings(), model.get_output_embeddings()
             first = self.embeddings.weight
             self.device, self.dtype = first.device, first.dtype
-            prefix, blocks = find_blocks(model)
-            attention = blocks[0].self_attn
+            blocks = find_blocks(model)
+            attention = blocks.modules[0].self_attn
             self.head_dim = attention.head_dim
             self.key_heads = attention.k_proj.out_features // self.head_dim
             self.query_heads = attention.q_proj.out_features // self.head_dim
             self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
-            _check_parts(model, prefix, [self.embeddings, self.head, decoder.norm])
+            _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm])
         except (AttributeError, NotImplementedError, ModelError) as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None

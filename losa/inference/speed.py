@@ -79,7 +79,7 @@ def decode_speeds(
         if "packed" in weights:
             sparsify(variant)
         else:  # the same products as with packed weights
-            for block in find_blocks(variant)[1]:
+            for block in find_blocks(variant):
                 join_linears(block)
         moved = bytes_per_token(variant)
         for name in names:
@@ -120,7 +120,7 @@ def bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
     head = model.get_output_embeddings()
     total = head.weight.nbytes if head is not None else 0
-    for block in find_blocks(model)[1]:
+    for block in find_blocks(model):
         for module in block.modules():
             if isinstance(module, SparseLinear):
                 total += module.packed.nbytes

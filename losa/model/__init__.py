@@ -1,9 +1,10 @@
 """A Hugging Face model: its blocks found, its linears wrapped and merged."""
 
-from losa.model.blocks import Targets, block_linears, find_blocks, find_linears
+from losa.model.blocks import Blocks, Targets, block_linears, find_blocks, find_linears
 from losa.model.wrapping import merge_model, sparsity_of, unwrap_model, wrap_model, wrapped_linears
 
 __all__ = [
+    "Blocks",
     "Targets",
     "block_linears",
     "find_blocks",

@@ -1,4 +1,4 @@
-"""Finding, wrapping and merging: everything that depends on how a Hugging Face model is built.
+"""A decoder's blocks and the linears in them, found in any Hugging Face model.
 
 Structure is discovered from the modules themselves; no model's name appears here.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -17,11 +19,46 @@ from losa.modules.sparse import SparseLinear
 Targets = list[str] | str | None
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's repeated blocks: the ``nn.ModuleList`` of one class that holds the most linear weights.
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The decoder blocks of ``model``, in order: ``modules``, a list whose name in the model is ``prefix``.
 
-    Returns:
-        its name in ``model`` and the list itself.
+    ``len`` counts the blocks, iteration gives the blocks.
+    """
+
+    prefix: str
+    modules: nn.ModuleList
+    model: nn.Module
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.modules)
+
+    @property
+    def names(self) -> list[str]:
+        """Each block's name in the model."""
+        return [f"{self.prefix}.{index}" for index in range(len(self))]
+
+    def index_of(self, name: str) -> int | None:
+        """The number of a block in a tensor's name in the model, which may be beyond the last block; None: the tensor
+        belongs to no block."""
+        number = name.removeprefix(f"{self.prefix}.").partition(".")[0] if name.startswith(f"{self.prefix}.") else ""
+        return int(number) if re.fullmatch(r"\d{1,9}", number, re.ASCII) else None
+
+    def linears(self, targets: Targets = None) -> dict[str, nn.Module]:
+        """The prunable linears of all blocks, in model order, by their names in the model; see ``find_linears``."""
+        uses, wanted = _uses(self.model), _as_targets(targets)
+        return {
+            f"{block_name}.{name}": linear
+            for block_name, block in zip(self.names, self, strict=True)
+            for name, linear in _linears(block, uses, wanted).items()
+        }
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The decoder's repeated blocks: the ``nn.ModuleList`` of one class that holds the most linear weights.
 
     Raises:
         ModelError: an encoder-decoder; no such list; or a second list at least half as large. Says what was seen.
@@ -41,7 +78,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best = lists[ranked[0]]
     if len({type(block) for block in best}) > 1 or any(_is_linear(block) for block in best):
         raise ModelError(f"model: expected decoder blocks of one class; saw {seen}")
-    return ranked[0], best
+    return Blocks(ranked[0], best, model)
 
 
 def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
@@ -69,6 +106,11 @@ def _weights(module: nn.Module) -> int:
     return module.weight.numel() if _is_linear(module) else 0
 
 
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The prunable linears of all decoder blocks, in model order, by their names in the model."""
+    return find_blocks(model).linears()
+
+
 def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
     """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it.
 
@@ -83,17 +125,6 @@ def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module 
         ModelError: a regular expression that does not compile.
     """
     return _linears(block, _uses(model or block), _as_targets(targets))
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The prunable linears of all decoder blocks, in model order, by full name."""
-    prefix, blocks = find_blocks(model)
-    uses = _uses(model)
-    return {
-        f"{prefix}.{index}.{name}": linear
-        for index, block in enumerate(blocks)
-        for name, linear in _linears(block, uses, []).items()
-    }
 
 
 def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError, reason
-from losa.model.blocks import find_blocks
-from losa.storage.tensor_files import Stored, checkpoint_tensors, shown_name
+from losa.errors import ModelError, reason, shown_name
+from losa.model.blocks import Blocks, find_blocks
+from losa.storage.tensor_files import Stored, checkpoint_tensors
 
 
 def check_names(directory: Path, model: nn.Module) -> Naming:
@@ -38,20 +39,14 @@ def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> 
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
     try:
-        prefix, blocks = find_blocks(model)
+        blocks = naming.blocks
     except ModelError:  # no structure that could be pruned; the tensors fit all the same
         return naming
     for name, target in naming.unused.items():
-        index = block_index(target, prefix)
+        index = blocks.index_of(target)
         if index is not None and index >= len(blocks) and not naming.ignored(target):
             raise ModelError(f"{where}: {shown_name(name)}: config.json says that there are {len(blocks)} blocks")
     return naming
-
-
-def block_index(name: str, prefix: str) -> int | None:
-    """The number of the block that a tensor of the model belongs to; None: to none."""
-    number = name.removeprefix(f"{prefix}.").partition(".")[0] if name.startswith(f"{prefix}.") else ""
-    return int(number) if re.fullmatch(r"\d{1,9}", number, re.ASCII) else None
 
 
 class Naming:
@@ -104,6 +99,11 @@ class Naming:
             else:
                 self.made.setdefault(target, []).append(name)
                 self._patterns[name] = pattern
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The model's decoder blocks. Raises ModelError as ``find_blocks``."""
+        return find_blocks(self.model)
 
     def targets(self) -> dict[str, str]:
         """Name on disk -> name in the model; where several names come of one tensor, the first of them."""

@@ -13,7 +13,7 @@ from losa.errors import ModelError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 from losa.storage.files import write_json
-from losa.storage.tensor_files import read_json
+from losa.storage.json_files import read_json
 
 _TIED = "tie_word_embeddings"
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.model.blocks import (
+    Blocks,
     Targets,
     _as_targets,
     _fused,
@@ -19,7 +20,6 @@ from losa.model.blocks import (
     _matches,
     _uses,
     _weights,
-    block_linears,
     find_blocks,
 )
 from losa.model.saving import guard_saving
@@ -54,9 +54,9 @@ def wrap_model(
     """
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
-    prefix, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     uses, wanted = _uses(model), _as_targets(targets)
-    every = {f"{prefix}.{i}": _linears(block, uses, []) for i, block in enumerate(blocks)}
+    every = {name: _linears(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
     names = list(dict.fromkeys(name for linears in every.values() for name in linears))
     for target in wanted:
         if not any(_matches(target, name) for name in names):
@@ -75,8 +75,8 @@ def wrap_model(
             except ValueError as error:
                 raise ModelError(f"{full}: {error}") from error
     if not wrapped:
-        raise ModelError(f"model: every nn.Linear of {prefix!r} is shared or a router; nothing can be pruned")
-    _warn_left_dense(prefix, blocks, uses)
+        raise ModelError(f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned")
+    _warn_left_dense(blocks, uses)
     model.requires_grad_(False)
     for name, new in wrapped.items():
         model.set_submodule(name, new)
@@ -88,15 +88,15 @@ def _seed_for(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def _warn_left_dense(prefix: str, blocks: nn.ModuleList, uses: Counter) -> None:
-    fused = [f"{name}.{p}" for name, module in blocks[0].named_modules() for p in _fused(module)]
+def _warn_left_dense(blocks: Blocks, uses: Counter) -> None:
+    fused = [f"{name}.{p}" for name, module in blocks.modules[0].named_modules() for p in _fused(module)]
     if not fused:
-        fused = [f"{name}.{p}" for name, module in blocks.named_modules() for p in _fused(module)]
+        fused = [f"{name}.{p}" for name, module in blocks.modules.named_modules() for p in _fused(module)]
     if fused:
-        logger.warning("stacked expert weights of %r stay dense: %s", prefix, ", ".join(fused))
-    shared = [n for n, m in blocks.named_modules() if _is_linear(m) and uses[id(m.weight)] > 1]
+        logger.warning("stacked expert weights of %r stay dense: %s", blocks.prefix, ", ".join(fused))
+    shared = [n for n, m in blocks.modules.named_modules() if _is_linear(m) and uses[id(m.weight)] > 1]
     if shared:
-        logger.warning("linears of %r with a shared weight stay dense: %s", prefix, ", ".join(shared))
+        logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
@@ -122,13 +122,13 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
     """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain or packed
     linear, exact zeros."""
     zeros = total = 0
-    for linear in block_linears(model).values():
+    blocks = find_blocks(model)
+    for linear in blocks.linears().values():
         kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
         total += kept.numel()
         zeros += kept.numel() - int(torch.count_nonzero(kept))
-    for block in find_blocks(model)[1]:
-        for linear in block.modules():
-            if isinstance(linear, SparseLinear):
-                total += _weights(linear)
-                zeros += _weights(linear) - int(torch.count_nonzero(linear.packed.values))
+    for linear in blocks.modules.modules():
+        if isinstance(linear, SparseLinear):
+            total += _weights(linear)
+            zeros += _weights(linear) - int(torch.count_nonzero(linear.packed.values))
     return zeros, total

@@ -88,6 +88,13 @@ class SparseLinear(nn.Module):
             self._packed, self.group = replace(self._packed, **current), None
 
 
+def unpack_linears(module: nn.Module) -> None:
+    """Replace each ``SparseLinear`` inside ``module`` by the dense linear, in place."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, SparseLinear):
+            module.set_submodule(name, child.to_linear())
+
+
 def share_rows(linears: Sequence[SparseLinear]) -> Packed | None:
     """Linears that read the same input become rows of one packed weight, their ``group``; None, and nothing happens,
     where formats, patterns or devices differ or memory is short."""

@@ -15,7 +15,7 @@ from torch import nn
 from losa.algorithm.schedule import RoundPlan, plan_rounds
 from losa.algorithm.stream_storage import fits_on_device
 from losa.errors import ModelError, RecipeError
-from losa.model.blocks import find_blocks, find_linears
+from losa.model.blocks import find_blocks
 from losa.model.loading import explain_failure, locate_model, refuse_other_kinds
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
@@ -154,14 +154,10 @@ class _Shape:
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> _Shape:
-        _, blocks = find_blocks(model)
+        blocks = find_blocks(model)
         config = model.config.get_text_config()
         every, pruned = (
-            [
-                _Linear(linear.in_features, linear.out_features)
-                for block in blocks
-                for linear in find_linears(block, targets, model=model).values()
-            ]
+            [_Linear(linear.in_features, linear.out_features) for linear in blocks.linears(targets).values()]
             for targets in (None, recipe.prune.targets)
         )
         if not pruned:
@@ -177,7 +173,7 @@ class _Shape:
             weight_bytes=sum(p.nbytes for p in model.parameters()),
             blocks=len(blocks),
             hidden=hidden,
-            heads=_attention_width(config, blocks, hidden),
+            heads=_attention_width(config, blocks.modules, hidden),
             head=0 if head is None else head.weight.numel(),
             vocabulary=_number(config, "vocab_size") or embedding.shape[0],
             linears=every,

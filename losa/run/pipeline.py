@@ -21,7 +21,7 @@ from losa.algorithm.stream import BlockStream
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
 from losa.distributed import check_agreement, on_main, start_processes
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
-from losa.model.blocks import block_linears, find_blocks
+from losa.model.blocks import find_blocks
 from losa.model.loading import load_model
 from losa.model.wrapping import sparsity_of
 from losa.output.export import export_model, mask_records
@@ -106,15 +106,15 @@ def _run(
         check_agreement(what, digest)
     if resume:
         on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
-    name, blocks = find_blocks(model)
+    blocks = find_blocks(model)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
-    BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls, name=name)
+    BlockStream(model, blocks.modules, inputs.calibration[:1], calls=inputs.calls, name=blocks.prefix)
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,
         recipe=recipe.model_dump(mode="json"),
         model=recipe.model,
-        blocks=[f"{name}.{i}" for i in range(len(blocks))],
+        blocks=blocks.names,
         environment=_environment(model),
         evaluation=evaluation,
     )
@@ -122,7 +122,7 @@ def _run(
     _log_result(console, record.results[-1])
 
     # The linears themselves, references and not copies: to restore is to put these modules back.
-    originals = block_linears(model)
+    originals = blocks.linears()
     outcome: Outcome | None = None
     for method in methods:
         if resume and method != recipe.method:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from losa.errors import ModelError, shown
-from losa.packed.manifest import MANIFEST
-from losa.storage.tensor_files import read_json
+from losa.storage.files import MANIFEST
+from losa.storage.json_files import read_json
 
 ADAPTER = "adapter_config.json"
 # Of compressed-tensors 0.12.2. Older writers used the second key of config.json.
-_, BITMASK_24 = COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")
+BITMASK, BITMASK_24 = COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")
 COMPRESSED_KEYS = ("quantization_config", "compression_config")
 PEFT_ADVICE = (
     "a PEFT adapter lies beside the model; merge it (PEFT's merge_and_unload, then save_pretrained) or move it away"

@@ -14,7 +14,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from losa.errors import ModelError, shown
+from losa.errors import ModelError, shown, shown_name
+from losa.storage.json_files import each_key_once, read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,32 +33,6 @@ _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
-
-
-def read_json(path: Path) -> object:
-    """What a JSON file holds. Raises ModelError that names the file: absent, not JSON, nested too deep, a key twice."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except RecursionError as error:
-        raise ModelError(f"{path}: nested too deep") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-
-
-def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown_name(next(key for key in found if keys.count(key) > 1))!r} stands there twice")
-    return found
-
-
-def shown_name(name: str) -> str:
-    """A name as messages show it: not a thousand letters of it, and nothing that a terminal cannot print."""
-    name = name.encode(errors="backslashreplace").decode()
-    return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"
 
 
 def checkpoint_tensors(directory: Path) -> TensorFiles:
@@ -213,7 +188,7 @@ def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > _LONGEST_HEADER:
         raise ValueError("header")
-    entries = json.loads(file.read(length), object_pairs_hook=_each_key_once)
+    entries = json.loads(file.read(length), object_pairs_hook=each_key_once)
     entries.pop("__metadata__", None)
     held = file.seek(0, 2) - 8 - length
     places = {}

@@ -1,5 +1,5 @@
 """Masked-LoRA linear on a CPU: sparse products where they pay (cpu_sparse.py); else torch's dense ones, in panels that
-csrc/cpu/masked_lora.cpp composes and projects.
+csrc/cpu/masked_lora/panels.cpp composes and projects.
 
 Without dropout a dense training step is three products of 2 T out in FLOPs (Y, dX and G); all else is one pass over
 panels of W or G. They stay in cache and in kept memory: a fresh temporary of 64 MB costs as much in page faults as a

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from losa_kernels import arguments
 from losa_kernels.bitmask import check_packed, packed_width
@@ -83,6 +84,15 @@ class Packed(ABC):
     @abstractmethod
     def unpack(self) -> Tensor:
         """The dense weight (out, in): kept values to the bit, +0.0 elsewhere."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``sparse_linear`` for arguments that it has checked: unpack, then multiply.
+
+        The formats of this package have kernels, and this is their reference. A class from outside may override it with
+        an op of its own.
+        """
+        weight = self.unpack().to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @abstractmethod
     def mask(self) -> Tensor:

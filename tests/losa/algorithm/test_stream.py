@@ -58,7 +58,7 @@ def outputs_of_blocks(model, blocks, ids):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_stream_equals_a_whole_forward_pass(build, batch_size):
     model = build()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     expected = outputs_of_blocks(model, blocks, IDS)
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, batch_size)
@@ -77,7 +77,7 @@ def tensors_alive() -> list[torch.Tensor]:
 
 def test_memory_between_blocks_is_the_stated_bound():
     model = tiny_llama(layers=6)
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     before = tensors_alive()  # held, so that no address comes back
     known = {t.untyped_storage().data_ptr() for t in before}
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_memory_between_blocks_is_the_stated_bound():
 
 def test_gram_of_a_stream_is_the_gram_of_all_features():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 4)
         stream.advance(0)
@@ -117,7 +117,8 @@ def test_gram_of_a_stream_is_the_gram_of_all_features():
 
 def test_collectors_equal_direct_statistics_and_share_inputs():
     model = tiny_llama()
-    name, blocks = find_blocks(model)
+    found = find_blocks(model)
+    name, blocks = found.prefix, found.modules
     linears = find_linears(blocks[0])
     inputs: dict[str, list] = {n: [] for n in linears}
     handles = [
@@ -146,7 +147,7 @@ def test_collectors_equal_direct_statistics_and_share_inputs():
 
 def test_non_finite_input_names_block_linear_and_sample():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     linears = find_linears(blocks[0])
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 2)
@@ -161,7 +162,7 @@ def test_non_finite_input_names_block_linear_and_sample():
 
 def test_arguments_that_depend_on_tokens_are_refused():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     original = blocks[0].forward
     embed = model.model.embed_tokens
 
@@ -359,7 +360,7 @@ def test_error_meter():
 
 def test_a_block_may_work_in_its_input_s_memory():
     model = tiny_llama()
-    _, blocks = find_blocks(model)
+    blocks = find_blocks(model).modules
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 4)
         before = [hidden.clone() for hidden in stream.hidden]

@@ -57,7 +57,7 @@ def test_nine_launches_a_block(name, packed):
     model = build(*LLAMA_KIND[name])
     if packed:
         thin(model)
-    for block in find_blocks(model)[1]:
+    for block in find_blocks(model):
         join_linears(block)
     ids = torch.randint(2, 90, (12,))
     decoder, expected = LeanDecoder(model, 16), LeanDecoder(model, 16)(ids)
@@ -161,7 +161,7 @@ def test_biases_lie_together_and_stay_the_models():
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0, -1]
     before = [parameter.clone() for parameter in model.parameters()]
-    for block in find_blocks(model)[1]:
+    for block in find_blocks(model):
         join_linears(block)
     decoder = LeanDecoder(model, 9)
     assert all(map(torch.equal, before, model.parameters()))

@@ -187,7 +187,7 @@ def test_joined_linears(name):
     model = build(*LLAMA_KIND[name])
     ids = torch.arange(3, 20)
     expected = LeanDecoder(model, 20)(ids)
-    for block in find_blocks(model)[1]:
+    for block in find_blocks(model):
         before, attention = block.mlp.up_proj.weight.clone(), block.self_attn
         join_linears(block)
         assert torch.equal(block.mlp.up_proj.weight, before)

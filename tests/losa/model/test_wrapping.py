@@ -68,7 +68,8 @@ def test_wrap_merge_unwrap(name):
     model, expected = build(name), ARCHITECTURES[name][2]
     original, parameters, dense = copy.deepcopy(model), dict(model.named_parameters()), logits(model)
 
-    prefix, blocks = find_blocks(model)
+    found = find_blocks(model)
+    prefix, blocks = found.prefix, found.modules
     assert len(blocks) == LAYERS and model.get_submodule(prefix) is blocks
     assert list(find_linears(blocks[0])) == expected
 
@@ -82,7 +83,8 @@ def test_wrap_merge_unwrap(name):
     # Embeddings, head and norms are the very same parameters.
     rest = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[0] not in layers}
     assert rest and all(p is parameters[n] for n, p in rest.items())
-    assert list(find_linears(blocks[0])) == expected and find_blocks(model) == (prefix, blocks)
+    again = find_blocks(model)
+    assert list(find_linears(blocks[0])) == expected and (again.prefix, again.modules) == (prefix, blocks)
     assert_same_function(logits(model), dense)
 
     randomise(layers)
@@ -90,7 +92,7 @@ def test_wrap_merge_unwrap(name):
     assert (wrapped - dense).abs().max() > 1000 * EPS * dense.abs().max()
     merged = merge_model(copy.deepcopy(model))
     assert not wrapped_linears(merged) and sparsity_of(merged) == zeros
-    assert {type(m) for m in find_linears(find_blocks(merged)[1][1]).values()} == {nn.Linear}
+    assert {type(m) for m in find_linears(find_blocks(merged).modules[1]).values()} == {nn.Linear}
     assert_same_function(logits(merged), wrapped)
     assert merged.state_dict().keys() == original.state_dict().keys()
 
@@ -130,7 +132,8 @@ def test_adapters_are_seeded_by_name():
 )
 def test_targets(targets, expected):
     model = tiny_llama(layers=2)
-    prefix, blocks = find_blocks(model)
+    found = find_blocks(model)
+    prefix, blocks = found.prefix, found.modules
     assert list(find_linears(blocks[1], targets)) == expected
     layers = wrap(model, targets=targets)
     assert list(layers) == [f"{prefix}.{i}.{n}" for i in range(2) for n in expected]
@@ -254,7 +257,7 @@ class Experts(nn.Module):
 def test_expert_lists_are_pruned_and_routers_are_not():
     names = ["mixer"] + [f"moe.experts.{i}.{j}" for i in range(4) for j in range(2)]
     model = nn.Sequential(nn.ModuleList(Experts() for _ in range(2)))
-    assert find_blocks(model)[0] == "0" and find_blocks(nn.Sequential(model[0][:1]))[0] == "0"
+    assert find_blocks(model).prefix == "0" and find_blocks(nn.Sequential(model[0][:1])).prefix == "0"
     assert list(find_linears(Experts())) == names
     wrap(model, rank=2)
     assert [n for n in wrapped_linears(model) if n.startswith("0.1.")] == [f"0.1.{n}" for n in names]
@@ -308,7 +311,8 @@ def block(kind=nn.Sequential, width=8):
 
 def test_the_largest_list_is_the_decoder():
     model = listed(vision=[block(width=4) for _ in range(2)], text=[block() for _ in range(3)])
-    assert find_blocks(model) == ("text", model.text)
+    found = find_blocks(model)
+    assert (found.prefix, found.modules) == ("text", model.text)
 
 
 @pytest.mark.parametrize(
