@@ -57,7 +57,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32. fp64: the reference.
 
-    ``needs`` says which of the four; the others are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
+    ``needs`` says which of the four; the remaining ones are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
     dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None if neither lora_A nor lora_B needs a gradient.
     """
     weight, mask = layer.weight, layer.mask
@@ -125,8 +125,10 @@ def merge(layer: Layer) -> Tensor:
 def _composed(
     W: Tensor, mask: Tensor | None, A: Tensor | None, sB: Tensor | None, x: Tensor, *, base: bool = True
 ) -> Tensor:
-    """A panel M * (W + sB A), or with one of the two terms, rounded to x's dtype and then widened to that of its
-    product, in kept memory."""
+    """A panel M * (W + sB A), or one of its two summands, in kept memory.
+
+    It is rounded to x's dtype and then widened to the dtype of x's product.
+    """
     shape, product = tuple(W.shape), product_dtype(x.dtype)
     panel = scratch("panel", shape, x.dtype)
     torch.ops.losa.compose_masked_lora.default(W, mask, base, A, sB, panel)

@@ -25,7 +25,7 @@ class Packed(ABC):
     Two objects are equal only if they are the same object: tensors have no single answer to ``==``.
 
     Making one checks what can be told without reading data: types, dtypes, shapes, strides and devices. What comes from
-    elsewhere (a file) needs ``check`` besides: with data that contradict each other, ops give wrong numbers or
+    elsewhere (a file) also needs ``check``: with data that contradict each other, ops give wrong numbers or
     raise ValueError.
 
     Raises:

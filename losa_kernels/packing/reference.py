@@ -37,7 +37,7 @@ def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, sha
 def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> tuple[Tensor, Tensor]:
     """(values (out, in / m * keep_n), packed mask of stored positions).
 
-    A group that keeps fewer than keep_n weights stores its first pruned positions besides, as +0.0.
+    A group that keeps fewer than keep_n weights also stores its first pruned positions, as +0.0.
     """
     kept = _kept(weight, mask)
     groups = kept.reshape(-1, m)

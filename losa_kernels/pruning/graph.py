@@ -1,9 +1,9 @@
 """The loop over column blocks as a CUDA graph: one launch where Python would start two kernels or more per block.
 
-The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
-and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
-(stream, shapes, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and
-only then: more than ``KEPT`` keys in rotation would otherwise be captured again and again. How many entries go from
+The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in and results
+copied out: the same kernels on the same values as without a graph. It is captured at the second call of a key (stream,
+shapes, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and at no later
+call: more than ``KEPT`` keys in rotation would otherwise be captured again and again. How many entries go from
 each column block is an input, since every transformer block may have a sparsity of its own.
 
 ``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
@@ -65,7 +65,7 @@ class SweepGraphs:
 
     def run(self, loop: Loop, inputs: Inputs, key: tuple) -> Results:
         """``loop(*inputs)``, which gives the first input up for the first result. ``key``: all that the loop depends on
-        besides the place and its inputs' shapes."""
+        in addition to the place and the shapes of its inputs."""
         first = inputs[0]
         assert first is not None
         off = not settings.SWEEP_GRAPH() or torch.are_deterministic_algorithms_enabled()
@@ -97,7 +97,7 @@ class SweepGraphs:
             self._graphs.popitem(last=False)[1].close()
         try:
             self._graphs[key] = _Graph(self._capture, loop, inputs)
-        except Exception as error:  # whatever it is, the loop itself will do, or will say what is wrong
+        except Exception as error:  # whatever it is: the loop itself will work, or will say what is wrong
             logger.warning("column_sweep: no CUDA graph for %s: %s", key, error)
             return None
         return self._graphs[key]
@@ -137,7 +137,7 @@ class CudaCapture:
     """Captures, each by a recorder of its own: a recording that goes takes its memory along."""
 
     def place(self, device: torch.device) -> Hashable | None:
-        """Device and current stream: on one stream, copies and replays wait for those before them."""
+        """Device and current stream: on one stream, copies and replays wait for earlier copies and replays."""
         if device.type != "cuda" or cuda_graphs.is_recording(device):
             return None
         return device, torch.cuda.current_stream(device).cuda_stream

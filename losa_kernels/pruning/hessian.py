@@ -127,8 +127,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
-    """:func:`inverse_factor` of each Hessian, or its SingularHessianError: one's damping is not the others'. On CUDA
-    several are factored at a time.
+    """:func:`inverse_factor` of each Hessian, or its SingularHessianError.
+
+    Each Hessian has a damping of its own. On CUDA several are factored at a time.
 
     Raises:
         ValueError: a wrong shape, device or damping, or a non-finite Hessian; names the argument.

@@ -19,7 +19,7 @@ F = hi + lo + 2^-18 F, and the product keeps three of the four terms:
     B A = B_hi A_hi + B_lo A_hi + B_hi A_lo,   error <= 2^-16 |B| |A|
 
 The three are one product with a three times longer inner side, [B_hi B_lo B_hi] [A_hi; A_hi; A_lo], which
-``split_kernel`` lays out ahead, padded with zeros to HEAD + TAIL (tuning.factor_split): 32 for rank 8, 48 for rank 16.
+``split_kernel`` lays out ahead, padded with zeros to HEAD + TAIL (tuning.inner_split): 32 for rank 8, 48 for rank 16.
 Forming W_eff anew for every BT tokens hence costs (HEAD + TAIL) / BT of the product it serves. bf16 rather than fp16,
 also for fp16 layers: its exponent is fp32's, so that no low term is lost to underflow. Factors in 16 bits are one term
 as they are, and fp32 layers take one fp32 term.
@@ -96,7 +96,7 @@ def accumulate(acc, left, right, one, PRECISION: tl.constexpr):
 def _split_rows(source, target, source_r, source_n, target_r, features, rank, TERMS, LOW_TERM, r, n):
     """Row r of target is component r % rank of source: its low part in term LOW_TERM, else its high part.
 
-    source (rank, features) and target (depth, target_r), rows r [ROWS] and columns n [BLOCK] of it.
+    source (rank, features) and target (inner, target_r), rows r [ROWS] and columns n [BLOCK] of it.
     """
     term, component = r // rank, r % rank
     inside = (r < TERMS * rank)[:, None] & (n < features)[None, :]
@@ -113,7 +113,9 @@ def split_kernel(
     A_r, A_i, B_o, B_r, A_terms_r, B_terms_r,
     TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A_terms (depth, in) = [hi; hi; lo; 0] of A and B_terms (depth, out) = [hi; lo; hi; 0] of B^T.
+    """A_terms (inner, in) = [hi; hi; lo; 0] of A and B_terms (inner, out) = [hi; lo; hi; 0] of B^T.
+
+    inner = HEAD + TAIL.
 
     One term, [hi; 0], serves factors that the dtype of the terms holds exactly.
     """
@@ -246,15 +248,15 @@ def compose_kernel(
     weight, mask, left, right, composed, adapter,
     rows, depth, w_m, w_k, mask_o, left_m, left_r, right_r, right_k,
     scaling,
-    RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    RANK: tl.constexpr, INNER: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """composed (rows, depth), contiguous = M * (W + s B A), one rounding to its dtype, +0.0 where pruned; or, if
     adapter (rows, depth) is not None, composed = M * W and adapter = M * (s B A).
 
     RANK > 0: left (rows, RANK) and right (RANK, depth) are B and A, multiplied in fp32 by the ordinary units: small
-    ranks hide behind the memory, and tensor cores' sums would have to be exchanged to meet W. Else left (TERMS, rows)
-    and right (TERMS, depth) are from split_kernel. WHOLE: no tile is ragged.
+    ranks hide behind the memory, and tensor cores' sums would have to be exchanged to meet W. Else left (INNER, rows)
+    and right (INNER, depth) are from split_kernel, INNER = HEAD + TAIL. WHOLE: no tile is ragged.
     """
     tiles_k = tl.cdiv(depth, BK)
     m_tile, k_tile = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
@@ -276,8 +278,8 @@ def compose_kernel(
         else:
             b, a = tl.load(b_tile, mask=m_inside, other=0.0), tl.load(a_tile, mask=k_inside, other=0.0)
         ba += b.to(tl.float32)[:, None] * a.to(tl.float32)[None, :]
-    if TERMS > 0:
-        for start in range(0, TERMS, STEP):
+    if INNER > 0:
+        for start in range(0, INNER, STEP):
             left_tile = _terms(left, left_r, m, start, STEP)  # [STEP, BM]
             right_tile = _terms(right, right_r, k, start, STEP)  # [STEP, BK]
             ba = tl.dot(left_tile.T, right_tile, ba, input_precision=PRECISION)

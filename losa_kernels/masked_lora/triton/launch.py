@@ -37,7 +37,7 @@ def linear(
     # The weight (rows, depth) of this product with its left factor (terms, rows) and its right one (terms, depth).
     weight, left, right = (layer.weight.T, A_terms, B_terms) if transposed else (layer.weight, B_terms, A_terms)
     mask, (tokens, depth), rows = layer.mask, x.shape, weight.shape[0]
-    head, tail = tuning.factor_split(right.shape[0])
+    head, tail = tuning.inner_split(right.shape[0])
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     dropout = "none" if drop is None else "output" if transposed else "input"
     wide, arch = x.dtype == torch.float32, tuning.architecture(x.device)
@@ -80,17 +80,17 @@ def compose(
     direct = rank <= tuning.DIRECT_RANK
     tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, direct, low == torch.float32)
     if direct:
-        left, right, terms, step = lora_B, lora_A.T, 0, 1
+        left, right, inner, step = lora_B, lora_A.T, 0, 1
     else:
         A_terms, B_terms = split(layer, low)
-        left, right, (head, tail) = B_terms.T, A_terms.T, tuning.factor_split(A_terms.shape[0])
-        terms, step = head + tail, min(tail or head, 32)
+        left, right, (head, tail) = B_terms.T, A_terms.T, tuning.inner_split(A_terms.shape[0])
+        inner, step = head + tail, min(tail or head, 32)
     _launch(
         kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
         weight=weight, mask=mask, left=left, right=right, composed=composed, adapter=adapter,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
         left_m=left.stride(0), left_r=left.stride(1), right_r=right.stride(1), right_k=right.stride(0),
-        scaling=scaling, RANK=rank if direct else 0, TERMS=terms, STEP=step, MASKED=mask is not None,
+        scaling=scaling, RANK=rank if direct else 0, INNER=inner, STEP=step, MASKED=mask is not None,
         WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=settings.TRITON_FP32(),
         BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
@@ -98,18 +98,18 @@ def compose(
 
 
 def split(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of B A as sums of terms for products in ``dtype``: A (depth, in), B^T (depth, out), see split_kernel.
+    """The factors of B A as sums of terms for products in ``dtype``: A (inner, in), B^T (inner, out), see split_kernel.
 
-    depth = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
+    inner = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
     """
     lora_A, lora_B = layer.lora_A, layer.lora_B
-    rank, depth, (terms, low) = lora_A.shape[0], factor_depth(layer, dtype), _terms(layer, dtype)
+    rank, inner, (terms, low) = lora_A.shape[0], inner_size(layer, dtype), _terms(layer, dtype)
     A_terms, B_terms = (
-        torch.empty(depth, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
+        torch.empty(inner, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
         for n in (lora_A.shape[1], lora_B.shape[0])
     )
     rows, block = 16, 128
-    grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
+    grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), inner // rows, 2)
     _launch(
         kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
         lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
@@ -305,9 +305,9 @@ def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> Non
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
-def factor_depth(layer: Layer, dtype: torch.dtype) -> int:
+def inner_size(layer: Layer, dtype: torch.dtype) -> int:
     """HEAD + TAIL: the inner side of the product B A when the main product runs in ``dtype``."""
-    return sum(tuning.factor_split(_terms(layer, dtype)[0] * layer.lora_A.shape[0]))
+    return sum(tuning.inner_split(_terms(layer, dtype)[0] * layer.lora_A.shape[0]))
 
 
 def _terms(layer: Layer, dtype: torch.dtype) -> tuple[int, torch.dtype]:
