@@ -35,7 +35,8 @@ def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed
     A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
-    if dropped is None and weight.dtype == x.dtype and cpu_sparse.pays(x.dtype, len(rows), weight, mask):
+    fits = dropped is None and weight.dtype == x.dtype
+    if fits and mask is not None and cpu_sparse.pays(x.dtype, len(rows), weight, mask):
         cpu_sparse.multiply(rows, weight, mask, A, sB, bias, y)
         return y.view(*x.shape[:-1], weight.shape[0])
     for part in _slices(weight):
@@ -56,7 +57,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32. fp64: the reference.
 
-    ``needs`` says which of the four; the others are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
+    ``needs`` says which of the four; the remaining ones are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
     dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None if neither lora_A nor lora_B needs a gradient.
     """
     weight, mask = layer.weight, layer.mask
@@ -70,31 +71,33 @@ def backward(
         return None, None, None, dbias
 
     dy = dy.to(product_dtype(grad_y.dtype))
-    rows = x.reshape(-1, in_features).to(dy.dtype) if needs_A or needs_B else None
+    rows = None
+    if needs_A or needs_B:
+        assert x is not None
+        rows = x.reshape(-1, in_features).to(dy.dtype)
     keep_x = None
     if dropout_p > 0:
         keep_x = dropout_keep(dy.new_empty(dy.shape[0], in_features), dropout_p, seed)
         rows = None if rows is None else rows * keep_x
     A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
-    dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
+    dx = dense_dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
-    sparse = cpu_sparse.pays(dy.dtype, len(dy), weight, mask)
-    if sparse:
+    if mask is not None and cpu_sparse.pays(dy.dtype, len(dy), weight, mask):
         # W_eff rounded to a lower precision, and dropout on one of its terms, are left to the dense product.
         sparse_dx = dx if keep_x is None and weight.dtype == dy.dtype == grad_y.dtype else None
         cpu_sparse.backward(dy, rows, weight, mask, A, sB, sparse_dx, dA, dB)
-        needs_x, rows = needs_x and sparse_dx is None, None
+        dense_dx, rows = dx if sparse_dx is None else None, None
     # Panels of columns: each gives its columns of dX and dA at once, so only the small dB is accumulated.
-    for part in _slices(weight, dim=1) if needs_x or rows is not None else ():
+    for part in _slices(weight, dim=1) if dense_dx is not None or rows is not None else ():
         W = weight[:, part]
         bits = None if mask is None else mask[:, part.start // 8 : -(-part.stop // 8)]
-        if needs_x and keep_x is None:
-            _product(dy, _composed(W, bits, A[:, part], sB, grad_y), dx[:, part])
-        elif needs_x:
+        if dense_dx is not None and keep_x is None:
+            _product(dy, _composed(W, bits, A[:, part], sB, grad_y), dense_dx[:, part])
+        elif dense_dx is not None and keep_x is not None:
             through_adapter = dy @ _composed(W, bits, A[:, part], sB, grad_y, base=False)
             base = _composed(W, bits, None, None, grad_y)
-            _product(dy, base, dx[:, part], through_adapter.mul_(keep_x[:, part]))
+            _product(dy, base, dense_dx[:, part], through_adapter.mul_(keep_x[:, part]))
         if rows is not None:
             G = torch.mm(dy.T, rows[:, part], out=scratch("gradient", tuple(W.shape), dy.dtype))
             torch.ops.losa.project_masked_lora.default(
@@ -122,8 +125,10 @@ def merge(layer: Layer) -> Tensor:
 def _composed(
     W: Tensor, mask: Tensor | None, A: Tensor | None, sB: Tensor | None, x: Tensor, *, base: bool = True
 ) -> Tensor:
-    """A panel M * (W + sB A), or with one of the two terms, rounded to x's dtype and then widened to that of its
-    product, in kept memory."""
+    """A panel M * (W + sB A), or one of its two summands, in kept memory.
+
+    It is rounded to x's dtype and then widened to the dtype of x's product.
+    """
     shape, product = tuple(W.shape), product_dtype(x.dtype)
     panel = scratch("panel", shape, x.dtype)
     torch.ops.losa.compose_masked_lora.default(W, mask, base, A, sB, panel)

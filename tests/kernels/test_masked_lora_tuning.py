@@ -22,23 +22,23 @@ from losa_kernels.masked_lora.triton import tuning
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_factor_split():
+def test_inner_split():
     sizes = sorted({2**i for i in range(4, 10)} | {3 * 2**i for i in range(4, 9)})
-    for depth in range(1, 3 * 128 + 1):
-        head, tail = tuning.factor_split(depth)
-        assert head + tail == min(size for size in sizes if size >= depth)
+    for inner in range(1, 3 * 128 + 1):
+        head, tail = tuning.inner_split(inner)
+        assert head + tail == min(size for size in sizes if size >= inner)
         assert head >= 16 and head & (head - 1) == 0 and tail in (0, head // 2)
 
 
 def test_the_way_is_predicted_by_tokens_rank_and_shape():
     for arch in (80, 89, 90, 120):
-        for depth in (16, 32, 48, 96):
-            choices = [tuning.fused(1 << i, 4096, 4096, depth, arch) for i in range(15)]
+        for inner in (16, 32, 48, 96):
+            choices = [tuning.fused(1 << i, 4096, 4096, inner, arch) for i in range(15)]
             assert choices[0] and not choices[-1]
             assert choices == sorted(choices, reverse=True), "fused up to a number of tokens"
-            backward = [tuning.fused(1 << i, 4096, 4096, depth, arch, True) for i in range(15)]
+            backward = [tuning.fused(1 << i, 4096, 4096, inner, arch, True) for i in range(15)]
             assert sum(backward) <= sum(choices), "the gradient of x is slower in registers"
-            dropped = [tuning.fused(1 << i, 4096, 4096, depth, arch, dropout=True) for i in range(15)]
+            dropped = [tuning.fused(1 << i, 4096, 4096, inner, arch, dropout=True) for i in range(15)]
             assert dropped[0] and not dropped[-1], "two products by the vendor's GEMM cost less than two in registers"
         assert tuning.fused(64, 4096, 4096, 32, arch) and not tuning.fused(64, 4096, 4096, 384, arch)
         assert not tuning.fused(64, 128, 1 << 14, 32, arch), "few tiles leave the machine empty"

@@ -7,7 +7,7 @@ in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradie
 dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
-and the CPU draw from torch's generator: a GPU result is replayed by the GPU, not compared with theirs bit for bit. The
+and the CPU draw from torch's generator: a GPU replays a GPU's result, which is not the CPU's bit for bit. The
 share dropped is p to 2^-16.
 
 fp64 goes to the reference.
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import tuning
-from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, factor_depth, keep, linear, project
+from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, inner_size, keep, linear, project
 
 
 def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed: int) -> Tensor:
@@ -118,11 +118,11 @@ def _by_way(
 ) -> Tensor:
     """The product of ``rows`` by the faster way, the same for all token counts up to the next power of two."""
     tokens, (out_features, in_features), dtype = rows.shape[0], layer.weight.shape, rows.dtype
-    depth, arch = factor_depth(layer, dtype), tuning.architecture(rows.device)
+    inner, arch = inner_size(layer, dtype), tuning.architecture(rows.device)
     transposed, dropout = op == "gradient of x", drop is not None
-    predicted = tuning.fused(tokens, out_features, in_features, depth, arch, transposed, dropout)
+    predicted = tuning.fused(tokens, out_features, in_features, inner, arch, transposed, dropout)
     words = tuning.words(mask=layer.mask is not None, dropout=dropout)
-    key = (tuning.next_power_of_2(tokens), out_features, in_features, depth, dtype, layer.weight.dtype, *words)
+    key = (tuning.next_power_of_2(tokens), out_features, in_features, inner, dtype, layer.weight.dtype, *words)
     return tuning.by_way(op, key, dtype == torch.float32, rows.device, predicted, fused, composed)
 
 
