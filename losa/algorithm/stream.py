@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from losa.algorithm.stream_storage import StreamStorage
 from losa.errors import LosaError, ModelError
 from losa.model.block_calls import Call, hidden_of, same, split_call
+from losa.model.blocks import Blocks
 from losa_kernels import gram
 
 
@@ -54,7 +55,6 @@ class BlockStream:
         calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
             takes a whole forward pass to find out. While it is empty, a stream of two batches is compared with whole
             forward passes first.
-        name: of the list of blocks, for messages.
 
     Raises:
         ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
@@ -64,17 +64,16 @@ class BlockStream:
     def __init__(
         self,
         model: nn.Module,
-        blocks: nn.ModuleList,
+        blocks: Blocks,
         input_ids: Tensor,
         batch_size: int = 1,
         storage: torch.device | str | None = None,
         calls: dict[tuple[int, int], list[Call]] | None = None,
-        name: str = "blocks",
     ):
-        self.blocks = blocks
-        self.device = next(blocks.parameters()).device
+        self.blocks = blocks.modules
+        self.names = blocks.names
+        self.device = next(blocks.modules.parameters()).device
         self.storage = torch.device("cpu" if storage is None else storage)
-        self.name = name
         self.hidden: list[Tensor] = []
         self.position = ""
         self._calls = {} if calls is None else calls
@@ -123,7 +122,7 @@ class BlockStream:
         except _PASSED_ON:
             raise
         except Exception as error:  # a model's own code, called in a way that it may not expect
-            message = f"{self.name}.{index}: cannot be run by itself, as calibration does"
+            message = f"{self.names[index]}: cannot be run by itself, as calibration does"
             raise ModelError(f"{message} ({_reason(error)})") from error
 
     def _find_difference(self, model: nn.Module, batches: list[Tensor], expected: list[Tensor]) -> None:
@@ -142,7 +141,7 @@ class BlockStream:
             self._replay(index)
             if not all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True)):
                 raise ModelError(
-                    f"{self.name}.{index}: calibration runs blocks one by one, and this one then gives another output "
+                    f"{self.names[index]}: calibration runs blocks one by one, and this one then gives another output "
                     "than in a whole forward pass: its arguments depend on the tokens, or the model passes more than "
                     "hidden states from block to block, or changes them in between; losa cannot prune this model"
                 )
@@ -209,7 +208,7 @@ class BlockStream:
         known = self._calls[tuple(batch.shape)][0]
         if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
             raise ModelError(
-                f"{self.name}.0: its arguments besides hidden states depend on the tokens, so it cannot be run by "
+                f"{self.names[0]}: its arguments besides hidden states depend on the tokens, so it cannot be run by "
                 "itself, as calibration does; losa cannot prune this model"
             )
         return hidden
