@@ -35,6 +35,7 @@ from benchmarks._problems import DTYPES, ONLY_THESE_SHAPES, SHAPES, shape_name, 
 from benchmarks._results import parser, report
 from benchmarks._timing import host_seconds, interleaved, medians, peak_bytes, product_rate, rotation, setting
 from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.layer import Layer
 
 # glibc gives large blocks back to the system at once, and faults them in anew at the next call. With raised thresholds
 # it keeps them.
@@ -224,14 +225,14 @@ def _check(problem: Problem) -> None:
     part, s, mask = slice(0, 64), problem.scaling, problem.mask
     grad, W, x, A, B = (t.detach().double() for t in (problem.grad, problem.weight, *problem.leaves))
     y = losa(problem)
-    _compare("y", y[part], reference.forward(x[part], W, mask, A, B, s, None, 0.0, 0))
+    _compare("y", y[part], reference.forward(x[part], Layer(W, mask, A, B, s), None, 0.0, 0))
     y.backward(problem.grad)
     dx, dA, dB = (leaf.grad for leaf in problem.leaves)
     for leaf in problem.leaves:
         leaf.grad = None
 
-    def backward(which: int, *arguments: torch.Tensor) -> torch.Tensor:
-        return reference.backward(*arguments, s, 0.0, 0, [i == which for i in range(4)])[which]
+    def backward(which: int, grad: torch.Tensor, x: torch.Tensor, *layer: torch.Tensor) -> torch.Tensor:
+        return reference.backward(grad, x, Layer(*layer, s), 0.0, 0, [i == which for i in range(4)])[which]
 
     _compare("x", dx[part], backward(0, grad[part], x[part], W, mask, A, B))
     columns = (x[:, part], W[:, part], mask[:, :8], A[:, part])

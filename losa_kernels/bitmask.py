@@ -76,12 +76,12 @@ def unpack_reference(packed: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def pack_native(mask: torch.Tensor) -> torch.Tensor:
-    """csrc/cpu/bitmask.cpp or csrc/cuda/bitmask.cu, by the mask's device."""
+    """csrc/cpu/bitmask/ or csrc/cuda/bitmask.cu, by the mask's device."""
     return torch.ops.losa.pack_mask.default(mask)
 
 
 def unpack_native(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """csrc/cpu/bitmask.cpp or csrc/cuda/bitmask.cu, by the packed mask's device."""
+    """csrc/cpu/bitmask/ or csrc/cuda/bitmask.cu, by the packed mask's device."""
     return torch.ops.losa.unpack_mask.default(packed, in_features)
 
 

@@ -32,7 +32,7 @@ _PASSED_ON = (LosaError, _Stop, MemoryError, torch.OutOfMemoryError)
 
 def _forward(model: nn.Module, batch: Tensor) -> None:
     try:
-        model.base_model(batch, use_cache=False)
+        model.base_model(batch, use_cache=False)  # type: ignore[operator]
     except _PASSED_ON:
         raise
     except Exception as error:
@@ -88,7 +88,7 @@ class BlockStream:
                 self._add(model, batch)
 
     def _add(self, model: nn.Module, batch: Tensor) -> None:
-        shape = tuple(batch.shape)
+        shape = len(batch), batch.shape[1]
         if shape not in self._calls:
             self._calls[shape], _ = self._whole_pass(model, batch)
         hidden = self._capture_first(model, batch)
@@ -106,7 +106,7 @@ class BlockStream:
         shows what depends on the tokens. Two in turn show what a block leaves behind for the next one.
         """
         batches = [batch, batch.flip(0, 1)]
-        self._calls[tuple(batch.shape)], first = self._whole_pass(model, batch)
+        self._calls[len(batch), batch.shape[1]], first = self._whole_pass(model, batch)
         expected = [first, self._whole_pass(model, batches[1])[1]]
         for other in batches:
             self._add(model, other)
@@ -205,7 +205,7 @@ class BlockStream:
         finally:
             handle.remove()
         hidden, call = seen[0]
-        known = self._calls[tuple(batch.shape)][0]
+        known = self._calls[len(batch), batch.shape[1]][0]
         if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
             raise ModelError(
                 f"{self.names[0]}: its arguments besides hidden states depend on the tokens, so it cannot be run by "
@@ -242,10 +242,11 @@ class BlockStream:
         """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
         positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, where they
         are not in one piece already."""
-        out = None
+        out: Tensor | None = None
         if self._held is not None:
             for features in self._held.features():
                 out = gram(features, out=out)
+            assert out is not None
             return out
         flat = [h.flatten(1) for h in self.hidden]
         samples = sum(len(f) for f in flat)
@@ -253,6 +254,7 @@ class BlockStream:
         for start in range(0, flat[0].shape[1], width):
             features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
             out = gram(features, out=out)
+        assert out is not None
         return out
 
 

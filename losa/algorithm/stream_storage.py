@@ -38,6 +38,7 @@ class StreamStorage:
     def features(self) -> Iterator[Tensor]:
         """Each sample's positions and channels in slices (samples, columns) on the device: one slice where they are
         there already."""
+        assert self._whole is not None, "nothing is written yet"
         flat = self._whole.flatten(1)
         if flat.device == self._device:
             yield flat

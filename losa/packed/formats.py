@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from losa.registry import Registry
 from losa.storage.kinds import COMPRESSED
 
-# Takes the format that stores a weight in fewest bytes.
+# Asks for the format that suits a weight best.
 AUTO = "auto"
-# Formats that can be asked for, each with a note for help. ``losa.packed.weights`` holds the formats themselves.
-NOTES: dict[str, str] = {"bitmask": "", "nm": "N of every 8 or 4"}
+# Formats that can be asked for, each with a note for help. The formats are in losa.packed.weights, whose
+# ``register_format`` adds names here.
+NOTES: Registry[str] = Registry("note of format")
+NOTES.register("bitmask", "")
+NOTES.register("nm", "N of every 8 or 4")
 
 
 def own_names() -> tuple[str, ...]:
@@ -22,6 +26,7 @@ def all_names() -> tuple[str, ...]:
 
 def help_text() -> str:
     """All names in a sentence."""
-    *most, last = (f"{name} ({note})" if note else name for name, note in {AUTO: "", **NOTES}.items())
+    noted = [f"{name} ({NOTES[name]})" if NOTES[name] else name for name in NOTES]
+    *most, last = (AUTO, *noted)
     theirs = ", ".join(COMPRESSED)
     return f"{', '.join(most)} or {last}; or {theirs}: a directory as compressed-tensors 0.12.2 writes it."

@@ -130,7 +130,7 @@ def _parse(data: object) -> Manifest:
         if f"{name}.weight" in files:
             raise _WrongError(f"{shown_name(name)} is stored packed and dense")
     parts = manifest.parts()
-    beside = {part for format in FORMATS.values() for part in format.tensors if part != "values"}
+    beside = {part for format in FORMATS for part in FORMATS[format].tensors if part != "values"}
     for name in files:
         linear = name.removesuffix(".values")
         packed = {f"{linear}.{part}" for part in beside} & files.keys()
@@ -161,9 +161,10 @@ def _linear(name: str, entry: object) -> Linear:
         wanted.check_numbers((shape[0], shape[1]), numbers)
     except ValueError as error:
         raise _WrongError(f"{where}: {error}") from error
-    for other in FORMATS.values():
-        if any(entry.get(number) is not None for number in other.numbers if number not in wanted.numbers):
-            told = f"only the format {other.name} has {' and '.join(other.numbers)}, not {format}"
+    for other in FORMATS:
+        theirs = FORMATS[other].numbers
+        if any(entry.get(number) is not None for number in theirs if number not in wanted.numbers):
+            told = f"only the format {other} has {' and '.join(theirs)}, not {format}"
             raise _WrongError(f"{where}: {told}")
     return Linear(format, (shape[0], shape[1]), wanted.tensors, numbers)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from losa.errors import shown
 from losa.packed.formats import AUTO, NOTES, own_names
-from losa.storage.kinds import BITMASK, BITMASK_24
+from losa.registry import Registry
+from losa.storage.kinds import BITMASK, BITMASK_24, COMPRESSED
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
 
@@ -68,7 +69,7 @@ class Format:
 
 
 # Formats of directories as losa writes them, by name.
-FORMATS: dict[str, Format] = {}
+FORMATS: Registry[Format] = Registry("format")
 
 
 def register_format(format: Format, note: str = "") -> None:
@@ -80,21 +81,21 @@ def register_format(format: Format, note: str = "") -> None:
     Raises:
         ValueError: the name or the class belongs to another format.
     """
-    for other in FORMATS.values():
-        if other != format and (other.name == format.name or other.kind is format.kind):
-            raise ValueError(f"format {format.name!r}: {other.name!r} with {other.kind.__name__} is registered already")
-    if format.name == AUTO:
-        raise ValueError(f"format: the name {AUTO!r} is taken")
-    FORMATS[format.name] = format
+    if format.name in (AUTO, *COMPRESSED):
+        raise ValueError(f"format {format.name!r}: the name has a meaning already")
+    for name in FORMATS:
+        if name != format.name and FORMATS[name].kind is format.kind:
+            raise ValueError(f"format {format.name!r}: {format.kind.__name__} belongs to the format {name!r}")
+    FORMATS.register(format.name, format)
     if format.pack is not _only_read:
-        NOTES[format.name] = note or NOTES.get(format.name, "")
+        NOTES.register(format.name, note)
 
 
 def format_of(packed: Packed) -> Format:
     """The registered format of a packed weight. Raises ValueError if there is none."""
-    for format in FORMATS.values():
-        if type(packed) is format.kind:
-            return format
+    for name in FORMATS:
+        if type(packed) is FORMATS[name].kind:
+            return FORMATS[name]
     raise ValueError(f"packed: {type(packed).__name__} is of no registered format")
 
 
@@ -173,8 +174,8 @@ def _check_pattern(shape: tuple[int, int], numbers: Mapping[str, object]) -> Non
     raise ValueError(f"expected keep_n of every m, a divisor of the width {shape[1]}, got {told}")
 
 
-register_format(Format("bitmask", PackedBitmask, _pack_bitmask))
-register_format(Format("nm", PackedNM, _pack_nm, check_numbers=_check_pattern))
+register_format(Format("bitmask", PackedBitmask, _pack_bitmask), NOTES["bitmask"])
+register_format(Format("nm", PackedNM, _pack_nm, check_numbers=_check_pattern), NOTES["nm"])
 register_format(Format("24", Packed24))
 
 # Formats of directories as compressed-tensors writes them, by the name that config.json states.

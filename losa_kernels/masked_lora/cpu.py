@@ -1,5 +1,5 @@
 """Masked-LoRA linear on a CPU: sparse products where they pay (cpu_sparse.py); else torch's dense ones, in panels that
-csrc/cpu/masked_lora.cpp composes and projects.
+csrc/cpu/masked_lora/panels.cpp composes and projects.
 
 Without dropout a dense training step is three products of 2 T out in FLOPs (Y, dX and G); all else is one pass over
 panels of W or G. They stay in cache and in kept memory: a fresh temporary of 64 MB costs as much in page faults as a
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.masked_lora import cpu_sparse, reference
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.reference import dropout_keep
 from losa_kernels.native import product_dtype
 from losa_kernels.scratch import scratch
@@ -21,26 +22,17 @@ from losa_kernels.scratch import scratch
 PANEL = 1 << 21  # elements of W_eff or G that exist at a time
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int,
-) -> Tensor:
+def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed: int) -> Tensor:
     """y (..., out) in x's dtype: x (M * (W + s B A))^T + bias, W_eff rounded once to x's dtype before the product.
 
     With dropout_p > 0: y = x (M * W)^T + drop(x) (M * s B A)^T + bias. fp64: the reference.
     """
+    weight, mask = layer.weight, layer.mask
     if weight.dtype == torch.float64:
-        return reference.forward(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
+        return reference.forward(x, layer, bias, dropout_p, seed)
     rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x.dtype))
     bias = None if bias is None else bias.to(rows.dtype)
-    A, sB = lora_A.float(), lora_B.float() * scaling
+    A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
     if dropped is None and weight.dtype == x.dtype and cpu_sparse.pays(x.dtype, len(rows), weight, mask):
@@ -60,25 +52,16 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: int,
-    needs: list[bool],
+    grad_y: Tensor, x: Tensor | None, layer: Layer, dropout_p: float, seed: int, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32. fp64: the reference.
 
     ``needs`` says which of the four; the others are None. dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G),
     dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None if neither lora_A nor lora_B needs a gradient.
     """
+    weight, mask = layer.weight, layer.mask
     if weight.dtype == torch.float64:
-        arguments = (grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs)
-        return reference.backward(*arguments)
+        return reference.backward(grad_y, x, layer, dropout_p, seed, needs)
     needs_x, needs_A, needs_B, needs_bias = needs
     out_features, in_features = weight.shape
     dy = grad_y.reshape(-1, out_features)
@@ -92,7 +75,7 @@ def backward(
     if dropout_p > 0:
         keep_x = dropout_keep(dy.new_empty(dy.shape[0], in_features), dropout_p, seed)
         rows = None if rows is None else rows * keep_x
-    A, sB = lora_A.float(), lora_B.float() * scaling
+    A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
     dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
@@ -119,19 +102,20 @@ def backward(
             )
     return (
         None if dx is None else dx.view(*grad_y.shape[:-1], in_features),
-        None if dA is None else dA.to(lora_A.dtype),
-        None if dB is None else dB.mul_(scaling).to(lora_B.dtype),
+        None if dA is None else dA.to(layer.lora_A.dtype),
+        None if dB is None else dB.mul_(layer.scaling).to(layer.lora_B.dtype),
         dbias,
     )
 
 
-def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def merge(layer: Layer) -> Tensor:
     """M * (W + s B A), (out, in) in the weight's dtype, one rounding; +0.0 at pruned places. fp64: the reference."""
+    weight = layer.weight
     if weight.dtype == torch.float64:
-        return reference.merge(weight, mask, lora_A, lora_B, scaling)
+        return reference.merge(layer)
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    sB = lora_B.float() * scaling
-    torch.ops.losa.compose_masked_lora.default(weight, mask, True, lora_A.float(), sB, merged)
+    A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
+    torch.ops.losa.compose_masked_lora.default(weight, layer.mask, True, A, sB, merged)
     return merged
 
 

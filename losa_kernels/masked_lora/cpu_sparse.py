@@ -1,4 +1,4 @@
-"""Products of a masked-LoRA linear on a CPU that cost what the mask keeps, by csrc/cpu/masked_lora_sparse.cpp.
+"""Products of a masked-LoRA linear on a CPU that cost what the mask keeps, by csrc/cpu/masked_lora/products.cpp.
 
 A product over all entries, zeros included, is what the vendor's library offers. With the tokens of a batch side by side
 in registers, entries can be left out one by one at no loss of speed for the others.

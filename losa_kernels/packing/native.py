@@ -1,4 +1,4 @@
-"""Packing by csrc/cpu/packing.cpp, or csrc/cuda/packing where the tensors lie there. The operators' fake kernels are
+"""Packing by csrc/cpu/packing/, or csrc/cuda/packing/ where the tensors lie there. The operators' fake kernels are
 here too."""
 
 from __future__ import annotations

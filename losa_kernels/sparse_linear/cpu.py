@@ -1,4 +1,4 @@
-"""Few rows of x: csrc/cpu/sparse_linear.cpp, which reads the packed weight once. More: unpack panels, then multiply.
+"""Few rows of x: csrc/cpu/sparse_linear/, which reads the packed weight once. More: unpack panels, then multiply.
 
 Weights and x in fp32, bf16 or fp16, in any combination; products and sums are fp32. Other dtypes, and the 2:4 format
 of GPUs, take the reference.

@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 from losa_kernels import measured, settings
 from losa_kernels.cka import triton as cka
 from losa_kernels.masked_lora import triton as lora
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
 from losa_kernels.masked_lora.triton import tuning
 
@@ -81,9 +82,9 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
     )
     for tokens in (1025, 1500, 2048):
         x, weight = torch.zeros(tokens, 64).bfloat16(), torch.zeros(48, 64).bfloat16()
-        A, B = torch.zeros(8, 64), torch.zeros(48, 8)
-        lora.forward(x, weight, None, A, B, 2.0, None, 0.1, 5)
-        lora.backward(x[:, :48].contiguous(), x, weight, None, A, B, 2.0, 0.1, 5, [True, True, True, False])
+        layer = Layer(weight, None, torch.zeros(8, 64), torch.zeros(48, 8), 2.0)
+        lora.forward(x, layer, None, 0.1, 5)
+        lora.backward(x[:, :48].contiguous(), x, layer, 0.1, 5, [True, True, True, False])
     ways = [key for key in keys if key[0].endswith(("forward", "of x", "A and B"))]
     assert len(ways) == 9 and len(set(ways)) == 3
     assert len(set(keys)) == len(keys) // 3
@@ -202,14 +203,14 @@ def test_launches_are_on_the_tensors_device(call, monkeypatch):
     with FakeTensorMode():
         x, weight = (torch.empty(64, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
         A, B = torch.empty(8, 64, device="cuda:1"), torch.empty(64, 8, device="cuda:1")
-        layer = (weight, None, A, B, 2.0)
+        layer = Layer(weight, None, A, B, 2.0)
         with pytest.raises(Launch):
             if call == "forward":
-                lora.forward(x, *layer, None, 0.1, 5)
+                lora.forward(x, layer, None, 0.1, 5)
             elif call == "backward":
-                lora.backward(x, x, *layer, 0.1, 5, [True, True, True, False])
+                lora.backward(x, x, layer, 0.1, 5, [True, True, True, False])
             elif call == "merge":
-                lora.merge(*layer)
+                lora.merge(layer)
             else:
                 cka.gram(torch.empty(2, 16, 128, device="cuda:1"))
     assert seen == [1]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from losa_kernels import settings
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div, next_power_of_2
 
@@ -22,58 +23,54 @@ RANK_STEP = 16  # components of the adapter at a time: the factors of more would
 
 
 def linear(
-    rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    factors: tuple[Tensor, Tensor],
-    scaling: float,
+    x: Tensor,
+    layer: Layer,
     bias: Tensor | None,
     drop: Tensor | None,
     dropout_p: float,
     transposed: bool,
 ) -> Tensor:
-    """rows (tokens, depth) W_eff^T + bias; ``factors`` are the right and the left one of this weight (rows, depth)."""
-    (tokens, depth), out_features = rows.shape, weight.shape[0]
-    right, left = factors
+    """x (tokens, in) W_eff^T + bias; ``transposed``: x (tokens, out) W_eff, for the gradient of the input."""
+    A_terms, B_terms = split(layer, x.dtype)
+    # The weight (rows, depth) of this product with its left factor (terms, rows) and its right one (terms, depth).
+    weight, left, right = (layer.weight.T, A_terms, B_terms) if transposed else (layer.weight, B_terms, A_terms)
+    mask, (tokens, depth), rows = layer.mask, x.shape, weight.shape[0]
     head, tail = tuning.factor_split(right.shape[0])
-    y = torch.empty(tokens, out_features, dtype=rows.dtype, device=rows.device)
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     dropout = "none" if drop is None else "output" if transposed else "input"
-    wide, arch = rows.dtype == torch.float32, tuning.architecture(rows.device)
+    wide, arch = x.dtype == torch.float32, tuning.architecture(x.device)
 
     def run(tile: Tile) -> None:
         _launch(
             kernels.linear_kernel,
-            ceil_div(out_features, tile.rows) * ceil_div(tokens, tile.columns), tile,
-            x=rows, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
-            tokens=tokens, rows=out_features, depth=depth,
-            x_t=rows.stride(0), x_k=rows.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
+            ceil_div(rows, tile.rows) * ceil_div(tokens, tile.columns), tile,
+            x=x, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
+            tokens=tokens, rows=rows, depth=depth,
+            x_t=x.stride(0), x_k=x.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
             mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
-            drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p), one=1.0,
+            drop_t=_row_stride(drop), scaling=layer.scaling, drop_scale=drop_scale(dropout_p), one=1.0,
             HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
-            PRECISION=settings.TRITON_FP32(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
+            PRECISION=settings.TRITON_FP32(), WHOLE_M=rows % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
             BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
         )  # fmt: skip
 
-    aligned = _aligned(rows, weight)
+    aligned = _aligned(x, weight)
     words = tuning.words(mask=mask is not None, transposed=transposed, dropout=drop is not None, aligned=aligned)
-    key = (next_power_of_2(tokens), out_features, depth, head + tail, rows.dtype, weight.dtype, *words)
-    whole = out_features % LONGEST == 0 and depth % 64 == 0
+    key = (next_power_of_2(tokens), rows, depth, head + tail, x.dtype, weight.dtype, *words)
+    whole = rows % LONGEST == 0 and depth % 64 == 0
     tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
-    tuning.tuned("product", key, tiles, rows.device, run)
+    tuning.tuned("product", key, tiles, x.device, run)
     return y
 
 
 def compose(
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    layer: Layer,
     dtype: torch.dtype,
     apart: bool = False,
     terms_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """M * (W + s B A) (out, in), rounded once to ``dtype``, and None; or, ``apart``, M * W and M * (s B A)."""
+    weight, mask, lora_A, lora_B, scaling = layer
     composed = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     adapter = torch.empty_like(composed) if apart else None
     rows, depth = weight.shape
@@ -83,7 +80,7 @@ def compose(
     if direct:
         left, right, terms, step = lora_B, lora_A.T, 0, 1
     else:
-        A_terms, B_terms = split(lora_A, lora_B, low)
+        A_terms, B_terms = split(layer, low)
         left, right, (head, tail) = B_terms.T, A_terms.T, tuning.factor_split(A_terms.shape[0])
         terms, step = head + tail, min(tail or head, 32)
     _launch(
@@ -98,12 +95,13 @@ def compose(
     return composed, adapter
 
 
-def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The factors of B A as sums of terms for products in ``dtype``: A (depth, in), B^T (depth, out), see split_kernel.
 
     depth = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
     """
-    rank, depth, (terms, low) = lora_A.shape[0], factor_depth(lora_A, lora_B, dtype), _terms(lora_A, lora_B, dtype)
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    rank, depth, (terms, low) = lora_A.shape[0], factor_depth(layer, dtype), _terms(layer, dtype)
     A_terms, B_terms = (
         torch.empty(depth, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
         for n in (lora_A.shape[1], lora_B.shape[0])
@@ -151,20 +149,17 @@ def keep(rows: Tensor, drop: Tensor, out: Tensor | None = None) -> Tensor:
 def project(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    factor: float,
+    layer: Layer,
     drop: Tensor | None,
     needs_A: bool,
     needs_B: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = factor B^T (M * G) and dB = factor (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
+    """dA = s B^T (M * G) and dB = s (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
 
     Memory beyond the results: PARTIAL_BYTES, and G_BYTES where the vendor's GEMM makes G; or what one strip of tiles
     takes, if that is more. The vendor's GEMM also takes a dropped copy of x.
     """
+    weight, mask, lora_A, lora_B, scaling = layer
     (outputs, inputs), (rank, tokens), device = weight.shape, (lora_A.shape[0], x.shape[0]), weight.device
     if tokens == 0:
         return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
@@ -186,13 +181,13 @@ def project(
             dy_part, weight_part, mask_part, B_part, dB_part = (
                 t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
             )
-            layer = (weight_part, mask_part, lora_A, B_part)
+            sliced = Layer(weight_part, mask_part, lora_A, B_part, scaling)
             if in_registers:
-                A_parts, B_parts = _project(dy_part.T, rows, *layer, drop, needs_A, needs_B, terms, tiles)
+                A_parts, B_parts = _project(dy_part.T, rows, sliced, drop, needs_A, needs_B, terms, tiles)
             else:
                 G = _product(dy_part, rows, G_dtype)
-                A_parts, B_parts = _project_given(G, *layer, needs_A, needs_B, terms, tiles)
-            _sum(A_parts, B_parts, dA, dB_part, factor, accumulate=start > 0)
+                A_parts, B_parts = _project_given(G, sliced, needs_A, needs_B, terms, tiles)
+            _sum(A_parts, B_parts, dA, dB_part, scaling, accumulate=start > 0)
         return dA, dB
 
     def fused() -> tuple[Tensor | None, ...]:
@@ -210,10 +205,17 @@ def project(
 
 
 def _project(
-    dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, drop: Tensor | None,
-    needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    layer: Layer,
+    drop: Tensor | None,
+    needs_A: bool,
+    needs_B: bool,
+    terms: int,
+    tiles: tuple[Tile, ...],
+) -> tuple[Tensor | None, Tensor | None]:
     """Shares of dA (shares, rank, in) and of dB^T (shares, rank, rows of the slice), G formed in registers."""
+    weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), tokens, rank, device = weight.shape, x.shape[0], lora_A.shape[0], weight.device
     arch, R = tuning.architecture(device), _padded(rank)
 
@@ -243,10 +245,10 @@ def _project(
 
 
 def _project_given(
-    G: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, needs_A: bool, needs_B: bool,
-    terms: int, tiles: tuple[Tile, ...],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    G: Tensor, layer: Layer, needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...]
+) -> tuple[Tensor | None, Tensor | None]:
     """The same of G (rows of the slice, in), contiguous, which goes into the products in ``terms`` terms."""
+    weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), rank = weight.shape, lora_A.shape[0]
     R = _padded(rank)
 
@@ -303,17 +305,17 @@ def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> Non
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
-def factor_depth(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> int:
+def factor_depth(layer: Layer, dtype: torch.dtype) -> int:
     """HEAD + TAIL: the inner side of the product B A when the main product runs in ``dtype``."""
-    return sum(tuning.factor_split(_terms(lora_A, lora_B, dtype)[0] * lora_A.shape[0]))
+    return sum(tuning.factor_split(_terms(layer, dtype)[0] * layer.lora_A.shape[0]))
 
 
-def _terms(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+def _terms(layer: Layer, dtype: torch.dtype) -> tuple[int, torch.dtype]:
     """How many terms the product B A takes, and in which dtype, when the main product runs in ``dtype``."""
     if dtype == torch.float32:
         return 1, torch.float32
-    if lora_A.dtype == lora_B.dtype != torch.float32:
-        return 1, lora_A.dtype
+    if layer.lora_A.dtype == layer.lora_B.dtype != torch.float32:
+        return 1, layer.lora_A.dtype
     return 3, _low_dtype()
 
 
