@@ -66,7 +66,7 @@ class LeanDecoder:
             first = self.embeddings.weight
             self.device, self.dtype = first.device, first.dtype
             blocks = find_blocks(model)
-            attention = blocks.modules[0].self_attn
+            attention: Any = blocks.modules[0].self_attn
             self.head_dim: int = attention.head_dim
             self.key_heads: int = attention.k_proj.out_features // self.head_dim
             self.query_heads: int = attention.q_proj.out_features // self.head_dim
