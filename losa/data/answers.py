@@ -155,7 +155,7 @@ def _opening_end(render: Render, before: list[dict], text: str, free: int, start
         closing = _closing(render, before, mark)
         return start if closing is None or not text[free:start].startswith(closing) else free + len(closing)
     found = text.rfind(opening, free, start) if opening else -1
-    return start if found < 0 else found + len(opening)
+    return found + len(opening) if opening and found >= 0 else start
 
 
 def _closing(render: Render, conversation: list[dict], mark: str) -> str | None:
