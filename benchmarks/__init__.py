@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks NAME [options]``. Results that the README quotes are committed under results/."""
+"""Benchmarks: ``python -m benchmarks --help``. The results that the documentation quotes are committed in results/."""

@@ -1,4 +1,4 @@
-"""How much memory loading a packed checkpoint takes, in a process of its own: python -m benchmarks._loading DIR."""
+"""How much memory it takes to load a packed checkpoint, in a new process: python -m benchmarks._loading DIR."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ def loading_memory(directory: Path) -> dict:
 
 
 def measure(directory: Path) -> dict:
-    """Bytes: ``file`` (all safetensors), ``peak`` and ``held`` above what the process had when everything was imported,
-    the tokenizer read and the model built once without its weights, which costs the same whatever they are;
-    ``linears`` as they lie in memory, and ``linears_dense_bf16``, the same unpacked."""
+    """Bytes of loading ``directory``.
+
+    ``file``: all safetensors. ``peak`` and ``held``: the resident memory above what the process had when everything was
+    imported, the tokenizer read and the model built once without weights, which costs the same for any weights.
+    ``linears``: the packed linears in memory. ``linears_dense_bf16``: the same linears unpacked.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 

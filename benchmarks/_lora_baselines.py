@@ -1,4 +1,4 @@
-"""What a masked-LoRA linear is measured against, as functions of one ``Problem``, in plain PyTorch or PEFT."""
+"""The baselines of a masked-LoRA linear, in plain PyTorch or PEFT, as functions of one ``Problem``."""
 
 from __future__ import annotations
 
@@ -81,8 +81,11 @@ def plain(p: Problem) -> Tensor:
 def eager_losa_linear(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dropout_p: float, recompute: bool
 ) -> Tensor:
-    """A product with the adapter's masked by ``W != 0``, beside the frozen one; ``recompute``: under a checkpoint, as
-    the official code does it: 12 T out in FLOPs a step instead of 10."""
+    """The frozen product plus the product with the adapter, which ``W != 0`` masks.
+
+    ``recompute`` puts the adapter under a checkpoint, as the official code does. A step then costs 12 T out in
+    FLOPs instead of 10.
+    """
 
     def adapter(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(x, (B @ A) * (weight != 0))
@@ -105,7 +108,7 @@ def eager_losa_checkpointed(p: Problem) -> Tensor:
 
 
 def compose(p: Problem) -> Tensor:
-    """W_eff by autograd, then one product."""
+    """The masked weight with its adapter added, by autograd, then one product."""
     base = torch.where(p.kept, p.weight, 0)
     delta = p.scaling * (p.lora_B.to(base.dtype) @ p.lora_A.to(base.dtype)) * p.kept
     if p.dropout_p:
@@ -134,7 +137,7 @@ def peft_lora(p: Problem) -> Forward | None:
 
 
 def three_products(p: Problem) -> Callable[[], None]:
-    """The floor of a step: Y, dX and G by the vendor's library into kept buffers, and nothing else."""
+    """The floor of a step: Y, dX and the weight's gradient by the vendor's library, into kept buffers."""
     x, weight = p.x.detach(), p.weight
     y, dx, G = torch.empty_like(p.grad), torch.empty_like(x), torch.empty_like(weight)
 
@@ -147,7 +150,7 @@ def three_products(p: Problem) -> Callable[[], None]:
 
 
 def step(forward: Forward, p: Problem) -> Callable[[], None]:
-    """Forward and backward, gradients dropped at once."""
+    """Runs forward and backward, and drops the gradients at once."""
 
     def run() -> None:
         forward(p).backward(p.grad)

@@ -1,10 +1,14 @@
-"""Which machine and which code; ``python -m benchmarks._machine`` prints both as JSON."""
+"""Describes the machine and the code that a result file was measured with.
+
+``python -m benchmarks._machine`` prints both as JSON, and whether the native code runs on this machine's GPU.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,45 +18,106 @@ import torch
 from losa_kernels import __version__, native
 
 ROOT = Path(__file__).parents[1]
+# Writing a committed result file does not change the code that the next benchmark measures.
+CODE = (".", ":(exclude)benchmarks/results")
 
 
 def machine(device: str) -> dict:
-    cpu = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), cpu
-        )
+    """Hardware and versions, as every result file has them under "machine".
+
+    ``capability`` is the CPU instruction set that torch selects, ``losa_cpu`` the one that losa's own kernels select.
+    """
+    cpu = cpu_name()
     described = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu,
+        "device": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
+        "triton": version_of("triton"),
     }
     if device.startswith("cuda"):
-        described |= {"driver": driver(), "cuda": torch.version.cuda, "triton": version_of("triton")}
+        gpu = {"device": torch.cuda.get_device_name(device), "cpu": cpu}
+        described |= gpu | {"driver": driver(), "cuda": torch.version.cuda}
     return described
 
 
-def origin() -> dict:
-    """Which code was measured, and when."""
-    return {"losa": __version__, "commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
+def cpu_name() -> str:
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
-def commit() -> str:
-    """Of the checkout, "+" for changes in it; where there is no git what the file COMMIT says, or "unknown"."""
-    found = _output("git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*")
-    if found is None and (file := ROOT / "COMMIT").exists():
-        found = file.read_text().strip()
-    return found or "unknown"
+def origin(earlier: dict | None = None) -> dict:
+    """Code and time of a measurement, as every result file has them under "origin".
+
+    ``commit`` is missing where neither git nor a file COMMIT tells it. ``earlier`` is the origin of rows that the file
+    keeps from an earlier run: the commits of that run are named first.
+    """
+    commits = [*(earlier or {}).get("commit", "").split(", "), commit()]
+    known = ", ".join(dict.fromkeys(name for name in commits if name))
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"losa": __version__, **({"commit": known} if known else {}), "date": date}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The checkout's short hash, with "+changes" where tracked files of the code differ from the commit.
+
+    A copy without git may have a file COMMIT that says the hash. None: neither is there.
+    """
+    git = ("git", "-C", str(root))
+    found = _output(*git, "rev-parse", "--show-toplevel", "--short=10", "HEAD")
+    if found is not None and Path(found.splitlines()[0]) == root.resolve():
+        changes = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+        return found.splitlines()[1] + ("+changes" if changes else "")
+    file = root / "COMMIT"
+    return (file.read_text().strip() or None) if file.exists() else None
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What two descriptions of machines do not agree on, as "torch 2.11.0 / 2.13.0". A field that only one of them has
+    is no difference: older files have fewer fields."""
+    common = [key for key in old if old[key] is not None and new.get(key) is not None]
+    return [f"{key} {old[key]} / {new[key]}" for key in common if old[key] != new[key]]
+
+
+def describe(document: dict) -> str:
+    """One line about the machine and the code of a result file, which may be an older one with fewer fields."""
+    machine, origin = document.get("machine", {}), document.get("origin", {})
+    known = {
+        "driver": machine.get("driver"),
+        "CUDA": machine.get("cuda"),
+        "instruction set": machine.get("losa_cpu"),
+        "torch": machine.get("torch"),
+        "Triton": machine.get("triton"),
+        "Python": machine.get("python"),
+        "losa": origin.get("losa"),
+        "commit": origin.get("commit") or document.get("kernels_of", "unknown"),
+        "measured": origin.get("date"),
+    }
+    return f"{machine.get('device', 'unknown')}: " + ", ".join(
+        f"{key} {value}" for key, value in known.items() if value
+    )
+
+
+def has_kernels(device: str) -> bool:
+    """Whether losa's native code for that kind of device is loaded."""
+    return native.missing(torch.device(device).type) is None
 
 
 def built_in_place() -> bool:
-    """Whether the libraries beside losa_kernels' Python files are no older than the sources."""
+    """Whether the libraries in losa_kernels are no older than the sources."""
     built = [file.stat().st_mtime for file in native.LIBRARY_FOLDER.glob("*.so")]
     sources = [file.stat().st_mtime for file in (ROOT / "csrc").rglob("*") if file.is_file()]
     return max(built, default=0) >= max(sources, default=0)
+
+
+def card_name(device: str = "cuda") -> str:
+    """The GPU's name as part of a path: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def driver() -> str | None:
@@ -68,6 +133,7 @@ def version_of(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
+    """What the command prints; None where it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -80,8 +146,8 @@ def main() -> int:
     found = {"gpu": gpu, "machine": machine("cuda" if gpu else "cpu"), "origin": origin(), "native": native.status()}
     if gpu:
         capability = torch.cuda.get_device_capability()
-        runs = native.missing("cuda") is None and native.built_for(capability) and built_in_place()
-        found |= {"capability": capability, "runs": runs}
+        runs = has_kernels("cuda") and native.built_for(capability) and built_in_place()
+        found |= {"card": card_name(), "capability": capability, "runs": runs}
     print(json.dumps(found))
     return 0
 

@@ -1,17 +1,33 @@
 """A pruning problem, and the official manner of solving it in our own words: full sorts, a Python loop over columns, a
-three-step factor."""
+factor in three steps, and two Gram matrices for each pair of blocks."""
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor
 
-PATTERNS = {"50 %": (0.5, None, None), "2:4": (None, 2, 4)}
+from benchmarks._problems import ONLY_THESE_SHAPES, sizes
+
+PATTERNS = {"50 %": (0.5, None, None), "2:4": (None, 2, 4)}  # sparsity, or kept weights and group size
 SHAPES = [(1536, 576), (576, 1536), (4096, 4096)]
+BLOCK = 128  # columns of a block of the sweep
 
 
-def problem(out_features: int, in_features: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and the Hessian of 4 in inputs whose scales differ a hundredfold and which are correlated."""
+def add_shape_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", type=sizes(2), metavar="OUTxIN", **ONLY_THESE_SHAPES)
+
+
+def shapes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
+    return args.shape or (SHAPES[:2] if args.quick else SHAPES)
+
+
+def problem(out_features: int, in_features: int, device: str) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) and a Hessian (in, in), both fp32.
+
+    The Hessian is that of 4 in inputs, which are correlated and whose scales differ a hundredfold.
+    """
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator, device=device)
     scales = torch.logspace(-1, 1, in_features, device=device)[
@@ -23,7 +39,7 @@ def problem(out_features: int, in_features: int, device: str) -> tuple[torch.Ten
 
 
 def official_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    """Upper Cholesky factor of H^-1: factor, inverse, factor."""
+    """The upper Cholesky factor of H^-1 (in, in), by a factor, an inverse and another factor."""
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
     lower = torch.linalg.cholesky(damped)
@@ -31,16 +47,17 @@ def official_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def official_block_selection(block: Tensor, diagonal: Tensor, sparsity: float) -> Tensor:
-    """Bool like ``block``, pruned entries: a threshold by a full sort."""
+    """The pruned entries as bool, in the shape of ``block``; the threshold comes from a full sort."""
     scores = block**2 / diagonal**2
     threshold = scores.flatten().sort()[0][int(scores.numel() * sparsity)]
     return scores <= threshold
 
 
 def official_sweep(
-    weight: Tensor, factor: Tensor, sparsity: float | None, keep_n: int | None, m: int | None, block_size: int = 128
+    weight: Tensor, factor: Tensor, sparsity: float | None, keep_n: int | None, m: int | None, block_size: int = BLOCK
 ) -> Tensor:
-    """Swept weight (out, in): threshold by a full sort of each block, one column after another, trailing product."""
+    """The swept weight (out, in). Each block has a threshold by a full sort, a loop over its columns and a product that
+    updates the columns right of it."""
     work = weight.clone()
     columns = work.shape[1]
     for start in range(0, columns, block_size):
@@ -68,9 +85,11 @@ def official_sweep(
     return work
 
 
-def trailing_products(weight: Tensor, factor: Tensor, block_size: int = 128, panel: int = 128) -> None:
-    """The trailing updates alone, the part of a sweep that is the vendor's product on either side: inside a panel after
-    every block, right of it once."""
+def trailing_products(weight: Tensor, factor: Tensor, block_size: int = BLOCK, panel: int = BLOCK) -> None:
+    """The trailing updates of a sweep alone, which are the vendor's products in our sweep and in the official one.
+
+    Columns in the same panel are updated after every block, columns right of the panel once.
+    """
     work, columns = weight.clone(), weight.shape[1]
     errors = torch.ones(weight.shape[0], panel, dtype=weight.dtype, device=weight.device)
     for stop in range(block_size, columns, block_size):
@@ -84,7 +103,7 @@ def trailing_products(weight: Tensor, factor: Tensor, block_size: int = 128, pan
 
 
 def official_wanda(weight: Tensor, norms: Tensor, sparsity: float | None, keep_n: int | None, m: int | None) -> Tensor:
-    """Kept weights as bool (out, in): a stable sort of every row and a scatter, or topk for every group."""
+    """The kept weights as bool (out, in), by a stable sort of every row and a scatter, or by topk of every group."""
     scores = weight.abs() * norms
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     if m is None:
@@ -94,3 +113,22 @@ def official_wanda(weight: Tensor, norms: Tensor, sparsity: float | None, keep_n
         group = scores[:, column : column + m].float()
         pruned.scatter_(1, column + group.topk(m - keep_n, dim=1, largest=False)[1], True)
     return ~pruned
+
+
+def official_cka(features: Tensor) -> Tensor:
+    """CKA (layers, layers) of features (layers, samples, features): for every ordered pair both Gram matrices K anew,
+    each centred afterwards as H K H."""
+    count, samples, _ = features.shape
+    wide = torch.promote_types(features.dtype, torch.float32)
+    centring = torch.eye(samples, dtype=wide, device=features.device) - 1 / samples
+
+    def centred_gram(matrix: Tensor) -> Tensor:
+        matrix = matrix.to(wide)
+        return centring @ (matrix @ matrix.T) @ centring
+
+    result = torch.empty(count, count, dtype=wide, device=features.device)
+    for i in range(count):
+        for j in range(count):
+            k, other = centred_gram(features[i]), centred_gram(features[j])
+            result[i, j] = (k * other).sum() / (k.norm() * other.norm())
+    return result

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks._problems import wrong_kernel
 from benchmarks._sparse import kept_mask
 from benchmarks._timing import host_seconds
 from losa.inference.decoding import LeanDecoder
@@ -27,10 +28,10 @@ SIZES = {
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
 }
-# Of the logits' norm. Both sides round every layer's results to 8 bits in an order of their own; another function is
-# off by about 1.
+# As a share of the logits' norm. Both sides round every layer's results to 8 bits, each in another order. A wrong
+# function is off by about 1.
 ALLOWED = 0.1
-SMALL = 4e-6  # seconds: a kernel that takes less is a crumb between the products
+SMALL = 4e-6  # seconds; a kernel that takes less does little beside the products
 
 
 @torch.inference_mode()
@@ -78,8 +79,12 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def token_on_gpu(decoder: LeanDecoder, prompt: torch.Tensor, device: str) -> dict:
-    """``host_ms``: launching a token. ``kernels_ms``, ``kernels``: what its kernels take without gaps, and how
-    many they are; ``small_kernels_ms``, ``small_kernels``: of those that take less than ``SMALL`` on average."""
+    """Fields of a row about one token.
+
+    ``host_ms``: the host's time to launch it. ``kernels_ms``, ``kernels``: the time of its kernels without gaps, and
+    their number. ``small_kernels_ms``, ``small_kernels``: time and number of the kernels that take less than ``SMALL``
+    on average.
+    """
     decoder.reset()
     token = decoder(prompt).argmax(-1, keepdim=True)
     for _ in range(3):
@@ -101,7 +106,8 @@ def patterns(text: str) -> list[str]:
 
 
 def random_llama(size: str, layers: int | None, device: str, like: nn.Module | None = None) -> nn.Module:
-    """In bf16, its blocks' linears left uninitialised; or without them and with all else as of ``like``."""
+    """A LLaMA in bf16 whose blocks have linears that are not initialised. With ``like`` these linears stay on the meta
+    device, and all other parameters are shared with ``like``."""
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -136,7 +142,7 @@ def random_llama(size: str, layers: int | None, device: str, like: nn.Module | N
 
 
 def fill(model: nn.Module, pattern: str) -> None:
-    """Random weights anew, as many of them 0 as the pattern says."""
+    """Gives the blocks' linears new random weights, of which the pattern prunes a share."""
     for linear in block_linears(model).values():
         weight = linear.weight
         weight.normal_(std=weight.shape[1] ** -0.5).masked_fill_(
@@ -153,7 +159,10 @@ def pack(dense: nn.Module, packed: nn.Module) -> None:
 
 
 def compare(decoders: dict[str, LeanDecoder], prompt: torch.Tensor) -> None:
-    """By the prompt's pass and by three single tokens, of which a GPU runs the last as a graph."""
+    """Compares the logits of a prompt and of three single tokens, of which a GPU runs the last as a graph.
+
+    Raises SystemExit: those of a decoder differ from dense weights.
+    """
     logits = {}
     for name, decoder in decoders.items():
         decoder.reset()
@@ -163,4 +172,4 @@ def compare(decoders: dict[str, LeanDecoder], prompt: torch.Tensor) -> None:
     for name, found in logits.items():
         error = float((found - expected).norm() / expected.norm())
         if not error <= ALLOWED:
-            raise SystemExit(f"decode: {name} is off by {error:.2g} of dense logits; not timing a wrong kernel")
+            raise wrong_kernel("decode", f"{name} is off by {error:.2g} of dense logits")

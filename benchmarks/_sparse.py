@@ -1,9 +1,8 @@
-"""Masks, shapes, rotating copies and slices shared by the benchmarks of packed weights."""
+"""Masks, copies to rotate through and runs in slices, for the benchmarks of packed weights."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,17 +10,30 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks._timing import SHAPES, machine, origin, report, rotation, write_rows
+from benchmarks._machine import differences, machine, origin
+from benchmarks._problems import SHAPES, shape_name, sizes
+from benchmarks._results import read_document, report, write_document
+from benchmarks._timing import rotation
 from losa_kernels import pack_bitmask, pack_mask, pack_nm
 
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4", "4:8", "2:8")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", metavar="OUTxIN,...", help="instead of SmolLM2's and LLaMA-2-7B's")
-    parser.add_argument("--patterns", metavar="P,...", help=f"of {', '.join(PATTERNS)}; N:M keeps N of M")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of --json, measure only what they lack")
-    parser.add_argument("--seconds", type=float, metavar="S", help="begin nothing new after so long; see --resume")
+    parser.add_argument(
+        "--shapes", type=shapes, metavar="OUTxIN,...", help="default: linears of SmolLM2 and LLaMA-2-7B"
+    )
+    parser.add_argument(
+        "--patterns", metavar="P,...", help=f"of {', '.join(PATTERNS)}; N:M keeps N of M".replace("%", "%%")
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --json and measure the missing ones")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="begin no new shape or pattern after S; see --resume"
+    )
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    return [sizes(2)(shape) for shape in text.split(",")]
 
 
 def run_slices(
@@ -34,16 +46,17 @@ def run_slices(
     """
     if args.resume and args.json is None:
         raise SystemExit(f"{name}: --resume needs --json")
-    here, results = machine(args.device), []
+    document = {"benchmark": name, "machine": machine(args.device), "origin": origin(), "rows": []}
     if args.resume and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if before["machine"] != here:
+        before = read_document(name, args.json)
+        here = document["machine"]
+        if differences(before["machine"], here):
             raise SystemExit(f"{name}: the rows of {args.json} were measured on {before['machine']}, this is {here}")
-        results = before["rows"]
-    start = time.monotonic()
+        document |= {"origin": origin(before.get("origin")), "rows": before["rows"]}
+    results, start = document["rows"], time.monotonic()
     for shape in shapes_of(args):
         for pattern in patterns_of(args):
-            done = any(r["shape"] == f"{shape[0]}x{shape[1]}" and r["pattern"] == pattern for r in results)
+            done = any(r["shape"] == shape_name(shape) and r["pattern"] == pattern for r in results)
             if done or (args.seconds is not None and time.monotonic() - start > args.seconds):
                 continue
             results += [
@@ -51,17 +64,15 @@ def run_slices(
                 for row in measure(shape, pattern)
             ]
             if args.json is not None:
-                write_rows(args.json, {"benchmark": name, "machine": here, "origin": origin(), "rows": results})
+                write_document(args.json, document)
     if not args.resume:
         report(name, results, args.json, args.device)
     return results
 
 
 def shapes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
-    if args.shapes:
-        return [tuple(int(side) for side in shape.split("x")) for shape in args.shapes.split(",")]
     small, large = SHAPES["smollm2"], SHAPES["llama2-7b"]
-    return small[:1] + large[:1] if args.quick else small + large
+    return args.shapes or (small[:1] + large[:1] if args.quick else small + large)
 
 
 def patterns_of(args: argparse.Namespace) -> list[str]:
@@ -71,7 +82,7 @@ def patterns_of(args: argparse.Namespace) -> list[str]:
 
 
 def kept_mask(shape: tuple[int, int], pattern: str, device: str) -> Tensor:
-    """Random bool mask, 1 = kept: "70%" has 70 % zeros, "2:8" keeps 2 of every 8."""
+    """A random bool mask of ``shape``, True where a weight is kept: "70%" prunes 70 %, "2:8" keeps 2 of every 8."""
     scores = torch.rand(shape, device=device)
     if pattern.endswith("%"):
         return scores >= float(pattern[:-1]) / 100
@@ -87,7 +98,7 @@ def pack(weight: Tensor, kept: Tensor, pattern: str):
 
 
 def copies(thing, repetitions: int) -> list:
-    """The tensor or packed weight and clones of it, which together exceed the device's cache; see ``rotation``."""
+    """The tensor or packed weight with as many clones of it as exceed the device's cache; see ``rotation``."""
     count = rotation(thing.nbytes, thing.device, repetitions)
     return [thing, *(clone(thing) for _ in range(count - 1))]
 

@@ -1,9 +1,13 @@
-"""CKA of all pairs of blocks: ours, a Gram per block in plain PyTorch, and two Grams per pair as in the official code.
+"""CKA of all pairs of blocks: ours, one Gram matrix for each block in plain PyTorch, and two for each pair as in the
+official code.
 
-``fraction_of_limit`` of Grams: the time to read the features once at copy speed, over the time taken. ``cka_error``:
-the largest difference from fp64 on features whose common component is 100 times their deviation. ``gram_error``: the
-largest difference from fp64 of the Grams that are timed, as a share of the largest entry. ``pairs_timed``: on a
-GPU two Grams per pair are timed for the pairs of two layers, and the time is scaled to all.
+fraction_of_limit of Gram matrices: the time to read the features once at the speed of a copy, over the time taken.
+
+cka_error: the largest difference from fp64, on features whose common component is 100 times their deviation.
+
+gram_error: the largest difference from fp64 of the Gram matrices that are timed, as a share of the largest entry.
+
+pairs_timed: on a GPU the official manner is timed for the pairs of two blocks, and its time is scaled to all pairs.
 """
 
 from __future__ import annotations
@@ -11,15 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks._timing import copy_bandwidth, interleaved, parser, report, rows
+from benchmarks._problems import dtype_name, wrong_kernel
+from benchmarks._pruning_baselines import official_cka
+from benchmarks._results import parser, report, rows
+from benchmarks._timing import interleaved
 from losa_kernels import cka_similarity, gram
+from losa_kernels.timing import copy_bandwidth
 
 
 def main(argv: list[str]) -> int:
     arguments = parser("cka", __doc__)
-    arguments.add_argument("--layers", type=int, default=30)
-    arguments.add_argument("--samples", type=int, default=64)
-    arguments.add_argument("--features", type=int, help="of one sample; default 73728 (128 tokens x 576)")
+    arguments.add_argument("--layers", type=int, default=30, help="blocks; default: %(default)s")
+    arguments.add_argument("--samples", type=int, default=64, help="default: %(default)s")
+    arguments.add_argument("--features", type=int, help="of one sample; default: 73728 (128 tokens x 576)")
     args = arguments.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
     count = args.features or (2048 * 4096 if on_gpu else 73_728) // (16 if args.quick else 1)
@@ -38,23 +46,23 @@ def measure(layers: int, samples: int, count: int, dtype: torch.dtype, args) -> 
     hard = torch.randn(layers, samples, min(count, 1 << 16), generator=generator, device=args.device)
     hard += 100 * torch.randn(layers, 1, hard.shape[2], generator=generator, device=args.device)
     hard = hard.to(dtype)
-    truth = pairwise(hard.double())
-    similarities = {"losa": ours, "gram_once": gram_once, "per_pair": pairwise}
+    truth = official_cka(hard.double())
+    similarities = {"losa": ours, "gram_once": gram_once, "per_pair": official_cka}
     errors = {name: float((run(hard).double() - truth).abs().max()) for name, run in similarities.items()}
     if not errors["losa"] < 1e-6:
-        raise SystemExit(f"cka: error {errors['losa']:.2e}; not timing a wrong kernel")
+        raise wrong_kernel("cka", f"error {errors['losa']:.2e}")
     gram_error = relative(gram(features), exact_grams(features))
     if not gram_error < 1e-5:
-        raise SystemExit(f"cka: relative error {gram_error:.2e} of the Grams; not timing a wrong kernel")
-    # Copying moves each byte twice, reading once.
+        raise wrong_kernel("cka", f"relative error {gram_error:.2e} of the Grams")
+    # A copy moves each byte twice, reading moves it once.
     limit = features.numel() * dtype.itemsize / copy_bandwidth(args.device)
     found = []
-    fields = {"layers": layers, "samples": samples, "features": count, "dtype": str(dtype).removeprefix("torch.")}
+    fields = {"layers": layers, "samples": samples, "features": count, "dtype": dtype_name(dtype)}
     on_gpu = args.device.startswith("cuda")
-    repetitions = 3 if args.quick or not on_gpu else 5
+    repetitions = args.repetitions or (3 if args.quick or not on_gpu else 5)
     timed = features[: 2 if on_gpu else layers]
     whole = {name: (lambda _, run=run: run(features)) for name, run in similarities.items()}
-    whole["per_pair"] = lambda _: pairwise(timed)
+    whole["per_pair"] = lambda _: official_cka(timed)
     times = interleaved(whole, repetitions, args.device)
     times["per_pair"] = [layers**2 / len(timed) ** 2 * value for value in times["per_pair"]]
     for row in rows(times, "per_pair", op="all_pairs", **fields):
@@ -72,7 +80,8 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 def exact_grams(features: Tensor, width: int = 1 << 18) -> Tensor:
-    """In fp64, in slices of features."""
+    """Gram matrices (layers, samples, samples) in fp64, of centred features (layers, samples, features), which are read
+    in slices of ``width``."""
     layers, samples, _ = features.shape
     total = torch.zeros(layers, samples, samples, dtype=torch.float64, device=features.device)
     for part in features.split(width, dim=2):
@@ -94,21 +103,3 @@ def gram_once(features: Tensor) -> Tensor:
     flat = grams(features).flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True)
     return flat @ flat.T
-
-
-def pairwise(features: Tensor) -> Tensor:
-    """For every ordered pair both Grams anew, centred afterwards: H K H."""
-    count, samples, _ = features.shape
-    wide = torch.promote_types(features.dtype, torch.float32)
-    centring = torch.eye(samples, dtype=wide, device=features.device) - 1 / samples
-
-    def centred_gram(matrix: Tensor) -> Tensor:
-        matrix = matrix.to(wide)
-        return centring @ (matrix @ matrix.T) @ centring
-
-    result = torch.empty(count, count, dtype=wide, device=features.device)
-    for i in range(count):
-        for j in range(count):
-            k, other = centred_gram(features[i]), centred_gram(features[j])
-            result[i, j] = (k * other).sum() / (k.norm() * other.norm())
-    return result

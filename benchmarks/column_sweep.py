@@ -1,11 +1,16 @@
-"""SparseGPT given H and Wanda's masks, stage by stage, against the official manner (``_pruning_baselines``).
+"""SparseGPT given its Hessian, and Wanda's masks, stage by stage, against the official manner (_pruning_baselines).
 
-``agreement``: share of mask entries as in the fp64 reference, ``loss_error``: how far the loss is from the reference's;
-on a GPU for every shape, on a CPU for small ones. Stages of ours and of the official loop: the factor, the whole sweep
-given the factor, both together, and what trailing products alone leave for selection and columns. Ours have ``host_ms``
-too: from call to return while the device has nothing else to do. Parts of our sweep alone: ``selection``, ``columns``,
-``trailing``. ``official_runs``: how often the official loop was timed, on a GPU once. ``sweep block``: the operator
-alone on the first 128 columns, and the time to move its bytes at copy speed over the time taken.
+Stages of ours and of the official loop: the factor, the whole sweep given the factor, both together, and what the sweep
+takes without its trailing products, for selection and columns. Parts of our sweep alone: selection, columns, trailing.
+
+agreement: the share of mask entries as in the fp64 reference. loss_error: how far the loss is from the loss of the
+reference. Both are measured for every shape on a GPU, and for small shapes on a CPU.
+
+host_ms: from call to return while the device has nothing else to do. official_runs: how often the official loop was
+timed, on a GPU once.
+
+sweep block: the operator alone on the first 128 columns; fraction_of_copy_bandwidth is the time to move its bytes at
+the speed of a copy, over the time taken.
 """
 
 from __future__ import annotations
@@ -14,38 +19,43 @@ import statistics
 
 import torch
 
+from benchmarks._machine import has_kernels
+from benchmarks._problems import shape_name, wrong_kernel
 from benchmarks._pruning_baselines import (
+    BLOCK,
     PATTERNS,
-    SHAPES,
+    add_shape_option,
     official_factor,
     official_sweep,
     problem,
+    shapes_of,
     trailing_products,
 )
-from benchmarks._timing import copy_bandwidth, host_seconds, interleaved, parser, report, seconds
-from benchmarks.selection import BLOCK, wanda
-from losa_kernels import dispatch, native, sparsegpt_prune, unpack_mask
+from benchmarks._results import parser, report
+from benchmarks._timing import host_seconds, interleaved, medians, seconds
+from benchmarks.selection import wanda
+from losa_kernels import dispatch, sparsegpt_prune, unpack_mask
 from losa_kernels.bitmask import packed_width
 from losa_kernels.pruning import cuda, inverse_factor
 from losa_kernels.pruning.blocks import STATE, block_counts
+from losa_kernels.timing import copy_bandwidth
 
-AGREEMENT, LOSS_ERROR = 0.998, 5e-3  # the least and the most that pass as right
+AGREEMENT, LOSS_ERROR = 0.998, 5e-3  # the smallest agreement and the largest error that pass as right
+STAGES = ("whole", "factor", "sweep", "selection and columns")
 
 
 def main(argv: list[str]) -> int:
     arguments = parser("column_sweep", __doc__)
-    arguments.add_argument("--shape", action="append", metavar="OUTxIN", help="only these; may be repeated")
-    arguments.add_argument("--repetitions", type=int)
+    add_shape_option(arguments)
     args = arguments.parse_args(argv)
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape or []] or (SHAPES[:2] if args.quick else SHAPES)
     limit = copy_bandwidth(args.device)
     results = []
-    for out_features, in_features in shapes:
-        weight, hessian = problem(out_features, in_features, args.device)
+    for shape in shapes_of(args):
+        weight, hessian = problem(*shape, args.device)
         for name, pattern in PATTERNS.items():
-            repetitions = args.repetitions or (3 if max(out_features, in_features) > 2048 else 7)
+            repetitions = args.repetitions or (3 if max(shape) > 2048 else 7)
             results += sparsegpt(weight, hessian, name, pattern, repetitions, args)
-            if native.missing(args.device.partition(":")[0]) is None:
+            if has_kernels(args.device):
                 results.append(block(weight, hessian, name, pattern, repetitions, limit, args.device))
             results += wanda(weight, hessian, name, pattern, 2 * repetitions, limit, args.device)
     report("column_sweep", results, args.json, args.device)
@@ -53,23 +63,54 @@ def main(argv: list[str]) -> int:
 
 
 def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
-    sparsity, keep_n, m = pattern
-    settings = {"sparsity": sparsity, "keep_n": keep_n, "m": m}
+    agreement, loss_error = exactness(weight, hessian, pattern, args.device)
+    factor = inverse_factor(hessian, 0.01)[0]
+    taken, host, official_runs = stage_seconds(weight, hessian, factor, pattern, repetitions, args.device)
+    rows = []
+    for stage in STAGES:
+        ours, theirs = taken[f"losa, {stage}"], taken[f"official, {stage}"]
+        rows.append(
+            {
+                "op": f"sparsegpt, {stage}",
+                "shape": shape_name(weight.shape),
+                "pattern": name,
+                "losa_ms": 1e3 * ours,
+                "official_ms": 1e3 * theirs,
+                "speedup": theirs / ours,
+                "trailing_ms": 1e3 * taken["losa, trailing"],
+                "agreement": agreement,
+                "loss_error": loss_error,
+                "host_ms": 1e3 * host[stage] if stage in host else None,
+                "official_runs": official_runs,
+            }
+        )
+    if has_kernels(args.device):
+        rows += parts(weight, factor, name, pattern, repetitions, args.device)
+    return rows
+
+
+def exactness(weight, hessian, pattern, device) -> tuple[float | None, float | None]:
+    """Agreement and loss error, see above; None for a large shape on a CPU. Raises SystemExit: ours is wrong."""
+    if not (device.startswith("cuda") or weight.numel() <= 1 << 20):
+        return None, None
+    settings = dict(zip(("sparsity", "keep_n", "m"), pattern, strict=True))
     found = sparsegpt_prune(weight, hessian, **settings)
-    kept = unpack_mask(found.mask, weight.shape[1])
-    on_gpu = args.device.startswith("cuda")
-    agreement = loss_error = None
-    if on_gpu or weight.numel() <= 1 << 20:
-        truth = sparsegpt_prune(weight.double(), hessian.double(), **settings)
-        agreement = float((kept == unpack_mask(truth.mask, weight.shape[1])).float().mean())
-        loss_error = abs(float(found.loss.double().sum() / truth.loss.sum()) - 1)
-        if not (agreement > AGREEMENT and loss_error < LOSS_ERROR):
-            raise SystemExit(
-                f"column_sweep: agreement {agreement:.5f} with fp64, loss off by {loss_error:.1e}; "
-                "not timing a wrong kernel"
-            )
-        del truth
-    factor, official = inverse_factor(hessian, 0.01)[0], official_factor(hessian)
+    truth = sparsegpt_prune(weight.double(), hessian.double(), **settings)
+    kept, expected = (unpack_mask(result.mask, weight.shape[1]) for result in (found, truth))
+    agreement = float((kept == expected).float().mean())
+    loss_error = abs(float(found.loss.double().sum() / truth.loss.sum()) - 1)
+    if not (agreement > AGREEMENT and loss_error < LOSS_ERROR):
+        raise wrong_kernel("column_sweep", f"agreement {agreement:.5f} with fp64, loss off by {loss_error:.1e}")
+    return agreement, loss_error
+
+
+def stage_seconds(
+    weight, hessian, factor, pattern, repetitions, device
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """(Seconds by "SIDE, STAGE", host's seconds of ours by stage, how often the official sweep was timed)."""
+    settings = dict(zip(("sparsity", "keep_n", "m"), pattern, strict=True))
+    on_gpu = device.startswith("cuda")
+    official = official_factor(hessian)
     sweep = dispatch.implementation("column_sweep", weight.device)
     panel = cuda.PANEL if on_gpu else BLOCK
     runs = {
@@ -86,42 +127,23 @@ def sparsegpt(weight, hessian, name, pattern, repetitions, args) -> list[dict]:
 
     if not on_gpu:
         runs["official, sweep"] = loop
-    times = interleaved(runs, repetitions, args.device)
+    times = interleaved(runs, repetitions, device)
     if on_gpu:
-        times["official, sweep"] = [seconds(loop, 0, args.device)]
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    medians["official, whole"] = medians["official, factor"] + medians["official, sweep"]
+        times["official, sweep"] = [seconds(loop, 0, device)]
+
+    # Stages that are sums or differences of what was timed.
+    taken = medians(times)
+    taken["official, whole"] = taken["official, factor"] + taken["official, sweep"]
     for side in ("losa", "official"):
-        rest = medians[f"{side}, sweep"] - medians[f"{side}, trailing"]
-        medians[f"{side}, selection and columns"] = max(rest, 1e-9)
-    host = {
-        stage: host_seconds(runs[f"losa, {stage}"], args.device, repetitions) for stage in ("whole", "factor", "sweep")
-    }
-    rows = []
-    for stage in ("whole", "factor", "sweep", "selection and columns"):
-        ours, theirs = medians[f"losa, {stage}"], medians[f"official, {stage}"]
-        rows.append(
-            {
-                "op": f"sparsegpt, {stage}",
-                "shape": "x".join(map(str, weight.shape)),
-                "pattern": name,
-                "losa_ms": 1e3 * ours,
-                "official_ms": 1e3 * theirs,
-                "speedup": theirs / ours,
-                "trailing_ms": 1e3 * medians["losa, trailing"],
-                "agreement": agreement,
-                "loss_error": loss_error,
-                "host_ms": 1e3 * host[stage] if stage in host else None,
-                "official_runs": len(times["official, sweep"]),
-            }
-        )
-    if native.missing(args.device.partition(":")[0]) is None:
-        rows += parts(weight, factor, name, pattern, repetitions, args.device)
-    return rows
+        rest = taken[f"{side}, sweep"] - taken[f"{side}, trailing"]
+        taken[f"{side}, selection and columns"] = max(rest, 1e-9)
+    host = {stage: host_seconds(runs[f"losa, {stage}"], device, repetitions) for stage in ("whole", "factor", "sweep")}
+    return taken, host, len(times["official, sweep"])
 
 
 def parts(weight, factor, name, pattern, repetitions, device) -> list[dict]:
-    """All column blocks' selections, and all their columns, one after the other without what is between them."""
+    """The selections of all column blocks one after another, and the sweeps over their columns, without the updates
+    between them."""
     (rows, columns), (sparsity, keep_n, m) = weight.shape, pattern
     work, loss = weight.clone(), weight.new_zeros(rows)
     kept = torch.zeros(rows, packed_width(columns), dtype=torch.uint8, device=device)
@@ -146,7 +168,7 @@ def parts(weight, factor, name, pattern, repetitions, device) -> list[dict]:
         select(0)
     runs = ({} if m else {"selection": select}) | {"columns": sweep}
     times = interleaved(runs, repetitions, device)
-    shape = "x".join(map(str, weight.shape))
+    shape = shape_name(weight.shape)
     return [
         {"op": f"sparsegpt, part: {part}", "shape": shape, "pattern": name, "losa_ms": 1e3 * statistics.median(taken)}
         for part, taken in times.items()
@@ -154,7 +176,7 @@ def parts(weight, factor, name, pattern, repetitions, device) -> list[dict]:
 
 
 def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
-    """Swept again and again in place: what has gone is chosen anew and stays zero, at the same cost."""
+    """The first block, swept again and again in place: the same entries are chosen and stay zero, at the same cost."""
     (rows, columns), (_, keep_n, m) = weight.shape, pattern
     width = min(BLOCK, columns)
     work, factor = weight.clone(), inverse_factor(hessian, 0.01)[0]
@@ -172,7 +194,7 @@ def block(weight, hessian, name, pattern, repetitions, limit, device) -> dict:
     seconds_taken = statistics.median(interleaved({"losa": run}, repetitions, device)["losa"])
     return {
         "op": "sweep block",
-        "shape": f"{rows}x{width}",
+        "shape": shape_name((rows, width)),
         "pattern": name,
         "losa_ms": 1e3 * seconds_taken,
         "fraction_of_copy_bandwidth": (2 * 4 * rows * width + errors.nbytes) / limit / seconds_taken,

@@ -1,6 +1,6 @@
-"""Decoding with a pruned checkpoint: tokens/s dense and packed, bytes a token reads, memory, and equal texts.
+"""Decoding with a pruned checkpoint: tokens/s dense and packed, bytes that a token reads, memory, and equal texts.
 
-With --random the same speeds of a model of that size with random weights, in bf16 and by the lean loop.
+With --random: the speeds of a model of that size with random weights, in bf16 and by the lean loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 from benchmarks import _random_model
 from benchmarks._loading import loading_memory
-from benchmarks._timing import machine, parser, report, write_rows
+from benchmarks._machine import differences, machine, origin
+from benchmarks._problems import dtype_name
+from benchmarks._results import parser, read_document, report, write_document
 from losa.inference.generation import generate
 from losa.inference.speed import decode_speeds
 from losa.model.loading import load_model
@@ -22,7 +24,6 @@ from losa.packed.directory import load, pack_directory
 
 PARTS = ("text", "memory", "speed")
 PROMPTS = ("The sky is", "def fibonacci(n):", "Once upon a time there was a miller who")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> int:
@@ -31,9 +32,14 @@ def main(argv: list[str]) -> int:
     options.add_argument("--random", choices=_random_model.SIZES, help="instead: random weights of that model's size")
     options.add_argument("--sparsity", default="0.5,0.6,0.7", metavar="S,...", help="of --random; 2:4 keeps 2 of 4")
     options.add_argument("--layers", type=int, help="of --random, instead of all")
-    options.add_argument("--only", metavar="P,...", default=",".join(PARTS), help="the others stay as --json has them")
+    options.add_argument(
+        "--only",
+        metavar="P,...",
+        default=",".join(PARTS),
+        help=f"of {', '.join(PARTS)}; the other parts stay as --json has them",
+    )
     options.add_argument("--tokens", type=int, default=48, help="new tokens per measurement")
-    options.add_argument("--repetitions", type=int, default=3)
+    options.set_defaults(repetitions=3)
     options.add_argument("--text-tokens", type=int, default=200, help="length of the texts that must agree")
     args = options.parse_args(argv)
     if args.quick:
@@ -45,23 +51,28 @@ def main(argv: list[str]) -> int:
     if args.random is not None:
         report("decode", _random_model.rows(args), args.json, args.device)
         return 0
-    document = {"benchmark": "decode", "machine": machine(args.device), "directory": args.directory.name}
+    document = {
+        "benchmark": "decode",
+        "machine": machine(args.device),
+        "origin": origin(),
+        "directory": args.directory.name,
+    }
     if args.json is not None and args.json.exists():
-        before = json.loads(args.json.read_text())
-        document |= {
-            key: before[key] for key in PARTS if before.get("machine") == document["machine"] and key in before
-        }
+        before = read_document("decode", args.json)
+        if "machine" in before and not differences(before["machine"], document["machine"]):
+            kept = {key: before[key] for key in PARTS if key in before}
+            document |= {"origin": origin(before.get("origin")), **kept}
     for part in args.only.split(","):
         document[part] = {"text": text, "memory": memory, "speed": speed}[part](args)
         print(part, json.dumps(document[part], indent=1))
         if args.json is not None:
-            write_rows(args.json, document)
+            write_document(args.json, document)
     return 0
 
 
 @torch.inference_mode()
 def text(args: argparse.Namespace) -> dict:
-    """Greedy text of the dense model in fp32 by transformers, and of the packed one by both loops."""
+    """Whether greedy texts are equal: the dense model in fp32 by transformers, and the packed model by both loops."""
     count = args.text_tokens
     dense, tokenizer = load_model(str(args.directory), dtype="float32", device=args.device)
     with tempfile.TemporaryDirectory() as work:
@@ -85,10 +96,11 @@ def text(args: argparse.Namespace) -> dict:
 
 
 def memory(args: argparse.Namespace) -> dict:
-    """See ``_loading.measure``; by the type of the packed values."""
+    """What ``_loading.measure`` finds, by the type of the packed values."""
     found = {}
     with tempfile.TemporaryDirectory() as work:
-        for name, dtype in DTYPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            name = dtype_name(dtype)
             pack_directory(args.directory, Path(work) / name, dtype=dtype)
             measured = loading_memory(Path(work) / name)
             measured["peak_over_file"] = measured["peak"] / measured["file"]

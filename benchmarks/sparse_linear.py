@@ -1,7 +1,7 @@
-"""Decoding with packed weights: y = x W^T for few rows of x, against dense fp32 and bf16, MKL's CSR and scipy's.
+"""Decoding with packed weights: y = x W^T for few rows of x, against dense fp32 and bf16, MKL's CSR and scipy's CSR.
 
-On a GPU also each of our own ways ("window", "tiles", "unpack") beside what is chosen; one that fails, or whose result
-is wrong, has a row that says so ("failed") and no time.
+On a GPU each of our ways ("window", "tiles", "unpack") has rows beside the chosen one. A way that fails, or whose
+result is wrong, has a row with "failed" and no time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks._problems import shape_name, wrong_kernel
+from benchmarks._results import parser, rows
 from benchmarks._sparse import add_options, copies, kept_mask, pack, run_slices
-from benchmarks._timing import copy_bandwidth, interleaved, parser, rows, setting
+from benchmarks._timing import interleaved, setting
 from losa_kernels import pack_bitmask, pack_mask, sparse_linear
+from losa_kernels.timing import copy_bandwidth
 
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 4, 8, 16)}
 BASELINES = ("dense fp32", "dense bf16", "MKL CSR")
@@ -29,7 +32,6 @@ def main(argv: list[str]) -> int:
     add_options(options)
     options.add_argument("--batches", metavar="N,...", help="rows of x, instead of 1,4,16 (on a GPU 8 too)")
     options.add_argument("--only", metavar="NAME;...", help="of the implementations; dense bf16 is always measured")
-    options.add_argument("--repetitions", type=int, metavar="N", help="instead of a number by shape")
     args = options.parse_args(argv)
     default = BATCHES["cuda" if args.device.startswith("cuda") else "cpu"]
     default = default[:2] if args.quick else default
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_bandwidth(device: str, megabytes: int) -> float:
-    """Bytes per second of a sum over a large tensor: what a product with one row of x could reach."""
+    """Bytes per second of a sum over a large tensor, the limit of a product with one row of x."""
     source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     return source.nbytes / statistics.median(interleaved({"read": lambda _: source.sum()}, 7, device)["read"])
 
@@ -60,13 +62,13 @@ def measure(shape: tuple[int, int], pattern: str, batches, limits: dict[str, flo
     for batch in batches:
         x = torch.randn(batch, shape[1], device=args.device)
         runs = {name: runner(name, held, x) for name, held in weights.items()}
-        described = {"op": "sparse_linear", "shape": f"{shape[0]}x{shape[1]}", "pattern": pattern, "batch": batch}
+        described = {"op": "sparse_linear", "shape": shape_name(shape), "pattern": pattern, "batch": batch}
         for name, reason in failures(runs, x, weight).items():
             del runs[name]
             found.append({**described, "implementation": name, "failed": reason})
         for name, run in runs.items():
             for i in range(len(weights[name])):
-                run(i)  # the first call makes what a weight keeps, its tiles for instance
+                run(i)  # the first call makes what a weight keeps, for instance its tiles
         times = interleaved(runs, repetitions, args.device)
         part = rows(times, "dense fp32" if "dense fp32" in runs else "dense bf16", **described)
         medians = {row["implementation"]: row["median_ms"] for row in part}
@@ -128,7 +130,7 @@ def runner(name: str, held: list, x: Tensor) -> Callable[[int], object]:
         columns = x.numpy().T.copy()
         return lambda i: held[i % count] @ columns
     if name == "MKL CSR":
-        # One row by the matrix-vector product: torch's matrix product of the same is more than twice as slow.
+        # torch's matrix product of one row is more than twice as slow as its matrix-vector product.
         if x.shape[0] == 1:
             return lambda i: torch.mv(held[i % count], x[0])
         columns = x.T.contiguous()
@@ -152,9 +154,9 @@ def is_narrow(name: str) -> bool:
 
 
 def failures(runs: dict[str, Callable], x: Tensor, weight: Tensor) -> dict[str, str]:
-    """Of the ways that are forced: which do not run, or give something else than fp64 within the dtype's error.
+    """The forced ways that fail or differ from fp64 by more than the dtype's error, with the reason.
 
-    Raises SystemExit: what a user gets is wrong.
+    Raises SystemExit: the result of another run, which a user would get, is wrong.
     """
     found = {}
     for name, run in runs.items():
@@ -174,8 +176,6 @@ def failures(runs: dict[str, Callable], x: Tensor, weight: Tensor) -> dict[str, 
         error, allowed = float((result - expected).abs().max()), share * float(expected.abs().max())
         if not error <= allowed:
             if not forced:
-                raise SystemExit(
-                    f"sparse_linear: {name} is wrong by more than {allowed:.2g}; not timing a wrong kernel"
-                )
+                raise wrong_kernel("sparse_linear", f"{name} is wrong by more than {allowed:.2g}")
             found[name] = f"wrong by {error:.2g}, allowed {allowed:.2g}"
     return found

@@ -1,21 +1,20 @@
 """One training step of a whole model with masked-LoRA layers, against plain, PEFT and eager LoSA layers.
 
 Forward, loss and backward of 4 sequences in fp32 (a CPU) or bf16 autocast (a GPU), without the optimiser, which sees
-the adapters only and costs the same everywhere. ``losa_speedup``: how many times faster than this row ours is.
+the adapters only and costs the same everywhere. losa_speedup: how many times faster than this row ours is.
 """
 
 from __future__ import annotations
-
-import statistics
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks._lora_baselines import eager_losa_linear
-from benchmarks._timing import interleaved, parser, report
-from benchmarks.quality import MODELS
+from benchmarks._models import add_model_option, load
+from benchmarks._problems import dtype_name
+from benchmarks._results import parser, report
+from benchmarks._timing import interleaved, medians
 from losa.model.blocks import block_linears
-from losa.model.loading import load_model
 from losa.model.wrapping import wrap_model
 from losa.training.loss import TokenLoss, label_positions
 from losa.training.precision import autocast_dtype
@@ -36,9 +35,8 @@ class EagerLoSALinear(nn.Module):
 
 def main(argv: list[str]) -> int:
     arguments = parser("training_step", __doc__)
-    arguments.add_argument("--model", default="smollm2", help="a name known here, a local directory or a hub id")
+    add_model_option(arguments)
     arguments.add_argument("--length", action="append", type=int, help="tokens a sequence; default 128 and 256")
-    arguments.add_argument("--repetitions", type=int)
     args = arguments.parse_args(argv)
     builders = {
         "losa": _losa,
@@ -76,18 +74,18 @@ def measure(losses: dict, length: int, repetitions: int, autocast: torch.dtype |
             parameter.grad = None
 
     times = interleaved({name: (lambda _, name=name: step(name)) for name in losses}, repetitions, device)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    taken = medians(times)
     return [
         {
             "op": "training_step",
             "batch": f"{BATCH}x{length}",
-            "dtype": str(autocast or torch.float32).removeprefix("torch."),
+            "dtype": dtype_name(autocast or torch.float32),
             "implementation": name,
-            "median_s": medians[name],
+            "median_s": taken[name],
             "min_s": min(times[name]),
-            "tokens_per_s": BATCH * length / medians[name],
-            "times_plain": medians[name] / medians["plain"],
-            "losa_speedup": medians[name] / medians["losa"],
+            "tokens_per_s": BATCH * length / taken[name],
+            "times_plain": taken[name] / taken["plain"],
+            "losa_speedup": taken[name] / taken["losa"],
         }
         for name in losses
     ]
@@ -95,7 +93,7 @@ def measure(losses: dict, length: int, repetitions: int, autocast: torch.dtype |
 
 def _pruned(name: str, device: str) -> nn.Module:
     """The model with random zeros in its blocks' linears; only the embeddings' output asks for a gradient."""
-    model, _ = load_model(MODELS.get(name, name), dtype="float32", device=device)
+    model = load(name, device)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     generator = torch.Generator(device).manual_seed(0)

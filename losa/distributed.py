@@ -8,7 +8,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,8 @@ def on_main(work: Callable[[], _T]) -> _T:
     """
     if process_count() == 1:
         return work()
-    store, key = dist.distributed_c10d._get_default_store(), f"losa/{next(_calls)}"
+    store: Any = dist.distributed_c10d._get_default_store()
+    key = f"losa/{next(_calls)}"
     if not is_main():
         return _wait(store, key)
     try:

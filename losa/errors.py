@@ -55,3 +55,9 @@ def shown(value) -> str:
     short.maxlevel = 4
     text = short.repr(value)
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def shown_name(name: str) -> str:
+    """A name as messages show it: not a thousand letters of it, and nothing that a terminal cannot print."""
+    name = name.encode(errors="backslashreplace").decode()
+    return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"

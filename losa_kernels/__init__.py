@@ -8,8 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from losa_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from losa_kernels.bitmask import pack_mask, unpack_mask
+    from losa_kernels.cka import cka_similarity, gram
+    from losa_kernels.masked_lora import masked_lora_linear, merge_masked_lora
+    from losa_kernels.packing import pack_24, pack_bitmask, pack_nm
+    from losa_kernels.pruning import SweepResult, sparsegpt_prune, wanda_mask
+    from losa_kernels.sparse_linear import sparse_linear
 
 _EXPORTS = {
     "pack_mask": "bitmask",
@@ -27,7 +36,22 @@ _EXPORTS = {
     "sparse_linear": "sparse_linear",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "SweepResult",
+    "__version__",
+    "cka_similarity",
+    "gram",
+    "masked_lora_linear",
+    "merge_masked_lora",
+    "pack_24",
+    "pack_bitmask",
+    "pack_mask",
+    "pack_nm",
+    "sparse_linear",
+    "sparsegpt_prune",
+    "unpack_mask",
+    "wanda_mask",
+]
 
 
 def __getattr__(name: str):

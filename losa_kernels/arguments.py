@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 LARGEST = 2**62  # so that what is rounded up to bytes, groups and blocks stays within int64
 
 
-def integer(name: str, value: object) -> int:
+def integer(name: str, value: Any) -> int:
     """``value`` as an int: Python's, NumPy's or torch's symbolic one; a bool is none."""
     if isinstance(value, torch.SymInt):
-        return value
+        return cast("int", value)
     if type(value) is not int:
         if isinstance(value, bool | np.bool_ | Tensor) or not hasattr(value, "__index__"):
             raise ValueError(f"{name}: expected an integer, got {_told(value)}")
@@ -25,7 +26,7 @@ def integer(name: str, value: object) -> int:
     return value
 
 
-def number(name: str, value: object) -> float:
+def number(name: str, value: Any) -> float:
     """``value`` as a float: any real number that is no bool, or a tensor of one element."""
     if type(value) is float:
         return value

@@ -26,7 +26,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Undo :func:`pack_mask`: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features), contiguous.
+    """Undo ``pack_mask``: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features), contiguous.
 
     Padding bits are ignored. Raises ValueError if ``packed`` is not a 2-D uint8 tensor or its width does not fit
     ``in_features``.
@@ -76,12 +76,12 @@ def unpack_reference(packed: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def pack_native(mask: torch.Tensor) -> torch.Tensor:
-    """csrc/cpu/bitmask.cpp or csrc/cuda/bitmask.cu, by the mask's device."""
+    """csrc/cpu/bitmask/ or csrc/cuda/bitmask.cu, by the mask's device."""
     return torch.ops.losa.pack_mask.default(mask)
 
 
 def unpack_native(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """csrc/cpu/bitmask.cpp or csrc/cuda/bitmask.cu, by the packed mask's device."""
+    """csrc/cpu/bitmask/ or csrc/cuda/bitmask.cu, by the packed mask's device."""
     return torch.ops.losa.unpack_mask.default(packed, in_features)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -45,7 +45,7 @@ class Recorder:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, function: Callable[[], Results], run_before: bool = False) -> Callable[[], Results]:

@@ -14,7 +14,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -39,8 +39,8 @@ class Choice(NamedTuple):
     op: str
     key: tuple
     device: torch.device
-    chosen: Hashable
-    times: dict[Hashable, float]
+    chosen: Any
+    times: dict[Any, float]
 
 
 _choices: dict[tuple, Choice] = {}

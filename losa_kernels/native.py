@@ -1,8 +1,8 @@
 """Loads the compiled halves of the package and says what is missing.
 
-``losa_cpu`` defines the schema of every native op and implements them for the CPU; ``losa_cuda`` adds CUDA kernels to
-those schemas, so it is loaded second, and only into a torch that was built with CUDA. Neither is needed to import
-``losa_kernels``.
+``losa_cpu`` defines the schema of every native op and implements them for the CPU. ``losa_cuda`` adds CUDA kernels to
+these schemas, so it is loaded second, and only into a torch that was built with CUDA. ``losa_kernels`` can be imported
+without either.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _load(backend: str) -> str | None:
 
 
 def _outdated() -> bool:
-    """Whether the libraries lie in a checkout that has other operators than they, as far as they tell."""
+    """Whether the libraries lie in a checkout whose operators are not the libraries' operators."""
     if not SCHEMAS.exists():
         return False
     try:
@@ -99,8 +99,11 @@ def build_info() -> dict | None:
 
 
 def built_for(capability: tuple[int, int]) -> bool:
-    """Whether losa_cuda was built with code for GPUs of that compute capability: of the same major number and no higher
-    a minor one; code of one architecture alone ("90a") is for exactly that."""
+    """Whether losa_cuda was built with code for GPUs of that compute capability.
+
+    Code of an architecture runs on the same major number from its minor number on; code for one architecture alone
+    ("90a") runs on exactly that one.
+    """
     for arch in (build_info() or {}).get("cuda_archs", ()):
         digits = arch.rstrip("af")
         major, minor = int(digits[:-1]), int(digits[-1])
@@ -123,7 +126,7 @@ def status() -> dict[str, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself; others emulate it, many times slower than fp32."""
+    """Whether this CPU multiplies bfloat16 itself. A CPU that does not emulates it, many times slower than fp32."""
     return any(getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 

@@ -16,7 +16,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     It grows to the largest that was asked for and is never given back: ask for panels, not for whole layers.
     """
-    kept, key, count = _local.__dict__, (name, dtype), math.prod(shape)
+    kept: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("kept", {})
+    key, count = (name, dtype), math.prod(shape)
     if key not in kept or kept[key].numel() < count:
         # Made in inference mode it could not be written to outside.
         with torch.inference_mode(False):

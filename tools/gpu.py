@@ -1,10 +1,10 @@
 """Runs the steps of ``gpu_steps`` one after another, each in a process of its own with its own time limit and log.
 
-No step needs another but the build, and no failure ends the run: the next step begins. After each step the results in
-OUT (default: benchmarks/results/CARD, nothing without a GPU) are complete up to there: ``results.json`` (machine,
-steps, benchmark rows, smoke cases, failed tests; ``python -m benchmarks report`` reads it), ``logs.txt``,
-``summary.txt``, ``ncu.csv``; of ``again`` files of the same names that begin with "again-". Without a GPU every step
-says so.
+Steps need the build and nothing else from each other, and a step that fails does not end the run. After each step the
+results in OUT are complete up to this step: ``results.json`` (machine, steps, benchmark rows, smoke cases, failed
+tests; ``python -m benchmarks report`` reads it), ``logs.txt``, ``summary.txt`` and ``ncu.csv``. The files of ``again``
+have the same names after "again-". By default OUT is benchmarks/results/CARD, and nothing is written without a GPU.
+Without a GPU every step says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -34,7 +33,7 @@ BAD = ("failed", "time limit")
 
 
 class Ended(BaseException):
-    """Somebody ends the run: SIGTERM or SIGINT."""
+    """SIGTERM or SIGINT asks the run to end."""
 
 
 class Run:
@@ -45,7 +44,7 @@ class Run:
         self.document: dict = {"machine": {}, "origin": {}, "steps": self.steps, "benchmarks": {}}
         self.out: Path | None = None
         self.committed: Path | None = None  # where this card's results are by default
-        self.kernels = ""  # a pattern of our kernels' names
+        self.kernels = ""  # a regular expression of the names of losa's kernels
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -63,7 +62,7 @@ class Run:
         }
 
     def call(self, name: str, command: list[str], limit: float, **environment: str) -> tuple[str, float, Path]:
-        """(status, seconds, log) of a process and all that it starts."""
+        """Runs a process until it ends or its limit is over; (status, seconds, log) of it and all that it starts."""
         log, start = self.work / f"{name}.log", time.monotonic()
         filled = [part.replace("{work}", str(self.work)).replace("{kernels}", self.kernels) for part in command]
         with log.open("wb") as file:
@@ -94,7 +93,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """All results so far, whole files only."""
+        """Writes all results so far, each file whole or not at all."""
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -117,8 +116,9 @@ class Run:
         return "\n".join([head, "", *map(line, self.steps), f"{'':<54}{total:>7.1f} s in all", ""])
 
     def set_up(self) -> bool:
-        """Versions; a build for this GPU where the library does not load, has no code for it or is older than the
-        sources. Whether there is a GPU. Where torch itself fails, the steps are left to say so."""
+        """Finds versions, and builds for this GPU where the library does not load, has no code for it or is older than
+        the sources. Returns whether to run the steps: not where there is no GPU. Where torch itself fails they run, and
+        their logs say why."""
         probe = gpu_steps.python("-m", "benchmarks._machine")
         status, seconds, log = self.call("setup", probe, min(PROBE_LIMIT, self.left()))
         found = last_json(log)
@@ -135,8 +135,7 @@ class Run:
                 status, detail = "failed", f"the build: {built}; {found.get('native', {}).get('losa_cuda')}"
         self.document |= {key: found[key] for key in ("machine", "origin", "native") if key in found}
         if found.get("gpu"):
-            card = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
-            self.out = self.committed = ROOT / "benchmarks" / "results" / card
+            self.out = self.committed = ROOT / "benchmarks" / "results" / found["card"]
         if "OUT" in os.environ:
             self.out = Path(os.environ["OUT"])
         status = NO_GPU if found.get("gpu") is False else status
@@ -159,7 +158,7 @@ class Run:
         self.record(step.name, status, seconds, limit, last_line(log) if status != "time limit" else "")
 
     def take(self, step: Step, failed: Path) -> None:
-        """What the step left, complete or not."""
+        """Adds what the step left to the document, also where the step was cut short."""
         file = self.work / f"{step.name}.json"
         if step.kind in ("benchmark", "smoke") and file.exists():
             with contextlib.suppress(ValueError):
@@ -204,12 +203,12 @@ def last_line(log: Path) -> str:
 
 
 def architecture(capability: list[int]) -> str:
-    """What nvcc calls it; Hopper's and later ones' own instructions need the architecture's own code."""
+    """nvcc's name of the architecture. Instructions that only Hopper has need the suffix "a"."""
     return f"{capability[0]}{capability[1]}" + ("a" if tuple(capability) == (9, 0) else "")
 
 
 def previous(*places: Path | None) -> dict:
-    """What the first command left in the first of the places that has it."""
+    """The results of the first command, from the first place that has them."""
     for place in places:
         if place is not None:
             with contextlib.suppress(OSError, ValueError):

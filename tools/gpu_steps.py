@@ -1,5 +1,7 @@
-"""The steps of ``tools/gpu.sh``: what each runs, how long it is expected to take on an H200 with 16 CPU cores, and the
-most it gets. Benchmarks measure while nothing else runs."""
+"""The steps of ``tools/gpu.sh``: what each runs, how long it takes on an H200 with 16 CPU cores, and its time limit.
+
+Benchmarks measure while nothing else runs.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ OURS = "losa bf16;losa bf16, window;losa bf16, tiles;losa bf16, unpack"
 
 @dataclass(frozen=True)
 class Step:
-    """``kind``: what it leaves in the work folder: a benchmark's or the smoke test's NAME.json, tests that failed, or
-    nothing of these ("")."""
+    """One process. ``kind`` says what it leaves in the work folder: "benchmark" and "smoke" leave NAME.json, "tests"
+    leaves the names of failed tests, and "" leaves nothing."""
 
     name: str
     expected: int  # seconds
@@ -39,7 +41,8 @@ def benchmark(name: str, expected: int, limit: int, *flags: str, title: str = ""
 
 
 def tests(name: str, expected: int, limit: int, *flags: str, workers: int = 0, **environment: str) -> Step:
-    """``workers`` processes where pytest-xdist is installed; a test that hangs ends by itself with pytest-timeout."""
+    """Runs pytest, with ``workers`` processes where pytest-xdist is installed. A test that hangs is ended where
+    pytest-timeout is installed."""
     command = python("-m", "pytest", *flags)
     if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--dist", "worksteal"]
@@ -50,8 +53,9 @@ def tests(name: str, expected: int, limit: int, *flags: str, workers: int = 0, *
 
 
 def sanitizer(tool: str, expected: int, limit: int, *flags: str) -> Step:
-    """Without torch's caching of memory, in whose large segments no access is out of bounds."""
-    files = sorted(str(file) for file in (ROOT / "tests").glob("test_*.py") if "mark.sanitizer" in file.read_text())
+    """Runs the tests marked "sanitizer" under a tool of compute-sanitizer. torch does not cache memory then, because no
+    access is out of bounds inside the large segments of its cache."""
+    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.sanitizer" in file.read_text())
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LOSA_AUTOTUNE": "0"}
     step = tests(tool, expected, limit, "-m", "sanitizer", *flags, *files, **environment)
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]

@@ -8,7 +8,9 @@
 
 namespace losa {
 
-inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+inline bool is_space(char c) {
+  return c == ' ' || (c >= '\t' && c <= '\r');
+}
 
 // Whether text, without the spaces around it and in any case, is the lower-case word.
 inline bool is_word(const char* text, const char* word) {

@@ -1,4 +1,5 @@
-// 64-byte aligned scratch of one task.
+// Memory of one task or call, 64-byte aligned and not set to anything. The only scratch of the CPU code: an operator
+// takes it, and its kernels get a pointer and say by a function `..._scratch` how many elements they need.
 #pragma once
 
 #include <cstdint>

@@ -136,7 +136,6 @@ class Engine:
                 sparsity = self.block_sparsity()
                 ranks = self._ranks(this_round, pruned.errors, sparsity)
                 self._set_ranks(this_round, ranks)
-        in_groups = self.prune_config.keep_n_m is not None
         return RoundRecord(
             index=this_round.index,
             target_sparsity=this_round.sparsity,
@@ -144,7 +143,7 @@ class Engine:
             sparsity=sparsity,
             ranks=ranks,
             errors=pruned.errors,
-            keep_n=[pattern.keep_n for pattern in patterns] if in_groups else None,
+            keep_n=[pattern.keep_n for pattern in patterns if pattern.keep_n is not None] or None,
             m=patterns[0].m,
             importance=None if importance is None else importance.tolist(),
             similarity=None if similarity is None else similarity.tolist(),
@@ -160,11 +159,9 @@ class Engine:
         """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
         if len(self.blocks) == 1:
             return None, None
-        if self.importance.needs == "similarity":
-            given = similarity = self.similarity()
-        else:
-            given, similarity = [block.linears for block in self.blocks], None
-        importance = self.importance.function(given)
+        similarity = self.similarity() if self.importance.needs == "similarity" else None
+        linears = [block.linears for block in self.blocks]
+        importance = self.importance.function(linears if similarity is None else similarity)
         if importance is None:
             return None, similarity
         if tuple(importance.shape) != (len(self.blocks),):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,19 +32,19 @@ class Importance:
 _REGISTRY: Registry[Importance] = Registry("importance")
 
 
-def register_importance(
-    name: str, function: Function | None = None, *, needs: Needs
-) -> Callable[[Function], Function] | Function:
-    """Let recipes name a function as ``allocation.rates: name``; also a decorator. See ``Importance``.
+def register_importance(name: str, *, needs: Needs) -> Callable[[Function], Function]:
+    """Let recipes name a function as ``allocation.rates: name``: a decorator of the function. See ``Importance``.
 
     Raises:
         ValueError: the name belongs to another function.
     """
-    if function is None:
-        return partial(register_importance, name, needs=needs)
-    RATES.register(name, needs)
-    _REGISTRY.register(name, Importance(needs, function))
-    return function
+
+    def add(function: Function) -> Function:
+        RATES.register(name, needs)
+        _REGISTRY.register(name, Importance(needs, function))
+        return function
+
+    return add
 
 
 def get_importance(name: str) -> Importance:
@@ -78,9 +77,9 @@ def cka_importance(similarity: Tensor, beta: float = 1.0) -> Tensor:
     return torch.exp(-beta * redundancy / total) if total != 0 else torch.ones_like(redundancy)
 
 
+@register_importance("uniform", needs="linears")
 def uniform_importance(linears: object) -> None:
     """The ablation without layer-wise rates."""
 
 
-register_importance("cka", cka_importance, needs="similarity")
-register_importance("uniform", uniform_importance, needs="linears")
+register_importance("cka", needs="similarity")(cka_importance)

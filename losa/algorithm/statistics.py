@@ -6,13 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError, NumericsError
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.registry import Registry
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
+
+Linear = nn.Linear | MaskedLoRALinear
 
 
 class Statistic(ABC):
@@ -83,23 +87,24 @@ class Hessian(Statistic):
         return torch.eye(in_features, device=device)
 
 
+_S = TypeVar("_S", bound=Statistic)
 _REGISTRY: Registry[type[Statistic]] = Registry("statistic")
 
 
-def register_statistic(
-    name: str, statistic: type[Statistic] | None = None
-) -> Callable[[type[Statistic]], type[Statistic]] | type[Statistic]:
-    """Let pruners name a class as their ``statistic``: ``@register_statistic(name)`` above it, or with the class.
+def register_statistic(name: str) -> Callable[[type[_S]], type[_S]]:
+    """Let pruners name a class as their ``statistic``: a decorator of the class.
 
     Raises:
         ValueError: no subclass of ``Statistic``, or the name belongs to another class.
     """
-    if statistic is None:
-        return partial(register_statistic, name)
-    if not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
-        raise ValueError(f"statistic {name!r}: expected a subclass of Statistic, got {statistic!r}")
-    _REGISTRY.register(name, statistic)
-    return statistic
+
+    def add(statistic: type[_S]) -> type[_S]:
+        if not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
+            raise ValueError(f"statistic {name!r}: expected a subclass of Statistic, got {statistic!r}")
+        _REGISTRY.register(name, statistic)
+        return statistic
+
+    return add
 
 
 def get_statistic(name: str) -> type[Statistic]:
@@ -109,13 +114,13 @@ def get_statistic(name: str) -> type[Statistic]:
     return _REGISTRY[name]
 
 
-register_statistic("input_norms", InputNorms)
-register_statistic("hessian", Hessian)
+register_statistic("input_norms")(InputNorms)
+register_statistic("hessian")(Hessian)
 
 
 @contextmanager
 def collect(
-    linears: Mapping[str, nn.Module], statistic: type[Statistic], where: str, current_sample: Callable[[], str]
+    linears: Mapping[str, Linear], statistic: type[Statistic], where: str, current_sample: Callable[[], str]
 ) -> Iterator[dict[str, Tensor]]:
     """Collect ``statistic`` of every linear's input while the body runs; the yielded dict is filled at its end.
 
@@ -147,7 +152,7 @@ class _SharedInputs:
         self._inputs: list[tuple[Tensor, str]] = []
         self._sample: str | None = None
 
-    def see(self, name: str, module: nn.Module, args: tuple) -> None:
+    def see(self, name: str, module: Linear, args: tuple) -> None:
         """A forward pre-hook of the linear ``name``."""
         x = args[0]
         if self._current_sample() != self._sample:
@@ -168,7 +173,7 @@ class _SharedInputs:
         if not torch.isfinite(probe).all():
             raise NumericsError(f"calibration: non-finite input of {self._where}.{name} at {self._sample}")
 
-    def results(self, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def results(self, linears: Mapping[str, Linear]) -> dict[str, Tensor]:
         """By linear, in their order."""
         self._inputs.clear()
         finished = {name: collected.result() for name, collected in self._collected.items()}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from losa.errors import LosaError, ModelError
+from losa.packed.formats import help_text
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
@@ -31,10 +32,7 @@ def pack(
     output: Output,
     format: Annotated[
         str,
-        typer.Option(
-            help="auto, bitmask or nm (N of every 8 or 4); or sparse-bitmask, sparse-24-bitmask: a directory as "
-            "compressed-tensors 0.12.2 writes it."
-        ),
+        typer.Option(help=help_text()),
     ] = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -75,7 +73,8 @@ def generate(
 
     model, tokenizer = load_sparse(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings |= {"top_p": top_p, "seed": seed}
     waiting = ["" if chat else prompt]  # until it is known that the model takes it
 
     def show(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +14,15 @@ from losa.model.blocks import find_blocks, find_linears
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
-from losa.modules.sparse import SparseLinear
+from losa.modules.sparse import SparseLinear, unpack_linears
+from losa.packed.formats import AUTO
 from losa.packed.weights import MIN_SPARSITY, pack_weight, zero_share
 
 logger = logging.getLogger("losa")
 
 
 @torch.no_grad()
-def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_SPARSITY) -> nn.Module:
+def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPARSITY) -> nn.Module:
     """Replace the block linears of a merged model by packed ones, in place; one layer's dense weight goes at a time.
 
     The model runs on a few tokens first: linears whose weight it reads itself stay dense. ``save_pretrained`` writes
@@ -41,8 +43,8 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
     blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
     for _, block, names in blocks:  # all of them before the first is replaced
         for name in names:
-            if type(linear := block.get_submodule(name)) is not nn.Linear:
-                raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
+            if (kind := type(block.get_submodule(name))) is not nn.Linear:
+                raise ModelError(f"sparsify: {name} is a {kind.__name__}; merge_model first")
     forget_decoder(model)
     replaced, considered = 0, sum(len(names) for _, _, names in blocks)
     try:
@@ -52,11 +54,12 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
         leave = set()
     for block_name, block, names in blocks:
         for name in names:
-            linear = block.get_submodule(name)
+            linear: Any = block.get_submodule(name)
             if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
-                block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
-                replaced += 1
+                if packed is not None:
+                    block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
+                    replaced += 1
         group_linears(block)
     if considered and not replaced:
         raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
@@ -69,7 +72,5 @@ def sparsify(model: nn.Module, format: str = "auto", min_sparsity: float = MIN_S
 def densify(model: nn.Module) -> nn.Module:
     """The inverse of ``sparsify``, in place."""
     forget_decoder(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            model.set_submodule(name, module.to_linear())
+    unpack_linears(model)
     return model

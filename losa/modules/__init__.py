@@ -2,6 +2,6 @@
 
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
-from losa.modules.sparse import SparseLinear, share_rows
+from losa.modules.sparse import SparseLinear, share_rows, unpack_linears
 
-__all__ = ["MaskedLoRALinear", "dense_mode", "LoRALinear", "SparseLinear", "share_rows"]
+__all__ = ["MaskedLoRALinear", "dense_mode", "LoRALinear", "SparseLinear", "share_rows", "unpack_linears"]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from losa.errors import ModelError, OutputError
 from losa.record import RECORD, RunRecord
+from losa.storage.json_files import read_json
 from losa.storage.kinds import is_packed, read_config, refuse_adapter
-from losa.storage.tensor_files import Stored, checkpoint_tensors, read_json
+from losa.storage.tensor_files import Stored, checkpoint_tensors
 from losa_kernels.packing import Packed
 
 # Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight".

@@ -1,47 +1,36 @@
 """Directories in the sparse formats of compressed-tensors 0.12.2, which later versions and transformers 5 dropped.
 
-A weight X.weight is stored as ``X.compressed``, ``X.bitmask`` and ``X.shape`` (sparse-24-bitmask), with
-``X.row_offsets`` besides (sparse-bitmask); config.json says so under ``quantization_config``. The bytes are those of
+A weight X.weight is stored as ``X.compressed``, ``X.bitmask`` and ``X.shape`` (sparse-24-bitmask), and also
+``X.row_offsets`` (sparse-bitmask); config.json says so under ``quantization_config``. The bytes are those of
 ``losa_kernels.packing``'s formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError
+from losa.errors import ModelError, shown_name
 from losa.model.naming import Naming
 from losa.model.skeleton import skeleton
-from losa.packed.parts import Contents, Part, Shards, by_block
-from losa.packed.weights import pack_weight
+from losa.packed.parts import Contents, PackedPart, by_block
+from losa.packed.shards import Shards
+from losa.packed.weights import Format
 from losa.storage.files import write_json
-from losa.storage.kinds import BITMASK_24, COMPRESSED, COMPRESSED_KEYS, compressed_format, compression, read_config
-from losa.storage.tensor_files import Stored, checkpoint_tensors, shown_name
-from losa_kernels import pack_mask, pack_nm, unpack_mask
+from losa.storage.kinds import COMPRESSED, COMPRESSED_KEYS, compressed_format, compression, read_config
+from losa.storage.tensor_files import Stored, checkpoint_tensors
+from losa_kernels import unpack_mask
 from losa_kernels.packing import Packed, PackedBitmask, PackedNM
 
 VERSION = "0.12.2"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def packer(format: str) -> tuple[Callable[[Tensor], Packed | None], str]:
-    """How ``format`` stores a weight (None for one that it cannot store, which stays dense), and what it needs."""
-    if format == BITMASK_24:
-        return _pack_24, "2:4 weights (at most 2 of every 4 in a row are not zero)"
-    return lambda weight: pack_weight(weight, "bitmask"), ""
-
-
-def _pack_24(weight: Tensor) -> PackedNM | None:
-    if weight.shape[1] % 4 or int((weight != 0).reshape(-1, 4).sum(1).max()) > 2:
-        return None
-    return pack_nm(weight, pack_mask(weight != 0), 2, 4)
-
-
-def write(directory: Path, format: str, parts: Iterator[Part]) -> Iterator[tuple[Part, int]]:
+def write(directory: Path, parts: Iterator[PackedPart], format: Format) -> Iterator[tuple[PackedPart, int]]:
     """Write the tensors, then config.json's entry. Yields each part with the bytes of its tensors as written."""
     model, shards, zeros, weights = skeleton(directory), Shards(directory), 0, 0
     dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -56,11 +45,11 @@ def write(directory: Path, format: str, parts: Iterator[Part]) -> Iterator[tuple
         yield part, sum(t.nbytes for t in tensors.values())
     shards.finish()
     sparsity = {
-        "format": format,
+        "format": format.name,
         "global_sparsity": zeros / weights,
         "ignore": sorted(dense),
         "registry_requires_subclass": False,
-        "sparsity_structure": "2:4" if format == BITMASK_24 else "unstructured",
+        "sparsity_structure": "2:4" if format.kind is PackedNM else "unstructured",
         "targets": ["Linear"],
     }
     entry = {
@@ -72,7 +61,7 @@ def write(directory: Path, format: str, parts: Iterator[Part]) -> Iterator[tuple
     write_json(directory / "config.json", read_config(directory) | {"quantization_config": entry})
 
 
-def _stored(packed: Packed) -> dict[str, Tensor]:
+def _stored(packed: Any) -> dict[str, Tensor]:
     shape = torch.tensor(packed.shape)
     tensors = {"compressed": packed.values, "bitmask": packed.bitmask}
     if isinstance(packed, PackedNM):
@@ -91,7 +80,7 @@ def read(directory: Path) -> Contents:
     """Packed weights by linear and other tensors by name, as they are called on disk.
 
     Raises:
-        ModelError: quantised besides, or tensors are missing or contradict each other; names the linear.
+        ModelError: quantised as well, or tensors are missing or contradict each other; names the linear.
     """
     if compression(read_config(directory)).get("config_groups"):
         raise ModelError(f"{directory}: quantised; expected floating-point weights in one of {', '.join(COMPRESSED)}")
@@ -137,7 +126,7 @@ def _shape(where: str, stored: Tensor) -> tuple[int, int]:
     return (int(sides[0]), int(sides[1]))
 
 
-def _rebuild(linear: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Packed:
+def _rebuild(linear: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Packed:
     values, mask = tensors["compressed"], tensors["bitmask"]
     rows, columns = shape
     if values.dtype not in _FLOATS:

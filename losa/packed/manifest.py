@@ -3,56 +3,49 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from losa.errors import ModelError, shown
-from losa.storage.files import write_json
-from losa.storage.tensor_files import Stored, read_json, shown_name
-from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
+from losa.errors import ModelError, shown, shown_name
+from losa.packed.weights import FORMATS, format_of
+from losa.storage.files import MANIFEST, write_json
+from losa.storage.json_files import read_json
+from losa.storage.tensor_files import Stored
+from losa_kernels.packing import Packed
 
-MANIFEST = "losa_packed.json"
 VERSION = 1
 REST = "rest.safetensors"
-CLASSES: dict[str, type[Packed]] = {"bitmask": PackedBitmask, "nm": PackedNM, "24": Packed24}
-_NAMES = {kind: name for name, kind in CLASSES.items()}
-_TENSORS = {name: tuple(sorted(f.name for f in fields(kind) if f.type == "Tensor")) for name, kind in CLASSES.items()}
 _FILE = re.compile(r"rest\.safetensors|block-(\d{5,9})\.safetensors", re.ASCII)
 _LONGEST_SIDE = 2**31
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One packed weight: ``shape`` (out, in); ``keep_n`` and ``m`` of N:M, else None."""
+    """One packed weight: ``shape`` (out, in); ``numbers`` of its format by name (``keep_n`` and ``m`` of N:M)."""
 
     format: str
     shape: tuple[int, int]
     tensors: tuple[str, ...]
-    keep_n: int | None = None
-    m: int | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: Packed) -> Linear:
-        return cls(
-            _NAMES[type(packed)],
-            packed.shape,
-            tuple(sorted(packed.tensors())),
-            getattr(packed, "keep_n", None),
-            getattr(packed, "m", None),
-        )
+        format = format_of(packed)
+        numbers = {name: getattr(packed, name) for name in format.numbers}
+        return cls(format.name, packed.shape, format.tensors, numbers)
 
     def build(self, tensors: dict[str, Tensor]) -> Packed:
         """The weight. Raises ValueError if the tensors contradict each other or this entry."""
-        extra = {} if self.m is None else {"keep_n": self.keep_n, "m": self.m}
-        packed = CLASSES[self.format](shape=self.shape, **tensors, **extra)
+        stored: dict[str, Any] = {"shape": self.shape, **tensors, **self.numbers}
+        packed = FORMATS[self.format].kind(**stored)
         packed.check()
         return packed
 
     def to_dict(self) -> dict:
-        described = {"format": self.format, "shape": list(self.shape), "tensors": list(self.tensors)}
-        return described if self.m is None else described | {"keep_n": self.keep_n, "m": self.m}
+        return {"format": self.format, "shape": list(self.shape), "tensors": list(self.tensors), **self.numbers}
 
 
 @dataclass
@@ -75,7 +68,7 @@ class Manifest:
         return {f"{name}.{part}": name for name, linear in self.linears.items() for part in linear.tensors}
 
     def dense(self, stored: dict[str, Stored]) -> dict[str, Stored]:
-        """Type and shape of each tensor of the directory that this one was made from, of those of the stored ones."""
+        """Type and shape of each tensor of the dense checkpoint that was packed, from types and shapes as stored."""
         parts = self.parts()
         packed = {
             f"{name}.weight": Stored(stored[f"{name}.values"].dtype, linear.shape)
@@ -85,13 +78,13 @@ class Manifest:
 
 
 def block_file(index: int | None) -> str:
-    """The file of a block's tensors; None: of what belongs to none."""
+    """The file of a block's tensors; None: of the tensors that belong to no block."""
     return REST if index is None else f"block-{index:05d}.safetensors"
 
 
 def block_of(file: str) -> int | None:
-    number = _FILE.fullmatch(file)[1]
-    return None if number is None else int(number)
+    found = _FILE.fullmatch(file)
+    return None if found is None or found[1] is None else int(found[1])
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -139,9 +132,10 @@ def _parse(data: object) -> Manifest:
         if f"{name}.weight" in files:
             raise _WrongError(f"{shown_name(name)} is stored packed and dense")
     parts = manifest.parts()
+    beside = {part for format in FORMATS for part in FORMATS[format].tensors if part != "values"}
     for name in files:
         linear = name.removesuffix(".values")
-        packed = {f"{linear}.bitmask", f"{linear}.meta"} & files.keys()
+        packed = {f"{linear}.{part}" for part in beside} & files.keys()
         if name != linear and name not in parts and packed:
             raise _WrongError(f"linears: {shown_name(linear)} is missing, whose tensors are in files")
     return manifest
@@ -157,22 +151,25 @@ def _linear(name: str, entry: object) -> Linear:
     where = f"linears: {shown_name(name)}"
     entry = _object(entry, where)
     format, shape, tensors = entry.get("format"), entry.get("shape"), entry.get("tensors")
-    if not isinstance(format, str) or format not in CLASSES:
-        raise _WrongError(f"{where}: expected a format among {', '.join(CLASSES)}, got {shown(format)}")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(_count(side, _LONGEST_SIDE) for side in shape):
+    if not isinstance(format, str) or format not in FORMATS:
+        raise _WrongError(f"{where}: expected a format among {', '.join(FORMATS)}, got {shown(format)}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_side(side) for side in shape):
         raise _WrongError(f"{where}: expected a shape of two positive numbers, got {shown(shape)}")
-    wanted = _TENSORS[format]
-    if not isinstance(tensors, list) or sorted(map(str, tensors)) != list(wanted):
-        raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted)}, got {shown(tensors)}")
-    keep_n, m = entry.get("keep_n"), entry.get("m")
-    if format == "nm":
-        if not _count(m, shape[1]) or not _count(keep_n, m) or shape[1] % m:
-            told = f"keep_n {shown(keep_n)} and m {shown(m)}"
-            raise _WrongError(f"{where}: expected keep_n of every m, a divisor of the width {shape[1]}, got {told}")
-    elif keep_n is not None or m is not None:
-        raise _WrongError(f"{where}: only the format nm has keep_n and m, not {format}")
-    return Linear(format, (shape[0], shape[1]), wanted, keep_n, m)
+    wanted = FORMATS[format]
+    if not isinstance(tensors, list) or sorted(map(str, tensors)) != list(wanted.tensors):
+        raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted.tensors)}, got {shown(tensors)}")
+    numbers: dict[str, Any] = {number: entry.get(number) for number in wanted.numbers}
+    try:
+        wanted.check_numbers((shape[0], shape[1]), numbers)
+    except ValueError as error:
+        raise _WrongError(f"{where}: {error}") from error
+    for other in FORMATS:
+        theirs = FORMATS[other].numbers
+        if any(entry.get(number) is not None for number in theirs if number not in wanted.numbers):
+            told = f"only the format {other} has {' and '.join(theirs)}, not {format}"
+            raise _WrongError(f"{where}: {told}")
+    return Linear(format, (shape[0], shape[1]), wanted.tensors, numbers)
 
 
-def _count(value: object, most: int) -> bool:
-    return type(value) is int and 0 < value <= most
+def _is_side(value: object) -> bool:
+    return type(value) is int and 0 < value <= _LONGEST_SIDE

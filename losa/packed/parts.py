@@ -1,36 +1,34 @@
-"""Checkpoint directories block by block: what packing, unpacking and loading have in common."""
+"""A checkpoint block by block: the parts in which it is packed, and in which a packed directory is read."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from losa.errors import ModelError, OutputError
+from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
-from losa.packed.weights import zero_share
-from losa.storage.files import write_json
-from losa.storage.kinds import read_config
+from losa.packed.weights import Packer, zero_share
 from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
 from losa_kernels.packing import Packed
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
-
 
 @dataclass
-class Part:
-    """One block's tensors (``block`` its index), or the model's others (None).
+class PackedPart:
+    """The tensors of one block, packed; or all tensors that belong to no block.
 
-    All names are those on disk but for ``modules``: the packed linears' in the model. ``left``: linears that were not
-    packed; ``source_bytes``: of the tensors that all of it was made from.
+    block: the block's index, or None.
+    linears: packed weights by the linear's name on disk.
+    dense: all other tensors by their names on disk.
+    left: names on disk of the linears that were not packed.
+    modules: names in the model of the packed linears.
+    source_bytes: of the tensors that this part was made from.
     """
 
     block: int | None
@@ -42,8 +40,12 @@ class Part:
 
 
 class Contents(NamedTuple):
-    """A packed directory. ``where``: what lists its tensors; ``stored``: type and shape of the tensors of the dense
-    checkpoint; ``parts``: one after the other, packed weights by linear and other tensors by name, as on disk."""
+    """A packed directory that is open for reading.
+
+    where: the file or directory that lists its tensors.
+    stored: type and shape of each tensor of the dense checkpoint that was packed.
+    parts: one block's tensors after the other's: packed weights by linear, and other tensors, by their names on disk.
+    """
 
     where: Path
     stored: dict[str, Stored]
@@ -52,12 +54,12 @@ class Contents(NamedTuple):
 
 def packed_parts(
     source: Path,
-    pack: Callable[[Tensor], Packed | None],
+    pack: Packer,
     dtype: torch.dtype | None,
     min_sparsity: float,
     leave: Set[str] = frozenset(),
     needs: str = "",
-) -> Iterator[Part]:
+) -> Iterator[PackedPart]:
     """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
 
     Tensors and linears keep the names that they have on disk. Weights that transformers makes from several stored
@@ -77,11 +79,11 @@ def packed_parts(
     naming = check_names(source, skeleton(source))
     linears = naming.blocks.linears().keys()
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[PackedPart]:
         done, left, unfit = 0, 0, []
         with checkpoint_tensors(source) as files:
             for block, names in by_block(naming, files.names):
-                part = Part(block, {}, {}, [], set(), 0)
+                part = PackedPart(block, {}, {}, [], set(), 0)
                 for name in names:
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
@@ -106,7 +108,7 @@ def packed_parts(
     return parts()
 
 
-def _packed(pack: Callable[[Tensor], Packed | None], weight: Tensor, where: str) -> Packed | None:
+def _packed(pack: Packer, weight: Tensor, where: str) -> Packed | None:
     try:
         return pack(weight)
     except ValueError as error:
@@ -149,54 +151,3 @@ def by_block(naming: Naming, names: Iterable[str]) -> Iterator[tuple[int | None,
         index = blocks.index_of(targets[name])
         groups[index if index in groups else None].append(name)
     yield from ((index, found) for index, found in groups.items() if found)
-
-
-class Shards:
-    """Writes the tensors of a Hugging Face directory, shard by shard, then their index."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        self._shards.append(list(tensors))
-        self._bytes += sum(t.nbytes for t in tensors.values())
-        contiguous = {name: t.contiguous() for name, t in tensors.items()}
-        save_file(contiguous, self._path(len(self._shards)), {"format": "pt"})
-
-    def finish(self) -> None:
-        """Names as transformers writes them say how many shards there are, which is known only now."""
-        weight_map, count = {}, len(self._shards)
-        for number, names in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._path(number).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-        write_json(self.directory / "model.safetensors.index.json", index)
-
-    def _path(self, number: int) -> Path:
-        return self.directory / f"model-{number:05d}.safetensors"
-
-
-def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> None:
-    """All but weights, in subdirectories too, and what ``leave`` names."""
-    weights = {path for pattern in (*_WEIGHTS, *leave) for path in source.glob(pattern)}
-    for path in source.iterdir():
-        if path in weights:
-            continue
-        try:
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*_WEIGHTS))
-            else:
-                shutil.copyfile(path, target / path.name)
-        except OSError as error:
-            raise OutputError(f"cannot copy {path}: {error}") from error
-
-
-def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
-    """Write into config.json which type the weights have now; None leaves it as it is."""
-    if dtype is not None:
-        config = read_config(directory)
-        config.pop("torch_dtype", None)
-        write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

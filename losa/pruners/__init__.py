@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import TypeVar, overload
 
 from losa.errors import RecipeError
 from losa.pruners.base import Pattern, Pruned, Pruner
@@ -16,10 +16,15 @@ from losa.registry import Registry
 
 __all__ = ["LinearShape", "Memory", "Pattern", "Pruned", "Pruner", "PruningShape", "get_pruner", "register"]
 
+_P = TypeVar("_P", bound=Pruner)
 _REGISTRY: Registry[type[Pruner]] = Registry("pruner")
 
 
-def register(name: str, pruner: type[Pruner] | None = None) -> Callable[[type[Pruner]], type[Pruner]] | type[Pruner]:
+@overload
+def register(name: str) -> Callable[[type[_P]], type[_P]]: ...
+@overload
+def register(name: str, pruner: type[_P]) -> type[_P]: ...
+def register(name: str, pruner: type[_P] | None = None) -> Callable[[type[_P]], type[_P]] | type[_P]:
     """Let recipes name a class as ``prune.pruner: name``: ``@register(name)`` above it, or ``register(name, cls)``.
 
     Raises:
@@ -27,7 +32,7 @@ def register(name: str, pruner: type[Pruner] | None = None) -> Callable[[type[Pr
             another class.
     """
     if pruner is None:
-        return partial(register, name)
+        return lambda given: register(name, given)
     if not (isinstance(pruner, type) and issubclass(pruner, Pruner)):
         raise ValueError(f"pruner {name!r}: expected a subclass of losa.pruners.Pruner, got {pruner!r}")
     if pruner.prune is Pruner.prune and pruner.prune_block is Pruner.prune_block:

@@ -22,18 +22,21 @@ class Pattern:
     m: int | None = None
 
     def __post_init__(self):
-        unstructured = self.sparsity is not None
-        if unstructured == (self.keep_n is not None) or (self.keep_n is None) != (self.m is None):
+        sparsity, keep_n, m = self.sparsity, self.keep_n, self.m
+        if (sparsity is None) == (keep_n is None) or (keep_n is None) != (m is None):
             raise ValueError(f"Pattern: give sparsity, or keep_n and m; got {self}")
-        if unstructured and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {self.sparsity}")
-        if not unstructured and not 0 < self.keep_n <= self.m:
-            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {self.keep_n}:{self.m}")
+        if sparsity is not None and not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+        if keep_n is not None and m is not None and not 0 < keep_n <= m:
+            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n}:{m}")
 
     @property
     def target(self) -> float:
         """The share of weights pruned."""
-        return self.sparsity if self.sparsity is not None else 1 - self.keep_n / self.m
+        if self.sparsity is not None:
+            return self.sparsity
+        assert self.keep_n is not None and self.m is not None
+        return 1 - self.keep_n / self.m
 
     def as_kwargs(self) -> dict:
         """Keyword arguments of the losa_kernels pruning ops."""

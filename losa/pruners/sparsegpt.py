@@ -60,6 +60,7 @@ class SparseGPT(Pruner):
         return hessian_flops(shape)
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        assert statistic is not None
         check_finite(weight)
         try:
             result = sparsegpt_prune(

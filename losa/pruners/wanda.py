@@ -14,6 +14,7 @@ class Wanda(Pruner):
     statistic = "input_norms"
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        assert statistic is not None
         try:
             return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
         except ValueError:

@@ -19,7 +19,8 @@ from losa.errors import OutputError, reason
 
 # What tells a directory that losa wrote from others; the last one is for directories that have none of the others.
 MARKER = "losa_output.json"
-MARKERS = ("losa_config.json", "losa_packed.json", MARKER)
+MANIFEST = "losa_packed.json"
+MARKERS = ("losa_config.json", MANIFEST, MARKER)
 
 # safetensors has no OSError of its own: "... I/O error: No space left on device (os error 28)".
 WRITE_ERRORS = (OSError, SafetensorError)

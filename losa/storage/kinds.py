@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from losa.errors import ModelError, shown
-from losa.packed.manifest import MANIFEST
-from losa.storage.tensor_files import read_json
+from losa.storage.files import MANIFEST
+from losa.storage.json_files import read_json
 
 ADAPTER = "adapter_config.json"
 # Of compressed-tensors 0.12.2. Older writers used the second key of config.json.
-_, BITMASK_24 = COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")
+BITMASK, BITMASK_24 = COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")
 COMPRESSED_KEYS = ("quantization_config", "compression_config")
 PEFT_ADVICE = (
     "a PEFT adapter lies beside the model; merge it (PEFT's merge_and_unload, then save_pretrained) or move it away"
@@ -41,7 +41,7 @@ def is_compressed(directory: Path) -> bool:
 
 def compression(config: dict) -> dict:
     """What config.json says of compression, {} where it says nothing."""
-    entry = next((config[key] for key in COMPRESSED_KEYS if config.get(key)), {})
+    entry: object = next((config[key] for key in COMPRESSED_KEYS if config.get(key)), {})
     return entry if isinstance(entry, dict) else {}
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from losa.errors import ModelError, shown
+from losa.errors import ModelError, shown, shown_name
+from losa.storage.json_files import each_key_once, read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,32 +35,6 @@ INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 
 
-def read_json(path: Path) -> object:
-    """What a JSON file holds. Raises ModelError that names the file: absent, not JSON, nested too deep, a key twice."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except RecursionError as error:
-        raise ModelError(f"{path}: nested too deep") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-
-
-def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown_name(next(key for key in found if keys.count(key) > 1))!r} stands there twice")
-    return found
-
-
-def shown_name(name: str) -> str:
-    """A name as messages show it: not a thousand letters of it, and nothing that a terminal cannot print."""
-    name = name.encode(errors="backslashreplace").decode()
-    return name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)"
-
-
 def checkpoint_tensors(directory: Path) -> TensorFiles:
     """The tensors that transformers loads: of model.safetensors, else of the files that the index names.
 
@@ -77,10 +52,10 @@ def checkpoint_tensors(directory: Path) -> TensorFiles:
         places = _index(directory)
         return TensorFiles(dict.fromkeys(places.values()), places)
     found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    shards = [_SHARD.fullmatch(path.name) for path in found]
-    if len(found) == 1 and shards[0] is None:
+    shards = [shard for path in found if (shard := _SHARD.fullmatch(path.name))]
+    if len(found) == 1 and not shards:
         return TensorFiles(found)
-    if found and all(shards) and len({(shard[1], shard[3]) for shard in shards}) == 1:
+    if found and len(shards) == len(found) and len({(shard[1], shard[3]) for shard in shards}) == 1:
         if len(found) != int(shards[0][3]):
             raise ModelError(f"{directory}: {len(found)} of {int(shards[0][3])} shards are there, and no {INDEX}")
         return TensorFiles(found)
@@ -196,8 +171,9 @@ class TensorFiles:
         path, dtype, shape, begin = self._places[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
-            target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-            file = self._files[path]
+            values: Any = tensor.view(-1).view(torch.uint8).numpy()
+            target = memoryview(values)
+            file: Any = self._files[path]
             try:
                 file.seek(begin)
                 complete = file.readinto(target) == len(target)
@@ -213,7 +189,7 @@ def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > _LONGEST_HEADER:
         raise ValueError("header")
-    entries = json.loads(file.read(length), object_pairs_hook=_each_key_once)
+    entries = json.loads(file.read(length), object_pairs_hook=each_key_once)
     entries.pop("__metadata__", None)
     held = file.seek(0, 2) - 8 - length
     places = {}

@@ -1,4 +1,4 @@
-"""Centred Gram on a CPU: csrc/cpu/cka.cpp. The operator's fake kernel is here too."""
+"""Centred Gram on a CPU: csrc/cpu/cka/. The operator's fake kernel is here too."""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ def _gram_kernel(
     BLOCK_P: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """partial (L, splits, pairs, ROWS, ROWS): this split's share of one pair of row blocks of one layer's Gram."""
+    """partial (L, splits, pairs, ROWS, ROWS): this split's share of one pair of row blocks of one layer's Gram.
+
+    features (L, samples, columns) by its strides. With two blocks of ROWS samples, BLOCKS = 2 and there are 3 pairs.
+    """
     split, layer, pair = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     row_block, column_block = pair // 2, (pair + 1) // 2
     base = features + layer * stride_layer
@@ -49,8 +52,8 @@ def _gram_kernel(
         inside = column < stop
         place = base + column * stride_column
         # Differences to the first sample are exact where a common component dominates, and exactly 0 where all agree.
-        common = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        left = _differences(place, common, rows, samples, stride_sample, inside)
+        common = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_P]
+        left = _differences(place, common, rows, samples, stride_sample, inside)  # [ROWS, BLOCK_P]
         if BLOCKS == 1:
             left -= tl.where(rows[:, None] < samples, tl.sum(left, 0)[None, :] / samples, 0.0)
             # High times low counts twice in the Gram: what is summed is its half, to which the host adds the transpose.
@@ -61,7 +64,7 @@ def _gram_kernel(
             else:
                 total = tl.dot(left, tl.trans(0.5 * left), total, input_precision="ieee")
         else:
-            right = _differences(place, common, rows + ROWS, samples, stride_sample, inside)
+            right = _differences(place, common, rows + ROWS, samples, stride_sample, inside)  # [ROWS, BLOCK_P]
             mean = (tl.sum(left, 0) + tl.sum(right, 0))[None, :] / samples
             left -= mean
             right -= tl.where(rows[:, None] + ROWS < samples, mean, 0.0)
@@ -76,9 +79,11 @@ def _gram_kernel(
 
 @triton.jit
 def _differences(place, common, rows, samples, stride_sample, inside):
-    """fp32 (ROWS, BLOCK_P): samples less the first one, 0 outside."""
+    """fp32 [ROWS, BLOCK_P]: samples less the first one, 0 outside; place, common and inside [BLOCK_P]."""
     valid = (rows[:, None] < samples) & inside[None, :]
-    tile = tl.load(place[None, :] + rows[:, None].to(tl.int64) * stride_sample, mask=valid, other=0.0)
+    tile = tl.load(
+        place[None, :] + rows[:, None].to(tl.int64) * stride_sample, mask=valid, other=0.0
+    )  # [ROWS, BLOCK_P]
     return tl.where(valid, tile.to(tl.float32) - common[None, :], 0.0)
 
 
@@ -143,12 +148,12 @@ def _gram(features: Tensor) -> Tensor:
             stride_layer=layer, stride_sample=sample, stride_column=column, **constants,
         )  # fmt: skip
         sums.append(partial.sum(1, dtype=torch.float64))
-    sums = torch.cat(sums)
+    whole = torch.cat(sums)
     if blocks == 1:
-        half = sums[:, 0]
+        half = whole[:, 0]
     else:
-        upper = torch.cat([0.5 * sums[:, 0], sums[:, 1]], 2)
-        half = torch.cat([upper, torch.nn.functional.pad(0.5 * sums[:, 2], (rows, 0))], 1)
+        upper = torch.cat([0.5 * whole[:, 0], whole[:, 1]], 2)
+        half = torch.cat([upper, torch.nn.functional.pad(0.5 * whole[:, 2], (rows, 0))], 1)
     return (half + half.mT)[:, :samples, :samples]
 
 

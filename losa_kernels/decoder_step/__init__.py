@@ -77,7 +77,7 @@ def rotate_and_store(
         position: int64 (1,), read on the device; one beyond the cache is not stored, and its result undefined.
         cache: (2, key heads, places, size), keys and values; row ``position`` of each is written.
         q_norm, k_norm: (size,), weights of RMS norms of queries and keys; or None.
-        eps: of those norms.
+        eps: of the norms of queries and keys.
 
     Returns:
         (queries, size), the turned queries.

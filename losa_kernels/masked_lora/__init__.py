@@ -11,6 +11,7 @@ from torch import Tensor
 
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed
+from losa_kernels.masked_lora.layer import Layer
 
 MAX_RANK = 128
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +79,7 @@ def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_
     scaling = _check(weight, mask, lora_A, lora_B, scaling)
     _check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")
     with torch.no_grad():
-        return _run("merge_masked_lora", weight.device, weight, mask, lora_A, lora_B, scaling)
+        return _run("merge_masked_lora", weight.device, Layer(weight, mask, lora_A, lora_B, scaling))
 
 
 def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
@@ -160,7 +161,8 @@ def _forward(
     seed: Tensor | None,
 ) -> Tensor:
     number = 0 if seed is None else int(seed)
-    y = _run("masked_lora_forward", x.device, x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, number)
+    layer = Layer(weight, mask, lora_A, lora_B, scaling)
+    y = _run("masked_lora_forward", x.device, x, layer, bias, dropout_p, number)
     # Autograd forbids changing in place what a Function returns as a view; decoder blocks do change outputs in place.
     return torch.ops.aten._unsafe_view(y, y.shape)
 
@@ -179,8 +181,9 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients of x, lora_A, lora_B and bias that ``needs`` asks for, in this order."""
     number = 0 if seed is None else int(seed)
-    arguments = (grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, number, needs)
-    return [grad for grad in _run("masked_lora_backward", grad_y.device, *arguments) if grad is not None]
+    layer = Layer(weight, mask, lora_A, lora_B, scaling)
+    grads = _run("masked_lora_backward", grad_y.device, grad_y, x, layer, dropout_p, number, needs)
+    return [grad for grad in grads if grad is not None]
 
 
 def _save(ctx, inputs, output) -> None:

@@ -1,7 +1,7 @@
-"""Products of a masked-LoRA linear on a CPU that cost what the mask keeps, by csrc/cpu/masked_lora_sparse.cpp.
+"""Products of a masked-LoRA linear on a CPU that cost what the mask keeps, by csrc/cpu/masked_lora/products.cpp.
 
-A product over all entries, zeros included, is what the vendor's library offers. With the tokens of a batch side by side
-in registers, entries can be left out one by one at no loss of speed for the others.
+The vendor's library multiplies all entries, zeros included. With the tokens of a batch side by side in registers, a
+pruned entry can be skipped without slowing the kept entries.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def backward(
         if dx is not None:
             torch.ops.losa.multiply_masked_lora.default(dy_passes, weight, mask, A, sB, None, True, dx[part])
         if dA is not None or dB is not None:
+            assert x is not None
             x_passes = _split("tokens", x[part])
             torch.ops.losa.sample_masked_lora.default(dy_passes, x_passes, len(x[part]), mask, A, sB, dA, dB)
 

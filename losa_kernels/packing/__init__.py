@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from losa_kernels import arguments
 from losa_kernels.bitmask import check_packed, packed_width
@@ -23,7 +25,7 @@ class Packed(ABC):
     Two objects are equal only if they are the same object: tensors have no single answer to ``==``.
 
     Making one checks what can be told without reading data: types, dtypes, shapes, strides and devices. What comes from
-    elsewhere (a file) needs :meth:`check` besides: with data that contradict each other, ops give wrong numbers or
+    elsewhere (a file) also needs ``check``: with data that contradict each other, ops give wrong numbers or
     raise ValueError.
 
     Raises:
@@ -76,11 +78,21 @@ class Packed(ABC):
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
     @abstractmethod
     def unpack(self) -> Tensor:
         """The dense weight (out, in): kept values to the bit, +0.0 elsewhere."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``sparse_linear`` for arguments that it has checked: unpack, then multiply.
+
+        The formats of this package have kernels, and this is their reference. A class from outside may override it with
+        an op of its own.
+        """
+        weight = self.unpack().to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @abstractmethod
     def mask(self) -> Tensor:
@@ -181,7 +193,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> PackedBitmask:
     if last := weight.shape[1] % 8:
         mask[:, -1] &= (1 << last) - 1  # a set padding bit would be read as one more value
     values, offsets = implementation("pack_bitmask", weight)(weight.detach(), mask)
-    return PackedBitmask(tuple(weight.shape), values, mask, offsets)
+    return PackedBitmask((weight.shape[0], weight.shape[1]), values, mask, offsets)
 
 
 def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
@@ -196,7 +208,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
     keep_n, m = arguments.pattern(keep_n, m, weight.shape[1])
     _check_groups(weight, mask, keep_n, m)
     values, stored = implementation("pack_nm", weight)(weight.detach(), mask, keep_n, m)
-    return PackedNM(tuple(weight.shape), values, stored, keep_n, m)
+    return PackedNM((weight.shape[0], weight.shape[1]), values, stored, keep_n, m)
 
 
 def pack_24(weight: Tensor, mask: Tensor) -> Packed24:

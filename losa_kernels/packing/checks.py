@@ -1,6 +1,6 @@
-"""What the tensors of a packed weight must agree on: ``field`` and ``shape`` read no data, the others do.
+"""What the tensors of a packed weight must agree on: ``field`` and ``shape`` read no data, the other checks do.
 
-Native code trusts what these say, but for reading beyond a buffer: wrong data gives wrong numbers there.
+Native code trusts these checks, except that it never reads beyond a buffer: wrong data gives wrong numbers there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packing by csrc/cpu/packing.cpp, or csrc/cuda/packing where the tensors lie there. The operators' fake kernels are
+"""Packing by csrc/cpu/packing/, or csrc/cuda/packing/ where the tensors lie there. The operators' fake kernels are
 here too."""
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def unpack_bitmask(
 ) -> Tensor:
     """Dense (out, in), in ``out`` (contiguous, of that shape and the dtype of values) if it is given.
 
-    ``row_offsets`` None: rows with equally many values. With offsets, ``mask`` and they may be those of some rows only.
+    ``row_offsets`` None: rows with equally many values. With offsets, ``mask`` and the offsets may belong to
+    some of the rows alone.
     """
     dense = values.new_empty(shape) if out is None else out
     torch.ops.losa.unpack_bitmask.default(dense, values, mask, row_offsets)

@@ -37,7 +37,7 @@ def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor | None, sha
 def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> tuple[Tensor, Tensor]:
     """(values (out, in / m * keep_n), packed mask of stored positions).
 
-    A group that keeps fewer than keep_n weights stores its first pruned positions besides, as +0.0.
+    A group that keeps fewer than keep_n weights also stores its first pruned positions, as +0.0.
     """
     kept = _kept(weight, mask)
     groups = kept.reshape(-1, m)
@@ -69,7 +69,7 @@ def pack_24(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     words = (nibbles << torch.arange(0, 16, 4, device=weight.device)).sum(-1)
     words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     meta = torch.empty_like(words).view(-1)
-    meta[metadata_order(*words.shape, weight.device)] = words.reshape(-1)
+    meta[metadata_order(rows, words.shape[1], weight.device)] = words.reshape(-1)
     return values, meta.view(words.shape)
 
 
@@ -95,7 +95,7 @@ def mask_24(meta: Tensor) -> Tensor:
     return pack_mask(stored.scatter_(2, positions_24(meta), True).reshape(rows, 16 * width))
 
 
-def metadata_order(rows: int, words: int, device) -> Tensor:
+def metadata_order(rows: int, words: int, device: torch.device | str) -> Tensor:
     """Where word (row, word) of the plain metadata matrix goes in CUTLASS's interleaved storage, flat int64.
 
     Rows of a group of 32 are shuffled (row 8a + b of 32 goes to 4b + a), 2x2 blocks are transposed, and pairs of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,8 +29,10 @@ def join_rows(parts: Sequence[Packed]) -> Packed:
     joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("values", "bitmask")}
     if isinstance(first, PackedBitmask):
         starts = torch.tensor([0, *(p.values.numel() for p in parts[:-1])]).cumsum(0).tolist()
-        joined["row_offsets"] = torch.cat([p.row_offsets + start for p, start in zip(parts, starts, strict=True)])
-    return replace(first, shape=shape, **joined)
+        offsets = [getattr(p, "row_offsets") + start for p, start in zip(parts, starts, strict=True)]  # noqa: B009
+        joined["row_offsets"] = torch.cat(offsets)
+    fields: dict[str, Any] = {"shape": shape, **joined}
+    return replace(first, **fields)
 
 
 def take_rows(packed: Packed, start: int, stop: int) -> Packed:
@@ -44,8 +47,8 @@ def take_rows(packed: Packed, start: int, stop: int) -> Packed:
         raise ValueError(f"start, stop: expected 0 <= start <= stop <= {rows}, got {start}, {stop}")
     shape = (stop - start, packed.shape[1])
     if isinstance(packed, PackedNM):
-        part = replace(packed, shape=shape, values=packed.values[start:stop], bitmask=packed.bitmask[start:stop])
-        return _part_of(part, packed, start)
+        rows_of_it = replace(packed, shape=shape, values=packed.values[start:stop], bitmask=packed.bitmask[start:stop])
+        return _part_of(rows_of_it, packed, start)
     if not isinstance(packed, PackedBitmask):
         raise ValueError(f"packed: rows of {type(packed).__name__} do not stand alone")
     edges = [int(packed.row_offsets[row]) if row < rows else packed.values.numel() for row in (start, stop)]

@@ -1,7 +1,8 @@
 """The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/column_sweep.
 
-Per block: selection, one sweep of all rows, one product that brings later columns up to date: those of the block's
-panel, and at a panel's end, all errors of the panel together, those right of it. The weight is swept in place.
+Per block: selection, one sweep of all rows, and one product that brings later columns up to date. Inside a panel the
+product updates the panel's later columns from the block's errors. At the panel's end it updates all columns right of
+the panel from all errors of the panel. The weight is swept in place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ STATE = 4352  # int32s that select_block takes: the bound it found, and on CUDA 
 
 
 def update_rest(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
-    """rest (out, later) -= errors (out, terms) upper (terms, later), in place."""
+    """rest (out, later) -= errors (out, width) upper (width, later), in place."""
     rest.addmm_(errors, upper, alpha=-1)
 
 
@@ -28,9 +29,11 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
 
 
 def split_factor(factor: Tensor, block_size: int) -> Tensor:
-    """(3 n, n) of a contiguous factor's first n rows, whole blocks: of each block its high part, its low part and its
-    high part again. Beside errors in their high, high and low part, three TF32 products in one:
-    high high + high low + low high. What is left out is at most 3 * 2^-22 of a product.
+    """(3 n, n) of a contiguous factor's first n rows, n a multiple of the block size: of each block its high part, its
+    low part and its high part again.
+
+    Multiplied by errors in their high, high and low part, that is three TF32 products in one: high high + high low +
+    low high. The missing product low low is at most 3 * 2^-22 of the whole.
     """
     rows = factor[: len(factor) // block_size * block_size]
     parts = rows.new_empty(len(rows) // block_size, 3, block_size, factor.shape[1])
@@ -82,28 +85,30 @@ def column_sweep(
     kept = work.new_zeros(rows, packed_width(columns), dtype=torch.uint8)
     loss = work.new_zeros(rows)
     panel = max(panel // block_size, 1) * block_size
-    terms, right = (3, split_factor(factor, block_size)) if split else (1, factor)
-    space = work.new_empty(rows * terms * min(panel, columns))
+    parts, right = (3, split_factor(factor, block_size)) if split else (1, factor)
+    space = work.new_empty(rows * parts * min(panel, columns))
     starts = range(0, columns, block_size)
     scratch, state = None, None
     if keep_n is None and columns:
         scratch = work.new_empty(rows * min(block_size, columns))
         state = work.new_zeros(STATE, dtype=torch.int32)
-        counts = block_counts(sparsity, work, block_size, mask) if counts is None else counts
-    group, prune = (0, 0) if keep_n is None else (m, m - keep_n)
+        if counts is None:
+            assert sparsity is not None
+            counts = block_counts(sparsity, work, block_size, mask)
+    group, prune = (0, 0) if keep_n is None or m is None else (m, m - keep_n)
     for index, start in enumerate(starts):
         end = min(start + block_size, columns)
         first = start // panel * panel
         last = min(first + panel, columns)
-        errors = space[: rows * terms * (last - first)].view(rows, terms * (last - first))
-        own = errors[:, terms * (start - first) : terms * (end - first)]
+        errors = space[: rows * parts * (last - first)].view(rows, parts * (last - first))
+        own = errors[:, parts * (start - first) : parts * (end - first)]
         if state is not None:
             torch.ops.losa.select_block(work, factor, start, end, counts, index, mask, scratch, state)
         torch.ops.losa.sweep_block(work, factor, start, end, group, prune, state, mask, kept, own, loss)
         if end < last:
-            update_rest(work[:, end:last], own, right[terms * start : terms * end, end:last])
+            update_rest(work[:, end:last], own, right[parts * start : parts * end, end:last])
         elif end < columns:
-            update_rest(work[:, end:], errors, right[terms * first : terms * end, end:])
+            update_rest(work[:, end:], errors, right[parts * first : parts * end, end:])
     return work, kept, loss
 
 
@@ -117,7 +122,11 @@ def wanda_mask(
     faults: Tensor | None = None,
 ) -> Tensor:
     """Packed mask of an fp32, fp16 or bf16 weight by |W_ij| ||X_j||; ``faults``: see the operator."""
-    count, group = (prune_count(sparsity, weight.shape[1]), 0) if keep_n is None else (m - keep_n, m)
+    if keep_n is None or m is None:
+        assert sparsity is not None
+        count, group = prune_count(sparsity, weight.shape[1]), 0
+    else:
+        count, group = m - keep_n, m
     return torch.ops.losa.wanda_select(weight, input_norms.float(), count, group, mask, faults)
 
 

@@ -1,4 +1,4 @@
-"""Selection and sweep on a CPU: csrc/cpu/selection.cpp, csrc/cpu/column_sweep.cpp, and torch.linalg for the factor."""
+"""Selection and sweep on a CPU: csrc/cpu/selection/, csrc/cpu/pruning/, and torch.linalg for the factor."""
 
 from __future__ import annotations
 

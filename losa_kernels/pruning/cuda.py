@@ -9,7 +9,6 @@ device as it should be; ``fp32`` where nothing may be measured. The blocks becom
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +19,7 @@ from torch import Tensor
 from losa_kernels import measured, settings
 from losa_kernels.pruning import blocks, reference
 from losa_kernels.pruning.graph import CudaCapture, SweepGraphs
+from losa_kernels.pruning.wanda import wanda_faults
 
 WIDEST_BLOCK = 128  # columns that sweep_block takes
 # Columns whose errors reach what is right of them in one product: four times as deep as a block's, it moves the rest of
@@ -56,11 +56,15 @@ def column_sweep(
     def loop(
         weight: Tensor, factor: Tensor, mask: Tensor | None, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        options = {"panel": PANEL, "split": split, "counts": counts}
-        return blocks.column_sweep(weight, factor, None, keep_n, m, block_size, mask, **options)
+        return blocks.column_sweep(
+            weight, factor, None, keep_n, m, block_size, mask, panel=PANEL, split=split, counts=counts
+        )
 
     with matmul_precision("tf32" if split else "ieee"):
-        return graphs.run(loop, (weight, factor.contiguous(), mask, counts), (keep_n, m, block_size, split))
+        swept, kept, loss = graphs.run(
+            loop, (weight, factor.contiguous(), mask, counts), (keep_n, m, block_size, split)
+        )
+    return swept, kept, loss
 
 
 def _trailing(weight: Tensor, factor: Tensor) -> str:
@@ -102,55 +106,6 @@ def wanda_mask(
         return reference.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask)
     with wanda_faults.for_call(weight.device) as faults:
         return blocks.wanda_mask(weight, input_norms, sparsity, keep_n, m, mask, faults)
-
-
-class Faults(threading.local):
-    """What Wanda's kernel found wrong with its arguments: read after each call, or inside ``together`` once for all."""
-
-    def __init__(self):
-        self._zeros: dict[torch.device, Tensor] = {}
-        self._waiting: list[tuple[torch.cuda.Stream, Tensor]] | None = None
-
-    @contextmanager
-    def for_call(self, device: torch.device) -> Iterator[Tensor]:
-        """An int32 of zero for a kernel's faults, which are raised at the end of the block or left to ``together``."""
-        if self._waiting is not None:
-            faults = torch.zeros(1, dtype=torch.int32, device=device)
-            yield faults
-            self._waiting.append((torch.cuda.current_stream(device), faults))
-            return
-        # One that was read as zero serves again, so that no call fills one first.
-        faults = self._zeros.pop(device, None)
-        if faults is None:
-            with torch.inference_mode(False):  # made in inference mode it could not be written to outside
-                faults = torch.zeros(1, dtype=torch.int32, device=device)
-        yield faults
-        reference.raise_faults(int(faults))
-        self._zeros[device] = faults
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Calls inside return at once; ValueError at the end for the first that had something wrong."""
-        if self._waiting is not None:
-            yield
-            return
-        self._waiting = waiting = []
-        try:
-            yield
-        finally:
-            self._waiting = None
-        found = [0] * len(waiting)
-        for stream in dict.fromkeys(stream for stream, _ in waiting):
-            own = [index for index, (other, _) in enumerate(waiting) if other == stream]
-            with torch.cuda.stream(stream):
-                values = torch.cat([waiting[index][1] for index in own]).tolist()
-            for index, value in zip(own, values, strict=True):
-                found[index] = value
-        for faults in found:
-            reference.raise_faults(faults)
-
-
-wanda_faults = Faults()
 
 
 @cache

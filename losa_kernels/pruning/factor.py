@@ -103,8 +103,9 @@ def by_blocks(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
 def _blocked(work: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
     """(U, failed) of a symmetric positive definite matrix (n, n), which is given up.
 
-    Rows [start, end) of ``work`` hold what is left of H up to column ``end`` and what has become of an identity beyond.
-    Times the inverse of R's diagonal block they are [R^T | U], whose multiples leave the rows above.
+    Rows [start, end) of ``work`` hold the reduced H up to column ``end``; right of it, an identity to which the same
+    operations were applied. Multiplied by the inverse of R's diagonal block these rows are [R^T | U]; multiples of them
+    are then subtracted from the rows above.
     """
     n = len(work)
     factor = torch.empty_like(work)
@@ -130,7 +131,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
     """``inverse_factor`` of each (n, n) CUDA Hessian, or its error; several at a time, each with a damping of its own.
 
-    The device is asked once for each round of attempts: the first is everybody's, a later one theirs that failed.
+    The device is asked once for each round of attempts. All Hessians take part in the first round, and the Hessians
+    whose attempt failed take part in the next one.
     """
     results: list = [None] * len(hessians)
     waiting = [(index, damping) for index in range(len(hessians))]
@@ -148,7 +150,7 @@ def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Te
 
 
 def _batch(hessians: Sequence[Tensor], waiting: list[tuple[int, float]]) -> tuple[list, list]:
-    """As many as may be factored together, and the rest."""
+    """The attempts that may be made together, and the remaining ones."""
     size, count = 0, 0
     for index, _ in waiting:
         size += hessians[index].nbytes
@@ -186,12 +188,12 @@ def _on_streams(prepared: list[tuple[Attempt, Tensor, Tensor]], device: torch.de
                 with torch.cuda.stream(streams[turn % len(streams)]):
                     found.append((index, run(hessian, diagonal)))
         finally:
-            # Whatever was started reads Hessians and diagonals that may be freed on this stream.
+            # Attempts that were started read Hessians and diagonals that may be freed on this stream.
             for stream in streams:
                 here.wait_stream(stream)
         results = [result for _, result in sorted(found, key=lambda item: item[0])]
         for factor, right in results:
-            # Their memory is the other stream's: it is not to be given away there while this one reads them.
+            # Their memory belongs to the stream that made them, which must not reuse it while this stream reads it.
             factor.record_stream(here)
             right.record_stream(here)
         return results
@@ -202,7 +204,7 @@ _kept_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     if device not in _kept_streams:
-        # Of nobody else: a graph captured on one of them would share its cuBLAS workspace.
+        # Streams that nothing else uses: a graph captured on one of them would share its cuBLAS workspace.
         _kept_streams[device] = [cuda_graphs.private_stream() for _ in range(STREAMS)]
     return _kept_streams[device]
 

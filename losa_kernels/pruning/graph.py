@@ -1,9 +1,9 @@
 """The loop over column blocks as a CUDA graph: one launch where Python would start two kernels or more per block.
 
-The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in
-and results copied out: the same kernels on the same values as without one. It is captured at the second call of a key
-(stream, shapes, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and
-only then: more than ``KEPT`` keys in rotation would otherwise be captured again and again. How many entries go from
+The loop reads nothing back from the device. A graph works on memory of its own, with inputs copied in and results
+copied out: the same kernels on the same values as without a graph. It is captured at the second call of a key (stream,
+shapes, pattern, block size, mask or none, trailing product), so that what is pruned once pays nothing, and at no later
+call: more than ``KEPT`` keys in rotation would otherwise be captured again and again. How many entries go from
 each column block is an input, since every transformer block may have a sparsity of its own.
 
 ``LOSA_SWEEP_GRAPH=0`` turns graphs off; so does torch's deterministic mode, where results must not depend on what ran
@@ -30,7 +30,7 @@ KEPT = 4  # graphs in a process, the least recently used goes; as many as a tran
 LARGEST = 128 << 20
 
 Results = tuple[Tensor, ...]
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Tensor | None, ...]  # the first is a tensor
 Loop = Callable[..., Results]
 
 
@@ -65,10 +65,12 @@ class SweepGraphs:
 
     def run(self, loop: Loop, inputs: Inputs, key: tuple) -> Results:
         """``loop(*inputs)``, which gives the first input up for the first result. ``key``: all that the loop depends on
-        besides the place and its inputs' shapes."""
+        in addition to the place and the shapes of its inputs."""
+        first = inputs[0]
+        assert first is not None
         off = not settings.SWEEP_GRAPH() or torch.are_deterministic_algorithms_enabled()
         too_large = sum(0 if given is None else given.nbytes for given in inputs[:2]) > LARGEST
-        place = None if off or too_large else self._capture.place(inputs[0].device)
+        place = None if off or too_large else self._capture.place(first.device)
         if place is not None:
             key = (place, *(None if given is None else given.shape for given in inputs), *key)
             with self._lock:
@@ -95,7 +97,7 @@ class SweepGraphs:
             self._graphs.popitem(last=False)[1].close()
         try:
             self._graphs[key] = _Graph(self._capture, loop, inputs)
-        except Exception as error:  # whatever it is, the loop itself will do, or will say what is wrong
+        except Exception as error:  # whatever it is: the loop itself will work, or will say what is wrong
             logger.warning("column_sweep: no CUDA graph for %s: %s", key, error)
             return None
         return self._graphs[key]
@@ -113,19 +115,21 @@ class _Graph:
             ]
             self._inputs = own
             self._load(inputs)
-            self._recording = capture(lambda: loop(*own), inputs[0].device)
+            assert own[0] is not None
+            self._recording = capture(lambda: loop(*own), own[0].device)
 
     def run(self, inputs: Inputs) -> Results:
         self._load(inputs)
-        first, *rest = self._recording()
-        return inputs[0].contiguous().copy_(first), *(result.clone() for result in rest)
+        given, (first, *rest) = inputs[0], self._recording()
+        assert given is not None
+        return given.contiguous().copy_(first), *(result.clone() for result in rest)
 
     def close(self) -> None:
         self._recording.close()
 
     def _load(self, inputs: Inputs) -> None:
         for static, value in zip(self._inputs, inputs, strict=True):
-            if static is not None:
+            if static is not None and value is not None:
                 static.copy_(value)
 
 
@@ -133,7 +137,7 @@ class CudaCapture:
     """Captures, each by a recorder of its own: a recording that goes takes its memory along."""
 
     def place(self, device: torch.device) -> Hashable | None:
-        """Device and current stream: on one stream, copies and replays wait for those before them."""
+        """Device and current stream: on one stream, copies and replays wait for earlier copies and replays."""
         if device.type != "cuda" or cuda_graphs.is_recording(device):
             return None
         return device, torch.cuda.current_stream(device).cuda_stream

@@ -1,14 +1,18 @@
-"""The Hessian X^T X of a linear's inputs, summed over batches: little more than half the work of a full product."""
+"""The Hessian X^T X of a linear's inputs: summed over batches, completed, and factored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from losa_kernels import arguments
+from losa_kernels import arguments, dispatch
+from losa_kernels.pruning import factor as factor_on_cuda
+from losa_kernels.pruning.checks import wide_dtype
+from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError
+from losa_kernels.tensors import all_finite
 
 PANEL = 256  # columns that are multiplied at once; all work below the diagonal is inside such blocks
 TENSOR_CORE_PANEL = 2048  # wide enough to keep tensor cores busy
@@ -24,6 +28,8 @@ REDUCED = (
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
     """hessian += x^T x on and above the diagonal, in place; :func:`complete_hessian` makes it whole at the end.
 
+    That is little more than half the work of a full product.
+
     An fp32 Hessian of 16-bit inputs on CUDA comes from tensor cores: each product of two inputs is exact, and sums are
     fp32.
 
@@ -35,7 +41,7 @@ def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
     Raises:
         ValueError: a wrong shape, dtype or device; names the argument.
     """
-    _check(hessian)
+    _check_sum(hessian)
     arguments.tensor("x", x)
     if x.dim() != 2 or x.shape[1] != len(hessian) or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (tokens, {len(hessian)}), got {x.dtype} {tuple(x.shape)}")
@@ -84,7 +90,7 @@ def complete_hessian(hessian: Tensor) -> Tensor:
     Raises:
         ValueError: not (in, in) fp32 or fp64.
     """
-    _check(hessian)
+    _check_sum(hessian)
     for start in range(0, len(hessian), PANEL):
         end = min(start + PANEL, len(hessian))
         hessian[end:, start:end] = hessian[start:end, end:].T
@@ -93,8 +99,73 @@ def complete_hessian(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def _check(hessian: Tensor) -> None:
+def _check_sum(hessian: Tensor) -> None:
     arguments.written_to("hessian", arguments.tensor("hessian", hessian))
     square = hessian.dim() == 2 and hessian.shape[0] == hessian.shape[1]
     if not square or hessian.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"hessian: expected float32 or float64 (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
+
+
+@torch.no_grad()
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular U with U^T U = (H + d mean(diag H) I)^-1, and the damping d that was needed.
+
+    A zero on the diagonal (an input that was never active) counts as 1, in the mean too.
+
+    Args:
+        hessian: (in, in) floating point, symmetric (the upper triangle is read), not changed; computed in fp32 (fp64
+            for fp64).
+        damping: first d tried, 0 < d <= 1; grows tenfold, up to 1, until the factor exists and is finite.
+
+    Raises:
+        ValueError: a wrong shape or damping, or a non-finite Hessian; names the argument.
+        SingularHessianError: no damping up to 1 makes it positive definite.
+    """
+    hessian, damping = _check_hessian(hessian), _check_damping(damping)
+    return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
+
+
+@torch.no_grad()
+def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
+    """:func:`inverse_factor` of each Hessian, or its SingularHessianError.
+
+    Each Hessian has a damping of its own. On CUDA several are factored at a time.
+
+    Raises:
+        ValueError: a wrong shape, device or damping, or a non-finite Hessian; names the argument.
+    """
+    damping, hessians = _check_damping(damping), [_check_hessian(hessian) for hessian in hessians]
+    if not hessians:
+        return []
+    devices = {hessian.device for hessian in hessians}
+    if len(devices) > 1:
+        raise ValueError(f"hessian: expected all on one device, got {', '.join(sorted(map(str, devices)))}")
+    run = dispatch.implementation("inverse_factor", hessians[0].device)
+    if run is factor_on_cuda.inverse_factor:
+        return factor_on_cuda.inverse_factors(hessians, damping)
+    found: list[tuple[Tensor, float] | SingularHessianError] = []
+    for hessian in hessians:
+        try:
+            found.append(run(hessian, damping))
+        except SingularHessianError as error:
+            # Its traceback would keep all Hessians alive.
+            found.append(error.with_traceback(None))
+    return found
+
+
+def _check_hessian(hessian: Tensor) -> Tensor:
+    """In the dtype that it is factored in."""
+    arguments.with_data("hessian", arguments.tensor("hessian", hessian))
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
+        raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
+    hessian = hessian.to(wide_dtype(hessian))
+    if not all_finite(hessian):
+        raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
+    return hessian
+
+
+def _check_damping(damping: float) -> float:
+    damping = arguments.number("damping", damping)
+    if not 0 < damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
+    return damping

@@ -101,7 +101,8 @@ def wanda_mask(
     if mask is not None:
         gone = ~unpack_mask(mask, columns)
         scores.masked_fill_(gone, -1)
-    if keep_n is None:
+    if keep_n is None or m is None:
+        assert sparsity is not None
         pruned = smallest(scores, prune_count(sparsity, columns))
     else:
         groups = scores.reshape(-1, m).T.contiguous()
@@ -169,8 +170,9 @@ def column_sweep(
     gone = None if mask is None else (~unpack_mask(mask, columns)).T.contiguous()
     loss = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
     starts = range(0, columns, block_size)
-    counts = []
+    counts: list[int] = []
     if keep_n is None:
+        assert sparsity is not None
         widths = [min(block_size, columns - start) for start in starts]
         lost = [0] * len(widths) if gone is None else [int(gone[i : i + block_size].sum()) for i in starts]
         counts = block_counts(sparsity, rows, widths, lost)
@@ -186,7 +188,7 @@ def column_sweep(
             chosen.copy_(smallest(scores, counts[index]).reshape(chosen.shape))
         errors = torch.empty_like(block)
         for i in range(end - start):
-            if keep_n is not None and i % m == 0:
+            if keep_n is not None and m is not None and i % m == 0:
                 group = slice(i, i + m)
                 taken = None if already is None else already[group]
                 chosen[group] = smallest_of_groups(_scores(block[group], diagonal[group], taken), m - keep_n)

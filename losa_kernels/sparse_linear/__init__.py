@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.packing import Packed
+from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
 
+WITH_KERNELS = (Packed24, PackedBitmask, PackedNM)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch multiplies
 
 
@@ -20,7 +21,8 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
 
     Args:
         x: (..., in) bf16, fp16, fp32 or fp64 on the packed weight's device; the product runs in its dtype.
-        packed: what ``pack_bitmask``, ``pack_nm`` or ``pack_24`` returned.
+        packed: what ``pack_bitmask``, ``pack_nm`` or ``pack_24`` returned; or a weight of another class of ``Packed``,
+            which is multiplied by its own ``linear``.
         bias: (out,) or None.
 
     Returns:
@@ -55,4 +57,6 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
             if tensor is not None and tensor.requires_grad:
                 reason = "requires a gradient, but sparse_linear is for inference only; call it under torch.no_grad()"
                 raise RuntimeError(f"{name}: {reason}")
+    if type(packed) not in WITH_KERNELS:
+        return packed.linear(x, bias)
     return dispatch.implementation("sparse_linear", device)(x, packed, bias)

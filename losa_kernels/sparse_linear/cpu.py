@@ -1,10 +1,12 @@
-"""Few rows of x: csrc/cpu/sparse_linear.cpp, which reads the packed weight once. More: unpack panels, then multiply.
+"""Few rows of x: csrc/cpu/sparse_linear/, which reads the packed weight once. More: unpack panels, then multiply.
 
 Weights and x in fp32, bf16 or fp16, in any combination; products and sums are fp32. Other dtypes, and the 2:4 format
 of GPUs, take the reference.
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    if not supported(x, packed, bias):
+    if not supported(packed, x, bias):
         return reference.sparse_linear(x, packed, bias)
     few = x.numel() <= DECODE_ROWS * packed.shape[1]
     if few and (per_byte := values_per_byte(packed)):
@@ -33,7 +35,7 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return (_few_rows if few else _many_rows())(x, packed.values, packed.bitmask, offsets, bias)
 
 
-def supported(x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
+def supported(packed: Packed, x: Tensor, bias: Tensor | None) -> TypeGuard[PackedBitmask | PackedNM]:
     return (
         isinstance(packed, (PackedBitmask, PackedNM))
         and packed.shape[1] > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa_kernels import settings
-from losa_kernels.packing import Packed, Packed24, PackedBitmask
+from losa_kernels.packing import Packed, Packed24, PackedBitmask, PackedNM
 from losa_kernels.sparse_linear import reference, tiles, ways
 from losa_kernels.sparse_linear.cpu import supported, values_per_byte
 
@@ -27,24 +27,27 @@ MAJOR_24 = 8  # of the compute capability that it asks for
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if isinstance(packed, Packed24) and x.dtype == packed.dtype and x.numel() > 0 and use_semi_structured(x.device):
         return semi_structured(x, packed, bias)
-    if not supported(x, packed, bias) or x.numel() > DECODE_ROWS * packed.shape[1]:
+    if not supported(packed, x, bias) or x.numel() > DECODE_ROWS * packed.shape[1]:
         return reference.sparse_linear(x, packed, bias)
     if x.dtype == packed.dtype and x.numel() > 0 and tiles.supported(packed):
         return _by(ways.choose(x, packed, lambda way: _by(way, x, packed, bias)), x, packed, bias)
     return window(x, packed, bias)
 
 
-def _by(way: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _by(way: str, x: Tensor, packed: PackedBitmask | PackedNM, bias: Tensor | None) -> Tensor:
     if way == "unpack":
         return reference.sparse_linear(x, packed, bias)
     if way == "tiles":
-        made = packed._held.tiles
+        made = ways.held_by(packed).tiles
         # Another thread, whose batch chose otherwise, may have let go of them.
-        return tiles.multiply(x, made if torch.compiler.is_compiling() else made or ways.tiles_of(packed), bias)
+        if made is None and not torch.compiler.is_compiling():
+            made = ways.tiles_of(packed)
+        assert made is not None
+        return tiles.multiply(x, made, bias)
     return window(x, packed, bias)
 
 
-def window(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def window(x: Tensor, packed: PackedBitmask | PackedNM, bias: Tensor | None) -> Tensor:
     """By the window kernel or the row kernel of csrc/cuda/sparse_linear/sparse_linear.cu."""
     # Of two different 16-bit dtypes the product is fp32.
     rows = x if x.dtype in (packed.dtype, torch.float32) else x.float()

@@ -53,6 +53,7 @@ def bytes_of(packed: Packed) -> int:
 
 def make(packed: Packed) -> Tiles:
     """The tiles of a :func:`supported` weight that lies on a GPU. The host waits for them."""
+    assert isinstance(packed, PackedBitmask | PackedNM)
     offsets = packed.row_offsets if isinstance(packed, PackedBitmask) else None
     columns = packed.shape[1]
     sizes = torch.ops.losa.count_tiles.default(packed.bitmask, columns)
@@ -99,8 +100,8 @@ def pack(packed: Packed) -> Tiles:
             length = sum(map(len, parts))
             chunks += [*parts, torch.zeros(-length % UNIT, dtype=torch.uint8)]
             offsets.append(offsets[-1] + -(-length // UNIT))
-    offsets = torch.tensor(offsets)
-    return Tiles(torch.cat(chunks), offsets, UNIT * int(offsets.diff().max()), packed.shape, packed.dtype)
+    places = torch.tensor(offsets)
+    return Tiles(torch.cat(chunks), places, UNIT * int(places.diff().max()), packed.shape, packed.dtype)
 
 
 def unpack(tiles: Tiles) -> Tensor:

@@ -146,7 +146,7 @@ def tiles_of(packed: Packed) -> Tiles | None:
         held.tiles = None if of_whole is None else tiles.rows_of(of_whole, whole[1], packed.shape[0])
         return held.tiles
     with capturing:
-        # Another thread may have made them, and a graph may hold those.
+        # Another thread may have made tiles, and a graph may hold them.
         if held.tiles is None and has_room(packed):
             held.tiles = _make(packed)
         return held.tiles

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,18 @@ def test_names_are_listed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks"])
     assert entry.main() == 2
     assert "bitmask" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--help"])
+    assert entry.main() == 0
+    assert "  compare        Two result files side by side\n" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmarks", "nothing"])
+    assert entry.main() == 2
+    assert "no benchmark 'nothing'" in capsys.readouterr().err
+
+
+def test_benchmarks_of_kernels_do_not_import_losa():
+    folder = Path(entry.__file__).parent
+    found = {file.stem for file in folder.glob("*.py") if re.search(r"^ *(from|import) losa\b", file.read_text(), re.M)}
+    assert found == {"_loading", "_models", "_random_model", "decode", "prune", "quality", "training_step"}
 
 
 def test_bitmask_rows(tmp_path):

@@ -35,6 +35,7 @@ pytest.importorskip("triton")
 from losa_kernels import masked_lora_linear, pack_mask, unpack_mask
 from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora import triton as lora
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
 from losa_kernels.masked_lora.triton import tuning
 from tests.native.aot import interpreter_problem
@@ -139,7 +140,7 @@ def test_effective_weight_is_rounded_once(factors, monkeypatch):
     args = problem(40, 32, 16, dtype=FP16, bias=False) | {"x": torch.eye(32).half()}
     args |= {name: args[name].to(factors) for name in ("lora_A", "lora_B")}
     monkeypatch.setenv("LOSA_MASKED_LORA", "fused")
-    exact = reference.effective_weight(*(double(args)[k] for k in ("weight", "mask", "lora_A", "lora_B", "scaling")))
+    exact = reference.effective_weight(Layer(*(double(args)[k] for k in Layer._fields)))
     half_ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(2.0**-14))) - 11)
     assert ((masked_lora_linear(**args).T.double() - exact).abs() <= half_ulp * (1 + 2**-4)).all()
 
@@ -201,7 +202,7 @@ def test_merge(dtype, masked):
 def test_slices_and_splits_of_the_projection(way, p, change, monkeypatch):
     monkeypatch.setenv("LOSA_MASKED_LORA", way)
     args = problem(40, 35, 3, tokens=50, dtype=FP16)
-    inputs = [args[k] for k in ("x", "weight", "mask", "lora_A", "lora_B", "scaling")]
+    inputs = args["x"], Layer(*(args[k] for k in Layer._fields))
     grad_y, needs = torch.randn(50, 40).half(), [False, True, True, False]
     expected = lora.backward(grad_y, *inputs, p, 7, needs)[1:3]
     for name, value in change.items():

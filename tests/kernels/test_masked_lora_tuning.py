@@ -15,29 +15,30 @@ from triton.runtime.errors import OutOfResources
 from losa_kernels import measured, settings
 from losa_kernels.cka import triton as cka
 from losa_kernels.masked_lora import triton as lora
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
 from losa_kernels.masked_lora.triton import tuning
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_factor_split():
+def test_inner_split():
     sizes = sorted({2**i for i in range(4, 10)} | {3 * 2**i for i in range(4, 9)})
-    for depth in range(1, 3 * 128 + 1):
-        head, tail = tuning.factor_split(depth)
-        assert head + tail == min(size for size in sizes if size >= depth)
+    for inner in range(1, 3 * 128 + 1):
+        head, tail = tuning.inner_split(inner)
+        assert head + tail == min(size for size in sizes if size >= inner)
         assert head >= 16 and head & (head - 1) == 0 and tail in (0, head // 2)
 
 
 def test_the_way_is_predicted_by_tokens_rank_and_shape():
     for arch in (80, 89, 90, 120):
-        for depth in (16, 32, 48, 96):
-            choices = [tuning.fused(1 << i, 4096, 4096, depth, arch) for i in range(15)]
+        for inner in (16, 32, 48, 96):
+            choices = [tuning.fused(1 << i, 4096, 4096, inner, arch) for i in range(15)]
             assert choices[0] and not choices[-1]
             assert choices == sorted(choices, reverse=True), "fused up to a number of tokens"
-            backward = [tuning.fused(1 << i, 4096, 4096, depth, arch, True) for i in range(15)]
+            backward = [tuning.fused(1 << i, 4096, 4096, inner, arch, True) for i in range(15)]
             assert sum(backward) <= sum(choices), "the gradient of x is slower in registers"
-            dropped = [tuning.fused(1 << i, 4096, 4096, depth, arch, dropout=True) for i in range(15)]
+            dropped = [tuning.fused(1 << i, 4096, 4096, inner, arch, dropout=True) for i in range(15)]
             assert dropped[0] and not dropped[-1], "two products by the vendor's GEMM cost less than two in registers"
         assert tuning.fused(64, 4096, 4096, 32, arch) and not tuning.fused(64, 4096, 4096, 384, arch)
         assert not tuning.fused(64, 128, 1 << 14, 32, arch), "few tiles leave the machine empty"
@@ -81,9 +82,9 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
     )
     for tokens in (1025, 1500, 2048):
         x, weight = torch.zeros(tokens, 64).bfloat16(), torch.zeros(48, 64).bfloat16()
-        A, B = torch.zeros(8, 64), torch.zeros(48, 8)
-        lora.forward(x, weight, None, A, B, 2.0, None, 0.1, 5)
-        lora.backward(x[:, :48].contiguous(), x, weight, None, A, B, 2.0, 0.1, 5, [True, True, True, False])
+        layer = Layer(weight, None, torch.zeros(8, 64), torch.zeros(48, 8), 2.0)
+        lora.forward(x, layer, None, 0.1, 5)
+        lora.backward(x[:, :48].contiguous(), x, layer, 0.1, 5, [True, True, True, False])
     ways = [key for key in keys if key[0].endswith(("forward", "of x", "A and B"))]
     assert len(ways) == 9 and len(set(ways)) == 3
     assert len(set(keys)) == len(keys) // 3
@@ -202,14 +203,14 @@ def test_launches_are_on_the_tensors_device(call, monkeypatch):
     with FakeTensorMode():
         x, weight = (torch.empty(64, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
         A, B = torch.empty(8, 64, device="cuda:1"), torch.empty(64, 8, device="cuda:1")
-        layer = (weight, None, A, B, 2.0)
+        layer = Layer(weight, None, A, B, 2.0)
         with pytest.raises(Launch):
             if call == "forward":
-                lora.forward(x, *layer, None, 0.1, 5)
+                lora.forward(x, layer, None, 0.1, 5)
             elif call == "backward":
-                lora.backward(x, x, *layer, 0.1, 5, [True, True, True, False])
+                lora.backward(x, x, layer, 0.1, 5, [True, True, True, False])
             elif call == "merge":
-                lora.merge(*layer)
+                lora.merge(layer)
             else:
                 cka.gram(torch.empty(2, 16, 128, device="cuda:1"))
     assert seen == [1]

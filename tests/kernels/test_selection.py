@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.pruning import checks_together, cuda, inverse_factor, reference
+from losa_kernels.pruning import checks_together, cuda, inverse_factor, reference, wanda
 from losa_kernels.pruning.reference import block_counts, prune_count, smallest, smallest_of_groups
 from tests.kernels.test_column_sweep import hessian
 
@@ -185,7 +185,7 @@ def kernel(monkeypatch):
         return weight[:, :1]
 
     monkeypatch.setattr(cuda.blocks, "wanda_mask", run)
-    monkeypatch.setattr(cuda, "wanda_faults", cuda.Faults())
+    monkeypatch.setattr(cuda, "wanda_faults", wanda.Faults())
     monkeypatch.setattr(torch, "zeros", lambda *shape, **more: filled.append(shape) or zeros(*shape, **more))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "one")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -100,7 +100,7 @@ def engine_of(recipe):
 
 
 def test_a_statistic_and_a_pruner_of_ones_own(own_names, tmp_path):
-    register_statistic("input_maxima", InputMaxima)
+    register_statistic("input_maxima")(InputMaxima)
     register("by-maxima", ByMaxima)
     engine = engine_of(recipe_of(tmp_path, prune={"pruner": "by-maxima"}, allocation={"rates": "uniform"}))
     inputs = []
@@ -183,7 +183,7 @@ def test_mistakes_are_named(own_names, tmp_path):
     register("forgetful", Forgetful)
     register("unsure", Unsure)
     register("by-maxima", ByMaxima)
-    register_importance("short", lambda linears: torch.ones(3), needs="linears")
+    register_importance("short", needs="linears")(lambda linears: torch.ones(3))
     for change, error, message in (
         ({"prune": {"pruner": "forgetful"}}, ValueError, r"Forgetful.prune_block: expected outcomes for self_attn"),
         ({"prune": {"pruner": "unsure"}}, NumericsError, r"^model.layers.0: nothing to choose from$"),
@@ -193,6 +193,6 @@ def test_mistakes_are_named(own_names, tmp_path):
             engine_of(recipe_of(tmp_path, **change)).run_round(Round(1, 0.5, 2, 0))
     with pytest.raises(RecipeError, match="'by-maxima': statistic: unknown 'input_maxima'; expected one of hessian"):
         engine_of(recipe_of(tmp_path, prune={"pruner": "by-maxima"}))
-    register_statistic("input_maxima", Backward)
+    register_statistic("input_maxima")(Backward)
     with pytest.raises(RecipeError, match="expected a statistic of forward passes, got 'input_maxima'"):
         engine_of(recipe_of(tmp_path, prune={"pruner": "by-maxima"}))

@@ -22,6 +22,7 @@ import triton
 
 from losa_kernels.cka import triton as cka
 from losa_kernels.masked_lora import triton as lora
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
 from losa_kernels.masked_lora.triton import tuning
 from tests.native import aot, wgmma
@@ -40,12 +41,12 @@ def arguments(tokens=4096, out=4096, into=4096, rank=16, dtype=BF16, masked=True
 
 def forward(p=0.0, **shape):
     x, _, weight, mask, A, B, bias = arguments(**shape)
-    return lora.forward(x, weight, mask, A, B, 2.0, bias, p, 5)
+    return lora.forward(x, Layer(weight, mask, A, B, 2.0), bias, p, 5)
 
 
 def backward(needs, p=0.0, **shape):
     x, dy, weight, mask, A, B, _ = arguments(**shape)
-    return lora.backward(dy, x, weight, mask, A, B, 2.0, p, 5, needs)
+    return lora.backward(dy, x, Layer(weight, mask, A, B, 2.0), p, 5, needs)
 
 
 def gradient_x(**options):
@@ -58,7 +59,7 @@ def gradient_AB(**options):
 
 def merge(**shape):
     _, _, weight, mask, A, B, _ = arguments(**shape)
-    return lora.merge(weight, mask, A, B, 2.0)
+    return lora.merge(Layer(weight, mask, A, B, 2.0))
 
 
 def gram(samples, columns=1 << 16, dtype=BF16):

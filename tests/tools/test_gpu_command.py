@@ -132,6 +132,13 @@ def test_the_steps_fit_their_time():
     assert len({s.name for s in first}) == len(first)
 
 
+def test_sanitizers_collect_the_files_with_their_tests_alone():
+    for step in gpu_steps.first():
+        if step.tool == "compute-sanitizer":
+            files = [Path(part) for part in step.command if part.endswith(".py")]
+            assert len(files) > 4 and all("mark.sanitizer" in file.read_text() for file in files)
+
+
 @pytest.mark.parametrize(
     "step", [s for s in (*gpu_steps.first(), *gpu_steps.again([], True)) if s.kind == "benchmark"], ids=lambda s: s.name
 )

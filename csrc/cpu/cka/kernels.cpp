@@ -10,7 +10,7 @@
 namespace losa::cka {
 namespace {
 
-// As many sums as there are registers for, besides the group that they are products with.
+// Samples of a group. kTile * kTile sums and the kTile factors of one group fill the registers.
 #if defined(__AVX512F__)
 constexpr int kTile = 5;
 #else
@@ -96,7 +96,7 @@ void add_slice_of(const Slice& slice) {
     const Place place{slice, first, left < width ? left : width};
     const int64_t registers = place.registers();
     centre<Type>(place, panel, common, mean);
-    // Sample by sample, one a tile; there are at least about as many tiles as samples.
+    // Each tile prefetches a row of the next panel; there are at least about as many tiles as rows.
     const Stored* ahead = static_cast<const Stored*>(slice.features) + first + (left > width ? width : 0);
     const Stored* last = ahead + (slice.samples - 1) * slice.stride;
     for (int64_t column = 0; column < slice.samples; column += kTile) {

@@ -10,7 +10,7 @@
 
 namespace losa::masked_lora {
 
-// Which entries of a panel are kept: by packed bits, or where they are null by weight != 0.
+// Which entries of a panel are kept: by packed bits, or by weight != 0 if bits is null.
 struct Kept {
   const uint8_t* bits;
   int64_t bits_stride;
@@ -33,7 +33,7 @@ struct Compose {
   float* scratch;
 };
 
-// Of a gradient panel G:  dA += B^T (M * G),  dB += (M * G) A^T; either may be null.
+// Of a gradient panel G:  dA += B^T (M * G),  dB += (M * G) A^T. dA or dB may be null.
 struct Project {
   Kept kept;
   const void* gradient;
@@ -49,14 +49,16 @@ struct Project {
 };
 
 // A matrix (tokens, features) as passes over the tokens see it: for each pass (features, its tokens), dense. Passes
-// have as many tokens as the instruction set likes, the last what is left, with zeros up to a multiple of kTokens.
+// have as many tokens as the instruction set likes. The last pass has the remaining tokens, with zeros up to a multiple
+// of kTokens.
 struct Passes {
   const float* data;
   int64_t features;  // of the whole matrix
   int64_t first;     // feature that row or column 0 of a panel is
 };
 
-// dA += B^T (M * G),  dB += (M * G) A^T of those entries of G = dY^T x alone that the mask keeps; either may be null.
+// dA += B^T (M * G),  dB += (M * G) A^T, where only the entries of G = dY^T x are formed that the mask keeps. dA or dB
+// may be null.
 struct Sample {
   const uint8_t* bits;
   int64_t bits_stride;
@@ -97,7 +99,7 @@ struct Kernels {
   // Beside a dense product: panels.cpp.
   void (*compose)(const Compose& panel);
   void (*project)(const Project& panel);
-  // Products of the kept entries alone: products.cpp.
+  // Products of nothing but kept entries: products.cpp.
   void (*split)(const Split& part);
   void (*multiply)(const Multiply& product);
   void (*sample)(const Sample& panel);

@@ -21,8 +21,8 @@ using torch::stable::Tensor;
 constexpr int64_t kMaxRank = 128;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kElementsPerTask = 1 << 14;
-// Rows that share a partial dA, and how many partials there are at most: set by the shape alone, so that the number of
-// threads does not change a bit of the result.
+// Rows that share a partial dA, and how many partials there are at most. Only the shape sets them, so that the number
+// of threads does not change a bit of the result.
 constexpr int64_t kSegmentRows = 64, kMaxSegments = 16;
 
 void check_factors(const Tensor& lora_A, const Tensor& lora_B, int64_t rows, int64_t columns) {

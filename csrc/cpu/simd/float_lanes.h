@@ -113,7 +113,7 @@ inline void store(typename Type::Stored* to, const Floats& value) {
   std::memcpy(to, &stored, sizeof stored);
 }
 
-// The first `count` lanes; those that are not loaded are 0.
+// The first `count` lanes; lanes that are not loaded are 0.
 template <class Type>
 inline Floats load_part(const typename Type::Stored* from, int64_t count) {
   typename Type::Register stored = {};

@@ -30,7 +30,7 @@ struct Widened {
   }
 };
 
-// Columns of a row of x as `to` wants them: the first `count` of kColumns exist, the others are 0.
+// Columns of a row of x as `to` wants them: the first `count` of kColumns exist; columns beyond them become 0.
 template <class V, class How, int kColumns, class Element>
 void copy_columns(const typename V::Stored* row, int64_t stride, int64_t count, Element* to) {
   if (stride == 1 && count == kColumns) {

@@ -8,7 +8,7 @@
 //   kStep, kVectors       columns that one expand() takes, and registers that it gives
 //   expand(word, step, from, w)   the weights of columns step * kStep.. of a mask word, zeros where pruned, from values
 //                         of which it may read kStep
-//   kept(word, step)      how many of the values are theirs
+//   kept(word, step)      how many values the columns of that step keep
 //   columns(mask, words, at)      byte offsets in x (64 bytes a column) of the set bits of so many words; how many
 //   widen(from, count, w)         values as floats, in w or where they are
 //   load, store, splat, multiply_add, add, total
@@ -27,8 +27,9 @@
 namespace losa::sparse_linear {
 namespace {
 
-// Apart, so that a loop which never needs these keeps its sums in registers.
-// The mask words of `columns`: as they are, or, where the last one has bits too many, a copy without those.
+// A function that is not inlined: a loop which never calls it keeps its sums in registers.
+// The mask words of `columns`: as they are, or, where the last word has bits of columns that do not exist, a copy in
+// which these bits are 0.
 __attribute__((noinline)) const uint8_t* trim_words(const uint8_t* mask, int64_t columns, uint8_t* copy) {
   const int64_t last = columns / kBlock * (kBlock / 8), left = columns % kBlock;
   std::memcpy(copy, mask, static_cast<size_t>(last + (left + 7) / 8));
@@ -65,7 +66,8 @@ LOSA_INLINE const uint8_t* first_value(const Weight& weight, int64_t row) {
   return weight.values + (first < 0 ? 0 : first > total ? total : first) * D::kBytes;
 }
 
-// `size` readable bytes that begin like those at `from`: near the end of the buffer, a copy.
+// `size` readable bytes that begin like the bytes at `from`: near the end of the buffer, a copy of what is left of it,
+// and zeros.
 __attribute__((noinline)) const uint8_t* copy_rest(const uint8_t* from, int64_t left, uint8_t* copy, int64_t size) {
   std::memset(copy, 0, static_cast<size_t>(size));
   if (left > 0) std::memcpy(copy, from, static_cast<size_t>(left));
@@ -85,7 +87,7 @@ struct Dot {
   using Element = typename D::Element;
   using Sums = Vector[kRows][kBatch][kChains];
 
-  static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work, and less than that is too late
+  static constexpr int64_t kPrefetch = 2048;  // bytes of values: some 100 ns of work; a later prefetch is too late
   // Columns that are read for all rows of a tile before the next ones; sums wait in memory. With up to 4 rows of x
   // memory is the limit, and whole rows of W, read in its order, are best; with more, x must come from the first cache.
   static constexpr int64_t kChunkBytes = kBatch <= 4 ? 64 << 10 : 16 << 10;
@@ -112,7 +114,7 @@ struct Dot {
         typename D::Weights w[kRows][D::kVectors];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          D::expand(word[r], step, place[r], w[r]);
+          D::expand(word[r], step, place[r], w[r]);  // [kStep] of a row of W
           place[r] += kFixed ? per_step : D::kBytes * D::kept(word[r], step);
         }
 #pragma GCC unroll 2
@@ -120,7 +122,7 @@ struct Dot {
           const int group = step * D::kVectors + v;
 #pragma GCC unroll 16
           for (int b = 0; b < kBatch; ++b) {
-            const auto part = D::load(x + (group * kBatch + b) * D::kLanes);
+            const auto part = D::load(x + (group * kBatch + b) * D::kLanes);  // [kLanes] of a row of x
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
               sums[r][b][group % kChains] = D::multiply_add(w[r][v], part, sums[r][b][group % kChains]);
@@ -233,11 +235,11 @@ void axpy(const Task& task, int64_t begin, int64_t end) {
           for (int v = 0; v < kVectors; ++v) sum[c][v] = D::splat(0.0f);
         }
         const auto use = [&](float weight_here, uint64_t offset, int chain) __attribute__((always_inline)) {
-          const auto* rows_of_x = reinterpret_cast<const float*>(x + offset);
+          const auto* column_of_x = reinterpret_cast<const float*>(x + offset);
           const Vector value = D::splat(weight_here);
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) {
-            sum[chain][v] = D::multiply_add(value, D::load(rows_of_x + v * D::kLanes), sum[chain][v]);
+            sum[chain][v] = D::multiply_add(value, D::load(column_of_x + v * D::kLanes), sum[chain][v]);
           }
         };
         int64_t i = 0;

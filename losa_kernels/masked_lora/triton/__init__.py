@@ -7,7 +7,7 @@ in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradie
 dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
-and the CPU draw from torch's generator: a GPU result is replayed by the GPU, not compared with theirs bit for bit. The
+and the CPU draw from torch's generator: a GPU replays a GPU's result, which is not the CPU's bit for bit. The
 share dropped is p to 2^-16.
 
 fp64 goes to the reference.
@@ -22,72 +22,53 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa_kernels.masked_lora import reference
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import tuning
-from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, factor_depth, keep, linear, project, split
+from losa_kernels.masked_lora.triton.launch import compose, draw, drop_scale, inner_size, keep, linear, project
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int,
-) -> Tensor:
+def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed: int) -> Tensor:
     """y (..., out) in x's dtype: x (M * (W + s B A))^T + bias, W_eff rounded once to x's dtype before the product.
 
     With dropout_p > 0: y = x (M * W)^T + s drop(x) (M * BA)^T + bias.
     """
-    if _exceeds_fp32(x, weight, lora_A, lora_B):
-        return reference.forward(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    rows, mask = x.reshape(-1, x.shape[-1]), _unit_columns(mask)
+    if _exceeds_fp32(x, layer):
+        return reference.forward(x, layer, bias, dropout_p, seed)
+    rows, layer = x.reshape(-1, x.shape[-1]), _with_unit_columns(layer)
+    out_features = layer.weight.shape[0]
     with torch.cuda.device_of(x):
         drop = draw(rows.shape[0], rows.shape[1], dropout_p, seed, x.device)
         if rows.shape[0] == 0:
-            y = x.new_empty(0, weight.shape[0])
+            y = x.new_empty(0, out_features)
         else:
 
             def fused() -> Tensor:
-                factors = split(lora_A, lora_B, x.dtype)
-                return linear(
-                    rows, weight, mask, factors, scaling, _contiguous(bias), drop, dropout_p, transposed=False
-                )
+                narrow = None if bias is None else bias.contiguous()
+                return linear(rows, layer, narrow, drop, dropout_p, transposed=False)
 
             def composed() -> Tensor:
-                layer, narrow = (weight, mask, lora_A, lora_B), None if bias is None else bias.to(x.dtype)
-                base, adapter = compose(*layer, scaling * drop_scale(dropout_p), x.dtype, apart=drop is not None)
+                narrow = None if bias is None else bias.to(x.dtype)
+                base, adapter = compose(_kept_share(layer, dropout_p), x.dtype, apart=drop is not None)
                 y = F.linear(rows, base, narrow)
-                return y if adapter is None else y.addmm_(keep(rows, drop), adapter.T)
+                return y if adapter is None or drop is None else y.addmm_(keep(rows, drop), adapter.T)
 
-            y = _by_way("forward", rows, weight, mask, lora_A, lora_B, drop, fused, composed)
-    return y.view(*x.shape[:-1], weight.shape[0])
+            y = _by_way("forward", rows, layer, drop, fused, composed)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: int,
-    needs: list[bool],
+    grad_y: Tensor, x: Tensor | None, layer: Layer, dropout_p: float, seed: int, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32; ``needs`` says which, others are None.
 
     dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G), dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None
     if neither lora_A nor lora_B needs a gradient.
     """
-    if _exceeds_fp32(grad_y, weight, lora_A, lora_B):
-        return reference.backward(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    if _exceeds_fp32(grad_y, layer):
+        return reference.backward(grad_y, x, layer, dropout_p, seed, needs)
     needs_x, needs_A, needs_B, needs_bias = needs
-    (out_features, in_features), dtype = weight.shape, grad_y.dtype
-    dy, mask = grad_y.reshape(-1, out_features), _unit_columns(mask)
+    (out_features, in_features), dtype = layer.weight.shape, grad_y.dtype
+    dy, layer = grad_y.reshape(-1, out_features), _with_unit_columns(layer)
     dx = dA = dB = None
     with torch.cuda.device_of(grad_y):
         drop = None
@@ -99,66 +80,62 @@ def backward(
             else:
 
                 def fused() -> Tensor:
-                    A_terms, B_terms = split(lora_A, lora_B, dtype)
-                    factors = (B_terms, A_terms)
-                    return linear(dy, weight.T, mask, factors, scaling, None, drop, dropout_p, transposed=True)
+                    return linear(dy, layer, None, drop, dropout_p, transposed=True)
 
                 def composed() -> Tensor:
-                    layer = (weight, mask, lora_A, lora_B)
-                    base, adapter = compose(*layer, scaling * drop_scale(dropout_p), dtype, apart=drop is not None)
-                    if adapter is None:
+                    base, adapter = compose(_kept_share(layer, dropout_p), dtype, apart=drop is not None)
+                    if adapter is None or drop is None:
                         return dy @ base
                     through_adapter = dy @ adapter
                     return keep(through_adapter, drop, out=through_adapter).addmm_(dy, base)
 
-                dx = _by_way("gradient of x", dy, weight, mask, lora_A, lora_B, drop, fused, composed)
+                dx = _by_way("gradient of x", dy, layer, drop, fused, composed)
             dx = dx.view(*grad_y.shape[:-1], in_features)
         if needs_A or needs_B:
+            assert x is not None
             rows = x.reshape(-1, in_features)
-            factor = scaling * drop_scale(dropout_p)
-            dA, dB = project(dy, rows, weight, mask, lora_A, lora_B, factor, drop, needs_A, needs_B)
+            dA, dB = project(dy, rows, _kept_share(layer, dropout_p), drop, needs_A, needs_B)
     dbias = dy.sum(0, dtype=torch.float32) if needs_bias else None
     return dx, dA, dB, dbias
 
 
-def merge(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def merge(layer: Layer) -> Tensor:
     """M * (W + s B A) in fp32, one rounding to the weight's dtype, +0.0 where pruned; (out, in), a new tensor."""
-    if _exceeds_fp32(weight, lora_A, lora_B):
-        return reference.merge(weight, mask, lora_A, lora_B, scaling)
-    with torch.cuda.device_of(weight):
+    if _exceeds_fp32(layer.weight, layer):
+        return reference.merge(layer)
+    with torch.cuda.device_of(layer.weight):
         # The factors as one fp32 term: a checkpoint is written once, so speed does not matter.
-        layer = (weight, _unit_columns(mask), lora_A, lora_B)
-        return compose(*layer, scaling, weight.dtype, terms_dtype=torch.float32)[0]
+        return compose(_with_unit_columns(layer), layer.weight.dtype, terms_dtype=torch.float32)[0]
 
 
 def _by_way(
     op: str,
     rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    layer: Layer,
     drop: Tensor | None,
     fused: Callable[[], Tensor],
     composed: Callable[[], Tensor],
 ) -> Tensor:
     """The product of ``rows`` by the faster way, the same for all token counts up to the next power of two."""
-    tokens, (out_features, in_features), dtype = rows.shape[0], weight.shape, rows.dtype
-    depth, arch = factor_depth(lora_A, lora_B, dtype), tuning.architecture(rows.device)
+    tokens, (out_features, in_features), dtype = rows.shape[0], layer.weight.shape, rows.dtype
+    inner, arch = inner_size(layer, dtype), tuning.architecture(rows.device)
     transposed, dropout = op == "gradient of x", drop is not None
-    predicted = tuning.fused(tokens, out_features, in_features, depth, arch, transposed, dropout)
-    words = tuning.words(mask=mask is not None, dropout=dropout)
-    key = (tuning.next_power_of_2(tokens), out_features, in_features, depth, dtype, weight.dtype, *words)
+    predicted = tuning.fused(tokens, out_features, in_features, inner, arch, transposed, dropout)
+    words = tuning.words(mask=layer.mask is not None, dropout=dropout)
+    key = (tuning.next_power_of_2(tokens), out_features, in_features, inner, dtype, layer.weight.dtype, *words)
     return tuning.by_way(op, key, dtype == torch.float32, rows.device, predicted, fused, composed)
 
 
-def _exceeds_fp32(*tensors: Tensor) -> bool:
-    return any(tensor.dtype == torch.float64 for tensor in tensors)
+def _exceeds_fp32(x: Tensor, layer: Layer) -> bool:
+    return torch.float64 in (x.dtype, layer.weight.dtype, layer.lora_A.dtype, layer.lora_B.dtype)
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def _kept_share(layer: Layer, dropout_p: float) -> Layer:
+    """The layer whose adapter makes up for what dropout takes from its input."""
+    return layer if dropout_p == 0 else layer._replace(scaling=layer.scaling * drop_scale(dropout_p))
 
 
-def _unit_columns(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+def _with_unit_columns(layer: Layer) -> Layer:
+    """The layer with a mask whose bytes of a row lie side by side, as the kernels read them."""
+    mask = layer.mask
+    return layer if mask is None or mask.stride(1) == 1 else layer._replace(mask=mask.contiguous())

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from losa_kernels import settings
+from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div, next_power_of_2
 
@@ -20,60 +21,58 @@ GROUP = 8  # strips of W that programs in flight share
 LONGEST = 128  # rows of the tallest tile
 RANK_STEP = 16  # components of the adapter at a time: the factors of more would not fit the registers
 
+Gradients = tuple[Tensor | None, Tensor | None]  # of A and of B, or shares of both
+
 
 def linear(
-    rows: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    factors: tuple[Tensor, Tensor],
-    scaling: float,
+    x: Tensor,
+    layer: Layer,
     bias: Tensor | None,
     drop: Tensor | None,
     dropout_p: float,
     transposed: bool,
 ) -> Tensor:
-    """rows (tokens, depth) W_eff^T + bias; ``factors`` are the right and the left one of this weight (rows, depth)."""
-    (tokens, depth), out_features = rows.shape, weight.shape[0]
-    right, left = factors
-    head, tail = tuning.factor_split(right.shape[0])
-    y = torch.empty(tokens, out_features, dtype=rows.dtype, device=rows.device)
+    """x (tokens, in) W_eff^T + bias; ``transposed``: x (tokens, out) W_eff, for the gradient of the input."""
+    A_terms, B_terms = split(layer, x.dtype)
+    # The weight (rows, depth) of this product with its left factor (terms, rows) and its right one (terms, depth).
+    weight, left, right = (layer.weight.T, A_terms, B_terms) if transposed else (layer.weight, B_terms, A_terms)
+    mask, (tokens, depth), rows = layer.mask, x.shape, weight.shape[0]
+    head, tail = tuning.inner_split(right.shape[0])
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     dropout = "none" if drop is None else "output" if transposed else "input"
-    wide, arch = rows.dtype == torch.float32, tuning.architecture(rows.device)
+    wide, arch = x.dtype == torch.float32, tuning.architecture(x.device)
 
     def run(tile: Tile) -> None:
         _launch(
             kernels.linear_kernel,
-            ceil_div(out_features, tile.rows) * ceil_div(tokens, tile.columns), tile,
-            x=rows, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
-            tokens=tokens, rows=out_features, depth=depth,
-            x_t=rows.stride(0), x_k=rows.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
+            ceil_div(rows, tile.rows) * ceil_div(tokens, tile.columns), tile,
+            x=x, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
+            tokens=tokens, rows=rows, depth=depth,
+            x_t=x.stride(0), x_k=x.stride(1), w_m=weight.stride(0), w_k=weight.stride(1),
             mask_o=_row_stride(mask), left_r=left.stride(0), right_r=right.stride(0), y_t=y.stride(0),
-            drop_t=_row_stride(drop), scaling=scaling, drop_scale=drop_scale(dropout_p), one=1.0,
+            drop_t=_row_stride(drop), scaling=layer.scaling, drop_scale=drop_scale(dropout_p), one=1.0,
             HEAD=head, TAIL=tail, MASKED=mask is not None, TRANSPOSED=transposed, DROPOUT=dropout,
-            PRECISION=settings.TRITON_FP32(), WHOLE_M=out_features % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
+            PRECISION=settings.TRITON_FP32(), WHOLE_M=rows % tile.rows == 0, WHOLE_K=depth % tile.step == 0,
             BM=tile.rows, BT=tile.columns, BK=tile.step, GROUP=GROUP,
         )  # fmt: skip
 
-    aligned = _aligned(rows, weight)
+    aligned = _aligned(x, weight)
     words = tuning.words(mask=mask is not None, transposed=transposed, dropout=drop is not None, aligned=aligned)
-    key = (next_power_of_2(tokens), out_features, depth, head + tail, rows.dtype, weight.dtype, *words)
-    whole = out_features % LONGEST == 0 and depth % 64 == 0
+    key = (next_power_of_2(tokens), rows, depth, head + tail, x.dtype, weight.dtype, *words)
+    whole = rows % LONGEST == 0 and depth % 64 == 0
     tiles = tuning.linear_tiles(arch, tokens, head + tail, wide, drop is not None, aligned, whole)
-    tuning.tuned("product", key, tiles, rows.device, run)
+    tuning.tuned("product", key, tiles, x.device, run)
     return y
 
 
 def compose(
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    layer: Layer,
     dtype: torch.dtype,
     apart: bool = False,
     terms_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """M * (W + s B A) (out, in), rounded once to ``dtype``, and None; or, ``apart``, M * W and M * (s B A)."""
+    weight, mask, lora_A, lora_B, scaling = layer
     composed = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     adapter = torch.empty_like(composed) if apart else None
     rows, depth = weight.shape
@@ -81,35 +80,36 @@ def compose(
     direct = rank <= tuning.DIRECT_RANK
     tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, direct, low == torch.float32)
     if direct:
-        left, right, terms, step = lora_B, lora_A.T, 0, 1
+        left, right, inner, step = lora_B, lora_A.T, 0, 1
     else:
-        A_terms, B_terms = split(lora_A, lora_B, low)
-        left, right, (head, tail) = B_terms.T, A_terms.T, tuning.factor_split(A_terms.shape[0])
-        terms, step = head + tail, min(tail or head, 32)
+        A_terms, B_terms = split(layer, low)
+        left, right, (head, tail) = B_terms.T, A_terms.T, tuning.inner_split(A_terms.shape[0])
+        inner, step = head + tail, min(tail or head, 32)
     _launch(
         kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
         weight=weight, mask=mask, left=left, right=right, composed=composed, adapter=adapter,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
         left_m=left.stride(0), left_r=left.stride(1), right_r=right.stride(1), right_k=right.stride(0),
-        scaling=scaling, RANK=rank if direct else 0, TERMS=terms, STEP=step, MASKED=mask is not None,
+        scaling=scaling, RANK=rank if direct else 0, INNER=inner, STEP=step, MASKED=mask is not None,
         WHOLE=rows % tile.rows == 0 and depth % tile.columns == 0, PRECISION=settings.TRITON_FP32(),
         BM=tile.rows, BK=tile.columns,
     )  # fmt: skip
     return composed, adapter
 
 
-def split(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of B A as sums of terms for products in ``dtype``: A (depth, in), B^T (depth, out), see split_kernel.
+def split(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of B A as sums of terms for products in ``dtype``: A (inner, in), B^T (inner, out), see split_kernel.
 
-    depth = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
+    inner = HEAD + TAIL >= terms * rank. Rows are padded with zeros to whole tiles, so that no load of them is guarded.
     """
-    rank, depth, (terms, low) = lora_A.shape[0], factor_depth(lora_A, lora_B, dtype), _terms(lora_A, lora_B, dtype)
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    rank, inner, (terms, low) = lora_A.shape[0], inner_size(layer, dtype), _terms(layer, dtype)
     A_terms, B_terms = (
-        torch.empty(depth, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
+        torch.empty(inner, LONGEST * ceil_div(n, LONGEST), dtype=low, device=lora_A.device)
         for n in (lora_A.shape[1], lora_B.shape[0])
     )
     rows, block = 16, 128
-    grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), depth // rows, 2)
+    grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), inner // rows, 2)
     _launch(
         kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
         lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
@@ -151,26 +151,23 @@ def keep(rows: Tensor, drop: Tensor, out: Tensor | None = None) -> Tensor:
 def project(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    factor: float,
+    layer: Layer,
     drop: Tensor | None,
     needs_A: bool,
     needs_B: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA = factor B^T (M * G) and dB = factor (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
+) -> Gradients:
+    """dA = s B^T (M * G) and dB = s (M * G) A^T with G = dY^T drop(x), in slices of the rows of G.
 
     Memory beyond the results: PARTIAL_BYTES, and G_BYTES where the vendor's GEMM makes G; or what one strip of tiles
     takes, if that is more. The vendor's GEMM also takes a dropped copy of x.
     """
+    weight, mask, lora_A, lora_B, scaling = layer
     (outputs, inputs), (rank, tokens), device = weight.shape, (lora_A.shape[0], x.shape[0]), weight.device
     if tokens == 0:
         return lora_A.new_zeros(lora_A.shape) if needs_A else None, lora_B.new_zeros(lora_B.shape) if needs_B else None
     wide, arch, G_dtype = x.dtype == torch.float32, tuning.architecture(device), _product_dtype(x.dtype)
 
-    def slices(rows: Tensor, in_registers: bool, tiles: tuple[Tile, ...], terms: int) -> tuple[Tensor | None, ...]:
+    def slices(rows: Tensor, in_registers: bool, tiles: tuple[Tile, ...], terms: int) -> Gradients:
         dA = torch.empty(lora_A.shape, dtype=torch.float32, device=device) if needs_A else None
         dB = torch.empty(lora_B.shape, dtype=torch.float32, device=device) if needs_B else None
         strip = tiles[0].rows if in_registers else tiles[0].step
@@ -180,25 +177,24 @@ def project(
             strips = min(strips, G_BYTES // (G_dtype.itemsize * inputs * strip))
         step = max(1, strips) * strip
         for start in range(0, outputs, step):
-            part = slice(start, min(start + step, outputs))
+            sliced, dy_part, dB_part = layer, dy, dB
             # A slice of everything is skipped: it costs the host microseconds.
-            whole = start == 0 and step >= outputs
-            dy_part, weight_part, mask_part, B_part, dB_part = (
-                t if whole or t is None else t[part] for t in (dy.T, weight, mask, lora_B, dB)
-            )
-            layer = (weight_part, mask_part, lora_A, B_part)
+            if step < outputs:
+                part = slice(start, min(start + step, outputs))
+                sliced = Layer(weight[part], None if mask is None else mask[part], lora_A, lora_B[part], scaling)
+                dy_part, dB_part = dy[:, part], None if dB is None else dB[part]
             if in_registers:
-                A_parts, B_parts = _project(dy_part.T, rows, *layer, drop, needs_A, needs_B, terms, tiles)
+                A_parts, B_parts = _project(dy_part, rows, sliced, drop, needs_A, needs_B, terms, tiles)
             else:
-                G = _product(dy_part, rows, G_dtype)
-                A_parts, B_parts = _project_given(G, *layer, needs_A, needs_B, terms, tiles)
-            _sum(A_parts, B_parts, dA, dB_part, factor, accumulate=start > 0)
+                G = _product(dy_part.T, rows, G_dtype)
+                A_parts, B_parts = _project_given(G, sliced, needs_A, needs_B, terms, tiles)
+            _sum(A_parts, B_parts, dA, dB_part, scaling, accumulate=start > 0)
         return dA, dB
 
-    def fused() -> tuple[Tensor | None, ...]:
+    def fused() -> Gradients:
         return slices(x, True, tuning.project_tiles(arch, wide, _aligned(dy, x)), 0 if wide else 2)
 
-    def composed() -> tuple[Tensor | None, ...]:
+    def composed() -> Gradients:
         terms = 0 if wide else 2 if G_dtype == torch.float32 else 1
         return slices(x if drop is None else keep(x, drop), False, tuning.project_given_tiles(terms), terms)
 
@@ -210,14 +206,21 @@ def project(
 
 
 def _project(
-    dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, drop: Tensor | None,
-    needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    layer: Layer,
+    drop: Tensor | None,
+    needs_A: bool,
+    needs_B: bool,
+    terms: int,
+    tiles: tuple[Tile, ...],
+) -> Gradients:
     """Shares of dA (shares, rank, in) and of dB^T (shares, rank, rows of the slice), G formed in registers."""
+    weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), tokens, rank, device = weight.shape, x.shape[0], lora_A.shape[0], weight.device
     arch, R = tuning.architecture(device), _padded(rank)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    def run(tile: Tile) -> Gradients:
         tiles_o, tiles_i = ceil_div(outputs, tile.rows), ceil_div(inputs, tile.columns)
         splits = _token_splits(tiles_o * tiles_i, tokens, arch)
         split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
@@ -243,14 +246,14 @@ def _project(
 
 
 def _project_given(
-    G: Tensor, weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, needs_A: bool, needs_B: bool,
-    terms: int, tiles: tuple[Tile, ...],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    G: Tensor, layer: Layer, needs_A: bool, needs_B: bool, terms: int, tiles: tuple[Tile, ...]
+) -> Gradients:
     """The same of G (rows of the slice, in), contiguous, which goes into the products in ``terms`` terms."""
+    weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), rank = weight.shape, lora_A.shape[0]
     R = _padded(rank)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    def run(tile: Tile) -> Gradients:
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
         _launch(
@@ -269,14 +272,13 @@ def _project_given(
     return tuning.tuned("gradients of A and B from G", key, tiles, G.device, run)
 
 
-def _shares(
-    A_count: int, B_count: int, weight: Tensor, rank: int, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _shares(A_count: int, B_count: int, weight: Tensor, rank: int, needs_A: bool, needs_B: bool) -> Gradients:
     outputs, inputs = weight.shape
-    return tuple(
-        torch.empty(count, rank, n, dtype=torch.float32, device=weight.device) if needed else None
-        for count, n, needed in ((A_count, inputs, needs_A), (B_count, outputs, needs_B))
-    )
+
+    def empty(count: int, features: int) -> Tensor:
+        return torch.empty(count, rank, features, dtype=torch.float32, device=weight.device)
+
+    return empty(A_count, inputs) if needs_A else None, empty(B_count, outputs) if needs_B else None
 
 
 def _sum(
@@ -303,17 +305,17 @@ def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> Non
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
-def factor_depth(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> int:
+def inner_size(layer: Layer, dtype: torch.dtype) -> int:
     """HEAD + TAIL: the inner side of the product B A when the main product runs in ``dtype``."""
-    return sum(tuning.factor_split(_terms(lora_A, lora_B, dtype)[0] * lora_A.shape[0]))
+    return sum(tuning.inner_split(_terms(layer, dtype)[0] * layer.lora_A.shape[0]))
 
 
-def _terms(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+def _terms(layer: Layer, dtype: torch.dtype) -> tuple[int, torch.dtype]:
     """How many terms the product B A takes, and in which dtype, when the main product runs in ``dtype``."""
     if dtype == torch.float32:
         return 1, torch.float32
-    if lora_A.dtype == lora_B.dtype != torch.float32:
-        return 1, lora_A.dtype
+    if layer.lora_A.dtype == layer.lora_B.dtype != torch.float32:
+        return 1, layer.lora_A.dtype
     return 3, _low_dtype()
 
 

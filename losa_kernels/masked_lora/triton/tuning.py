@@ -9,7 +9,7 @@ deterministic mode measures nothing: runs repeat bit for bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -18,14 +18,15 @@ from triton.runtime.errors import OutOfResources
 
 from losa_kernels import measured, settings
 
-Name, Result = TypeVar("Name"), TypeVar("Result")
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 class Tile(NamedTuple):
     """rows x columns of the result, the step along the reduction, warps of 32 threads, stages of the load pipeline.
 
-    ``linear``: rows are those of W_eff (or W_eff^T), columns are tokens. ``project``: rows x columns of G. Where G is
-    given, step is the number of rows that a program walks down.
+    In a tile of ``linear``, rows are rows of W_eff (or W_eff^T) and columns are tokens. In a tile of ``project``, rows
+    and columns are G's. Where G is given, step is the number of rows that a program walks down.
     """
 
     rows: int
@@ -54,7 +55,7 @@ LINEAR_FEW_TOKENS: dict[int, tuple[Tile, ...]] = {
     90: (Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
     80: (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4), Tile(64, 16, 64, 4, 4)),
 }
-# Ranks whose factors are deeper than 96 leave less room.
+# Ranks for which the inner side of B A is longer than 96 leave less room.
 LINEAR_HIGH_RANK: dict[int, tuple[Tile, ...]] = {
     90: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     80: (Tile(64, 64, 32, 4, 2),),
@@ -108,24 +109,30 @@ def family(arch: int) -> int:
 
 
 def linear_tiles(
-    arch: int, tokens: int, depth: int, wide: bool, dropout: bool, aligned: bool, whole: bool
+    arch: int, tokens: int, inner: int, wide: bool, dropout: bool, aligned: bool, whole: bool
 ) -> tuple[Tile, ...]:
-    """Candidates of linear_kernel; ``depth`` is the factors', HEAD + TAIL; ``wide``: x is fp32; ``whole``: W consists
-    of whole tiles, which spares the predicates that would not fit the registers beside the largest tiles."""
+    """Candidates of linear_kernel.
+
+    Args:
+        inner: HEAD + TAIL, the inner side of B A.
+        wide: x is fp32.
+        whole: W consists of whole tiles, which need no predicates; predicates would not fit the registers beside the
+            largest tiles.
+    """
     if interpreted():
         return (INTERPRETED,)
     if wide:
         return LINEAR_FP32[family(arch)]
     if not aligned:
         return LINEAR_UNALIGNED[family(arch)]
-    if depth > 96:
+    if inner > 96:
         return LINEAR_HIGH_RANK[family(arch)]
     if dropout:
         return LINEAR_DROPOUT[family(arch)]
     if tokens <= 64:
         return tuple(tile for tile in LINEAR_FEW_TOKENS[family(arch)] if tile.columns < 2 * max(16, tokens))
     most_rows = 128 if whole or family(arch) == 90 else 64  # mma takes both operands from registers
-    most_columns = 256 if whole and depth <= 64 and tokens > 128 else 128
+    most_columns = 256 if whole and inner <= 64 and tokens > 128 else 128
     return tuple(t for t in LINEAR[family(arch)] if t.rows <= most_rows and t.columns <= most_columns)
 
 
@@ -237,21 +244,24 @@ LAUNCH_SECONDS = 3e-6
 
 
 def fused(
-    tokens: int, rows: int, columns: int, depth: int, arch: int, transposed: bool = False, dropout: bool = False
+    tokens: int, rows: int, columns: int, inner: int, arch: int, transposed: bool = False, dropout: bool = False
 ) -> bool:
     """Whether the product with W_eff (rows, columns) is predicted to take less time where W_eff is formed in registers
     than where it is composed in memory.
 
     Composing moves W and W_eff through memory once and leaves the product to the vendor's GEMM. The fused kernel reads
-    W alone, runs at less than half the GEMM's rate and pays depth / BT of the product besides, BT = 128 tokens being
-    its tile: small batches and ranks. ``transposed``: for the gradient of x. ``dropout``: two products either way, and
-    for the composed one a second matrix and a pass over x.
+    W alone, runs at less than half the GEMM's rate and also pays inner / BT of the product, where its tile has BT = 128
+    tokens and ``inner`` is HEAD + TAIL: it is for small batches and ranks.
+
+    Args:
+        transposed: the product is the gradient of x.
+        dropout: there are two products either way; composing also takes a second matrix and a pass over x.
     """
     machine, size, products = MACHINES[family(arch)], rows * columns, 2 if dropout else 1
     tile = min(128, max(16, tokens))
     # A program occupies one unit however few there are; the vendor's GEMM divides the reduction when they are few.
     busy = min(1.0, ceil_div(columns if transposed else rows, 64) * ceil_div(tokens, tile) / machine.units)
-    operations = 2 * size * ceil_div(tokens, tile) * (products * tile + depth)
+    operations = 2 * size * ceil_div(tokens, tile) * (products * tile + inner)
     rate = machine.gradient_flops if transposed else machine.forward_flops
     in_registers = max(operations / (rate * busy), 2 * size / machine.bytes)
     product = max(2 * tokens * size / machine.vendor_flops, 2 * size / machine.bytes)
@@ -278,11 +288,11 @@ def next_power_of_2(value: int) -> int:
 
 
 @cache
-def factor_split(depth: int) -> tuple[int, int]:
-    """(HEAD, TAIL), powers of two from 16 on (or TAIL 0), with the smallest sum >= depth: what tl.dot can multiply."""
+def inner_split(inner: int) -> tuple[int, int]:
+    """(HEAD, TAIL), powers of two from 16 on (or TAIL 0), with the smallest sum >= inner: what tl.dot can multiply."""
     head = 16
-    while 2 * head <= depth:
+    while 2 * head <= inner:
         head *= 2
-    if depth <= head:
+    if inner <= head:
         return head, 0
-    return (head, head // 2) if head > 16 and depth <= head + head // 2 else (2 * head, 0)
+    return (head, head // 2) if head > 16 and inner <= head + head // 2 else (2 * head, 0)

@@ -49,13 +49,13 @@ def test_registered_names_are_settings_of_recipes(own_names):
 
     with pytest.raises(ValueError, match="Input should be 'cka' or 'uniform', got 'depth'"):
         AllocationConfig(rates="depth")
-    assert register_importance("depth", depth, needs="linears") is depth
-    assert register_importance("depth", needs="linears")(depth) is depth
+    add = register_importance("depth", needs="linears")
+    assert add(depth) is depth is add(depth)
     assert AllocationConfig(rates="depth").rates == "depth" and get_importance("depth").function is depth
     for bad in ("dept", 1, None, ["depth"]):
         with pytest.raises(ValueError, match="Input should be 'cka', 'uniform' or 'depth', got "):
             AllocationConfig(rates=bad)
     with pytest.raises(ValueError, match="importance 'depth': already registered"):
-        register_importance("depth", cka_importance, needs="linears")
+        register_importance("depth", needs="linears")(cka_importance)
     with pytest.raises(ValueError, match="importance 'cka': already registered as similarity"):
-        register_importance("cka", depth, needs="linears")
+        register_importance("cka", needs="linears")(depth)

@@ -109,10 +109,10 @@ class Sum(Statistic):
 
 
 def test_registered_by_name(own_names):
-    assert register_statistic("sum", Sum) is Sum is get_statistic("sum") is register_statistic("sum")(Sum)
+    assert register_statistic("sum")(Sum) is Sum is get_statistic("sum") is register_statistic("sum")(Sum)
     with pytest.raises(ValueError, match="statistic 'hessian': already registered as Hessian"):
-        register_statistic("hessian", Sum)
+        register_statistic("hessian")(Sum)
     with pytest.raises(ValueError, match="statistic 'other': expected a subclass of Statistic, got "):
-        register_statistic("other", object)
+        register_statistic("other")(object)
     with pytest.raises(ValueError, match="statistic: unknown 'some'; expected one of hessian, input_norms, sum$"):
         get_statistic("some")

@@ -41,7 +41,7 @@ class Copies:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Streams of a model on the CPU wait as those on a GPU do, which has so much left."""
+    """Streams of a model on the CPU wait as if on a GPU that has so much memory left."""
 
     def begin(free):
         monkeypatch.setattr(calibration, "_keeps_streams", lambda device: True)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from losa.errors import ModelError, OutputError
 from losa.model.blocks import block_linears
 from losa.output.inspection import inspect_directory
-from losa.packed.directory import _digest, load, pack_directory, unpack_directory
+from losa.packed.block_files import digest
+from losa.packed.directory import load, pack_directory, unpack_directory
 from losa.packed.manifest import MANIFEST
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -151,7 +152,7 @@ def test_contradictions_are_found_though_checksums_match(name, copied):
         if key not in tensors:
             pytest.skip(f"{format} has no {part}")
         tensors[key] = change(tensors[key]).contiguous()
-        manifest["sha256"][key] = _digest(tensors[key])
+        manifest["sha256"][key] = digest(tensors[key])
     save_file(tensors, file, {"format": "pt"})
     (directory / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=LINEAR):

@@ -1,4 +1,4 @@
-"""Pruners by name: the package's own, and those that code outside it registers."""
+"""Pruners by name: the package's own, and pruners that code outside it registers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,186 @@
+"""Two result files side by side: the ratio NEW / OLD of each timing, worst first.
+
+A file is one that --json of any benchmark, --out of gpu or quality, or tools/gpu.sh wrote. Rows are matched by the
+fields that say what was measured (op, shape, dtype, implementation, ...). A ratio above 1 is slower; of quality, a
+perplexity above 1 is worse. Rows and timings that only one file has are listed after the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks._machine import describe, differences
+from benchmarks._results import plain_parser, read_document
+
+# What a row measured. All other fields of a row are results.
+IDENTITY = (
+    "op", "model", "run", "name", "shape", "batch", "tokens", "T", "rank", "r", "dropout_p", "sparsity", "pattern",
+    "layers", "samples", "features", "dtype", "allocator", "tile", "implementation", "stage",
+)  # fmt: skip
+UNITS = {"us": "us", "seconds": "s", "perplexity": "", "perplexity_unmerged": ""}  # by field, see ``unit``
+Row = tuple[str, ...]  # the benchmark's name, and what the row measured in words
+
+
+@dataclass
+class Results:
+    """One file. ``failed`` has the reason of each row that failed."""
+
+    document: dict
+    timings: dict[Row, dict[str, float]]
+    failed: dict[Row, str]
+
+
+def main(argv: list[str]) -> int:
+    parser = plain_parser("compare", __doc__)
+    parser.add_argument("old", type=Path, metavar="OLD")
+    parser.add_argument("new", type=Path, metavar="NEW")
+    parser.add_argument("--only", metavar="TEXT", help="compare only timings whose line contains TEXT, such as losa")
+    parser.add_argument("--limit", type=_at_least_one, metavar="N", help="print only the N worst ratios")
+    parser.add_argument(
+        "--fail-above", type=_ratio, metavar="RATIO",
+        help="exit with 1 if a ratio is larger, or if a row of OLD failed in NEW",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    old, new = (read(path) for path in (args.old, args.new))
+    for name, path, results in (("old", args.old, old), ("new", args.new, new)):
+        print(f"{name}: {path}: {describe(results.document)}")
+    if different := differences(old.document.get("machine", {}), new.document.get("machine", {})):
+        print(f"note: the files differ in {', '.join(different)} (old / new)")
+
+    found = ratios(old, new, args.only or "")
+    if not found:
+        raise SystemExit(f"compare: {args.old} and {args.new} have no timing in common")
+    print(f"\n{'new/old':>8} {'old':>12} {'new':>12}")
+    for ratio, before, after, row, field in found[: args.limit]:
+        print(f"{ratio:>8.3f} {before:>9.4g} {unit(field):<2} {after:>9.4g} {unit(field):<2}  {label(row)}: {field}")
+    broken = [row for row in new.failed if row in old.timings and row not in old.failed]
+    for line in unmatched(old, new):
+        print(line)
+    values = [ratio for ratio, *_ in found]
+    print(
+        f"\n{len(values)} timings of {len({row for *_, row, _ in found})} rows: median ratio "
+        f"{statistics.median(values):.3f}, worst {values[0]:.3f}, best {values[-1]:.3f}"
+    )
+    if args.fail_above is None:
+        return 0
+    above = sum(ratio > args.fail_above for ratio in values)
+    print(f"{above} above {args.fail_above:g}, {len(broken)} newly failed")
+    return int(above > 0 or bool(broken))
+
+
+def ratios(old: Results, new: Results, only: str = "") -> list[tuple[float, float, float, Row, str]]:
+    """(NEW / OLD, old value, new value, row, field) of all timings that both files have, worst first."""
+    found = [
+        (after / before, before, after, row, field)
+        for row, timings in old.timings.items()
+        for field, before in timings.items()
+        if (after := new.timings.get(row, {}).get(field)) is not None and only in f"{label(row)}: {field}"
+    ]
+    return sorted(found, key=lambda entry: -entry[0])
+
+
+def unmatched(old: Results, new: Results) -> Iterable[str]:
+    """Lines about everything that has no ratio."""
+    for name, one, other in (("old", old, new), ("new", new, old)):
+        alone = [row for row in one.timings if row not in other.timings]
+        if alone:
+            yield f"\nrows only in {name}: {len(alone)}"
+            yield from (f"  {label(row)}" for row in alone)
+        both = [row for row in one.timings if row in other.timings and row not in other.failed]
+        fields = Counter(field for row in both for field in one.timings[row] if field not in other.timings[row])
+        if fields:
+            counted = ", ".join(f"{field} of {count} rows" for field, count in fields.items())
+            yield f"\ntimings only in {name}: {counted}"
+    for name, results in (("old", old), ("new", new)):
+        if results.failed:
+            yield f"\nrows that failed in {name}: {len(results.failed)}"
+            yield from (f"  {label(row)}: {reason}" for row, reason in results.failed.items())
+
+
+def read(path: Path) -> Results:
+    """Raises SystemExit: the file is no result of a benchmark."""
+    document = read_document("compare", path)
+    try:
+        results, seen = Results(document, {}, {}), Counter()
+        for benchmark, rows in tables(document).items():
+            for fields in rows:
+                row = identity(benchmark, fields)
+                seen[row] += 1
+                if seen[row] > 1:  # measured twice; both files have such rows in the same order
+                    row = (*row, f"no. {seen[row]}")
+                results.timings[row] = timings(row, fields)
+                if fields.get("failed"):
+                    results.failed[row] = fields["failed"]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SystemExit(f"compare: {path}: not a result of a benchmark: {error}") from error
+    return results
+
+
+def tables(document: dict) -> dict[str, list[dict]]:
+    """Rows by benchmark. ValueError: the document is of no known kind."""
+    if isinstance(document.get("benchmarks"), dict):
+        return document["benchmarks"]
+    if "benchmark" in document and isinstance(document.get("rows"), list):
+        return {document["benchmark"]: document["rows"]}
+    if document.get("benchmark") == "decode":
+        # The file of a checkpoint tells tokens a second, and only its part "speed" has timings.
+        rows = document.get("speed", {}).get("rows", [])
+        return {"decode": [{"name": row["name"], "token_ms": 1e3 / row["tokens_per_second"]} for row in rows]}
+    if isinstance(document.get("runs"), dict):
+        dense = {"run": "dense", "perplexity": document.get("dense", {}).get("value")}
+        return {"quality": [dense, *(quality_row(key, run) for key, run in document["runs"].items())]}
+    raise ValueError(f'expected the key "rows", "benchmarks" or "runs", got {", ".join(map(repr, document)) or "none"}')
+
+
+def quality_row(key: str, run: dict) -> dict:
+    """Method, pruner, sparsity and seed are in the key; the sparsity in the run is a result."""
+    return {"run": key, **{field: run.get(field) for field in ("perplexity", "perplexity_unmerged", "seconds")}}
+
+
+def identity(benchmark: str, fields: dict) -> Row:
+    """What a row measured, in words. Only numbers need the name of their field."""
+    known = {field: fields[field] for field in IDENTITY if fields.get(field) is not None}
+    words = (value if isinstance(value, str) else f"{field} {value}" for field, value in known.items())
+    return benchmark, *(word for word in words if word != benchmark)
+
+
+def label(row: Row) -> str:
+    return f"{row[0]}: {', '.join(row[1:])}" if row[1:] else row[0]
+
+
+def timings(row: Row, fields: dict) -> dict[str, float]:
+    found = {field: value for field, value in fields.items() if unit(field) is not None and value is not None}
+    for field, value in found.items():
+        if not isinstance(value, (int, float)) or not (0 < value < math.inf):
+            raise ValueError(f"{label(row)}: {field}: expected a positive number, got {value!r}")
+    return found
+
+
+def unit(field: str) -> str | None:
+    """The unit of a timing; None for all other fields."""
+    if field in UNITS:
+        return UNITS[field]
+    stem, _, last = field.rpartition("_")
+    return last if last in ("ms", "s") and not stem.endswith("_per") else None
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value

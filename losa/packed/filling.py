@@ -1,0 +1,134 @@
+"""A model made from an open packed directory: its tensors put into place block by block, never all of them dense."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import ModelError, shown_name
+from losa.model.finite import check_finite, check_rounded, is_finite
+from losa.model.grouping import group_linears
+from losa.model.naming import Naming, checked_naming
+from losa.model.saving import guard_saving
+from losa.model.skeleton import skeleton
+from losa.modules.sparse import SparseLinear
+from losa.packed.parts import Contents
+from losa_kernels.packing import Packed
+
+logger = logging.getLogger("losa")
+
+
+def load_weights(directory: Path, contents: Contents, device: torch.device) -> nn.Module:
+    """The model of ``directory`` with the weights in ``contents``, packed linears as ``SparseLinear``, for inference.
+
+    Raises:
+        ModelError: tensors are missing, do not fit the model or are not finite; names the tensor.
+    """
+    from accelerate import init_empty_weights
+
+    kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
+    with init_empty_weights(include_buffers=False):
+        model: Any = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
+    naming = checked_naming(model, contents.stored, contents.where)
+    loaded = _fill(model, naming, contents, directory, device)
+    unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
+    if unused:
+        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        logger.warning("%s: the model has no place for %s%s", directory, shown_name(unused[0]), others)
+    # What is stored stays, whatever the config says of ties; as in transformers' own loading.
+    model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
+    absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
+    if absent:
+        raise ModelError(f"{contents.where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
+    naming.remember()
+    guard_saving(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> set[str]:
+    """Put all tensors into ``model``, part by part; the names in the model that were filled."""
+    blocks, targets, dtypes = naming.blocks, naming.targets(), naming.dtypes()
+    made: dict[str, dict[str, Tensor]] = {}  # by target: stored tensors that wait for the rest of their group
+    loaded: set[str] = set()
+    for part in contents.parts:
+        dense: dict[str, Tensor] = {}
+        touched: set[int | None] = set()
+        while part:
+            name, value = part.popitem()
+            target = targets[f"{name}.weight" if isinstance(value, Packed) else name]
+            touched.add(blocks.index_of(target))
+            where = f"{directory}: {shown_name(name)}"
+            if isinstance(value, Packed):
+                if not _is_linear(model, naming.renamed.get(f"{name}.weight", "")):
+                    raise ModelError(f"{where}: packed, but the model has no such linear")
+                _replace(model, target, rounded_packed(where, value, dtypes.get(target)).to(device))
+                loaded.add(target)
+            elif name in naming.renamed:
+                dense[target] = rounded(where, value, dtypes.get(target)).to(device)
+            elif target in naming.made:
+                waiting = made.setdefault(target, {})
+                waiting[name] = value
+                if len(waiting) == len(naming.made[target]):
+                    for key, tensor in naming.make(target, made.pop(target)).items():
+                        dense[key] = rounded(where, tensor, dtypes.get(key)).to(device)
+            del value
+        loaded |= dense.keys()
+        model.load_state_dict(dense, strict=False, assign=True)  # names and shapes were checked
+        _group(blocks.modules, touched)
+    return loaded
+
+
+def _group(blocks: nn.ModuleList, indices: Iterable[int | None]) -> None:
+    for index in set(indices):
+        if index is not None and index < len(blocks):
+            group_linears(blocks[index])
+
+
+def rounded(where: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in ``dtype`` (None: as it is); another tensor as it is.
+
+    Raises:
+        ModelError: it is not finite, before or after; says ``where``, and which element.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    check_finite(where, tensor)
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    check_rounded(where, tensor, result)
+    return result
+
+
+def rounded_packed(where: str, packed: Packed, dtype: torch.dtype | None) -> Packed:
+    """``rounded`` of a packed weight. It is unpacked only to name the row and column of what is not finite."""
+    if not packed.values.is_floating_point():
+        return packed
+    if not is_finite(packed.values):
+        check_finite(where, packed.unpack())
+    if dtype is None or dtype == packed.dtype:
+        return packed
+    result = replace(packed, values=packed.values.to(dtype))
+    if not is_finite(result.values):
+        check_rounded(where, packed.unpack(), result.unpack())
+    return result
+
+
+def _is_linear(model: nn.Module, target: str) -> bool:
+    module, _, kind = target.rpartition(".")
+    return kind == "weight" and isinstance(model.get_submodule(module), nn.Linear)
+
+
+def _replace(model: nn.Module, target: str, packed: Packed) -> None:
+    module = target.removesuffix(".weight")
+    linear: Any = model.get_submodule(module)
+    sparse = SparseLinear(packed)
+    if linear.bias is not None:
+        sparse.register_buffer("bias", linear.bias.detach())  # on meta until its own tensor is read
+    model.set_submodule(module, sparse)

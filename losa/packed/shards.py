@@ -1,0 +1,69 @@
+"""Files of a Hugging Face directory: shards of tensors with their index, and everything that is no weight."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from losa.errors import OutputError
+from losa.storage.files import write_json
+from losa.storage.kinds import read_config
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+class Shards:
+    """Writes the tensors of a Hugging Face directory, shard by shard, then their index."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        self._shards.append(list(tensors))
+        self._bytes += sum(t.nbytes for t in tensors.values())
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        save_file(contiguous, self._path(len(self._shards)), {"format": "pt"})
+
+    def finish(self) -> None:
+        """Give the shards their names, which say how many shards there are, and write the index."""
+        weight_map: dict[str, str] = {}
+        count = len(self._shards)
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._path(number).rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+        write_json(self.directory / "model.safetensors.index.json", index)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"model-{number:05d}.safetensors"
+
+
+def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> None:
+    """Copy all files but weights, in subdirectories too; files that a pattern in ``leave`` names stay behind."""
+    weights = {path for pattern in (*_WEIGHTS, *leave) for path in source.glob(pattern)}
+    for path in source.iterdir():
+        if path in weights:
+            continue
+        try:
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            else:
+                shutil.copyfile(path, target / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot copy {path}: {error}") from error
+
+
+def state_dtype(directory: Path, dtype: torch.dtype | None) -> None:
+    """Write into config.json which type the weights have now; None leaves it as it is."""
+    if dtype is not None:
+        config = read_config(directory)
+        config.pop("torch_dtype", None)
+        write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

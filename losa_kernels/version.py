@@ -1,0 +1,3 @@
+"""The one version number, of both packages and of the native libraries."""
+
+__version__ = "0.1.0"
