@@ -132,8 +132,8 @@ def window_start(tokenizer, what: str) -> int:
 
 @torch.no_grad()
 def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: int) -> None:
-    """Warn where windows lack a beginning-of-text token that matters: the tokenizer puts the token in front of the whole
-    text, and with it the second window's tokens are likelier by more than ``_START_MATTERS``."""
+    """Warn where windows lack a beginning-of-text token that matters: the tokenizer puts the token in front of the
+    whole text, and with it the second window's tokens are likelier by more than ``_START_MATTERS``."""
     bos = tokenizer.bos_token_id
     if bos is None or len(tokens) < 2 * length or length < 3 or tokens[0] != bos:
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from losa.data.splitting import named_parts, split
-from losa.distributed import is_main
+from losa.distributed import launched_index
 from losa.errors import RecipeError
 
 # The sections of a recipe that read text, by the part of the user's text that they get.
@@ -19,7 +19,7 @@ def own_text(recipe: dict, data: Path, output: Path, log: Callable[[str], None])
     Args:
         recipe: settings, not validated yet.
         data: a directory with the parts by name; anything else is split into ``OUTPUT.data``.
-        log: gets a sentence about the split, in the main process.
+        log: gets a sentence about the split, in the first process.
 
     Returns:
         values by dotted name, for ``losa.recipe.override``.
@@ -32,7 +32,7 @@ def own_text(recipe: dict, data: Path, output: Path, log: Callable[[str], None])
     parts = named_parts(data)
     if not parts:
         parts, message = split(data, output.with_name(f"{output.name}.data"))
-        if is_main():
+        if launched_index() == 0:
             log(message)
     if missing := [part for part in wanted if part not in parts]:
         there = ", ".join(path.name for path in parts.values())
