@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from losa.data.sequences import PackedData
-from losa.data.tokens import IGNORED
+from losa.data.sequences import IGNORED, PackedData
 from losa.distributed import check_kind
 from losa.errors import NumericsError
 from losa.recipe.sections import TrainConfig
