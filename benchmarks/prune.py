@@ -18,9 +18,9 @@ from benchmarks._models import add_model_option, load
 from benchmarks._pruning_baselines import official_cka, official_factor, official_sweep, official_wanda
 from benchmarks._results import parser, report
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import RoundPlan
+from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
-from losa.model.blocks import block_linears, find_blocks, find_linears
+from losa.model.blocks import Blocks, find_blocks, find_linears
 from losa.model.wrapping import unwrap_model, wrap_model
 from losa.modules.masked_lora import dense_mode
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
@@ -66,7 +66,7 @@ def _round(model: nn.Module, ids: Tensor, pruner: str) -> dict[str, float]:
     )
     engine = Engine(model, ids, config, AllocationConfig(), calibration)
     start = time.perf_counter()
-    record = engine.run_round(RoundPlan(1, SPARSITY, 6, 1))
+    record = engine.run_round(Round(1, SPARSITY, 6, 1))
     whole = time.perf_counter() - start
     passes = _pure_forward(engine, ids)
     unwrap_model(model)
@@ -78,7 +78,7 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
     """Seconds of the block calls of a round: features for rates, the dense stream, statistics, the sparse stream."""
 
     def once() -> None:
-        stream = BlockStream(engine.model, engine.blocks, ids, engine.calibration.batch_size, calls=engine._calls)
+        stream = BlockStream(engine.model, engine.decoder, ids, engine.calibration.batch_size, calls=engine._calls)
         for index in range(len(engine.blocks)):
             stream.advance(index)
 
@@ -93,8 +93,8 @@ def _pure_forward(engine: Engine, ids: Tensor) -> float:
 def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     seconds = {"forward": 0.0, "rates": 0.0, "prune": 0.0}
     began = time.perf_counter()
-    blocks = find_blocks(model).modules
-    kept = {linear: linear.weight.data for linear in block_linears(model).values()}
+    blocks = find_blocks(model)
+    kept = {linear: linear.weight.data for linear in blocks.linears().values()}
     start = time.perf_counter()
     features = torch.stack([torch.stack(samples) for samples in _features(model, blocks, ids)])
     seconds["forward"] += time.perf_counter() - start
@@ -131,7 +131,7 @@ def official(model: nn.Module, ids: Tensor, pruner: str) -> list[dict]:
     return [_row(pruner, "official manner", name, value, seconds["whole"]) for name, value in seconds.items()]
 
 
-def _features(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[list[Tensor]]:
+def _features(model: nn.Module, blocks: Blocks, ids: Tensor) -> list[list[Tensor]]:
     """Block outputs, by block and sample."""
     found: list[list[Tensor]] = [[] for _ in blocks]
     with ExitStack() as stack:

@@ -1,4 +1,5 @@
-"""Several processes under ``torchrun`` or ``accelerate launch``: what they may be, and how they wait and agree."""
+"""Several processes under ``torchrun`` or ``accelerate launch``: which launches are supported, which process does what,
+and how the processes wait, agree and add up. Nothing else in losa asks for a rank."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
+from torch import Tensor
 
 from losa.errors import LosaError, OutputError
 
@@ -36,8 +38,14 @@ def check_kind(kind: DistributedType) -> None:
         raise LosaError(f"train: {kind.value} is not supported; launch plain DDP (accelerate launch --multi_gpu)")
 
 
-def start_processes(device: str) -> PartialState:
+def start_processes(device: str) -> str:
     """Join the other processes, if there are any.
+
+    Args:
+        device: the recipe's.
+
+    Returns:
+        the device that this process works on: ``device``, but for "auto" with several processes, which get one each.
 
     Raises:
         LosaError: launched with a plugin that shards weights. The launcher's variables say so before anything is
@@ -49,30 +57,70 @@ def start_processes(device: str) -> PartialState:
         for plugin, kind in (("FSDP", DistributedType.FSDP), ("MEGATRON_LM", DistributedType.MEGATRON_LM)):
             if _launched_with(plugin):
                 check_kind(kind)
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    process = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    return str(process.device) if device == "auto" and process_count() > 1 else device
 
 
 def _launched_with(plugin: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes")
 
 
-def on_main(work: Callable[[], _T]) -> _T:
-    """Run ``work`` in the main process and return its result in every one.
+def process_count() -> int:
+    """How many processes have joined; 1 without torch.distributed."""
+    return dist.get_world_size() if _joined() else 1
 
-    The others look into the processes' key-value store, without a collective: they may wait for hours, where a barrier
-    would give up after its time limit, and they learn at once that the main process failed or is gone.
+
+def process_index() -> int:
+    """This process's number, from 0. Before the processes have joined it is the launcher's."""
+    return dist.get_rank() if _joined() else int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks to the user."""
+    return process_index() == 0
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """Process 0's tensor, on the device of this process's own one, so that all processes decide alike. A process that
+    is alone gets its own tensor back."""
+    if process_count() == 1:
+        return tensor
+    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
+    dist.broadcast(shared, 0)
+    return shared.to(tensor.device)
+
+
+def sum_over_processes(statistic: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape and dtype, a new tensor. It waits for the processes, not for the
+    device."""
+    total = statistic.clone()
+    if process_count() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def on_main(work: Callable[[], _T]) -> _T:
+    """Run ``work`` in the main process and return its result in every process.
+
+    The other processes look into the processes' key-value store, without a collective: they may wait for hours, where
+    a barrier would give up after its time limit, and they learn at once that the main process failed or is gone.
 
     Args:
         work: its result can be pickled.
 
     Raises:
-        LosaError: in the others, when ``work`` failed in the main process. There its own error is raised.
+        LosaError: in the other processes, when ``work`` failed in the main process. The main process raises the error
+            of ``work`` itself.
     """
-    process = PartialState()
-    if process.num_processes == 1:
+    if process_count() == 1:
         return work()
-    store, key = dist.distributed_c10d._get_default_store(), f"losa/{next(_calls)}"
-    if not process.is_main_process:
+    store: Any = dist.distributed_c10d._get_default_store()
+    key = f"losa/{next(_calls)}"
+    if not is_main():
         return _wait(store, key)
     try:
         result = work()
@@ -101,10 +149,10 @@ def check_agreement(what: str, value: str) -> None:
     Raises:
         OutputError: in every process; names two that differ and what each has.
     """
-    process = PartialState()
-    if process.num_processes == 1:
+    if process_count() == 1:
         return
-    values = gather_object([value])
+    values = [""] * process_count()
+    dist.all_gather_object(values, value)
     other = next((i for i, found in enumerate(values) if found != values[0]), None)
     if other is not None:
         raise OutputError(

@@ -119,7 +119,7 @@ def _check_evaluation(evaluation: dict) -> None:
 
 def _read(value: object, kind: Any, where: str) -> Any:
     """``value`` as a ``kind`` (a dataclass is built from its dict), or ValueError that names ``where``."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _build(value, kind, where)
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
@@ -130,9 +130,9 @@ def _read(value: object, kind: Any, where: str) -> Any:
         return [_read(item, inner[0], f"{where}, entry {index}") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: _read(item, inner[1], f"{where}: {key[:100]}") for key, item in value.items()}
-    if kind is float and type(value) is int and abs(value) < 2**63:
+    if kind is float and isinstance(value, int) and type(value) is int and abs(value) < 2**63:
         return value
-    if origin is None and type(value) is kind and not (kind is int and abs(value) >= 2**63):
+    if origin is None and type(value) is kind and not (isinstance(value, int) and abs(value) >= 2**63):
         return value
     name = getattr(origin or kind, "__name__", str(kind))
     raise ValueError(f"{where}: expected {name}, found {type(value).__name__}")

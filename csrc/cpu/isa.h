@@ -2,6 +2,16 @@
 // set's flags and its name as LOSA_ISA; every other file is compiled for any CPU and chooses at run time.
 #pragma once
 
+// In an op's namespace: the op's table of kernels. kernels.cpp defines it as LOSA_ISA::kKernels, and has nothing else
+// with external linkage: code with one instruction set's flags must not be linked into code for another.
+// In files compiled for any CPU, kernels() is the table of the selected instruction set.
+#if defined(LOSA_ISA)
+#define LOSA_KERNELS(Table)    \
+  namespace LOSA_ISA {         \
+  extern const Table kKernels; \
+  }
+#else
+
 #include "common/settings.h"
 
 namespace losa {
@@ -41,15 +51,7 @@ inline CpuIsa selected_isa() {
 
 }  // namespace losa
 
-// In an op's namespace: the op's table of kernels. kernels.cpp defines it as LOSA_ISA::kKernels, and has nothing else
-// with external linkage: code with one instruction set's flags must not be linked into code for another.
-// In files compiled for any CPU, kernels() is the table of the selected instruction set.
-#if defined(LOSA_ISA)
-#define LOSA_KERNELS(Table)    \
-  namespace LOSA_ISA {         \
-  extern const Table kKernels; \
-  }
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
 #define LOSA_KERNELS(Table)                                                                                      \
   namespace scalar {                                                                                             \
   extern const Table kKernels;                                                                                   \
@@ -72,4 +74,6 @@ inline CpuIsa selected_isa() {
   inline const Table& kernels() { \
     return scalar::kKernels;      \
   }
+#endif
+
 #endif

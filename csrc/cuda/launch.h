@@ -43,8 +43,8 @@
 // LOSA_LAUNCH_DEPENDENT: the same for a kernel that may start while the kernel before it on the stream still runs. Each
 // of its threads calls wait_for_kernels_before before it reads anything that the kernel before wrote, and before it
 // writes anything. It reads weights at once. The environment variable LOSA_DEPENDENT_LAUNCH says where this is done, by
-// code for compute capability 9.0 or later: in CUDA graphs (1, the default), where kernels before it write no weights;
-// everywhere (always), which is for measuring; nowhere (0).
+// code for compute capability 9.0 or later: in CUDA graphs (auto, the default), where kernels before it write no
+// weights; everywhere (always), which is for measuring; nowhere (0).
 #define LOSA_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                                    \
   LOSA_CUDA_CHECK(::losa::launch_dependent((kernel), dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), \
                                            (stream), __VA_ARGS__))

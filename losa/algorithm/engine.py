@@ -5,32 +5,31 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from losa.algorithm.importance import cka_importance
-from losa.algorithm.keep_counts import allocate_keep_n
+from losa.algorithm.block import WrappedBlock
+from losa.algorithm.importance import get_importance
+from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
-from losa.algorithm.rates import cka_rates
 from losa.algorithm.reconstruction import ErrorMeter
-from losa.algorithm.schedule import RoundPlan
-from losa.algorithm.statistics import collect
+from losa.algorithm.schedule import Round
+from losa.algorithm.statistics import Statistic, collect, get_statistic
+from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
+from losa.distributed import from_rank_zero
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
-from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
-from losa.pruners.base import Pattern, Pruned
+from losa.pruners.base import Pattern
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
-from losa_kernels import cka_similarity, merge_masked_lora, unpack_mask
+from losa_kernels import cka_similarity
 from losa_kernels.pruning import free_graphs
 
 
@@ -47,6 +46,11 @@ class Engine:
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors, and the
     originals serve as the dense model of later rounds (kept in host memory).
+
+    Raises:
+        ModelError: no blocks, or a block without a wrapped linear.
+        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, or a pruner whose statistic is
+            unknown or needs gradients.
     """
 
     def __init__(
@@ -67,37 +71,33 @@ class Engine:
         self.allocation = allocation
         self.calibration = calibration
         self.seed = seed
-        found = find_blocks(model)
-        self.name, self.blocks = found.prefix, found.modules
         self.pruner = get_pruner(prune)
+        self.importance = get_importance(allocation.rates)
+        self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"
-        self.layers: list[dict[str, MaskedLoRALinear]] = [
-            {name: m for name, m in block.named_modules() if isinstance(m, MaskedLoRALinear)} for block in self.blocks
+        self.decoder = find_blocks(model)
+        self.blocks = [
+            WrappedBlock(name, module, self.pruner.updates_weight)
+            for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
-        empty = [i for i, layers in enumerate(self.layers) if not layers]
+        self._calls = {} if calls is None else calls
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        empty = [i for i, block in enumerate(self.blocks) if not block.linears]
         if empty:
             raise ModelError(f"blocks {empty} have no wrapped linear; wrap the model first")
-        if prune.pattern is not None:
-            m = prune.keep_n_m[1]
-            odd = [
-                f"{i}.{name}" for i, block in enumerate(self.layers) for name in block if block[name].in_features % m
-            ]
-            if odd:
-                raise RecipeError(f"prune.pattern: {odd[0]} has in_features that are no multiple of {m}")
-        self._calls = {} if calls is None else calls
-        # References, not copies, until a weight is first replaced; then the original moves to host memory.
-        self._originals: dict[MaskedLoRALinear, Tensor] = {}
-        if self.pruner.updates_weight:
-            self._originals = {m: m.weight.data for layers in self.layers for m in layers.values()}
+        if self.prune_config.keep_n_m is None:
+            return
+        m = self.prune_config.keep_n_m[1]
+        for index, block in enumerate(self.blocks):
+            for name, linear in block.linears.items():
+                if linear.in_features % m:
+                    raise RecipeError(f"prune.pattern: {index}.{name} has in_features that are no multiple of {m}")
 
     def block_sparsity(self) -> list[float]:
         """Share of pruned weights per block, counted from the masks."""
-        rates = []
-        for layers in self.layers:
-            total = sum(m.weight.numel() for m in layers.values())
-            kept = sum(int(m.mask_bool().sum()) for m in layers.values())
-            rates.append(1 - kept / total)
-        return rates
+        return [block.sparsity() for block in self.blocks]
 
     def similarity(self) -> Tensor:
         """CKA between block outputs of the model as it is now (Eq. 6): (L, L) fp64."""
@@ -105,226 +105,163 @@ class Engine:
         with torch.no_grad():
             stream = self._stream(ids)
             grams = []
-            for index in range(len(self.blocks)):
-                with self._merged_block(index):
+            for index, block in enumerate(self.blocks):
+                with block.merged():
                     stream.advance(index)
                 try:
                     grams.append(stream.gram())
                 except ValueError as error:
-                    raise NumericsError(f"calibration: output of {self.name}.{index}: {error}") from error
+                    raise NumericsError(f"calibration: output of {block.name}: {error}") from error
         try:
-            return _from_rank_zero(cka_similarity(torch.stack(grams)).double())
+            return from_rank_zero(cka_similarity(torch.stack(grams)).double())
         except ValueError as error:
-            raise NumericsError(f"calibration: blocks of {self.name} cannot be compared: {error}") from error
+            raise NumericsError(f"calibration: blocks of {self.decoder.prefix} cannot be compared: {error}") from error
 
-    def run_round(self, plan: RoundPlan) -> RoundRecord:
+    def run_round(self, this_round: Round) -> RoundRecord:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
         Raises:
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
-        seconds: dict[str, float] = {}
-        record = RoundRecord(
-            index=plan.index,
-            target_sparsity=plan.sparsity,
-            mean_rank=float(plan.mean_rank),
-            sparsity=[],
-            ranks=[],
-            seconds=seconds,
+        watch = Stopwatch()
+        with _evaluating(self.model), torch.no_grad():
+            with watch.stage("rates"):
+                importance, similarity = self._importance()
+                patterns = patterns_for(
+                    this_round, importance, self.block_sparsity(), self.prune_config, self.allocation.delta
+                )
+            pruned = self._prune_blocks(patterns)
+            watch.seconds |= pruned.seconds
+            with watch.stage("ranks"):
+                sparsity = self.block_sparsity()
+                ranks = self._ranks(this_round, pruned.errors, sparsity)
+                self._set_ranks(this_round, ranks)
+        return RoundRecord(
+            index=this_round.index,
+            target_sparsity=this_round.sparsity,
+            mean_rank=float(this_round.mean_rank),
+            sparsity=sparsity,
+            ranks=ranks,
+            errors=pruned.errors,
+            keep_n=[pattern.keep_n for pattern in patterns if pattern.keep_n is not None] or None,
+            m=patterns[0].m,
+            importance=None if importance is None else importance.tolist(),
+            similarity=None if similarity is None else similarity.tolist(),
+            damping=pruned.damping,
+            seconds=watch.seconds,
         )
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            with _timed(seconds, "rates"):
-                patterns = self._patterns(plan, record)
-            errors = self._prune_blocks(patterns, record, seconds)
-            with _timed(seconds, "ranks"):
-                record.sparsity = self.block_sparsity()
-                record.errors = errors
-                record.ranks = self._ranks(plan, errors, record.sparsity).tolist()
-                self._set_ranks(plan, record.ranks)
-        self.model.train(was_training)
-        return record
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
         batch_size = self.calibration.batch_size
-        return BlockStream(self.model, self.blocks, input_ids, batch_size, calls=self._calls, name=self.name)
+        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls)
 
-    def _patterns(self, plan: RoundPlan, record: RoundRecord) -> list[Pattern]:
-        """What each block keeps in this round."""
-        count = len(self.blocks)
-        importance = None
-        if self.allocation.rates == "cka" and count > 1:
-            similarity = self.similarity()
-            importance = cka_importance(similarity)
-            record.similarity = similarity.tolist()
-            record.importance = importance.tolist()
-        nested = not self.prune_config.regrow
-        if self.prune_config.pattern is not None:
-            return self._nm_patterns(plan, record, importance)
+    def _importance(self) -> tuple[Tensor | None, Tensor | None]:
+        """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
+        if len(self.blocks) == 1:
+            return None, None
+        similarity = self.similarity() if self.importance.needs == "similarity" else None
+        linears = [block.linears for block in self.blocks]
+        importance = self.importance.function(linears if similarity is None else similarity)
         if importance is None:
-            rates = [plan.sparsity] * count
-        else:
-            floor = torch.tensor(self.block_sparsity(), dtype=torch.float64) if nested else None
-            rates = cka_rates(similarity, plan.sparsity, self.allocation.delta, floor).tolist()
-        return [Pattern(sparsity=rate) for rate in rates]
+            return None, similarity
+        if tuple(importance.shape) != (len(self.blocks),):
+            name, found = self.allocation.rates, tuple(importance.shape)
+            raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {found}")
+        return from_rank_zero(importance.double()), similarity
 
-    def _nm_patterns(self, plan: RoundPlan, record: RoundRecord, importance: Tensor | None) -> list[Pattern]:
-        keep_n, m = self.prune_config.keep_n_m
-        count = len(self.blocks)
-        final = abs(plan.sparsity - self.prune_config.final_sparsity) < 1e-9
-        if final and not self.prune_config.mixed:
-            counts = [keep_n] * count
-        else:
-            ceiling = None
-            if not self.prune_config.regrow:
-                kept = 1 - torch.tensor(self.block_sparsity(), dtype=torch.float64)
-                ceiling = (kept * m).round().long()
-            mean_keep = m * (1 - plan.sparsity)
-            delta = self.allocation.delta
-            if importance is None:
-                importance, delta = torch.zeros(count, dtype=torch.float64), 0.0
-            lowest = 1 if self.prune_config.mixed else keep_n
-            counts = allocate_keep_n(importance, mean_keep, m, delta, lo=lowest, ceiling=ceiling).tolist()
-        record.keep_n, record.m = counts, m
-        return [Pattern(keep_n=n, m=m) for n in counts]
-
-    def _prune_blocks(
-        self, patterns: list[Pattern], record: RoundRecord, seconds: dict[str, float]
-    ) -> list[float] | None:
+    def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""
-        with _timed(seconds, "forward"):
+        watch = Stopwatch()
+        with watch.stage("forward"):
             sparse = self._stream(self.input_ids)
             dense = self._stream(self.input_ids) if self.needs_errors else None
-        errors = []
-        for index, pattern in enumerate(patterns):
-            where = f"{self.name}.{index}"
-            if dense is not None:
-                with _timed(seconds, "forward"), self._dense_block(index):
-                    dense.advance(index)
-            with (
-                _timed(seconds, "forward"),
-                self._merged_block(index),
-                collect(self.layers[index], self.pruner.statistic, where, lambda: sparse.position) as statistics,
-            ):
-                if self.pruner.statistic != "none":
-                    for _ in sparse.run(index):
-                        pass
-            with _timed(seconds, "prune"):
-                if (prepare := getattr(self.pruner, "prepare", None)) is not None:
-                    prepare(statistics.values())
-                for name, layer in self.layers[index].items():
-                    self._prune_linear(f"{where}.{name}", layer, statistics[name], pattern, record)
-            with _timed(seconds, "forward"):
-                with self._merged_block(index):
+        errors: list[float] = []
+        damping: dict[str, float | None] = {}
+        for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
+            with watch.stage("forward"):
+                if dense is not None:
+                    with block.dense():
+                        dense.advance(index)
+                statistics = self._statistics(index, sparse)
+            with watch.stage("prune"):
+                damping |= block.prune(self.pruner, statistics, pattern, nested=not self.prune_config.regrow)
+            del statistics
+            with watch.stage("forward"):
+                with block.merged():
                     sparse.advance(index)
                 if dense is not None:
-                    meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error, sparse.device)
-                    for d, s in zip(dense.hidden, sparse.hidden, strict=True):
-                        meter.update(d, s)
-                    errors.append(meter.result())
+                    errors.append(self._error(dense, sparse))
         free_graphs()  # training needs the memory
-        if not errors:
-            return None
-        return _from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
+        if dense is None:
+            return _PrunedBlocks(None, damping, watch.seconds)
+        decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
+        return _PrunedBlocks(decided, damping, watch.seconds)
 
-    def _prune_linear(
-        self, where: str, layer: MaskedLoRALinear, statistic: Tensor | None, pattern: Pattern, record: RoundRecord
-    ) -> None:
-        if statistic is None and self.pruner.statistic != "none":
-            # An expert that saw no token: flat norms (or an identity Hessian) make the choice by magnitude.
-            device = layer.weight.device
-            flat = torch.ones(layer.in_features, device=device)
-            statistic = torch.diag(flat) if self.pruner.statistic == "hessian" else flat
-        nested = not self.prune_config.regrow
-        values = self._values_to_prune(layer, nested)
-        try:
-            pruned = self.pruner.prune(values, statistic, pattern, layer.mask.data if nested else None)
-        except (NumericsError, ValueError) as error:
-            raise NumericsError(f"{where}: {error}") from error
-        if pruned.damping is not None:
-            record.damping[where] = pruned.damping if math.isfinite(pruned.damping) else None
-        self._install(where, layer, pruned)
+    def _statistics(self, index: int, stream: BlockStream) -> Mapping[str, Tensor | None]:
+        """What the pruner asks for of each linear's inputs; all None where it asks for nothing."""
+        block = self.blocks[index]
+        if self.statistic is None:
+            return dict.fromkeys(block.linears)
+        with (
+            block.merged(),
+            collect(block.linears, self.statistic, block.name, lambda: stream.position) as statistics,
+        ):
+            for _ in stream.run(index):
+                pass
+        return statistics
 
-    def _values_to_prune(self, layer: MaskedLoRALinear, nested: bool) -> Tensor:
-        """fp32 (out, in). Mask-only methods rank dense values; a method that updates weights must not compensate
-        for a weight twice, so it sees earlier zeros as zeros, or starts from the original when regrowing."""
-        if not self.pruner.updates_weight:
-            return layer.dense_weight()
-        if nested:
-            return layer.dense_weight() * layer.mask_bool()
-        adapter = layer.dense_weight() - layer.weight.float()
-        return self._originals[layer].to(adapter.device).float() + adapter
+    def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
+        meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error, sparse.device)
+        for d, s in zip(dense.hidden, sparse.hidden, strict=True):
+            meter.update(d, s)
+        return meter.result()
 
-    def _install(self, where: str, layer: MaskedLoRALinear, pruned: Pruned) -> None:
-        mask = _from_rank_zero(pruned.mask)
-        if pruned.weight is not None:
-            swept = _from_rank_zero(pruned.weight)
-            if not torch.isfinite(swept).all():
-                raise NumericsError(f"{where}: pruning made a weight non-finite")
-            self._originals[layer] = self._originals[layer].to("cpu")
-            adapter = layer.dense_weight() - layer.weight.float()
-            kept = unpack_mask(mask, layer.in_features)
-            base = torch.where(kept, swept - adapter, layer.weight.float())
-            layer.replace_weight(base)
-        layer.set_mask(mask)
-
-    @contextmanager
-    def _dense_block(self, index: int) -> Iterator[None]:
-        """The block as it was before any pruning: original weights, no mask, no adapter."""
-        swapped = {m: m.weight.data for m in self.layers[index].values() if m in self._originals}
-        for layer, current in swapped.items():
-            layer.weight.data = self._originals[layer].to(current.device)
-        try:
-            with dense_mode(self.blocks[index]):
-                yield
-        finally:
-            for layer, current in swapped.items():
-                layer.weight.data = current
-
-    @contextmanager
-    def _merged_block(self, index: int) -> Iterator[None]:
-        """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them."""
-        swapped = {m: m.weight.data for m in self.layers[index].values()}
-        for layer, weight in swapped.items():
-            layer.weight.data = merge_masked_lora(weight, layer.mask, layer.lora_A, layer.lora_B, layer.scaling)
-        try:
-            with dense_mode(self.blocks[index]):
-                yield
-        finally:
-            for layer, weight in swapped.items():
-                layer.weight.data = weight
-
-    def _ranks(self, plan: RoundPlan, errors: list[float] | None, sparsity: list[float]) -> Tensor:
-        config, count = self.allocation, len(self.blocks)
-        bounds = (plan.mean_rank, config.rank_min, config.rank_max)
+    def _ranks(self, this_round: Round, errors: list[float] | None, sparsity: list[float]) -> list[int]:
+        config = self.allocation
+        bounds = (this_round.mean_rank, config.rank_min, config.rank_max)
         if config.ranks == "error":
-            return allocate_ranks(torch.tensor(errors, dtype=torch.float64), *bounds)
-        if config.ranks == "sparsity":
-            return ranks_by_sparsity(torch.tensor(sparsity, dtype=torch.float64), *bounds)
-        return uniform_ranks(count, plan.mean_rank)
+            ranks = allocate_ranks(torch.tensor(errors, dtype=torch.float64), *bounds)
+        elif config.ranks == "sparsity":
+            ranks = ranks_by_sparsity(torch.tensor(sparsity, dtype=torch.float64), *bounds)
+        else:
+            ranks = uniform_ranks(len(self.blocks), this_round.mean_rank)
+        return ranks.tolist()
 
-    def _set_ranks(self, plan: RoundPlan, ranks: list[int]) -> None:
-        generator = torch.Generator().manual_seed(1000 * self.seed + plan.index)
-        for rank, layers in zip(ranks, self.layers, strict=True):
-            for layer in layers.values():
-                layer.set_rank(rank, generator=generator)
+    def _set_ranks(self, this_round: Round, ranks: list[int]) -> None:
+        generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
+        for rank, block in zip(ranks, self.blocks, strict=True):
+            for linear in block.linears.values():
+                linear.set_rank(rank, generator=generator)
 
 
-def _from_rank_zero(tensor: Tensor) -> Tensor:
-    """Every process decides alike: rank 0's value replaces the others' (a no-op without torch.distributed)."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor
-    device = tensor.device
-    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
-    dist.broadcast(shared, 0)
-    return shared.to(device)
+@dataclass(frozen=True)
+class _PrunedBlocks:
+    """What one pass over the blocks found: reconstruction errors by block, damping by linear, seconds by stage."""
+
+    errors: list[float] | None
+    damping: dict[str, float | None]
+    seconds: dict[str, float]
+
+
+def _statistic_of(prune: PruneConfig, name: str | None) -> type[Statistic] | None:
+    if name is None:
+        return None
+    try:
+        statistic = get_statistic(name)
+    except ValueError as error:
+        raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
+    if statistic.needs_backward:
+        raise RecipeError(
+            f"prune.pruner: {prune.pruner!r}: expected a statistic of forward passes, "
+            f"got {name!r}, which needs gradients"
+        )
+    return statistic
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; a failure leaves it there."""
+    was_training = model.training
+    model.eval()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    model.train(was_training)

@@ -31,7 +31,7 @@ def allocate_keep_n(
         mean_keep: mean of the counts.
         delta: of Eq. 5; default ``default_delta(1 - mean_keep / m)``; 0 keeps blocks next to the mean.
         lo, hi: hard bounds, 1..m by default.
-        ceiling: (L,) keep counts already reached, above which nested masks cannot go; it goes before ``lo``.
+        ceiling: (L,) keep counts already reached, above which nested masks cannot go; it overrides ``lo``.
 
     Returns:
         (L,) int64.
@@ -73,7 +73,7 @@ def allocate_keep_n(
 
 
 def _even_counts(total: int, low: list[int], high: list[int], order: list[int]) -> list[int]:
-    """Integers as equal as the bounds allow with sum ``total``; ``order`` (most important first) settles the rest."""
+    """Integers of sum ``total``, as equal as the bounds allow: ``order`` (most important first) decides who gets more."""
     base = total // len(order)
     counts = [min(max(base, a), b) for a, b in zip(low, high, strict=True)]
     while (left := total - sum(counts)) != 0:

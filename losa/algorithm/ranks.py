@@ -15,7 +15,7 @@ def uniform_ranks(count: int, mean_rank: int) -> Tensor:
 def allocate_ranks(errors: Tensor, mean_rank: int, r_min: int, r_max: int) -> Tensor:
     """Ranks proportional to reconstruction errors (Eq. 7) whose sum is exactly mean_rank * L, within [r_min, r_max].
 
-    Shares E_l / mean(E) * mean_rank are clipped, what clipping freed is shared out again in proportion, and the
+    Shares E_l / mean(E) * mean_rank are clipped, ranks that clipping frees are shared out again in proportion, and the
     largest remainders round up (ties: the larger error, then the first block). A larger error never gets a smaller
     rank; equal errors differ by at most 1.
 
@@ -51,7 +51,7 @@ def _clipped_shares(errors: Tensor, budget: int, low: int, high: int) -> Tensor:
     largest = errors.max()
     if largest == 0:
         return torch.full_like(errors, budget / len(errors))
-    # Zero errors get a vanishing share, which still takes what is left once all others have reached the upper bound.
+    # A zero error gets a vanishing share, which takes the remaining budget once all other shares are at ``high``.
     weights = (errors / largest).clamp_min(1e-12)
     # The sum is piecewise linear in lambda with kinks where a share meets a bound: invert it by interpolation.
     kinks = torch.cat([low / weights, high / weights]).sort().values

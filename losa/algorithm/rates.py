@@ -1,14 +1,12 @@
-"""Layer-wise budgets: sparsity rates from CKA importance, ranks from reconstruction errors, keep counts for N:M."""
+"""Each block's sparsity rate, from its importance."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from losa.algorithm.importance import cka_importance
-
 MAX_RATE = 0.99
-# Targets come from arithmetic such as 1 - keep_n / m.
+# Targets come from arithmetic such as 1 - keep_n / m, which rounds.
 ROUNDING = 1e-9
 # Counted masks may overshoot their round by a weight here and there.
 FLOOR_OVERSHOOT = 1e-3
@@ -33,14 +31,14 @@ def uniform_rates(count: int, target: float) -> Tensor:
     return torch.full((count,), target, dtype=torch.float64)
 
 
-def cka_rates(similarity: Tensor, target: float, delta: float | None = None, floor: Tensor | None = None) -> Tensor:
+def rates_for(importance: Tensor, target: float, delta: float | None = None, floor: Tensor | None = None) -> Tensor:
     """Sparsity rate per block: min sum_l I_l s_l with mean s = target and |s_l - target| <= delta (Eq. 5).
 
     A linear programme with one equality, solved exactly by sorting: the least important blocks rise to their upper
     bounds until the budget ends. Ties: the first block gets sparser first.
 
     Args:
-        similarity: (L, L) CKA.
+        importance: (L,), finite; only its order counts.
         target: theta_t, the mean rate, at most 0.99.
         delta: half width of the box; default ``default_delta(target)``. The box is cut to [0, 0.99].
         floor: (L,) rates already reached, below which nested masks cannot go. A floor above the box becomes the
@@ -53,7 +51,8 @@ def cka_rates(similarity: Tensor, target: float, delta: float | None = None, flo
     Raises:
         ValueError: bad shapes or values, or floors that leave no solution.
     """
-    importance = cka_importance(similarity)
+    if importance.dim() != 1 or len(importance) == 0 or not torch.isfinite(importance).all():
+        raise ValueError(f"importance: expected finite (L,), got {tuple(importance.shape)}")
     count = len(importance)
     if not 0 <= target <= MAX_RATE:
         raise ValueError(f"target: expected 0 <= target <= {MAX_RATE}, got {target}")

@@ -8,7 +8,7 @@ from losa.recipe.sections import AllocationConfig, RoundsConfig
 
 
 @dataclass(frozen=True)
-class RoundPlan:
+class Round:
     """Round ``index`` (from 1): prune to ``sparsity``, adapters of ``mean_rank``, train on ``sequences`` sequences."""
 
     index: int
@@ -43,14 +43,14 @@ def sequences_per_round(rounds: int, total: int, share: float) -> list[int]:
     return counts
 
 
-def plan_rounds(
+def make_schedule(
     rounds: RoundsConfig,
     allocation: AllocationConfig,
     final_sparsity: float,
     total_sequences: int,
     round_share: float,
-) -> list[RoundPlan]:
-    """All rounds of a run, the data shared out by ``sequences_per_round``.
+) -> list[Round]:
+    """The schedule: all rounds of a run, the data shared out by ``sequences_per_round``.
 
     ``oneshot`` is one round with the last round's sparsity and mean rank and all the data, so that schedules are
     compared at one budget.
@@ -63,8 +63,8 @@ def plan_rounds(
     if not 0 < round_share <= 1:
         raise ValueError(f"round_share: expected 0 < round_share <= 1, got {round_share}")
     if rounds.schedule == "oneshot":
-        return [RoundPlan(1, final_sparsity, mean_rank_at(rounds.count, allocation), total_sequences)]
+        return [Round(1, final_sparsity, mean_rank_at(rounds.count, allocation), total_sequences)]
     return [
-        RoundPlan(t, sparsity_at(t, rounds.count, final_sparsity, rounds.schedule), mean_rank_at(t, allocation), share)
+        Round(t, sparsity_at(t, rounds.count, final_sparsity, rounds.schedule), mean_rank_at(t, allocation), share)
         for t, share in enumerate(sequences_per_round(rounds.count, total_sequences, round_share), start=1)
     ]

@@ -1,8 +1,8 @@
-"""Streaming calibration: block by block, holding one block's hidden states per stream and nothing else.
+"""Streaming calibration: block by block, with the hidden states of one block in memory and nothing else.
 
 A stream's memory is bounded by ``BlockStream.nbytes`` (samples x length x hidden x bytes), whatever the number of
-blocks: on a GPU while it is at most a quarter of what is free there when the stream begins, else on the host, where
-torch pins the next power of two.
+blocks. The hidden states stay on a GPU if they take at most a quarter of the memory that is free there when the
+stream begins. Otherwise they wait on the host, where torch pins the next power of two.
 Statistics live for one block; Grams take L n^2 floats.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from losa.algorithm.stream_storage import StreamStorage
 from losa.errors import LosaError, ModelError
 from losa.model.block_calls import Call, hidden_of, same, split_call
+from losa.model.blocks import Blocks
 from losa_kernels import gram
 
 
@@ -25,13 +26,13 @@ class _Stop(Exception):
     """Ends a forward pass once the first block's input is known."""
 
 
-# What a model's own code raises is told with the model; these speak for themselves.
+# Errors of a model's own code become a ModelError; these errors say what is wrong already, and stay as they are.
 _PASSED_ON = (LosaError, _Stop, MemoryError, torch.OutOfMemoryError)
 
 
 def _forward(model: nn.Module, batch: Tensor) -> None:
     try:
-        model.base_model(batch, use_cache=False)
+        model.base_model(batch, use_cache=False)  # type: ignore[operator]
     except _PASSED_ON:
         raise
     except Exception as error:
@@ -51,10 +52,9 @@ class BlockStream:
         batch_size: samples per block call.
         storage: device where hidden states wait between blocks; default: the GPU that the model is on, while they fit,
             else host memory (``losa.algorithm.stream_storage``).
-        calls: kept by the caller between streams of one model: what blocks are called with, by batch shape, which
-            takes a whole forward pass to find out. While it is empty, a stream of two batches is compared with whole
+        calls: what blocks are called with, by batch shape. It takes a whole forward pass to find out, so the caller
+            keeps it between streams of one model. While it is empty, a stream of two batches is compared with whole
             forward passes first.
-        name: of the list of blocks, for messages.
 
     Raises:
         ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
@@ -64,17 +64,16 @@ class BlockStream:
     def __init__(
         self,
         model: nn.Module,
-        blocks: nn.ModuleList,
+        blocks: Blocks,
         input_ids: Tensor,
         batch_size: int = 1,
         storage: torch.device | str | None = None,
         calls: dict[tuple[int, int], list[Call]] | None = None,
-        name: str = "blocks",
     ):
-        self.blocks = blocks
-        self.device = next(blocks.parameters()).device
+        self.blocks = blocks.modules
+        self.names = blocks.names
+        self.device = next(blocks.modules.parameters()).device
         self.storage = torch.device("cpu" if storage is None else storage)
-        self.name = name
         self.hidden: list[Tensor] = []
         self.position = ""
         self._calls = {} if calls is None else calls
@@ -89,7 +88,7 @@ class BlockStream:
                 self._add(model, batch)
 
     def _add(self, model: nn.Module, batch: Tensor) -> None:
-        shape = tuple(batch.shape)
+        shape = len(batch), batch.shape[1]
         if shape not in self._calls:
             self._calls[shape], _ = self._whole_pass(model, batch)
         hidden = self._capture_first(model, batch)
@@ -103,11 +102,11 @@ class BlockStream:
     def _check_replay(self, model: nn.Module, batch: Tensor) -> None:
         """Stream two batches and compare with what whole forward passes give.
 
-        Blocks are called with what the first batch's pass called them with: the second one, the same tokens backwards,
-        shows what depends on the tokens. Two in turn show what a block leaves behind for the next one.
+        Blocks are called with the arguments of the first batch's pass. The second batch, the same tokens backwards,
+        shows arguments that depend on the tokens. Two batches in turn show what a block leaves behind for the next one.
         """
         batches = [batch, batch.flip(0, 1)]
-        self._calls[tuple(batch.shape)], first = self._whole_pass(model, batch)
+        self._calls[len(batch), batch.shape[1]], first = self._whole_pass(model, batch)
         expected = [first, self._whole_pass(model, batches[1])[1]]
         for other in batches:
             self._add(model, other)
@@ -123,12 +122,12 @@ class BlockStream:
         except _PASSED_ON:
             raise
         except Exception as error:  # a model's own code, called in a way that it may not expect
-            message = f"{self.name}.{index}: cannot be run by itself, as calibration does"
+            message = f"{self.names[index]}: cannot be run by itself, as calibration does"
             raise ModelError(f"{message} ({_reason(error)})") from error
 
     def _find_difference(self, model: nn.Module, batches: list[Tensor], expected: list[Tensor]) -> None:
-        """Replays once more, beside all blocks' outputs, and names the first block that differs by more than twice as
-        much as the model's passes differ among themselves: atomic sums on GPUs come in any order."""
+        """Replay once more, compare with the outputs of all blocks, and name the first block that differs by more than
+        twice as much as the model's own passes differ from each other: atomic sums on GPUs come in any order."""
         outputs: list[list[Tensor]] = []
         noise = 0.0
         for batch, last in zip(batches, expected, strict=True):
@@ -142,25 +141,26 @@ class BlockStream:
             self._replay(index)
             if not all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True)):
                 raise ModelError(
-                    f"{self.name}.{index}: calibration runs blocks one by one, and this one then gives another output "
+                    f"{self.names[index]}: calibration runs blocks one by one, and this one then gives another output "
                     "than in a whole forward pass: its arguments depend on the tokens, or the model passes more than "
                     "hidden states from block to block, or changes them in between; losa cannot prune this model"
                 )
 
     def _near(self, streamed: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
-        """The same kernels on the same shapes: at most a rounding or two for each block, which add up like a walk."""
+        """Whether two outputs of the same kernels on the same shapes are equal: a block may add a rounding or two, and
+        roundings add up like a random walk."""
         if streamed.shape != expected.shape:
             return False
         if torch.equal(streamed, expected) or not torch.isfinite(expected).all():
-            return True  # what is not finite is told with the linear that meets it first
+            return True  # values that are not finite are reported later, with the linear that meets them first
         bound = 2 * torch.finfo(streamed.dtype).eps * len(self.blocks) ** 0.5
         return _distance(streamed, expected) <= bound + 2 * noise
 
     def _whole_pass(
         self, model: nn.Module, batch: Tensor, outputs: list[Tensor] | None = None
     ) -> tuple[list[Call], Tensor]:
-        """What each block is called with (sliding-window models give each its own), and the last block's output.
-        ``outputs`` takes all blocks' outputs, in host memory."""
+        """What each block is called with (a sliding-window model gives each block its own mask), and the last block's
+        output. ``outputs`` takes the outputs of all blocks, in host memory."""
         count = len(self.blocks)
         calls: dict[int, Call] = {}
         last: list[Tensor] = []
@@ -206,10 +206,10 @@ class BlockStream:
         finally:
             handle.remove()
         hidden, call = seen[0]
-        known = self._calls[tuple(batch.shape)][0]
+        known = self._calls[len(batch), batch.shape[1]][0]
         if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
             raise ModelError(
-                f"{self.name}.0: its arguments besides hidden states depend on the tokens, so it cannot be run by "
+                f"{self.names[0]}: its arguments besides hidden states depend on the tokens, so it cannot be run by "
                 "itself, as calibration does; losa cannot prune this model"
             )
         return hidden
@@ -241,12 +241,13 @@ class BlockStream:
 
     def gram(self, slice_features: int = 1 << 22) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
-        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, where they
-        are not in one piece already."""
-        out = None
+        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, unless
+        they are in one piece already."""
+        out: Tensor | None = None
         if self._held is not None:
             for features in self._held.features():
                 out = gram(features, out=out)
+            assert out is not None
             return out
         flat = [h.flatten(1) for h in self.hidden]
         samples = sum(len(f) for f in flat)
@@ -254,6 +255,7 @@ class BlockStream:
         for start in range(0, flat[0].shape[1], width):
             features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
             out = gram(features, out=out)
+        assert out is not None
         return out
 
 
@@ -263,6 +265,6 @@ def _keeps_streams(device: torch.device) -> bool:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||; infinity where that is no number."""
+    """||a - b|| / ||b||; infinity where it is not a finite number."""
     distance = (torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double())).item()
     return distance if math.isfinite(distance) else math.inf

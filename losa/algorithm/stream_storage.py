@@ -31,13 +31,14 @@ class StreamStorage:
         shape = (self._samples, *hidden.shape[1:])
         whole = self._whole
         if whole is None or whole.shape != shape or whole.dtype != hidden.dtype:
-            # A block may change the dtype: the batches that wait for it stay where they are.
+            # A block may change the dtype. Batches that wait in the old dtype keep their memory.
             self._whole = whole = self._allocate(shape, hidden.dtype)
         return whole[first : first + len(hidden)].copy_(hidden)
 
     def features(self) -> Iterator[Tensor]:
-        """Each sample's positions and channels in slices (samples, columns) on the device: one slice where they are
-        there already."""
+        """The positions and channels of all samples in slices (samples, columns) on the device: one slice of all
+        columns if the hidden states are on the device already."""
+        assert self._whole is not None, "nothing is written yet"
         flat = self._whole.flatten(1)
         if flat.device == self._device:
             yield flat
@@ -47,7 +48,7 @@ class StreamStorage:
             yield self._brought(flat, start, min(start + width, flat.shape[1]))
 
     def _brought(self, flat: Tensor, start: int, end: int) -> Tensor:
-        # Row by row: what is contiguous in pinned memory goes without a copy on the host.
+        # Row by row: a contiguous piece of pinned memory is sent without a copy on the host.
         features = torch.empty(len(flat), end - start, dtype=flat.dtype, device=self._device)
         for row, sample in zip(features, flat, strict=True):
             row.copy_(sample[start:end], non_blocking=True)

@@ -94,13 +94,14 @@ def _load(path: Path, settings: list[str] | None, data: Path | None = None, outp
 def _own_text(recipe: dict, data: Path, output: Path) -> dict:
     """Settings that make ``data`` the text of every section that the recipe has (`--set evaluate=` drops one)."""
     from losa.data.splitting import named_parts, split
+    from losa.distributed import is_main
 
     sections = {"calibration": "calibration", "train": "train", "heldout": "evaluate"}
     wanted = [part for part, section in sections.items() if part == "calibration" or recipe.get(section) is not None]
     parts = named_parts(data)
     if not parts:
         parts, message = split(data, output.with_name(f"{output.name}.data"))
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             typer.echo(message)
     if missing := [part for part in wanted if part not in parts]:
         there = ", ".join(path.name for path in parts.values())

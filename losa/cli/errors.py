@@ -62,7 +62,7 @@ class Commands(TyperGroup):
     def main(self, args=None, *rest, standalone_mode: bool = True, **extra):
         """The same for what fails before a command starts."""
         try:
-            return super().main(args, *rest, standalone_mode=standalone_mode, **extra)
+            return super().main(args, *rest, **extra, standalone_mode=standalone_mode)  # type: ignore[misc]
         except Exception as error:
             if not standalone_mode or _shows_all("--debug" in (sys.argv if args is None else args)):
                 raise

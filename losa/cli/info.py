@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def _described() -> list[str]:
         lines.append(f"built by {built['compiler']} against torch {built['torch_headers']}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
+            card: Any = torch.cuda.get_device_properties(index)
             capability = (card.major, card.minor)
             line = f"GPU {index}: {card.name}, compute capability {card.major}.{card.minor}, "
             line += f"{card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} multiprocessors, "

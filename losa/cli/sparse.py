@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,8 @@ def generate(
 
     model, tokenizer = load_sparse(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings |= {"top_p": top_p, "seed": seed}
     waiting = ["" if chat else prompt]  # until it is known that the model takes it
 
     def show(text: str) -> None:

@@ -126,7 +126,7 @@ def _by_changes(render: Render, messages: list[dict], text: str) -> list[Span]:
             limit = min((other.start for other in rest if other.start >= region.stop), default=len(text))
             start = _opening_end(render, messages[:index], text, free, region.start, mark)
             after = region.varied[region.varied.rfind(mark) + 1 :]
-            own = commonprefix([_closing(render, messages[: index + 1], mark, otherwise=""), after])
+            own = commonprefix([_closing(render, messages[: index + 1], mark) or "", after])
             spans.append(Span(start, max(region.stop, min(len(text) - len(after) + len(own), limit)), free))
     return spans
 
@@ -152,19 +152,19 @@ def _opening_end(render: Render, before: list[dict], text: str, free: int, start
         return start
     opening = opened[len(closed) :] if opened.startswith(closed) else None
     if opening == "" and before:
-        closing = _closing(render, before, mark, otherwise=None)
+        closing = _closing(render, before, mark)
         return start if closing is None or not text[free:start].startswith(closing) else free + len(closing)
     found = text.rfind(opening, free, start) if opening else -1
-    return start if found < 0 else found + len(opening)
+    return found + len(opening) if opening and found >= 0 else start
 
 
-def _closing(render: Render, conversation: list[dict], mark: str, otherwise: str | None) -> str | None:
-    """The markup that ends the last message of a conversation; ``otherwise`` if it is not known."""
+def _closing(render: Render, conversation: list[dict], mark: str) -> str | None:
+    """The markup that ends the last message of a conversation; None if it is not known."""
     try:
         alone = render([*conversation[:-1], marked(conversation[-1], mark)])
     except DataError:
-        return otherwise
-    return alone[alone.rfind(mark) + 1 :] if mark in alone else otherwise
+        return None
+    return alone[alone.rfind(mark) + 1 :] if mark in alone else None
 
 
 def _common_suffix(one: str, other: str) -> int:

@@ -164,11 +164,11 @@ def _json_fault(error: Exception) -> str:
 
 def _row_at_fault(text: str) -> int:
     """Which row of a JSON list, from 1, Python's parser cannot read."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder = json.JSONDecoder()
     number, at = 1, len(text) - len(text.lstrip()) + 1
     try:
         while text.lstrip().startswith("["):
-            at = decoder.raw_decode(text, space.match(text, at).end())[1]
+            at = decoder.raw_decode(text, _after_space(text, at))[1]
             number += 1
     except (ValueError, RecursionError):
         pass
@@ -264,3 +264,9 @@ def _hub_rows(source: DataSource) -> Iterator[Row]:
             f"Check the name, the subset ({source.subset!r}), the split ({source.split!r}) and the network; or "
             "download the data elsewhere and give the local file"
         ) from error
+
+
+def _after_space(text: str, at: int) -> int:
+    """The first place from ``at`` on that is no space and no comma."""
+    rest = re.compile(r"[^\s,]").search(text, at)
+    return len(text) if rest is None else rest.start()

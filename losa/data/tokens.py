@@ -56,12 +56,12 @@ def training_sequences(
                 *(count, length, wanted),
             )
         count = min(count, wanted)
-    ids = torch.from_numpy(ids[: count * length]).reshape(count, length)
-    labels = torch.from_numpy(labels[: count * length]).reshape(count, length)
-    labels[:, 0] = IGNORED
-    if not bool((labels != IGNORED).any()):
+    sequences = torch.from_numpy(ids[: count * length]).reshape(count, length)
+    targets = torch.from_numpy(labels[: count * length]).reshape(count, length)
+    targets[:, 0] = IGNORED
+    if not bool((targets != IGNORED).any()):
         raise DataError("train.data: no token to learn from; every response is empty")
-    return PackedData(ids, labels)
+    return PackedData(sequences, targets)
 
 
 def calibration_tokens(sources: Sequence[DataSource], tokenizer, samples: int, length: int, seed: int) -> Tensor:
@@ -100,7 +100,8 @@ def evaluation_tokens(source: DataSource, tokenizer) -> Tensor:
     rows = located_rows(source)
     if any(row_format(row, source) != "text" for row in rows):
         renderer = Renderer(tokenizer, "all")
-        ids = [token for row in rows for token in renderer(row, source)[0]]
+        rendered = [renderer(row, source) for row in rows]  # none is skipped where all tokens count
+        ids = [token for found in rendered if found is not None for token in found[0]]
     else:
         texts: list[str] = []
         for row in rows:

@@ -36,10 +36,10 @@ def train_shapes(device: str, shapes=SHAPES[1:2], tokens: int = TOKENS) -> None:
         x = torch.randn(tokens, in_features, device=device).bfloat16().requires_grad_()
         weight = torch.randn(out_features, in_features, device=device).bfloat16()
         mask = pack_mask(torch.rand(out_features, in_features, device=device) >= 0.5)
-        factors = (torch.randn(RANK, in_features, device=device), torch.randn(out_features, RANK, device=device))
+        lora_A = torch.randn(RANK, in_features, device=device).requires_grad_()
+        lora_B = torch.randn(out_features, RANK, device=device).requires_grad_()
         for dropout in (0.0, 0.1):
-            leaves = [factor.requires_grad_() for factor in factors]
-            y = masked_lora_linear(x, weight, mask, *leaves, 1.0, dropout_p=dropout)
+            y = masked_lora_linear(x, weight, mask, lora_A, lora_B, 1.0, dropout_p=dropout)
             y.backward(torch.ones_like(y))
 
 

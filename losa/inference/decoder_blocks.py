@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Norm:
 
     def __init__(self, module: nn.Module):
         self.eps: float | None = getattr(module, "variance_epsilon", None)
-        self.weight: Tensor | None = None if self.eps is None else module.weight
+        self.weight: Any = None if self.eps is None else module.weight  # a Tensor where there is an eps
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Block:
     qkv: Callable[[Tensor], Tensor]
     q_norm: Norm | None
     k_norm: Norm | None
-    out: Callable[[Tensor], Tensor]
+    out: Any  # a linear of some kind, (hidden,) from (heads * size,)
     gate_up: Callable[[Tensor], Tensor]
     activation: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
@@ -50,7 +51,7 @@ class Block:
     def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
         """x (..., hidden), normed -> queries, keys and values (..., heads, size), normed where the model norms them."""
         heads = self.qkv(x).view(*x.shape[:-1], queries + 2 * keys, -1)
-        if self.q_norm is None:
+        if self.q_norm is None or self.k_norm is None:
             return heads
         q, k, v = heads.split((queries, keys, keys), -2)
         return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
@@ -100,14 +101,15 @@ class Block:
 
     def _head_norms(self, size: int) -> tuple[Tensor | None, Tensor | None, float] | None:
         """Weights and eps of RMS norms of single heads; None: the norms are others."""
-        if self.q_norm is None:
-            return None, None, 0.0
         q, k = self.q_norm, self.k_norm
-        alike = q.eps is not None and q.eps == k.eps and q.weight.shape == k.weight.shape == (size,)
-        return (q.weight, k.weight, q.eps) if alike else None
+        if q is None or k is None:
+            return None, None, 0.0
+        if q.eps is None or q.eps != k.eps or not q.weight.shape == k.weight.shape == (size,):
+            return None
+        return q.weight, k.weight, q.eps
 
 
-def read_block(block: nn.Module) -> Block:
+def read_block(block: Any) -> Block:
     """Raises AttributeError where a part has another name, or is missing."""
     attention, mlp = block.self_attn, block.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
@@ -125,7 +127,7 @@ def read_block(block: nn.Module) -> Block:
     )
 
 
-def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+def _together(linears: Sequence[Any]) -> Callable[[Tensor], Tensor]:
     """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
     group = getattr(linears[0], "group", None)
     if group is None and all(type(linear) is SparseLinear for linear in linears):
@@ -133,7 +135,8 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
         join(linears, "weight")  # a launch each, and one to put the results together, cost more there than on a CPU
     if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
-        product, weight = sparse_linear, group
+        product: Callable[..., Tensor] = sparse_linear
+        weight = group
     elif (weight := joined([_rows(linear) for linear in linears])) is not None:
         product = F.linear
     else:
@@ -151,21 +154,22 @@ def _together(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     return lambda x: product(x, weight, torch.cat(parts))
 
 
-def _rows(linear: nn.Module) -> Tensor | None:
+def _rows(linear: Any) -> Tensor | None:
     return linear.weight.detach() if type(linear) is nn.Linear else None
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The tensor whose rows all ``parts`` are, one after the other (see ``join_linears``); None: there is none."""
-    if any(part is None for part in parts):
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
         return None
-    first, place = parts[0], parts[0].storage_offset()
-    for part in parts:
+    first, place = whole[0], whole[0].storage_offset()
+    for part in whole:
         same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
         if not (same and part.is_contiguous() and part.storage_offset() == place):
             return None
         place += part.numel()
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+    return first.as_strided((sum(len(part) for part in whole), *first.shape[1:]), first.stride())
 
 
 def join(linears: Sequence[nn.Module], name: str) -> None:

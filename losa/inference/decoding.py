@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class LeanDecoder:
         Unsupported: another kind of model; says what differs.
     """
 
-    def __init__(self, model: nn.Module, max_length: int):
+    def __init__(self, model: Any, max_length: int):
         try:
             self.config = model.config
             decoder = model.get_decoder()
@@ -65,10 +66,10 @@ class LeanDecoder:
             first = self.embeddings.weight
             self.device, self.dtype = first.device, first.dtype
             blocks = find_blocks(model)
-            attention = blocks.modules[0].self_attn
-            self.head_dim = attention.head_dim
-            self.key_heads = attention.k_proj.out_features // self.head_dim
-            self.query_heads = attention.q_proj.out_features // self.head_dim
+            attention: Any = blocks.modules[0].self_attn
+            self.head_dim: int = attention.head_dim
+            self.key_heads: int = attention.k_proj.out_features // self.head_dim
+            self.query_heads: int = attention.q_proj.out_features // self.head_dim
             self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
@@ -96,8 +97,9 @@ class LeanDecoder:
             self.graphs.close()
         self.graphs = graphs_for(self.device) if max_length and self._recordable else None
         shape = (len(self.blocks), 2, 1, self.key_heads, max_length, self.head_dim)
-        self.cache = self.logits = None  # the old one's memory, before the new one is asked for
         self._caches: list[Tensor] = []
+        self.cache = torch.empty(0)  # the old one's memory is freed before the new one is asked for
+        self.logits = None
         self.cache = _zeros(shape, self.dtype, self.device)
         self._caches = list(self.cache[:, :, 0])  # of each block, (2, key heads, room, size)
         positions = torch.arange(max_length, device=self.device)[None]
@@ -138,11 +140,10 @@ class LeanDecoder:
         Raises:
             LosaError: the cache is full.
         """
-        if len(ids) == 1 and self._graphed(ids):
-            self.logits = self.graphs.logits
-        else:
-            self.logits = self._logits(ids, last=True)[-1]
-        return self.logits
+        graphs = self._graphed(ids) if len(ids) == 1 else None
+        logits = self._logits(ids, last=True)[-1] if graphs is None else graphs.logits
+        self.logits = logits
+        return logits
 
     @torch.inference_mode()
     def likeliest(self, token: Tensor) -> Tensor:
@@ -152,21 +153,22 @@ class LeanDecoder:
         Raises:
             LosaError: the cache is full.
         """
-        if self._graphed(token):
-            self.logits = self.graphs.logits
-            return self.graphs.token
-        self.logits = self._logits(token, last=True)[-1]
-        return self.logits.argmax(-1, keepdim=True)
+        if (graphs := self._graphed(token)) is not None:
+            self.logits = graphs.logits
+            return graphs.token
+        logits = self._logits(token, last=True)[-1]
+        self.logits = logits
+        return logits.argmax(-1, keepdim=True)
 
-    def _graphed(self, token: Tensor) -> bool:
-        """Has a graph read the token?"""
+    def _graphed(self, token: Tensor) -> TokenGraphs | None:
+        """The graphs, where one of them has read the token."""
         if self.graphs is None:
-            return False
+            return None
         self._check_room(1)
         if not self.graphs.run(self.step, token, self.length):
-            return False
+            return None
         self.length += 1
-        return True
+        return self.graphs
 
     def step(self, token: Tensor, position: Tensor, places: int) -> Tensor:
         """One token in shapes that do not depend on its position, with nothing read back: what a graph can hold.
@@ -241,8 +243,8 @@ class LeanDecoder:
         try:
             self.resize(count)
             expected = model(ids[None], use_cache=False).logits[0].float()
-            found = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
-            found = torch.cat([*found, self(ids[-1:])[None]]).float()
+            before = [self._logits(part, last=False) for part in (ids[:-2], ids[-2:-1]) if len(part)]
+            found = torch.cat([*before, self(ids[-1:])[None]]).float()
         except LosaError:
             raise
         except Exception as error:  # the model's own, or shapes that do not fit the loop

@@ -124,7 +124,8 @@ def generate(
             break
         made.add(token)
     # The likeliest of logits that are not finite is a token, too; they stay so to the end, through the cache.
-    _check_finite(model, decoder.logits)
+    if decoder.logits is not None:
+        _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
     return made.result()
 
@@ -135,7 +136,8 @@ class _Continuation:
     def __init__(self, tokenizer, prompt: Sequence[int], on_text: Callable[[str], None] | None):
         self.tokens: list[int] = []
         self._prompt, self._on_text = len(prompt), on_text
-        self._detokenizer, self._pieces = Detokenizer(tokenizer, prompt), []
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._pieces: list[str] = []
         self._start = self._first = self._end = time.perf_counter()
 
     def add(self, token: int) -> None:
@@ -194,8 +196,10 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed:
 
 def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
     """(tokens,) int64, at least one."""
-    text, plain = prompt, isinstance(prompt, str)
-    if not plain:
+    plain = isinstance(prompt, str)
+    if isinstance(prompt, str):
+        text = prompt
+    else:
         if not getattr(tokenizer, "chat_template", None):
             raise LosaError(
                 "generate: the tokenizer has no chat template for messages; give the prompt as text (without --chat)"
@@ -224,7 +228,7 @@ def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
     """How many of the new tokens there are positions for: the last one needs none."""
     check_length(model, prompt, "generate: prompt")
     found = positions(model)
-    if not found.table:
+    if not found.table or found.limit is None:
         check_length(model, prompt + max_new_tokens - 1, "generate: prompt and max_new_tokens")
         return max_new_tokens
     room = found.limit + 1 - prompt
@@ -264,7 +268,7 @@ def _check_finite(model: nn.Module, logits: Tensor) -> None:
     """The largest of logits (vocabulary,) is finite, or a NumericsError names the first weight that is not."""
     if math.isfinite(float(logits.max())):
         return
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             weights |= {f"{name}.weight": module.packed.values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,8 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
     for _, block, names in blocks:  # all of them before the first is replaced
         for name in names:
-            if type(linear := block.get_submodule(name)) is not nn.Linear:
-                raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
+            if (kind := type(block.get_submodule(name))) is not nn.Linear:
+                raise ModelError(f"sparsify: {name} is a {kind.__name__}; merge_model first")
     forget_decoder(model)
     replaced, considered = 0, sum(len(names) for _, _, names in blocks)
     try:
@@ -53,7 +54,7 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
         leave = set()
     for block_name, block, names in blocks:
         for name in names:
-            linear = block.get_submodule(name)
+            linear: Any = block.get_submodule(name)
             if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 if packed is not None:

@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +45,7 @@ WEIGHTS = ("dense", "packed", "packed bfloat16", "dense bfloat16")
 
 @torch.inference_mode()
 def decode_speeds(
-    model: nn.Module, *, tokens: int = 64, repetitions: int = 3, only: Collection[str] | None = None
+    model: Any, *, tokens: int = 64, repetitions: int = 3, only: Collection[str] | None = None
 ) -> list[DecodeSpeed]:
     """Greedy decoding of one sequence, in turns, by transformers' ``generate`` and by the lean loop.
 
@@ -62,7 +64,7 @@ def decode_speeds(
     """
     if tokens < 2:
         raise LosaError(f"bench: tokens: expected at least 2, got {tokens}")
-    dense = densify(copy.deepcopy(model))
+    dense: Any = densify(copy.deepcopy(model))
     device = dense.get_input_embeddings().weight.device
     prompt = torch.arange(8, device=device) % dense.get_input_embeddings().weight.shape[0]
     check_length(dense, len(prompt) + tokens - 1, "bench: tokens")
@@ -86,14 +88,14 @@ def decode_speeds(
             if name.startswith("losa"):
                 try:
                     decoder = LeanDecoder(variant, len(prompt) + tokens)
-                    runs[name] = moved, lambda d=decoder: seconds_per_token(d, prompt, tokens)
+                    runs[name] = moved, partial(seconds_per_token, decoder, prompt, tokens)
                     continue
                 except Unsupported as error:
                     if not warned:
                         reason = str(error).removeprefix("generate: ")
                         logger.warning("bench: through transformers only: %s", reason)
                     warned, name = True, f"{LOOPS[0]}, {weights}"
-            runs[name] = moved, lambda m=variant: _transformers(m, prompt, tokens)
+            runs[name] = moved, partial(_transformers, variant, prompt, tokens)
     del dense
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(-1, repetitions):
@@ -116,7 +118,7 @@ def decode_speeds(
     return found
 
 
-def bytes_per_token(model: nn.Module) -> int:
+def bytes_per_token(model: Any) -> int:
     """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
     head = model.get_output_embeddings()
     total = head.weight.nbytes if head is not None else 0
@@ -142,7 +144,7 @@ def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -
     return (time.perf_counter() - start) / (tokens - 1)
 
 
-def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
+def _transformers(model: Any, prompt: torch.Tensor, tokens: int) -> float:
     """Seconds a token of ``generate``, from its first new token to its last. ModelError: the model's own code fails."""
     times = []
 
@@ -152,7 +154,7 @@ def _transformers(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     ids = prompt[None]
-    plain = with_settings(model, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    plain: Any = with_settings(model, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     try:
         plain.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock])
     except Exception as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ class TokenGraphs:
         with torch.inference_mode(False):
             self.token = torch.zeros(1, dtype=torch.int64, device=device)
             self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.logits: Tensor | None = None
-        self._next = 0  # what _position holds
+        self.logits: Any = None  # a tensor from the first step on
+        self._next: int | None = 0  # what _position holds; None while a step runs
         self._replays: dict[int, Callable[[], None] | None] = {}
         self._failed = False
 
@@ -83,9 +84,10 @@ class TokenGraphs:
                 self._advance(step, places)
                 self._replays[places] = None
             else:
-                if self._replays[places] is None:
-                    self._replays[places] = self._recorder(lambda: self._advance(step, places))
-                self._replays[places]()
+                replay = self._replays[places]
+                if replay is None:
+                    replay = self._replays[places] = self._recorder(lambda: self._advance(step, places))
+                replay()
         except Exception as error:  # whatever it is, the plain loop will do, or will say what is wrong
             logger.warning("generate: no CUDA graph, tokens are read step by step: %s", error)
             self._failed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,13 @@ def with_settings(model: nn.Module, **settings) -> nn.Module:
 
     stated = getattr(model, "generation_config", None)
     tokens = {name: getattr(stated, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
-    model = copy.copy(model)
-    model.generation_config = GenerationConfig(**(tokens | settings))
-    return model
+    changed: Any = copy.copy(model)
+    changed.generation_config = GenerationConfig(**(tokens | settings))
+    return changed
 
 
 def through_transformers(
-    model: nn.Module,
+    model: Any,
     ids: Tensor,
     choose: Callable[[Tensor], Tensor],
     add: Callable[[int], None],

@@ -19,10 +19,11 @@ def take_decoder(model: nn.Module, max_length: int) -> tuple[list | None, LeanDe
 
     Taken out, so that two threads never share a cache.
     """
-    before, decoder = _waiting.pop(model, (None, None))
-    if decoder is None or before != _looks(model):
+    waiting = _waiting.pop(model, None)
+    if waiting is None or waiting[0] != _looks(model):
         decoder = LeanDecoder(model, max_length)
         return _looks(model), decoder  # only now: it may lay weights and biases together
+    before, decoder = waiting
     try:
         decoder.resize(max_length)
     except Unsupported:  # this length; a shorter text may come

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -90,7 +91,7 @@ def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
     return text + "no nn.Linear" + (f" (weights live in {', '.join(sorted(others))})" if others else "")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
     """A layer that computes x W^T + bias from ``weight``: not its subclasses with another forward (quantised ones)
     and not the one inside ``nn.MultiheadAttention``, whose forward is never called."""
     if isinstance(module, MaskedLoRALinear):
@@ -187,7 +188,7 @@ def _expert_count(collection: nn.Module) -> int | None:
 
 
 def _routers(block: nn.Module) -> set[nn.Module]:
-    routers = set()
+    routers: set[nn.Module] = set()
     for parent in block.modules():
         for collection in parent.children():
             count = _expert_count(collection)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from losa.modules.sparse import SparseLinear, share_rows
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 # Linears that read the same input, by their names' last components: their rows lie together in memory.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -34,9 +37,10 @@ def sparse_groups(block: nn.Module) -> Iterator[Sequence[SparseLinear]]:
     return _groups(block, SparseLinear)
 
 
-def _groups(block: nn.Module, kind: type[nn.Module]) -> Iterator[Sequence[nn.Module]]:
+def _groups(block: nn.Module, kind: type[Kind]) -> Iterator[Sequence[Kind]]:
     for parent in block.modules():
         for names in TOGETHER:
-            members = [getattr(parent, name, None) for name in names]
-            if all(type(member) is kind for member in members):
+            found = [getattr(parent, name, None) for name in names]
+            members = [member for member in found if type(member) is kind]
+            if len(members) == len(names):
                 yield members

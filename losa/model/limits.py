@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class Positions:
 
 def positions(model: nn.Module) -> Positions:
     """The positions of a causal LM, from its configuration and from the shapes of its embeddings and buffers."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     if limit is None and (limit := getattr(text, "max_seq_len", None)):
@@ -60,7 +60,7 @@ def positions(model: nn.Module) -> Positions:
     return Positions(limit, False)
 
 
-def _embeddings(model: nn.Module) -> nn.Module | None:
+def _embeddings(model: Any) -> nn.Module | None:
     try:
         return model.get_input_embeddings()
     except NotImplementedError:  # transformers' word for a model that has none to show

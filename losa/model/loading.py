@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def load_model(
             options = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
             # Without this the model counts as quantised: it may keep packed weights, and cannot be saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        loaded, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        loading: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        loaded, info = loading
     except ModelError:
         raise
     except Exception as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Naming:
         ModelError: something that is no name of a tensor.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]):
+    def __init__(self, model: Any, names: Iterable[str]):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -117,7 +118,7 @@ class Naming:
             ModelError: they do not fit together; names the first.
         """
         sources = self.made[target]
-        converter = deepcopy(self._converters[self._patterns[sources[0]]])
+        converter: Any = deepcopy(self._converters[self._patterns[sources[0]]])
         for source in sources:
             converter.add_tensor(target, source, self._patterns[source], tensors[source])
         try:
@@ -187,7 +188,7 @@ class Naming:
         if plan:
             pattern, plans, _ = build_glob_alternation(list(plan))
             for name in kept:
-                if match := pattern.search(name):
+                if (match := pattern.search(name)) and match.lastgroup:
                     kept[name] = plan[plans[match.lastgroup]]
         return kept
 

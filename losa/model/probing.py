@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +12,7 @@ from losa.errors import ModelError
 from losa.modules.sparse import SparseLinear
 
 
-def read_directly(model: nn.Module) -> set[str]:
+def read_directly(model: Any) -> set[str]:
     """Names of linears whose ``weight`` the model reads itself when it runs: some models compute with it and never call
     the linear. Found by running a few tokens; packed linears give their dense weight for that time.
 
@@ -24,12 +26,13 @@ def read_directly(model: nn.Module) -> set[str]:
 
     class Dense(nn.Linear):
         @property
-        def weight(self) -> Tensor:
+        def weight(self) -> Any:  # type: ignore[override]
             found.add(names[id(self)])
             return self._parameters["weight"]
 
         def forward(self, x: Tensor) -> Tensor:
-            return functional.linear(x, self._parameters["weight"], self.bias)
+            weight: Any = self._parameters["weight"]
+            return functional.linear(x, weight, self.bias)
 
     class Sparse(SparseLinear):
         @property

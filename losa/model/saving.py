@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,14 @@ def guard_saving(model: nn.Module) -> None:
     that time (``losa unpack`` takes a block at a time). Adapters are refused: the file would hold the weights without
     them. Models that are not of transformers stay as they are.
     """
+    module: Any
     for module in model.modules():  # a part of it can be saved alone
         if hasattr(type(module), "save_pretrained"):
             # No method of the module: pickle would read that back as the class's own.
             module.save_pretrained = partial(save_pretrained, module)
 
 
-def save_pretrained(model: nn.Module, *args, **kwargs):
+def save_pretrained(model: Any, *args, **kwargs):
     """What takes the place of a model's own ``save_pretrained``; its arguments."""
     save = type(model).save_pretrained
     wrapped = [name for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)]
@@ -58,21 +60,21 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = No
     return found
 
 
-def untied_though_stated(model: nn.Module) -> bool:
+def untied_though_stated(model: Any) -> bool:
     """Whether the config says that input and output embeddings are one, and they differ."""
     if not getattr(model.config.get_text_config(), _TIED, False) and not getattr(model.config, _TIED, False):
         return False
     output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
-    weights = [getattr(module, "weight", None) for module in (output, inputs)]
-    if any(not isinstance(weight, Tensor) for weight in weights) or weights[0] is weights[1]:
+    first, second = (getattr(module, "weight", None) for module in (output, inputs))
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first is second:
         return False
-    return not torch.equal(*weights)
+    return not torch.equal(first, second)
 
 
 def state_untied(directory: Path) -> None:
     """Write into config.json that the output layer has weights of its own."""
     path = directory / "config.json"
-    config = read_json(path)
+    config: Any = read_json(path)
     for part in [value for value in config.values() if isinstance(value, dict) and _TIED in value]:
         part[_TIED] = False
     write_json(path, config | {_TIED: False})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losa.errors import ModelError
 from losa.model.blocks import (
@@ -70,7 +71,7 @@ def wrap_model(
             generator = torch.Generator().manual_seed(_seed_for(seed, full))
             try:
                 wrapped[full] = layer.from_linear(
-                    linear, rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+                    cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
                 )
             except ValueError as error:
                 raise ModelError(f"{full}: {error}") from error
@@ -124,11 +125,11 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
     zeros = total = 0
     blocks = find_blocks(model)
     for linear in blocks.linears().values():
-        kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else linear.weight
+        kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else cast(Tensor, linear.weight)
         total += kept.numel()
         zeros += kept.numel() - int(torch.count_nonzero(kept))
-    for linear in blocks.modules.modules():
-        if isinstance(linear, SparseLinear):
-            total += _weights(linear)
-            zeros += _weights(linear) - int(torch.count_nonzero(linear.packed.values))
+    for module in blocks.modules.modules():
+        if isinstance(module, SparseLinear):
+            total += _weights(module)
+            zeros += _weights(module) - int(torch.count_nonzero(module.packed.values))
     return zeros, total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losa_kernels import sparse_linear
-from losa_kernels.packing import Packed
+from losa_kernels.packing import Packed, PackedNM
 from losa_kernels.packing.rows import join_rows, take_rows
 
 
@@ -25,6 +25,8 @@ class SparseLinear(nn.Module):
     Args:
         packed: of ``losa_kernels.pack_bitmask``, ``pack_nm`` or ``pack_24``; shared, never written to.
     """
+
+    bias: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
@@ -55,7 +57,7 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         kind = type(self._packed).__name__
-        pattern = f", {self._packed.keep_n}:{self._packed.m}" if hasattr(self._packed, "keep_n") else ""
+        pattern = f", {self._packed.keep_n}:{self._packed.m}" if isinstance(self._packed, PackedNM) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{kind}{pattern}, sparsity={self.sparsity:.3f}, dtype={self._packed.dtype}"

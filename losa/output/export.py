@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ def export_model(
         check_export(staged, model, tokenizer, record, masks, sample_ids)
 
 
-def _save(model: nn.Module, tokenizer, directory: Path) -> None:
+def _save(model: Any, tokenizer, directory: Path) -> None:
     try:
         model.save_pretrained(directory)
         if tokenizer is not None:
@@ -128,7 +129,8 @@ def check_export(
     except Exception as error:  # transformers raises errors of many kinds
         raise OutputError(f"export: the written model cannot be loaded: {error}") from error
     if sample_ids is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        transformer: Any = model
+        vocabulary = transformer.get_input_embeddings().weight.shape[0]
         sample_ids = torch.arange(min(64, vocabulary))[None]
     kept_zeros = _check_masks(reloaded, record, masks)
     _check_tensors(reloaded, model)

@@ -152,12 +152,13 @@ def _sparsity(path: Path, rounds: list[RoundRecord]) -> list[Path]:
 
 def _errors(path: Path, rounds: list[RoundRecord], unit: str) -> list[Path]:
     figure, (axis,) = _figure(width=8)
-    _lines(axis, rounds, [[value if value > 0 else math.nan for value in r.errors] for r in rounds])
+    errors = [r.errors or [] for r in rounds]
+    _lines(axis, rounds, [[value if value > 0 else math.nan for value in line] for line in errors])
     axis.set(title="Reconstruction error of block outputs, after each round's pruning", ylabel=unit)
-    if any(value > 0 for r in rounds for value in r.errors):
+    if any(value > 0 for line in errors for value in line):
         axis.set_yscale("log")
         _plain_log_ticks(axis.yaxis)
-    return _save(figure, path, *_by_block(rounds, [r.errors for r in rounds]))
+    return _save(figure, path, *_by_block(rounds, errors))
 
 
 def _plain_log_ticks(axis) -> None:
@@ -166,7 +167,7 @@ def _plain_log_ticks(axis) -> None:
 
     low, high = axis.get_view_interval()
     span = high / max(low, 1e-300)
-    steps = [1, 2, 5]
+    steps: list[float] = [1, 2, 5]
     if span < 3:
         steps = [1 + 0.5 * i for i in range(18)]
     elif span < 30:
@@ -203,17 +204,21 @@ def _ranks(path: Path, rounds: list[RoundRecord]) -> list[Path]:
 def _cka(path: Path, rounds: list[RoundRecord]) -> list[Path]:
     shown = [rounds[0], rounds[-1]] if len(rounds) > 1 else [rounds[0]]
     figure, axes = _figure(width=4.1 * len(shown) + 0.9, height=4.1, columns=len(shown))
-    lowest = min(value for r in shown for line in r.similarity for value in line)
+    matrices = [r.similarity or [] for r in shown]
+    lowest = min(value for matrix in matrices for line in matrix for value in line)
     lowest = max(0.0, min(0.9, math.floor(10 * lowest) / 10))
-    for axis, r in zip(axes, shown, strict=True):
-        image = axis.imshow(r.similarity, vmin=lowest, vmax=1, cmap=ORDERED, origin="lower", interpolation="nearest")
+    for axis, r, matrix in zip(axes, shown, matrices, strict=True):
+        image = axis.imshow(matrix, vmin=lowest, vmax=1, cmap=ORDERED, origin="lower", interpolation="nearest")
         axis.set(title=f"before round {r.index}", xlabel="decoder block")
         _whole_ticks(axis.xaxis, axis.yaxis)
     axes[0].set_ylabel("decoder block")
     figure.suptitle("Similarity of block outputs")
     figure.colorbar(image, ax=list(axes), label="linear CKA", shrink=0.85)
     rows = [
-        [r.index, i, j, value] for r in shown for i, line in enumerate(r.similarity) for j, value in enumerate(line)
+        [r.index, i, j, value]
+        for r, matrix in zip(shown, matrices, strict=True)
+        for i, line in enumerate(matrix)
+        for j, value in enumerate(line)
     ]
     return _save(figure, path, ["round", "block_i", "block_j", "cka"], rows)
 
@@ -265,14 +270,14 @@ def _perplexity(path: Path, record: RunRecord, finals: list[tuple[MethodResult, 
     )
     halo = [patheffects.withStroke(linewidth=3, foreground="white")]
     for r in rounds:
-        if math.isfinite(r.perplexity):
+        if r.perplexity is not None and math.isfinite(r.perplexity):
             where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "zorder": 5}
             text = axis.annotate(f"{r.perplexity:,.4g}", (r.index, r.perplexity), size=8, **where)
             text.set_path_effects(halo)
     others = [(r, value) for r, value in finals if r.method != record.method]
-    for position, (r, value) in enumerate(others):
-        colour = "black" if r.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
-        label = f"{NAMES.get(r.method, r.method)}: {value:,.4g}"
+    for position, (other, value) in enumerate(others):
+        colour = "black" if other.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
+        label = f"{NAMES.get(other.method, other.method)}: {value:,.4g}"
         axis.axhline(value, linestyle=STYLES[position % len(STYLES)], linewidth=1.4, color=colour, label=label)
     axis.set(title="Perplexity over rounds", xlabel="round and its target sparsity", ylabel=_perplexity_unit(record))
     axis.set_xticks([r.index for r in rounds], [f"{r.index}\n{100 * r.target_sparsity:.0f} %" for r in rounds])
@@ -281,8 +286,8 @@ def _perplexity(path: Path, record: RunRecord, finals: list[tuple[MethodResult, 
     _plain_log_ticks(axis.yaxis)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    rows = [[record.method, r.index, r.target_sparsity, r.perplexity] for r in rounds]
-    rows += [[r.method, "", r.sparsity, value] for r, value in others]
+    rows: list[list] = [[record.method, r.index, r.target_sparsity, r.perplexity] for r in rounds]
+    rows += [[other.method, "", other.sparsity, value] for other, value in others]
     return _save(figure, path, ["method", "round", "sparsity", "perplexity"], rows)
 
 

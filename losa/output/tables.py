@@ -63,9 +63,10 @@ def plain_text(table: Table) -> str:
 def _markdown(table: Table) -> list[str]:
     bare = Table(*table.columns, box=box.MARKDOWN)
     bare.rows.extend(table.rows)
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
+    written = io.StringIO()
+    console = Console(file=written, width=10_000, color_system=None, force_terminal=False)
     console.print(bare)
-    lines = [line.strip() for line in console.file.getvalue().splitlines() if line.strip()]
+    lines = [line.strip() for line in written.getvalue().splitlines() if line.strip()]
     # rich leaves alignment out of the rule.
     right = [column.justify == "right" for column in table.columns]
     rules = lines[1].strip("|").split("|")
@@ -143,7 +144,9 @@ def blocks_table(record: RunRecord) -> Table:
     if last is not None and last.keep_n is not None:
         columns.append("kept")
     table = _table(*columns)
-    for index, name in enumerate(record.blocks if last else []):
+    if last is None:
+        return table
+    for index, name in enumerate(record.blocks):
         cells = [
             name,
             _percent(last.sparsity[index]),
@@ -161,8 +164,9 @@ def zeros_table(inspection: Inspection) -> Table:
     """A row per block with the sparsity measured in the files."""
     blocks: dict[tuple[str, int], list[TensorSparsity]] = {}
     for tensor in inspection.tensors:
-        prefix, _, number = BLOCK_WEIGHT.fullmatch(tensor.name)[1].rpartition(".")
-        blocks.setdefault((prefix, int(number)), []).append(tensor)
+        if (found := BLOCK_WEIGHT.fullmatch(tensor.name)) is not None:
+            prefix, _, number = found[1].rpartition(".")
+            blocks.setdefault((prefix, int(number)), []).append(tensor)
     lost = inspection.lost_zeros
     notes = [f"{len(lost)} matrices have lost zeros since losa wrote them: {lost[0]}, ..."] if lost else []
     if inspection.unchecked is not None:

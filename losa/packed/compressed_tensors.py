@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def write(directory: Path, parts: Iterator[PackedPart], format: Format) -> Itera
     write_json(directory / "config.json", read_config(directory) | {"quantization_config": entry})
 
 
-def _stored(packed: Packed) -> dict[str, Tensor]:
+def _stored(packed: Any) -> dict[str, Tensor]:
     shape = torch.tensor(packed.shape)
     tensors = {"compressed": packed.values, "bitmask": packed.bitmask}
     if isinstance(packed, PackedNM):
@@ -125,7 +126,7 @@ def _shape(where: str, stored: Tensor) -> tuple[int, int]:
     return (int(sides[0]), int(sides[1]))
 
 
-def _rebuild(linear: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Packed:
+def _rebuild(linear: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Packed:
     values, mask = tensors["compressed"], tensors["bitmask"]
     rows, columns = shape
     if values.dtype not in _FLOATS:

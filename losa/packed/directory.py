@@ -14,6 +14,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"{directory}: the tokenizer cannot be loaded ({reason(error)})") from error
-    model = load_weights(directory, contents, torch.device(device))
+    model: Any = load_weights(directory, contents, torch.device(device))
     if (directory / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
 
     kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
     with init_empty_weights(include_buffers=False):
-        model = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
+        model: Any = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
     naming = checked_naming(model, contents.stored, contents.where)
     loaded = _fill(model, naming, contents, directory, device)
     unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
@@ -84,8 +85,9 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
 
 
 def _group(blocks: nn.ModuleList, indices: Iterable[int | None]) -> None:
-    for index in set(indices) & set(range(len(blocks))):
-        group_linears(blocks[index])
+    for index in set(indices):
+        if index is not None and index < len(blocks):
+            group_linears(blocks[index])
 
 
 def rounded(where: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -125,7 +127,7 @@ def _is_linear(model: nn.Module, target: str) -> bool:
 
 def _replace(model: nn.Module, target: str, packed: Packed) -> None:
     module = target.removesuffix(".weight")
-    linear = model.get_submodule(module)
+    linear: Any = model.get_submodule(module)
     sparse = SparseLinear(packed)
     if linear.bias is not None:
         sparse.register_buffer("bias", linear.bias.detach())  # on meta until its own tensor is read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +39,8 @@ class Linear:
 
     def build(self, tensors: dict[str, Tensor]) -> Packed:
         """The weight. Raises ValueError if the tensors contradict each other or this entry."""
-        packed = FORMATS[self.format].kind(shape=self.shape, **tensors, **self.numbers)
+        stored: dict[str, Any] = {"shape": self.shape, **tensors, **self.numbers}
+        packed = FORMATS[self.format].kind(**stored)
         packed.check()
         return packed
 
@@ -81,8 +83,8 @@ def block_file(index: int | None) -> str:
 
 
 def block_of(file: str) -> int | None:
-    number = _FILE.fullmatch(file)[1]
-    return None if number is None else int(number)
+    found = _FILE.fullmatch(file)
+    return None if found is None or found[1] is None else int(found[1])
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -156,7 +158,7 @@ def _linear(name: str, entry: object) -> Linear:
     wanted = FORMATS[format]
     if not isinstance(tensors, list) or sorted(map(str, tensors)) != list(wanted.tensors):
         raise _WrongError(f"{where}: {format} has the tensors {', '.join(wanted.tensors)}, got {shown(tensors)}")
-    numbers = {number: entry.get(number) for number in wanted.numbers}
+    numbers: dict[str, Any] = {number: entry.get(number) for number in wanted.numbers}
     try:
         wanted.check_numbers((shape[0], shape[1]), numbers)
     except ValueError as error:

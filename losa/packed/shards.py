@@ -33,7 +33,8 @@ class Shards:
 
     def finish(self) -> None:
         """Give the shards their names, which say how many shards there are, and write the index."""
-        weight_map, count = {}, len(self._shards)
+        weight_map: dict[str, str] = {}
+        count = len(self._shards)
         for number, names in enumerate(self._shards, 1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
             self._path(number).rename(self.directory / final)

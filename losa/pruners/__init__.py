@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import TypeVar, overload
 
 from losa.errors import RecipeError
-from losa.pruners.base import Pattern, Pruned, Pruner, Statistic
+from losa.pruners.base import Pattern, Pruned, Pruner
+from losa.pruners.cost import LinearShape, Memory, PruningShape
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.sparsegpt import SparseGPT
 from losa.pruners.wanda import Wanda
 from losa.recipe.sections import PruneConfig
+from losa.registry import Registry
 
-__all__ = ["Pattern", "Pruned", "Pruner", "Statistic", "get_pruner", "register"]
+__all__ = ["LinearShape", "Memory", "Pattern", "Pruned", "Pruner", "PruningShape", "get_pruner", "register"]
 
-_REGISTRY: dict[str, type] = {}
+_P = TypeVar("_P", bound=Pruner)
+_REGISTRY: Registry[type[Pruner]] = Registry("pruner")
 
 
-def register(name: str, pruner: type | None = None) -> Callable[[type], type] | type:
+@overload
+def register(name: str) -> Callable[[type[_P]], type[_P]]: ...
+@overload
+def register(name: str, pruner: type[_P]) -> type[_P]: ...
+def register(name: str, pruner: type[_P] | None = None) -> Callable[[type[_P]], type[_P]] | type[_P]:
     """Let recipes name a class as ``prune.pruner: name``: ``@register(name)`` above it, or ``register(name, cls)``.
 
-    It is built as ``cls(config: PruneConfig)``. Raises ValueError when it does not fit the ``Pruner`` protocol or the
-    name belongs to another class.
+    Raises:
+        ValueError: no ``Pruner``, one that overrides neither ``prune`` nor ``prune_block``, or the name belongs to
+            another class.
     """
     if pruner is None:
-        return partial(register, name)
-    missing = [a for a in ("statistic", "updates_weight", "prune") if not hasattr(pruner, a)]
-    if missing:
-        raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks {', '.join(missing)}")
-    if _REGISTRY.get(name, pruner) is not pruner:
-        raise ValueError(f"pruner {name!r}: already registered as {_REGISTRY[name].__name__}")
-    _REGISTRY[name] = pruner
+        return lambda given: register(name, given)
+    if not (isinstance(pruner, type) and issubclass(pruner, Pruner)):
+        raise ValueError(f"pruner {name!r}: expected a subclass of losa.pruners.Pruner, got {pruner!r}")
+    if pruner.prune is Pruner.prune and pruner.prune_block is Pruner.prune_block:
+        raise ValueError(f"pruner {name!r}: {pruner.__name__} lacks prune or prune_block")
+    _REGISTRY.register(name, pruner)
     return pruner
 
 

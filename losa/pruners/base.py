@@ -1,16 +1,16 @@
-"""The protocol every pruning method fits: name the statistic it needs, then decide one linear's mask."""
+"""What every pruning method is: it names the statistic that it needs, then decides about a block's linears."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from losa.errors import NumericsError
+from losa.pruners.cost import Memory, PruningShape, one_linear_memory
+from losa.recipe.sections import PruneConfig
 from losa_kernels.tensors import all_finite
-
-Statistic = Literal["none", "input_norms", "hessian"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,21 @@ class Pattern:
     m: int | None = None
 
     def __post_init__(self):
-        unstructured = self.sparsity is not None
-        if unstructured == (self.keep_n is not None) or (self.keep_n is None) != (self.m is None):
+        sparsity, keep_n, m = self.sparsity, self.keep_n, self.m
+        if (sparsity is None) == (keep_n is None) or (keep_n is None) != (m is None):
             raise ValueError(f"Pattern: give sparsity, or keep_n and m; got {self}")
-        if unstructured and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {self.sparsity}")
-        if not unstructured and not 0 < self.keep_n <= self.m:
-            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {self.keep_n}:{self.m}")
+        if sparsity is not None and not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+        if keep_n is not None and m is not None and not 0 < keep_n <= m:
+            raise ValueError(f"keep_n: expected 0 < keep_n <= m, got {keep_n}:{m}")
 
     @property
     def target(self) -> float:
         """The share of weights pruned."""
-        return self.sparsity if self.sparsity is not None else 1 - self.keep_n / self.m
+        if self.sparsity is not None:
+            return self.sparsity
+        assert self.keep_n is not None and self.m is not None
+        return 1 - self.keep_n / self.m
 
     def as_kwargs(self) -> dict:
         """Keyword arguments of the losa_kernels pruning ops."""
@@ -52,21 +55,71 @@ class Pruned:
     damping: float | None = None
 
 
-@runtime_checkable
-class Pruner(Protocol):
-    """``statistic`` names what calibration collects for each linear; ``prune`` gets it as a tensor.
+class Pruner:
+    """One pruning method, built as ``cls(config: PruneConfig)``: override ``prune``, or ``prune_block`` where linears
+    depend on each other.
 
-    ``weight`` (out, in) fp32, not to be changed: dense values, the adapter included. ``statistic``: None, input norms
-    (in,) fp32 (``||X_j||_2``), or the Hessian ``X^T X`` (in, in) fp32. ``mask``: packed or None; weights already pruned
-    stay pruned and count towards the pattern, and a row, group or matrix that has lost more than asked keeps its zeros.
-    ``prune`` raises NumericsError for values it cannot work on. A pruner may have ``prepare(statistics)`` too, which is
-    called with all statistics of a block before its linears are pruned one by one.
+    ``statistic`` names what calibration collects of each linear's inputs (``losa.algorithm.statistics``), None for
+    nothing: "input_norms" is ``||X_j||_2``, (in,) fp32; "hessian" is ``X^T X``, (in, in) fp32. ``updates_weight``:
+    whether kept weights change, which takes memory for another set of weights.
     """
 
-    statistic: Statistic
-    updates_weight: bool
+    statistic: str | None = None
+    updates_weight: bool = False
 
-    def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned: ...
+    def __init__(self, config: PruneConfig):
+        """What the method takes from the recipe. Raises RecipeError for settings that it cannot follow."""
+
+    def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        """Decide about one linear.
+
+        Args:
+            weight: (out, in) fp32, not to be changed: dense values, the adapter included.
+            statistic: of the linear's inputs, None without one.
+            mask: packed (out, ceil(in/8)) uint8, or None. Weights that it has pruned stay pruned and count towards the
+                pattern; a row, group or matrix that has lost more than asked keeps its zeros.
+
+        Raises:
+            NumericsError, ValueError: values that the method cannot work on.
+        """
+        raise NotImplementedError
+
+    def prune_block(
+        self,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor | None],
+        pattern: Pattern,
+        masks: Mapping[str, Tensor | None],
+    ) -> Iterator[tuple[str, Pruned]]:
+        """Decide about all linears of a block, one after the other, each by ``prune``.
+
+        Args: as ``prune`` takes them, by the linear's name within the block. ``weights`` forms a weight whenever it is
+            asked for one: keep no more of them than the method needs, as each takes a linear's memory in fp32. What is
+            yielded goes into the model at once, so that another look gives the pruned weight.
+
+        Yields:
+            each linear's name and outcome, once, in any order.
+
+        Raises:
+            NumericsError: the message begins with the linear's name and a colon.
+        """
+        for name in weights:
+            yield name, self._prune_named(name, weights[name], statistics[name], pattern, masks[name])
+
+    def memory(self, shape: PruningShape) -> list[Memory]:
+        """What is held on the device while a block is pruned, next to the model and calibration's hidden states."""
+        return [one_linear_memory(shape)]
+
+    def flops(self, shape: PruningShape) -> float:
+        """Matrix products of one round beyond the model's own forward passes."""
+        del shape
+        return 0.0
+
+    def _prune_named(self, name: str, *args) -> Pruned:
+        try:
+            return self.prune(*args)
+        except (NumericsError, ValueError) as error:
+            raise NumericsError(f"{name}: {error}") from error
 
 
 def check_finite(weight: Tensor) -> None:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losa.pruners.base import Pattern, Pruned, check_finite
-from losa.recipe.sections import PruneConfig
+from losa.pruners.base import Pattern, Pruned, Pruner, check_finite
 from losa_kernels import pack_mask, unpack_mask, wanda_mask
 
 
-class Magnitude:
+class Magnitude(Pruner):
     """Exactly floor(sparsity * out * in) weights go, ties in row-major order (lowest row, then lowest column); N:M
-    within each group of a row, ties lowest column first. What ``mask`` has pruned counts; more than asked stays."""
-
-    statistic = "none"
-    updates_weight = False
-
-    def __init__(self, config: PruneConfig):
-        del config
+    within each group of a row, ties lowest column first. Weights that ``mask`` has pruned count, and stay pruned even
+    where there are more of them than asked."""
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         check_finite(weight)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from losa.errors import NumericsError, RecipeError
-from losa.pruners.base import Pattern, Pruned, check_finite
+from losa.pruners.base import Pattern, Pruned, Pruner, check_finite
+from losa.pruners.cost import Memory, PruningShape, hessian_flops, hessian_memory
 from losa.recipe.sections import PruneConfig
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.pruning import SingularHessianError, inverse_factor, inverse_factors
 
 
-class SparseGPT:
+class SparseGPT(Pruner):
     """Kept weights are updated; ``Pruned.damping`` is what the Hessian needed, as a share of its mean diagonal.
 
     A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` it gives Wanda's mask instead, from
     the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping`` infinite, which
     records that no damping was enough. Linears that share their inputs come one after another with the very same
-    Hessian: its factor is computed once and kept while that tensor lives. ``prepare`` factors a block's all together.
+    Hessian: its factor is computed once and kept while that tensor lives. ``prune_block`` factors all Hessians of a
+    block together.
 
     Raises RecipeError when N:M groups would straddle column blocks (``prune.block_size`` no multiple of M).
     """
@@ -38,24 +40,27 @@ class SparseGPT:
         self.damping = config.damping
         self.block_size = config.block_size
         self.on_singular = config.on_singular
-        # Hessians, what version of them was factored, and what came of it.
+        # Each Hessian, the version of it that was factored, and the factor or why there is none.
         self._factored: list[tuple[weakref.ref, int, tuple[Tensor, float] | SingularHessianError]] = []
 
-    def prepare(self, statistics: Iterable[Tensor | None]) -> None:
-        """Factor a block's CUDA Hessians together, before ``prune`` asks for them one by one. Where that cannot be done
-        (one is not finite, memory is short), ``prune`` does it, and says whose Hessian is wrong."""
-        hessians = list({id(h): h for h in statistics if h is not None and _factored_together(h)}.values())
-        if len(hessians) < 2:
-            return
-        self._factored = []
-        try:
-            found = inverse_factors([hessian.float() for hessian in hessians], self.damping)
-        except (ValueError, torch.OutOfMemoryError):
-            return
-        for hessian, outcome in zip(hessians, found, strict=True):
-            self._keep(hessian, outcome)
+    def prune_block(
+        self,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor | None],
+        pattern: Pattern,
+        masks: Mapping[str, Tensor | None],
+    ) -> Iterator[tuple[str, Pruned]]:
+        self._factor_together(statistics.values())
+        yield from super().prune_block(weights, statistics, pattern, masks)
+
+    def memory(self, shape: PruningShape) -> list[Memory]:
+        return [*hessian_memory(shape), *super().memory(shape)]
+
+    def flops(self, shape: PruningShape) -> float:
+        return hessian_flops(shape)
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        assert statistic is not None
         check_finite(weight)
         try:
             result = sparsegpt_prune(
@@ -76,12 +81,26 @@ class SparseGPT:
             return Pruned(wanda_mask(weight, norms, mask=mask, **pattern.as_kwargs()), damping=float("inf"))
         return Pruned(result.mask, result.weight, float(result.loss.sum()), result.damping)
 
+    def _factor_together(self, hessians: Iterable[Tensor | None]) -> None:
+        """Factor a block's CUDA Hessians in one go. Where that cannot be done (one is not finite, memory is short),
+        ``prune`` factors them one by one, and says whose Hessian is wrong."""
+        different = list({id(h): h for h in hessians if h is not None and _factored_together(h)}.values())
+        if len(different) < 2:
+            return
+        self._factored = []
+        try:
+            found = inverse_factors([hessian.float() for hessian in different], self.damping)
+        except (ValueError, torch.OutOfMemoryError):
+            return
+        for hessian, outcome in zip(different, found, strict=True):
+            self._keep(hessian, outcome)
+
     def _factor_of(self, hessian: Tensor) -> tuple[Tensor, float]:
-        """``inverse_factor`` in fp32, from memory where the Hessian is one of the last."""
+        """``inverse_factor`` in fp32; a factor that is kept already is not computed again."""
         for reference, version, outcome in self._factored:
             if reference() is hessian and version == hessian._version:
                 if isinstance(outcome, SingularHessianError):
-                    # A new one: the traceback of one that is kept would keep the Hessian alive.
+                    # A new error each time: the traceback of the kept one would keep the Hessian alive.
                     raise SingularHessianError(str(outcome))
                 return outcome
         self._factored = []

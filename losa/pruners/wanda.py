@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losa.pruners.base import Pattern, Pruned, check_finite
-from losa.recipe.sections import PruneConfig
+from losa.pruners.base import Pattern, Pruned, Pruner, check_finite
 from losa_kernels import wanda_mask
 
 
-class Wanda:
+class Wanda(Pruner):
     """Exactly floor(sparsity * in) weights go per row, ties lowest column first; kept weights stay as they are."""
 
     statistic = "input_norms"
-    updates_weight = False
-
-    def __init__(self, config: PruneConfig):
-        del config
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
+        assert statistic is not None
         try:
             return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
         except ValueError:
-            check_finite(weight)  # the mask's own check tells it, in one pass
+            check_finite(weight)  # to name what is wrong; the mask's own check has found it in the same pass
             raise

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from losa.errors import shown
+from losa.recipe.rates import check_rates, compares_samples
 
 Method = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
 MAX_SPARSITY = 0.95
@@ -129,7 +130,7 @@ class RoundsConfig(_Section):
 class AllocationConfig(_Section):
     """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
 
-    rates: Literal["cka", "uniform"] = Field(
+    rates: Annotated[str, BeforeValidator(check_rates)] = Field(
         "cka", description="sparsity of each block: by importance, or the same for all"
     )
     delta: float | None = Field(None, ge=0, lt=0.5, description="half width of the box around theta_t; default: rule")
@@ -276,8 +277,12 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _enough_for_similarity(self):
         dynamic = "losa" in (self.method, *self.compare)
-        if dynamic and self.allocation.rates == "cka" and self.calibration.samples < 2:
-            raise ValueError("calibration.samples: allocation.rates 'cka' compares samples and needs at least 2, got 1")
+        rates = self.allocation.rates
+        if dynamic and compares_samples(rates) and self.calibration.samples < 2:
+            raise ValueError(
+                f"calibration.samples: allocation.rates {rates!r} compares samples and needs at least 2, "
+                f"got {self.calibration.samples}"
+            )
         return self
 
     @model_validator(mode="after")

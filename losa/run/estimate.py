@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from losa.algorithm.schedule import RoundPlan, plan_rounds
+from losa.algorithm.schedule import Round, make_schedule
 from losa.algorithm.stream_storage import fits_on_device
 from losa.errors import ModelError, RecipeError
 from losa.model.blocks import find_blocks
 from losa.model.loading import explain_failure, locate_model, refuse_other_kinds
-from losa.pruners import get_pruner
+from losa.pruners import LinearShape, PruningShape, get_pruner
+from losa.recipe.rates import compares_samples
 from losa.recipe.sections import Recipe
 from losa.run.machine import capacity, product_rate
 from losa.training.loss import CHUNK_BYTES
 from losa.training.precision import autocast_dtype
-from losa_kernels.pruning.factor import TOGETHER
 
 PHASES = ("throughout", "loading", "pruning", "training", "export")
 
@@ -59,7 +59,7 @@ class Plan:
     blocks: int
     dtype: str
     device: str
-    rounds: list[RoundPlan]
+    rounds: list[Round]
     train_length: int
     parts: list[Part]
     stages: list[Stage]
@@ -126,16 +126,6 @@ def plan(recipe: Recipe, *, probe: bool = True) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    inputs: int
-    outputs: int
-
-    @property
-    def numel(self) -> int:
-        return self.inputs * self.outputs
-
-
-@dataclass(frozen=True)
 class _Shape:
     """All that the formulae need to know of a model. ``heads``: width of all attention heads of a block together, 0
     where there is no attention; ``computed``: dtype of training's products."""
@@ -149,15 +139,15 @@ class _Shape:
     heads: int
     head: int
     vocabulary: int
-    linears: list[_Linear]
-    pruned: list[_Linear]
+    linears: list[LinearShape]
+    pruned: list[LinearShape]
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> _Shape:
         blocks = find_blocks(model)
         config = model.config.get_text_config()
         every, pruned = (
-            [_Linear(linear.in_features, linear.out_features) for linear in blocks.linears(targets).values()]
+            [LinearShape(linear.in_features, linear.out_features) for linear in blocks.linears(targets).values()]
             for targets in (None, recipe.prune.targets)
         )
         if not pruned:
@@ -210,14 +200,14 @@ class _Run:
         self.method = method
         self.dynamic = method == "losa"
         self.trains = method != "prune_only"
-        self.similarity = self.dynamic and recipe.allocation.rates == "cka"
+        self.similarity = self.dynamic and compares_samples(recipe.allocation.rates)
         train = recipe.train
         sequences = 0
         if self.trains and train is not None and train.max_tokens is not None:
             sequences = train.max_tokens // train.length
         rounds = recipe.rounds if self.dynamic else recipe.rounds.model_copy(update={"schedule": "oneshot"})
         share = train.round_share if train is not None else 1.0
-        self.rounds = plan_rounds(rounds, recipe.allocation, recipe.prune.final_sparsity, sequences, share)
+        self.rounds = make_schedule(rounds, recipe.allocation, recipe.prune.final_sparsity, sequences, share)
         if not self.dynamic:
             self.rounds = [replace(r, mean_rank=recipe.lora.rank) for r in self.rounds]
 
@@ -261,18 +251,8 @@ def _parts(recipe: Recipe, shape: _Shape, runs: list[_Run], memory: dict[str, in
     batch = min(calibration.batch_size, calibration.samples) * calibration.length
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     add("pruning", place, "one batch in a block", 3 * batch * widest * size, "3 x batch x length x widest side")
-    if pruner.statistic == "hessian":
-        # Blocks of a model are alike but for few; the average block times one.
-        squares = sum(w.inputs**2 for w in shape.pruned) / shape.blocks
-        largest = max(w.inputs for w in shape.pruned) ** 2
-        add("pruning", place, "Hessians of a block", 4 * squares, "in^2 x 4 bytes a linear, at most: inputs are shared")
-        if on_gpu:
-            add("pruning", place, "factors of a block", 4 * squares, "as the Hessians")
-            together = max(4 * largest, min(4 * squares, TOGETHER))
-            add("pruning", place, "factorising", 5 * together, f"5 copies of at most {TOGETHER >> 20} MiB of Hessians")
-        else:
-            add("pruning", place, "factorising one", 5 * 4 * largest, "5 copies of the largest")
-    add("pruning", place, "pruning one linear", 5 * 4 * shape.widest, "5 fp32 copies of the largest linear")
+    for memory_of in pruner.memory(_pruning_shape(recipe, shape)):
+        add("pruning", place, memory_of.what, memory_of.size, memory_of.how)
 
     if train is not None and any(run.trains for run in runs):
         tokens, size = train.batch_size * train.length, shape.computed.itemsize
@@ -319,13 +299,11 @@ def _stages(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Stage]:
         batch = min(calibration.batch_size, calibration.samples)
         # Each stream records one whole forward pass of a batch before it starts.
         stream = calibration.samples + batch
-        samples = stream + (calibration.samples if pruner.statistic != "none" else 0)
+        samples = stream + (calibration.samples if pruner.statistic is not None else 0)
         samples += stream if run.dynamic else 0
         samples += min(calibration.cka_samples, calibration.samples) + batch if run.similarity else 0
         work = samples * calibration.length * forward(calibration.length)
-        if pruner.statistic == "hessian":
-            tokens = calibration.samples * calibration.length
-            work += sum(2.0 * tokens * w.inputs**2 + 4 / 3 * w.inputs**3 + w.numel * w.inputs for w in shape.pruned)
+        work += pruner.flops(_pruning_shape(recipe, shape))
         stages.append(Stage(f"{run.method}: calibration and pruning", len(run.rounds) * work))
         if run.trains and train is not None:
             per_token = 6.0 * prunable + 4.0 * (every - prunable) + 4.0 * shape.head
@@ -341,6 +319,11 @@ def _stages(recipe: Recipe, shape: _Shape, runs: list[_Run]) -> list[Stage]:
             times += len(run.rounds) if evaluation.each_round and len(run.rounds) > 1 else 0
             stages.append(Stage(f"{run.method}: evaluation", times * windows))
     return stages
+
+
+def _pruning_shape(recipe: Recipe, shape: _Shape) -> PruningShape:
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.device.type != "cpu")
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from losa.data.sequences import PackedData
     from losa.recipe.sections import Recipe
 from losa.model.limits import check_ids, check_length
+from losa.recipe.rates import compares_samples
 
 logger = logging.getLogger("losa")
 
@@ -32,12 +33,12 @@ def check_inputs(
         if ids is not None:
             check_length(model, ids.shape[1], f"{section}.length")
             check_ids(model, ids, f"{section}.data")
-    compares = "losa" in (recipe.method, *recipe.compare) and recipe.allocation.rates == "cka"
+    compares = "losa" in (recipe.method, *recipe.compare) and compares_samples(recipe.allocation.rates)
     compared = calibration[: recipe.calibration.cka_samples]
     if compares and bool((compared == compared[0]).all()):
         raise DataError(
-            f"calibration.data: all {len(compared)} samples are the same text, so that allocation.rates 'cka' has "
-            "nothing to compare; give other text, or set allocation.rates: uniform"
+            f"calibration.data: all {len(compared)} samples are the same text, so that allocation.rates "
+            f"{recipe.allocation.rates!r} has nothing to compare; give other text, or set allocation.rates: uniform"
         )
     for line in _more_than_there_is(recipe, compares, training, windows):
         logger.warning(line)

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import RoundPlan, plan_rounds
+from losa.algorithm.schedule import Round, make_schedule
 from losa.data.sequences import PackedData
-from losa.distributed import check_agreement, on_main
+from losa.distributed import check_agreement, on_main, process_count
 from losa.errors import OutputError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
@@ -120,12 +119,12 @@ class MethodRun:
             return self.recipe.allocation
         return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform"})
 
-    def _plans(self) -> list[RoundPlan]:
+    def _plans(self) -> list[Round]:
         recipe = self.recipe
         sequences = len(self.inputs.training) if self.trains and self.inputs.training is not None else 0
         rounds = recipe.rounds if self.dynamic else recipe.rounds.model_copy(update={"schedule": "oneshot"})
         share = recipe.train.round_share if recipe.train is not None else 1.0
-        plans = plan_rounds(rounds, recipe.allocation, recipe.prune.final_sparsity, sequences, share)
+        plans = make_schedule(rounds, recipe.allocation, recipe.prune.final_sparsity, sequences, share)
         if not self.dynamic:
             plans = [replace(plan, mean_rank=recipe.lora.rank) for plan in plans]
         return plans
@@ -188,7 +187,7 @@ class MethodRun:
                 if trainer is not None:
                     trainer.global_step = step
                 self.log(f"{self.method}: resuming after round {len(done)} of {len(plans)}")
-            if PartialState().num_processes > 1:
+            if process_count() > 1:
                 check_agreement(f"{self.method}: the newest checkpoint", self._standing(done))
         first = sum(plan.sequences for plan in plans[: len(done)])
         for plan in plans[len(done) :]:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -19,7 +18,7 @@ import losa
 import losa_kernels
 from losa.algorithm.stream import BlockStream
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
-from losa.distributed import check_agreement, on_main, start_processes
+from losa.distributed import check_agreement, is_main, on_main, start_processes
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
 from losa.model.blocks import find_blocks
 from losa.model.loading import load_model
@@ -62,8 +61,8 @@ def run_recipe(
             another recipe, model or data, or an output that fails its check; nothing half-written stays.
     """
     overwrite = overwrite or force
-    process = start_processes(recipe.device)
-    if not process.is_main_process:
+    device = start_processes(recipe.device)
+    if not is_main():
         console = Console(quiet=True)
     console = console or Console()
     get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
@@ -78,15 +77,14 @@ def run_recipe(
         if finished is not None:
             console.print(f"{recipe.output}: complete already; --overwrite makes it anew", markup=False)
             return finished
-        if process.is_main_process:
+        if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
-        return _run(recipe, workspace, resume, overwrite, force, console)
+        return _run(recipe, workspace, device, resume, overwrite, force, console)
 
 
 def _run(
-    recipe: Recipe, workspace: Workspace, resume: bool, overwrite: bool, force: bool, console: Console
+    recipe: Recipe, workspace: Workspace, device: str, resume: bool, overwrite: bool, force: bool, console: Console
 ) -> RunRecord:
-    process = PartialState()
     start = time.perf_counter()
     work_dir = workspace.path
     methods = [m for m in dict.fromkeys(recipe.compare) if m != recipe.method] + [recipe.method]
@@ -97,7 +95,7 @@ def _run(
             recipe.model,
             gguf_file=recipe.gguf_file,
             dtype=recipe.dtype,
-            device=str(process.device) if recipe.device == "auto" and process.num_processes > 1 else recipe.device,
+            device=device,
             trust_remote_code=recipe.trust_remote_code,
         )
         inputs, evaluation = _inputs(recipe, model, tokenizer)
@@ -108,7 +106,7 @@ def _run(
         on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
     blocks = find_blocks(model)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
-    BlockStream(model, blocks.modules, inputs.calibration[:1], calls=inputs.calls, name=blocks.prefix)
+    BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,
@@ -135,7 +133,7 @@ def _run(
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(method, model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         record.results.append(outcome.result)
-        if process.is_main_process and method != recipe.method:
+        if is_main() and method != recipe.method:
             save_result(work_dir, outcome.result, recipe, inputs.fingerprint)
         _log_result(console, outcome.result)
     record.rounds = outcome.rounds
@@ -160,7 +158,7 @@ def _run(
 
     with console.status("exporting and checking"):
         on_main(export)
-    if process.is_main_process:
+    if is_main():
         show_table(results_table(record), console)
         console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
     return record

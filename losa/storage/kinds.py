@@ -41,7 +41,7 @@ def is_compressed(directory: Path) -> bool:
 
 def compression(config: dict) -> dict:
     """What config.json says of compression, {} where it says nothing."""
-    entry = next((config[key] for key in COMPRESSED_KEYS if config.get(key)), {})
+    entry: object = next((config[key] for key in COMPRESSED_KEYS if config.get(key)), {})
     return entry if isinstance(entry, dict) else {}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +52,10 @@ def checkpoint_tensors(directory: Path) -> TensorFiles:
         places = _index(directory)
         return TensorFiles(dict.fromkeys(places.values()), places)
     found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    shards = [_SHARD.fullmatch(path.name) for path in found]
-    if len(found) == 1 and shards[0] is None:
+    shards = [shard for path in found if (shard := _SHARD.fullmatch(path.name))]
+    if len(found) == 1 and not shards:
         return TensorFiles(found)
-    if found and all(shards) and len({(shard[1], shard[3]) for shard in shards}) == 1:
+    if found and len(shards) == len(found) and len({(shard[1], shard[3]) for shard in shards}) == 1:
         if len(found) != int(shards[0][3]):
             raise ModelError(f"{directory}: {len(found)} of {int(shards[0][3])} shards are there, and no {INDEX}")
         return TensorFiles(found)
@@ -171,8 +171,9 @@ class TensorFiles:
         path, dtype, shape, begin = self._places[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
-            target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-            file = self._files[path]
+            values: Any = tensor.view(-1).view(torch.uint8).numpy()
+            target = memoryview(values)
+            file: Any = self._files[path]
             try:
                 file.seek(begin)
                 complete = file.readinto(target) == len(target)

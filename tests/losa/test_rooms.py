@@ -44,7 +44,7 @@ LOSA: dict[str, set[str]] = {
         "storage",
         "training",
     },
-    "cli": {"data", "evaluation", "inference", "model", "output", "packed", "recipe", "run", "storage"},
+    "cli": {"data", "distributed", "evaluation", "inference", "model", "output", "packed", "recipe", "run", "storage"},
     "__main__": {"cli"},
 }
 CODE = ("losa", "losa_kernels", "benchmarks", "tests", "tools")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import plan_rounds
+from losa.algorithm.schedule import make_schedule
 from losa.errors import NumericsError
 from losa.model.wrapping import merge_model, wrap_model, wrapped_linears
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, RoundsConfig
@@ -28,35 +28,34 @@ def build(prune=None, allocation=None, layers=4, seed=0, **kwargs):
 
 
 def run_all(engine, rounds=3, schedule="cubic", perturb=True):
-    plans = plan_rounds(
-        RoundsConfig(count=rounds, schedule=schedule), engine.allocation, engine.prune_config.final_sparsity, 0, 0.1
-    )
+    config = RoundsConfig(count=rounds, schedule=schedule)
+    made = make_schedule(config, engine.allocation, engine.prune_config.final_sparsity, 0, 0.1)
     records, masks = [], []
-    for plan in plans:
-        records.append(engine.run_round(plan))
-        masks.append([m.mask_bool().clone() for layers in engine.layers for m in layers.values()])
+    for this_round in made:
+        records.append(engine.run_round(this_round))
+        masks.append([m.mask_bool().clone() for block in engine.blocks for m in block.linears.values()])
         if perturb:
             with torch.no_grad():
                 for layer in wrapped_linears(engine.model).values():
                     layer.lora_B.normal_(std=0.02)
-    return plans, records, masks
+    return made, records, masks
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
 def test_budgets_are_exact_and_masks_nested(pruner):
     model, engine = build({"pruner": pruner, "sparsity": 0.6})
-    plans, records, masks = run_all(engine)
-    sizes = [sum(m.weight.numel() for m in layers.values()) for layers in engine.layers]
-    for plan, record in zip(plans, records, strict=True):
+    schedule, records, masks = run_all(engine)
+    sizes = [sum(m.weight.numel() for m in block.linears.values()) for block in engine.blocks]
+    for this_round, record in zip(schedule, records, strict=True):
         mean = sum(record.sparsity) / len(record.sparsity)
         # Counts are floored per row (wanda) of at least 32 columns, so a block misses its rate by at most 1/32.
-        assert plan.sparsity - 1 / 32 <= mean <= plan.sparsity + 1e-9
-        assert sum(record.ranks) == plan.mean_rank * len(engine.blocks)
+        assert this_round.sparsity - 1 / 32 <= mean <= this_round.sparsity + 1e-9
+        assert sum(record.ranks) == this_round.mean_rank * len(engine.blocks)
         assert len(record.errors) == len(sizes) and all(e > 0 for e in record.errors)
     for earlier, later in zip(masks, masks[1:], strict=False):
         assert all(bool((late <= early).all()) for early, late in zip(earlier, later, strict=True))
-    for index, layers in enumerate(engine.layers):
-        assert {m.rank for m in layers.values()} == {records[-1].ranks[index]}
+    for index, block in enumerate(engine.blocks):
+        assert {m.rank for m in block.linears.values()} == {records[-1].ranks[index]}
 
 
 def test_no_graph_outlives_the_pruning(monkeypatch):
@@ -77,8 +76,8 @@ def test_dense_reference_is_the_original_model():
         position = original.model.rotary_emb(hidden, torch.arange(5)[None])
         with torch.no_grad():
             for index in range(len(engine.blocks)):
-                with engine._dense_block(index):
-                    got = engine.blocks[index](hidden, position_embeddings=position)
+                with engine.blocks[index].dense():
+                    got = engine.blocks[index].module(hidden, position_embeddings=position)
                 expected = original.model.layers[index](hidden, position_embeddings=position)
                 assert torch.equal(got, expected), pruner
 
@@ -123,8 +122,8 @@ def test_sparsegpt_sees_the_adapter():
 )
 def test_ablations_keep_the_budget(switch):
     model, engine = build(allocation=switch)
-    plans, records, _ = run_all(engine)
-    assert sum(records[-1].ranks) == plans[-1].mean_rank * len(engine.blocks)
+    schedule, records, _ = run_all(engine)
+    assert sum(records[-1].ranks) == schedule[-1].mean_rank * len(engine.blocks)
     assert abs(sum(records[-1].sparsity) / 4 - 0.7) <= 1 / 32
     if switch.get("rates") == "uniform":
         assert records[-1].similarity is None and len({round(s, 6) for s in records[-1].sparsity}) == 1
@@ -134,22 +133,22 @@ def test_ablations_keep_the_budget(switch):
 
 def test_oneshot_has_the_final_budget():
     model, engine = build()
-    plans, records, _ = run_all(engine, rounds=5, schedule="oneshot")
-    reference = plan_rounds(RoundsConfig(count=5), engine.allocation, 0.7, 0, 0.1)
-    assert len(plans) == 1
-    assert (plans[0].sparsity, plans[0].mean_rank) == (reference[-1].sparsity, reference[-1].mean_rank)
+    schedule, records, _ = run_all(engine, rounds=5, schedule="oneshot")
+    reference = make_schedule(RoundsConfig(count=5), engine.allocation, 0.7, 0, 0.1)
+    assert len(schedule) == 1
+    assert (schedule[0].sparsity, schedule[0].mean_rank) == (reference[-1].sparsity, reference[-1].mean_rank)
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_n_to_m_rounds(pruner, mixed):
     model, engine = build({"pruner": pruner, "pattern": "2:8", "mixed": mixed})
-    plans, records, masks = run_all(engine)
+    schedule, records, masks = run_all(engine)
     assert sum(records[-1].keep_n) == 2 * len(engine.blocks)
     if not mixed:
         assert set(records[-1].keep_n) == {2}
-    for index, layers in enumerate(engine.layers):
-        for layer in layers.values():
+    for index, block in enumerate(engine.blocks):
+        for layer in block.linears.values():
             kept = layer.mask_bool().reshape(layer.out_features, -1, 8).sum(-1)
             assert bool((kept == records[-1].keep_n[index]).all())
 
@@ -186,6 +185,6 @@ def test_numerics_error_names_the_block():
     model, engine = build()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = float("inf")
-    plan = plan_rounds(RoundsConfig(count=1), engine.allocation, 0.7, 0, 0.1)[0]
+    only = make_schedule(RoundsConfig(count=1), engine.allocation, 0.7, 0, 0.1)[0]
     with pytest.raises(NumericsError, match=r"layers\.2"):
-        engine.run_round(plan)
+        engine.run_round(only)

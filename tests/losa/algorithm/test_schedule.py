@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losa.algorithm.schedule import plan_rounds, sequences_per_round
+from losa.algorithm.schedule import make_schedule, sequences_per_round
 from losa.recipe.sections import AllocationConfig, RoundsConfig
 
 
 def plans(count=5, schedule="cubic", final=0.7, sequences=100, share=0.1, **allocation):
-    return plan_rounds(
+    return make_schedule(
         RoundsConfig(count=count, schedule=schedule), AllocationConfig(**allocation), final, sequences, share
     )
 

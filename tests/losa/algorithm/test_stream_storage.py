@@ -41,7 +41,7 @@ class Copies:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Streams of a model on the CPU wait as those on a GPU do, which has so much left."""
+    """Streams of a model on the CPU wait as if on a GPU that has so much memory left."""
 
     def begin(free):
         monkeypatch.setattr(calibration, "_keeps_streams", lambda device: True)
@@ -52,7 +52,7 @@ def as_on_a_gpu(monkeypatch):
 
 def test_streams_stay_on_the_device_without_a_copy_on_the_host(as_on_a_gpu, monkeypatch):
     model = tiny_llama()
-    blocks = find_blocks(model).modules
+    blocks = find_blocks(model)
     with torch.no_grad():
         expected = BlockStream(model, blocks, IDS, 4)
         as_on_a_gpu(4 * expected.nbytes)
@@ -76,7 +76,7 @@ def test_streams_stay_on_the_device_without_a_copy_on_the_host(as_on_a_gpu, monk
 
 def test_streams_that_do_not_fit_wait_in_pinned_memory(as_on_a_gpu, monkeypatch):
     model = tiny_llama()
-    blocks = find_blocks(model).modules
+    blocks = find_blocks(model)
     pinned, empty = [], torch.empty
     monkeypatch.setattr(stream_storage, "SLICE_BYTES", 6 * 37 * 4)
     with torch.no_grad():

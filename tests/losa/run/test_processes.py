@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[3]
 WORKER = """
 import json, os, sys, time
 import torch.distributed as dist
-from losa.distributed import check_agreement, on_main, start_processes
+from losa.distributed import check_agreement, on_main, process_index, start_processes
 from losa.errors import LosaError
-from losa.run.methods import Engine
+from losa.algorithm.engine import Engine
 from losa.recipe import parse_recipe
 from losa.run import run_recipe
 
 root = sys.argv[1]
-process = start_processes("cpu")
-rank = process.process_index
+start_processes("cpu")
+rank = process_index()
 seen = {}
 
 def attempt(name, function):

@@ -23,7 +23,7 @@ PUBLIC = ["losa", *(f"losa.{room}" for room in ROOMS), "losa_kernels"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, own_names, tmp_path, monkeypatch):
     """In order, in one namespace. A block with a file's name is that file, which a later block may import."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(dispatch, "TABLE", dict(dispatch.TABLE))

@@ -1,0 +1,51 @@
+"""What each block keeps in a round: a share of its weights, or N of every M."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losa.algorithm.keep_counts import allocate_keep_n
+from losa.algorithm.rates import rates_for, uniform_rates
+from losa.algorithm.schedule import Round
+from losa.pruners.base import Pattern
+from losa.recipe.sections import PruneConfig
+
+
+def patterns_for(
+    this_round: Round, importance: Tensor | None, reached: list[float], prune: PruneConfig, delta: float | None
+) -> list[Pattern]:
+    """Patterns of all blocks, whose mean sparsity is the round's.
+
+    Args:
+        this_round: its target sparsity.
+        importance: (L,), or None where all blocks are pruned alike.
+        reached: each block's sparsity before the round; masks that are nested never go below it.
+        delta: half width of Eq. 5's box, None for the rule.
+
+    Raises:
+        ValueError: what is reached leaves no solution.
+    """
+    sparsity = torch.tensor(reached, dtype=torch.float64)
+    if prune.pattern is not None:
+        return _nm_patterns(this_round, importance, sparsity, prune, delta)
+    if importance is None:
+        rates = uniform_rates(len(reached), this_round.sparsity)
+    else:
+        rates = rates_for(importance, this_round.sparsity, delta, None if prune.regrow else sparsity)
+    return [Pattern(sparsity=rate) for rate in rates.tolist()]
+
+
+def _nm_patterns(
+    this_round: Round, importance: Tensor | None, reached: Tensor, prune: PruneConfig, delta: float | None
+) -> list[Pattern]:
+    assert prune.keep_n_m is not None
+    keep_n, m = prune.keep_n_m
+    if abs(this_round.sparsity - prune.final_sparsity) < 1e-9 and not prune.mixed:
+        return [Pattern(keep_n=keep_n, m=m)] * len(reached)
+    ceiling = None if prune.regrow else ((1 - reached) * m).round().long()
+    if importance is None:
+        importance, delta = torch.zeros(len(reached), dtype=torch.float64), 0.0
+    lowest = 1 if prune.mixed else keep_n
+    counts = allocate_keep_n(importance, m * (1 - this_round.sparsity), m, delta, lo=lowest, ceiling=ceiling)
+    return [Pattern(keep_n=n, m=m) for n in counts.tolist()]

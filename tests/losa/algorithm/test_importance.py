@@ -1,0 +1,61 @@
+"""Importance is Eq. 4, and bad similarities are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losa.algorithm.importance import cka_importance, get_importance, register_importance
+from losa.recipe import rates
+from losa.recipe.sections import AllocationConfig
+from tests.helpers.similarity import similarity
+
+
+def test_importance_is_the_equation():
+    matrix = similarity(5, 0)
+    c = torch.tensor([sum(matrix[i, j] for j in range(5) if j != i) for i in range(5)], dtype=torch.float64)
+    assert torch.allclose(cka_importance(matrix, beta=3.0), torch.exp(-3.0 * c / c.sum()))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(3, 4), torch.ones(0, 0), torch.full((2, 2), float("nan"))])
+def test_bad_similarity_is_refused(bad):
+    with pytest.raises(ValueError, match="similarity"):
+        cka_importance(bad)
+
+
+def test_blocks_without_redundancy_are_equally_important():
+    assert cka_importance(torch.eye(4)).tolist() == [1, 1, 1, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.floats(0.1, 100), st.integers(0, 10**6))
+def test_beta_never_changes_the_order_of_importance(count, beta, seed):
+    matrix = similarity(count, seed)
+    assert torch.equal(cka_importance(matrix, beta).argsort(), cka_importance(matrix).argsort())
+
+
+def test_every_name_of_recipes_has_a_function():
+    for name in rates.RATES:
+        assert get_importance(name).needs == rates.RATES[name]
+    assert rates.compares_samples("cka") and not rates.compares_samples("uniform")
+    assert get_importance("uniform").function([]) is None
+
+
+def test_registered_names_are_settings_of_recipes(own_names):
+    def depth(linears):
+        return torch.arange(len(linears))
+
+    with pytest.raises(ValueError, match="Input should be 'cka' or 'uniform', got 'depth'"):
+        AllocationConfig(rates="depth")
+    add = register_importance("depth", needs="linears")
+    assert add(depth) is depth is add(depth)
+    assert AllocationConfig(rates="depth").rates == "depth" and get_importance("depth").function is depth
+    for bad in ("dept", 1, None, ["depth"]):
+        with pytest.raises(ValueError, match="Input should be 'cka', 'uniform' or 'depth', got "):
+            AllocationConfig(rates=bad)
+    with pytest.raises(ValueError, match="importance 'depth': already registered"):
+        register_importance("depth", needs="linears")(cka_importance)
+    with pytest.raises(ValueError, match="importance 'cka': already registered as similarity"):
+        register_importance("cka", needs="linears")(depth)
