@@ -16,10 +16,10 @@ EVERYBODY = {"errors", "registry", "__version__"}
 LOSA: dict[str, set[str]] = {
     "errors": set(),
     "registry": set(),
-    "record": set(),
     "distributed": set(),
     "storage": set(),
     "recipe": set(),
+    "record": {"recipe"},
     "modules": set(),
     "pruners": {"recipe"},
     "model": {"modules", "storage"},
@@ -29,7 +29,7 @@ LOSA: dict[str, set[str]] = {
     "evaluation": {"data", "model", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed"},
-    "output": {"model", "packed", "recipe", "record", "storage"},
+    "output": {"model", "packed", "record", "storage"},
     "run": {
         "algorithm",
         "data",
