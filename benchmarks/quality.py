@@ -24,7 +24,8 @@ from losa.model.blocks import block_linears
 from losa.model.loading import load_model
 from losa.recipe.reading import parse_recipe
 from losa.recipe.sections import Recipe
-from losa.run.methods import Inputs, MethodRun
+from losa.run.inputs import Inputs
+from losa.run.methods import MethodRun
 from losa.storage.files import write_json
 
 GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))

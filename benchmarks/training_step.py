@@ -16,7 +16,7 @@ from benchmarks._results import parser, report
 from benchmarks._timing import interleaved, medians
 from losa.model.blocks import block_linears
 from losa.model.wrapping import wrap_model
-from losa.training.loss import TokenLoss
+from losa.training.loss import TokenLoss, label_positions
 from losa.training.precision import autocast_dtype
 
 BATCH, RANK, SPARSITY = 4, 8, 0.7
@@ -62,12 +62,13 @@ def main(argv: list[str]) -> int:
 
 def measure(losses: dict, length: int, repetitions: int, autocast: torch.dtype | None, device: str) -> list[dict]:
     vocabulary = next(iter(losses.values()))[0].model.config.vocab_size
-    ids = torch.randint(vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(0))
+    batch = [tensor.to(device) for tensor in (ids, *label_positions(ids))]
 
     def step(name: str) -> None:
         loss, parameters = losses[name]
         # The plain model trains nothing: its step is a forward and a backward pass down to the embeddings.
-        total = loss(ids, ids)
+        total = loss(*batch)
         total.backward()
         for parameter in parameters:
             parameter.grad = None

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from losa.recipe.methods import find_method
+
 RECORD = "losa_config.json"
-# Methods whose rounds train no adapters.
-RANKLESS = ("prune_only", "finetune_then_prune")
 
 
 @dataclass
@@ -73,6 +73,12 @@ class RunRecord:
     evaluation: dict | None = None
     seconds: float = 0.0
 
+    @property
+    def ranked(self) -> bool:
+        """Whether the rounds' ranks are ranks of trained adapters; a method that losa does not know counts so."""
+        method = find_method(self.method)
+        return method is None or method.ranked
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -90,7 +96,7 @@ class RunRecord:
             where = f"round {r.index}"
             lists = {name: getattr(r, name) for name in ("sparsity", "errors", "keep_n", "importance", "similarity")}
             lists |= {f"similarity, row {i}": row for i, row in enumerate(r.similarity or [])}
-            if r.ranks or record.method not in RANKLESS:
+            if r.ranks or record.ranked:
                 lists["ranks"] = r.ranks
             for name, values in lists.items():
                 if values is not None and len(values) != len(record.blocks):

@@ -305,11 +305,11 @@ def plan(
     from rich.console import Console
 
     from losa.output.tables import show_table
-    from losa.run.estimate import plan as estimate
-    from losa.run.estimate_tables import plan_tables
+    from losa.run.estimate import estimate
+    from losa.run.estimate_tables import estimate_tables
 
     console = Console()
-    for table in plan_tables(estimate(loaded, probe=probe)):
+    for table in estimate_tables(estimate(loaded, probe=probe)):
         show_table(table, console)
 
 

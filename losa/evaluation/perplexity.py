@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from losa.data.tokens import IGNORED
 from losa.errors import DataError, NumericsError
 from losa.model.limits import check_ids, check_length
-from losa.training.loss import TokenLoss
+from losa.training.loss import TokenLoss, label_positions
 
 logger = logging.getLogger("losa")
 
@@ -103,8 +103,7 @@ def perplexity(
         loss = TokenLoss(model)
         bar = tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None if progress else True)
         for index, batch in enumerate(bar):
-            batch = batch.to(device)
-            summed = loss(batch, batch).item()
+            summed = _summed(loss, batch, batch, device)
             if not math.isfinite(summed):
                 first = index * batch_size
                 where = f"windows {first}..{first + len(batch) - 1}" if len(batch) > 1 else f"window {first}"
@@ -114,6 +113,11 @@ def perplexity(
         model.train(was_training)
     nll = total / (count * (length - 1))
     return Perplexity(_exp(nll), nll, count, count * (length - (bos is not None)), length)
+
+
+def _summed(loss: TokenLoss, ids: Tensor, labels: Tensor, device: torch.device) -> float:
+    """The loss of a batch (windows, length) on the host, summed over its labels."""
+    return loss(*(tensor.to(device) for tensor in (ids, *label_positions(labels)))).item()
 
 
 def _exp(nll: float) -> float:
@@ -134,17 +138,18 @@ def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: i
     bos = tokenizer.bos_token_id
     if bos is None or len(tokens) < 2 * length or length < 3 or tokens[0] != bos:
         return
-    text = tokens[length : 2 * length - 1].to(next(model.parameters()).device)
+    text = tokens[length : 2 * length - 1]
     started = torch.cat([text.new_tensor([bos]), text])
     labels = started.clone()
-    # Both are asked for the same tokens.
+    # Both texts are asked for the same tokens.
     labels[1] = IGNORED
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         loss = TokenLoss(model)
-        without = loss(text[None], text[None]).item() / (len(text) - 1)
-        within = loss(started[None], labels[None]).item() / (len(text) - 1)
+        without = _summed(loss, text[None], text[None], device) / (len(text) - 1)
+        within = _summed(loss, started[None], labels[None], device) / (len(text) - 1)
     finally:
         model.train(was_training)
     if without - within > _START_MATTERS:

@@ -83,6 +83,29 @@ def load_model(
     return loaded.to(target).eval(), tokenizer
 
 
+def configured_model(
+    model: str, gguf_file: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
+    """The model that ``load_model`` would load, without weights: on the meta device, in the dtype that they would have.
+
+    Raises:
+        ModelError: the configuration cannot be had, or is of no decoder-only model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, gguf_file = locate_model(model, gguf_file)
+    refuse_other_kinds(model, source, gguf_file)
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
+        stored = config.get_text_config().dtype if gguf_file is None else None
+        chosen = getattr(torch, dtype) if dtype != "auto" else stored or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
+
+
 def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
     """Raises ModelError for a directory that holds an adapter or a packed checkpoint. Arguments: ``model`` for the
     message, the others as ``locate_model`` gives them."""

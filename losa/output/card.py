@@ -8,17 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from losa.output.figures import NAMES
 from losa.output.tables import _markdown, _percent, protocol, results_table, rounds_table
+from losa.recipe.methods import find_method, method_label
 from losa.record import RECORD, RunRecord
 
-HOW = {
-    "losa": "pruned round by round and fine-tuned under the mask with adapters of dynamic rank, merged at the end",
-    "sparse_lora": "pruned at once, fine-tuned under the mask with adapters of one rank, and merged",
-    "lora": "pruned at once, fine-tuned with dense adapters, and merged under the mask, which changes the function",
-    "prune_only": "pruned at once, without any training",
-    "finetune_then_prune": "fine-tuned dense, then pruned at once, without training afterwards",
-}
 FORMAT = """The files are an ordinary dense checkpoint with exact zeros: transformers, and whatever else reads the base
 model's format, reads this one."""
 LIMITS = """Perplexity on one text says little about a task, and one seed little about a method: evaluate on your own.
@@ -32,7 +25,8 @@ def model_card(record: RunRecord) -> str:
     """README.md of an exported model: what it is, what was measured and how, and its limits."""
     recipe, prune = record.recipe, record.recipe["prune"]
     goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
-    method = NAMES.get(record.method, record.method)
+    label, method = method_label(record.method), find_method(record.method)
+    done = label if method is None else method.sentence
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["losa", "sparse", "pruned"]}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", record.model) and not Path(record.model).exists():
         front["base_model"] = record.model
@@ -43,9 +37,9 @@ def model_card(record: RunRecord) -> str:
         yaml.safe_dump(front, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({method})",
+        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({label})",
         "",
-        f"`{record.model}`, {HOW.get(record.method, method)}, with losa {record.losa_version}. {_zeros(record)}",
+        f"`{record.model}`, {done}, with losa {record.losa_version}. {_zeros(record)}",
         FORMAT,
         "",
         "## Measured",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from losa.errors import OutputError, reason
+from losa.recipe.methods import method_label
 from losa.record import MethodResult, RoundRecord, RunRecord
 from losa.storage.files import write_bytes, write_text
 
@@ -18,14 +19,6 @@ STYLES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 # Ordered values: light to dark in any print, the same for colour-blind readers.
 ORDERED = "viridis"
 ANNOTATED_BLOCKS = 48
-NAMES = {
-    "dense": "dense",
-    "prune_only": "pruned only",
-    "lora": "pruned + LoRA (not mergeable)",
-    "sparse_lora": "pruned + sparse LoRA",
-    "losa": "LoSA",
-    "finetune_then_prune": "LoRA, then pruned",
-}
 ERRORS = {
     "relative": "relative error E (per-channel)",
     "frobenius": "error E (Frobenius norm)",
@@ -58,7 +51,7 @@ def write_figures(record: RunRecord, directory: Path) -> list[Path]:
     if not rounds:
         return written
     written += _sparsity(directory / "sparsity", rounds)
-    if record.method not in ("prune_only", "finetune_then_prune"):
+    if record.ranked:
         written += _ranks(directory / "ranks", rounds)
     if any(r.errors for r in rounds):
         kind = record.recipe.get("allocation", {}).get("error", "relative")
@@ -243,7 +236,7 @@ def _methods(path: Path, record: RunRecord, finals: list[tuple[MethodResult, flo
     for row, value in enumerate(values):
         axis.annotate(f"{value:,.4g}", (value, row), (8, 0), textcoords="offset points", va="center", size=9)
     axis.set_yticks(
-        range(len(finals)), [f"{NAMES.get(r.method, r.method)}, {100 * r.sparsity:.0f} % zeros" for r, _ in finals]
+        range(len(finals)), [f"{method_label(r.method)}, {100 * r.sparsity:.0f} % zeros" for r, _ in finals]
     )
     axis.set(title="Perplexity by method (lower is better)", xlabel=_perplexity_unit(record))
     axis.set_ylim(len(finals) - 0.5, -0.5)
@@ -259,7 +252,7 @@ def _perplexity(path: Path, record: RunRecord, finals: list[tuple[MethodResult, 
 
     figure, (axis,) = _figure(width=9)
     rounds = [r for r in record.rounds if r.perplexity is not None]
-    own = NAMES.get(record.method, record.method)
+    own = method_label(record.method)
     axis.plot(
         [r.index for r in rounds],
         [r.perplexity for r in rounds],
@@ -277,7 +270,7 @@ def _perplexity(path: Path, record: RunRecord, finals: list[tuple[MethodResult, 
     others = [(r, value) for r, value in finals if r.method != record.method]
     for position, (other, value) in enumerate(others):
         colour = "black" if other.method == "dense" else COLOURS[1 + position % (len(COLOURS) - 1)]
-        label = f"{NAMES.get(other.method, other.method)}: {value:,.4g}"
+        label = f"{method_label(other.method)}: {value:,.4g}"
         axis.axhline(value, linestyle=STYLES[position % len(STYLES)], linewidth=1.4, color=colour, label=label)
     axis.set(title="Perplexity over rounds", xlabel="round and its target sparsity", ylabel=_perplexity_unit(record))
     axis.set_xticks([r.index for r in rounds], [f"{r.index}\n{100 * r.target_sparsity:.0f} %" for r in rounds])

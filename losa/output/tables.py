@@ -1,4 +1,4 @@
-"""Tables of a run and of a checkpoint's zeros, and the model card."""
+"""Tables of a run and of a checkpoint's zeros."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from losa.output.figures import NAMES
 from losa.output.inspection import BLOCK_WEIGHT, Inspection, TensorSparsity
-from losa.record import RANKLESS, MethodResult, RunRecord
+from losa.recipe.methods import method_label
+from losa.record import MethodResult, RunRecord
 
 
 def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
@@ -80,7 +80,7 @@ def results_table(record: RunRecord) -> Table:
     for r in record.results:
         _add(
             table,
-            NAMES.get(r.method, r.method),
+            method_label(r.method),
             _perplexity(r),
             _percent(r.sparsity),
             f"{r.zeros:,}",
@@ -120,7 +120,7 @@ def rounds_table(record: RunRecord) -> Table:
     spent = ", ".join(f"{stage} {value:,.1f} s" for stage, value in stages.items())
     columns = ("round", "sparsity", "blocks", "mean rank", "ranks", "steps", "loss", "perplexity", "time")
     table = _table(*columns, caption=f"time by stage: {spent}" if spent else None)
-    ranked = record.method not in RANKLESS
+    ranked = record.ranked
     for r in record.rounds:
         _add(
             table,
@@ -150,7 +150,7 @@ def blocks_table(record: RunRecord) -> Table:
         cells = [
             name,
             _percent(last.sparsity[index]),
-            "-" if record.method in RANKLESS or not last.ranks else str(last.ranks[index]),
+            "-" if not record.ranked or not last.ranks else str(last.ranks[index]),
             "-" if last.errors is None else f"{last.errors[index]:.3g}",
             "-" if last.importance is None else f"{last.importance[index]:.4f}",
         ]

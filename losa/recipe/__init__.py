@@ -1,5 +1,6 @@
 """What a user asks for: recipes, read from YAML and checked."""
 
+from losa.recipe.methods import METHODS, Method, MethodName
 from losa.recipe.reading import data_source, load_recipe, override, parse_recipe, read_settings, read_yaml
 from losa.recipe.sections import (
     AllocationConfig,
@@ -7,7 +8,6 @@ from losa.recipe.sections import (
     DataSource,
     EvaluateConfig,
     LoraConfig,
-    Method,
     PruneConfig,
     Recipe,
     RoundsConfig,
@@ -25,7 +25,9 @@ __all__ = [
     "DataSource",
     "EvaluateConfig",
     "LoraConfig",
+    "METHODS",
     "Method",
+    "MethodName",
     "PruneConfig",
     "Recipe",
     "RoundsConfig",

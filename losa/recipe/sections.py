@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from losa.errors import shown
+from losa.recipe.methods import METHODS, Method, MethodName
 from losa.recipe.rates import check_rates, compares_samples
 
-Method = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
 MAX_SPARSITY = 0.95
 MAX_COUNT = 2**31 - 1
 # What messages quote: characters of a key, and problems.
@@ -257,8 +257,8 @@ class Recipe(_Section):
     output: Annotated[Path, AfterValidator(output_path)] = Field(description="directory to write")
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, adapters and samples")
     deterministic: bool = Field(False, description="the same bits in every run, at some cost in time")
-    method: Method = Field("losa", description="what is run and exported")
-    compare: list[Method] = Field([], description="further methods run in the same harness, for the final table")
+    method: MethodName = Field("losa", description="what is run and exported")
+    compare: list[MethodName] = Field([], description="further methods run in the same harness, for the final table")
     prune: PruneConfig
     rounds: RoundsConfig = RoundsConfig()
     allocation: AllocationConfig = AllocationConfig()
@@ -267,18 +267,28 @@ class Recipe(_Section):
     train: TrainConfig | None = None
     evaluate: EvaluateConfig | None = None
 
+    @property
+    def methods(self) -> dict[MethodName, Method]:
+        """All methods that are run, each once, in the order in which they run: the exported one is the last."""
+        names = [name for name in dict.fromkeys(self.compare) if name != self.method]
+        return {name: METHODS[name] for name in [*names, self.method]}
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a method compares calibration samples with each other."""
+        return any(method.dynamic for method in self.methods.values()) and compares_samples(self.allocation.rates)
+
     @model_validator(mode="after")
     def _needs_training_data(self):
-        trains = [m for m in (self.method, *self.compare) if m != "prune_only"]
+        trains = [name for name in (self.method, *self.compare) if METHODS[name].trains]
         if trains and self.train is None:
             raise ValueError(f"train: method {trains[0]!r} needs a train section with data")
         return self
 
     @model_validator(mode="after")
     def _enough_for_similarity(self):
-        dynamic = "losa" in (self.method, *self.compare)
         rates = self.allocation.rates
-        if dynamic and compares_samples(rates) and self.calibration.samples < 2:
+        if self.compares_samples and self.calibration.samples < 2:
             raise ValueError(
                 f"calibration.samples: allocation.rates {rates!r} compares samples and needs at least 2, "
                 f"got {self.calibration.samples}"

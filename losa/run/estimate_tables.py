@@ -1,4 +1,4 @@
-"""A plan as tables: memory by phase, rounds, and work."""
+"""An estimate as tables: memory by phase, rounds, and work."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from losa.run.estimate import PHASES, Plan
+from losa.run.estimate import Estimate
+from losa.run.estimate_memory import PHASES
 
 
-def plan_tables(plan: Plan) -> list[Table]:
+def estimate_tables(estimate: Estimate) -> list[Table]:
     """Memory by phase, rounds, and work."""
-    return [_memory_table(plan), _rounds_table(plan), _work_table(plan)]
+    return [_memory_table(estimate), _rounds_table(estimate), _work_table(estimate)]
 
 
-def _memory_table(plan: Plan) -> Table:
-    counts = f"{plan.parameters:,} parameters ({plan.dtype}), {plan.prunable:,} prunable in {plan.blocks} blocks"
+def _memory_table(estimate: Estimate) -> Table:
+    parameters = f"{estimate.parameters:,} parameters ({estimate.dtype})"
     table = _table(
-        f"{plan.model}: {counts}",
+        f"{estimate.model}: {parameters}, {estimate.prunable:,} prunable in {estimate.blocks} blocks",
         "An estimate of what losa itself holds: allow a fifth more, and 1 GB on the host for Python and its libraries.",
     )
     for column in ("phase", "where", "what", "size", "counted as"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for phase in PHASES:
-        for part in (part for part in plan.parts if part.phase == phase):
-            _add(table, phase, _where(plan, part.place), part.what, _size(part.size), part.how)
+        for holding in (holding for holding in estimate.holdings if holding.phase == phase):
+            _add(table, phase, _where(estimate, holding.place), holding.what, _size(holding.size), holding.how)
     for place in ("device", "host"):
-        if any(part.place == place for part in plan.parts):
-            size, phase = plan.peak(place)
-            of = f" of {_size(plan.capacity[place])}" if place in plan.capacity else ""
-            _add(table, "peak", _where(plan, place), "all together", _size(size) + of, f"throughout + {phase}")
+        if any(holding.place == place for holding in estimate.holdings):
+            size, phase = estimate.peak(place)
+            of = f" of {_size(estimate.capacity[place])}" if place in estimate.capacity else ""
+            _add(table, "peak", _where(estimate, place), "all together", _size(size) + of, f"throughout + {phase}")
     return table
 
 
-def _rounds_table(plan: Plan) -> Table:
-    open_end = not any(r.sequences for r in plan.rounds)
-    caption = "train.max_tokens is not set: the data's amount decides." if open_end and plan.train_length else None
+def _rounds_table(estimate: Estimate) -> Table:
+    open_end = not any(r.sequences for r in estimate.rounds)
+    caption = "train.max_tokens is not set: the data's amount decides." if open_end and estimate.train_length else None
     table = _table("rounds", caption)
     for column in ("round", "sparsity", "mean rank", "sequences", "tokens"):
         table.add_column(column, justify="right")
-    for r in plan.rounds:
-        amounts = ("-", "-") if open_end else (f"{r.sequences:,}", f"{r.sequences * plan.train_length:,}")
+    for r in estimate.rounds:
+        amounts = ("-", "-") if open_end else (f"{r.sequences:,}", f"{r.sequences * estimate.train_length:,}")
         _add(table, str(r.index), f"{100 * r.sparsity:.1f} %", str(r.mean_rank), *amounts)
     return table
 
 
-def _work_table(plan: Plan) -> Table:
-    rate = "not measured" if plan.rate is None else f"measured here: {plan.rate / 1e12:.3g} TFLOP/s"
+def _work_table(estimate: Estimate) -> Table:
+    rate = "not measured" if estimate.rate is None else f"measured here: {estimate.rate / 1e12:.3g} TFLOP/s"
     caption = f"Matrix products alone, at the rate of plain ones ({rate}): a floor."
     table = _table("work", caption)
     for column in ("what", "FLOP", "time"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for stage in plan.stages:
-        _add(table, stage.what, f"{stage.flops:.2e}", _duration(stage.flops, plan.rate))
-    _add(table, "all counted", f"{plan.flops:.2e}", _duration(plan.flops, plan.rate))
+    for stage in estimate.stages:
+        _add(table, stage.what, f"{stage.flops:.2e}", _duration(stage.flops, estimate.rate))
+    _add(table, "all counted", f"{estimate.flops:.2e}", _duration(estimate.flops, estimate.rate))
     return table
 
 
@@ -70,8 +71,8 @@ def _add(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))
 
 
-def _where(plan: Plan, place: str) -> str:
-    return plan.device if place == "device" else "host"
+def _where(estimate: Estimate, place: str) -> str:
+    return estimate.device if place == "device" else "host"
 
 
 def _size(size: int) -> str:

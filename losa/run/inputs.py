@@ -1,28 +1,87 @@
-"""Whether a recipe's data suits its model, before anything is computed."""
+"""Everything that a recipe's methods are fed, read and checked before anything is computed."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from losa.algorithm.schedule import sequences_per_round
+from losa.data.sequences import PackedData
+from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
 from losa.errors import DataError
-
-if TYPE_CHECKING:
-    from losa.data.sequences import PackedData
-    from losa.recipe.sections import Recipe
+from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
+from losa.model.block_calls import Call
 from losa.model.limits import check_ids, check_length
-from losa.recipe.rates import compares_samples
+from losa.recipe.sections import Recipe
+from losa.run.fingerprint import CALIBRATION, EVALUATION, TRAINING, tensor_digest
 
 logger = logging.getLogger("losa")
+
+Evaluator = Callable[[nn.Module], float | None]
+
+
+@dataclass
+class Inputs:
+    """What every method gets: tokens on the host and a way to measure perplexity.
+
+    ``calibration``: (samples, length) int64. ``fingerprint``: digests of all that the results depend on besides the
+    recipe, by what it is of; a resume state belongs to it. ``calls``: what the model's blocks are called with
+    (``BlockStream``), the same for all methods. ``protocol``: how perplexity is measured, for the record; None without
+    a text to measure on.
+    """
+
+    calibration: Tensor
+    training: PackedData | None
+    evaluate: Evaluator
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+    protocol: dict | None = None
+
+
+def read_inputs(recipe: Recipe, model: nn.Module, tokenizer) -> Inputs:
+    """Tokenize the recipe's texts. Warns of settings that ask for more than there is.
+
+    Raises:
+        DataError: a source cannot be read or holds too little, or the samples to compare are all the same.
+        ModelError: the texts do not suit the model.
+    """
+    c, t, e = recipe.calibration, recipe.train, recipe.evaluate
+    calibration = calibration_tokens(c.data, tokenizer, c.samples, c.length, recipe.seed)
+    training = None
+    if t is not None:
+        training = training_sequences(t.data, tokenizer, t.length, recipe.seed, t.train_on, t.max_tokens)
+    fingerprint = {CALIBRATION: tensor_digest(calibration)}
+    if training is not None:
+        fingerprint[TRAINING] = tensor_digest(training.input_ids, training.labels)
+    if e is None:
+        check_inputs(model, recipe, calibration, training, None)
+        return Inputs(calibration, training, lambda model: None, fingerprint)
+    tokens = evaluation_tokens(e.data, tokenizer)
+    fingerprint[EVALUATION] = tensor_digest(tokens)
+    bos = window_start(tokenizer, "evaluate.bos_per_window") if e.bos_per_window else None
+    windows = evaluation_windows(tokens, e.length, e.max_windows, bos)
+    check_inputs(model, recipe, calibration, training, windows)
+    if bos is None:
+        warn_of_missing_start(model, tokenizer, tokens, e.length)
+    text = len(windows) * (e.length - (bos is not None))
+    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": len(windows), "tokens": text}
+    if bos is not None:
+        protocol["bos_per_window"] = True
+
+    def evaluate(model: nn.Module) -> float:
+        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows, bos=bos).value
+
+    return Inputs(calibration, training, evaluate, fingerprint, protocol=protocol)
 
 
 def check_inputs(
     model: nn.Module, recipe: Recipe, calibration: Tensor, training: PackedData | None, windows: Tensor | None
 ) -> None:
-    """Everything that a run feeds to its model, before any forward pass: ``calibration`` (samples, length), training
-    sequences and evaluation ``windows`` (windows, length). Warns of settings that ask for more than there is.
+    """Whether the texts suit the model, before any forward pass: ``calibration`` (samples, length), training sequences
+    and evaluation ``windows`` (windows, length). Warns of settings that ask for more than there is.
 
     Raises:
         ModelError: too few positions or embeddings.
@@ -33,34 +92,31 @@ def check_inputs(
         if ids is not None:
             check_length(model, ids.shape[1], f"{section}.length")
             check_ids(model, ids, f"{section}.data")
-    compares = "losa" in (recipe.method, *recipe.compare) and compares_samples(recipe.allocation.rates)
     compared = calibration[: recipe.calibration.cka_samples]
-    if compares and bool((compared == compared[0]).all()):
+    if recipe.compares_samples and bool((compared == compared[0]).all()):
         raise DataError(
             f"calibration.data: all {len(compared)} samples are the same text, so that allocation.rates "
             f"{recipe.allocation.rates!r} has nothing to compare; give other text, or set allocation.rates: uniform"
         )
-    for line in _more_than_there_is(recipe, compares, training, windows):
+    for line in _more_than_there_is(recipe, training, windows):
         logger.warning(line)
 
 
-def _more_than_there_is(recipe: Recipe, compares: bool, training: PackedData | None, windows: Tensor | None):
-    from losa.algorithm.schedule import sequences_per_round
-
+def _more_than_there_is(recipe: Recipe, training: PackedData | None, windows: Tensor | None) -> Iterator[str]:
     c, t, e, rounds = recipe.calibration, recipe.train, recipe.evaluate, recipe.rounds
     # Defaults are nobody's wish.
-    if compares and "cka_samples" in c.model_fields_set and c.cka_samples > c.samples:
+    if recipe.compares_samples and "cka_samples" in c.model_fields_set and c.cka_samples > c.samples:
         yield f"calibration.cka_samples: {c.cka_samples}, but there are {c.samples} samples; all of them are compared"
     if c.batch_size > c.samples:
         yield f"calibration.batch_size: {c.batch_size}, but there are {c.samples} samples; all are one batch"
-    if training is not None:
+    if training is not None and t is not None:
         count, step = len(training), t.batch_size * t.gradient_accumulation
         if count < step:
             yield (
                 f"train.batch_size: {t.batch_size} x gradient_accumulation {t.gradient_accumulation} are {step} "
                 f"sequences a step, but there are {count}; steps are smaller"
             )
-        if rounds.schedule != "oneshot" and "losa" in (recipe.method, *recipe.compare):
+        if rounds.schedule != "oneshot" and any(method.dynamic for method in recipe.methods.values()):
             idle = sequences_per_round(rounds.count, count, t.round_share).count(0)
             if idle:
                 yield f"rounds.count: {rounds.count}, but there are {count} sequences; the first {idle} train on none"
@@ -69,5 +125,5 @@ def _more_than_there_is(recipe: Recipe, compares: bool, training: PackedData | N
                     f"train.round_share: {rounds.count} rounds of {t.round_share:g} are more than all the data; "
                     f"each gets 1/{rounds.count}"
                 )
-    if windows is not None and e.max_windows is not None and e.max_windows > len(windows):
+    if windows is not None and e is not None and e.max_windows is not None and e.max_windows > len(windows):
         yield f"evaluate.max_windows: {e.max_windows}, but the text has {len(windows)}"

@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import Round, make_schedule
+from losa.algorithm.schedule import Round
 from losa.data.sequences import PackedData
 from losa.distributed import check_agreement, on_main, process_count
 from losa.errors import OutputError, RecipeError
-from losa.model.block_calls import Call
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import AllocationConfig, Method, Recipe
+from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.sections import AllocationConfig, Recipe
 from losa.record import MethodResult, RoundRecord
 from losa.run.fingerprint import tensor_digest
-from losa.run.resume import CHECKPOINTS, load_checkpoint, save_checkpoint
+from losa.run.inputs import Inputs
+from losa.run.resume import CHECKPOINTS, load_resume_state, save_resume_state
+from losa.run.rounds import rounds_of
 from losa.training.trainer import Trainer
-
-Evaluator = Callable[[nn.Module], float | None]
-
-
-@dataclass
-class Inputs:
-    """What every method gets: tokens on the host and a way to measure perplexity. ``fingerprint``: digests of all that
-    the results depend on besides the recipe, by what it is of; a checkpoint belongs to it. ``calls``: what the model's
-    blocks are called with (``BlockStream``), the same for all methods."""
-
-    calibration: Tensor
-    training: PackedData | None
-    evaluate: Evaluator
-    fingerprint: dict[str, str] = field(default_factory=dict)
-    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,63 +38,80 @@ class Outcome:
 
 
 class MethodRun:
-    """One method on one model. ``work_dir`` takes metrics and, for resuming, a checkpoint per round.
+    """One method of ``losa.recipe.METHODS`` on one model.
 
-    ``lora`` trains a dense adapter on the pruned model: it cannot be merged without either losing the zeros or
-    changing the function, so both values are reported. ``sparse_lora`` is LoSA with one round, uniform rates and
-    ranks. ``finetune_then_prune`` trains a dense adapter on the dense model and prunes afterwards.
+    A dense adapter on a pruned model cannot be merged without either losing the zeros or changing the function: of
+    such a method the perplexity of the unmerged model is reported as well.
+
+    Args:
+        name: the method's.
+        model: dense; merged and pruned in place.
+        work_dir: takes metrics and, for resuming, the state after each round, in a directory of the method's name.
+        log: gets a line after each round.
     """
 
-    def __init__(self, method: Method, model: nn.Module, recipe: Recipe, inputs: Inputs, work_dir: Path, log=print):
-        self.method = method
+    def __init__(
+        self,
+        name: MethodName,
+        model: nn.Module,
+        recipe: Recipe,
+        inputs: Inputs,
+        work_dir: Path,
+        log: Callable[[str], None] = print,
+    ):
+        self.name = name
+        self.method = METHODS[name]
         self.model = model
         self.recipe = recipe
         self.inputs = inputs
-        self.work_dir = work_dir / method
+        self.work_dir = work_dir / name
         self.log = log
-        self.dynamic = method == "losa"
-        self.trains = method != "prune_only"
 
     def run(self, *, resume: bool = False) -> Outcome:
+        """Prune, train and merge.
+
+        Args:
+            resume: go on after the last round whose state was saved.
+
+        Raises:
+            LosaError: settings that do not fit the model, failed numerics, a file that cannot be written, or a resume
+                state of another recipe, model or data.
+        """
         start = time.perf_counter()
         recipe, method = self.recipe, self.method
-        if method == "finetune_then_prune":
+        tokens = trained = 0
+        if method.training == "before":
             tokens, trained = self._finetune_dense()
-        else:
-            tokens, trained = 0, 0
-        self._wrap(LoRALinear if method == "lora" else MaskedLoRALinear)
+        self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
         engine = Engine(
             self.model,
             self.inputs.calibration,
             recipe.prune,
             self._allocation(),
             recipe.calibration,
-            measure_errors=self.dynamic,
+            measure_errors=method.dynamic,
             seed=recipe.seed,
             calls=self.inputs.calls,
         )
-        rounds = self._rounds(engine, resume)
-        unmerged = None
-        if method == "lora":
-            unmerged = rounds[-1].perplexity
-            if unmerged is None:
-                unmerged = self.inputs.evaluate(self.model)
+        rounds = self._run_rounds(engine, resume)
+        unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
         layers = wrapped_linears(self.model)
         masks = {name: layer.mask.data.cpu() for name, layer in layers.items()}
-        if method in ("losa", "lora", "sparse_lora"):
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        kept = sum(int(layer.mask_bool().sum()) for layer in layers.values())
+        if method.training == "rounds":
+            trained = self._trained_parameters()
         merge_model(self.model)
         perplexity = self.inputs.evaluate(self.model)
         zeros, prunable = sparsity_of(self.model)
         result = MethodResult(
-            method=method,
+            method=self.name,
             perplexity=perplexity,
-            sparsity=1
-            - sum(_kept(layer) for layer in layers.values()) / sum(m.weight.numel() for m in layers.values()),
+            sparsity=1 - kept / weights,
             zeros=zeros,
             prunable=prunable,
             seconds=time.perf_counter() - start,
-            mergeable=method != "lora",
+            mergeable=method.mergeable,
             perplexity_unmerged=unmerged,
             train_tokens=tokens + sum(r.train_tokens for r in rounds),
             parameters_trained=trained,
@@ -115,29 +119,20 @@ class MethodRun:
         return Outcome(result, rounds, masks)
 
     def _allocation(self) -> AllocationConfig:
-        if self.dynamic:
+        if self.method.dynamic:
             return self.recipe.allocation
         return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform"})
 
-    def _plans(self) -> list[Round]:
-        recipe = self.recipe
-        sequences = len(self.inputs.training) if self.trains and self.inputs.training is not None else 0
-        rounds = recipe.rounds if self.dynamic else recipe.rounds.model_copy(update={"schedule": "oneshot"})
-        share = recipe.train.round_share if recipe.train is not None else 1.0
-        plans = make_schedule(rounds, recipe.allocation, recipe.prune.final_sparsity, sequences, share)
-        if not self.dynamic:
-            plans = [replace(plan, mean_rank=recipe.lora.rank) for plan in plans]
-        return plans
-
     def _wrap(self, layer: type[MaskedLoRALinear]) -> None:
         recipe = self.recipe
-        highest, key = recipe.lora.rank, "lora.rank"
-        if self.dynamic:
-            highest, key = recipe.allocation.rank_max, "allocation.rank_max"
+        first, highest, key = recipe.lora.rank, recipe.lora.rank, "lora.rank"
+        if self.method.dynamic:
+            first, highest = recipe.allocation.mean_rank, recipe.allocation.rank_max
+            key = "allocation.rank_max"
         wrapped = wrap_model(
             self.model,
             layer=layer,
-            rank=recipe.allocation.mean_rank if self.dynamic else recipe.lora.rank,
+            rank=first,
             scaling=recipe.lora.scaling,
             dropout_p=recipe.lora.dropout,
             targets=recipe.prune.targets,
@@ -146,6 +141,12 @@ class MethodRun:
         limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
         if highest > limit:
             raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
+
+    def _trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def _unmerged_perplexity(self, last: RoundRecord) -> float | None:
+        return self.inputs.evaluate(self.model) if last.perplexity is None else last.perplexity
 
     def _trainer(self) -> Trainer:
         return Trainer(
@@ -158,66 +159,75 @@ class MethodRun:
         )
 
     def _finetune_dense(self) -> tuple[int, int]:
+        """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained)."""
         self._wrap(LoRALinear)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = self._trained_parameters()
         outcome = self._trainer().train(self.inputs.training, round_index=1, stage_name="dense fine-tuning")
         for name, layer in wrapped_linears(self.model).items():
             self.model.set_submodule(name, layer.merge_dense())
         return outcome.tokens, trained
 
-    def _rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
-        recipe = self.recipe
-        trains = self.trains and self.method != "finetune_then_prune"
-        trainer = self._trainer() if trains else None
-        plans = self._plans()
-        done: list[RoundRecord] = []
-        checkpoints = self.work_dir / CHECKPOINTS
-        # A single round of a method that is compared is followed by its result's file. The main method's is not, and
-        # its export may fail. Fine-tuning before the wrapping is no part of a checkpoint, and is repeated anyway.
-        keep = len(plans) > 1 or (self.method == recipe.method and self.method != "finetune_then_prune")
-        if resume:
-            state = load_checkpoint(checkpoints, self.model, recipe, self.method, self.inputs.fingerprint)
-            if state is not None:
-                try:
-                    done = [RoundRecord(**r) for r in state["rounds"]]
-                    step = state["global_step"]
-                except (KeyError, TypeError) as error:
-                    message = "was written by another version of losa; go on with that one, or --overwrite"
-                    raise OutputError(f"checkpoints in {checkpoints}: {message}") from error
-                if trainer is not None:
-                    trainer.global_step = step
-                self.log(f"{self.method}: resuming after round {len(done)} of {len(plans)}")
-            if process_count() > 1:
-                check_agreement(f"{self.method}: the newest checkpoint", self._standing(done))
-        first = sum(plan.sequences for plan in plans[: len(done)])
-        for plan in plans[len(done) :]:
-            record = engine.run_round(plan)
-            if trainer is not None and plan.sequences > 0:
-                data = self.inputs.training.slice(first, first + plan.sequences)
-                outcome = trainer.train(data, round_index=plan.index, stage_name=f"{self.method} round {plan.index}")
-                record.train_steps, record.train_tokens = outcome.steps, outcome.tokens
-                record.train_loss, record.seconds["train"] = outcome.loss, outcome.seconds
-            first += plan.sequences
-            if recipe.evaluate is not None and recipe.evaluate.each_round and len(plans) > 1:
+    def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
+        """All rounds' records, those of an interrupted run included."""
+        rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
+        trainer = self._trainer() if self.method.training == "rounds" else None
+        done = self._resume(trainer, len(rounds)) if resume else []
+        first = sum(each.sequences for each in rounds[: len(done)])
+        for each in rounds[len(done) :]:
+            record = engine.run_round(each)
+            if trainer is not None and each.sequences > 0:
+                data = self.inputs.training.slice(first, first + each.sequences)
+                self._train(trainer, data, record)
+            first += each.sequences
+            if self.recipe.evaluate is not None and self.recipe.evaluate.each_round and len(rounds) > 1:
                 began = time.perf_counter()
                 record.perplexity = self.inputs.evaluate(self.model)
                 record.seconds["evaluate"] = time.perf_counter() - began
             done.append(record)
-            self.log(_round_line(self.method, record, len(plans)))
-            if keep:
+            self.log(_round_line(self.name, record, len(rounds)))
+            if self._keeps_states(rounds):
                 step = trainer.global_step if trainer is not None else 0
                 state = {"rounds": [vars(r) for r in done], "global_step": step}
-                on_main(partial(self._save, checkpoints, plan.index, state))
+                on_main(partial(self._save, each.index, state))
         return done
 
-    def _save(self, checkpoints: Path, completed: int, state: dict) -> None:
-        save_checkpoint(
-            checkpoints,
+    def _keeps_states(self, rounds: list[Round]) -> bool:
+        """A single round of a method that is compared is followed by its result's file. The exported method's single
+        round is not, and the export may fail. Training before the pruning is no part of a state and is repeated."""
+        return len(rounds) > 1 or (self.name == self.recipe.method and self.method.training != "before")
+
+    def _train(self, trainer: Trainer, data: PackedData, record: RoundRecord) -> None:
+        outcome = trainer.train(data, round_index=record.index, stage_name=f"{self.name} round {record.index}")
+        record.train_steps, record.train_tokens = outcome.steps, outcome.tokens
+        record.train_loss, record.seconds["train"] = outcome.loss, outcome.seconds
+
+    def _resume(self, trainer: Trainer | None, total: int) -> list[RoundRecord]:
+        """Put the newest resume state into model and trainer: the records of its rounds."""
+        directory = self.work_dir / CHECKPOINTS
+        done: list[RoundRecord] = []
+        state = load_resume_state(directory, self.model, self.recipe, self.name, self.inputs.fingerprint)
+        if state is not None:
+            try:
+                done = [RoundRecord(**r) for r in state["rounds"]]
+                step = state["global_step"]
+            except (KeyError, TypeError) as error:
+                message = "was written by another version of losa; go on with that one, or --overwrite"
+                raise OutputError(f"checkpoints in {directory}: {message}") from error
+            if trainer is not None:
+                trainer.global_step = step
+            self.log(f"{self.name}: resuming after round {len(done)} of {total}")
+        if process_count() > 1:
+            check_agreement(f"{self.name}: the newest checkpoint", self._standing(done))
+        return done
+
+    def _save(self, completed: int, state: dict) -> None:
+        save_resume_state(
+            self.work_dir / CHECKPOINTS,
             self.model,
             recipe=self.recipe,
             completed_round=completed,
             state=state,
-            method=self.method,
+            method=self.name,
             inputs=self.inputs.fingerprint,
         )
 
@@ -228,10 +238,6 @@ class MethodRun:
         layers = wrapped_linears(self.model).values()
         digest = tensor_digest(*(getattr(m, part) for m in layers for part in ("weight", "mask", "lora_A", "lora_B")))
         return f"round {len(done)} ({digest[:16]})"
-
-
-def _kept(layer: MaskedLoRALinear) -> int:
-    return int(layer.mask_bool().sum())
 
 
 def _round_line(method: str, record: RoundRecord, total: int) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -17,10 +16,8 @@ from torch import nn
 import losa
 import losa_kernels
 from losa.algorithm.stream import BlockStream
-from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
 from losa.distributed import check_agreement, is_main, on_main, start_processes
-from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
-from losa.model.blocks import find_blocks
+from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model
 from losa.model.wrapping import sparsity_of
 from losa.output.export import export_model, mask_records
@@ -28,12 +25,14 @@ from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RunRecord
-from losa.run.fingerprint import CALIBRATION, EVALUATION, TRAINING, WEIGHTS, model_digest, tensor_digest
-from losa.run.inputs import check_inputs
-from losa.run.methods import Inputs, MethodRun, Outcome
+from losa.run.fingerprint import WEIGHTS, model_digest
+from losa.run.inputs import Inputs, read_inputs
+from losa.run.methods import MethodRun, Outcome
+from losa.run.random_state import seed_generators
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.workspace import Workspace
 from losa.storage.lock import claimed
+from losa.training.metrics import METRICS
 
 
 def run_recipe(
@@ -79,17 +78,23 @@ def run_recipe(
             return finished
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
-        return _run(recipe, workspace, device, resume, overwrite, force, console)
+        return _run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
 
 def _run(
-    recipe: Recipe, workspace: Workspace, device: str, resume: bool, overwrite: bool, force: bool, console: Console
+    recipe: Recipe,
+    workspace: Workspace,
+    device: str,
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
 ) -> RunRecord:
     start = time.perf_counter()
-    work_dir = workspace.path
-    methods = [m for m in dict.fromkeys(recipe.compare) if m != recipe.method] + [recipe.method]
-    _seed_everything(recipe)
-
+    seed_generators(recipe.seed)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer = load_model(
             recipe.model,
@@ -98,15 +103,20 @@ def _run(
             device=device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        inputs, evaluation = _inputs(recipe, model, tokenizer)
+        inputs = read_inputs(recipe, model, tokenizer)
         inputs.fingerprint[WEIGHTS] = model_digest(model)
     for what, digest in inputs.fingerprint.items():
         check_agreement(what, digest)
     if resume:
-        on_main(lambda: check_saved(work_dir, recipe, methods, inputs.fingerprint))
+        on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
     blocks = find_blocks(model)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
+
+    in_features = {name: linear.in_features for name, linear in blocks.linears().items()}
+    dense = _dense_result(model, inputs)
+    _log_result(console, dense)
+    results, outcome = _run_methods(recipe, blocks, inputs, workspace.path, console, resume)
     record = RunRecord(
         losa_version=losa.__version__,
         method=recipe.method,
@@ -114,32 +124,13 @@ def _run(
         model=recipe.model,
         blocks=blocks.names,
         environment=_environment(model),
-        evaluation=evaluation,
+        rounds=outcome.rounds,
+        results=[dense, *results],
+        masks=mask_records(outcome.masks, in_features),
+        evaluation=inputs.protocol,
+        seconds=time.perf_counter() - start,
     )
-    record.results.append(_dense_result(model, inputs))
-    _log_result(console, record.results[-1])
-
-    # The linears themselves, references and not copies: to restore is to put these modules back.
-    originals = blocks.linears()
-    outcome: Outcome | None = None
-    for method in methods:
-        if resume and method != recipe.method:
-            saved = load_result(work_dir, method, recipe, inputs.fingerprint)
-            check_agreement(f"result of {method}", "none" if saved is None else json.dumps(vars(saved)))
-            if saved is not None:
-                record.results.append(saved)
-                continue
-        _restore(model, originals)
-        torch.manual_seed(recipe.seed)
-        outcome = MethodRun(method, model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
-        record.results.append(outcome.result)
-        if is_main() and method != recipe.method:
-            save_result(work_dir, outcome.result, recipe, inputs.fingerprint)
-        _log_result(console, outcome.result)
-    record.rounds = outcome.rounds
-    record.masks = mask_records(outcome.masks, {name: linear.in_features for name, linear in originals.items()})
-    record.seconds = time.perf_counter() - start
-    metrics = [p for m in methods if (p := work_dir / m / "metrics.jsonl").exists()]
+    metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 
     def export() -> None:
         workspace.expect(record)
@@ -152,7 +143,7 @@ def _run(
             overwrite=overwrite,
             force=force,
             sample_ids=inputs.calibration[:1, :64],
-            extra_files={f"metrics-{p.parent.name}.jsonl": p for p in metrics},
+            extra_files={f"metrics-{name}.jsonl": path for name, path in metrics.items() if path.exists()},
         )
         workspace.close()
 
@@ -164,57 +155,44 @@ def _run(
     return record
 
 
-def _seed_everything(recipe: Recipe) -> None:
-    random.seed(recipe.seed)
-    np.random.seed(recipe.seed)
-    torch.manual_seed(recipe.seed)
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True)
+def _run_methods(
+    recipe: Recipe, blocks: Blocks, inputs: Inputs, work_dir: Path, console: Console, resume: bool
+) -> tuple[list[MethodResult], Outcome]:
+    """Every method on the same dense weights, the exported one last.
+
+    Returns:
+        the results of all methods, saved ones among them, and the outcome of the last one, which the model is.
+    """
+    # The linears themselves, references and not copies: to restore is to put these modules back.
+    originals = blocks.linears()
+    results: list[MethodResult] = []
+    for name in recipe.methods:
+        exported = name == recipe.method
+        if resume and not exported:
+            saved = load_result(work_dir, name, recipe, inputs.fingerprint)
+            check_agreement(f"result of {name}", "none" if saved is None else json.dumps(vars(saved)))
+            if saved is not None:
+                results.append(saved)
+                continue
+        for linear_name, linear in originals.items():
+            blocks.model.set_submodule(linear_name, linear)
+        torch.manual_seed(recipe.seed)
+        outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
+        results.append(outcome.result)
+        if is_main() and not exported:
+            save_result(work_dir, outcome.result, recipe, inputs.fingerprint)
+        _log_result(console, outcome.result)
+    return results, outcome
 
 
-def _inputs(recipe: Recipe, model, tokenizer) -> tuple[Inputs, dict | None]:
-    c, t, e = recipe.calibration, recipe.train, recipe.evaluate
-    calibration = calibration_tokens(c.data, tokenizer, c.samples, c.length, recipe.seed)
-    training = None
-    if t is not None:
-        training = training_sequences(t.data, tokenizer, t.length, recipe.seed, t.train_on, t.max_tokens)
-    fingerprint = {CALIBRATION: tensor_digest(calibration)}
-    if training is not None:
-        fingerprint[TRAINING] = tensor_digest(training.input_ids, training.labels)
-    if e is None:
-        check_inputs(model, recipe, calibration, training, None)
-        return Inputs(calibration, training, lambda model: None, fingerprint), None
-    tokens = evaluation_tokens(e.data, tokenizer)
-    fingerprint[EVALUATION] = tensor_digest(tokens)
-    bos = window_start(tokenizer, "evaluate.bos_per_window") if e.bos_per_window else None
-    windows = evaluation_windows(tokens, e.length, e.max_windows, bos)
-    check_inputs(model, recipe, calibration, training, windows)
-    if bos is None:
-        warn_of_missing_start(model, tokenizer, tokens, e.length)
-    text = len(windows) * (e.length - (bos is not None))
-    protocol = {"data": e.data.model_dump(), "length": e.length, "windows": len(windows), "tokens": text}
-    if bos is not None:
-        protocol["bos_per_window"] = True
-
-    def evaluate(model: nn.Module) -> float:
-        return perplexity(model, tokens, e.length, e.batch_size, e.max_windows, bos=bos).value
-
-    return Inputs(calibration, training, evaluate, fingerprint), protocol
-
-
-def _dense_result(model, inputs: Inputs) -> MethodResult:
+def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:
     start = time.perf_counter()
     value = inputs.evaluate(model)
     zeros, prunable = sparsity_of(model)
     return MethodResult("dense", value, zeros / prunable, zeros, prunable, time.perf_counter() - start)
 
 
-def _restore(model, originals: dict[str, nn.Linear]) -> None:
-    for name, linear in originals.items():
-        model.set_submodule(name, linear)
-
-
-def _environment(model) -> dict:
+def _environment(model: nn.Module) -> dict:
     device = next(model.parameters()).device
     return {
         "python": platform.python_version(),

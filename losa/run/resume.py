@@ -1,19 +1,18 @@
-"""Resuming: what rounds leave (masks, adapters and replaced weights in safetensors, everything else in JSON) and the
-results of finished methods. Each belongs to a recipe, a model and data, and is refused for others."""
+"""Resuming. A finished round leaves a resume state: masks, adapters and replaced weights in safetensors, everything
+else in JSON. A finished method leaves its result. Each belongs to a recipe, a model and data, and is refused for any
+other."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from losa.errors import OutputError
 from losa.model.wrapping import wrapped_linears
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import Method, Recipe
+from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.sections import Recipe
 from losa.record import MethodResult
 from losa.run.fingerprint import TRAINING
+from losa.run.random_state import random_state, set_random_state
 from losa.storage.files import staged_directory, write_json
 
 logger = logging.getLogger("losa")
@@ -34,14 +35,14 @@ CHECKPOINTS, LAYERS, STATE = "checkpoints", "layers.safetensors", "state.json"
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
-def save_checkpoint(
+def save_resume_state(
     directory: Path,
     model: nn.Module,
     *,
     recipe: Recipe,
     completed_round: int,
     state: dict,
-    method: Method | None = None,
+    method: MethodName | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``directory/round-NN`` whole or not at all and keep the newest two.
@@ -60,34 +61,38 @@ def save_checkpoint(
     for name, layer in wrapped_linears(model).items():
         for part in ("mask", "lora_A", "lora_B", *(["weight"] if layer.weight_replaced else [])):
             tensors[f"{name}.{part}"] = getattr(layer, part).detach().cpu().contiguous()
+    random_document, random_tensors = random_state()
     document = {
         **_belonging(recipe, method or recipe.method, inputs or {}),
         "completed_round": completed_round,
         "state": state,
-        "random": _random_state(tensors),
+        "random": random_document,
     }
     with staged_directory(directory / f"round-{completed_round:02d}", force=True) as staged:
-        save_file(tensors, staged / LAYERS)
+        save_file(tensors | random_tensors, staged / LAYERS)
         document["sha256"] = _sha256(staged / LAYERS)
         _write(staged / STATE, document)
     for old in _rounds(directory)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(
+def load_resume_state(
     directory: Path,
     model: nn.Module,
     recipe: Recipe,
-    method: Method | None = None,
+    method: MethodName | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> dict | None:
-    """Put the newest checkpoint into a freshly wrapped model; its ``state``, or None where there is none.
+    """Put the newest resume state into a freshly wrapped model.
 
-    A damaged one is passed over, with a warning, for the one before it.
+    A damaged resume state is passed over, with a warning, for the one before it.
+
+    Returns:
+        the ``state`` that was saved with it; None where there is no resume state.
 
     Raises:
-        OutputError: it belongs to another recipe, model or data (names the settings and inputs), or every one is
-            damaged. The model is unchanged then.
+        OutputError: it belongs to another recipe, model or data (names the settings and inputs), or every resume state
+            is damaged. The model is unchanged then.
     """
     wanted = _belonging(recipe, method or recipe.method, inputs or {})
     damage = None
@@ -103,7 +108,7 @@ def load_checkpoint(
         _check_layers(path, layers, tensors)
         for name, layer in layers.items():
             _restore_layer(layer, name, tensors)
-        _set_random_state(document["random"], tensors)
+        set_random_state(document["random"], tensors)
         return document["state"]
     if damage is not None:
         raise OutputError(f"{damage}; --overwrite starts afresh")
@@ -111,7 +116,7 @@ def load_checkpoint(
 
 
 def _rounds(directory: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; partial ones have another name."""
+    """Directories of finished resume states, oldest first. A partial one has another name."""
     found = {int(m[1]): p for p in directory.glob("round-*") if (m := re.fullmatch(r"round-(\d+)", p.name))}
     return [found[number] for number in sorted(found)]
 
@@ -122,11 +127,11 @@ def save_result(work: Path, result: MethodResult, recipe: Recipe, inputs: Mappin
     _write(_result_file(work, result.method), {**belonging, "result": vars(result)})
 
 
-def load_result(work: Path, method: Method, recipe: Recipe, inputs: Mapping[str, str]) -> MethodResult | None:
-    """A method's saved result; None where there is none, or a damaged one (with a warning).
+def load_result(work: Path, method: MethodName, recipe: Recipe, inputs: Mapping[str, str]) -> MethodResult | None:
+    """A method's saved result; None where there is none, or it is damaged (with a warning).
 
     Raises:
-        OutputError: it belongs to another recipe, model or data; names the settings and inputs.
+        OutputError: the result belongs to another recipe, model or data; names the settings and inputs.
     """
     path = _result_file(work, method)
     if not path.exists():
@@ -143,11 +148,11 @@ def load_result(work: Path, method: Method, recipe: Recipe, inputs: Mapping[str,
     return MethodResult(**found)
 
 
-def check_saved(work: Path, recipe: Recipe, methods: Iterable[Method], inputs: Mapping[str, str]) -> None:
-    """Find out before any work whether all that would be gone on with belongs to this recipe, model and data.
+def check_saved(work: Path, recipe: Recipe, methods: Iterable[MethodName], inputs: Mapping[str, str]) -> None:
+    """Find out before any work whether all saved work belongs to this recipe, model and data.
 
     Raises:
-        OutputError: as ``load_result`` and ``load_checkpoint``.
+        OutputError: as ``load_result`` and ``load_resume_state``.
     """
     for method in methods:
         if method != recipe.method:
@@ -165,15 +170,15 @@ def _result_file(work: Path, method: str) -> Path:
     return work / f"{method}.json"
 
 
-def _belonging(recipe: Recipe, method: Method, inputs: Mapping[str, str]) -> dict:
-    """What a method's rounds and result depend on: not the place of the output, nor what else is compared, nor
-    settings that the method does not read or that change no number."""
-    left = {"output": True, "method": True, "compare": True, "train": {"tensorboard", "activation_checkpointing"}}
-    if method == "losa":
+def _belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> dict:
+    """What a method's rounds and result depend on. Left out are the place of the output, the other methods, and
+    settings that this method does not read or that change no number."""
+    left: dict = {"output": True, "method": True, "compare": True, "train": {"tensorboard", "activation_checkpointing"}}
+    if METHODS[method].dynamic:
         left["lora"] = {"rank"}
     else:
         left |= {"rounds": True, "allocation": True, "calibration": {"cka_samples"}}
-    if method == "prune_only":
+    if not METHODS[method].trains:
         left |= {"train": True, "lora": True}
         inputs = {what: digest for what, digest in inputs.items() if what != TRAINING}
     return {"recipe": recipe.model_dump(mode="json", exclude=left), "inputs": dict(inputs)}
@@ -260,24 +265,3 @@ def _restore_layer(layer: MaskedLoRALinear, name: str, tensors: dict[str, Tensor
         layer.lora_A.copy_(tensors[f"{name}.lora_A"])
         layer.lora_B.copy_(tensors[f"{name}.lora_B"])
     layer.set_mask(tensors[f"{name}.mask"].to(device))
-
-
-def _random_state(tensors: dict[str, Tensor]) -> dict:
-    """Adds the large states to ``tensors`` and returns the rest."""
-    tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
-    tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
-    version, words, gauss = random.getstate()
-    return {"numpy": [kind, *rest], "python": [version, list(words), gauss]}
-
-
-def _set_random_state(state: dict, tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    kind, *rest = state["numpy"]
-    np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))

@@ -15,13 +15,27 @@ from losa.data.tokens import IGNORED
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
 
+def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a batch predicts label tokens, and the tokens: labels on a GPU make the host wait for their number.
+
+    Args:
+        labels: (batch, length) int64, aligned with the input tokens; -100: no label.
+
+    Returns:
+        (labels,) int64 each: places in the flattened batch whose logits predict a label, and the label.
+    """
+    following = labels[:, 1:]
+    rows, columns = (following != IGNORED).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns, following[rows, columns]
+
+
 class TokenLoss(nn.Module):
     """Summed next-token loss of a causal LM over its label tokens, by logits at label positions only.
 
     Where the model's logits are exactly what its frozen output layer returns, the loss and its gradient are taken in
-    chunks of tokens: memory for logits is ``CHUNK_BYTES``, whatever the batch. That is found out by running the model
-    on two tokens. Models that do more (soft-capping, scaling), or whose output layer is trained, still run the output
-    layer on label positions only, and models without a separate output layer return all logits.
+    chunks of tokens: memory for logits is ``CHUNK_BYTES``, whatever the batch. Running the model on two tokens shows
+    whether they are. Models that do more (soft-capping, scaling), or whose output layer is trained, still run the
+    output layer on label positions only, and models without a separate output layer return all logits.
 
     Args:
         model: Hugging Face causal LM; a submodule here, so that DDP on this module finds its parameters.
@@ -34,13 +48,13 @@ class TokenLoss(nn.Module):
         self.autocast = autocast
         self.plain = _head_gives_logits(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels (batch, length) int64, aligned; -100: no label. Returns the sum in nats: a scalar, fp32
-        (fp64 for an fp64 model)."""
-        following = labels[:, 1:]
-        rows, columns = (following != IGNORED).nonzero(as_tuple=True)
-        targets = following[rows, columns]
-        positions = rows * input_ids.shape[1] + columns
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """The sum in nats: a scalar, fp32 (fp64 for an fp64 model).
+
+        Args:
+            input_ids: (batch, length) int64.
+            positions, targets: (labels,) int64, of ``label_positions``.
+        """
         device = input_ids.device.type
         region = nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
         with region:

@@ -11,6 +11,8 @@ from pathlib import Path
 from losa.errors import LosaError, OutputError, reason
 from losa.storage.files import write_bytes, writing
 
+METRICS = "metrics.jsonl"
+
 
 class Metrics:
     """metrics.jsonl, one whole line per step, and TensorBoard scalars where asked for. Without a directory: nothing."""
@@ -22,7 +24,7 @@ class Metrics:
         self._writer = None
         if directory is None:
             return
-        self._path, self._board = directory / "metrics.jsonl", directory / "tensorboard"
+        self._path, self._board = directory / METRICS, directory / "tensorboard"
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -5,25 +5,35 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from losa.data.sequences import PackedData
-from losa.data.tokens import IGNORED
-from losa.distributed import check_kind
-from losa.errors import NumericsError
+from losa.data.sequences import IGNORED, PackedData
+from losa.distributed import check_kind, is_main, process_count, process_index, sum_over_processes
 from losa.recipe.sections import TrainConfig
-from losa.training.loss import TokenLoss
+from losa.training.loss import TokenLoss, label_positions
 from losa.training.metrics import Metrics
 from losa.training.precision import autocast_dtype
+from losa.training.steps import Step, StepLog
+
+# Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
+# takes what TokenLoss takes and returns the loss summed over the labels, a scalar.
+LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
+
+# Input tokens, and where they predict which label tokens.
+Batch = tuple[Tensor, Tensor, Tensor]
+
+# Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all that it was given, which then
+# stands idle until it gets more.
+STEPS_A_READING = 10
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class Trainer:
     One process, or several under ``accelerate launch`` (DDP): sequences are then dealt out to the processes, and
     ``batch_size`` counts each process's.
 
-    ``global_step`` counts optimiser steps over all rounds; set it to go on after a checkpoint.
+    ``global_step`` counts optimiser steps over all rounds; set it to go on after a resume state.
+
+    On a GPU the host waits for the numbers of ``steps_a_reading`` steps at a time; a step in between waits for nothing.
 
     Args:
         model: causal LM, left on its device (with several processes: moved to this process's device).
@@ -52,6 +64,7 @@ class Trainer:
         output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: neither.
         total_sequences: of all rounds, the length of the global learning-rate cycle.
         device: the model's.
+        loss_factory: makes the loss module of a round; default: the next-token loss.
 
     Raises:
         LosaError: under DeepSpeed or FSDP, or TensorBoard is asked for and missing.
@@ -66,20 +79,24 @@ class Trainer:
         output_dir: Path | None,
         total_sequences: int,
         device: torch.device | str,
+        loss_factory: LossFactory = TokenLoss,
     ):
         self.model = model
         self.config = config
         self.seed = seed
+        self.loss_factory = loss_factory
         # accelerate deals out data and synchronises gradients. Device and precision are set here: its own settings
         # belong to the process and cannot differ between two trainers.
         self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
         check_kind(self.accelerator.distributed_type)
-        self.processes = self.accelerator.num_processes
+        self.processes = process_count()
         self.device = torch.device(device) if self.processes == 1 else self.accelerator.device
         self.autocast = autocast_dtype(config.precision, self.device)
+        self.fused = self.device.type in ("cpu", "cuda")
+        self.steps_a_reading = STEPS_A_READING if self.device.type == "cuda" else 1
         self.global_step = 0
         self.total_steps = self._steps(total_sequences)
-        self._metrics = Metrics(output_dir if self.accelerator.is_main_process else None, config.tensorboard)
+        self._metrics = Metrics(output_dir if is_main() else None, config.tensorboard)
 
     def train(self, data: PackedData, *, round_index: int, stage_name: str = "round") -> TrainOutcome:
         """One pass over ``data``, in its order; a last, smaller batch is used too. Leaves the model in evaluation mode.
@@ -92,98 +109,116 @@ class Trainer:
             stage_name: the progress bar's.
 
         Raises:
-            NumericsError: non-finite loss or gradient norm, before the weights are touched; names round and step.
+            NumericsError: non-finite loss or gradient norm; names round and step. The weights are as the step before
+                left them.
             OutputError: metrics cannot be written (disk full); names the file.
         """
         start = time.perf_counter()
-        torch.manual_seed(1_000_003 * self.seed + 1_009 * round_index + self.accelerator.process_index)
+        torch.manual_seed(1_000_003 * self.seed + 1_009 * round_index + process_index())
         self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=self.fused,
         )
-        loss_module = TokenLoss(self.model.eval(), self.autocast)
-        loader = DataLoader(self._padded(data), batch_size=self.config.batch_size)
+        loss_module = self.loss_factory(self.model.eval(), self.autocast)
+        loader = DataLoader(self._padded(data), batch_size=self.config.batch_size, collate_fn=_collate)
+        count = self._steps(len(data))
         try:
             self.model.train()
             with _checkpointing(self.model, self.config.activation_checkpointing), self._metrics.open(self.global_step):
                 prepared, loader = self.accelerator.prepare(loss_module, loader)
-                steps, loss = self._round(prepared, optimizer, parameters, loader, data, round_index, stage_name)
+                bar = tqdm(range(count), desc=stage_name, leave=False, disable=None if is_main() else True)
+                log = StepLog(round_index, self._metrics, bar)
+                self._round(prepared, optimizer, parameters, loader, data, log)
         finally:
             # DDP's wrapper goes with this list and the local names; the model itself was never replaced.
             self.accelerator.free_memory()
             self.model.eval()
-        return TrainOutcome(steps, data.input_ids.numel(), loss, time.perf_counter() - start)
+        return TrainOutcome(log.steps, data.input_ids.numel(), log.mean_loss, time.perf_counter() - start)
 
     def _round(
-        self, loss_module, optimizer, parameters, loader, data: PackedData, round_index: int, stage_name: str
-    ) -> tuple[int, float | None]:
-        config = self.config
-        count = self._steps(len(data))
-        per_step = self._sequences_per_step()
+        self,
+        loss_module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        loader: DataLoader,
+        data: PackedData,
+        log: StepLog,
+    ) -> None:
+        """Every step of one pass over ``data``; ``log`` gets the steps that had a label token."""
+        config, per_step, count = self.config, self._sequences_per_step(), self._steps(len(data))
+        # Every process has all of the data, and counts the labels of all processes on the host.
+        labels = (data.labels[:, 1:] != IGNORED).sum(1).split(per_step)
         batches = iter(loader)
-        total_loss, total_labels, taken = 0.0, 0, 0
-        show = None if self.accelerator.is_main_process else True
-        bar = tqdm(range(count), desc=stage_name, leave=False, disable=show)
-        for step in bar:
-            began = time.perf_counter()
+        broken = torch.zeros((), device=self.device)
+        for step in log.bar:
+            log.begin()
             group = list(itertools.islice(batches, config.gradient_accumulation))
-            if config.lr_schedule == "global":
-                # Rounds end with smaller steps, so there may be a few more than planned: they keep the last rate.
-                factor = lr_factor(min(self.global_step, self.total_steps - 1), self.total_steps, config.warmup)
-            else:
-                factor = lr_factor(step, count, config.warmup)
+            rate = self._learning_rate(step, count)
             for settings in optimizer.param_groups:
-                settings["lr"] = factor * config.learning_rate
-            where = f"round {round_index}, step {step + 1} of {count}"
-            loss, labels, norm = self._step(loss_module, optimizer, parameters, group, where)
+                settings["lr"] = rate
             self.global_step += 1
-            if labels == 0:
+            here = int(labels[step].sum())
+            if here == 0:
                 continue
-            taken += 1
-            total_loss += loss * labels
-            total_labels += labels
+            loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
+            where = f"round {log.round_index}, step {step + 1} of {count}"
             tokens = min(per_step, len(data) - step * per_step) * data.input_ids.shape[1]
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self._metrics.write(
-                step=self.global_step,
-                round=round_index,
-                loss=loss,
-                lr=factor * config.learning_rate,
-                grad_norm=norm,
-                tokens=tokens,
-                tokens_per_s=tokens / (time.perf_counter() - began),
-            )
-        return taken, total_loss / total_labels if total_labels else None
+            log.add(Step(self.global_step, where, here, tokens, rate, loss, norm))
+            if (step + 1) % self.steps_a_reading == 0:
+                log.read()
+        log.read()
 
-    def _step(self, loss_module, optimizer, parameters, group: list, where: str) -> tuple[float, int, float]:
-        """One optimiser step over the batches of ``group``: (mean loss, label tokens, gradient norm) over processes."""
-        accelerator = self.accelerator
-        own = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in group)
-        labels = int(accelerator.reduce(torch.tensor(own, device=self.device), "sum"))
-        if labels == 0:
-            return 0.0, 0, 0.0
+    def _step(
+        self,
+        loss_module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        group: list[Batch],
+        labels: int,
+        broken: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One optimiser step over the batches of ``group``. On a CPU and on CUDA it reads no number of the device.
+
+        Args:
+            labels: label tokens of the step, over all processes.
+            broken: scalar fp32 on the device. It becomes 1 with the first step whose loss or gradient is not finite;
+                from then on no step changes a weight.
+
+        Returns:
+            scalar tensors: the loss summed over label tokens and processes, and the gradient's norm.
+        """
         optimizer.zero_grad(set_to_none=True)
-        summed = 0.0
+        summed: Tensor | float = 0.0
         for position, batch in enumerate(group):
-            ids, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            ids, positions, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             last = position == len(group) - 1
-            with nullcontext() if last else accelerator.no_sync(loss_module):
-                part = loss_module(ids, targets)
+            with nullcontext() if last else self.accelerator.no_sync(loss_module):
+                part = loss_module(ids, positions, targets)
                 # DDP takes the mean of the processes' gradients, where the sum is wanted.
                 (part * (self.processes / labels)).backward()
             summed = summed + part.detach()
-        loss = float(accelerator.reduce(summed, "sum")) / labels
-        if not math.isfinite(loss):
-            raise NumericsError(f"training: the loss is {loss} in {where}; lower train.learning_rate")
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        if not math.isfinite(norm):
-            raise NumericsError(f"training: the gradient norm is {norm} in {where}; lower train.learning_rate")
+        loss = sum_over_processes(summed)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
+        if self.fused:
+            # AMP's switch: where this tensor is 1, the step leaves weights and moments as they are.
+            optimizer.found_inf = broken  # type: ignore[attr-defined]
+        elif broken:
+            return loss, norm
         optimizer.step()
-        return loss, labels, norm
+        return loss, norm
+
+    def _learning_rate(self, step: int, steps: int) -> float:
+        """The rate in ``step`` (from 0) of a round of ``steps``."""
+        config = self.config
+        if config.lr_schedule == "global":
+            # Rounds end with smaller steps, so there may be a few more than planned: they keep the last rate.
+            step, steps = min(self.global_step, self.total_steps - 1), self.total_steps
+        return lr_factor(step, steps, config.warmup) * config.learning_rate
 
     def _sequences_per_step(self) -> int:
         return self.config.batch_size * self.config.gradient_accumulation * self.processes
@@ -199,6 +234,11 @@ class Trainer:
             ids = torch.cat([ids, ids[:1].expand(missing, -1)])
             labels = torch.cat([labels, labels.new_full((missing, labels.shape[1]), IGNORED)])
         return TensorDataset(ids, labels)
+
+
+def _collate(sequences: list[tuple[Tensor, Tensor]]) -> Batch:
+    ids, labels = (torch.stack(tensors) for tensors in zip(*sequences, strict=True))
+    return ids, *label_positions(labels)
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:

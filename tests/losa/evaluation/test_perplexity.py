@@ -18,7 +18,7 @@ from losa.errors import DataError, LosaError, NumericsError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start
 from losa.evaluation.tasks import _metrics, evaluate_tasks
 from losa.training import loss as loss_module
-from losa.training.loss import TokenLoss
+from losa.training.loss import TokenLoss, label_positions
 from tests.helpers.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
 
 VOCABULARY = len(CHARACTERS) + 2
@@ -193,8 +193,8 @@ def test_loss_at_label_positions_is_the_full_loss(name, trained_head, share, mon
 
     exact = gradients(lambda m: full_loss(m, ids, labels), torch.float64)
     plain = gradients(lambda m: full_loss(m, ids, labels), torch.float32)
-    ours = gradients(lambda m: TokenLoss(m)(ids, labels), torch.float32)
-    ours_wide = gradients(lambda m: TokenLoss(m)(ids, labels), torch.float64)
+    ours = gradients(lambda m: TokenLoss(m)(ids, *label_positions(labels)), torch.float32)
+    ours_wide = gradients(lambda m: TokenLoss(m)(ids, *label_positions(labels)), torch.float64)
     assert len(exact) == 2 + trained_head * (1 + (name == "bias"))
     for e, p, o, w in zip(exact, plain, ours, ours_wide, strict=True):
         rounding = torch.finfo(torch.float32).eps * e.abs().max()
@@ -218,7 +218,7 @@ def test_chunked_loss_sees_no_full_logits(monkeypatch):
     monkeypatch.setattr(F, "linear", spy)
     monkeypatch.setattr(loss_module.F, "linear", spy)
     ids = torch.arange(20).reshape(2, 10)
-    loss(ids, ids.masked_fill(ids < 9, IGNORED))
+    loss(ids, *label_positions(ids.masked_fill(ids < 9, IGNORED)))
     assert sizes[0] == 0 and sum(sizes) == 10 and max(sizes) <= 4
 
 
@@ -239,7 +239,7 @@ def test_autocast_loss_is_as_good_as_plain_autocast():
         return F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum")
 
     value_plain, grad_plain = gradient(plain)
-    value, grad = gradient(lambda: TokenLoss(model, torch.bfloat16)(ids, ids))
+    value, grad = gradient(lambda: TokenLoss(model, torch.bfloat16)(ids, *label_positions(ids)))
     wide = tiny_llama(layers=2).double().requires_grad_(False)
     exact_weight = wide.model.layers[0].mlp.up_proj.weight.requires_grad_()
     exact = full_loss(wide, ids, ids)

@@ -11,8 +11,8 @@ from losa.model.blocks import find_blocks
 from losa.model.wrapping import wrap_model
 from losa.output.tables import plain_text
 from losa.recipe.reading import parse_recipe
-from losa.run.estimate import plan
-from losa.run.estimate_tables import plan_tables
+from losa.run.estimate import estimate
+from losa.run.estimate_tables import estimate_tables
 from tests.helpers.tiny import tiny_llama
 from tests.losa.model.test_loading import write_gguf
 
@@ -50,7 +50,7 @@ def recipe(model, **changes):
 
 
 def test_memory_parts_in_fp32_on_the_host(model_directory):
-    found = plan(recipe(model_directory), probe=False)
+    found = estimate(recipe(model_directory), probe=False)
     assert (found.parameters, found.prunable, found.blocks) == (PARAMETERS, 2 * BLOCK, 2)
     assert (found.dtype, found.device) == ("float32", "cpu")
     adapters = 2 * 3 * IN_PLUS_OUT * 4  # two blocks, mean rank 2 + 1
@@ -62,7 +62,7 @@ def test_memory_parts_in_fp32_on_the_host(model_directory):
     assert found.size("Grams") == 2 * 3 * 3 * 4
     assert found.size("activations") == 32 * 2 * IN_PLUS_OUT * 4
     assert found.size("loss") == 32 * 98 * 4 + 2 * 32 * 32 * 4
-    assert {part.place for part in found.parts} == {"host"}
+    assert {holding.place for holding in found.holdings} == {"host"}
     always = 4 * PARAMETERS + 2 * BLOCK // 8 + adapters
     training = 3 * adapters + found.size("activations") + found.size("loss") + 2 * 4 * 2048
     assert found.peak("host") == (always + training, "training")
@@ -71,7 +71,7 @@ def test_memory_parts_in_fp32_on_the_host(model_directory):
 
 def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     changes = {"prune": {"pruner": "sparsegpt"}, "dtype": "bfloat16", "device": "cuda"}
-    found = plan(recipe(model_directory, train={"activation_checkpointing": True}, **changes), probe=False)
+    found = estimate(recipe(model_directory, train={"activation_checkpointing": True}, **changes), probe=False)
     assert found.size("weights") == 2 * PARAMETERS
     assert found.size("new weights") == found.size("dense weights") == 2 * 2 * BLOCK
     assert found.size("Hessians of a block") == 4 * (6 * 32**2 + 64**2)
@@ -79,7 +79,7 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     assert found.size("factorising") == 5 * 4 * (6 * 32**2 + 64**2)
     assert found.size("hidden states") == 2 * 4 * 16 * 32 * 2
     assert found.size("activations") == 32 * (2 * 32 + IN_PLUS_OUT) * 2
-    places = {part.what: part.place for part in found.parts}
+    places = {holding.what: holding.place for holding in found.holdings}
     assert places["dense weights"] == places["hidden states"] == "host"
     assert places["weights"] == places["Hessians of a block"] == "device"
     assert found.peak("host") == (4 * PARAMETERS, "export")
@@ -89,25 +89,25 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
 def test_hidden_states_stay_on_a_gpu_where_they_fit(model_directory, monkeypatch, missing, place):
     """Each stream in a quarter of what is free when it begins; the first one is there when the second one begins."""
     given, hidden = recipe(model_directory, device="cuda"), 4 * 16 * 32 * 4
-    always = sum(part.size for part in plan(given, probe=False).parts if part.phase == "throughout")
+    always = sum(holding.size for holding in estimate(given, probe=False).holdings if holding.phase == "throughout")
     free = always + hidden + 4 * hidden - missing
     monkeypatch.setattr("losa.run.estimate.capacity", lambda device: {"host": 1 << 40, "device": free})
-    found = plan(given, probe=False)
-    assert {part.what: part.place for part in found.parts}["hidden states"] == place
+    found = estimate(given, probe=False)
+    assert {holding.what: holding.place for holding in found.holdings}["hidden states"] == place
     assert found.size("hidden states") == 2 * hidden
 
 
 def test_pinned_hidden_states_take_a_power_of_two(model_directory):
     calibration = {"samples": 3, "cka_samples": 3}
     for device, size in (("cpu", 3 * 16 * 32 * 4), ("cuda", 4 * 16 * 32 * 4)):
-        found = plan(recipe(model_directory, device=device, calibration=calibration), probe=False)
+        found = estimate(recipe(model_directory, device=device, calibration=calibration), probe=False)
         assert found.size("hidden states") == 2 * size
 
 
 def test_pruning_alone_has_one_stream_and_no_training(model_directory):
-    found = plan(recipe(model_directory, method="prune_only", train=None), probe=False)
+    found = estimate(recipe(model_directory, method="prune_only", train=None), probe=False)
     assert found.size("hidden states") == 4 * 16 * 32 * 4
-    assert not {"training"} & {part.phase for part in found.parts}
+    assert not {"training"} & {holding.phase for holding in found.holdings}
     assert len(found.rounds) == 1 and found.rounds[0].mean_rank == 3
     (stage,) = found.stages
     # The stream with a batch to record its calls, and Wanda's statistics.
@@ -117,7 +117,7 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
 def test_rounds_and_work(model_directory):
     evaluate = {"data": "e.txt", "length": 32, "max_windows": 2}
     changes = {"method": "losa", "compare": ["lora"], "evaluate": evaluate}
-    found = plan(recipe(model_directory, **changes), probe=False)
+    found = estimate(recipe(model_directory, **changes), probe=False)
     assert [(r.sparsity, r.mean_rank, r.sequences) for r in found.rounds] == [(0.4375, 2, 1), (0.5, 3, 9)]
     work = {stage.what: stage.flops for stage in found.stages}
     attention = 2 * 32 * 2  # 2 x heads' width x blocks, for each token and position of its window
@@ -133,26 +133,26 @@ def test_rounds_and_work(model_directory):
 
 
 def test_open_amount_of_data_is_a_rate(model_directory):
-    found = plan(recipe(model_directory, train={"max_tokens": None}), probe=False)
+    found = estimate(recipe(model_directory, train={"max_tokens": None}), probe=False)
     (stage,) = [stage for stage in found.stages if "training" in stage.what]
     assert not stage.counted and stage.flops > 0
     assert found.flops == sum(s.flops for s in found.stages if s is not stage)
-    assert "train.max_tokens is not set" in "".join(map(plain_text, plan_tables(found)))
+    assert "train.max_tokens is not set" in "".join(map(plain_text, estimate_tables(found)))
 
 
 def test_targets_narrow_what_is_pruned(model_directory):
-    found = plan(recipe(model_directory, prune={"targets": ["q_proj", "o_proj"]}), probe=False)
+    found = estimate(recipe(model_directory, prune={"targets": ["q_proj", "o_proj"]}), probe=False)
     assert found.prunable == 2 * 2 * 1024
     assert found.size("adapters") == 2 * 3 * (64 + 64) * 4
     assert found.size("activations") == 32 * 2 * IN_PLUS_OUT * 4
     with pytest.raises(RecipeError, match="prune.targets: .*no_proj"):
-        plan(recipe(model_directory, prune={"targets": ["no_proj"]}), probe=False)
+        estimate(recipe(model_directory, prune={"targets": ["no_proj"]}), probe=False)
 
 
 def test_tied_embeddings_count_once_and_gguf_is_read(tmp_path):
     model = tiny_llama(layers=2, tie_word_embeddings=True)
     write_gguf(tmp_path / "tiny.gguf", model)
-    found = plan(recipe(tmp_path / "tiny.gguf"), probe=False)
+    found = estimate(recipe(tmp_path / "tiny.gguf"), probe=False)
     assert found.parameters == PARAMETERS - EMBEDDING == sum(p.numel() for p in model.parameters())
     assert found.dtype == "float32"
 
@@ -160,7 +160,7 @@ def test_tied_embeddings_count_once_and_gguf_is_read(tmp_path):
 def test_activations_are_close_to_what_a_step_keeps(tmp_path):
     model = tiny_llama(layers=2, hidden=128)
     model.config.save_pretrained(tmp_path)
-    guess = plan(recipe(tmp_path, train={"length": 64, "max_tokens": 640}), probe=False).size("activations")
+    guess = estimate(recipe(tmp_path, train={"length": 64, "max_tokens": 640}), probe=False).size("activations")
     wrap_model(model, rank=3, scaling=2.0)
     storages = {}
 
@@ -178,7 +178,7 @@ def test_activations_are_close_to_what_a_step_keeps(tmp_path):
 
 
 def test_probe_gives_a_time(model_directory):
-    found = plan(recipe(model_directory))
+    found = estimate(recipe(model_directory))
     assert 1e7 < found.rate < 1e16
     assert found.seconds == pytest.approx(found.flops / found.rate)
 
@@ -199,13 +199,13 @@ def test_probe_gives_a_time(model_directory):
 )
 def test_refusals(model_directory, changes, error, message):
     with pytest.raises(error, match=message):
-        plan(recipe(**{"model": model_directory} | changes), probe=False)
+        estimate(recipe(**{"model": model_directory} | changes), probe=False)
 
 
 def test_tables_name_every_part(model_directory):
-    found = plan(recipe(model_directory), probe=False)
-    memory, rounds, work = map(plain_text, plan_tables(found))
-    assert all(part.what in memory and part.how in memory for part in found.parts)
+    found = estimate(recipe(model_directory), probe=False)
+    memory, rounds, work = map(plain_text, estimate_tables(found))
+    assert all(holding.what in memory and holding.how in memory for holding in found.holdings)
     assert f"{PARAMETERS:,} parameters (float32), {2 * BLOCK:,} prunable in 2 blocks" in memory
     assert "43.8 %" in rounds and "losa: training" in work and "not measured" in work
 
@@ -219,19 +219,19 @@ def configured(tmp_path, kind, **settings):
 @pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
 def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
     settings = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
-    found = plan(configured(tmp_path, kind, **settings), probe=False)
+    found = estimate(configured(tmp_path, kind, **settings), probe=False)
     linears = found.prunable
     evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
     # Two windows of 16 tokens through the prunable linears and the head, two operations a weight.
     assert evaluation.flops == 2 * 16 * 2.0 * (linears + 98 * 32)
-    assert plan_tables(found)
+    assert estimate_tables(found)
 
 
 def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
     settings |= {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     settings |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 98}
-    found = plan(configured(tmp_path, "Gemma4Text", **settings), probe=False)
+    found = estimate(configured(tmp_path, "Gemma4Text", **settings), probe=False)
     evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
     # Four heads of the wider kind in both blocks, q k^T and p v over half a window each.
     attention = 2.0 * 16 * (4 * 16) * 2
@@ -245,8 +245,8 @@ def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, model_directory):
     (packed / "losa_packed.json").write_text("{}")
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="packed; `losa unpack` it first"):
-        plan(recipe(packed), probe=False)
+        estimate(recipe(packed), probe=False)
     with pytest.raises(ModelError, match="adapter"):
-        plan(recipe(adapter), probe=False)
+        estimate(recipe(adapter), probe=False)
     with pytest.raises(RecipeError, match="device: expected .* got 'meta'"):
-        plan(recipe(model_directory, device="meta"), probe=False)
+        estimate(recipe(model_directory, device="meta"), probe=False)

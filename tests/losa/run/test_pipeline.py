@@ -166,7 +166,7 @@ def test_method_run_needs_no_files(workspace, tmp_path):
     """The harness works on a model in memory, as the quality benchmark uses it."""
     recipe = parse_recipe(settings(workspace, tmp_path / "unused", method="prune_only"))
     from losa.data.tokens import calibration_tokens
-    from losa.run.methods import Inputs
+    from losa.run.inputs import Inputs
 
     tokens = calibration_tokens(recipe.calibration.data, tiny_tokenizer(), 4, 32, 0)
     model = tiny_llama(layers=3)

@@ -18,7 +18,7 @@ from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.reading import parse_recipe
 from losa.run import resume as checkpoint
-from losa.run.resume import load_checkpoint, save_checkpoint
+from losa.run.resume import load_resume_state, save_resume_state
 from tests.helpers.tiny import tiny_llama
 
 PARTS = ("weight", "mask", "lora_A", "lora_B")
@@ -81,11 +81,11 @@ def test_everything_comes_back_to_the_bit(tmp_path, layer, dtype):
         source(7)
     random.gauss(0, 1), np.random.standard_normal()  # leaves half a pair behind
     state = {"rounds": [{"perplexity": 0.1 + 0.2}], "global_step": 3}
-    save_checkpoint(tmp_path, model, recipe=recipe(), completed_round=1, state=state)
+    save_resume_state(tmp_path, model, recipe=recipe(), completed_round=1, state=state)
     drawn = torch.rand(3), np.random.standard_normal(3), [random.gauss(0, 1) for _ in range(3)]
 
     again = make()
-    assert load_checkpoint(tmp_path, again, recipe(output="elsewhere")) == state
+    assert load_resume_state(tmp_path, again, recipe(output="elsewhere")) == state
     fresh = torch.rand(3), np.random.standard_normal(3), [random.gauss(0, 1) for _ in range(3)]
     assert torch.equal(fresh[0], drawn[0]) and np.array_equal(fresh[1], drawn[1]) and fresh[2] == drawn[2]
     assert same(state_of(again), state_of(model))
@@ -97,7 +97,7 @@ def test_everything_comes_back_to_the_bit(tmp_path, layer, dtype):
 
 def test_only_replaced_weights_are_stored(tmp_path):
     model = train(wrapped())
-    save_checkpoint(tmp_path, model, recipe=recipe(), completed_round=1, state={})
+    save_resume_state(tmp_path, model, recipe=recipe(), completed_round=1, state={})
     stored = checkpoint.load_file(tmp_path / "round-01" / "layers.safetensors")
     weights = {key.removesuffix(".weight") for key in stored if key.endswith(".weight")}
     assert weights == {name for name, layer in wrapped_linears(model).items() if layer.weight_replaced}
@@ -108,9 +108,9 @@ def test_only_replaced_weights_are_stored(tmp_path):
 
 def test_restored_weights_do_not_depend_on_the_file(tmp_path):
     """A tensor of a mapped file would lie at an odd address and round differently."""
-    save_checkpoint(tmp_path, train(wrapped()), recipe=recipe(), completed_round=1, state={})
+    save_resume_state(tmp_path, train(wrapped()), recipe=recipe(), completed_round=1, state={})
     model = wrapped()
-    load_checkpoint(tmp_path, model, recipe())
+    load_resume_state(tmp_path, model, recipe())
     replaced = [m for m in wrapped_linears(model).values() if m.weight_replaced]
     assert replaced and all(m.weight.data_ptr() % 64 == 0 for m in replaced)
 
@@ -118,26 +118,26 @@ def test_restored_weights_do_not_depend_on_the_file(tmp_path):
 def test_newest_two_are_kept_in_the_order_of_numbers(tmp_path):
     model = wrapped()
     for number in (8, 9, 99, 100):
-        save_checkpoint(tmp_path, model, recipe=recipe(), completed_round=number, state={"number": number})
+        save_resume_state(tmp_path, model, recipe=recipe(), completed_round=number, state={"number": number})
     assert names(tmp_path) == ["round-100", "round-99"]
-    assert load_checkpoint(tmp_path, wrapped(), recipe()) == {"number": 100}
-    save_checkpoint(tmp_path, model, recipe=recipe(), completed_round=100, state={"number": "again"})
-    assert load_checkpoint(tmp_path, wrapped(), recipe()) == {"number": "again"}
+    assert load_resume_state(tmp_path, wrapped(), recipe()) == {"number": 100}
+    save_resume_state(tmp_path, model, recipe=recipe(), completed_round=100, state={"number": "again"})
+    assert load_resume_state(tmp_path, wrapped(), recipe()) == {"number": "again"}
 
 
 def test_nothing_to_load(tmp_path):
-    assert load_checkpoint(tmp_path / "absent", wrapped(), recipe()) is None
+    assert load_resume_state(tmp_path / "absent", wrapped(), recipe()) is None
     (tmp_path / ".round-01.partial-1").mkdir()
     (tmp_path / "round-one").mkdir()
-    assert load_checkpoint(tmp_path, wrapped(), recipe()) is None
+    assert load_resume_state(tmp_path, wrapped(), recipe()) is None
 
 
 def test_another_recipe_is_named(tmp_path):
-    save_checkpoint(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={})
+    save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={})
     model = wrapped()
     before = state_of(model)
     with pytest.raises(OutputError) as caught:
-        load_checkpoint(tmp_path, model, recipe(prune={"sparsity": 0.6}, seed=3))
+        load_resume_state(tmp_path, model, recipe(prune={"sparsity": 0.6}, seed=3))
     message = str(caught.value)
     assert "round-01" in message and "prune.sparsity was 0.5, is 0.6" in message and "seed was 0, is 3" in message
     assert message.count(" was 0") == 2
@@ -149,19 +149,19 @@ def test_another_recipe_is_named(tmp_path):
     [({"layers": 3}, "the checkpoint lacks model.layers.2"), ({"layers": 1}, "the model lacks model.layers.1")],
 )
 def test_another_model_is_refused(tmp_path, settings, message):
-    save_checkpoint(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={})
+    save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={})
     model = tiny_llama(**settings)
     wrap_model(model, rank=2, scaling=2.0)
     with pytest.raises(OutputError, match=f"another model; {message}"):
-        load_checkpoint(tmp_path, model, recipe())
+        load_resume_state(tmp_path, model, recipe())
 
 
 def test_other_shapes_are_refused(tmp_path):
-    save_checkpoint(tmp_path, train(wrapped()), recipe=recipe(), completed_round=1, state={})
+    save_resume_state(tmp_path, train(wrapped()), recipe=recipe(), completed_round=1, state={})
     model = wrapped(hidden=64)
     before = state_of(model)
     with pytest.raises(OutputError, match=r"another model; model.layers.0.*expected \(64, 8\), found \(32, 4\)"):
-        load_checkpoint(tmp_path, model, recipe())
+        load_resume_state(tmp_path, model, recipe())
     assert same(state_of(model), before)
 
 
@@ -188,16 +188,16 @@ def remove(path):
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
     first = train(wrapped(), seed=1)
     for number, model in ((1, first), (2, train(wrapped(), seed=2))):
-        save_checkpoint(tmp_path, model, recipe=recipe(), completed_round=number, state={"number": number})
+        save_resume_state(tmp_path, model, recipe=recipe(), completed_round=number, state={"number": number})
     damage(tmp_path / "round-02")
     again = wrapped()
     with caplog.at_level(logging.WARNING, logger="losa"):
-        assert load_checkpoint(tmp_path, again, recipe()) == {"number": 1}
+        assert load_resume_state(tmp_path, again, recipe()) == {"number": 1}
     assert "round-02: damaged" in caplog.text
     assert same(state_of(again), state_of(first))
     damage(tmp_path / "round-01")
     with pytest.raises(OutputError, match="round-02: damaged"):
-        load_checkpoint(tmp_path, wrapped(), recipe())
+        load_resume_state(tmp_path, wrapped(), recipe())
 
 
 def no_space():
@@ -209,7 +209,7 @@ def no_space():
     [(no_space(), OutputError, "No space left"), (KeyboardInterrupt(), KeyboardInterrupt, None)],
 )
 def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch, raised, expected, message):
-    save_checkpoint(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={"number": 1})
+    save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={"number": 1})
     write = checkpoint.save_file
 
     def fails(tensors, path):
@@ -219,13 +219,13 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch, raised, expe
     monkeypatch.setattr(checkpoint, "save_file", fails)
     for number in (1, 2):
         with pytest.raises(expected, match=message):
-            save_checkpoint(tmp_path, wrapped(), recipe=recipe(), completed_round=number, state={})
+            save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=number, state={})
     assert names(tmp_path) == ["round-01"]
-    assert load_checkpoint(tmp_path, wrapped(), recipe()) == {"number": 1}
+    assert load_resume_state(tmp_path, wrapped(), recipe()) == {"number": 1}
 
 
 def test_the_document_is_plain_json(tmp_path):
-    save_checkpoint(tmp_path, wrapped(), recipe=recipe(), completed_round=4, state={"a": 1})
+    save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=4, state={"a": 1})
     document = json.loads((tmp_path / "round-04" / "state.json").read_text())
     assert document["completed_round"] == 4 and document["state"] == {"a": 1}
     assert document["recipe"]["prune"]["sparsity"] == 0.5 and "output" not in document["recipe"]

@@ -1,0 +1,94 @@
+"""The methods that a recipe may name, and everything in which they differ. A new method is a new row here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way from a dense model to a sparse one.
+
+    ``dynamic``: in rounds, with rates and ranks that calibration decides anew each round; otherwise one round with the
+    same rate and rank for every block.
+    ``training``: when adapters are trained: "rounds", in every round after its pruning; "before", once, on the dense
+    model; None, never.
+    ``adapter``: what is trained: "masked", whose product is pruned along with the weight; "dense"; None, nothing.
+    ``mergeable``: merging the adapters into the weights keeps both the zeros and the function.
+    ``label``: the method's name in tables and figures; ``sentence``: what the model card says of it.
+    """
+
+    dynamic: bool
+    training: Literal["rounds", "before"] | None
+    adapter: Literal["masked", "dense"] | None
+    mergeable: bool
+    label: str
+    sentence: str
+
+    @property
+    def trains(self) -> bool:
+        return self.training is not None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the rounds' ranks are ranks of trained adapters."""
+        return self.training == "rounds"
+
+
+METHODS: dict[MethodName, Method] = {
+    "losa": Method(
+        dynamic=True,
+        training="rounds",
+        adapter="masked",
+        mergeable=True,
+        label="LoSA",
+        sentence="pruned round by round and fine-tuned under the mask with adapters of dynamic rank, merged at the end",
+    ),
+    "lora": Method(
+        dynamic=False,
+        training="rounds",
+        adapter="dense",
+        mergeable=False,
+        label="pruned + LoRA (not mergeable)",
+        sentence="pruned at once, fine-tuned with dense adapters, and merged under the mask, which changes the "
+        "function",
+    ),
+    "sparse_lora": Method(
+        dynamic=False,
+        training="rounds",
+        adapter="masked",
+        mergeable=True,
+        label="pruned + sparse LoRA",
+        sentence="pruned at once, fine-tuned under the mask with adapters of one rank, and merged",
+    ),
+    "prune_only": Method(
+        dynamic=False,
+        training=None,
+        adapter=None,
+        mergeable=True,
+        label="pruned only",
+        sentence="pruned at once, without any training",
+    ),
+    "finetune_then_prune": Method(
+        dynamic=False,
+        training="before",
+        adapter="dense",
+        mergeable=True,
+        label="LoRA, then pruned",
+        sentence="fine-tuned dense, then pruned at once, without training afterwards",
+    ),
+}
+
+
+def find_method(name: str) -> Method | None:
+    """The method of that name; None for a name that is no method's, such as "dense" or one of another version."""
+    return next((method for own, method in METHODS.items() if own == name), None)
+
+
+def method_label(name: str) -> str:
+    """A result's name in tables and figures; a name that is no method's stands for itself."""
+    method = find_method(name)
+    return name if method is None else method.label

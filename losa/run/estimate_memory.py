@@ -1,0 +1,135 @@
+"""What a recipe holds in memory, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from losa.algorithm.schedule import Round
+from losa.algorithm.stream_storage import fits_on_device
+from losa.pruners import PruningShape, get_pruner
+from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.sections import Recipe, TrainConfig
+from losa.run.model_shape import ModelShape
+from losa.training.loss import CHUNK_BYTES
+
+PHASES = ("throughout", "loading", "pruning", "training", "export")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """``size`` bytes held on ``place`` ("device" or "host") during ``phase``; ``how`` says how they are counted."""
+
+    phase: str
+    place: str
+    what: str
+    size: int
+    how: str
+
+
+def holdings(
+    recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]], capacity: dict[str, int]
+) -> list[Holding]:
+    """Everything that losa itself holds, in the order of the phases but for weights on the host.
+
+    Args:
+        rounds: of every method.
+        capacity: bytes of memory by place, where known.
+    """
+    rank = max(each.mean_rank for own in rounds.values() for each in own)
+    held = list(_throughout(recipe, shape, rank))
+    # What is free on the device when the streams begin, as far as it is known.
+    free = capacity.get("device", 0) - sum(holding.size for holding in held if holding.place == "device")
+    held += _pruning(recipe, shape, list(rounds), free)
+    if recipe.train is not None and any(METHODS[name].trains for name in rounds):
+        held += _training(recipe.train, shape, rank)
+    return [*held, *_export(recipe, shape)]
+
+
+def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.on_gpu)
+
+
+def _computing(shape: ModelShape) -> str:
+    """The place where the model is."""
+    return "device" if shape.on_gpu else "host"
+
+
+def _adapters(shape: ModelShape, rank: int) -> int:
+    """Parameters of adapters of ``rank`` on every pruned linear."""
+    return sum(rank * (w.inputs + w.outputs) for w in shape.pruned)
+
+
+def _throughout(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
+    place, size = _computing(shape), shape.dtype.itemsize
+    masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
+    how = f"rank (in + out) x 4 bytes, mean rank {rank}"
+    yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
+    yield Holding("throughout", place, "masks", masks, "1 bit a weight")
+    yield Holding("throughout", place, "adapters", 4 * _adapters(shape, rank), how)
+    if get_pruner(recipe.prune).updates_weight:
+        new = shape.prunable * size
+        yield Holding("throughout", place, "new weights", new, "the pruner changes weights; the dense ones stay")
+        if shape.on_gpu:
+            yield Holding("pruning", "host", "dense weights", new, "for the dense stream of later rounds")
+    if shape.on_gpu:
+        yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
+
+
+def _pruning(recipe: Recipe, shape: ModelShape, names: list[MethodName], free: int) -> Iterator[Holding]:
+    """``free``: bytes of the device that nothing else takes."""
+    calibration, place, size = recipe.calibration, _computing(shape), shape.dtype.itemsize
+    # Hidden states of all samples wait between two blocks, on the device if they fit there.
+    streams = 2 if any(METHODS[name].dynamic for name in names) else 1
+    hidden = calibration.samples * calibration.length * shape.hidden * size
+    how = "samples x length x hidden" + (", the dense and the sparse stream" if streams == 2 else "")
+    waits = "device" if shape.on_gpu and fits_on_device(hidden, free - (streams - 1) * hidden) else "host"
+    # Pinned memory comes in powers of two.
+    held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
+    yield Holding("pruning", waits, "hidden states", streams * held, how)
+    if recipe.compares_samples:
+        grams = 4 * shape.blocks * min(calibration.cka_samples, calibration.samples) ** 2
+        yield Holding("pruning", place, "Grams", grams, "blocks x samples^2 x 4 bytes")
+    batch = min(calibration.batch_size, calibration.samples) * calibration.length
+    widest = max(max(w.inputs, w.outputs) for w in shape.linears)
+    how = "3 x batch x length x widest side"
+    yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
+    for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
+        yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
+
+
+def _training(train: TrainConfig, shape: ModelShape, rank: int) -> Iterator[Holding]:
+    place, size = _computing(shape), shape.computed.itemsize
+    tokens, adapters = train.batch_size * train.length, _adapters(shape, rank)
+    yield Holding("training", place, "gradients", 4 * adapters, "as the adapters")
+    yield Holding("training", place, "optimiser", 2 * 4 * adapters, "AdamW: two fp32 moments a parameter")
+    # What the backward pass needs of the forward pass.
+    sides = sum(w.inputs + w.outputs for w in shape.linears)
+    kept: float = sides
+    how = "tokens x (in + out) of every linear: x once, and as much as y for the rest of a block"
+    if train.activation_checkpointing:
+        kept = shape.blocks * shape.hidden + sides / shape.blocks
+        how = "tokens x (hidden a block + one whole block)"
+    yield Holding("training", place, "activations", int(tokens * kept * size), how)
+    # Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type.
+    chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
+    rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
+    logits = rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
+    if shape.computed != shape.dtype:
+        logits += shape.head * size
+    how = "a chunk of logits; the last hidden states and their gradient"
+    yield Holding("training", place, "loss", logits, how)
+    how = "M (W + s B A) and dY^T x of the largest"
+    yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+
+
+def _export(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
+    if not get_pruner(recipe.prune).updates_weight:  # else the merged weights take the place of the new weights
+        merged = shape.prunable * shape.dtype.itemsize
+        yield Holding("export", _computing(shape), "merged weights", merged, "beside the dense ones")
+    how = "to check it against the one in memory"
+    yield Holding("export", "host", "written model, read back", shape.weight_bytes, how)
+    if shape.on_gpu:
+        how = "while the other one is on the device"
+        yield Holding("export", "host", "model in memory, moved", shape.weight_bytes, how)
