@@ -16,10 +16,10 @@ EVERYBODY = {"errors", "registry", "__version__"}
 LOSA: dict[str, set[str]] = {
     "errors": set(),
     "registry": set(),
-    "record": set(),
     "distributed": set(),
     "storage": set(),
     "recipe": set(),
+    "record": {"recipe"},
     "modules": set(),
     "pruners": {"recipe"},
     "model": {"modules", "storage"},
