@@ -121,22 +121,24 @@ _imported = SimpleNamespace()
 def implementation(op: str, device: torch.device | torch.Tensor | str) -> Callable:
     """The callable that runs ``op`` on ``device`` (a device, its name, or a tensor that lies on it).
 
+    CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row
+    for the op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and
+    device the order above decides.
+
     Raises ValueError for an unknown op or a bad ``LOSA_BACKEND``; RuntimeError when the forced backend cannot load.
     """
-    return getattr(_imported, f"{op}_on_{backend(op, device)}")
+    return getattr(_imported, _choose(op, _type_of(device), settings.BACKEND()))
 
 
 def backend(op: str, device: torch.device | torch.Tensor | str) -> str:
-    """The backend that runs ``op`` on ``device``: "reference", "triton", "cuda" or "cpu".
+    """Which backend :func:`implementation` takes: "reference", "triton", "cuda" or "cpu". The same errors."""
+    return _choose(op, _type_of(device), settings.BACKEND()).rpartition("_on_")[2]
 
-    CUDA: cuda, triton, reference. CPU: cpu, reference. Any other device: reference. The first backend that has a row
-    for the op and can load wins. A backend forced by ``LOSA_BACKEND`` comes first; if it has no row for this op and
-    device the order above decides. Errors: see :func:`implementation`.
-    """
-    if isinstance(device, torch.Tensor):
-        device = device.device
-    device_type = device.type if isinstance(device, torch.device) else device.partition(":")[0]
-    return _choose(op, device_type, settings.BACKEND())
+
+def _type_of(device: torch.device | torch.Tensor | str) -> str:
+    if isinstance(device, torch.device):
+        return device.type
+    return device.device.type if isinstance(device, torch.Tensor) else device.partition(":")[0]
 
 
 # A plain function around the cached one: torch.compile would trace into the cache's.
@@ -162,9 +164,10 @@ def _first_that_can(op: str, device_type: str, forced: str) -> str:
         target = TABLE[op].get(name)
         if target and not unavailable(name):
             module, _, function = target.partition(":")
-            setattr(_imported, f"{op}_on_{name}", getattr(importlib.import_module(module), function))
+            attribute = f"{op}_on_{name}"
+            setattr(_imported, attribute, getattr(importlib.import_module(module), function))
             logger.info("%s on %s: %s (%s)", op, device_type, name, target)
-            return name
+            return attribute
     raise RuntimeError(f"{op} has no implementation for device type {device_type!r}")
 
 

@@ -73,7 +73,7 @@ def allocate_keep_n(
 
 
 def _even_counts(total: int, low: list[int], high: list[int], order: list[int]) -> list[int]:
-    """Integers of sum ``total``, as equal as the bounds allow; ``order`` (most important first) decides the rest."""
+    """Integers as equal as the bounds allow, with sum ``total``. ``order``: most important block first."""
     base = total // len(order)
     counts = [min(max(base, a), b) for a, b in zip(low, high, strict=True)]
     while (left := total - sum(counts)) != 0:

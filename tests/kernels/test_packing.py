@@ -19,6 +19,7 @@ from losa_kernels.packing import native as packing_native
 from losa_kernels.packing import reference
 from losa_kernels.packing.reference import metadata_order
 from losa_kernels.tensors import as_bits
+from tests.helpers.packing_problems import expected_bits, hostile, nm_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [0, 1, 8, 13, 32, 40, 63, 64, 72, 200]
@@ -32,31 +33,6 @@ def isa(request, monkeypatch):
     info = native.build_info()
     if info is None or info["cpu_isa_selected"] != request.param:
         pytest.skip(f"this build or CPU does not run {request.param}")
-
-
-def hostile(rows, columns, dtype, seed=0):
-    """A weight with every value that a careless format loses."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator).to(dtype)
-    flat = weight.view(-1)
-    special = [0.0, -0.0, float("inf"), float("-inf"), float("nan")]
-    where = torch.randperm(flat.numel(), generator=generator)[: 4 * len(special)]
-    for position, value in zip(where, special * 4, strict=False):
-        flat[position] = value
-    if flat.numel() > 40:
-        bits = as_bits(weight).view(-1)
-        bits[where[4]] += 1  # a NaN with another payload
-    return weight
-
-
-def nm_mask(rows, columns, keep_n, m, seed=0):
-    scores = torch.rand(rows, columns // m, m, generator=torch.Generator().manual_seed(seed))
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(keep_n, 2).indices, True)
-    return kept.reshape(rows, columns)
-
-
-def expected_bits(weight, kept):
-    return as_bits(weight).masked_fill(~kept, 0)
 
 
 @settings(max_examples=60, deadline=None)

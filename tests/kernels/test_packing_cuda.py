@@ -13,7 +13,7 @@ from losa_kernels.packing import cuda, reference
 from losa_kernels.packing.rows import take_rows
 from losa_kernels.tensors import INTEGERS, as_bits
 from tests.helpers.emulation import load
-from tests.kernels.test_packing import expected_bits, hostile, nm_mask
+from tests.helpers.packing_problems import expected_bits, hostile, nm_mask
 
 INTS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 SHAPES = [(1, 1), (3, 7), (9, 40), (2, 256), (11, 300), (5, 523)]

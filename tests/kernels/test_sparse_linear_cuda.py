@@ -13,8 +13,8 @@ from losa_kernels.packing.reference import unpack_24
 from losa_kernels.packing.rows import take_rows
 from losa_kernels.sparse_linear import cuda
 from tests.helpers.captured_chain import check_captured_chain
-from tests.kernels.test_packing import nm_mask
-from tests.kernels.test_sparse_linear import assert_close, random_problem
+from tests.helpers.packing_problems import nm_mask
+from tests.helpers.sparse_linear_problems import assert_close, random_problem
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16, FP16]

@@ -13,7 +13,7 @@ from losa.errors import NumericsError, RecipeError
 from losa.model.wrapping import wrap_model
 from losa.pruners import LinearShape, Memory, Pruned, Pruner, PruningShape, register
 from losa.recipe.reading import parse_recipe
-from losa.run.estimate import plan
+from losa.run.estimate import estimate
 from losa_kernels import pack_mask
 from tests.helpers.tiny import tiny_llama
 
@@ -126,7 +126,7 @@ def test_a_pruner_of_whole_blocks(own_names, tmp_path):
         assert int(kept.sum()) == 48 and bool((masks["mlp.down_proj"] == kept).all())
         assert bool((masks["mlp.up_proj"] == kept[:, None]).all() and (masks["mlp.gate_proj"] == kept[:, None]).all())
         assert all(bool(mask.all()) for name, mask in masks.items() if name.startswith("self_attn"))
-    found = plan(recipe, probe=False)
+    found = estimate(recipe, probe=False)
     assert found.size("sizes of neurons") == 4 * 64
     assert next(stage for stage in found.stages if "pruning" in stage.what).flops % 16 == 2 * 7 * 64 % 16
     assert "pruning one linear" not in {part.what for part in found.parts}
