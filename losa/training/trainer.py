@@ -22,6 +22,7 @@ from losa.distributed import check_kind, is_main, process_count, process_index, 
 from losa.recipe.sections import TrainConfig
 from losa.training.loss import TokenLoss, label_positions
 from losa.training.metrics import Metrics
+from losa.training.packing_check import packing_checked_once
 from losa.training.precision import autocast_dtype
 from losa.training.steps import Step, StepLog
 
@@ -129,7 +130,11 @@ class Trainer:
         count = self._steps(len(data))
         try:
             self.model.train()
-            with _checkpointing(self.model, self.config.activation_checkpointing), self._metrics.open(self.global_step):
+            with (
+                _checkpointing(self.model, self.config.activation_checkpointing),
+                packing_checked_once(),
+                self._metrics.open(self.global_step),
+            ):
                 prepared, loader = self.accelerator.prepare(loss_module, loader)
                 bar = tqdm(range(count), desc=stage_name, leave=False, disable=None if is_main() else True)
                 log = StepLog(round_index, self._metrics, bar)

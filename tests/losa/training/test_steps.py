@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.errors import NumericsError
 from losa.recipe.sections import TrainConfig
 from losa.training.loss import TokenLoss
+from losa.training.packing_check import packing_checked_once
 from losa.training.steps import StepLog
 from losa.training.trainer import Trainer
 from tests.helpers.training import LENGTH, adapters, lines, sequences, trainer, wrapped_llama
 
-# Operators whose result the host must see before it goes on.
+# Operators whose result the host must see before it goes on, and methods that copy a tensor to the host.
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+COPYING = ("tolist", "cpu", "numpy")
 
 
 class Waits(TorchDispatchMode):
@@ -27,6 +30,23 @@ class Waits(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen: list[str] = []
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in COPYING:
+            self.patch.setattr(torch.Tensor, name, self.noting(name, getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def noting(self, name, method):
+        def noted(*arguments, **options):
+            self.seen.append(name)
+            return method(*arguments, **options)
+
+        return noted
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -37,25 +57,39 @@ class Waits(TorchDispatchMode):
 
 
 def train(monkeypatch, directory, steps_a_reading: int, **settings):
-    """12 steps of 2 sequences, watched: (waits within steps, outcome, model)."""
-    waits = Waits()
+    """12 steps of 2 sequences, watched: (waits by step, outcome, model)."""
+    waits: list[list[str]] = []
     step = Trainer._step
 
     def watched(*arguments):
-        with waits:
-            return step(*arguments)
+        with Waits() as watch:
+            found = step(*arguments)
+        waits.append(watch.seen)
+        return found
 
     monkeypatch.setattr(Trainer, "_step", watched)
     model = wrapped_llama()
     run = trainer(model, directory, total=24, batch_size=2, learning_rate=1e-2, max_grad_norm=0.5, **settings)
     run.steps_a_reading = steps_a_reading
-    return waits.seen, run.train(sequences(24), round_index=1), model
+    return waits, run.train(sequences(24), round_index=1), model
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_no_step_waits(monkeypatch, tmp_path, accumulation):
     waits, outcome, _ = train(monkeypatch, tmp_path, 5, gradient_accumulation=accumulation)
-    assert outcome.steps == 12 // accumulation and waits == []
+    # transformers looks at the positions of each new shape.
+    assert outcome.steps == len(waits) == 12 // accumulation and len(waits[0]) <= 1
+    assert not any(waits[1:])
+    assert masking_utils.find_packed_sequence_indices.__name__ == "find_packed_sequence_indices"
+
+
+def test_positions_that_start_anew_are_still_found():
+    """The answer of the first look holds for its shape alone."""
+    alone, packed = torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1]])
+    with packing_checked_once():
+        for _ in range(2):
+            assert masking_utils.find_packed_sequence_indices(alone) is None
+            assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +98,8 @@ def test_no_step_waits(monkeypatch, tmp_path, accumulation):
         lambda t: float(t.sum()),
         lambda t: bool(t.any()),
         lambda t: t[0].item(),
-        lambda t: t[0].tolist(),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
         lambda t: t.nonzero(),
         lambda t: t[t > 0],
         lambda t: torch.equal(t, t + 1),
