@@ -71,8 +71,13 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-    """This process's number, from 0. Before the processes have joined it is the launcher's."""
-    return dist.get_rank() if _joined() else int(os.environ.get("RANK", "0"))
+    """This process's number, from 0; 0 before the processes have joined."""
+    return dist.get_rank() if _joined() else 0
+
+
+def launched_index() -> int:
+    """The number that the launcher gave to this process, for use before the processes have joined."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:

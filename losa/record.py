@@ -13,8 +13,8 @@ RECORD = "losa_config.json"
 
 @dataclass
 class RoundRecord:
-    """One LoSA round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian
-    needed, None where it stayed singular and Wanda's mask was taken."""
+    """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
+    None where the Hessian stayed singular and Wanda's mask was taken."""
 
     index: int
     target_sparsity: float

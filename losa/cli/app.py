@@ -1,22 +1,20 @@
-"""The command line: run, prune, eval, inspect, plan, and what cli_sparse and cli_info add. Heavy imports wait until
-needed."""
+"""The commands run, prune, eval, inspect and plan; ``sparse`` and ``info`` add theirs. Heavy imports wait until a
+command needs them."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from losa.cli import info, sparse
 from losa.cli.errors import DEBUG, Commands, debugging, set_up_messages
-from losa.errors import LosaError, RecipeError
-
-if TYPE_CHECKING:
-    from losa.recipe.sections import Recipe
-
+from losa.cli.options import Device, Dtype, Force, JsonFile
+from losa.cli.recipes import recipe_from
+from losa.errors import LosaError
 
 app = typer.Typer(
     cls=Commands,
@@ -55,73 +53,16 @@ def _options(
     set_up_messages(debugging(debug))
 
 
-def parse_settings(settings: list[str]) -> dict:
-    """``["prune.sparsity=0.5"]`` -> ``{"prune.sparsity": 0.5}``; values are YAML. Raises RecipeError."""
-    import yaml
-
-    from losa.recipe.reading import read_yaml
-
-    overrides = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"--set {setting!r}: expected key=value, for instance prune.sparsity=0.5")
-        try:
-            overrides[key] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting!r}: the value is not YAML") from error
-    return overrides
-
-
-def _load(path: Path, settings: list[str] | None, data: Path | None = None, output: Path | None = None) -> Recipe:
-    """The recipe with the command line's changes: --output and --data go before --set."""
-    from losa.recipe.reading import override, parse_recipe, read_settings
-    from losa.recipe.sections import output_path
-
-    recipe, overrides = read_settings(path), parse_settings(settings or [])
-    if output is not None:
-        recipe["output"] = str(output)
-    target = overrides.get("output", recipe.get("output"))
-    if data is not None and target:
-        try:
-            place = output_path(Path(str(target)))
-        except ValueError as error:
-            raise RecipeError(f"output: {error}") from error
-        override(recipe, _own_text(recipe | overrides, data, place))
-    return parse_recipe(override(recipe, overrides), where=str(path))
-
-
-def _own_text(recipe: dict, data: Path, output: Path) -> dict:
-    """Settings that make ``data`` the text of every section that the recipe has (`--set evaluate=` drops one)."""
-    from losa.data.splitting import named_parts, split
-    from losa.distributed import is_main
-
-    sections = {"calibration": "calibration", "train": "train", "heldout": "evaluate"}
-    wanted = [part for part, section in sections.items() if part == "calibration" or recipe.get(section) is not None]
-    parts = named_parts(data)
-    if not parts:
-        parts, message = split(data, output.with_name(f"{output.name}.data"))
-        if is_main():
-            typer.echo(message)
-    if missing := [part for part in wanted if part not in parts]:
-        there = ", ".join(path.name for path in parts.values())
-        raise RecipeError(f"--data {data}: {' and '.join(missing)} text is missing (files or directories); has {there}")
-    return {f"{sections[part]}.data": {"path": str(parts[part])} for part in wanted}
-
-
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see examples/.", metavar="RECIPE")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as prune.sparsity=0.5; may be repeated."),
 ]
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
 
 
 @app.command()
@@ -142,7 +83,7 @@ def run(
     force: Force = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
-    loaded = _load(recipe, set_, data, output)
+    loaded = recipe_from(recipe, set_, data, output)
     from losa.run.pipeline import run_recipe
 
     run_recipe(loaded, resume=resume, overwrite=overwrite, force=force)
@@ -208,14 +149,13 @@ def evaluate(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity where it is told
     (blocks of nn.Linear)."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
-    from losa.data.tokens import evaluation_tokens
-    from losa.evaluation.perplexity import perplexity, warn_of_missing_start, window_start
+    from losa.evaluation.measure import count_zeros, text_perplexity
     from losa.evaluation.tasks import evaluate_tasks
     from losa.packed.directory import load_any
     from losa.recipe.reading import data_source
@@ -223,26 +163,21 @@ def evaluate(
 
     source = None if data is None else data_source(data, where="eval --data", subset=subset, split=split)
     loaded, tokenizer = load_any(model, dtype=dtype, device=device)
-    zeros, prunable, reason = _count_zeros(loaded)
-    share = None if reason else zeros / prunable
-    numbers: dict = {"model": model, "zeros": zeros, "prunable": prunable, "sparsity": share}
-    if reason:
-        typer.echo(f"{model}: sparsity: not counted: {reason}")
+    found = count_zeros(loaded)
+    numbers: dict = {"model": model, "zeros": found.zeros, "prunable": found.prunable, "sparsity": found.sparsity}
+    if found.reason:
+        typer.echo(f"{model}: sparsity: not counted: {found.reason}")
     else:
-        typer.echo(f"{model}: {zeros:,} of {prunable:,} block weights are zero ({share:.2%})")
+        typer.echo(f"{model}: {found.zeros:,} of {found.prunable:,} block weights are zero ({found.sparsity:.2%})")
     if source is not None:
-        tokens = evaluation_tokens(source, tokenizer)
-        start = window_start(tokenizer, "--bos") if bos else None
-        progress = sys.stderr.isatty()
-        found = perplexity(loaded, tokens, length, batch_size, max_windows, progress=progress, bos=start)
-        if start is None:
-            warn_of_missing_start(loaded, tokenizer, tokens, length)
-        if max_windows is not None and found.windows < max_windows:
-            typer.echo(f"losa: --max-windows: {max_windows}, but the text has {found.windows}", err=True)
-        numbers["perplexity"] = vars(found) | {"data": source.model_dump(), "bos_per_window": bos}
+        windows = {"length": length, "max_windows": max_windows, "batch_size": batch_size, "bos": bos}
+        measured = text_perplexity(loaded, tokenizer, source, **windows, progress=sys.stderr.isatty())
+        if max_windows is not None and measured.windows < max_windows:
+            typer.echo(f"losa: --max-windows: {max_windows}, but the text has {measured.windows}", err=True)
+        numbers["perplexity"] = vars(measured) | {"data": source.model_dump(), "bos_per_window": bos}
         begun = " that begin with the beginning-of-text token" if bos else ""
-        protocol = f"{found.windows} non-overlapping windows of {length} tokens{begun}, {found.tokens:,} in all"
-        typer.echo(f"perplexity {found.value:.3f} on {data} ({protocol})")
+        protocol = f"{measured.windows} non-overlapping windows of {length} tokens{begun}, {measured.tokens:,} in all"
+        typer.echo(f"perplexity {measured.value:.3f} on {data} ({protocol})")
     if tasks is not None:
         names = [name for task in tasks.split(",") if (name := task.strip())]
         numbers["tasks"] = evaluate_tasks(loaded, tokenizer, names, task_path or [])
@@ -250,18 +185,6 @@ def evaluate(
             typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if json_file is not None:
         write_json(json_file, numbers)
-
-
-def _count_zeros(model) -> tuple[int | None, int | None, str]:
-    """(zeros, prunable weights, ""), or (None, None, the reason why a model's zeros cannot be counted)."""
-    from losa.errors import ModelError
-    from losa.model.wrapping import sparsity_of
-
-    try:
-        zeros, prunable = sparsity_of(model)
-    except ModelError as error:
-        return None, None, str(error).removeprefix("model: ")
-    return (zeros, prunable, "") if prunable else (None, None, "no linear of its blocks can be pruned")
 
 
 @app.command()
@@ -272,19 +195,20 @@ def inspect(
     """Tables of a checkpoint: zeros per block, and of one that losa wrote its rounds, ranks and results."""
     from rich.console import Console
 
-    from losa.output import tables as report
+    from losa.output import tables
     from losa.output.figures import write_figures
     from losa.output.inspection import inspect_directory
+    from losa.record import RECORD
 
     found = inspect_directory(directory)
     console = Console()
-    report.show_table(report.zeros_table(found), console)
+    tables.show_table(tables.zeros_table(found), console)
     if found.record is not None:
-        for table in (report.blocks_table, report.rounds_table, report.results_table):
-            report.show_table(table(found.record), console)
+        for table in (tables.blocks_table, tables.rounds_table, tables.results_table):
+            tables.show_table(table(found.record), console)
     if figures is not None:
         if found.record is None:
-            raise LosaError(f"{directory}: no {report.RECORD}, so there is nothing to draw")
+            raise LosaError(f"{directory}: no {RECORD}, so there is nothing to draw")
         written = write_figures(found.record, figures)
         typer.echo(f"wrote {len(written)} files to {figures}")
 
@@ -301,7 +225,7 @@ def plan(
 
     To plan for a GPU on a machine without one: --set device=cuda --no-probe.
     """
-    loaded = _load(recipe, set_)
+    loaded = recipe_from(recipe, set_)
     from rich.console import Console
 
     from losa.output.tables import show_table

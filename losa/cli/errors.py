@@ -44,7 +44,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
-    code 1), Ctrl-C into another (130), and what nobody foresaw into a report (1). With --debug all go through."""
+    code 1), Ctrl-C into another sentence (130), and any other exception into a report (1). With --debug every exception
+    goes through."""
 
     def invoke(self, ctx):
         try:
@@ -151,7 +152,7 @@ def _versions() -> str:
 
 
 def _write_details(text: str) -> Path | None:
-    """Into the current directory or, failing that, the one for temporary files."""
+    """Into the current directory or, failing that, the directory for temporary files; None where neither works."""
     name = f"losa-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for directory in (os.curdir, tempfile.gettempdir()):
         path = Path(directory) / name
@@ -167,7 +168,7 @@ def _write_details(text: str) -> Path | None:
 
 
 def _say(message: str) -> None:
-    """On stderr, whatever it can show; if nobody can read that, there is nobody to tell."""
+    """On stderr, in characters that it can show. An error of writing there is dropped: nobody could be told."""
     with suppress(OSError, ValueError):
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         sys.stderr.write(message.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -175,8 +176,8 @@ def _say(message: str) -> None:
 
 
 def set_up_messages(debug: bool) -> None:
-    """How warnings look, ours and those of libraries: a line each, which says that it is one. With ``debug`` also
-    what losa logs, and libraries' tracebacks."""
+    """Give every warning, of losa or of a library, one line that says it is a warning. With ``debug`` also show what
+    losa logs, and the tracebacks of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s") if debug else _OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -44,9 +44,9 @@ def info(
         choices.decode_shapes("cuda")
         choices.train_shapes("cuda")
     else:
-        from losa.cli.sparse import load_sparse
+        from losa.inference.loading import load_sparse
 
-        model, _ = load_sparse(directory, "auto", "cuda", dense=False)
+        model, _ = load_sparse(directory, dtype="auto", device="cuda", dense=False)
         typer.echo(f"{directory}: {choices.decode_model(model)} kinds of packed linears")
     for line in choices.lines():
         typer.echo(line)

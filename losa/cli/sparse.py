@@ -8,15 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from losa.errors import LosaError, ModelError
+from losa.cli.options import Device, Dtype, Force, JsonFile
+from losa.errors import LosaError
 from losa.packed.formats import help_text
 
 Directory = Annotated[Path, typer.Argument(help="A checkpoint that losa wrote, or any pruned one with safetensors.")]
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 
 # What ``bench --short`` measures.
 SHORT = ("transformers, dense", "losa, packed", "losa, packed bfloat16")
@@ -69,7 +67,8 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Continue a prompt on sparse weights and say how fast."""
-    from losa.inference.generation import generate as run
+    from losa.inference.generation import generate as continue_prompt
+    from losa.inference.loading import load_sparse
 
     model, tokenizer = load_sparse(directory, dtype, device, dense)
     message = [{"role": "user", "content": prompt}] if chat else prompt
@@ -82,7 +81,7 @@ def generate(
         waiting.clear()
 
     try:
-        made = run(model, tokenizer, message, on_text=show, **settings)
+        made = continue_prompt(model, tokenizer, message, on_text=show, **settings)
         show("")
     finally:
         if not waiting:
@@ -111,7 +110,7 @@ def bench(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode speed, dense and packed side by side: tokens/s, bytes a token reads, share of the memory's speed.
 
@@ -120,6 +119,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
+    from losa.inference.loading import load_sparse
     from losa.inference.speed import decode_speeds
     from losa.storage.files import write_json
 
@@ -142,21 +142,6 @@ def bench(
         setup = {"directory": str(directory), "tokens": tokens, "torch": torch.__version__}
         setup["threads"] = torch.get_num_threads()
         write_json(json_file, setup | {"rows": [vars(s) for s in found]})
-
-
-def load_sparse(directory: Path, dtype: str, device: str, dense: bool):
-    """(model, tokenizer) of a packed or an ordinary checkpoint, packed in memory unless ``dense``."""
-    from losa.inference.sparsify import sparsify
-    from losa.packed.directory import load_any
-    from losa.storage.kinds import is_packed
-
-    model, tokenizer = load_any(directory, dtype, device, dense=dense)
-    if dense or is_packed(directory):
-        return model, tokenizer
-    try:
-        return sparsify(model), tokenizer
-    except ModelError as error:
-        raise ModelError(f"{error} (--dense runs it as it is)") from error
 
 
 def _dtype(name: str):

@@ -17,7 +17,7 @@ from losa.training.loss import TokenLoss, label_positions
 
 logger = logging.getLogger("losa")
 
-# In nats. Losing one token of context costs a model that does not need the first one a hundredth of that.
+# In nats. A model that does not need the first token loses a hundredth of this without one token of context.
 _START_MATTERS = 0.2
 
 
@@ -36,8 +36,8 @@ class Perplexity:
 def evaluation_windows(tokens: Tensor, length: int, max_windows: int | None = None, bos: int | None = None) -> Tensor:
     """(windows, length) int64: the text ``tokens`` (tokens,) in non-overlapping windows; the tail is dropped.
 
-    ``bos`` goes in front of each window, which then holds length - 1 tokens of the text (less one that the text has in
-    front already).
+    ``bos`` goes in front of each window, which then holds length - 1 tokens of the text. A ``bos`` with which the text
+    itself begins is left out.
 
     Raises:
         DataError: less text than one window.
@@ -66,19 +66,18 @@ def perplexity(
 ) -> Perplexity:
     """exp(mean NLL) over non-overlapping windows of ``length`` tokens; the tail is dropped.
 
-    Each window predicts its tokens 2..length from the window alone, as in SparseGPT's and Wanda's code: that code
-    weighs windows equally and so do we, for all have the same number of predictions. The model computes in its own
-    dtype, the loss in fp32.
+    Each window predicts its tokens 2..length from the window alone, as in the code of SparseGPT and Wanda. All windows
+    weigh the same, for all have the same number of predictions. The model computes in its own dtype, the loss in fp32.
 
-    Windows have no beginning-of-text token of their own, as in those papers, whose values are compared. Some models
-    (Gemma) are far worse without one than they are in use: ``bos`` gives each window one, and the values are then
-    comparable only among themselves.
+    Windows have no beginning-of-text token of their own, so that values can be compared with the papers' values. Some
+    models (Gemma) are far worse without such a token than they are in use. ``bos`` gives each window one; the values
+    are then comparable only among themselves.
 
     Args:
         model: causal LM; set to evaluation mode and put back.
         tokens: (tokens,) int64, of ``losa.data.evaluation_tokens``.
         batch_size: windows per forward pass.
-        max_windows: use only the first ones.
+        max_windows: use only the first windows.
         progress: show a progress bar (in a terminal only).
         bos: a token to begin each window with, not predicted; the window holds length - 1 tokens of text then.
 
@@ -125,7 +124,7 @@ def _exp(nll: float) -> float:
 
 
 def window_start(tokenizer, what: str) -> int:
-    """The beginning-of-text token, for windows that begin with one. Raises DataError, naming the setting ``what``."""
+    """The beginning-of-text token, for windows that begin with it. Raises DataError; names the setting ``what``."""
     if tokenizer.bos_token_id is None:
         raise DataError(f"{what}: the tokenizer has no beginning-of-text token")
     return tokenizer.bos_token_id
@@ -133,8 +132,8 @@ def window_start(tokenizer, what: str) -> int:
 
 @torch.no_grad()
 def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: int) -> None:
-    """Warn where windows without a beginning-of-text token are not what the model is used with: the tokenizer puts one
-    in front of the whole text, and with it the second window's tokens are likelier by more than ``_START_MATTERS``."""
+    """Warn where windows lack a beginning-of-text token that matters: the tokenizer puts the token in front of the
+    whole text, and with it the second window's tokens are likelier by more than ``_START_MATTERS``."""
     bos = tokenizer.bos_token_id
     if bos is None or len(tokens) < 2 * length or length < 3 or tokens[0] != bos:
         return

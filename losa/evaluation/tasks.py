@@ -56,7 +56,7 @@ def evaluate_tasks(
 
 
 def _metrics(values: dict) -> dict[str, float]:
-    """lm-eval's keys are "metric,filter"."""
+    """Plain accuracies and the like out of lm-eval's values, whose keys are "metric,filter"."""
     chosen = {}
     for key, value in values.items():
         metric, _, filtered = key.partition(",")

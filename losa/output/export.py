@@ -25,7 +25,8 @@ from losa_kernels.tensors import as_bits
 
 logger = logging.getLogger("losa")
 
-# What a base model's config may say of its storage; the export is plain dense tensors, and loaders refuse the last two.
+# What the config of a base model may say of its storage. The export is plain dense tensors, and loaders that read the
+# last two keys would refuse it.
 STORAGE_KEYS = ("quantization_config", "sparsity_config", "compression_config")
 
 
@@ -57,13 +58,14 @@ def export_model(
     Args:
         model: merged, plain linears only. On a GPU it waits in host memory while the written one is checked there.
         tokenizer: None writes none.
-        record: its ``masks`` must be those of ``masks``.
-        masks: packed mask of every pruned linear by full name: the plan the zeros are checked against.
-        sample_ids: (batch, length) tokens for the logits check; None takes some of the vocabulary.
+        record: its ``masks`` must be the records of ``masks``.
+        masks: packed mask of every pruned linear by full name; the zeros are checked against them.
+        sample_ids: (batch, length) int64 tokens for the check of logits; None takes some of the vocabulary.
         extra_files: copied in under the given names.
 
     Raises:
-        OutputError: cannot be written, or the written model is not the one in memory; ``output`` is then as before.
+        OutputError: the model cannot be written, or the written model differs from the model in memory. ``output`` is
+            then as it was before.
         ValueError: the model still has adapters.
     """
     if left := list(wrapped_linears(model)):
@@ -108,16 +110,16 @@ def check_export(
     masks: Mapping[str, Tensor],
     sample_ids: Tensor | None = None,
 ) -> int:
-    """Load a written model as any user would and compare it with the one in memory.
+    """Load a written model as any user would and compare it with the model in memory.
 
-    Every tensor is finite and equal to the bit; every pruned weight is +0.0; masks and counts are the record's;
+    Every tensor is finite and equal to the bit; every pruned weight is +0.0; masks and counts agree with the record;
     logits on ``sample_ids`` are equal to the bit; the tokenizer gives the same tokens and chat template.
 
     Returns:
-        the number of kept weights that are zero: allowed, since the mask says they are kept.
+        the number of kept weights that are zero. They are allowed: the mask says that they are kept.
 
     Raises:
-        OutputError: says which of this fails, and where.
+        OutputError: says which of these checks fails, and where.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,7 +190,7 @@ def _check_logits(reloaded: nn.Module, model: nn.Module, sample_ids: Tensor) -> 
     expected = _logits(model.eval(), ids)
     model.train(was_training)
     if device.type != "cpu":
-        model.to("cpu")  # room for the other one
+        model.to("cpu")  # room for the written model
     try:
         found = _logits(reloaded.to(device), ids)
     finally:
@@ -201,8 +203,8 @@ def _check_logits(reloaded: nn.Module, model: nn.Module, sample_ids: Tensor) -> 
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """fp32 on the host. Mapped files hold tensors at odd addresses, where products may round differently: both models
-    compute from aligned memory."""
+    """Logits (batch, length, vocabulary) on the host. Both models compute from aligned memory: mapped files hold
+    tensors at odd addresses, where products may round differently."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()

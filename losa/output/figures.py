@@ -217,7 +217,7 @@ def _cka(path: Path, rounds: list[RoundRecord]) -> list[Path]:
 
 
 def _final_perplexities(record: RunRecord) -> list[tuple[MethodResult, float]]:
-    """Finite ones, the worst first; LoRA's is the unmerged model's."""
+    """Finite perplexities, the worst first; the unmerged model's where a method has one."""
     found = []
     for r in record.results:
         value = r.perplexity if r.perplexity_unmerged is None else r.perplexity_unmerged

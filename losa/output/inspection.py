@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,14 +37,14 @@ class Inspection:
     """``record``: what losa wrote, or None; ``tensors``: every matrix inside a decoder block, measured.
 
     ``targets``: what tensors are called in the model, by their name in the files. ``unchecked``: why names and shapes
-    were not compared with the model's; None if they were.
+    were not compared with the names and shapes of the model; None if they were.
     """
 
     record: RunRecord | None
-    tensors: list[TensorSparsity] = field(default_factory=list)
-    targets: dict[str, str] = field(default_factory=dict)
-    unchecked: str | None = None
-    packed: bool = False
+    tensors: list[TensorSparsity]
+    targets: dict[str, str]
+    unchecked: str | None
+    packed: bool
 
     @property
     def sparsity(self) -> float:
@@ -63,8 +63,8 @@ class Inspection:
 
 
 def inspect_directory(directory: Path) -> Inspection:
-    """Measure a checkpoint's zeros from its safetensors, one tensor in memory at a time (of a packed one, one block);
-    any Hugging Face directory. Where transformers knows the model, names and shapes are compared with it first.
+    """Measure the zeros of any Hugging Face directory from its safetensors, one tensor in memory at a time (one block
+    of a packed checkpoint). Where transformers knows the model, names and shapes are compared with it first.
 
     Raises:
         OutputError: no such directory, no safetensors or no floating-point matrix of a block in it, a damaged file, or
@@ -73,57 +73,71 @@ def inspect_directory(directory: Path) -> Inspection:
     directory = Path(directory)
     if not directory.is_dir():
         raise OutputError(f"{directory}: no such directory")
-    inspection = Inspection(_read_record(directory / RECORD))
+    record = _read_record(directory / RECORD)
+    measured = []
     try:
-        for name, tensor in _tensors(directory, inspection):
+        contents = _contents(directory)
+        for name, tensor in contents.tensors:
             shape = tensor.shape
             if BLOCK_WEIGHT.fullmatch(name) and len(shape) == 2:
                 values = tensor.values if isinstance(tensor, Packed) else tensor
                 if values.dtype in MEASURED and (total := shape[0] * shape[1]):
                     zeros = total - int(torch.count_nonzero(values))
-                    inspection.tensors.append(TensorSparsity(name, tuple(shape), zeros, total))
+                    measured.append(TensorSparsity(name, tuple(shape), zeros, total))
     except ModelError as error:
         raise OutputError(str(error)) from error
-    if not inspection.tensors:
+    if not measured:
         raise OutputError(f"{directory}: found no floating-point matrix of a decoder block")
-    return inspection
+    return Inspection(record, measured, contents.targets, contents.unchecked, contents.packed)
 
 
-def _tensors(directory: Path, inspection: Inspection) -> Iterator[tuple[str, Packed | Tensor]]:
-    """Every tensor under its name in the dense checkpoint; what is known of them goes into ``inspection``."""
+@dataclass
+class _Contents:
+    """Every tensor under its name in the dense checkpoint, read one by one; the other entries as in ``Inspection``."""
+
+    tensors: Iterator[tuple[str, Packed | Tensor]]
+    targets: dict[str, str]
+    unchecked: str | None
+    packed: bool = False
+
+
+def _contents(directory: Path) -> _Contents:
     from losa.packed.directory import open_packed
 
     if not (directory / "config.json").is_file():
         refuse_adapter(directory)
-        inspection.unchecked = "no config.json"
-    elif is_packed(directory):
-        inspection.packed, contents = True, open_packed(directory)
-        inspection.unchecked = _compare(inspection, directory, contents.stored, contents.where)
-        for part in contents.parts:
-            yield from ((f"{n}.weight" if isinstance(t, Packed) else n, t) for n, t in part.items())
-        return
-    elif read_config(directory).get("quantization_config"):
-        inspection.unchecked = "quantised"
-    else:
-        with checkpoint_tensors(directory) as files:
-            inspection.unchecked = _compare(inspection, directory, files.stored, directory)
+        return _Contents(_dense_tensors(directory), {}, "no config.json")
+    if is_packed(directory):
+        packed = open_packed(directory)
+        targets, unchecked = _compare(directory, packed.stored, packed.where)
+        every = (item for part in packed.parts for item in part.items())
+        named = ((f"{name}.weight" if isinstance(tensor, Packed) else name, tensor) for name, tensor in every)
+        return _Contents(named, targets, unchecked, packed=True)
+    if read_config(directory).get("quantization_config"):
+        return _Contents(_dense_tensors(directory), {}, "quantised")
+    with checkpoint_tensors(directory) as files:
+        targets, unchecked = _compare(directory, files.stored, directory)
+    return _Contents(_dense_tensors(directory), targets, unchecked)
+
+
+def _dense_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     with checkpoint_tensors(directory) as files:
         for name, stored in files.stored.items():
             if len(stored.shape) == 2 and BLOCK_WEIGHT.fullmatch(name):
                 yield name, files.get(name)
 
 
-def _compare(inspection: Inspection, directory: Path, stored: dict[str, Stored], where: Path) -> str | None:
-    """Compare with config.json's model: why that is impossible, or None. Raises ModelError if a tensor does not fit."""
+def _compare(directory: Path, stored: dict[str, Stored], where: Path) -> tuple[dict[str, str], str | None]:
+    """Compare with config.json's model: names in the model by name in the files, and None; or nothing, and why a
+    comparison is impossible. Raises ModelError if a tensor does not fit."""
     from losa.model.naming import checked_naming
     from losa.model.skeleton import skeleton
 
     try:
         model = skeleton(directory)
     except ModelError as error:
-        return str(error)
-    inspection.targets = checked_naming(model, stored, where).targets()
-    return None
+        return {}, str(error)
+    return checked_naming(model, stored, where).targets(), None
 
 
 def _read_record(path: Path) -> RunRecord | None:

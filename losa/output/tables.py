@@ -17,7 +17,7 @@ from losa.record import MethodResult, RunRecord
 
 
 def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
-    """The first column holds names, the others numbers."""
+    """The first column holds names, every other column numbers."""
     table = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     # Text, here and in the rows: brackets in a path are no markup.
     table.title, table.caption = (None if text is None else Text(text) for text in (title, caption))
@@ -75,7 +75,8 @@ def _markdown(table: Table) -> list[str]:
 
 
 def results_table(record: RunRecord) -> Table:
-    """A row per method. LoRA's perplexity is the unmerged model's; what merging under the mask costs stands beside."""
+    """A row per method. A method that cannot be merged has the unmerged model's perplexity, with the merged model's
+    perplexity beside it."""
     table = _table("model", "perplexity", "sparsity", "zeros", "trained tokens", "time", title=protocol(record))
     for r in record.results:
         _add(

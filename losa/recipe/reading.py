@@ -1,4 +1,4 @@
-"""YAML as recipes are written in."""
+"""Recipes from YAML: read, changed by overrides, validated, with a message for every problem."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from losa.errors import RecipeError, shown
-from losa.recipe.sections import MAX_KEY, MAX_PROBLEMS, DataSource, Recipe, _Section
+from losa.recipe.sections import DataSource, Recipe, Section
 
-_S = TypeVar("_S", bound=_Section)
+_S = TypeVar("_S", bound=Section)
+# What messages quote: characters of a key, and problems.
+MAX_KEY, MAX_PROBLEMS = 60, 20
 
 
 def load_recipe(path: str | Path, overrides: dict | None = None) -> Recipe:
@@ -62,12 +65,12 @@ def override(data: dict, overrides: dict) -> dict:
 
 
 def parse_recipe(data: dict, where: str = "recipe") -> Recipe:
-    """Validate a mapping. Raises RecipeError naming each offending key, what was expected and what came."""
+    """Validate a mapping. Raises RecipeError, which names each offending key, what was expected and what it got."""
     return _validated(Recipe, data, where)
 
 
 def data_source(path: str, where: str, **settings) -> DataSource:
-    """A source that the command line names. Raises RecipeError."""
+    """The source of text at ``path``, with other keys of a data source. ``where``: for messages. Raises RecipeError."""
     return _validated(DataSource, {"path": path} | settings, where)
 
 
@@ -77,13 +80,13 @@ def _validated(section: type[_S], data: dict, where: str) -> _S:
     except ValidationError as error:
         problems = error.errors()
         lines = [f"{where}: {len(problems)} problem(s)"]
-        # Checks across sections have no location; their messages name the keys.
+        # A check across sections has no location: its message names the keys.
         lines += ["  " + ": ".join([*_location(item), _reason(item)]) for item in problems[:MAX_PROBLEMS]]
         lines += ["  ..."] * (len(problems) > MAX_PROBLEMS)
         raise RecipeError("\n".join(lines)) from error
 
 
-def _location(item: Any) -> list[str]:
+def _location(item: ErrorDetails) -> list[str]:
     return [".".join(map(_key, item["loc"]))] if item["loc"] else []
 
 
@@ -92,7 +95,7 @@ def _key(part) -> str:
     return name if len(name) <= MAX_KEY else f"{name[:MAX_KEY]}..."
 
 
-def _reason(item: Any) -> str:
+def _reason(item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
         near = _nearest([_key(part) for part in item["loc"]])
         return f"unknown key; did you mean {near}?" if near else "unknown key"
@@ -121,17 +124,18 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
         for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, _Section):
+            if isinstance(kind, type) and issubclass(kind, Section):
                 yield from _keys(kind, f"{prefix}{name}.")
 
 
-# Levels of sections and lists. A recipe has four; Python's own limit on recursion is no fixed number of levels.
+# Levels of sections and lists. A recipe has four. Python's own limit on recursion is not a fixed number of levels.
 _DEEPEST = 64
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 2:4 and 2026-01-01 as text and 1e-3 as a number, unlike YAML 1.1 (124, a date and text), and
-    refuses repeated keys. Numbers that Python does not read stay text, so that their key is named."""
+    """Safe YAML, with three differences. 2:4 and 2026-01-01 are text and 1e-3 is a number, where YAML 1.1 reads 124, a
+    date and text. Repeated keys are refused. A number that Python does not read stays text, so that its key is named.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -177,5 +181,5 @@ def read_yaml(text: str):
             raise yaml.YAMLError("nested too deep")
     try:
         return yaml.load(text, Loader=_Loader)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of values that their !!tag does not fit
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # a value that does not fit its !!tag
         raise yaml.YAMLError(f"a value cannot be read ({error})") from error

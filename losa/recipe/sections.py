@@ -1,4 +1,4 @@
-"""Recipes: YAML in, validated settings out. Every knob of a run lives here and nowhere else."""
+"""Recipes, section by section: every setting of a run, with its type, its limits and its default."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from losa.recipe.rates import check_rates, compares_samples
 
 MAX_SPARSITY = 0.95
 MAX_COUNT = 2**31 - 1
-# What messages quote: characters of a key, and problems.
-MAX_KEY, MAX_PROBLEMS = 60, 20
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """One text source.
 
     ``path`` is a local file or directory (.jsonl, .json, .parquet, .txt, .raw), a Hugging Face dataset name,
@@ -58,7 +56,7 @@ Source = Annotated[DataSource, BeforeValidator(_as_source)]
 
 
 def _targets(value):
-    """One message for the union of text and list, instead of pydantic's one for each."""
+    """One message for the union of text and list; pydantic has one message for each of the two."""
     names = [value] if isinstance(value, str) else value
     if value is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
         raise ValueError(f"expected names of linears, such as [q_proj, v_proj], or 're:<regex>'; got {shown(value)}")
@@ -68,7 +66,7 @@ def _targets(value):
 Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
     pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, or a registered name")
@@ -112,14 +110,15 @@ class PruneConfig(_Section):
 
     @property
     def final_sparsity(self) -> float:
-        if self.keep_n_m is None:
-            return self.sparsity or 0.0
-        keep_n, m = self.keep_n_m
-        return 1 - keep_n / m
+        if self.keep_n_m is not None:
+            keep_n, m = self.keep_n_m
+            return 1 - keep_n / m
+        assert self.sparsity is not None, "one of sparsity and pattern is given"
+        return self.sparsity
 
 
-class RoundsConfig(_Section):
-    """T rounds; cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
+class RoundsConfig(Section):
+    """T rounds: cubic theta_t = theta_f - theta_f (1 - t/T)^3 (Eq. 8), linear (Eq. 10), or all at once."""
 
     count: int = Field(5, ge=1, le=1000, description="T, the number of rounds")
     schedule: Literal["cubic", "linear", "oneshot"] = Field(
@@ -127,7 +126,7 @@ class RoundsConfig(_Section):
     )
 
 
-class AllocationConfig(_Section):
+class AllocationConfig(Section):
     """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
 
     rates: Annotated[str, BeforeValidator(check_rates)] = Field(
@@ -153,15 +152,16 @@ class AllocationConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
-    """Adapters. ``scaling`` is alpha / r held constant whatever the rank; ``rank`` serves the fixed-rank baselines."""
+class LoraConfig(Section):
+    """Adapters. ``scaling`` is alpha / r and stays constant whatever the rank; ``rank`` is the rank of methods that are
+    not dynamic."""
 
     scaling: float = Field(2.0, gt=0, description="s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     rank: int = Field(8, ge=1, le=128, description="rank of the methods whose ranks do not change")
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     data: Sources = Field(description="text that statistics are taken from")
     samples: int = Field(128, ge=1, le=MAX_COUNT, description="number of samples")
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a sample")
@@ -169,7 +169,7 @@ class CalibrationConfig(_Section):
     batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="samples of a forward pass")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     data: Sources = Field(description="text to train on")
     length: int = Field(1024, ge=8, le=MAX_COUNT, description="tokens of a packed sequence")
     batch_size: int = Field(8, ge=1, le=MAX_COUNT, description="sequences of a forward pass, per process")
@@ -195,7 +195,7 @@ class TrainConfig(_Section):
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     data: Source = Field(description="text to measure perplexity on")
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a window")
     max_windows: int | None = Field(None, gt=0, le=MAX_COUNT, description="use only the first windows")
@@ -217,7 +217,7 @@ def output_path(path: Path) -> Path:
     """Where a run may write, with ~ resolved. Raises ValueError for what cannot be a directory's name."""
     try:
         path = path.expanduser()
-        # The longest of the names beside it that the output has while it is written.
+        # While the output is written it has other names beside its own; this is the longest of them.
         beside = path.with_name(f".{path.name}.partial-{2**22}")
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"not a directory's name: {shown(str(path))} ({error})") from error
@@ -231,8 +231,8 @@ def work_path(output: Path) -> Path:
 
 
 def check_name(path: str, said: str) -> None:
-    """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable), and says ``said``
-    for it."""
+    """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable). The message quotes
+    ``said`` in its place."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -242,7 +242,7 @@ def check_name(path: str, said: str) -> None:
         raise ValueError(f"not a path: {shown(said)} ({error})") from error
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run. See ``examples/`` for complete files."""
 
     model: str = Field(

@@ -30,7 +30,7 @@ class Holding:
 def holdings(
     recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]], capacity: dict[str, int]
 ) -> list[Holding]:
-    """Everything that losa itself holds, in the order of the phases but for weights on the host.
+    """Everything that losa itself holds.
 
     Args:
         rounds: of every method.

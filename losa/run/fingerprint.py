@@ -33,8 +33,8 @@ def tensor_digest(*tensors: Tensor) -> str:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names and ``tensor_digest`` of all parameters and stored buffers, every byte of them.
 
-    Hashing lets other threads run, so a model of 14 GB takes some seconds on a few cores. Weights on a GPU come to the
-    host one tensor a thread.
+    Hashing runs in several threads: a model of 14 GB takes some seconds on a few cores. Weights on a GPU come to the
+    host one tensor per thread.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

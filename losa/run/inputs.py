@@ -104,7 +104,7 @@ def check_inputs(
 
 def _more_than_there_is(recipe: Recipe, training: PackedData | None, windows: Tensor | None) -> Iterator[str]:
     c, t, e, rounds = recipe.calibration, recipe.train, recipe.evaluate, recipe.rounds
-    # Defaults are nobody's wish.
+    # Only a setting that the recipe states is worth a warning: nobody wished for a default.
     if recipe.compares_samples and "cka_samples" in c.model_fields_set and c.cka_samples > c.samples:
         yield f"calibration.cka_samples: {c.cka_samples}, but there are {c.samples} samples; all of them are compared"
     if c.batch_size > c.samples:

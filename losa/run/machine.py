@@ -12,7 +12,8 @@ import torch
 def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> float:
     """FLOP/s of products of a batch of tokens and a linear's weight (outputs, inputs).
 
-    A CPU computes in fp32 whatever the weights' dtype. Sides are cut so that one product takes well under a second.
+    A CPU computes in fp32 whatever the dtype of the weights. Sides are cut so that one product takes well under a
+    second.
     """
     on_cpu = device.type == "cpu"
     limit = 4096 if on_cpu else 16384
@@ -27,7 +28,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
         if not on_cpu:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    # The first one pays for set-up.
+    # The first product pays for set-up.
     return 2.0 * rows * inner * columns / statistics.median(times[1:])
 
 

@@ -41,8 +41,8 @@ class Outcome:
 class MethodRun:
     """One method of ``losa.recipe.METHODS`` on one model.
 
-    A dense adapter on a pruned model cannot be merged without either losing the zeros or changing the function: of
-    such a method the perplexity of the unmerged model is reported as well.
+    A dense adapter on a pruned model cannot be merged without either losing the zeros or changing the function. A
+    method that trains one reports the perplexity of the unmerged model as well.
 
     Args:
         name: the method's.
@@ -176,7 +176,7 @@ class MethodRun:
         return outcome.tokens, trained
 
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
-        """All rounds' records, those of an interrupted run included."""
+        """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
         trainer = self._trainer() if self.method.training == "rounds" else None
         done = self._resume(trainer, len(rounds)) if resume else []

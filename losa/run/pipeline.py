@@ -1,4 +1,4 @@
-"""One recipe, start to finish: load, evaluate dense, run every method in the same harness, export, report."""
+"""One recipe from start to finish: load, evaluate dense, run every method in the same harness, export, report."""
 
 from __future__ import annotations
 
@@ -46,15 +46,19 @@ def run_recipe(
 ) -> RunRecord:
     """Run a recipe and write its output directory.
 
-    Methods in ``recipe.compare`` run first, the main one last; all start from the same dense weights and see the
-    same tokens. Unfinished work lives in ``<output>.work`` beside the output and is removed at the end, and at a
+    Methods in ``recipe.compare`` run first, ``recipe.method`` runs last; all start from the same dense weights and see
+    the same tokens. Unfinished work lives in ``<output>.work`` beside the output. It is removed at the end, and at a
     failure before the first method or round is finished.
 
     Args:
-        resume: go on after the last finished round of an interrupted run. Where the output is complete already, its
-            record is returned and nothing is done but cleaning up.
+        resume: go on after the last finished round of an interrupted run. Where the output is complete already, only
+            unfinished work is cleaned up.
         overwrite: replace an existing output that losa wrote and throw away unfinished work.
         force: replace an existing output whoever wrote it.
+        console: gets progress, results and warnings; default: standard output. Only the main process writes.
+
+    Returns:
+        the record, which the output holds as ``losa_config.json``.
 
     Raises:
         LosaError: bad input, failed numerics, another process works on the same output, finished work belongs to
@@ -162,7 +166,8 @@ def _run_methods(
     """Every method on the same dense weights, the exported one last.
 
     Returns:
-        the results of all methods, saved ones among them, and the outcome of the last one, which the model is.
+        the results of all methods, saved results among them, and the outcome of the last method, whose merged model is
+        now the model.
     """
     # The linears themselves, references and not copies: to restore is to put these modules back.
     originals = blocks.linears()

@@ -1,4 +1,4 @@
-"""The directory of a run's unfinished work beside its output."""
+"""The directory of a run's unfinished work, beside its output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MARKER = "work.json"
 
 
 class Workspace:
-    """``OUTPUT.work``: results of finished methods, checkpoints of finished rounds, metrics.
+    """``OUTPUT.work``: results of finished methods, resume states of finished rounds, metrics.
 
-    Before the output gets its name the record that it will hold is written here too: a later process then knows
-    whether the output that it finds is this run's.
+    Before the output gets its name, the record that it will hold is written here as well. A later process then knows
+    whether the output that it finds came of this work.
     """
 
     def __init__(self, output: Path):
@@ -28,13 +28,13 @@ class Workspace:
         self.path = work_path(output)
 
     def open(self, recipe: Recipe, *, resume: bool, overwrite: bool, force: bool) -> RunRecord | None:
-        """Make the directory ready for the run. Work that an output came of already is removed.
+        """Make the directory ready for the run. Work from which an output was made already is removed.
 
         Returns:
-            the record of an output by the same recipe that is complete already, where ``resume`` finds one; else None.
+            the record of a complete output by the same recipe, where ``resume`` finds one; else None.
 
         Raises:
-            OutputError: as ``check_output``; there is unfinished work and neither ``resume`` nor ``overwrite``; or
+            OutputError: as ``check_output``; or there is unfinished work and neither ``resume`` nor ``overwrite``; or
                 something that losa did not make, or may not read or write, has the directory's name.
         """
         try:
@@ -57,7 +57,7 @@ class Workspace:
         if done := exists and self._is_done():
             remove_directory(self.path)
             exists = False
-        # Work that is left belongs to an output still to come.
+        # Work that is still there belongs to an output still to come.
         if resume and not exists and (done or not overwrite) and (record := self._finished(recipe)) is not None:
             return record
         check_output(self.output, overwrite, force)
@@ -97,14 +97,14 @@ class Workspace:
             remove_directory(self.path)
 
     def _is_done(self) -> bool:
-        """Whether the output that is there came of this work."""
+        """Whether the output that is there was made from this work."""
         try:
             return (self.output / RECORD).read_bytes() == (self.path / RECORD).read_bytes()
         except OSError:
             return False
 
     def _finished(self, recipe: Recipe) -> RunRecord | None:
-        """The output's record, if the recipe is the same but for the output's place."""
+        """The output's record, if its recipe is the same up to the output's place."""
         try:
             record = RunRecord.from_dict(json.loads((self.output / RECORD).read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from losa.data.sequences import IGNORED
 
-# Bytes of fp32 logits at a time: each chunk reads the whole output layer, so small ones are slow.
+# Bytes of fp32 logits at a time. Each chunk reads the whole output layer, so small chunks are slow.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
 
@@ -88,7 +88,7 @@ class TokenLoss(nn.Module):
         return kept[0]
 
     def _logits(self, head: nn.Module | None, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(positions, vocabulary) logits as the model returns them, by its output layer on these positions."""
+        """(positions, vocabulary) logits as the model returns them. Its output layer runs on these positions alone."""
 
         def gather(module, args):
             if not args or args[0].shape[:2] != input_ids.shape:
@@ -107,8 +107,8 @@ class TokenLoss(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy sum of hidden (n, in) under a frozen output layer; the gradient is made along with the loss, so
-    that no chunk's logits are computed twice or kept."""
+    """Cross-entropy sum of hidden (n, in) under a frozen output layer. The gradient is made along with the loss: no
+    chunk's logits are computed twice or kept."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

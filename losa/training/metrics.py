@@ -38,7 +38,7 @@ class Metrics:
 
     @contextmanager
     def open(self, global_step: int) -> Iterator[None]:
-        """Within the context files are open, and hold no step after ``global_step`` but the ones written."""
+        """Within the context the files are open. Steps after ``global_step`` that an earlier process wrote are gone."""
         if self.directory is None:
             yield
             return
@@ -52,7 +52,7 @@ class Metrics:
                     self._writer = self._writer_class(str(self._board), purge_step=global_step + 1)
             yield
         except BaseException:
-            with suppress(OutputError):  # it would hide the first error, of which it may be a consequence
+            with suppress(OutputError):  # an error of closing would hide the first error, which may have caused it
                 self._close()
             raise
         self._close()
@@ -61,7 +61,7 @@ class Metrics:
         if self._file is not None:
             line = memoryview(json.dumps({"step": step, **values}).encode() + b"\n")
             with writing(self._path):
-                while line:  # a disk that is nearly full takes a part of it
+                while line:  # a disk that is nearly full takes a part of the line
                     line = line[self._file.write(line) :]
         if self._writer is not None:
             with writing(self._board):
@@ -81,7 +81,7 @@ class Metrics:
 
 
 def _drop_later_steps(path: Path, global_step: int) -> None:
-    """Of an interrupted round that is about to be repeated, remove the lines; and any that is cut or broken."""
+    """Remove the lines of an interrupted round that is about to be repeated, and lines that are cut or broken."""
     if not path.exists():
         return
     try:
@@ -94,7 +94,7 @@ def _drop_later_steps(path: Path, global_step: int) -> None:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line of metrics; infinity of what is no such line."""
+    """The step of a line of metrics; infinity for anything that is no line of metrics."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -13,7 +13,7 @@ logger = logging.getLogger("losa")
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bfloat16 or None for ``TrainConfig.precision``: "auto" is bfloat16 on GPUs that support it. A CPU without bf16
-    instructions would emulate them many times slower than fp32, so it computes in fp32, with a warning."""
+    instructions computes in fp32, with a warning: emulated bf16 is many times slower than fp32."""
     if device.type == "cpu":
         if precision != "bfloat16":
             return None

@@ -1,4 +1,4 @@
-"""The fine-tuning loop: lean, on accelerate; a fresh optimiser each round."""
+"""The fine-tuning loop, on accelerate. Each round has a fresh optimiser."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class TrainOutcome:
 class Trainer:
     """Trains the parameters that require a gradient (the adapters), round after round.
 
-    One process, or several under ``accelerate launch`` (DDP): sequences are then dealt out to the processes, and
-    ``batch_size`` counts each process's.
+    Several processes under ``accelerate launch`` (DDP) share out the sequences; ``batch_size`` counts the sequences of
+    one process.
 
     ``global_step`` counts optimiser steps over all rounds; set it to go on after a resume state.
 
@@ -62,9 +62,9 @@ class Trainer:
         model: causal LM, left on its device (with several processes: moved to this process's device).
         config: the recipe's train section.
         seed: for dropout.
-        output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: neither.
-        total_sequences: of all rounds, the length of the global learning-rate cycle.
-        device: the model's.
+        output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: no files.
+        total_sequences: of all rounds; sets the length of the global learning-rate cycle.
+        device: where the model is.
         loss_factory: makes the loss module of a round; default: the next-token loss.
 
     Raises:
@@ -107,7 +107,7 @@ class Trainer:
 
         Args:
             round_index: from 1; names the round in messages and metrics, and seeds dropout.
-            stage_name: the progress bar's.
+            stage_name: of the progress bar.
 
         Raises:
             NumericsError: non-finite loss or gradient norm; names round and step. The weights are as the step before
@@ -228,7 +228,7 @@ class Trainer:
         return math.ceil(sequences / self._sequences_per_step())
 
     def _padded(self, data: PackedData) -> TensorDataset:
-        """With several processes, sequences without labels fill up the last batches: accelerate would repeat some."""
+        """With several processes, sequences without labels fill up the last batches; accelerate would repeat others."""
         missing = -len(data) % (self.config.batch_size * self.processes) if self.processes > 1 else 0
         ids, labels = data.input_ids, data.labels
         if missing:
@@ -245,8 +245,8 @@ def _collate(sequences: list[tuple[Tensor, Tensor]]) -> Batch:
 def lr_factor(step: int, steps: int, warmup: float) -> float:
     """Share of the full learning rate in ``step`` (from 0) of ``steps``.
 
-    Linear warm-up over the first round(warmup * steps) steps, full at the step after them, then linear decay that would
-    reach zero one step after the last: no step is wasted on a rate of zero.
+    Linear warm-up over the first round(warmup * steps) steps, the full rate at the next step, then linear decay that
+    would reach zero one step after the last: no step is wasted on a rate of zero.
     """
     warm = min(round(warmup * steps), steps - 1)
     if step < warm:

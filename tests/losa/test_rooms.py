@@ -26,7 +26,7 @@ LOSA: dict[str, set[str]] = {
     "data": {"recipe", "storage"},
     "algorithm": {"distributed", "model", "modules", "pruners", "recipe", "record"},
     "training": {"data", "distributed", "recipe", "storage"},
-    "evaluation": {"data", "model", "training"},
+    "evaluation": {"data", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed"},
     "output": {"model", "packed", "recipe", "record", "storage"},
@@ -44,7 +44,7 @@ LOSA: dict[str, set[str]] = {
         "storage",
         "training",
     },
-    "cli": {"data", "distributed", "evaluation", "inference", "model", "output", "packed", "recipe", "run", "storage"},
+    "cli": {"evaluation", "inference", "output", "packed", "recipe", "record", "run", "storage"},
     "__main__": {"cli"},
 }
 CODE = ("losa", "losa_kernels", "benchmarks", "tests", "tools")

@@ -1,59 +1,21 @@
-"""Perplexity and the token loss against independent fp64 computations."""
+"""Perplexity against an independent fp64 computation."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from losa.data.sequences import IGNORED
-from losa.errors import DataError, LosaError, NumericsError
+from losa.errors import DataError, NumericsError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start
-from losa.evaluation.tasks import _metrics, evaluate_tasks
 from losa.training import loss as loss_module
-from losa.training.loss import TokenLoss, label_positions
-from tests.helpers.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
+from tests.helpers.causal_models import MODELS, VOCABULARY
+from tests.helpers.tiny import tiny_llama
 
-VOCABULARY = len(CHARACTERS) + 2
-SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
 TOKENS = torch.randint(0, VOCABULARY, (203,), generator=torch.Generator().manual_seed(0))
-
-
-def tiny_gemma2():
-    torch.manual_seed(0)
-    # A cap of 0.2 on logits that large bends them visibly.
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.2)).eval()
-    model.model.embed_tokens.weight.data.mul_(20)
-    return model
-
-
-def tiny_cohere():
-    torch.manual_seed(0)
-    settings = {k: v for k, v in SMALL.items() if k != "head_dim"}
-    return CohereForCausalLM(CohereConfig(**settings, logit_scale=3.0, pad_token_id=0)).eval()
-
-
-def with_bias():
-    model = tiny_llama(layers=2)
-    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)))
-    return model
-
-
-def tied():
-    return tiny_llama(layers=2, tie_word_embeddings=True)
-
-
-MODELS = {"llama": tiny_llama, "tied": tied, "bias": with_bias, "softcapping": tiny_gemma2, "scaled": tiny_cohere}
 
 
 def reference(model, tokens, length, windows):
@@ -83,11 +45,6 @@ def test_perplexity_is_the_papers(name, batch_size, max_windows, monkeypatch):
     # fp32 against fp64: sums of at most 98 terms per logit and per normaliser, through two layers.
     assert result.nll == pytest.approx(expected, rel=200 * torch.finfo(torch.float32).eps)
     assert result.value == pytest.approx(math.exp(result.nll), rel=1e-12)
-
-
-def test_which_models_take_the_chunked_loss():
-    plain = {name: TokenLoss(build()).plain for name, build in MODELS.items()}
-    assert plain == {"llama": True, "tied": True, "bias": True, "softcapping": False, "scaled": False}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -164,123 +121,3 @@ def test_models_that_need_the_first_token_are_pointed_out(caplog):
         assert not caplog.records
         warn_of_missing_start(Sink(True), tokenizer, text, 20)
     assert f"perplexity is 1 with it and {VOCABULARY} without. --bos" in caplog.text
-
-
-def full_loss(model, ids, labels):
-    """Plain PyTorch: all logits, then the cross-entropy."""
-    logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("trained_head", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_loss_at_label_positions_is_the_full_loss(name, trained_head, share, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 7 * VOCABULARY * 4)
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, VOCABULARY, (3, 16), generator=generator)
-    labels = ids.masked_fill(torch.rand(3, 16, generator=generator) >= share, IGNORED)
-
-    def gradients(compute, dtype):
-        model = MODELS[name]().to(dtype)
-        model.requires_grad_(trained_head)
-        trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
-        value = compute(model)
-        value.backward()
-        return [value.detach().double()] + [
-            p.grad.double() for p in (trained, *model.lm_head.parameters()) if p.requires_grad
-        ]
-
-    exact = gradients(lambda m: full_loss(m, ids, labels), torch.float64)
-    plain = gradients(lambda m: full_loss(m, ids, labels), torch.float32)
-    ours = gradients(lambda m: TokenLoss(m)(ids, *label_positions(labels)), torch.float32)
-    ours_wide = gradients(lambda m: TokenLoss(m)(ids, *label_positions(labels)), torch.float64)
-    assert len(exact) == 2 + trained_head * (1 + (name == "bias"))
-    for e, p, o, w in zip(exact, plain, ours, ours_wide, strict=True):
-        rounding = torch.finfo(torch.float32).eps * e.abs().max()
-        assert (o - e).abs().max() <= 2 * (p - e).abs().max() + rounding
-        assert (w - e).abs().max() <= 100 * torch.finfo(torch.float64).eps * e.abs().max()
-
-
-def test_chunked_loss_sees_no_full_logits(monkeypatch):
-    """The output layer runs on no token of its own, and each product on one chunk."""
-    model = tiny_llama(layers=1).requires_grad_(False)
-    sizes = []
-    linear = F.linear
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 4)
-    loss = TokenLoss(model)
-
-    def spy(x, weight, bias=None):
-        if weight.shape[0] == VOCABULARY:
-            sizes.append(x.numel() // x.shape[-1])
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(F, "linear", spy)
-    monkeypatch.setattr(loss_module.F, "linear", spy)
-    ids = torch.arange(20).reshape(2, 10)
-    loss(ids, *label_positions(ids.masked_fill(ids < 9, IGNORED)))
-    assert sizes[0] == 0 and sum(sizes) == 10 and max(sizes) <= 4
-
-
-def test_autocast_loss_is_as_good_as_plain_autocast():
-    model = tiny_llama(layers=2).requires_grad_(False)
-    trained = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
-    ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
-
-    def gradient(compute):
-        trained.grad = None
-        value = compute()
-        value.backward()
-        return value.item(), trained.grad.double()
-
-    def plain():
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        return F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum")
-
-    value_plain, grad_plain = gradient(plain)
-    value, grad = gradient(lambda: TokenLoss(model, torch.bfloat16)(ids, *label_positions(ids)))
-    wide = tiny_llama(layers=2).double().requires_grad_(False)
-    exact_weight = wide.model.layers[0].mlp.up_proj.weight.requires_grad_()
-    exact = full_loss(wide, ids, ids)
-    exact.backward()
-    rounding = torch.finfo(torch.bfloat16).eps
-    assert abs(value - exact.item()) <= 2 * abs(value_plain - exact.item()) + rounding
-    error, error_plain = ((g - exact_weight.grad).abs().max() for g in (grad, grad_plain))
-    assert error <= 2 * error_plain + rounding * exact_weight.grad.abs().max()
-
-
-def test_tasks_without_lm_eval(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(LosaError, match=r"pip install 'losa\[eval\]'"):
-        evaluate_tasks(tiny_llama(layers=1), tiny_tokenizer(), ["piqa"])
-
-
-def test_metrics_are_plain_accuracy():
-    found = {
-        "alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.6, "acc_norm_stderr,none": "N/A",
-        "exact_match,strict": 1, "sample_len": 20,
-    }  # fmt: skip
-    assert _metrics(found) == {"acc": 0.5, "exact_match,strict": 1.0}
-
-
-def test_local_task_through_lm_eval(tmp_path):
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("lm_eval.models.huggingface")
-    rows = [{"q": f"item {i} is", "choices": ["big", "small and red"], "gold": i % 2} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "losa_local", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "doc_to_text": "{{q}}", "doc_to_target": "{{gold}}", "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}], "metadata": {"version": 1},
-    }  # fmt: skip
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "local.yaml").write_text(json.dumps(task))
-    model, tokenizer = tiny_llama(layers=1), tiny_tokenizer()
-    # Untrained, the model finds the shorter continuation likelier everywhere.
-    assert evaluate_tasks(model, tokenizer, ["losa_local"], [tmp_path / "tasks"]) == {"losa_local": {"acc": 0.5}}
-    with pytest.raises(LosaError, match="lm-eval knows no nope"):
-        evaluate_tasks(model, tokenizer, ["nope"])
-    with pytest.raises(LosaError, match="no such directory"):
-        evaluate_tasks(model, tokenizer, ["losa_local"], [tmp_path / "none"])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from losa.errors import RecipeError
-from losa.recipe.reading import load_recipe, parse_recipe, read_yaml
+from losa.recipe.reading import load_recipe, parse_recipe, read_settings, read_yaml
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 
@@ -45,6 +45,43 @@ def test_examples_are_listed():
     assert {"smollm2-cpu", "llama2-7b-wanda70", "opt-13b-wanda50"} <= {p.stem for p in EXAMPLES}
     listed = (EXAMPLES[0].parent / "README.md").read_text()
     assert all(f"({path.name})" in listed for path in EXAMPLES)
+
+
+def leaves(settings, prefix=""):
+    """Dotted names of all settings; a data source counts as one."""
+    for key, value in settings.items():
+        section = isinstance(value, dict) and key != "data"
+        yield from leaves(value, f"{prefix}{key}.") if section else [prefix + key]
+
+
+def test_the_complete_example_has_every_setting():
+    path = EXAMPLES[0].parent / "every-setting.yaml"
+    written = read_settings(path)
+    dumped = load_recipe(path).model_dump(mode="json")
+    assert list(leaves(written)) == list(leaves(dumped)), "in the order of the sections and their keys"
+    assert sorted(written["calibration"]["data"]) == sorted(dumped["calibration"]["data"][0])
+    short = load_recipe(EXAMPLES[0].parent / "llama2-7b-wanda70.yaml").model_dump(mode="json")
+    assert dumped | {"output": None} == short | {"output": None}
+
+
+def test_gpu_examples_hold_no_defaults():
+    for path in EXAMPLES:
+        if path.stem in ("every-setting", "smollm2-cpu"):
+            continue
+        written = read_settings(path)
+        whole = load_recipe(path).model_dump(mode="json")
+        for name in leaves(written):
+            *parents, leaf = name.split(".")
+            section = written
+            for parent in parents:
+                section = section[parent]
+            left_out = section.pop(leaf)
+            try:
+                same = parse_recipe(written).model_dump(mode="json") == whole
+            except RecipeError:
+                same = False
+            assert not same, f"{path.name}: {name} is the default"
+            section[leaf] = left_out
 
 
 def test_the_7b_example_has_the_papers_settings():

@@ -1,4 +1,4 @@
-"""Fixtures of runs."""
+"""Fixtures of the tests of runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder with a tiny model and a text."""
     root = tmp_path_factory.mktemp("run")
     tiny_llama(layers=3).save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")

@@ -15,7 +15,7 @@ from losa.packed.directory import load, pack_directory
 from losa.recipe.reading import parse_recipe
 from losa.run.pipeline import run_recipe
 from losa_kernels.packing import PackedNM
-from tests.helpers.recipes import settings
+from tests.helpers.runs import settings
 from tests.helpers.tiny import assert_same_function, logits
 
 # The box is wide, so that three blocks differ: with the paper's, 32 of them are needed.

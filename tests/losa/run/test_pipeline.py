@@ -13,7 +13,7 @@ from losa.errors import LosaError, NumericsError, OutputError
 from losa.recipe.reading import parse_recipe
 from losa.run.methods import MethodRun
 from losa.run.pipeline import run_recipe
-from tests.helpers.recipes import settings
+from tests.helpers.runs import settings
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 METHODS = ["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]

@@ -13,8 +13,7 @@ import torch
 from losa.errors import OutputError
 from losa.recipe.reading import parse_recipe
 from losa.record import MethodResult
-from losa.run import pipeline
-from losa.run import resume as checkpoint
+from losa.run import pipeline, resume
 from losa.run.fingerprint import model_digest, tensor_digest
 from losa.run.methods import Engine
 from losa.run.pipeline import run_recipe
@@ -166,9 +165,9 @@ def test_a_damaged_result_is_made_again(interrupted, caplog, damage):
 
 
 def test_a_checkpoint_of_other_records_is_refused(interrupted):
-    state = checkpoint._read_document(interrupted / "out.work/losa/checkpoints/round-01/state.json")
+    state = resume._read_document(interrupted / "out.work/losa/checkpoints/round-01/state.json")
     state["state"]["rounds"][0]["colour"] = "red"
-    checkpoint._write(interrupted / "out.work/losa/checkpoints/round-01/state.json", state)
+    resume._write(interrupted / "out.work/losa/checkpoints/round-01/state.json", state)
     with pytest.raises(OutputError, match="another version of losa"):
         run_recipe(recipe(interrupted), resume=True)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back to the bit, and nothing comes back from the wrong or a damaged one."""
+"""Resume states: everything comes back to the bit, and nothing comes back from the wrong or a damaged one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.reading import parse_recipe
-from losa.run import resume as checkpoint
+from losa.run import resume
 from losa.run.resume import load_resume_state, save_resume_state
 from tests.helpers.tiny import tiny_llama
 
@@ -98,7 +98,7 @@ def test_everything_comes_back_to_the_bit(tmp_path, layer, dtype):
 def test_only_replaced_weights_are_stored(tmp_path):
     model = train(wrapped())
     save_resume_state(tmp_path, model, recipe=recipe(), completed_round=1, state={})
-    stored = checkpoint.load_file(tmp_path / "round-01" / "layers.safetensors")
+    stored = resume.load_file(tmp_path / "round-01" / "layers.safetensors")
     weights = {key.removesuffix(".weight") for key in stored if key.endswith(".weight")}
     assert weights == {name for name, layer in wrapped_linears(model).items() if layer.weight_replaced}
     assert 0 < len(weights) < len(wrapped_linears(model))
@@ -210,13 +210,13 @@ def no_space():
 )
 def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch, raised, expected, message):
     save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=1, state={"number": 1})
-    write = checkpoint.save_file
+    write = resume.save_file
 
     def fails(tensors, path):
         write(tensors, path)
         raise raised
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(resume, "save_file", fails)
     for number in (1, 2):
         with pytest.raises(expected, match=message):
             save_resume_state(tmp_path, wrapped(), recipe=recipe(), completed_round=number, state={})

@@ -14,7 +14,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import losa.storage.files
 from losa.cli.app import app
 from losa.errors import DataError, LosaError, OutputError
 from losa.recipe.reading import parse_recipe
@@ -22,7 +21,7 @@ from losa.run import methods, pipeline, workspace
 from losa.run.pipeline import run_recipe
 from losa.run.workspace import Workspace
 from losa.storage import lock
-from losa.storage.files import MARKER, check_output, staged_directory, write_json
+from losa.storage.files import MARKER, MARKERS, check_output, recover_all, staged_directory, write_json
 from losa.storage.lock import claimed
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -68,7 +67,7 @@ def fill(directory, *files):
     return directory
 
 
-@pytest.mark.parametrize("marker", losa.storage.files.MARKERS)
+@pytest.mark.parametrize("marker", MARKERS)
 def test_only_what_losa_wrote_is_replaced(tmp_path, marker):
     ours, other = fill(tmp_path / "ours", "weights", marker), fill(tmp_path / "other", "thesis.tex")
     (tmp_path / "empty").mkdir()
@@ -341,7 +340,7 @@ def test_leftovers_of_dead_processes_go_at_any_depth(tmp_path):
     (tmp_path / f"a/.lora.json.partial-{dead.pid}").write_text("{")
     alive = f".live.json.partial-{os.getppid()}"
     (tmp_path / "a" / alive).write_text("{")
-    losa.storage.files.recover_all(tmp_path)
+    recover_all(tmp_path)
     assert names(tmp_path / "a") == [alive, "b", "round-02"] and names(tmp_path / "a/b") == []
     assert names(tmp_path / "a/round-02") == ["y"]
 

@@ -18,50 +18,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
-from losa.model.wrapping import wrap_model, wrapped_linears
-from losa.recipe.sections import TrainConfig
-from losa.training.precision import autocast_dtype
-from losa.training.trainer import Trainer, lr_factor
-from tests.helpers.tiny import tiny_llama
-
-LENGTH = 12
-
-
-def sequences(count: int, seed: int = 0, highest: int = 90) -> PackedData:
-    """Random tokens below ``highest``, with labels on a random part of each sequence."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, highest, (count, LENGTH), generator=generator)
-    shares = torch.rand(count, 1, generator=generator)
-    labels = ids.masked_fill(torch.rand(count, LENGTH, generator=generator) < shares, IGNORED)
-    return PackedData(ids, labels)
-
-
-def wrapped_llama(dtype=torch.float32, dropout_p: float = 0.0, scale_b: float = 0.02):
-    model = tiny_llama(layers=2).to(dtype)
-    wrap_model(model, rank=4, scaling=2.0, dropout_p=dropout_p)
-    generator = torch.Generator().manual_seed(5)
-    for layer in wrapped_linears(model).values():
-        layer.lora_A.data = layer.lora_A.data.to(dtype)
-        layer.lora_B.data = scale_b * torch.randn(layer.lora_B.shape, generator=generator).to(dtype)
-        layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
-    return model
-
-
-def trainer(model, output_dir=None, total=16, **settings):
-    config = {"data": "unused", "length": LENGTH, "batch_size": 4, "warmup": 0.0, "max_grad_norm": 1e9} | settings
-    return Trainer(model, TrainConfig(**config), seed=0, output_dir=output_dir, total_sequences=total, device="cpu")
-
-
-def adapters(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from losa.model.wrapping import wrap_model
+from losa.training.trainer import lr_factor
+from tests.helpers.training import LENGTH, adapters, lines, sequences, snapshot, trainer, wrapped_llama
 
 
 def test_loss_goes_down_and_only_adapters_move():
@@ -266,21 +225,6 @@ def test_soft_capped_model_trains():
     assert losses[-1] < losses[0]
 
 
-def test_precision():
-    cpu = torch.device("cpu")
-    assert autocast_dtype("auto", cpu) is None and autocast_dtype("float32", cpu) is None
-    assert autocast_dtype("float32", torch.device("cuda")) is None
-
-
-def test_bfloat16_on_a_cpu_needs_its_instructions(monkeypatch, caplog):
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
-    assert autocast_dtype("bfloat16", torch.device("cpu")) is None
-    assert "no bfloat16 instructions" in caplog.text
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert autocast_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
-
-
 def test_autocast_trains_in_bfloat16():
     model = wrapped_llama()
     run = trainer(model)
@@ -333,7 +277,7 @@ from pathlib import Path
 
 import torch
 
-from tests.losa.training.test_trainer import adapters, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import adapters, lines, sequences, trainer, wrapped_llama
 
 model = wrapped_llama(torch.float64)
 run = trainer(model, Path(sys.argv[1]), total=22, batch_size=2, gradient_accumulation=2, learning_rate=1e-2)

@@ -1,0 +1,63 @@
+"""What is measured of any causal model, losa's or not: perplexity on a text, and zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from losa.data.tokens import evaluation_tokens
+from losa.errors import ModelError
+from losa.evaluation.perplexity import Perplexity, perplexity, warn_of_missing_start, window_start
+from losa.model.wrapping import sparsity_of
+from losa.recipe.sections import DataSource
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """``zeros`` of ``prunable`` weights in the blocks' linears; None where ``reason`` says why they are not counted."""
+
+    zeros: int | None
+    prunable: int | None
+    reason: str = ""
+
+    @property
+    def sparsity(self) -> float | None:
+        return None if self.zeros is None or not self.prunable else self.zeros / self.prunable
+
+
+def count_zeros(model: nn.Module) -> Zeros:
+    """Zeros of a model whose blocks are found; a reason for any other model."""
+    try:
+        zeros, prunable = sparsity_of(model)
+    except ModelError as error:
+        return Zeros(None, None, str(error).removeprefix("model: "))
+    return Zeros(zeros, prunable) if prunable else Zeros(None, None, "no linear of its blocks can be pruned")
+
+
+def text_perplexity(
+    model: nn.Module,
+    tokenizer,
+    source: DataSource,
+    *,
+    length: int,
+    max_windows: int | None,
+    batch_size: int,
+    bos: bool,
+    progress: bool = False,
+) -> Perplexity:
+    """``perplexity`` on a source of text. Warns where the windows lack a beginning-of-text token that matters.
+
+    Args:
+        bos: begin each window with the tokenizer's beginning-of-text token.
+
+    Raises:
+        DataError: the source cannot be read, is shorter than a window, or the tokenizer has no such token.
+        ModelError, NumericsError: as ``perplexity``.
+    """
+    tokens = evaluation_tokens(source, tokenizer)
+    start = window_start(tokenizer, "--bos") if bos else None
+    found = perplexity(model, tokens, length, batch_size, max_windows, progress=progress, bos=start)
+    if start is None:
+        warn_of_missing_start(model, tokenizer, tokens, length)
+    return found

@@ -1,0 +1,53 @@
+"""A trainer of a tiny model, and what it is given and leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from losa.data.sequences import IGNORED, PackedData
+from losa.model.wrapping import wrap_model, wrapped_linears
+from losa.recipe.sections import TrainConfig
+from losa.training.trainer import Trainer
+from tests.helpers.tiny import tiny_llama
+
+LENGTH = 12
+
+
+def sequences(count: int, seed: int = 0, highest: int = 90) -> PackedData:
+    """Random tokens below ``highest``, with labels on a random part of each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, highest, (count, LENGTH), generator=generator)
+    shares = torch.rand(count, 1, generator=generator)
+    labels = ids.masked_fill(torch.rand(count, LENGTH, generator=generator) < shares, IGNORED)
+    return PackedData(ids, labels)
+
+
+def wrapped_llama(dtype=torch.float32, dropout_p: float = 0.0, scale_b: float = 0.02):
+    model = tiny_llama(layers=2).to(dtype)
+    wrap_model(model, rank=4, scaling=2.0, dropout_p=dropout_p)
+    generator = torch.Generator().manual_seed(5)
+    for layer in wrapped_linears(model).values():
+        layer.lora_A.data = layer.lora_A.data.to(dtype)
+        layer.lora_B.data = scale_b * torch.randn(layer.lora_B.shape, generator=generator).to(dtype)
+        layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
+    return model
+
+
+def trainer(model, output_dir=None, total=16, **settings):
+    config = {"data": "unused", "length": LENGTH, "batch_size": 4, "warmup": 0.0, "max_grad_norm": 1e9} | settings
+    return Trainer(model, TrainConfig(**config), seed=0, output_dir=output_dir, total_sequences=total, device="cpu")
+
+
+def adapters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,28 @@
+"""The table of methods."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from losa.recipe.methods import METHODS, MethodName, find_method, method_label
+
+
+def test_every_name_that_a_recipe_takes_is_a_row():
+    assert list(METHODS) == list(get_args(MethodName))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_say_no_two_things(name):
+    method = METHODS[name]
+    assert (method.adapter is None) == (method.training is None) == (not method.trains)
+    assert method.ranked or not method.dynamic, "dynamic ranks are ranks of something that is trained"
+    # A dense adapter that was trained beside a mask is the only one that merging changes.
+    assert method.mergeable == (method.training != "rounds" or method.adapter == "masked")
+
+
+def test_labels_tell_methods_apart():
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    assert method_label("losa") == "LoSA" and method_label("dense") == "dense"
+    assert find_method("dense") is None and find_method("lora") is METHODS["lora"]

@@ -1,0 +1,167 @@
+"""When the host waits for the device: a step that writes nothing down waits for nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losa.data.sequences import IGNORED, PackedData
+from losa.errors import NumericsError
+from losa.recipe.sections import TrainConfig
+from losa.training.loss import TokenLoss
+from losa.training.steps import StepLog
+from losa.training.trainer import Trainer
+from tests.helpers.training import LENGTH, adapters, lines, sequences, trainer, wrapped_llama
+
+# Operators whose result the host must see before it goes on.
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make a host wait for its GPU. On a CPU the same operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name.removeprefix("aten::").startswith(WAITING) or indexed:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def train(monkeypatch, directory, steps_a_reading: int, **settings):
+    """12 steps of 2 sequences, watched: (waits within steps, outcome, model)."""
+    waits = Waits()
+    step = Trainer._step
+
+    def watched(*arguments):
+        with waits:
+            return step(*arguments)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    model = wrapped_llama()
+    run = trainer(model, directory, total=24, batch_size=2, learning_rate=1e-2, max_grad_norm=0.5, **settings)
+    run.steps_a_reading = steps_a_reading
+    return waits.seen, run.train(sequences(24), round_index=1), model
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_no_step_waits(monkeypatch, tmp_path, accumulation):
+    waits, outcome, _ = train(monkeypatch, tmp_path, 5, gradient_accumulation=accumulation)
+    assert outcome.steps == 12 // accumulation and waits == []
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: float(t.sum()),
+        lambda t: bool(t.any()),
+        lambda t: t[0].item(),
+        lambda t: t[0].tolist(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.equal(t, t + 1),
+    ],
+)
+def test_the_watch_sees_what_waits(wait):
+    with Waits() as waits:
+        wait(torch.ones(3))
+    assert waits.seen
+
+
+def test_steps_that_are_read_together_are_written_as_if_read_one_by_one(monkeypatch, tmp_path):
+    found = {}
+    for together in (1, 5, 100):
+        with monkeypatch.context() as patch:
+            _, outcome, model = train(patch, tmp_path / str(together), together)
+        written = [{**line, "tokens_per_s": None} for line in lines(tmp_path / str(together))]
+        found[together] = (written, outcome.loss, outcome.steps, [p.tolist() for p in adapters(model)])
+        assert [line["step"] for line in written] == list(range(1, 13))
+    assert found[1] == found[5] == found[100]
+
+
+def test_numbers_are_read_so_many_steps_at_a_time(monkeypatch, tmp_path):
+    together = []
+    read = StepLog.read
+
+    def spy(log):
+        together.append(len(log._unread))
+        read(log)
+
+    monkeypatch.setattr(StepLog, "read", spy)
+    train(monkeypatch, tmp_path, 5)
+    assert together == [5, 5, 2]
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient norm"])
+def test_a_broken_step_changes_nothing_though_it_is_read_later(tmp_path, broken):
+    """Step 4 is broken; steps 5 and 6 are taken before anyone reads it."""
+    data = sequences(16)
+    data = PackedData(data.input_ids, data.input_ids.clone())
+    whole = wrapped_llama()
+    first_three = trainer(whole, total=16, batch_size=2, lr_schedule="global")
+    first_three.train(data.slice(0, 6), round_index=1)
+
+    model = wrapped_llama()
+    if broken == "loss":
+        model.model.embed_tokens.weight.data[95] = math.nan
+        data.input_ids[6, 3] = 95
+    else:
+        calls = []
+
+        def poison(gradient):
+            calls.append(1)
+            return gradient * (math.inf if len(calls) == 4 else 1.0)
+
+        adapters(model)[0].register_hook(poison)
+    run = trainer(model, tmp_path, total=16, batch_size=2, lr_schedule="global")
+    run.steps_a_reading = 6
+    with pytest.raises(NumericsError, match=rf"the {broken} is (nan|inf) in round 1, step 4 of 8; lower train"):
+        run.train(data, round_index=1)
+    assert run.global_step == 6 and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    for ours, expected in zip(adapters(model), adapters(whole), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_steps_without_labels_at_the_end_do_not_lose_the_numbers_before(tmp_path):
+    data = sequences(12)
+    data.labels[8:] = IGNORED
+    run = trainer(wrapped_llama(), tmp_path)
+    run.steps_a_reading = 3
+    outcome = run.train(data, round_index=1)
+    assert outcome.steps == 2 and [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    """It is made anew each round, from the model and autocast's dtype, and trains the adapters."""
+    made = []
+
+    class Doubled(nn.Module):
+        def __init__(self, model, autocast):
+            super().__init__()
+            self.tokens = TokenLoss(model, autocast)
+            made.append(autocast)
+
+        def forward(self, input_ids, positions, targets):
+            assert len(positions) == len(targets) and int(positions.max()) < input_ids.numel()
+            return 2 * self.tokens(input_ids, positions, targets)
+
+    settings = {"batch_size": 16, "max_grad_norm": 1e9}
+    config = TrainConfig(data="unused", length=LENGTH, **settings)
+    results = []
+    for factory in (TokenLoss, Doubled):
+        model = wrapped_llama()
+        run = Trainer(model, config, seed=0, output_dir=None, total_sequences=16, device="cpu", loss_factory=factory)
+        losses = [run.train(sequences(16), round_index=1).loss]
+        results.append((losses, [p.grad for p in adapters(model)]))
+    assert made == [None]
+    assert results[1][0][0] == pytest.approx(2 * results[0][0][0], rel=1e-6)
+    for doubled, plain in zip(results[1][1], results[0][1], strict=True):
+        assert torch.allclose(doubled, 2 * plain, rtol=1e-4, atol=1e-7)
