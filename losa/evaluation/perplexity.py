@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from losa.data.tokens import IGNORED
+from losa.data.sequences import IGNORED
 from losa.errors import DataError, NumericsError
 from losa.model.limits import check_ids, check_length
 from losa.training.loss import TokenLoss, label_positions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from losa.data.tokens import IGNORED
+from losa.data.sequences import IGNORED
 
 # Bytes of fp32 logits at a time: each chunk reads the whole output layer, so small ones are slow.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}

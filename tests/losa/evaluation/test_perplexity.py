@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from losa.data.tokens import IGNORED
+from losa.data.sequences import IGNORED
 from losa.errors import DataError, LosaError, NumericsError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start
 from losa.evaluation.tasks import _metrics, evaluate_tasks

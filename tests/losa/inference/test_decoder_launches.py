@@ -15,8 +15,8 @@ from losa.inference.decoding import LeanDecoder
 from losa.model.blocks import find_blocks
 from losa.model.grouping import join_linears
 from losa_kernels.decoder_step import Operations, reference
+from tests.helpers.decoders import LLAMA_KIND, build, thin
 from tests.helpers.tiny import EPS
-from tests.losa.inference.test_sparsify import LLAMA_KIND, build, thin
 
 VIEWS = ("view", "select", "slice", "t", "transpose", "expand", "unsqueeze", "alias", "as_strided", "split", "detach")
 

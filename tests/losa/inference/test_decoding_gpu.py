@@ -20,8 +20,8 @@ from losa.packed import directory as files
 from losa_kernels import sparsegpt_prune, wanda_mask
 from losa_kernels.cuda_graphs import Recorder
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
+from tests.helpers.decoders import LLAMA_KIND, build, thin
 from tests.helpers.tiny import EPS, tiny_llama, tiny_tokenizer, wrap
-from tests.losa.inference.test_sparsify import LLAMA_KIND, build, thin
 
 
 def inputs_of(model, ids):

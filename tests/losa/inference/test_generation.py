@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -11,78 +10,17 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
-from torch import nn
 
 from losa.errors import LosaError, ModelError, NumericsError
 from losa.inference import generation
-from losa.inference.decoding import LeanDecoder, Unsupported
+from losa.inference.decoding import Unsupported
 from losa.inference.generation import choose, generate
 from losa.inference.sparsify import sparsify
-from losa.inference.speed import decode_speeds
+from tests.helpers.command_line import invoke
+from tests.helpers.decoders import LLAMA_KIND, build
+from tests.helpers.logs import said
+from tests.helpers.other_models import OTHERS, halved, likeliest, llama, other, save, scaled
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
-
-TOKENS = {"vocab_size": 98, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-SIZES = TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Of other kinds than the lean loop's: (class, settings)
-OTHERS = {
-    "learned positions": ("OPT", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
-    "alibi": ("Bloom", TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "no blocks of linears": ("GPT2", TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "recurrent": ("Mamba", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
-    "windows": ("Mistral", SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 4}),
-}
-
-
-def other(name, **settings):
-    torch.manual_seed(0)
-    kind, own = OTHERS[name]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**(own | settings)))
-    return scaled(model)
-
-
-def said(caplog):
-    """What losa warned of."""
-    return [record.message for record in caplog.records if record.name == "losa" and record.levelname == "WARNING"]
-
-
-def llama():
-    return scaled(tiny_llama(layers=2))
-
-
-def scaled(model):
-    for parameter in model.requires_grad_(False).parameters():
-        if parameter.ndim == 2:
-            parameter.mul_(3 if "Llama" in type(model).__name__ else 20)  # far from ties
-    return model.eval()
-
-
-def halved(model):
-    """Every second column of its blocks' linears is zero."""
-    for linear in (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in name):
-        linear.weight[:, ::2] = 0
-    return model
-
-
-def saved(model, tokenizer, directory):
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def invoke(*arguments):
-    from typer.testing import CliRunner
-
-    from losa.cli.app import app
-
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def likeliest(model, ids, count):
-    """Everything anew for each token."""
-    ids = torch.tensor([ids])
-    for _ in range(count):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return ids[0, -count:].tolist()
 
 
 @pytest.fixture(params=["lean", "transformers"])
@@ -202,12 +140,6 @@ def test_chat_templates_that_fail(template, tmp_path):
         generate(llama(), tiny_tokenizer(template), message)
 
 
-def test_chat_without_a_template_on_the_command_line(tmp_path):
-    source = saved(llama(), tiny_tokenizer(), tmp_path)
-    done = invoke("generate", source, "--dense", "--chat", "--prompt", "hi")
-    assert done.exit_code == 1 and isinstance(done.exception, SystemExit) and "no chat template" in done.output
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -251,7 +183,7 @@ def test_prompts_that_are_odd(tmp_path):
             generate(model, tokenizer, prompt)
     found = generate(model, tokenizer, "<eos><eos>", max_new_tokens=4, stop_at_eos=False)
     assert found.text == tokenizer.decode(found.tokens, skip_special_tokens=True) and found.prompt_tokens == 2
-    source = saved(model, tokenizer, tmp_path)
+    source = save(model, tokenizer, tmp_path)
     for arguments in (("ab\udcff",), ("hi", "--seed", -1), ("hi", "--max-new-tokens", 2**31)):
         done = invoke("generate", source, "--dense", "--prompt", *arguments)
         assert done.exit_code == 1 and isinstance(done.exception, SystemExit) and "losa: generate: " in done.output
@@ -364,68 +296,34 @@ def test_errors_of_the_listener_pass(name):
         generate(other(name), tiny_tokenizer(), "hello", max_new_tokens=30, on_text=stop)
 
 
-@pytest.mark.parametrize("name", ["learned positions", "windows"])
-def test_the_command_prints_what_other_models_generate(name, tmp_path):
-    model, tokenizer = halved(other(name)), tiny_tokenizer()
-    source = saved(model, tokenizer, tmp_path)
-    expected = generate(model, tokenizer, "the old mill", max_new_tokens=12)
-    done = invoke("generate", source, "--prompt", "the old mill", "--max-new-tokens", 12)
-    assert done.exit_code == 0 and f"the old mill{expected.text}\n" in done.stdout
-    assert f"through transformers: {expected.fallback}\n" in done.stderr and "tokens/s; prompt of 12" in done.stderr
+def test_choosing():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([0.0, 3.0, 2.0, -5.0])
+    assert choose(scores, 0.0, 1.0, generator) == 1
+    assert {int(choose(scores, 1.0, 0.5, generator)) for _ in range(50)} == {1}
+    drawn = torch.tensor([choose(scores, 1.0, 1.0, generator) for _ in range(4000)])
+    expected = scores.softmax(0)
+    counted = torch.bincount(drawn, minlength=4) / 4000
+    # Five standard deviations of a count.
+    assert ((counted - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt() + 1 / 4000).all()
 
 
-def test_the_command_shows_no_prompt_that_it_refuses(tmp_path):
-    source = saved(other("learned positions"), tiny_tokenizer(), tmp_path)
-    done = invoke("generate", source, "--dense", "--prompt", "the old mill " * 9)
-    assert done.exit_code == 1 and done.stdout == "" and "117 tokens are more than the 64" in done.output
+def test_messages_sampling_and_bad_settings():
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer("{{ messages[0]['content'] }}")
+    said = generate(model, tokenizer, [{"role": "user", "content": "hi"}], max_new_tokens=3)
+    assert said.tokens == generate(model, tokenizer, "hi", max_new_tokens=3).tokens
+    drawn = [generate(model, tokenizer, "hi", max_new_tokens=12, temperature=2.0, seed=s).tokens for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for settings in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}):
+        with pytest.raises(LosaError, match="generate: expected max_new_tokens"):
+            generate(model, tokenizer, "hi", **settings)
+    with pytest.raises(LosaError, match="prompt is empty"):
+        generate(model, tokenizer, "")
 
 
-def test_bench_of_other_models(tmp_path):
-    source = saved(halved(other("learned positions")), tiny_tokenizer(), tmp_path / "model")
-    done = invoke("bench", source, "--tokens", 3, "--repetitions", 1, "--json", tmp_path / "speed.json")
-    assert done.exit_code == 0, done.output
-    rows = [row["name"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]]
-    assert rows == [f"transformers, {what}" for what in ("dense", "packed", "packed bfloat16", "dense bfloat16")]
-    short = invoke("bench", source, "--tokens", 3, "--repetitions", 1, "--short")
-    assert (
-        short.exit_code == 0 and "; transformers, packed bfloat16 " in short.output and short.output.count(" x)") == 2
-    )
-
-
-def test_bench_says_what_it_leaves_out(caplog, monkeypatch):
-    model = halved(other("windows"))
-    forward = type(model).forward
-
-    def failing(self, *args, **settings):
-        if self.dtype == torch.bfloat16:
-            raise TypeError("no bfloat16 here")
-        return forward(self, *args, **settings)
-
-    monkeypatch.setattr(type(model), "forward", failing)
-    found = decode_speeds(model, tokens=3, repetitions=1)
-    assert [speed.name for speed in found] == ["transformers, dense", "transformers, packed"]
-    messages = said(caplog)
-    assert messages[0].startswith("bench: through transformers only: attention in a sliding window of 4 tokens")
-    assert messages[1].startswith(
-        "transformers, packed bfloat16, not measured: bench: MistralForCausalLM fails in transf"
-    )
-    monkeypatch.setattr(type(model), "forward", lambda self, **_: 1 / 0)
-    with pytest.raises(ModelError, match="bench: the model generates neither"):
-        decode_speeds(model, tokens=3, repetitions=1)
-
-
-def test_a_lean_decoders_last_logits():
-    decoder = LeanDecoder(llama(), 12)
-    ids = torch.arange(3, 9)
-    assert decoder(ids) is decoder.logits
-    token = decoder.likeliest(ids[:1])
-    assert decoder.logits.argmax() == token
-
-
-def test_a_waiting_decoder_sees_a_modules_numbers():
-    model = llama()
-    generate(model, tiny_tokenizer(), "hello", max_new_tokens=2)
-    model.model.layers[0].self_attn.scaling *= 4
-    model.model.norm.variance_epsilon = 0.5
-    found = generate(model, tiny_tokenizer(), "hello", max_new_tokens=8, stop_at_eos=False)
-    assert found.fallback is None and found.tokens == likeliest(model, tiny_tokenizer()("hello").input_ids, 8)
+def test_generation_stops_at_the_end_token():
+    model, tokenizer = build(*LLAMA_KIND["llama"]), tiny_tokenizer()
+    first = generate(model, tokenizer, "abc", max_new_tokens=5, stop_at_eos=False).tokens
+    model.generation_config.eos_token_id = [first[2]]
+    stopped = generate(model, tokenizer, "abc", max_new_tokens=5).tokens
+    assert stopped == first[: first.index(first[2]) + 1]

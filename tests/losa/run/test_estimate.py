@@ -13,8 +13,8 @@ from losa.output.tables import plain_text
 from losa.recipe.reading import parse_recipe
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import tiny_llama
-from tests.losa.model.test_loading import write_gguf
 
 # tiny_llama: 98 words, hidden 32, MLP 64, 4 heads of 8, 2 of them for keys and values. A block's linears (in, out):
 # q (32, 32), k (32, 16), v (32, 16), o (32, 32), gate (32, 64), up (32, 64), down (64, 32).

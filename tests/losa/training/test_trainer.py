@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from losa.data.sequences import PackedData
-from losa.data.tokens import IGNORED
+from losa.data.sequences import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.recipe.sections import TrainConfig
