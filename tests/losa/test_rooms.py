@@ -28,7 +28,7 @@ LOSA: dict[str, set[str]] = {
     "training": {"data", "distributed", "recipe", "storage"},
     "evaluation": {"data", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},
-    "inference": {"model", "modules", "packed"},
+    "inference": {"model", "modules", "packed", "storage"},
     "output": {"model", "packed", "recipe", "record", "storage"},
     "run": {
         "algorithm",
