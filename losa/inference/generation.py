@@ -23,7 +23,7 @@ from losa.modules.sparse import SparseLinear
 
 logger = logging.getLogger("losa")
 
-# Settings of a checkpoint's generation_config.json that change no text, or that arguments of ``generate`` stand for.
+# Settings of generation_config.json that change no text, or that arguments of ``generate`` replace.
 _SILENT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p"),
@@ -31,18 +31,24 @@ _SILENT = (
     *("disable_compile", "compile_config", "return_dict_in_generate"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
 )
-# They change drawn tokens only.
+# Settings that matter only where tokens are drawn.
 _OF_DRAWS = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# One is off here.
+# Settings for which 1 means that they are off.
 _FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale", "num_beams")
 _named: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
 class Generated:
-    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``prefill_seconds``: of the
-    prompt's pass, which gives the first of them; ``decode_seconds``: of all others. ``fallback``: why transformers'
-    loop ran, not the lean one."""
+    """A continuation of a prompt.
+
+    text: what the new tokens add to the text of the prompt.
+    tokens: ids of the new tokens.
+    prompt_tokens: how many tokens the prompt has.
+    prefill_seconds: time of the pass over the prompt, which gives the first new token.
+    decode_seconds: time of all further tokens.
+    fallback: why transformers' loop ran instead of the lean loop; None: the lean loop ran.
+    """
 
     text: str
     tokens: list[int]
@@ -69,16 +75,17 @@ def generate(
     stop_at_eos: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continue a prompt. The arguments decide how: of the checkpoint's generation settings only the end tokens count.
-    A warning names others that would change the text (repetition_penalty, suppress_tokens, ...).
+    """Continue a prompt. The arguments decide how. Of the checkpoint's generation settings only the end tokens are
+    used; a warning names other settings that would change the text (repetition_penalty, suppress_tokens, ...).
 
     Args:
-        model, tokenizer: of ``losa.load`` or of transformers; the lean loop serves models of the LLaMA kind, others go
-            through ``model.generate``, and ``fallback`` of the result says why.
+        model, tokenizer: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other
+        models
+            generate through ``model.generate``, and ``fallback`` of the result says why.
         prompt: text, or messages ({"role", "content"}) for the tokenizer's chat template.
-        max_new_tokens: fewer where a table of positions ends before.
+        max_new_tokens: the most new tokens; fewer if the model's table of positions ends earlier.
         temperature: 0 takes the likeliest token.
-        top_p: draws from the smallest set of tokens with this share of probability.
+        top_p: tokens are drawn from the smallest set that has this share of probability.
         seed: 0 <= seed < 2^64.
         on_text: called with each new piece of text; the pieces make up the result's ``text``.
 
@@ -86,7 +93,7 @@ def generate(
         LosaError: an empty prompt, settings out of range, or messages that the chat template refuses.
         ModelError: a prompt longer than the model's table of positions, a token without an embedding, or an error in
             the model's own code.
-        NumericsError: logits that are not finite; names the first weight that is not.
+        NumericsError: logits are not finite; names the first weight that is not finite.
     """
     _check_settings(max_new_tokens, temperature, top_p, seed)
     ids = _prompt_ids(tokenizer, prompt)
@@ -123,7 +130,8 @@ def generate(
         if token < 0:
             break
         made.add(token)
-    # The likeliest of logits that are not finite is a token, too; they stay so to the end, through the cache.
+    # Taking the likeliest token does not notice logits that are not finite. Through the cache, the last logits are then
+    # not finite either.
     if decoder.logits is not None:
         _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
@@ -131,7 +139,7 @@ def generate(
 
 
 class _Continuation:
-    """New tokens and their text, and when they came."""
+    """New tokens, their text, and the times at which they came."""
 
     def __init__(self, tokenizer, prompt: Sequence[int], on_text: Callable[[str], None] | None):
         self.tokens: list[int] = []
@@ -149,7 +157,7 @@ class _Continuation:
         self._end = time.perf_counter()
 
     def result(self, fallback: str | None = None) -> Generated:
-        if self._on_text is None:  # nobody waited for pieces
+        if self._on_text is None:  # tokens were not decoded while they came
             self._pieces = [self._detokenizer.add(token) for token in self.tokens]
         self._show(self._detokenizer.finish())
         times = self._first - self._start, self._end - self._first
@@ -206,7 +214,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
             )
         try:
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise any error
             raise LosaError(
                 f"generate: the tokenizer's chat template refuses the messages ({reason(error)})"
             ) from error
@@ -217,7 +225,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
         raise LosaError(f"generate: the prompt is not Unicode text ({wrong} is half of a pair)") from error
     try:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         raise LosaError(f"generate: the tokenizer cannot encode the prompt ({reason(error)})") from error
     if len(ids) == 0:
         raise LosaError("generate: the prompt is empty")
@@ -225,7 +233,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
 
 
 def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
-    """How many of the new tokens there are positions for: the last one needs none."""
+    """For how many new tokens the model has positions. The last new token needs no position."""
     check_length(model, prompt, "generate: prompt")
     found = positions(model)
     if not found.table or found.limit is None:
@@ -242,7 +250,7 @@ def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
 
 
 def _name_ignored(model: nn.Module, drawing: bool) -> None:
-    """Say once a model which settings of its generation_config.json would change the text and do not."""
+    """Warn once a model of settings in its generation_config.json that would change the text and are not applied."""
     stated = getattr(model, "generation_config", None)
     if stated is None or model in _named:
         return
@@ -265,7 +273,7 @@ def _end_tokens(model: nn.Module, tokenizer) -> set[int]:
 
 
 def _check_finite(model: nn.Module, logits: Tensor) -> None:
-    """The largest of logits (vocabulary,) is finite, or a NumericsError names the first weight that is not."""
+    """Raises NumericsError if the largest of logits (vocabulary,) is not finite; names the first weight that is not."""
     if math.isfinite(float(logits.max())):
         return
     weights: dict[str, Tensor] = dict(model.named_parameters())
