@@ -1,4 +1,4 @@
-"""Rows of text from where they lie: local files, the Hugging Face hub, or the text that Python carries."""
+"""Rows of text from local files, the Hugging Face hub, or the text that is part of Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from losa.recipe.sections import DataSource
 SUFFIXES = (".json", ".jsonl", ".parquet", ".raw", ".txt")
 PLAIN_TEXT = (".raw", ".txt")
 BUILTIN = "builtin:"
-# JSON may write halves of surrogate pairs, as escapes, where text was cut within a character.
+# Text that was cut within a character is written to JSON with half of a surrogate pair, as an escape.
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("losa")
 
 
 class Row(NamedTuple):
-    """``where`` names source and row in messages; ``plain``: the row is a whole text file."""
+    """``where``: names source and row in messages. ``plain``: the row is a whole text file."""
 
     where: str
     values: dict
@@ -37,9 +37,9 @@ class Row(NamedTuple):
 def read_rows(source: DataSource) -> list[dict]:
     """All rows of a source, at most ``source.limit``.
 
-    A directory gives the rows of all its files of a known kind (hidden ones left out), in the order of their paths. A
-    .txt or .raw file is one row, ``{text_field: its text}``. A hub data set with a limit is streamed, so that only what
-    is used is downloaded.
+    A directory gives the rows of all its files of a known kind but hidden ones, in the order of their paths. A .txt or
+    .raw file is one row, ``{text_field: its text}``. A hub data set with a limit is streamed, so that no more is
+    downloaded than is used.
 
     Raises:
         DataError: missing, unreadable, malformed or empty; names file and row.
@@ -48,10 +48,10 @@ def read_rows(source: DataSource) -> list[dict]:
 
 
 def located_rows(source: DataSource) -> list[Row]:
-    """``read_rows`` with the place that each row came from. Same errors."""
+    """The rows of ``read_rows`` with their places. Raises the same errors."""
     try:
         rows = list(islice(_rows(source), source.limit))
-    except OSError as error:  # of looking for the file: a name too long, a directory that may not be read
+    except OSError as error:  # the file cannot be looked for: a name too long, a directory without permission
         raise DataError(f"data {shown(source.path)}: cannot be read ({error.strerror or error})") from error
     if not rows:
         raise DataError(f"data {source.path!r}: contains no rows")
@@ -68,7 +68,7 @@ def _rows(source: DataSource) -> Iterator[Row]:
     try:
         os.fsencode(source.path)
         path = Path(source.path).expanduser()
-    except (UnicodeEncodeError, RuntimeError) as error:  # RuntimeError: "~someone" whom the system does not know
+    except (UnicodeEncodeError, RuntimeError) as error:  # RuntimeError: "~someone" is no user of this system
         raise DataError(f"data {shown(source.path)}: not a path ({error})") from error
     if path.is_dir():
         files = sorted(
@@ -118,7 +118,7 @@ def _file_rows(path: Path, source: DataSource) -> Iterator[Row]:
 
 def _json_lines(path: Path, where: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        # Decoded line by line, so that the line of a bad byte is known. A carriage return alone ends lines too.
+        # Lines are decoded one by one, so that messages can name the line. A lone carriage return ends a line too.
         lines = (line for chunk in file for line in chunk.splitlines())
         mend = _Mender()
         for number, line in enumerate(lines, 1):
@@ -139,7 +139,7 @@ def _json_rows(path: Path, where: str) -> Iterator[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            # A second value after the first: one object a line, as many .json files on the hub are.
+            # A second value follows the first: many .json files on the hub hold one object a line.
             yield from _json_lines(path, where)
             return
         raise DataError(f"{where}, line {error.lineno}: {_json_fault(error)}") from error
@@ -163,7 +163,7 @@ def _json_fault(error: Exception) -> str:
 
 
 def _row_at_fault(text: str) -> int:
-    """Which row of a JSON list, from 1, Python's parser cannot read."""
+    """The number, from 1, of the row of a JSON list that Python's parser cannot read."""
     decoder = json.JSONDecoder()
     number, at = 1, len(text) - len(text.lstrip()) + 1
     try:
@@ -176,7 +176,7 @@ def _row_at_fault(text: str) -> int:
 
 
 class _Mender:
-    """Replaces halves of surrogate pairs, which are no text, by U+FFFD; says so once."""
+    """Replaces halves of surrogate pairs, which are no text, by U+FFFD, and warns once."""
 
     def __init__(self):
         self.said = False
@@ -227,7 +227,7 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
 def _arrow_rows(batch, where: str, before: int) -> list[dict]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is no UTF-8, a time that Python has no object for
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python cannot represent
         for index in range(len(batch)):
             try:
                 batch.slice(index, 1).to_pylist()
@@ -243,7 +243,7 @@ def _first_line(error: Exception) -> str:
 def _hub_rows(source: DataSource) -> Iterator[Row]:
     where = f"data {source.path!r}"
     name = {"path": source.path, "name": source.subset, "split": source.split}
-    # The hub's client raises errors of many kinds; the user needs one sentence.
+    # The client of the hub raises errors of many kinds; the user needs one sentence.
     try:
         from datasets import load_dataset
 
@@ -253,7 +253,7 @@ def _hub_rows(source: DataSource) -> Iterator[Row]:
             try:
                 rows = load_dataset(**name, streaming=True)
             except Exception:
-                # Offline, a data set from an earlier download can be loaded, but not streamed.
+                # Without a network, a data set that was downloaded before can be loaded, but not streamed.
                 rows = load_dataset(**name)
         for number, row in enumerate(rows, 1):
             yield Row(f"{where} (split {source.split!r}), row {number}", dict(row))
