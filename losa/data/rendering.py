@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from losa.data.answers import answer_spans, marked, unused_character
+from losa.data.row_files import Row
+from losa.data.row_formats import Conversation, checked_message, row_format, row_text, row_tools
 from losa.data.sequences import IGNORED
-from losa.data.sources import Row
 from losa.errors import DataError, reason, shown
 from losa.recipe.sections import DataSource
 
 TITLES = {"user": "Instruction", "assistant": "Response"}
-
-
-def row_format(row: Row, source: DataSource) -> str:
-    """ "messages", "alpaca" or "text": the source's format, or for "auto" the format that the row's fields show.
-
-    Raises:
-        DataError: no format fits, or a field of the source's format is missing.
-    """
-    needs = {"messages": ["messages"], "alpaca": ["instruction", "output"], "text": [source.text_field]}
-    if source.format == "auto":
-        for name, fields in needs.items():
-            if all(field in row.values for field in fields):
-                return name
-        raise DataError(
-            f"{row.where}: unknown format; expected the field 'messages', the fields 'instruction' and 'output', or "
-            f"{source.text_field!r} (text_field), got {shown(sorted(row.values))}"
-        )
-    if missing := [field for field in needs[source.format] if field not in row.values]:
-        raise DataError(
-            f"{row.where}: a row in {source.format} format needs {missing[0]!r}, got {shown(sorted(row.values))}"
-        )
-    return source.format
-
-
-def row_text(row: Row, field: str) -> str:
-    """The text of a field. Raises DataError if the field holds anything but text."""
-    text = row.values[field]
-    if not isinstance(text, str):
-        raise DataError(f"{row.where}: field {field!r}: expected text, got {_kind(text)}")
-    return text
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A conversation: messages with role and content, and the tools that the assistant may call."""
-
-    where: str
-    messages: list[dict]
-    tools: list[dict] | None
 
 
 class Renderer:
@@ -145,7 +105,7 @@ class Renderer:
         # A template writes special tokens itself.
         return {"add_special_tokens": False} if self.templated else {}
 
-    def _render(self, chat: _Chat, messages: list[dict], prompt: bool = False) -> str:
+    def _render(self, chat: Conversation, messages: list[dict], prompt: bool = False) -> str:
         """Text of a conversation; ``prompt`` adds the opening of the assistant's next message."""
         if not self.templated:
             text = "\n\n".join(f"### {_title(m['role'])}:\n{m['content']}" for m in messages)
@@ -160,7 +120,7 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def _chat(self, row: Row, kind: str) -> _Chat:
+    def _chat(self, row: Row, kind: str) -> Conversation:
         """A row's conversation, which holds a message of the assistant."""
         if kind == "alpaca":
             prompt = row_text(row, "instruction")
@@ -168,21 +128,21 @@ class Renderer:
                 prompt += f"\n\n{row_text(row, 'input')}"
             answer = row_text(row, "output")
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            return _Chat(row.where, turns, None)
+            return Conversation(row.where, turns, None)
         messages = row.values["messages"]
         if not isinstance(messages, list):
             raise DataError(
                 f"{row.where}: field 'messages': expected a list of objects with role and content, "
                 f"got {shown(messages)}"
             )
-        messages = [_message(f"{row.where}: messages[{i}]", message) for i, message in enumerate(messages)]
+        messages = [checked_message(f"{row.where}: messages[{i}]", message) for i, message in enumerate(messages)]
         if not any(m["role"] == "assistant" for m in messages):
             raise DataError(f"{row.where}: field 'messages': expected an assistant's message, got none")
-        chat = _Chat(row.where, messages, _tools(row))
+        chat = Conversation(row.where, messages, row_tools(row))
         self._check_calls(chat)
-        return _Chat(row.where, self._without_null_text(chat), chat.tools)
+        return Conversation(row.where, self._without_null_text(chat), chat.tools)
 
-    def _check_calls(self, chat: _Chat) -> None:
+    def _check_calls(self, chat: Conversation) -> None:
         """Raises DataError if tool calls do not show in the text: many templates leave them out without an error."""
         calls = [index for index, message in enumerate(chat.messages) if message.get("tool_calls")]
         if not calls or self._shows_calls:
@@ -197,7 +157,7 @@ class Renderer:
             raise DataError(f"{where}: the tokenizer's chat template does not render tool calls")
         self._shows_calls = True
 
-    def _without_null_text(self, chat: _Chat) -> list[dict]:
+    def _without_null_text(self, chat: Conversation) -> list[dict]:
         """The messages, with "" in place of a content of null for which the template would write the word None."""
         messages = list(chat.messages)
         for index, message in enumerate(messages):
@@ -207,43 +167,6 @@ class Renderer:
                 if any(text[:at] + text[at + 4 :] == without for at in range(len(text)) if text.startswith("None", at)):
                     messages = emptied
         return messages
-
-
-def _message(where: str, message) -> dict:
-    """One message, checked, without fields that are null (Parquet gives every message the fields of all messages)."""
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: expected an object with role and content, got {shown(message)}")
-    if not isinstance(message.get("role"), str):
-        raise DataError(f"{where}.role: expected text, got {_kind(message.get('role'))}")
-    calls, content = message.get("tool_calls"), message.get("content")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise DataError(f"{where}.tool_calls: expected a list of objects, got {shown(calls)}")
-    if isinstance(content, list):
-        content = "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    elif not (isinstance(content, str) or (content is None and calls)):
-        raise DataError(f"{where}.content: expected text, got {_kind(content)}")
-    return {k: v for k, v in message.items() if v is not None} | {"content": content}
-
-
-def _part(where: str, part) -> str:
-    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-        raise DataError(f"{where}: expected a part of type text, got {shown(part)}")
-    return part["text"]
-
-
-def _tools(row: Row) -> list[dict] | None:
-    """A row's tools, given as a list of objects or as its JSON text; None: the row has no tools."""
-    tools = row.values.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{row.where}: field 'tools': not JSON ({error})") from error
-    if not tools or (isinstance(tools, str) and not tools.strip()):
-        return None
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{row.where}: field 'tools': expected a list of objects, got {shown(tools)}")
-    return tools
 
 
 def encode(tokenizer, text: str, **options) -> list[int]:
@@ -267,7 +190,3 @@ def _prefix(part: list[int], whole: list[int]) -> int | None:
 
 def _title(role: str) -> str:
     return TITLES.get(role, role.capitalize())
-
-
-def _kind(value) -> str:
-    return "null" if value is None else type(value).__name__

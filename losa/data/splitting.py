@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from losa import __version__
-from losa.data.sources import PLAIN_TEXT, Row, located_rows
+from losa.data.row_files import PLAIN_TEXT, Row
+from losa.data.sources import located_rows
 from losa.errors import DataError, OutputError, reason
 from losa.recipe.sections import DataSource
 from losa.storage.files import MARKER, write_json, write_text

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losa.data.rendering import Renderer, encode, row_format, row_text
+from losa.data.rendering import Renderer, encode
+from losa.data.row_formats import row_format, row_text
 from losa.data.sequences import IGNORED, PackedData
-from losa.data.sources import located_rows, read_rows
+from losa.data.sources import located_rows
 from losa.errors import DataError
 from losa.recipe.sections import DataSource
-
-__all__ = ["IGNORED", "PackedData", "calibration_tokens", "evaluation_tokens", "read_rows", "training_sequences"]
 
 logger = logging.getLogger("losa")
 

@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from losa.errors import LosaError, NumericsError, reason
+from losa.inference.checkpoint_settings import end_tokens, warn_of_ignored
 from losa.inference.decoding import Unsupported
 from losa.inference.detokenizer import Detokenizer
+from losa.inference.sampling import choose
 from losa.inference.transformers_loop import through_transformers
 from losa.inference.waiting_decoders import keep_decoder, take_decoder
 from losa.model.finite import is_finite
@@ -22,20 +23,6 @@ from losa.model.limits import check_ids, check_length, positions
 from losa.modules.sparse import SparseLinear
 
 logger = logging.getLogger("losa")
-
-# Settings of generation_config.json that change no text, or that arguments of ``generate`` replace.
-_SILENT = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
-    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p"),
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
-    *("disable_compile", "compile_config", "return_dict_in_generate"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
-)
-# Settings that matter only where tokens are drawn.
-_OF_DRAWS = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Settings for which 1 means that they are off.
-_FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale", "num_beams")
-_named: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -99,9 +86,9 @@ def generate(
     ids = _prompt_ids(tokenizer, prompt)
     check_ids(model, ids, "generate: prompt")
     max_new_tokens = _room(model, len(ids), max_new_tokens)
-    _name_ignored(model, temperature > 0)
+    warn_of_ignored(model, temperature > 0)
     ids = ids.to(next(model.parameters()).device)
-    stops = _end_tokens(model, tokenizer) if stop_at_eos else set()
+    stops = end_tokens(model, tokenizer) if stop_at_eos else set()
     generator = torch.Generator(ids.device).manual_seed(seed)
 
     def next_token(logits: Tensor) -> Tensor:
@@ -169,29 +156,6 @@ class _Continuation:
             self._on_text(piece)
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """logits (vocabulary,) -> a token id, (1,) int64 on their device; -1 where a token is to be drawn and their largest
-    is not finite. Nothing waits for the device."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    largest = logits.max().float()
-    # Within what fp32 can divide by.
-    temperature = min(max(temperature, 1e-6), 1e30)
-    probability = ((logits.float() - largest) / temperature).softmax(-1)
-    # A draw from NaN raises on a CPU, and leaves a GPU unusable.
-    finite = largest.isfinite()
-    probability = probability.where(finite, 1 / len(logits))
-    if top_p < 1:
-        ordered, order = probability.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        before[0] = -1  # the first stays, however small top_p is
-        ordered.masked_fill_(before >= top_p, 0)
-        token = order[torch.multinomial(ordered, 1, generator=generator)]
-    else:
-        token = torch.multinomial(probability, 1, generator=generator)
-    return token.where(finite, -1)
-
-
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if not (1 <= max_new_tokens < 2**31 and 0 <= temperature < math.inf and 0 < top_p <= 1):
         raise LosaError(
@@ -247,29 +211,6 @@ def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
         *(room, max_new_tokens, found.limit, prompt),
     )
     return room
-
-
-def _name_ignored(model: nn.Module, drawing: bool) -> None:
-    """Warn once a model of settings in its generation_config.json that would change the text and are not applied."""
-    stated = getattr(model, "generation_config", None)
-    if stated is None or model in _named:
-        return
-    names = [
-        f"{name}={value!r}"
-        for name, value in stated.to_diff_dict().items()
-        if value
-        and not (name in _SILENT or name.startswith("_") or (name in _OF_DRAWS and not drawing))
-        and not (name in _FACTORS and value == 1)
-    ]
-    if names:
-        _named.add(model)
-        logger.warning("generate: settings of the checkpoint that are not applied: %s", ", ".join(names))
-
-
-def _end_tokens(model: nn.Module, tokenizer) -> set[int]:
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stated = stated if isinstance(stated, list) else [stated]
-    return {token for token in (*stated, tokenizer.eos_token_id) if token is not None}
 
 
 def _check_finite(model: nn.Module, logits: Tensor) -> None:
