@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -83,7 +83,7 @@ def _validated(section: type[_S], data: dict, where: str) -> _S:
         raise RecipeError("\n".join(lines)) from error
 
 
-def _location(item: dict) -> list[str]:
+def _location(item: Any) -> list[str]:
     return [".".join(map(_key, item["loc"]))] if item["loc"] else []
 
 
@@ -92,7 +92,7 @@ def _key(part) -> str:
     return name if len(name) <= MAX_KEY else f"{name[:MAX_KEY]}..."
 
 
-def _reason(item: dict) -> str:
+def _reason(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         near = _nearest([_key(part) for part in item["loc"]])
         return f"unknown key; did you mean {near}?" if near else "unknown key"

@@ -93,7 +93,7 @@ class PruneConfig(_Section):
     def _one_goal(self):
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give exactly one of prune.sparsity and prune.pattern")
-        if self.pattern is not None:
+        if self.keep_n_m is not None:
             keep_n, m = self.keep_n_m
             if not 0 < keep_n < m:
                 raise ValueError(f"prune.pattern: expected keep_n:m with 0 < keep_n < m, got {self.pattern!r}")
@@ -112,8 +112,8 @@ class PruneConfig(_Section):
 
     @property
     def final_sparsity(self) -> float:
-        if self.sparsity is not None:
-            return self.sparsity
+        if self.keep_n_m is None:
+            return self.sparsity or 0.0
         keep_n, m = self.keep_n_m
         return 1 - keep_n / m
 

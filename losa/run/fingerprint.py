@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ def tensor_digest(*tensors: Tensor) -> str:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
         if values.numel():
-            digest.update(values.view(torch.uint8).numpy())
+            stored: Any = values.view(torch.uint8).numpy()
+            digest.update(stored)
     return digest.hexdigest()
 
 

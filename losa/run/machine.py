@@ -19,7 +19,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
     rows, inner, columns = 512 if on_cpu else 8192, min(inputs, limit), min(outputs, limit)
     dtype = torch.float32 if on_cpu else dtype
     x, weight = (torch.rand(n, inner, device=device, dtype=dtype) for n in (rows, columns))
-    times = []
+    times: list[float] = []
     stop = time.perf_counter() + 1.0
     while len(times) < 4 or (time.perf_counter() < stop and len(times) < 1000):
         start = time.perf_counter()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -148,13 +149,20 @@ class MethodRun:
     def _unmerged_perplexity(self, last: RoundRecord) -> float | None:
         return self.inputs.evaluate(self.model) if last.perplexity is None else last.perplexity
 
+    @property
+    def _data(self) -> PackedData:
+        """The training text of a method that trains."""
+        assert self.inputs.training is not None
+        return self.inputs.training
+
     def _trainer(self) -> Trainer:
+        assert self.recipe.train is not None
         return Trainer(
             self.model,
             self.recipe.train,
             seed=self.recipe.seed,
             output_dir=self.work_dir,
-            total_sequences=len(self.inputs.training),
+            total_sequences=len(self._data),
             device=next(self.model.parameters()).device,
         )
 
@@ -162,9 +170,9 @@ class MethodRun:
         """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained)."""
         self._wrap(LoRALinear)
         trained = self._trained_parameters()
-        outcome = self._trainer().train(self.inputs.training, round_index=1, stage_name="dense fine-tuning")
+        outcome = self._trainer().train(self._data, round_index=1, stage_name="dense fine-tuning")
         for name, layer in wrapped_linears(self.model).items():
-            self.model.set_submodule(name, layer.merge_dense())
+            self.model.set_submodule(name, cast(LoRALinear, layer).merge_dense())
         return outcome.tokens, trained
 
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
@@ -176,7 +184,7 @@ class MethodRun:
         for each in rounds[len(done) :]:
             record = engine.run_round(each)
             if trainer is not None and each.sequences > 0:
-                data = self.inputs.training.slice(first, first + each.sequences)
+                data = self._data.slice(first, first + each.sequences)
                 self._train(trainer, data, record)
             first += each.sequences
             if self.recipe.evaluate is not None and self.recipe.evaluate.each_round and len(rounds) > 1:

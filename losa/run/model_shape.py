@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,12 +33,15 @@ class ModelShape:
     pruned: list[LinearShape]
 
     @classmethod
-    def of(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> ModelShape:
+    def of(cls, model: Any, recipe: Recipe, device: torch.device) -> ModelShape:
         """``model``: on the meta device. Raises ModelError: no blocks; RecipeError: targets that match no linear."""
         blocks = find_blocks(model)
         config = model.config.get_text_config()
         every, pruned = (
-            [LinearShape(linear.in_features, linear.out_features) for linear in blocks.linears(targets).values()]
+            [
+                LinearShape(cast(int, linear.in_features), cast(int, linear.out_features))
+                for linear in blocks.linears(targets).values()
+            ]
             for targets in (None, recipe.prune.targets)
         )
         if not pruned:

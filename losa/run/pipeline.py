@@ -7,6 +7,7 @@ import platform
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -113,7 +114,7 @@ def _run(
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
 
-    in_features = {name: linear.in_features for name, linear in blocks.linears().items()}
+    in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
     dense = _dense_result(model, inputs)
     _log_result(console, dense)
     results, outcome = _run_methods(recipe, blocks, inputs, workspace.path, console, resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ def random_state() -> tuple[dict, dict[str, Tensor]]:
     tensors = {"random.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = legacy
     tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, words, gauss = random.getstate()
     return {"numpy": [kind, *rest], "python": [version, list(words), gauss]}, tensors

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -123,7 +124,7 @@ def _rounds(directory: Path) -> list[Path]:
 
 def save_result(work: Path, result: MethodResult, recipe: Recipe, inputs: Mapping[str, str]) -> None:
     """Write a finished method's result. Raises OutputError."""
-    belonging = _belonging(recipe, result.method, inputs)
+    belonging = _belonging(recipe, cast(MethodName, result.method), inputs)
     _write(_result_file(work, result.method), {**belonging, "result": vars(result)})
 
 
@@ -229,7 +230,7 @@ def _check_belonging(what: str, stored: dict, wanted: dict) -> None:
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

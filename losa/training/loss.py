@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class TokenLoss(nn.Module):
         device = input_ids.device.type
         region = nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
         with region:
-            head = self.model.get_output_embeddings()
+            transformer: Any = self.model
+            head = transformer.get_output_embeddings()
             if self.plain and not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
                 hidden = self._hidden(head, input_ids).flatten(0, 1).index_select(0, positions)
                 weight, bias = head.weight, head.bias
@@ -111,7 +113,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needs_grad else None
+        gradient: Any = torch.empty_like(hidden) if needs_grad else None
         total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
@@ -143,7 +145,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _head_gives_logits(model: nn.Module) -> bool:
+def _head_gives_logits(model: Any) -> bool:
     """Does the model return its output layer's result as it is?"""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

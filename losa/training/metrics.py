@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from losa.errors import LosaError, OutputError, reason
 from losa.storage.files import write_bytes, writing
@@ -19,9 +20,9 @@ class Metrics:
 
     def __init__(self, directory: Path | None, tensorboard: bool):
         self.directory = directory
-        self._writer_class = None
-        self._file = None
-        self._writer = None
+        self._writer_class: Any = None
+        self._file: Any = None
+        self._writer: Any = None
         if directory is None:
             return
         self._path, self._board = directory / METRICS, directory / "tensorboard"

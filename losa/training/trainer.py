@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -201,7 +202,7 @@ class Trainer:
                 # DDP takes the mean of the processes' gradients, where the sum is wanted.
                 (part * (self.processes / labels)).backward()
             summed = summed + part.detach()
-        loss = sum_over_processes(summed)
+        loss = sum_over_processes(cast(Tensor, summed))
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         if self.fused:
@@ -254,7 +255,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+def _checkpointing(model: Any, enabled: bool) -> Iterator[None]:
     """Activations recomputed in the backward pass, within the context."""
     if not enabled:
         yield

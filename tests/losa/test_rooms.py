@@ -29,7 +29,7 @@ LOSA: dict[str, set[str]] = {
     "evaluation": {"data", "model", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed"},
-    "output": {"model", "packed", "record", "storage"},
+    "output": {"model", "packed", "recipe", "record", "storage"},
     "run": {
         "algorithm",
         "data",

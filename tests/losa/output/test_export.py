@@ -21,7 +21,7 @@ from losa.model.wrapping import merge_model, sparsity_of, wrap_model
 from losa.output import export
 from losa.output.export import check_export, export_model, mask_records
 from losa.record import MethodResult, RoundRecord, RunRecord
-from losa.storage.files import MARKER, check_output, staged_directory, write_json, write_text
+from losa.storage.files import MARKER, check_output, staged_directory, write_text
 from losa_kernels import unpack_mask
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -372,20 +372,6 @@ def test_output_behind_a_link(tmp_path):
             (staged / "a").write_text(text)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "a").read_text() == "2"
     assert leftovers(tmp_path) == ["disk", "link"]
-
-
-def test_write_json_is_whole_or_absent(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"x": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
-
-    def fails(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OutputError, match=r"a\.json: No space left"):
-        write_json(tmp_path / "a.json", {"x": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
-    assert leftovers(tmp_path) == ["a.json"]
 
 
 def test_mask_records():

@@ -15,15 +15,15 @@ from losa.packed.directory import load, pack_directory
 from losa.recipe.reading import parse_recipe
 from losa.run.pipeline import run_recipe
 from losa_kernels.packing import PackedNM
+from tests.helpers.recipes import settings
 from tests.helpers.tiny import assert_same_function, logits
-from tests.losa.run.test_pipeline import settings, workspace  # noqa: F401
 
 # The box is wide, so that three blocks differ: with the paper's, 32 of them are needed.
 DELTA = 0.2
 
 
 @pytest.mark.parametrize("pattern", ["2:8", "2:4"])
-def test_from_recipe_to_text(workspace, tmp_path, pattern):  # noqa: F811
+def test_from_recipe_to_text(workspace, tmp_path, pattern):
     keep_n, m = (int(part) for part in pattern.split(":"))
     recipe = settings(workspace, tmp_path / "merged", prune={"pattern": pattern, "mixed": True})
     recipe["allocation"] |= {"delta": DELTA}

@@ -13,36 +13,10 @@ from losa.errors import LosaError, NumericsError, OutputError
 from losa.recipe.reading import parse_recipe
 from losa.run.methods import MethodRun
 from losa.run.pipeline import run_recipe
+from tests.helpers.recipes import settings
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 METHODS = ["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    tiny_llama(layers=3).save_pretrained(root / "model")
-    tiny_tokenizer().save_pretrained(root / "model")
-    text = "The quick brown fox jumps over the lazy dog; a sparse model decodes faster than a dense one. "
-    (root / "text.txt").write_text("\n".join(f"{i}: {text}" for i in range(60)))
-    return root
-
-
-def settings(workspace, output, **changes) -> dict:
-    text = str(workspace / "text.txt")
-    base = {
-        "model": str(workspace / "model"),
-        "output": str(output),
-        "device": "cpu",
-        "prune": {"sparsity": 0.5},
-        "rounds": {"count": 2},
-        "allocation": {"mean_rank": 2, "rank_max": 6},
-        "lora": {"rank": 3},
-        "calibration": {"data": text, "samples": 4, "length": 32, "cka_samples": 4, "batch_size": 2},
-        "train": {"data": text, "length": 32, "batch_size": 2, "max_tokens": 32 * 12, "learning_rate": 5e-3},
-        "evaluate": {"data": text, "length": 64, "max_windows": 8},
-    }
-    return base | changes
 
 
 @pytest.mark.parametrize("method", METHODS)
