@@ -170,7 +170,7 @@ def evaluate(
     else:
         typer.echo(f"{model}: {found.zeros:,} of {found.prunable:,} block weights are zero ({found.sparsity:.2%})")
     if source is not None:
-        windows = {"length": length, "max_windows": max_windows, "batch_size": batch_size, "bos": bos}
+        windows: dict = {"length": length, "max_windows": max_windows, "batch_size": batch_size, "bos": bos}
         measured = text_perplexity(loaded, tokenizer, source, **windows, progress=sys.stderr.isatty())
         if max_windows is not None and measured.windows < max_windows:
             typer.echo(f"losa: --max-windows: {max_windows}, but the text has {measured.windows}", err=True)
