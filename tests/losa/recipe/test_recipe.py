@@ -70,7 +70,7 @@ def test_gpu_examples_hold_no_defaults():
             continue
         written = read_settings(path)
         whole = load_recipe(path).model_dump(mode="json")
-        for name in leaves(written):
+        for name in list(leaves(written)):
             *parents, leaf = name.split(".")
             section = written
             for parent in parents:
