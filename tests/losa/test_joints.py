@@ -129,7 +129,7 @@ def test_a_pruner_of_whole_blocks(own_names, tmp_path):
     found = estimate(recipe, probe=False)
     assert found.size("sizes of neurons") == 4 * 64
     assert next(stage for stage in found.stages if "pruning" in stage.what).flops % 16 == 2 * 7 * 64 % 16
-    assert "pruning one linear" not in {part.what for part in found.parts}
+    assert "pruning one linear" not in {holding.what for holding in found.holdings}
 
 
 def test_what_a_pruner_costs_by_default():
