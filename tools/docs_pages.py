@@ -46,6 +46,17 @@ def recipe_keys() -> str:
     return "\n\n".join(parts)
 
 
+def methods() -> str:
+    """The methods that a recipe may name."""
+    from losa.recipe import METHODS
+
+    rows = [
+        [f"`{name}`", method.label, method.sentence, "yes" if method.mergeable else "no"]
+        for name, method in METHODS.items()
+    ]
+    return table(["`method`, `compare`", "in tables", "what is run", "mergeable"], rows)
+
+
 def sections(model: type) -> Iterator[tuple[str, type]]:
     for name, field in model.model_fields.items():
         if (section := section_of(field.annotation)) is not None:
@@ -203,6 +214,7 @@ def printed(output: Any) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
+    "methods": methods,
     "commands": commands,
     "settings": settings,
     "rooms of losa": lambda: rooms("losa"),

@@ -1,8 +1,8 @@
-"""Where the assistant's turns lie in the text that a chat template makes of a conversation.
+"""Finds the assistant's turns in the text that a chat template makes of a conversation.
 
-A template may render a message differently once others follow it (Qwen3's empty <think> block), rename roles, strip
-contents or leave messages out. So turns are found in the text of the whole conversation, by rendering it again with
-changed messages: what changes in the text belongs to the message that was changed.
+A template may render a message differently when other messages follow (Qwen3's empty <think> block), rename roles,
+strip contents or leave messages out. So turns are found in the text of the whole conversation. The conversation is
+rendered again with a changed message; the part of the text that changes belongs to that message.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import NamedTuple
 
 from losa.errors import DataError
 
-# render(messages, prompt=False) -> text; prompt: with the opening of the assistant's next turn. May raise DataError.
+# render(messages, prompt=False) -> text; prompt adds the opening of the assistant's next turn. May raise DataError.
 Render = Callable[..., str]
 
-# Fields that a template checks or copies; changing them could change what is rendered elsewhere.
+# Fields that a template checks or copies. They are not changed, since other parts of the text could change with them.
 _KEPT_FIELDS = ("role", "type", "id", "tool_call_id")
 
 
 class Span(NamedTuple):
-    """Characters start..stop - 1 are one turn of the assistant's; free..start - 1 before it are the template's own."""
+    """Characters start..stop - 1 are one turn of the assistant; characters free..start - 1 are markup of the
+    template."""
 
     start: int
     stop: int
@@ -30,7 +31,7 @@ class Span(NamedTuple):
 
 
 class _Region(NamedTuple):
-    """Characters start..stop - 1 depend on one message; ``varied``: the whole text with that message marked."""
+    """Characters start..stop - 1 depend on one message. ``varied``: the whole text with that message marked."""
 
     start: int
     stop: int
@@ -42,26 +43,26 @@ class _Unclear(Exception):
 
 
 def answer_spans(render: Render, messages: list[dict]) -> list[Span] | None:
-    """The assistant's turns in ``render(messages)``, in the order of the text: from the end of the opening that the
-    template gives to an answer, to the end of its own markup after that answer (the end-of-turn token).
+    """The assistant's turns in ``render(messages)``, in the order of the text. A turn begins after the opening that the
+    template gives to an answer, and ends after the template's markup for the end of the answer (the end-of-turn token).
 
-    None: they cannot be told from the rest. No span holds text of another message.
+    None: the turns cannot be told from other text. No span holds text of another message.
     """
     text = render(messages)
     try:
         return _by_prefixes(render, messages, text) or _by_changes(render, messages, text)
     except (DataError, _Unclear):
-        # The template refuses a part of the conversation, or one with other contents.
+        # The template refuses a part of the conversation, or the conversation with other contents.
         return None
 
 
 def marked(message: dict, mark: str) -> dict:
-    """The message with ``mark`` for its content; the assistant's with ``mark`` for every text in it."""
+    """The message with ``mark`` as its content; for the assistant, with ``mark`` in place of every text in it."""
     return _with_mark(message, mark) if message["role"] == "assistant" else message | {"content": mark}
 
 
 def unused_character(text: str) -> str:
-    """A character of the private use area that ``text`` does not hold."""
+    """A character of Unicode's private use area that does not occur in ``text``."""
     return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
 
 
@@ -74,8 +75,8 @@ def _with_mark(value, mark: str):
 
 
 def _by_prefixes(render: Render, messages: list[dict], text: str) -> list[Span] | None:
-    """Spans between renderings of the conversation up to each answer, where those are beginnings of ``text`` and the
-    spans stay the same with other contents in all other messages; else None."""
+    """Spans between two renderings, of the conversation before each answer and with it. None unless these renderings
+    are beginnings of ``text``, and the spans hold the same text when all other messages have other contents."""
     mark = unused_character(text)
     others = [m if m["role"] == "assistant" else marked(m, mark) for m in messages]
     spans = []
@@ -106,14 +107,14 @@ def _between(render: Render, messages: list[dict], text: str, index: int) -> tup
 
 
 def _by_changes(render: Render, messages: list[dict], text: str) -> list[Span]:
-    """Spans around what depends on each answer in place. Raises _Unclear."""
+    """Spans around the text that depends on each answer. Raises _Unclear."""
     mark = unused_character(text)
     regions = {}
     for index, message in enumerate(messages):
         region = _region(render, messages[:index] + [marked(message, mark)] + messages[index + 1 :], text, mark)
         if region is not None:
             regions[index] = region
-    # A system's message may be rendered anywhere; all others in their order, each in one place.
+    # A system message may be rendered anywhere. All other messages must be rendered in order, each in one place.
     turns = [region for index, region in regions.items() if messages[index]["role"] != "system"]
     for ordered in (turns, sorted(regions.values())):
         if any(one.stop > following.start for one, following in pairwise(ordered)):
@@ -132,7 +133,7 @@ def _by_changes(render: Render, messages: list[dict], text: str) -> list[Span]:
 
 
 def _region(render: Render, conversation: list[dict], text: str, mark: str) -> _Region | None:
-    """What differs between ``text`` and the conversation with one marked message; None: that is not rendered."""
+    """The difference between ``text`` and the text of a conversation with one marked message; None: no difference."""
     varied = render(conversation)
     if varied == text:
         return None
@@ -144,8 +145,8 @@ def _region(render: Render, conversation: list[dict], text: str, mark: str) -> _
 
 
 def _opening_end(render: Render, before: list[dict], text: str, free: int, start: int, mark: str) -> int:
-    """Where the template's opening of an answer ends, somewhere in text[free:start]; ``start`` if it is not there. An
-    answer without an opening (Mistral's) begins where the message before it ends, its markup included."""
+    """Where the template's opening of an answer ends within text[free:start]; ``start`` if the opening is not there. An
+    answer without an opening (Mistral's) begins after the message before it and the markup of that message."""
     try:
         opened, closed = render(before, prompt=True), render(before)
     except DataError:  # templates refuse an empty conversation

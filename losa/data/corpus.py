@@ -1,6 +1,6 @@
-"""Text that every Python carries: the language reference of ``pydoc_data.topics``, in three disjoint parts.
+"""Text that is part of every Python: the language reference of ``pydoc_data.topics``, in three disjoint parts.
 
-Meant for demonstrations and tests without a network. The text, and with it the parts, differs between Python versions.
+For demonstrations and tests without a network. Text and parts differ between versions of Python.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def documents(part: str) -> list[str]:
 def split() -> dict[str, list[str]]:
     """Names of the topics in each part.
 
-    Whole topics are dealt out, the longest first, each to the part that is furthest below its share: every part gets
-    some of the long ones.
+    Topics are assigned whole, the longest first, each to the part that is furthest below its share. So every part gets
+    some long topics.
     """
     texts = _topics()
     total = sum(map(len, texts.values()))
@@ -43,8 +43,9 @@ def split() -> dict[str, list[str]]:
 
 @cache
 def _topics() -> dict[str, str]:
-    """Each paragraph once: many topics are sections of a longer one ("while" of "compound"), which would put the same
-    text into two parts. The longest topic keeps a shared paragraph; topics with next to nothing left are dropped."""
+    """Topics in which each paragraph occurs once. Many topics are sections of a longer topic ("while" of "compound"),
+    and the same text would get into two parts. The longest topic keeps a shared paragraph; topics shorter than
+    ``SHORTEST`` after that are dropped."""
     seen: set[str] = set()
     texts = {}
     for name in sorted(topics, key=lambda n: (-len(topics[n]), n)):

@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from losa.data.answers import answer_spans, marked, unused_character
+from losa.data.row_files import Row
+from losa.data.row_formats import Conversation, checked_message, row_format, row_text, row_tools
 from losa.data.sequences import IGNORED
-from losa.data.sources import Row
 from losa.errors import DataError, reason, shown
 from losa.recipe.sections import DataSource
 
 TITLES = {"user": "Instruction", "assistant": "Response"}
 
 
-def row_format(row: Row, source: DataSource) -> str:
-    """ "messages", "alpaca" or "text": the source's format, or else the one that the row's fields speak for.
-
-    Raises:
-        DataError: no format fits, or a field of the source's format is missing.
-    """
-    needs = {"messages": ["messages"], "alpaca": ["instruction", "output"], "text": [source.text_field]}
-    if source.format == "auto":
-        for name, fields in needs.items():
-            if all(field in row.values for field in fields):
-                return name
-        raise DataError(
-            f"{row.where}: unknown format; expected the field 'messages', the fields 'instruction' and 'output', or "
-            f"{source.text_field!r} (text_field), got {shown(sorted(row.values))}"
-        )
-    if missing := [field for field in needs[source.format] if field not in row.values]:
-        raise DataError(
-            f"{row.where}: a row in {source.format} format needs {missing[0]!r}, got {shown(sorted(row.values))}"
-        )
-    return source.format
-
-
-def row_text(row: Row, field: str) -> str:
-    """A field's text. Raises DataError for anything but text."""
-    text = row.values[field]
-    if not isinstance(text, str):
-        raise DataError(f"{row.where}: field {field!r}: expected text, got {_kind(text)}")
-    return text
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A conversation: messages with role and content, and the tools that the assistant may call."""
-
-    where: str
-    messages: list[dict]
-    tools: list[dict] | None
-
-
 class Renderer:
     """Rows to tokens and labels.
 
-    Conversations take the tokenizer's chat template, or else a plain layout of "### Instruction:" and "### Response:"
-    sections that ends with the end-of-text token. Text is tokenized as it is and ends with that token too.
+    Conversations are rendered by the tokenizer's chat template. Without one, they are "### Instruction:" and
+    "### Response:" sections and the end-of-text token. Plain text is tokenized as it is, with the end-of-text token.
 
-    A message may hold whatever its template knows (tool_calls, tool_call_id, name, reasoning_content, ...), and its
-    content may be null beside tool calls, or a list of text parts, which are joined. A row's ``tools`` go to the
-    template. ``skipped``: the places of rows whose template does not show which part of the text is the assistant's.
+    A message may hold any field that its template knows (tool_calls, tool_call_id, name, reasoning_content, ...). Its
+    content may be null beside tool calls, or a list of text parts, which are joined. The template also gets the row's
+    ``tools``. ``skipped``: places of rows whose template does not show which part of the text is the assistant's.
     """
 
     def __init__(self, tokenizer, train_on: Literal["response", "all"]):
@@ -75,9 +35,9 @@ class Renderer:
         self._shows_calls = False
 
     def __call__(self, row: Row, source: DataSource) -> tuple[list[int], list[int]] | None:
-        """(input_ids, labels) of one row, equally long; None for a row that is skipped, which ``skipped`` notes.
+        """(input_ids, labels) of one row, of equal length; None: the row is skipped, and noted in ``skipped``.
 
-        Under ``train_on="response"`` the assistant's turns have labels and no token with text of another message has.
+        With ``train_on="response"`` the assistant's turns have labels, and no token with text of another message has.
 
         Raises:
             DataError: a malformed row, or one that the template refuses.
@@ -105,14 +65,14 @@ class Renderer:
     def _token_spans(self, text: str, spans) -> tuple[list[int], list[tuple[int, int]]] | None:
         """Tokens of ``text``, and the ranges of them that hold the spans; None if tokens cannot be placed.
 
-        A token across the border of the template's opening and the answer belongs to the answer, unless it reaches
-        back into another message; one across the end belongs to what follows.
+        A token across the border between the template's opening and the answer belongs to the answer, unless it also
+        holds text of another message. A token across the end of an answer belongs to the text after it.
         """
         if not self.tokenizer.is_fast:
             return self._token_spans_by_parts(text, spans)
         encoded = _encoding(self.tokenizer, text, return_offsets_mapping=True, **self._specials)
         ids = self._end(encoded["input_ids"]) if not self.templated else encoded["input_ids"]
-        # Added special tokens have the empty place (0, 0).
+        # Special tokens that the tokenizer adds have the empty range (0, 0).
         ends = np.maximum.accumulate(np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64))
         ranges = []
         for span in spans:
@@ -124,7 +84,7 @@ class Renderer:
         return ids, ranges
 
     def _token_spans_by_parts(self, text: str, spans) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """The same for tokenizers that do not say where their tokens are: by tokenizing the text up to each border."""
+        """``_token_spans`` for tokenizers that give no offsets: the text up to each border is tokenized."""
         ids = self._conversation(text)
         ranges = []
         for span in spans:
@@ -142,25 +102,25 @@ class Renderer:
 
     @property
     def _specials(self) -> dict:
-        # Templates write special tokens themselves.
+        # A template writes special tokens itself.
         return {"add_special_tokens": False} if self.templated else {}
 
-    def _render(self, chat: _Chat, messages: list[dict], prompt: bool = False) -> str:
-        """Text of a conversation; ``prompt``: with the opening of the assistant's next message."""
+    def _render(self, chat: Conversation, messages: list[dict], prompt: bool = False) -> str:
+        """Text of a conversation; ``prompt`` adds the opening of the assistant's next message."""
         if not self.templated:
             text = "\n\n".join(f"### {_title(m['role'])}:\n{m['content']}" for m in messages)
             return text + ("\n\n" if text else "") + f"### {_title('assistant')}:\n" if prompt else text
         tools = {} if chat.tools is None else {"tools": chat.tools}
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools)
-        except Exception as error:  # jinja's, or whatever the template raises
+        except Exception as error:  # an error of jinja, or any that the template raises
             raise DataError(f"{chat.where}: the tokenizer's chat template refuses this row ({error})") from error
 
     def _end(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def _chat(self, row: Row, kind: str) -> _Chat:
+    def _chat(self, row: Row, kind: str) -> Conversation:
         """A row's conversation, which holds a message of the assistant."""
         if kind == "alpaca":
             prompt = row_text(row, "instruction")
@@ -168,22 +128,22 @@ class Renderer:
                 prompt += f"\n\n{row_text(row, 'input')}"
             answer = row_text(row, "output")
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            return _Chat(row.where, turns, None)
+            return Conversation(row.where, turns, None)
         messages = row.values["messages"]
         if not isinstance(messages, list):
             raise DataError(
                 f"{row.where}: field 'messages': expected a list of objects with role and content, "
                 f"got {shown(messages)}"
             )
-        messages = [_message(f"{row.where}: messages[{i}]", message) for i, message in enumerate(messages)]
+        messages = [checked_message(f"{row.where}: messages[{i}]", message) for i, message in enumerate(messages)]
         if not any(m["role"] == "assistant" for m in messages):
             raise DataError(f"{row.where}: field 'messages': expected an assistant's message, got none")
-        chat = _Chat(row.where, messages, _tools(row))
+        chat = Conversation(row.where, messages, row_tools(row))
         self._check_calls(chat)
-        return _Chat(row.where, self._without_null_text(chat), chat.tools)
+        return Conversation(row.where, self._without_null_text(chat), chat.tools)
 
-    def _check_calls(self, chat: _Chat) -> None:
-        """Tool calls must be seen in the text: many templates leave them out without a word."""
+    def _check_calls(self, chat: Conversation) -> None:
+        """Raises DataError if tool calls do not show in the text: many templates leave them out without an error."""
         calls = [index for index, message in enumerate(chat.messages) if message.get("tool_calls")]
         if not calls or self._shows_calls:
             return
@@ -197,8 +157,8 @@ class Renderer:
             raise DataError(f"{where}: the tokenizer's chat template does not render tool calls")
         self._shows_calls = True
 
-    def _without_null_text(self, chat: _Chat) -> list[dict]:
-        """The messages, with "" for a content of null where the template would write the word None for it."""
+    def _without_null_text(self, chat: Conversation) -> list[dict]:
+        """The messages, with "" in place of a content of null for which the template would write the word None."""
         messages = list(chat.messages)
         for index, message in enumerate(messages):
             if message["content"] is None:
@@ -209,64 +169,24 @@ class Renderer:
         return messages
 
 
-def _message(where: str, message) -> dict:
-    """One message, checked, without fields of null (which Parquet files have for every field of another message)."""
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: expected an object with role and content, got {shown(message)}")
-    if not isinstance(message.get("role"), str):
-        raise DataError(f"{where}.role: expected text, got {_kind(message.get('role'))}")
-    calls, content = message.get("tool_calls"), message.get("content")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise DataError(f"{where}.tool_calls: expected a list of objects, got {shown(calls)}")
-    if isinstance(content, list):
-        content = "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    elif not (isinstance(content, str) or (content is None and calls)):
-        raise DataError(f"{where}.content: expected text, got {_kind(content)}")
-    return {k: v for k, v in message.items() if v is not None} | {"content": content}
-
-
-def _part(where: str, part) -> str:
-    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-        raise DataError(f"{where}: expected a part of type text, got {shown(part)}")
-    return part["text"]
-
-
-def _tools(row: Row) -> list[dict] | None:
-    """A row's tools: a list of objects, or the same as JSON text. None where there are none."""
-    tools = row.values.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{row.where}: field 'tools': not JSON ({error})") from error
-    if not tools or (isinstance(tools, str) and not tools.strip()):
-        return None
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{row.where}: field 'tools': expected a list of objects, got {shown(tools)}")
-    return tools
-
-
 def encode(tokenizer, text: str, **options) -> list[int]:
-    """Tokens of a text of any length. Raises DataError if the tokenizer has none for it."""
+    """Tokens of a text of any length. Raises DataError if the tokenizer cannot encode it."""
     return _encoding(tokenizer, text, **options)["input_ids"]
 
 
 def _encoding(tokenizer, text: str, **options):
     try:
         return tokenizer(text, verbose=False, **options)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         raise DataError(f"the tokenizer cannot encode the text that begins {text[:40]!r} ({reason(error)})") from error
 
 
 def _prefix(part: list[int], whole: list[int]) -> int | None:
-    """How many leading tokens agree; None if ``part`` is not a prefix. Its last token may merge with what follows."""
+    """How many leading tokens agree; None if ``part`` is no prefix of ``whole``. The last token of ``part`` may differ,
+    since it may be merged with the text after it."""
     shared = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
     return shared if shared >= len(part) - 1 else None
 
 
 def _title(role: str) -> str:
     return TITLES.get(role, role.capitalize())
-
-
-def _kind(value) -> str:
-    return "null" if value is None else type(value).__name__

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Labels of positions that teach nothing.
+# The label of positions without a loss.
 IGNORED = -100
 
 
@@ -14,8 +14,8 @@ IGNORED = -100
 class PackedData:
     """Sequences of one length: ``input_ids`` and ``labels``, both (n, length) int64.
 
-    Labels are aligned with the inputs, as Hugging Face models shift them: position t learns to predict label t + 1.
-    They are -100 where nothing is learnt, and so at each sequence's start, which no position predicts.
+    Labels are aligned with the inputs, since Hugging Face models shift them: position t learns to predict label t + 1.
+    A label is -100 where nothing is learnt. The first label of each sequence is -100, since no position predicts it.
     """
 
     input_ids: Tensor

@@ -1,4 +1,4 @@
-"""Text of one's own for a whole run: three named parts, or anything else dealt out into three."""
+"""The user's text for a whole run, in three parts: as they are named, or split from anything else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from losa import __version__
-from losa.data.sources import PLAIN_TEXT, Row, located_rows
+from losa.data.row_files import PLAIN_TEXT, Row
+from losa.data.sources import located_rows
 from losa.errors import DataError, OutputError, reason
 from losa.recipe.sections import DataSource
 from losa.storage.files import MARKER, write_json, write_text
@@ -17,8 +18,8 @@ SHARES = (0.15, 0.6, 0.25)
 
 
 def named_parts(data: Path) -> dict[str, Path]:
-    """Those of calibration, train and heldout that the directory ``data`` holds, as files of any kind or directories;
-    nothing for a file.
+    """The files or directories of ``data`` named calibration, train and heldout (with any suffix), by name; {} for a
+    file.
 
     Raises:
         DataError: no such file or directory, or two of one name.
@@ -27,7 +28,7 @@ def named_parts(data: Path) -> dict[str, Path]:
         if not data.exists():
             raise DataError(f"--data {data}: no such file or directory")
         inside = sorted(data.iterdir()) if data.is_dir() else []
-    except OSError as error:  # a name too long, a directory that may not be read
+    except OSError as error:  # a name too long, or a directory without permission
         raise DataError(f"--data {data}: cannot be read ({reason(error)})") from error
     found: dict[str, Path] = {}
     for path in inside:
@@ -39,16 +40,16 @@ def named_parts(data: Path) -> dict[str, Path]:
 
 
 def split(data: Path, directory: Path) -> tuple[dict[str, Path], str]:
-    """Deal the text of ``data`` out and write it to ``directory``: 15 % calibration, 60 % train, 25 % heldout.
+    """Split the text of ``data`` and write it to ``directory``: 15 % calibration, 60 % train, 25 % heldout.
 
-    Rows are dealt out by their content: which part one goes to depends neither on its place nor on chance, and equal
-    rows go together. A single text file is cut at line ends instead, in the order above.
+    The content of a row decides its part, not its place or chance, and equal rows go to the same part. A single text
+    file is cut at line ends instead, in the order above.
 
     Returns:
-        the files written, by part, and a sentence about them.
+        the files, by part, and a sentence that describes them.
 
     Raises:
-        DataError: unreadable, or too little to give each part something.
+        DataError: ``data`` cannot be read, or is too little for three parts.
         OutputError: ``directory`` cannot be written, or has files of these names that losa did not write.
     """
     rows = located_rows(DataSource(path=str(data)))

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losa.data.rendering import Renderer, encode, row_format, row_text
+from losa.data.rendering import Renderer, encode
+from losa.data.row_formats import row_format, row_text
 from losa.data.sequences import IGNORED, PackedData
-from losa.data.sources import located_rows, read_rows
+from losa.data.sources import located_rows
 from losa.errors import DataError
 from losa.recipe.sections import DataSource
-
-__all__ = ["IGNORED", "PackedData", "calibration_tokens", "evaluation_tokens", "read_rows", "training_sequences"]
 
 logger = logging.getLogger("losa")
 
@@ -32,10 +31,10 @@ def training_sequences(
 ) -> PackedData:
     """Examples of all sources shuffled together by ``seed``, concatenated, and cut every ``length`` tokens.
 
-    The last, incomplete sequence is dropped. ``train_on="response"`` gives labels to assistants' answers only; rows of
-    plain text are learnt whole. Rows of blank text are left out, and conversations in which the chat template does not
-    show which part is the assistant's; a warning counts these. ``max_tokens`` limits the sequences to
-    floor(max_tokens / length); where the text is shorter, each example is used once and a warning gives the numbers.
+    The last, incomplete sequence is dropped. With ``train_on="response"`` only the assistant's answers have labels;
+    rows of plain text are learnt whole. Rows of blank text are left out. So are conversations whose rendering by the
+    chat template does not show which part is the assistant's; a warning counts them. ``max_tokens`` limits the number
+    of sequences to floor(max_tokens / length). If the text is shorter, each example is used once, with a warning.
 
     Raises:
         DataError: a source cannot be read, a row is malformed, there is no row to learn from, or no whole sequence.
@@ -68,11 +67,12 @@ def calibration_tokens(sources: Sequence[DataSource], tokenizer, samples: int, l
     """(samples, length) int64: windows of the sources' text.
 
     Documents (rows that are not blank) are shuffled by ``seed`` and concatenated, an end-of-text token after each,
-    until the text suffices; of its windows, ``samples`` are drawn by ``seed``. So short documents fill long samples,
-    and one long document gives other samples for another seed.
+    until the text suffices. Of its windows ``samples`` are drawn by ``seed``. So short documents fill long samples, and
+    one long document gives other samples for another seed.
 
     Raises:
-        DataError: a source cannot be read, a row is malformed, or the text is too short; says what it suffices for.
+        DataError: a source cannot be read, a row is malformed, or the text is too short; says for how many samples it
+            suffices.
     """
     ids, _ = _packed("calibration.data", sources, Renderer(tokenizer, "all"), seed, samples * length)
     windows = len(ids) // length
@@ -88,11 +88,11 @@ def calibration_tokens(sources: Sequence[DataSource], tokenizer, samples: int, l
 def evaluation_tokens(source: DataSource, tokenizer) -> Tensor:
     r"""(tokens,) int64: the whole source as one text, in one tokenizer call.
 
-    Rows of text are joined by "\n\n". The rows of a .txt or .raw file are its lines with their line ends, blank lines
-    as "": on the raw WikiText-2 files those are the hub data set's rows, joined as SparseGPT, Wanda and their
-    successors do, so that their perplexities are comparable. ``source.limit`` counts such lines. The tokenizer adds the
-    special tokens that it adds by default (a beginning-of-text token for some models), once. Rows of instructions or
-    messages are rendered as in training and concatenated instead.
+    Rows of text are joined by "\n\n". The rows of a .txt or .raw file are its lines with their line ends, and "" for a
+    blank line. For the raw WikiText-2 files they are the rows of the hub data set, joined as in SparseGPT, Wanda and
+    later papers, so that perplexities are comparable. ``source.limit`` counts these lines. The tokenizer adds its
+    default special tokens once (a beginning-of-text token for some models). Rows of instructions or messages are
+    rendered as in training and concatenated instead.
 
     Raises:
         DataError: the source cannot be read, or a row is malformed.
@@ -121,7 +121,7 @@ def _packed(
     what: str, sources: Sequence[DataSource], renderer: Renderer, seed: int, enough: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all sources in an order drawn by ``seed``, rendered and concatenated until there are ``enough`` tokens:
-    (ids, labels), int64. Rows of blank text are no documents: they would add end-of-text tokens only."""
+    (ids, labels), int64. Rows of blank text are left out: they would add end-of-text tokens only."""
     rows = [(row, source) for source in sources for row in located_rows(source)]
     random.Random(seed).shuffle(rows)
     ids, labels = [], []

@@ -12,16 +12,16 @@ from torch import nn
 from losa.modules.sparse import SparseLinear
 from losa_kernels import masked_lora_linear, measured, pack_bitmask, pack_mask, sparse_linear
 
-# LLaMA-2-7B's, (out, in), as it decodes: q, k and v are one product, and so are gate and up.
+# Weights (out, in) of LLaMA-2-7B in decoding, where q, k and v are one product, and so are gate and up.
 SHAPES = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
 ZEROS = (0.5, 0.7)
 BATCHES = (1, 4, 8, 16)
-TOKENS, RANK = 4096, 8  # of a training step
+TOKENS, RANK = 4096, 8  # rows of x and rank of the adapter in a training step
 
 
 @torch.no_grad()
 def decode_shapes(device: str, shapes=SHAPES) -> None:
-    """A product by random packed bf16 weights of every shape, share of zeros and batch."""
+    """Run a product with random packed bf16 weights for every shape, share of zeros and batch."""
     for shape in shapes:
         weight = torch.randn(shape, device=device).bfloat16()
         for zeros in ZEROS:
@@ -31,7 +31,7 @@ def decode_shapes(device: str, shapes=SHAPES) -> None:
 
 
 def train_shapes(device: str, shapes=SHAPES[1:2], tokens: int = TOKENS) -> None:
-    """A step of a masked-LoRA layer of every shape, in bf16, without dropout and with it."""
+    """Run a training step of a masked-LoRA layer of every shape, in bf16, without dropout and with dropout."""
     for out_features, in_features in shapes:
         x = torch.randn(tokens, in_features, device=device).bfloat16().requires_grad_()
         weight = torch.randn(out_features, in_features, device=device).bfloat16()
@@ -45,8 +45,8 @@ def train_shapes(device: str, shapes=SHAPES[1:2], tokens: int = TOKENS) -> None:
 
 @torch.no_grad()
 def decode_model(model: nn.Module) -> int:
-    """A product by every packed weight of the model, and by those of linears that are one product when it decodes; each
-    shape, format and tenth of zeros once a batch; how many were run."""
+    """Run a product with the packed weights of the model, including groups of linears that are one product in decoding.
+    Weights of equal shape, format, dtype and tenths of zeros run once for each batch. Returns how many weights ran."""
     seen = set()
     for module in model.modules():
         if not isinstance(module, SparseLinear):
@@ -66,7 +66,7 @@ def decode_model(model: nn.Module) -> int:
 
 
 def lines() -> list[str]:
-    """One for each measurement of this process: what was measured, what was chosen, and milliseconds of each way."""
+    """A line for each measurement of this process: what was measured, what was chosen, and milliseconds of each way."""
     found = []
     for choice in measured.choices():
         times = ", ".join(f"{name} {time:.4f}" for name, time in choice.times.items())

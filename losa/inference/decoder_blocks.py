@@ -1,4 +1,4 @@
-"""The parts of a transformers decoder block of the LLaMA kind, as the lean loop calls them."""
+"""The parts of a transformers decoder block of the LLaMA kind, as the lean loop calls them. Shapes: (..., features)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from losa.modules.sparse import SparseLinear, share_rows
 from losa_kernels import sparse_linear
 from losa_kernels.decoder_step import Operations
 
-SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' names of it
+SILU = ("SiLU", "SiLUActivation")  # names of the activation's class in torch and in transformers
 
 
 class Norm:
-    """A norm of the model: where it is transformers' RMS norm, by fewer calls than the six of its module."""
+    """A norm of the model. transformers' RMS norm is computed in one call, where its module makes six."""
 
     def __init__(self, module: nn.Module):
         self.eps: float | None = getattr(module, "variance_epsilon", None)
@@ -29,7 +29,7 @@ class Norm:
         return self._module(x) if self.eps is None else F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def after(self, x: Tensor, update: Tensor | None, run: Operations) -> Tensor:
-        """x += update, where there is one; the norm of x."""
+        """Add ``update`` to x in place, unless it is None, and return the norm of x."""
         if self.eps is not None:
             return run.add_rms_norm(x, update, self.weight, self.eps)
         return self._module(x if update is None else x.add_(update))
@@ -49,7 +49,8 @@ class Block:
     scaling: float
 
     def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
-        """x (..., hidden), normed -> queries, keys and values (..., heads, size), normed where the model norms them."""
+        """x (..., hidden) after the norm -> queries, keys and values (..., heads, size), with the norms of heads that
+        the model has."""
         heads = self.qkv(x).view(*x.shape[:-1], queries + 2 * keys, -1)
         if self.q_norm is None or self.k_norm is None:
             return heads
@@ -76,11 +77,11 @@ class Block:
 
         Args:
             x: (1, hidden), the residual stream; changed in place.
-            update: (1, hidden), what the block before adds to it.
+            update: (1, hidden), what the previous block adds to x.
             cos, sin, position, cache, places, finished: see ``losa_kernels.decoder_step``.
 
         Returns:
-            (1, hidden), what this block adds to x at last.
+            (1, hidden), what this block's MLP adds to x.
         """
         keys, size = cache.shape[1], cache.shape[3]
         normed = self.attention_norm.after(x, update, run)
@@ -100,7 +101,8 @@ class Block:
         return self.down(self.activation(gate) * up)
 
     def _head_norms(self, size: int) -> tuple[Tensor | None, Tensor | None, float] | None:
-        """Weights and eps of RMS norms of single heads; None: the norms are others."""
+        """Weights and eps of the RMS norms of heads (no weights: the model has none); None: the norms are of another
+        kind."""
         q, k = self.q_norm, self.k_norm
         if q is None or k is None:
             return None, None, 0.0
@@ -110,7 +112,7 @@ class Block:
 
 
 def read_block(block: Any) -> Block:
-    """Raises AttributeError where a part has another name, or is missing."""
+    """The parts of a transformers block. Raises AttributeError where a part is missing or has another name."""
     attention, mlp = block.self_attn, block.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return Block(
@@ -128,12 +130,13 @@ def read_block(block: Any) -> Block:
 
 
 def _together(linears: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """All of them on one input, outputs side by side: one product where their rows lie together in memory."""
+    """All ``linears`` on one input, with their outputs side by side: one product if their rows lie together in
+    memory."""
     group = getattr(linears[0], "group", None)
     if group is None and all(type(linear) is SparseLinear for linear in linears):
-        group = share_rows(linears)  # moving or loading them took them apart
+        group = share_rows(linears)  # moving or loading the linears has separated them
     if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
-        join(linears, "weight")  # a launch each, and one to put the results together, cost more there than on a CPU
+        join(linears, "weight")  # on a GPU the launches of several products and of a concatenation cost much
     if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
         product: Callable[..., Tensor] = sparse_linear
         weight = group
@@ -159,7 +162,8 @@ def _rows(linear: Any) -> Tensor | None:
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensor whose rows all ``parts`` are, one after the other (see ``join_linears``); None: there is none."""
+    """The tensor whose rows are ``parts``, one after the other (see ``join_linears``); None: the parts lie
+    elsewhere."""
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         return None
@@ -173,8 +177,8 @@ def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def join(linears: Sequence[nn.Module], name: str) -> None:
-    """Their parameters or buffers of that name become rows of one tensor, where they are alike and it fits into memory;
-    for the model they stay what they are."""
+    """Make the parameters or buffers ``name`` of the linears rows of one tensor, if they are alike and memory suffices.
+    They remain the same parameters and buffers of the model."""
     parts = [getattr(linear, name) for linear in linears]
     if any(part is None or part.is_inference() for part in parts):
         return

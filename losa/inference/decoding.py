@@ -1,9 +1,9 @@
 """The lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
 
 Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
-gated MLP), dense or packed. Whether a model is of that kind is not decided by its name: every key of its configuration
-must be known (``lean_config``), the loop must read all weights, and its logits are compared with the model's own on
-some tokens. Other models generate through transformers.
+gated MLP), dense or packed. The name of a model does not decide whether it is of that kind: every key of its
+configuration must be known (``lean_config``), the loop must read all weights, and its logits are compared with the
+model's own on some tokens. Other models generate through transformers.
 
 On a GPU single tokens go through ``LeanDecoder.step``, whose blocks are nine launches each, as a CUDA graph
 (``losa.inference.token_graphs``).
@@ -28,34 +28,35 @@ from losa.model.blocks import find_blocks
 from losa.modules.sparse import SparseLinear
 from losa_kernels import decoder_step, dispatch
 
-# What of a block the loop reads.
+# The loop reads tensors of a block whose names begin like this.
 READ = (
     *("input_layernorm.", "post_attention_layernorm.", "self_attn.q_norm.", "self_attn.k_norm."),
     *("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.", "self_attn.o_proj."),
     *("mlp.gate_proj.", "mlp.up_proj.", "mlp.down_proj."),
 )
 
-# Of the largest logit. Roundings of both sides go through every block, where first tokens are large: at 30 blocks fp32
-# is off by 2e-5 of fp64. Another function is off by more than a thousandth.
+# Allowed difference of logits, as a share of the largest logit. Rounding errors of both sides pass through every block,
+# and the first tokens have large values: with 30 blocks fp32 differs from fp64 by 2e-5. Another function differs by
+# more than a thousandth.
 SAME = 2**-10
-# Tokens of that comparison; fewer where they would take seconds: from so many weights on, and for half precision on a
-# CPU, which may compute it by detours.
+# Tokens of the comparison. Models of LARGE weights and more take SHORT_PROBE, since the comparison would take seconds;
+# so does half precision on a CPU, which may compute it slowly.
 PROBE, SHORT_PROBE, LARGE = 64, 16, 500_000_000
 
 
 class LeanDecoder:
     """One sequence at a time through a decoder of the LLaMA kind.
 
-    On a GPU, a model whose tensors were replaced (``to``, ``load_state_dict(assign=True)``) needs a ``resize``: graphs
-    read the memory that they were captured with.
+    On a GPU, call ``resize`` after tensors of the model were replaced (``to``, ``load_state_dict(assign=True)``):
+    graphs read the memory that they were captured with.
 
     Args:
-        model: a transformers causal LM, dense or ``losa.sparsify``-ed; used as it is, not copied. Biases of linears
-            with the same input, their packed weights and on a GPU dense ones move beside each other in memory.
-        max_length: tokens of prompt and continuation that the cache has room for.
+        model: a transformers causal LM, dense or after ``losa.sparsify``; used as it is, not copied. For linears with
+            the same input, biases, packed weights and on a GPU dense weights move next to each other in memory.
+        max_length: how many tokens of prompt and continuation the cache has room for.
 
     Raises:
-        Unsupported: another kind of model; says what differs.
+        Unsupported: the model is of another kind; says what differs.
     """
 
     def __init__(self, model: Any, max_length: int):
@@ -79,17 +80,17 @@ class LeanDecoder:
         self.graphs: TokenGraphs | None = None
         self.logits: Tensor | None = None
         self._recordable = _recordable(model, self.device)
-        # Elsewhere a step of static shapes costs more than one that knows its position.
+        # On a CPU a step of static shapes costs more than a step that knows its position.
         self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"
         self._check_length(max_length)
         self._check(model)
         self.resize(max_length)
 
     def resize(self, max_length: int) -> None:
-        """Forget what was read, and make room for so many tokens; 0 frees cache and graphs.
+        """Forget all tokens, and make room for ``max_length`` tokens; 0 frees the cache and the graphs.
 
         Raises:
-            Unsupported: within so many tokens the model does not attend to all of them.
+            Unsupported: the model's attention has a window shorter than ``max_length``.
             LosaError: the cache does not fit into memory.
         """
         self._check_length(max_length)
@@ -101,13 +102,13 @@ class LeanDecoder:
         self.cache = torch.empty(0)  # the old one's memory is freed before the new one is asked for
         self.logits = None
         self.cache = _zeros(shape, self.dtype, self.device)
-        self._caches = list(self.cache[:, :, 0])  # of each block, (2, key heads, room, size)
+        self._caches = list(self.cache[:, :, 0])  # for each block (2, key heads, max_length, size)
         positions = torch.arange(max_length, device=self.device)[None]
         cos, sin = self.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), positions)
         if cos.shape[-1] != self.head_dim:
             raise Unsupported("generate: rotary positions cover a part of each head only")
         half = self.head_dim // 2
-        # rotate_half(x) * sin = roll(x) * (-sin, sin): one operation fewer.
+        # rotate_half(x) * sin = roll(x) * (-sin, sin), which is one operation fewer.
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
         self._run = decoder_step.operations(self.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -127,15 +128,15 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def reset(self) -> None:
-        """Forget what was read."""
+        """Forget all tokens."""
         self.length = 0
         if self.graphs is not None:
             self.cache.zero_()
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids (tokens,) that follow what was read before -> logits (vocabulary,) of the last one, which the next call
-        may overwrite. They are ``logits`` of the decoder too.
+        """ids (tokens,), which follow the tokens read so far -> logits (vocabulary,) of the last one. ``logits`` of the
+        decoder is the same tensor, which the next call may overwrite.
 
         Raises:
             LosaError: the cache is full.
@@ -147,7 +148,7 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def likeliest(self, token: Tensor) -> Tensor:
-        """token (1,) that follows what was read before -> the likeliest after it, (1,), which the next call may
+        """token (1,), which follows the tokens read so far -> the likeliest next token, (1,), which the next call may
         overwrite. Nothing waits for the device.
 
         Raises:
@@ -161,7 +162,7 @@ class LeanDecoder:
         return logits.argmax(-1, keepdim=True)
 
     def _graphed(self, token: Tensor) -> TokenGraphs | None:
-        """The graphs, where one of them has read the token."""
+        """The graphs if one of them has read the token, else None."""
         if self.graphs is None:
             return None
         self._check_room(1)
@@ -171,11 +172,12 @@ class LeanDecoder:
         return self.graphs
 
     def step(self, token: Tensor, position: Tensor, places: int) -> Tensor:
-        """One token in shapes that do not depend on its position, with nothing read back: what a graph can hold.
+        """Read one token, in shapes that do not depend on its position and without waiting: a graph can hold it.
 
         Args:
-            token, position: (1,) int64 on the model's device; writes keys and values there into the cache.
-            places: of the cache that the launches are sized for, all of it if it has fewer; more than ``position``.
+            token, position: (1,) int64 on the model's device. Keys and values go to this position of the cache.
+            places: how many positions of the cache the launches are sized for, more than ``position``. The whole cache
+                if it has fewer.
 
         Returns:
             logits (vocabulary,).
@@ -191,7 +193,7 @@ class LeanDecoder:
             raise LosaError(f"generate: {needed} tokens are more than max_length, {self.max_length}")
 
     def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        """ids (tokens,) -> logits of all of them, or of the last one: (tokens or 1, vocabulary)."""
+        """ids (tokens,) -> logits (tokens, vocabulary), or (1, vocabulary) of the last token."""
         self._check_room(len(ids))
         if len(ids) == 1 and self._steps:
             self._position.fill_(self.length)
@@ -217,7 +219,7 @@ class LeanDecoder:
         cache[1, :, :, start:stop] = heads[:, queries + keys :]
         q, k, v = turned[:, :queries], cache[0, :, :, :stop], cache[1, :, :, :stop]
         if tokens == 1:
-            # Queries that share a key head are its rows: no key is repeated, and nothing is masked.
+            # Queries of one key head are rows of one product, so that no key is repeated and nothing is masked.
             grouped = q.reshape(1, keys, queries // keys, self.head_dim)
             return F.scaled_dot_product_attention(grouped, k, v, scale=block.scaling).reshape(1, 1, -1)
         mask = None
@@ -230,14 +232,14 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def _check(self, model: nn.Module) -> None:
-        """The loop computes what the model computes, read at once and token by token, or it is not used."""
+        """Raises Unsupported unless the loop gives the model's logits, for tokens read at once and one by one."""
         weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
         slow = weights >= LARGE or (self.device.type == "cpu" and self.dtype.itemsize < 4)
         count = SHORT_PROBE if slow else PROBE
         window = self._shortest_window()
         count = count if window is None else min(count, window)
         vocabulary = self.embeddings.weight.shape[0]
-        # From all over the vocabulary, the first and the last token among them.
+        # Tokens spread over the vocabulary, with the first and the last one.
         ids = (torch.arange(count, device=self.device) * 0.6180339887 % 1 * vocabulary).long()
         ids[count // 2] = vocabulary - 1
         try:
@@ -247,7 +249,7 @@ class LeanDecoder:
             found = torch.cat([*before, self(ids[-1:])[None]]).float()
         except LosaError:
             raise
-        except Exception as error:  # the model's own, or shapes that do not fit the loop
+        except Exception as error:  # an error of the model's own code, or shapes that do not fit the loop
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         if not expected.isfinite().all():
             raise Unsupported(f"generate: {type(model).__name__}'s own logits are not finite for some tokens")
@@ -257,7 +259,8 @@ class LeanDecoder:
 
 
 def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module]) -> None:
-    """The loop reads every weight of the model: of the blocks, at ``prefix``, and of ``others``."""
+    """Raises Unsupported unless the loop reads every weight of the model: weights of the blocks at ``prefix`` whose
+    names are in ``READ``, and all weights of ``others``."""
     read = {id(parameter) for module in others for parameter in module.parameters()}
     packed = {f"{name}.packed": module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, weight in (dict(model.named_parameters()) | packed).items():
@@ -272,17 +275,17 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
         f"generate: the cache for {shape[-2]:,} tokens does not fit into memory ({needed / 1e9:.1f} GB); give a "
         "smaller max_new_tokens or a shorter prompt"
     )
-    # A CPU gives out more memory than it has, and ends the process that fills it.
+    # Linux grants more memory than the machine has, and kills the process that uses it.
     if device.type == "cpu" and needed > (_memory() or needed):
         raise LosaError(message)
     try:
         return torch.zeros(shape, dtype=dtype, device=device)
-    except RuntimeError as error:  # torch's for memory of any kind
+    except RuntimeError as error:  # torch raises it when memory of any kind is short
         raise LosaError(message) from error
 
 
 def _memory() -> int | None:
-    """Bytes of this machine; None where the system does not say."""
+    """Bytes of memory of this machine; None where the operating system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -290,12 +293,12 @@ def _memory() -> int | None:
 
 
 def hooked(model: nn.Module) -> bool:
-    """Were forward methods replaced, or hooks hung onto modules? What those do can change unseen."""
+    """Whether a forward method was replaced or a module has hooks. What such code computes can change unnoticed."""
     return any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _recordable(model: nn.Module, device: torch.device) -> bool:
-    """Is a step nothing but kernels? A replay runs no hook, and without native code packed weights are unpacked by
-    operations that the host waits for."""
+    """Whether a step consists of kernels alone. A replay runs no hook, and without native code packed weights are
+    unpacked by operations that the host waits for."""
     packed = any(isinstance(module, SparseLinear) for module in model.modules())
     return not hooked(model) and (not packed or dispatch.backend("sparse_linear", device) != "reference")

@@ -1,40 +1,40 @@
-"""Text from tokens as they come: what each adds to the text of all tokens before it."""
+"""Text from a stream of tokens: what each token adds to the text of all tokens before it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-# Tokens that are decoded anew for each new one: no fewer than TAIL, and no more than LONGEST.
+# How many of the last tokens are decoded again for each new token: at least TAIL, at most LONGEST.
 TAIL, LONGEST = 8, 256
 # How ``clean_up_tokenization_spaces`` of transformers shortens text.
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-# A character takes no more bytes, and so no more tokens, in UTF-8.
+# The most bytes of a character in UTF-8, and so the most tokens of a character.
 _CHARACTER = 4
 
 
 class Detokenizer:
-    """prompt tokens, then new ones by ``add``: its pieces and that of ``finish`` make up decode(prompt + new) without
-    decode(prompt), special tokens left out of both.
+    """Takes the tokens of the prompt, then new tokens by ``add``. The pieces that ``add`` and ``finish`` return, put
+    together, are decode(prompt + new) without its beginning decode(prompt); special tokens are skipped in both.
 
-    Tokens cannot be decoded one by one: spaces at the start of a text vanish, and characters lie in several tokens. So
-    the last tokens are decoded together with the new one, as many as give the same text as decoding all of them.
+    Tokens cannot be decoded one by one: spaces at the start of a text vanish, and a character can take several tokens.
+    So a new token is decoded together with the tokens before it, enough of them to give the text of all tokens.
     """
 
     def __init__(self, tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._window = list(prompt)
-        # The window's text as far as it belongs to the prompt or was given out.
+        # The beginning of the window's text that belongs to the prompt or was returned.
         self._given = self._decode(self._window)
         self._waited = 0
         self._shorten(self._given)
 
     def add(self, token: int) -> str:
-        """The text that is certain now; "" in the middle of a character."""
+        """The new text that later tokens cannot change; "" in the middle of a character."""
         self._window.append(token)
         text = self._decode(self._window)
-        # Bytes of a character that is not whole may spoil those before it, until it is.
+        # Bytes of an incomplete character may change the text before it, until the character is complete.
         waits = not text.startswith(self._given) and self._waited < _CHARACTER
         self._waited = self._waited + 1 if waits else 0
         piece = "" if waits else self._give(text, len(text) - self._unsure(text))
@@ -42,7 +42,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """The rest, whole or not."""
+        """The text that ``add`` held back, even if a character in it is incomplete."""
         text = self._decode(self._window)
         return self._give(text, len(text))
 
@@ -57,7 +57,7 @@ class Detokenizer:
         return text[start:stop]
 
     def _unsure(self, text: str) -> int:
-        """How many characters at the end the next token may change."""
+        """How many characters at the end of the text the next token may change."""
         if text.endswith("\ufffd"):
             return min(_CHARACTER - 1, len(text) - len(text.rstrip("\ufffd")))
         if self._cleans:
@@ -67,7 +67,7 @@ class Detokenizer:
         return 0
 
     def _shorten(self, text: str) -> None:
-        """Let go of tokens at the window's start, where what is left decodes to the end of the same text."""
+        """Drop tokens at the start of the window, if the remaining tokens decode to the end of the same text."""
         if len(self._window) < 2 * TAIL or not text.startswith(self._given):
             return
         held, size = len(text) - len(self._given), TAIL

@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from losa.errors import LosaError, NumericsError, reason
+from losa.inference.checkpoint_settings import end_tokens, warn_of_ignored
 from losa.inference.decoding import Unsupported
 from losa.inference.detokenizer import Detokenizer
+from losa.inference.sampling import choose
 from losa.inference.transformers_loop import through_transformers
 from losa.inference.waiting_decoders import keep_decoder, take_decoder
 from losa.model.finite import is_finite
@@ -23,26 +24,18 @@ from losa.modules.sparse import SparseLinear
 
 logger = logging.getLogger("losa")
 
-# Settings of a checkpoint's generation_config.json that change no text, or that arguments of ``generate`` stand for.
-_SILENT = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
-    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p"),
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
-    *("disable_compile", "compile_config", "return_dict_in_generate"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
-)
-# They change drawn tokens only.
-_OF_DRAWS = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# One is off here.
-_FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale", "num_beams")
-_named: WeakSet[nn.Module] = WeakSet()
-
 
 @dataclass(frozen=True)
 class Generated:
-    """``text``: what the new tokens add to the prompt's. ``tokens``: new token ids. ``prefill_seconds``: of the
-    prompt's pass, which gives the first of them; ``decode_seconds``: of all others. ``fallback``: why transformers'
-    loop ran, not the lean one."""
+    """A continuation of a prompt.
+
+    text: what the new tokens add to the text of the prompt.
+    tokens: ids of the new tokens.
+    prompt_tokens: how many tokens the prompt has.
+    prefill_seconds: time of the pass over the prompt, which gives the first new token.
+    decode_seconds: time of all further tokens.
+    fallback: why transformers' loop ran instead of the lean loop; None: the lean loop ran.
+    """
 
     text: str
     tokens: list[int]
@@ -69,16 +62,17 @@ def generate(
     stop_at_eos: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continue a prompt. The arguments decide how: of the checkpoint's generation settings only the end tokens count.
-    A warning names others that would change the text (repetition_penalty, suppress_tokens, ...).
+    """Continue a prompt. The arguments decide how. Of the checkpoint's generation settings only the end tokens are
+    used; a warning names other settings that would change the text (repetition_penalty, suppress_tokens, ...).
 
     Args:
-        model, tokenizer: of ``losa.load`` or of transformers; the lean loop serves models of the LLaMA kind, others go
-            through ``model.generate``, and ``fallback`` of the result says why.
+        model, tokenizer: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other
+        models
+            generate through ``model.generate``, and ``fallback`` of the result says why.
         prompt: text, or messages ({"role", "content"}) for the tokenizer's chat template.
-        max_new_tokens: fewer where a table of positions ends before.
+        max_new_tokens: the most new tokens; fewer if the model's table of positions ends earlier.
         temperature: 0 takes the likeliest token.
-        top_p: draws from the smallest set of tokens with this share of probability.
+        top_p: tokens are drawn from the smallest set that has this share of probability.
         seed: 0 <= seed < 2^64.
         on_text: called with each new piece of text; the pieces make up the result's ``text``.
 
@@ -86,15 +80,15 @@ def generate(
         LosaError: an empty prompt, settings out of range, or messages that the chat template refuses.
         ModelError: a prompt longer than the model's table of positions, a token without an embedding, or an error in
             the model's own code.
-        NumericsError: logits that are not finite; names the first weight that is not.
+        NumericsError: logits are not finite; names the first weight that is not finite.
     """
     _check_settings(max_new_tokens, temperature, top_p, seed)
     ids = _prompt_ids(tokenizer, prompt)
     check_ids(model, ids, "generate: prompt")
     max_new_tokens = _room(model, len(ids), max_new_tokens)
-    _name_ignored(model, temperature > 0)
+    warn_of_ignored(model, temperature > 0)
     ids = ids.to(next(model.parameters()).device)
-    stops = _end_tokens(model, tokenizer) if stop_at_eos else set()
+    stops = end_tokens(model, tokenizer) if stop_at_eos else set()
     generator = torch.Generator(ids.device).manual_seed(seed)
 
     def next_token(logits: Tensor) -> Tensor:
@@ -123,7 +117,8 @@ def generate(
         if token < 0:
             break
         made.add(token)
-    # The likeliest of logits that are not finite is a token, too; they stay so to the end, through the cache.
+    # Taking the likeliest token does not notice logits that are not finite. Through the cache, the last logits are then
+    # not finite either.
     if decoder.logits is not None:
         _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
@@ -131,7 +126,7 @@ def generate(
 
 
 class _Continuation:
-    """New tokens and their text, and when they came."""
+    """New tokens, their text, and the times at which they came."""
 
     def __init__(self, tokenizer, prompt: Sequence[int], on_text: Callable[[str], None] | None):
         self.tokens: list[int] = []
@@ -149,7 +144,7 @@ class _Continuation:
         self._end = time.perf_counter()
 
     def result(self, fallback: str | None = None) -> Generated:
-        if self._on_text is None:  # nobody waited for pieces
+        if self._on_text is None:  # tokens were not decoded while they came
             self._pieces = [self._detokenizer.add(token) for token in self.tokens]
         self._show(self._detokenizer.finish())
         times = self._first - self._start, self._end - self._first
@@ -159,29 +154,6 @@ class _Continuation:
         self._pieces.append(piece)
         if piece and self._on_text is not None:
             self._on_text(piece)
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """logits (vocabulary,) -> a token id, (1,) int64 on their device; -1 where a token is to be drawn and their largest
-    is not finite. Nothing waits for the device."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    largest = logits.max().float()
-    # Within what fp32 can divide by.
-    temperature = min(max(temperature, 1e-6), 1e30)
-    probability = ((logits.float() - largest) / temperature).softmax(-1)
-    # A draw from NaN raises on a CPU, and leaves a GPU unusable.
-    finite = largest.isfinite()
-    probability = probability.where(finite, 1 / len(logits))
-    if top_p < 1:
-        ordered, order = probability.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        before[0] = -1  # the first stays, however small top_p is
-        ordered.masked_fill_(before >= top_p, 0)
-        token = order[torch.multinomial(ordered, 1, generator=generator)]
-    else:
-        token = torch.multinomial(probability, 1, generator=generator)
-    return token.where(finite, -1)
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
@@ -206,7 +178,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
             )
         try:
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise any error
             raise LosaError(
                 f"generate: the tokenizer's chat template refuses the messages ({reason(error)})"
             ) from error
@@ -217,7 +189,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
         raise LosaError(f"generate: the prompt is not Unicode text ({wrong} is half of a pair)") from error
     try:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain).input_ids[0]
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         raise LosaError(f"generate: the tokenizer cannot encode the prompt ({reason(error)})") from error
     if len(ids) == 0:
         raise LosaError("generate: the prompt is empty")
@@ -225,7 +197,7 @@ def _prompt_ids(tokenizer, prompt: str | list[dict]) -> Tensor:
 
 
 def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
-    """How many of the new tokens there are positions for: the last one needs none."""
+    """For how many new tokens the model has positions. The last new token needs no position."""
     check_length(model, prompt, "generate: prompt")
     found = positions(model)
     if not found.table or found.limit is None:
@@ -241,31 +213,8 @@ def _room(model: nn.Module, prompt: int, max_new_tokens: int) -> int:
     return room
 
 
-def _name_ignored(model: nn.Module, drawing: bool) -> None:
-    """Say once a model which settings of its generation_config.json would change the text and do not."""
-    stated = getattr(model, "generation_config", None)
-    if stated is None or model in _named:
-        return
-    names = [
-        f"{name}={value!r}"
-        for name, value in stated.to_diff_dict().items()
-        if value
-        and not (name in _SILENT or name.startswith("_") or (name in _OF_DRAWS and not drawing))
-        and not (name in _FACTORS and value == 1)
-    ]
-    if names:
-        _named.add(model)
-        logger.warning("generate: settings of the checkpoint that are not applied: %s", ", ".join(names))
-
-
-def _end_tokens(model: nn.Module, tokenizer) -> set[int]:
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stated = stated if isinstance(stated, list) else [stated]
-    return {token for token in (*stated, tokenizer.eos_token_id) if token is not None}
-
-
 def _check_finite(model: nn.Module, logits: Tensor) -> None:
-    """The largest of logits (vocabulary,) is finite, or a NumericsError names the first weight that is not."""
+    """Raises NumericsError if the largest of logits (vocabulary,) is not finite; names the first weight that is not."""
     if math.isfinite(float(logits.max())):
         return
     weights: dict[str, Tensor] = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Which configurations the lean loop computes: a key that is not known here, and is not off, refuses the model."""
+"""Configurations of models that the lean loop computes. A key that is unknown here and not off refuses the model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 
 from losa.errors import LosaError
 
-# Their values are in the modules that the loop calls, or in the shapes of weights that it reads.
+# Keys whose values the loop gets from the modules that it calls, or from the shapes of weights.
 _IN_THE_MODULES = """
 vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 attention_bias attention_out_bias qkv_bias mlp_bias bias use_bias use_qkv_bias hidden_act hidden_activation
 rms_norm_eps layer_norm_eps norm_eps norm_epsilon attention_multiplier query_pre_attn_scalar
 tie_word_embeddings max_position_embeddings rope_theta default_theta quantization_config
 """
-# No part of a forward pass in evaluation mode.
+# Keys that play no part in a forward pass in evaluation mode.
 _NO_PART = """
 architectures model_type transformers_version dtype torch_dtype auto_map _commit_hash tokenizer_class initializer_range
 use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp id2label label2id
@@ -21,19 +21,19 @@ num_labels problem_type attn_implementation _attn_implementation _attn_implement
 attention_dropout residual_dropout hidden_dropout embedding_dropout embd_pdrop resid_pdrop dropout mlp_dropout
 max_sequence_length model_max_length is_llama_config unsloth_fixed unsloth_version transformers.js_config
 """
-# Ends of names that have no part either: a GGUF file brings _model_name_or_path.
+# Ends of further such keys; a GGUF file brings _model_name_or_path.
 _NO_PART_ENDS = ("name_or_path", "_token_id")
 _KNOWN = frozenset((_IN_THE_MODULES + _NO_PART).split())
-# A rotary embedding computes cosines and sines from these, and the loop takes them from there.
+# Keys of rotary positions. The model's rotary embedding uses them, and the loop takes cosines and sines from it.
 _IN_ROPE = """
 rope_theta type factor attention_factor beta_fast beta_slow low_freq_factor high_freq_factor truncate finetuned
 original_max_position_embeddings max_position_embeddings mscale mscale_all_dim
 """
 _KNOWN_IN_ROPE = frozenset(_IN_ROPE.split())
 _ROPE = ("rope_parameters", "rope_scaling")
-# Rotary positions whose frequencies do not depend on the length that is reached.
+# Kinds of rotary positions whose frequencies do not depend on the length of the text.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-# Here a one changes nothing.
+# Ends of keys for which 1 means that they are off.
 _FACTORS = ("factor", "multiplier", "scale", "scaling")
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _NO_ROPE = ("no_rope_layers", "no_rope_layer_interval")
@@ -44,10 +44,11 @@ class Unsupported(LosaError):
 
 
 def longest_served(config) -> int | None:
-    """How many tokens the lean loop can read as the model does, by a transformers configuration; None: any number.
+    """The longest text, in tokens, that the lean loop reads as the model does, from a transformers configuration; None:
+    there is no limit.
 
     Raises:
-        Unsupported: the configuration asks for something that the loop does not compute; names key and value.
+        Unsupported: the loop does not compute what a key of the configuration asks for; names key and value.
     """
     try:
         text = config.get_text_config()
@@ -63,8 +64,7 @@ def longest_served(config) -> int | None:
 
 @functools.cache
 def _of_all() -> tuple[frozenset[str], dict]:
-    """What says nothing of one model: settings of generation, which a configuration may hold too, and what every
-    configuration holds by default."""
+    """Names of generation settings, which a configuration may hold too, and the default values of any configuration."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     return frozenset(vars(GenerationConfig())), PreTrainedConfig().to_dict()
@@ -77,7 +77,7 @@ def _check(config, key: str, value) -> None:
         _check_rope(key, value)
         return
     if key in _NO_ROPE:
-        # 1 means that a layer has positions. The list was made from the interval where it was not given.
+        # 1 means that a layer has positions. transformers makes the list from the interval if it is not given.
         layers = getattr(config, _NO_ROPE[0], None)
         fine = all(layers) if layers else _off(key, value)
     elif key == "is_causal":
@@ -101,10 +101,10 @@ def _check_rope(name: str, settings: dict) -> None:
 
 
 def _window(config) -> int | None:
-    """Tokens that every layer attends to.
+    """The sliding window of the layer that has the shortest one, in tokens; None: every layer attends to all tokens.
 
-    Only a configuration's own class tells whether its model reads ``layer_types`` or ``use_sliding_window``: a file may
-    hold any key.
+    A file may hold any key, so only the class of a configuration tells whether its model reads ``layer_types`` or
+    ``use_sliding_window``.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""Inference from the zeros: packed linears in the place of a merged model's dense ones."""
+"""Packed linears in place of a merged model's dense linears, and back."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ logger = logging.getLogger("losa")
 
 @torch.no_grad()
 def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPARSITY) -> nn.Module:
-    """Replace the block linears of a merged model by packed ones, in place; one layer's dense weight goes at a time.
+    """Replace the block linears of a merged model by packed ones, in place and one after the other, so that dense
+    weights are freed on the way.
 
-    The model runs on a few tokens first: linears whose weight it reads itself stay dense. ``save_pretrained`` writes
-    the model dense afterwards.
+    The model runs on a few tokens first, to find linears whose weight it reads itself: they stay dense.
+    ``save_pretrained`` writes the model dense afterwards.
 
     Args:
         model: decoder with plain linears (``merge_model`` first).
-        format: see ``pack_weight``.
+        format: see ``losa.packed.weights.pack_weight``.
         min_sparsity: linears with a smaller share of zeros stay dense.
 
     Returns:
         the model, for inference only.
 
     Raises:
-        ModelError: adapters are left, or no linear has zeros enough.
+        ModelError: the model has adapters, or no linear has enough zeros.
     """
     found = find_blocks(model)
     blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
-    for _, block, names in blocks:  # all of them before the first is replaced
+    for _, block, names in blocks:  # check all linears before any is replaced
         for name in names:
             if (kind := type(block.get_submodule(name))) is not nn.Linear:
                 raise ModelError(f"sparsify: {name} is a {kind.__name__}; merge_model first")

@@ -1,4 +1,5 @@
-"""Decode speed of a checkpoint, dense and packed, side by side, with the bytes each token moves."""
+"""Decoding speed of a model, dense and packed, by transformers and by the lean loop, with the bytes that a token
+reads."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ logger = logging.getLogger("losa")
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """``bytes_per_token``: weights read for one token (block linears and output layer); ``fraction_of_limit``: those
-    bytes at the speed of a large copy, over the time taken."""
+    """Speed of one way to decode.
+
+    bytes_per_token: bytes of weights that one token reads (block linears and output layer).
+    fraction_of_limit: the time to move these bytes at the speed of a large copy, over the time taken.
+    """
 
     name: str
     tokens_per_second: float
@@ -38,7 +42,7 @@ class DecodeSpeed:
     fraction_of_limit: float
 
 
-# Who decodes, and the weights: as they came, without zeros, and both in bfloat16 (where they are not already).
+# Names of what is measured: the loop that decodes, and the weights. bfloat16 is left out where the weights are in it.
 LOOPS = ("transformers", "losa")
 WEIGHTS = ("dense", "packed", "packed bfloat16", "dense bfloat16")
 
@@ -47,16 +51,16 @@ WEIGHTS = ("dense", "packed", "packed bfloat16", "dense bfloat16")
 def decode_speeds(
     model: Any, *, tokens: int = 64, repetitions: int = 3, only: Collection[str] | None = None
 ) -> list[DecodeSpeed]:
-    """Greedy decoding of one sequence, in turns, by transformers' ``generate`` and by the lean loop.
+    """Measure greedy decoding of one sequence by transformers' ``generate`` and by the lean loop, in turns.
 
-    Where the lean loop does not compute the model, a warning says why, and transformers takes its place with the same
-    weights. A way that fails in transformers is left out with a warning.
+    If the lean loop does not compute the model, a warning says why, and only transformers is measured. A measurement
+    that fails in transformers is left out with a warning.
 
     Args:
-        model: a pruned, merged model, dense or packed; left as it came.
-        tokens: new tokens per measurement, at least 2: the first comes with the prompt.
-        repetitions: measurements of each; the median counts.
-        only: names "LOOP, WEIGHTS" of what to measure; None measures all.
+        model: a pruned, merged model, dense or packed; it is not changed.
+        tokens: new tokens per measurement, at least 2, since the first one comes with the prompt.
+        repetitions: how often everything is measured; the median counts.
+        only: names "LOOP, WEIGHTS" of what to measure; None measures everything.
 
     Raises:
         ModelError: the model is not pruned, has a table of too few positions, or nothing can be measured.
@@ -80,7 +84,7 @@ def decode_speeds(
             variant.bfloat16()
         if "packed" in weights:
             sparsify(variant)
-        else:  # the same products as with packed weights
+        else:  # dense weights are multiplied in the same groups as packed ones
             for block in find_blocks(variant):
                 join_linears(block)
         moved = bytes_per_token(variant)
@@ -119,7 +123,7 @@ def decode_speeds(
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of weights that one decoded token reads: the blocks' linears as they are stored, and the output layer."""
+    """Bytes of weights that one decoded token reads: linears of blocks as they are stored, and the output layer."""
     head = model.get_output_embeddings()
     total = head.weight.nbytes if head is not None else 0
     for block in find_blocks(model):
@@ -132,8 +136,8 @@ def bytes_per_token(model: Any) -> int:
 
 
 def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -> float:
-    """Greedy decoding of ``tokens`` after ``prompt`` (tokens,), whose pass does not count; every token is read by the
-    host, as for showing it."""
+    """Seconds a token of greedy decoding, for ``tokens`` tokens after ``prompt`` (tokens,). The pass over the prompt
+    does not count. The host reads every token, as if to show it."""
     decoder.reset()
     token = decoder(prompt).argmax(-1, keepdim=True)
     wait(prompt.device)
@@ -145,7 +149,8 @@ def seconds_per_token(decoder: LeanDecoder, prompt: torch.Tensor, tokens: int) -
 
 
 def _transformers(model: Any, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds a token of ``generate``, from its first new token to its last. ModelError: the model's own code fails."""
+    """Seconds a token of transformers' ``generate``, from the first new token to the last. Raises ModelError if the
+    model's own code fails."""
     times = []
 
     def clock(ids, scores, **_):

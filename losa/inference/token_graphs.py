@@ -1,10 +1,10 @@
-"""One-token steps as CUDA graphs: a token costs one launch, where the host would take longer to start a step's kernels
-than a GPU to run them.
+"""Steps of one token as CUDA graphs. A token then costs one launch; without a graph the host takes longer to launch the
+kernels of a step than the GPU takes to run them.
 
-The launches of attention are sized for a number of places, ``BUCKET`` or it doubled some times, and a graph holds one
-such number: the first token that needs it runs step by step, which also loads what the capture must not, the second
-captures, and from then on the graph is replayed. Token and position live on the device and every step leaves the next
-one's there.
+Attention is launched for a number of positions of the cache: ``BUCKET``, or ``BUCKET`` doubled several times. A graph
+is made for each such number. The first token that needs the number runs without a graph, which loads everything that
+must not be loaded in a capture. The second token captures the graph, and later tokens replay it. Token and position
+live on the device, where every step leaves those of the next step.
 
 ``LOSA_DECODE_GRAPH=0`` turns graphs off.
 """
@@ -30,8 +30,8 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def places_for(tokens: int) -> int:
-    """For how many places of the cache the step is sized that reads the last of so many tokens; they may be more than
-    the cache has."""
+    """For how many positions of the cache a step is launched that reads the last of ``tokens`` tokens. They may be more
+    than the cache has."""
     places = BUCKET
     while places < tokens:
         places *= 2
@@ -39,19 +39,19 @@ def places_for(tokens: int) -> int:
 
 
 def graphs_for(device: torch.device) -> TokenGraphs | None:
-    """None where tokens are read step by step."""
+    """Graphs for a device; None: it has none, or ``LOSA_DECODE_GRAPH=0`` turns them off."""
     if device.type != "cuda" or not settings.DECODE_GRAPH():
         return None
     return TokenGraphs(Recorder(device), device)
 
 
 class TokenGraphs:
-    """Runs steps through recordings, one for each number of places.
+    """Runs steps through recordings, one for each number of positions.
 
     Args:
-        recorder: what records a function and lets go of the recordings; see ``losa_kernels.cuda_graphs.Recorder``.
+        recorder: records a function, and frees its recordings; see ``losa_kernels.cuda_graphs.Recorder``.
 
-    ``token`` (1,): the likeliest after the last step; ``logits`` (vocabulary,): of the last step.
+    ``token`` (1,): the likeliest token after the last step. ``logits`` (vocabulary,): the logits of the last step.
     """
 
     def __init__(self, recorder, device: torch.device):
@@ -65,11 +65,11 @@ class TokenGraphs:
         self._failed = False
 
     def run(self, step: Step, token: Tensor, length: int) -> bool:
-        """Read token (1,) after ``length`` others. False, and nothing that counts has happened, if that cannot be done
-        here.
+        """Read token (1,), which follows ``length`` tokens. Returns False, with no effect on the decoder, if graphs do
+        not work here.
 
         Args:
-            step: the same in every call.
+            step: the same function in every call.
         """
         if self._failed:
             return False
@@ -88,7 +88,7 @@ class TokenGraphs:
                 if replay is None:
                     replay = self._replays[places] = self._recorder(lambda: self._advance(step, places))
                 replay()
-        except Exception as error:  # whatever it is, the plain loop will do, or will say what is wrong
+        except Exception as error:  # after any error the plain loop goes on, or names what is wrong
             logger.warning("generate: no CUDA graph, tokens are read step by step: %s", error)
             self._failed = True
             self.close()

@@ -13,10 +13,11 @@ from losa.errors import LosaError, ModelError, reason
 
 
 def with_settings(model: nn.Module, **settings) -> nn.Module:
-    """The same model, whose ``generate`` knows these settings and none of the checkpoint's but its special tokens.
+    """A second object around the same modules, whose ``generate`` uses these settings and, of the checkpoint's
+    settings, the special tokens only.
 
-    ``model.generate`` fills what its caller leaves open from ``model.generation_config``, which is therefore another
-    one here: of a second object around the same modules, so that two threads can do this at once.
+    ``model.generate`` takes settings that its caller does not give from ``model.generation_config``. The second object
+    has a ``generation_config`` of its own, so that several threads can do this at once.
     """
     from transformers import GenerationConfig
 
@@ -40,15 +41,16 @@ def through_transformers(
 
     Args:
         choose: logits (vocabulary,) fp32 -> a token id, (1,).
-        add: called with each new token, as it comes.
+        add: called with each new token when it comes.
         stops: tokens that end the text.
 
     Raises:
-        ModelError: the model's own code fails; names its class and the cause. Errors of ``choose`` and ``add`` pass.
+        ModelError: the model's own code fails; names the model's class and the cause. Errors of ``choose`` and ``add``
+            are raised as they are.
     """
     ours = _Ours(choose, add)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": sorted(stops) or None}
-    # The padding of one sequence is never read, but transformers asks for it.
+    # One sequence has no padding, but transformers requires a padding token.
     settings["pad_token_id"] = min(stops, default=0)
     mask = torch.ones_like(ids)[None]
     try:
@@ -63,13 +65,13 @@ def through_transformers(
 
 
 def failure(command: str, model: nn.Module, error: Exception) -> str:
-    """One sentence on what a model's own code raised."""
+    """One sentence on an error of a model's own code."""
     told = reason(error).removeprefix(f"{type(error).__name__}: ")
     return f"{command}: {type(model).__name__} fails in transformers ({type(error).__name__}: {told})"
 
 
 class _Ours:
-    """What ``model.generate`` calls: its processor of logits, and its streamer."""
+    """Logits processor and streamer for ``model.generate``."""
 
     def __init__(self, choose: Callable[[Tensor], Tensor], add: Callable[[int], None]):
         self._choose, self._add = choose, add
@@ -77,12 +79,12 @@ class _Ours:
         self.error: Exception | None = None
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (1, vocabulary) -> the same with one finite entry, at the chosen token."""
+        """scores (1, vocabulary) -> (1, vocabulary), -inf but for a 0 at the chosen token."""
         token = self._call(self._choose, scores[0])
         return torch.full_like(scores, float("-inf")).index_fill_(1, token, 0)
 
     def put(self, tokens: Tensor) -> None:
-        if self._prompt:  # comes first, whole
+        if self._prompt:  # the first call gives the whole prompt
             self._prompt = False
             return
         for token in tokens.flatten().tolist():

@@ -9,24 +9,24 @@ from torch import nn
 from losa.inference.decoding import LeanDecoder, Unsupported, hooked
 from losa.modules.sparse import SparseLinear
 
-# Decoders wait here between two texts, without a cache, each with what its model looked like. They refer to parts of
-# the model, never to the model, which would otherwise live for ever.
+# Decoders wait here between two texts, without a cache, each with the looks of its model. They refer to parts of the
+# model, never to the model itself, which would then never be freed.
 _waiting: WeakKeyDictionary[nn.Module, tuple[list, LeanDecoder]] = WeakKeyDictionary()
 
 
 def take_decoder(model: nn.Module, max_length: int) -> tuple[list | None, LeanDecoder]:
-    """(what the model looks like, its decoder): the one that waits if nothing has changed since, else a new one.
+    """(looks of the model, its decoder): the waiting decoder if the model has not changed, else a new one.
 
-    Taken out, so that two threads never share a cache.
+    A waiting decoder is taken out, so that two threads never share a cache.
     """
     waiting = _waiting.pop(model, None)
     if waiting is None or waiting[0] != _looks(model):
         decoder = LeanDecoder(model, max_length)
-        return _looks(model), decoder  # only now: it may lay weights and biases together
+        return _looks(model), decoder  # after building: it may move weights and biases
     before, decoder = waiting
     try:
         decoder.resize(max_length)
-    except Unsupported:  # this length; a shorter text may come
+    except Unsupported:  # too long for this model; a shorter text may follow
         _waiting[model] = before, decoder
         raise
     return before, decoder
@@ -39,13 +39,13 @@ def keep_decoder(model: nn.Module, looks: list | None, decoder: LeanDecoder) -> 
 
 
 def forget_decoder(model: nn.Module) -> None:
-    """Let go of the linears that a waiting decoder holds on to, before they are replaced."""
+    """Free a waiting decoder and the linears that it refers to, before the linears are replaced."""
     _waiting.pop(model, None)
 
 
 def _looks(model: nn.Module) -> list | None:
-    """What a decoder depends on: which modules there are, their numbers, and where their tensors lie. None: that cannot
-    be told."""
+    """Everything that a decoder depends on: the modules, their settings, and the places of their tensors in memory.
+    None: the model has hooks, whose effects cannot be compared."""
     if hooked(model):
         return None
     seen: list = []

@@ -1,4 +1,4 @@
-"""What a decoder block is called with and what it returns, whatever their form."""
+"""What a decoder block is called with and what it returns, in each form that models use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from losa.errors import ModelError
 
 @dataclass(frozen=True)
 class Call:
-    """Everything a block is called with besides its hidden states."""
+    """All arguments of a block but its hidden states. ``hidden_keyword``: the name of the hidden states' argument; None
+    where the hidden states are the first argument."""
 
     args: tuple
     kwargs: dict
@@ -26,7 +27,7 @@ class Call:
 
 
 def hidden_of(output) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a sequence or mapping that they are the first of."""
+    """The hidden states in a block's output, which is a tensor, or a sequence or mapping whose first entry is one."""
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)
@@ -40,7 +41,7 @@ def hidden_of(output) -> Tensor:
 
 
 def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
-    """The hidden states that a block is called with, and the rest. Raises ModelError."""
+    """The hidden states that a block is called with, and its other arguments. Raises ModelError."""
     if args:
         hidden, call = args[0], Call(tuple(args[1:]), dict(kwargs), None)
     elif "hidden_states" in kwargs:
@@ -54,8 +55,8 @@ def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
 
 
 def same(a, b, inside: tuple[int, ...] = ()) -> bool:
-    """Whether two arguments are equal in all that a block could read. An object is what its attributes are; of what
-    cannot be looked into, only the same object is the same."""
+    """Whether a block would read the same from two arguments. Objects are compared by their attributes; objects without
+    readable attributes are the same only if they are one object."""
     if a is b or id(a) in inside:
         return True
     if type(a) is not type(b):

@@ -67,7 +67,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError("model: expected a decoder-only language model, got an encoder-decoder")
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    # Lists inside a list (experts of a block) are parts of blocks.
+    # A list inside another list (experts of a block) is part of a block.
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     sizes = {n: sum(_weights(x) for x in m.modules()) for n, m in lists.items()}
     ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
@@ -92,8 +92,8 @@ def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
-    """A layer that computes x W^T + bias from ``weight``: not its subclasses with another forward (quantised ones)
-    and not the one inside ``nn.MultiheadAttention``, whose forward is never called."""
+    """Whether a layer computes x W^T + bias from ``weight``. Subclasses of ``nn.Linear`` with another forward
+    (quantised ones) do not; nor does the linear inside ``nn.MultiheadAttention``, whose forward is never called."""
     if isinstance(module, MaskedLoRALinear):
         return True
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -115,12 +115,13 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
     """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it.
 
-    Left out: weights that occur twice within ``model`` (default: within the block), and routers of a mixture of experts
-    (beside a collection of n experts, linears with n outputs or with one).
+    Two kinds are left out: linears whose weight occurs twice within ``model`` (default: within the block), and routers
+    of a mixture of experts (linears beside a collection of n experts that have n outputs, or one).
 
     Args:
         targets: names: a linear's last component ("q_proj") or a longer end of its name; or "re:<regex>", searched
-            in the name; or a list of both. None takes all. May match nothing here: blocks can differ.
+            in the name; or a list of both. None takes all linears. They may match no linear of one block, since blocks
+            can differ.
 
     Raises:
         ModelError: a regular expression that does not compile.
@@ -141,7 +142,7 @@ def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, n
 
 
 def _uses(model: nn.Module) -> Counter:
-    """How often each parameter occurs, by id: a module reached by two names counts twice."""
+    """How often each parameter occurs, by id. A parameter of a module with two names counts twice."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
@@ -166,8 +167,8 @@ def _matches(target: str, name: str) -> bool:
 def _fused(module: nn.Module) -> list[str]:
     """Names of a module's own stacked expert weights: Parameters (experts, ., .).
 
-    A module of experts has no other parameters, but for biases (experts, .), and none in modules of its own: that tells
-    it from a mixer whose heads have matrices of their own.
+    A module of experts has no other parameters but biases (experts, .), and its children have none. A mixer whose heads
+    have a matrix each differs in that.
     """
     own = dict(module.named_parameters(recurse=False))
     stacked = [name for name, p in own.items() if p.ndim == 3 and p.shape[0] > 1]
@@ -178,7 +179,7 @@ def _fused(module: nn.Module) -> list[str]:
 
 
 def _expert_count(collection: nn.Module) -> int | None:
-    """The number of experts in a list of like modules or in stacked weights; None for anything else."""
+    """The number of experts in a list of modules of one class, or in stacked weights; None: it is neither."""
     if fused := _fused(collection):
         return getattr(collection, fused[0]).shape[0]
     if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:

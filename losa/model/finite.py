@@ -11,7 +11,7 @@ from losa.errors import ModelError
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; takes no memory of the tensor's size."""
     if not tensor.numel() or tensor.element_size() == 1 or tensor.device.type == "meta":
-        return True  # 8-bit types have no infinity, and few operations
+        return True  # 8-bit types have no infinity, and torch supports few operations on them
     low, high = tensor.detach().aminmax()
     return bool(low.isfinite() & high.isfinite())
 

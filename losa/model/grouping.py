@@ -1,4 +1,4 @@
-"""Linears of a block that read the same input, as rows of one weight."""
+"""Linears of a block that read the same input, stored as rows of one weight."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from losa.modules.sparse import SparseLinear, share_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# Linears that read the same input, by their names' last components: their rows lie together in memory.
+# Last components of the names of linears that read the same input. Their rows are put together in memory.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def group_linears(block: nn.Module) -> None:
-    """Put linears of a block that read the same input (``TOGETHER``) into one packed weight that they share."""
+    """Make packed linears of a block that read the same input (``TOGETHER``) rows of one packed weight."""
     for members in sparse_groups(block):
         share_rows(members)
 
 
 def join_linears(block: nn.Module) -> None:
-    """The same for dense linears: their weights become rows of one, and frozen."""
+    """Make dense linears of a block that read the same input rows of one weight, and freeze them."""
     for members in _groups(block, nn.Linear):
         weights = [member.weight.detach() for member in members]
         if len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1:
@@ -33,7 +33,7 @@ def join_linears(block: nn.Module) -> None:
 
 
 def sparse_groups(block: nn.Module) -> Iterator[Sequence[SparseLinear]]:
-    """The complete groups of ``TOGETHER`` among siblings, where all members are packed."""
+    """Groups of ``TOGETHER`` in the block whose members are siblings, all there, and all packed."""
     return _groups(block, SparseLinear)
 
 

@@ -1,23 +1,19 @@
-"""What a model can take in: how many positions it has, which tokens it knows; and whether a recipe's data suits it."""
+"""What a model can take in: how many positions it has, and which tokens it knows."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from losa.errors import ModelError
 
-if TYPE_CHECKING:
-    pass
-
-
 logger = logging.getLogger("losa")
 
-# Some tables begin a few rows late (two in OPT).
+# Some tables of positions have a few rows before the first position (OPT has two).
 _SPARE_ROWS = 8
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -27,8 +23,8 @@ class Positions:
     """How many tokens fit into one sequence.
 
     ``table``: ``limit`` cannot be exceeded, since positions (or the mask, or the bias of all positions) are looked up
-    in a table of that size. Otherwise (rotary, ALiBi, recurrent) the model was made for ``limit`` tokens and computes
-    on beyond them; None: nothing says how many.
+    in a table of that size. Otherwise (rotary, ALiBi, recurrent) the model was made for ``limit`` tokens and also runs
+    on longer sequences; None: nothing says how many.
     """
 
     limit: int | None
@@ -41,7 +37,7 @@ def positions(model: nn.Module) -> Positions:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     if limit is None and (limit := getattr(text, "max_seq_len", None)):
-        # MPT: each forward pass makes an attention bias of this length and no longer one.
+        # MPT: each forward pass makes an attention bias of this length, and never a longer one.
         return Positions(limit, True)
     if not isinstance(limit, int) or limit < 1:
         return Positions(None, False)
@@ -50,10 +46,10 @@ def positions(model: nn.Module) -> Positions:
         if module is embeddings:
             continue
         if isinstance(module, nn.Embedding) and limit <= module.num_embeddings <= limit + _SPARE_ROWS:
-            # RoBERTa and its kin count positions from the padding row on.
+            # RoBERTa and models made from it count positions from the row after the padding row.
             late = 0 if module.padding_idx is None else module.padding_idx + 1
             return Positions(min(limit, module.num_embeddings - late), True)
-        # Sinusoids that `make_weights` makes anew when a sequence is longer (XGLM) are no limit.
+        # A table of sinusoids that `make_weights` enlarges for a longer sequence (XGLM) is no limit.
         grows = hasattr(module, "make_weights")
         if not grows and any(_is_table(buffer, limit) for buffer in module.buffers(recurse=False)):
             return Positions(limit, True)
@@ -63,7 +59,7 @@ def positions(model: nn.Module) -> Positions:
 def _embeddings(model: Any) -> nn.Module | None:
     try:
         return model.get_input_embeddings()
-    except NotImplementedError:  # transformers' word for a model that has none to show
+    except NotImplementedError:  # transformers raises it for a model without input embeddings
         return None
 
 
@@ -85,8 +81,8 @@ def _is_table(buffer: Tensor, limit: int) -> bool:
 
 
 def check_length(model: nn.Module, length: int, what: str) -> None:
-    """Refuse sequences longer than a table of positions; warn, once a model, of sequences beyond the length that the
-    model was made for. ``what`` names the setting.
+    """Refuse sequences longer than the model's table of positions; warn once a model of sequences longer than the model
+    was made for. ``what`` names the setting.
 
     Raises:
         ModelError: the table has fewer than ``length`` positions.

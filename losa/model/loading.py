@@ -53,7 +53,7 @@ def load_model(
     directory = Path(source) if os.path.isdir(source) else None
     refuse_other_kinds(model, source, gguf_file)
     trust = {"trust_remote_code": trust_remote_code}
-    # transformers raises errors of many kinds here, its dependencies' among them; the user needs one sentence.
+    # transformers and its dependencies raise errors of many kinds here; the user needs one sentence.
     try:
         if gguf_file is None:
             config = AutoConfig.from_pretrained(source, **trust)
@@ -107,8 +107,12 @@ def configured_model(
 
 
 def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
-    """Raises ModelError for a directory that holds an adapter or a packed checkpoint. Arguments: ``model`` for the
-    message, the others as ``locate_model`` gives them."""
+    """Raises ModelError for a directory that holds an adapter or a packed checkpoint.
+
+    Args:
+        model: what the user gave, for the message.
+        source, gguf_file: what ``locate_model`` returned.
+    """
     if gguf_file is None and os.path.isdir(source):
         refuse_adapter(Path(source))
         if is_packed(Path(source)):
@@ -116,8 +120,8 @@ def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:
 
 
 def _name_what_is_damaged(directory: Path, error: Exception) -> None:
-    """Raises ModelError if the files can be told to be damaged, or not to be the model's: transformers names neither
-    file nor tensor."""
+    """Raises ModelError if the files are damaged or do not belong to the model, and names file and tensor, which the
+    errors of transformers do not name."""
     if not any(directory.glob("*.safetensors")):
         return
     try:
@@ -132,8 +136,8 @@ def _name_what_is_damaged(directory: Path, error: Exception) -> None:
 
 
 def _check_finite(loaded: nn.Module, model: str, directory: Path | None) -> None:
-    """Raises ModelError with the name of the first weight that is NaN or infinite; where the file's is finite it says
-    that the type does not hold it."""
+    """Raises ModelError with the name of the first weight that is NaN or infinite. Where the weight in the file is
+    finite, the message says that the type does not hold it."""
     for name, parameter in loaded.named_parameters():
         if not parameter.is_floating_point() or is_finite(parameter):
             continue
@@ -159,7 +163,7 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # A number that comes back: tensors on meta have none.
+        # Reading a number back shows that the device computes; tensors on meta hold no numbers.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r}: not available here ({reason(error)})") from error
@@ -173,7 +177,7 @@ def locate_model(model: str, gguf_file: str | None) -> tuple[str, str | None]:
     if model.startswith("package:"):
         return _locate_package(model, gguf_file)
     path = Path(model).expanduser()
-    # os.path, not pathlib: a name that no file can have is no error there.
+    # os.path, not pathlib: it raises no error for a name that no file can have.
     if path.suffix == ".gguf" and os.path.isfile(path):
         return str(path.parent), path.name
     if os.path.isdir(path):
@@ -218,7 +222,7 @@ def _check_config(model: str, config) -> None:
 
 
 def explain_failure(source: str, error: Exception) -> str:
-    """One sentence for the user on why transformers could not load ``source``."""
+    """One sentence that tells the user why transformers could not load ``source``."""
     text = str(error)
     if "trust_remote_code" in text:
         return "needs its own code; if you trust it, set trust_remote_code: true"

@@ -1,7 +1,7 @@
-"""Names of tensors on disk and in the model: transformers' own rules between them.
+"""Names of tensors on disk and in the model, and transformers' own rules between the two.
 
-A checkpoint keeps the names of whoever published it. transformers renames tensors when it loads them, and makes some
-from several stored ones (stacked experts, split projections). ``Naming`` says which stored tensor goes where.
+A checkpoint keeps the names that its publisher chose. transformers renames tensors when it loads them, and makes some
+tensors from several stored ones (stacked experts, split projections). ``Naming`` says which stored tensor goes where.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_names(directory: Path, model: nn.Module) -> Naming:
 
 
 def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> Naming:
-    """The same for the tensors that ``where`` lists."""
+    """``check_names`` for tensors of known types and shapes; ``where``: the file or directory that lists them."""
     try:
         naming = Naming(model, stored)
         naming.check(stored)
@@ -41,7 +41,7 @@ def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> 
         raise ModelError(f"{where}: {error}") from error
     try:
         blocks = naming.blocks
-    except ModelError:  # no structure that could be pruned; the tensors fit all the same
+    except ModelError:  # the model has no structure that could be pruned, but the tensors fit
         return naming
     for name, target in naming.unused.items():
         index = blocks.index_of(target)
@@ -53,17 +53,18 @@ def checked_naming(model: nn.Module, stored: dict[str, Stored], where: Path) -> 
 class Naming:
     """Where each tensor of a checkpoint goes in ``model``.
 
-    ``renamed``: name on disk -> name in the model, of tensors that are the model's as they are stored.
-    ``made``: name in the model -> names on disk that transformers makes it (and perhaps others) from.
-    ``unused``: name on disk -> what it would be called, of tensors that the model has no place for; transformers
-    leaves them aside as well.
+    ``renamed``: name on disk -> name in the model, for tensors that the model takes as they are stored.
+    ``made``: name in the model -> names on disk of the tensors that transformers makes it from. It may make further
+    tensors of the model from the same ones.
+    ``unused``: name on disk -> the name that the tensor would have in the model, for tensors that the model has no
+    place for; transformers ignores them as well.
 
     Args:
-        model: of transformers, on any device; meta will do.
-        names: of all stored tensors.
+        model: a transformers model on any device, such as meta.
+        names: names of all stored tensors.
 
     Raises:
-        ModelError: something that is no name of a tensor.
+        ModelError: a name that no tensor can have.
     """
 
     def __init__(self, model: Any, names: Iterable[str]):
@@ -107,12 +108,12 @@ class Naming:
         return find_blocks(self.model)
 
     def targets(self) -> dict[str, str]:
-        """Name on disk -> name in the model; where several names come of one tensor, the first of them."""
+        """Name on disk -> name in the model; the first one where transformers makes several of a tensor."""
         made = {source: target for target, sources in self.made.items() for source in sources}
         return self.renamed | made | self.unused
 
     def make(self, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What transformers makes of the stored ``tensors`` of ``made[target]``, by name in the model.
+        """The tensors that transformers makes from the stored tensors of ``made[target]``, by name in the model.
 
         Raises:
             ModelError: they do not fit together; names the first.
@@ -130,9 +131,9 @@ class Naming:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def missing(self, loaded: Iterable[str]) -> list[str]:
-        """Names in the model that nothing ``loaded`` fills, in model order; tied weights count as one."""
+        """Names of the model's tensors that are not ``loaded``, in model order. Of tied weights, one is enough."""
         absent = self.expected.keys() - set(loaded)
-        # The same for all members of a family of tied weights, of which one is enough.
+        # Weights that are tied to each other are one family, and all its members refer to one set.
         family: dict[str, set[str]] = {}
         for one, other in getattr(self.model, "all_tied_weights_keys", {}).items():
             joined = family.get(one, {one}) | family.get(other, {other})
@@ -145,7 +146,7 @@ class Naming:
         ]
 
     def ignored(self, target: str) -> bool:
-        """Whether the model says itself that a stored tensor of this name is of no use to it."""
+        """Whether the model states that it does not use a stored tensor of this name."""
         pattern = self._model_says("_keys_to_ignore_on_load_unexpected")
         old_buffers = re.search(r"rotary_emb\.inv_freq|(^|\.)position_ids$", target)
         return old_buffers is not None or (pattern is not None and pattern.search(target) is not None)
@@ -179,8 +180,8 @@ class Naming:
             raise ModelError(f"tensors are missing: {', '.join(absent[:3])}{more}")
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The type in which transformers keeps each floating-point tensor of the model: its own, but for those that
-        the model keeps in fp32."""
+        """The type in which transformers keeps each floating-point tensor of the model: the model's type, or fp32 for
+        tensors that the model asks to keep in fp32."""
         from transformers.core_model_loading import build_glob_alternation
 
         kept = {name: t.dtype for name, t in self.expected.items() if t.is_floating_point()}
@@ -193,5 +194,5 @@ class Naming:
         return kept
 
     def remember(self) -> None:
-        """Let ``save_pretrained`` write the names of this checkpoint, as after transformers' own loading."""
+        """Make ``save_pretrained`` write the names of this checkpoint, as it does after loading by transformers."""
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]

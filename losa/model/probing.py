@@ -1,4 +1,4 @@
-"""Which linears' weights a model reads itself, instead of calling the linear."""
+"""Linears whose weight a model reads itself, instead of calling the linear."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from losa.modules.sparse import SparseLinear
 
 
 def read_directly(model: Any) -> set[str]:
-    """Names of linears whose ``weight`` the model reads itself when it runs: some models compute with it and never call
-    the linear. Found by running a few tokens; packed linears give their dense weight for that time.
+    """Names of linears whose ``weight`` the model reads itself when it runs: some models compute with the weight and
+    never call the linear. The model runs on a few tokens to find them, while packed linears give their dense weight.
 
     Raises:
         ModelError: the model does not run, or its logits are not finite.
@@ -49,7 +49,7 @@ def read_directly(model: Any) -> set[str]:
             module.__class__ = Dense if kinds[name] is nn.Linear else Sparse
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
-    except Exception as error:  # models raise errors of many kinds
+    except Exception as error:  # a model may raise any error
         raise ModelError(f"the model does not run ({type(error).__name__}: {error})") from error
     finally:
         for name, module in watched.items():

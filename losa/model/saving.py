@@ -1,4 +1,4 @@
-"""``save_pretrained`` of models whose linears were replaced, and what a config says of tied embeddings."""
+"""``save_pretrained`` of models whose linears were replaced, and tied embeddings in config.json."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _TIED = "tie_word_embeddings"
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Make ``model.save_pretrained`` (and so ``push_to_hub``) write what loads, whatever the linears are by then.
+    """Make ``model.save_pretrained`` (and so ``push_to_hub``) write a checkpoint that transformers loads.
 
-    Packed linears are written dense, under their ordinary names: all of the model's dense weights are in memory for
-    that time (``losa unpack`` takes a block at a time). Adapters are refused: the file would hold the weights without
-    them. Models that are not of transformers stay as they are.
+    Packed linears are written dense, under their ordinary names. All dense weights of the model are in memory meanwhile
+    (``losa unpack`` holds one block at a time). A model with adapters is refused, since the file would hold the weights
+    without their adapters. A model that is not of transformers is left as it is.
     """
     module: Any
-    for module in model.modules():  # a part of it can be saved alone
+    for module in model.modules():  # parts of the model can be saved alone
         if hasattr(type(module), "save_pretrained"):
-            # No method of the module: pickle would read that back as the class's own.
+            # A partial, not a bound method: pickle would restore a bound method as the method of the class.
             module.save_pretrained = partial(save_pretrained, module)
 
 
 def save_pretrained(model: Any, *args, **kwargs):
-    """What takes the place of a model's own ``save_pretrained``; its arguments."""
+    """Takes the place of the model's own ``save_pretrained``, with the same arguments."""
     save = type(model).save_pretrained
     wrapped = [name for name, module in model.named_modules() if isinstance(module, MaskedLoRALinear)]
     if wrapped:
@@ -50,7 +50,7 @@ def save_pretrained(model: Any, *args, **kwargs):
 
 
 def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state dict (or the given one of it) with dense weights in the place of packed ones."""
+    """The model's state dict, or ``state_dict``, with dense weights in place of packed ones."""
     found = dict(model.state_dict() if state_dict is None else state_dict)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -61,7 +61,7 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = No
 
 
 def untied_though_stated(model: Any) -> bool:
-    """Whether the config says that input and output embeddings are one, and they differ."""
+    """Whether the config states that input and output embeddings are one tensor, though they differ."""
     if not getattr(model.config.get_text_config(), _TIED, False) and not getattr(model.config, _TIED, False):
         return False
     output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
@@ -72,7 +72,7 @@ def untied_though_stated(model: Any) -> bool:
 
 
 def state_untied(directory: Path) -> None:
-    """Write into config.json that the output layer has weights of its own."""
+    """Write into config.json that the output layer has its own weights."""
     path = directory / "config.json"
     config: Any = read_json(path)
     for part in [value for value in config.values() if isinstance(value, dict) and _TIED in value]:

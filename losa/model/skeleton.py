@@ -12,16 +12,21 @@ from losa.storage.kinds import read_config
 
 
 def skeleton(directory: Path, meta: bool = True, fallback: torch.dtype = torch.float32) -> nn.Module:
-    """The model that config.json describes, without weights: all on meta, or where the context creates them.
+    """The model that config.json describes, without weights.
 
-    ``fallback``: the weights' type where config.json states none.
+    Args:
+        meta: create everything on meta; else the caller's context decides where.
+        fallback: type of the weights where config.json states none.
+
+    Raises:
+        ModelError: no config.json, or transformers cannot build a model from it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory)
-        # How weights are stored is not the model's business, and not every transformers knows every format.
+        # The model does not depend on how weights are stored, and transformers knows only some of these formats.
         config.__dict__.pop("quantization_config", None)
         dtype = config.dtype or config.get_text_config().dtype or fallback
         if not meta:

@@ -42,8 +42,8 @@ def wrap_model(
 ) -> dict[str, MaskedLoRALinear]:
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
-    The weights stay where they are in memory. Adapters are seeded by (seed, full name): another choice of targets
-    changes none of them. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
+    The weights stay where they are in memory. An adapter is seeded by (seed, full name), so another choice of targets
+    does not change it. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
     it is merged or unwrapped.
 
     Returns:
@@ -51,7 +51,7 @@ def wrap_model(
 
     Raises:
         ModelError: no blocks, already wrapped, a target that matches nothing, or a rank that does not fit a linear.
-            The model is unchanged then.
+            Then the model is unchanged.
     """
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
@@ -120,8 +120,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def sparsity_of(model: nn.Module) -> tuple[int, int]:
-    """(zeros, prunable) over the blocks' linears: weights that the mask prunes or, in a plain or packed
-    linear, exact zeros."""
+    """(zeros, prunable) over the blocks' linears. Zeros are the weights that the mask prunes, and in a plain or packed
+    linear the weights that are exactly zero."""
     zeros = total = 0
     blocks = find_blocks(model)
     for linear in blocks.linears().values():

@@ -12,8 +12,9 @@ class LoRALinear(MaskedLoRALinear):
     """The dense-adapter baseline: y = x (M * W)^T + s (x A^T) B^T + bias.
 
     The adapter ignores the mask, so that no merge keeps both the zeros and the function: ``merge`` keeps the zeros,
-    ``merge_dense`` the function. ``set_mask`` zeroes the pruned weights for good, in a copy of its own: masks can
-    only be nested, and ``dense_mode``, ``dense_weight`` and ``unwrap`` see those zeros.
+    ``merge_dense`` the function. ``set_mask`` sets the pruned weights to zero in a copy of the weight, and they never
+    come back: each mask must be a subset of the one before, and ``dense_mode``, ``dense_weight`` and ``unwrap`` see the
+    zeros.
     """
 
     def forward(self, x: Tensor) -> Tensor:

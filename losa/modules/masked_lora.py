@@ -1,5 +1,4 @@
-"""Drop-in replacements of ``nn.Linear``: a frozen weight under an explicit mask with a low-rank adapter, for training;
-a packed weight, for inference."""
+"""A frozen linear under an explicit mask with a low-rank adapter, for training."""
 
 from __future__ import annotations
 
@@ -18,18 +17,18 @@ from losa_kernels.masked_lora import MAX_RANK
 class MaskedLoRALinear(nn.Module):
     """y = x (M * (W + s B A))^T + bias, with W and M frozen (the bracket of Eq. 1).
 
-    Direct Parameters, no children and no buffers, so that FSDP2 shards every one of them by rows:
+    All tensors are direct Parameters, without children and buffers, so that FSDP2 shards each of them by rows:
 
     * ``weight`` (out, in), frozen; ``bias`` (out,), frozen, or None;
     * ``mask`` packed uint8 (out, ceil(in/8)), frozen: bit b of byte j is column 8j+b, 1 = kept;
     * ``lora_A`` (rank, in) and ``lora_B`` (out, rank), fp32, trained.
 
-    ``scaling`` (s) and ``dropout_p`` (on the adapter's input while training) are plain floats. ``adapter_enabled``:
-    False makes the layer the dense linear it came from, without mask and adapter (see ``dense_mode``).
+    ``scaling`` (s) and ``dropout_p`` (for the adapter's input in training) are plain floats. With ``adapter_enabled``
+    False the layer computes the dense linear that it wraps, without mask and adapter (see ``dense_mode``).
 
     ``to(dtype)`` and ``half()`` convert the adapter along with the weight, as in any ``nn.Module``; convert a model
-    before wrapping it to train the adapter in fp32. State dicts load whatever rank they hold. ``set_rank`` and such
-    a load replace the adapter's Parameters: make a new optimiser afterwards.
+    before wrapping it to train the adapter in fp32. A state dict of any rank can be loaded. Loading another rank and
+    ``set_rank`` replace the adapter's Parameters: make a new optimiser afterwards.
 
     Args:
         weight, bias: tensors whose storage is shared, never written to.
@@ -138,10 +137,11 @@ class MaskedLoRALinear(nn.Module):
             self.mask.copy_(mask)
 
     def set_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
-        """Grow or shrink the adapter, for real: ``lora_A`` and ``lora_B`` become new Parameters of the new size.
+        """Grow or shrink the adapter: ``lora_A`` and ``lora_B`` become new Parameters of the new size.
 
         Growing appends Gaussian rows to A and zero columns to B, so that the function stays the same. Shrinking
-        drops the components i with the smallest ||b_i|| ||a_i|| (ties: the last ones) and keeps the others' order.
+        drops the components i with the smallest ||b_i|| ||a_i|| (of equal ones the last) and keeps the order of the
+        remaining components.
 
         Raises:
             ValueError: rank outside 1..min(in, out, 128).
@@ -160,7 +160,8 @@ class MaskedLoRALinear(nn.Module):
         self._set_adapter(a[kept], b[:, kept].contiguous())
 
     def replace_weight(self, weight: Tensor) -> None:
-        """Take another frozen weight (out, in), as pruners that compensate do; the wrapped linear keeps its own.
+        """Take another frozen weight (out, in), from a pruner that changes kept weights. The wrapped linear keeps its
+        weight.
 
         Raises:
             ValueError: another shape.
@@ -211,7 +212,7 @@ class MaskedLoRALinear(nn.Module):
         device = self.weight.device
         if device.type == "meta":
             return torch.empty(rows, self.in_features, device=device)
-        # Drawn where the generator lives, by default on the host: the same numbers whatever the weight's device.
+        # Numbers are drawn on the generator's device, by default the host, so that they do not depend on the weight's.
         source = "cpu" if generator is None else generator.device
         gaussian = torch.randn(rows, self.in_features, generator=generator, device=source)
         return (gaussian / math.sqrt(3 * self.in_features)).to(device)
@@ -227,7 +228,7 @@ class MaskedLoRALinear(nn.Module):
             self._set_adapter(
                 self.lora_A.new_zeros(rank, self.in_features), self.lora_B.new_zeros(self.out_features, rank)
             )
-        # Loading copies in place, which must not reach the module that was wrapped.
+        # Loading copies in place, which must not change the module that was wrapped.
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             if f"{prefix}{name}" in state_dict and parameter is not None:
                 parameter.data = parameter.data.clone()

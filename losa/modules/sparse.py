@@ -16,14 +16,15 @@ from losa_kernels.packing.rows import join_rows, take_rows
 class SparseLinear(nn.Module):
     """y = x W^T + bias from a packed weight, for inference.
 
-    Buffers: the packed tensors (``values``, ``bitmask``, ...) and ``bias``; ``to`` and state dicts of equal shapes work
+    Buffers: the packed tensors (``values``, ``bitmask``, ...) and ``bias``. ``to`` and state dicts of equal shapes work
     as in any module.
 
-    ``group``: the packed weight of all linears that read the same input, of which this one's rows are views; or None.
-    Moving the module, or loading a state dict, gives it memory of its own.
+    ``group``: the packed weight of all linears that read the same input, whose rows this weight is a view of; or None.
+    Moving the module or loading a state dict gives this weight memory of its own.
 
     Args:
-        packed: of ``losa_kernels.pack_bitmask``, ``pack_nm`` or ``pack_24``; shared, never written to.
+        packed: a packed weight of any format (``losa_kernels.pack_bitmask``, ...); shared, and never written to.
+        bias: (out,) or None; shared.
     """
 
     bias: Tensor | None
@@ -48,7 +49,7 @@ class SparseLinear(nn.Module):
         return sparse_linear(x, self._packed, self.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense linear: stored weights to the bit, +0.0 elsewhere."""
+        """The dense linear: weights with the bits that are stored, and +0.0 elsewhere."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self._packed.unpack(), requires_grad=False)
         if self.bias is not None:
@@ -78,12 +79,12 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # Also where the values were copied in place: tiles were made from those before, and a group has row offsets of
-        # its own.
+        # Also where values were copied in place: tiles were made from the values before, and a group has its own row
+        # offsets.
         self._refresh(loaded=any(prefix + name in state_dict for name in self._packed.tensors()))
 
     def _refresh(self, loaded: bool = False) -> None:
-        """The packed weight again, after something replaced its buffers or their contents."""
+        """Make the packed weight from the current buffers, after something replaced buffers or their contents."""
         before = self._packed.tensors()
         current = {name: getattr(self, name) for name in before}
         if loaded or any(current[name] is not tensor for name, tensor in before.items()):
@@ -98,10 +99,10 @@ def unpack_linears(module: nn.Module) -> None:
 
 
 def share_rows(linears: Sequence[SparseLinear]) -> Packed | None:
-    """Linears that read the same input become rows of one packed weight, their ``group``; None, and nothing happens,
-    where formats, patterns or devices differ or memory is short."""
+    """Make linears that read the same input rows of one packed weight, their ``group``, and return it. Returns None and
+    changes nothing if formats, patterns or devices differ, or memory is short."""
     try:
-        # Buffers of inference mode could not be loaded into outside.
+        # Buffers made in inference mode could not be loaded into outside of it.
         with torch.inference_mode(False), torch.no_grad():
             whole, start = join_rows([linear.packed for linear in linears]), 0
             for linear in linears:

@@ -1,8 +1,8 @@
 """Directories in the sparse formats of compressed-tensors 0.12.2, which later versions and transformers 5 dropped.
 
 A weight X.weight is stored as ``X.compressed``, ``X.bitmask`` and ``X.shape`` (sparse-24-bitmask), and also
-``X.row_offsets`` (sparse-bitmask); config.json says so under ``quantization_config``. The bytes are those of
-``losa_kernels.packing``'s formats.
+``X.row_offsets`` (sparse-bitmask). config.json names the format under ``quantization_config``. The tensors hold the
+same bytes as the formats of ``losa_kernels.packing``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def write(directory: Path, parts: Iterator[PackedPart], format: Format) -> Iterator[tuple[PackedPart, int]]:
-    """Write the tensors, then config.json's entry. Yields each part with the bytes of its tensors as written."""
+    """Write a shard for each part, and the entry of config.json at the end. Yields each part with its bytes."""
     model, shards, zeros, weights = skeleton(directory), Shards(directory), 0, 0
     dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for part in parts:
@@ -70,14 +70,14 @@ def _stored(packed: Any) -> dict[str, Tensor]:
 
 
 def forget(directory: Path) -> None:
-    """Take the entry out of config.json: the weights are dense again."""
+    """Remove the entry from config.json, where the weights are dense again."""
     config = read_config(directory)
     if compressed_format(config) in COMPRESSED:
         write_json(directory / "config.json", {key: v for key, v in config.items() if key not in COMPRESSED_KEYS})
 
 
 def read(directory: Path) -> Contents:
-    """Packed weights by linear and other tensors by name, as they are called on disk.
+    """What the directory holds.
 
     Raises:
         ModelError: quantised as well, or tensors are missing or contradict each other; names the linear.

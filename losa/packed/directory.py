@@ -39,7 +39,7 @@ logger = logging.getLogger("losa")
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did: counts of linears, and bytes of all tensors before and after."""
+    """What packing did: the numbers of packed and of dense linears, and the bytes of all tensors before and after."""
 
     packed: int
     dense: int
@@ -59,19 +59,19 @@ def pack_directory(
 ) -> PackReport:
     """Write the checkpoint in ``source`` (a Hugging Face directory of safetensors, merged) in packed form.
 
-    What was written is loaded and run on a few tokens before the directory gets its name: for that time the packed
-    weights, and never the dense ones, are in memory. Linears whose weight the model reads itself, past their forward
+    The result is loaded and run on a few tokens before the directory gets its name. Meanwhile all packed weights are in
+    memory, and never all dense ones. Linears whose weight the model reads itself, instead of calling the linear
     (Mamba's ``dt_proj``), stay dense.
 
     Args:
         format: of every linear: see ``losa.packed.weights.pack_weight``; or "sparse-bitmask" or "sparse-24-bitmask", a
             directory as compressed-tensors 0.12.2 writes it.
-        dtype: to round floating-point tensors to first; None keeps each tensor's.
+        dtype: floating-point tensors are rounded to it first; None keeps the type of each tensor.
         min_sparsity: linears with a smaller share of zeros are stored dense.
 
     Raises:
-        ModelError: not such a directory, already packed, tensors that are not the model's or not finite, no linear
-            has zeros enough, the format does not fit, or the packed model does not run.
+        ModelError: no such directory, already packed, tensors that do not belong to the model or are not finite, no
+            linear with enough zeros, a format that does not fit, or a packed model that does not run.
         OutputError: ``output`` exists and ``overwrite`` is off, or a write failed; nothing is left behind.
     """
     source = Path(source)
@@ -106,16 +106,17 @@ def pack_directory(
 
 
 def _try(directory: Path, source: Path) -> tuple[Set[str], bool]:
-    """Load what was written and run a few tokens: (packed linears whose weight the model reads itself, whether the
-    config wrongly says that embeddings are tied).
+    """Load the packed directory and run a few tokens: (packed linears whose weight the model reads itself, whether the
+    config wrongly states that embeddings are tied).
 
     Raises:
-        ModelError: it cannot be loaded, does not run, or its logits are not finite; speaks of ``source``.
+        ModelError: the directory cannot be loaded, the model does not run, or its logits are not finite; the message
+            names ``source``.
     """
     try:
         if any(path.name.startswith(("token", "vocab", "spiece")) for path in directory.iterdir()):
             model, _ = load(directory)
-        else:  # can be unpacked, and get a tokenizer later
+        else:  # a directory without a tokenizer can still be unpacked, and can get a tokenizer later
             model = load_weights(directory, open_packed(directory), torch.device("cpu"))
         packed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
         return read_directly(model) & packed, untied_though_stated(model)
@@ -133,7 +134,7 @@ def _counted(parts: Iterator[tuple[PackedPart, int]]) -> PackReport:
 
 
 def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, force: bool = False) -> None:
-    """The dense Hugging Face directory again, every tensor to the bit as it was packed (but for the sign of zeros).
+    """Write the dense Hugging Face directory again. Each tensor has the bits that were packed, except signs of zeros.
 
     Raises:
         ModelError: ``source`` is no packed checkpoint, or a checksum differs.
@@ -158,8 +159,8 @@ def _dense(name: str, value: Packed | Tensor) -> tuple[str, Tensor]:
 def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
     """Load a packed checkpoint for inference: (model, tokenizer).
 
-    The model is an ordinary transformers one whose pruned linears are ``SparseLinear``; its dense weights never exist.
-    ``save_pretrained`` writes it dense.
+    The model is an ordinary transformers model whose pruned linears are ``SparseLinear``. Its dense weights never
+    exist. ``save_pretrained`` writes the model dense.
 
     Raises:
         ModelError: no packed checkpoint, a damaged manifest, a checksum or shape differs, a tensor is missing, or
@@ -169,7 +170,7 @@ def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.
 
     directory = Path(directory)
     contents = open_packed(directory)
-    # First, since what reading a vocabulary takes for a moment is then not taken beside all weights.
+    # The tokenizer comes first: reading a vocabulary takes memory for a moment, and the weights are not there yet.
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises errors of many kinds
@@ -193,7 +194,7 @@ def load_any(
         dense: unpack packed linears.
 
     Raises:
-        ModelError: as those.
+        ModelError: as those two functions.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir() or not is_packed(directory):
@@ -215,7 +216,7 @@ def load_any(
 
 
 def open_packed(directory: Path) -> Contents:
-    """What a packed directory holds; its parts are read one after the other. Raises ModelError as ``load``."""
+    """What a packed directory holds. Its parts are read on demand. Raises ModelError as ``load``."""
     if (directory / MANIFEST).is_file():
         return block_files.read(directory)
     if is_compressed(directory):

@@ -1,4 +1,4 @@
-"""A model made from an open packed directory: its tensors put into place block by block, never all of them dense."""
+"""A model filled from an open packed directory, block by block. Its dense weights never exist together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         logger.warning("%s: the model has no place for %s%s", directory, shown_name(unused[0]), others)
-    # What is stored stays, whatever the config says of ties; as in transformers' own loading.
+    # As in transformers' own loading: a stored tensor is kept even where the config ties it to another.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if absent:
@@ -54,7 +54,9 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
 def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> set[str]:
     """Put all tensors into ``model``, part by part; the names in the model that were filled."""
     blocks, targets, dtypes = naming.blocks, naming.targets(), naming.dtypes()
-    made: dict[str, dict[str, Tensor]] = {}  # by target: stored tensors that wait for the rest of their group
+    made: dict[
+        str, dict[str, Tensor]
+    ] = {}  # by name in the model: stored tensors that wait for others to be made into one
     loaded: set[str] = set()
     for part in contents.parts:
         dense: dict[str, Tensor] = {}

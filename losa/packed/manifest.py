@@ -1,4 +1,4 @@
-"""``losa_packed.json``: what a packed directory holds, read into checked values."""
+"""``losa_packed.json``, the list of what a packed directory holds, read into checked values."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Manifest:
         )
 
     def parts(self) -> dict[str, str]:
-        """Stored tensor -> the linear that it is a part of."""
+        """Name of each tensor of a packed weight -> name of its linear."""
         return {f"{name}.{part}": name for name, linear in self.linears.items() for part in linear.tensors}
 
     def dense(self, stored: dict[str, Stored]) -> dict[str, Stored]:
@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The directory's manifest.
 
     Raises:
-        ModelError: names the file, the entry, and what was expected of it.
+        ModelError: the manifest is damaged; names the file, the entry, what was expected and what it got.
     """
     path = directory / MANIFEST
     data = read_json(path)
@@ -102,7 +102,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 class _WrongError(Exception):
-    """What is wrong, without the file's name."""
+    """What is wrong with a manifest; the message does not name the file."""
 
 
 def _parse(data: object) -> Manifest:

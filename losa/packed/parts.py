@@ -62,18 +62,18 @@ def packed_parts(
 ) -> Iterator[PackedPart]:
     """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
 
-    Tensors and linears keep the names that they have on disk. Weights that transformers makes from several stored
-    tensors (stacked experts, split projections) stay as they are stored.
+    Tensors and linears keep their names on disk. Weights that transformers makes from several stored tensors (stacked
+    experts, split projections) stay as they are stored.
 
     Args:
         pack: a linear's weight -> packed, or None to leave it dense.
-        dtype: to round floating-point tensors to first; None keeps each tensor's.
+        dtype: floating-point tensors are rounded to it first; None keeps the type of each tensor.
         min_sparsity: linears with a smaller share of zeros are left dense.
         leave: names in the model of linears to leave dense.
-        needs: what ``pack`` asks of a weight, where it may give None.
+        needs: what ``pack`` requires of a weight, for messages.
 
     Raises:
-        ModelError: not a Hugging Face directory of safetensors; its tensors are not those of the model; one is not
+        ModelError: no Hugging Face directory of safetensors; tensors that do not belong to the model; one that is not
             finite; or (at the end) no linear was packed.
     """
     naming = check_names(source, skeleton(source))
@@ -144,7 +144,7 @@ def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None
 
 
 def by_block(naming: Naming, names: Iterable[str]) -> Iterator[tuple[int | None, list[str]]]:
-    """Names on disk by the block they belong to in the model, blocks in order and all others last."""
+    """(block, names on disk of its tensors), blocks in order; tensors that belong to no block come last, with None."""
     blocks, targets = naming.blocks, naming.targets()
     groups: dict[int | None, list[str]] = {**{i: [] for i in range(len(blocks))}, None: []}
     for name in names:

@@ -100,3 +100,7 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return None if precision == "float32" else torch.bfloat16
     return autocast_dtype(precision, device)
+
+
+def _shape_of(linear: nn.Module) -> LinearShape:
+    return LinearShape(cast(int, linear.in_features), cast(int, linear.out_features))

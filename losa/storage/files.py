@@ -1,4 +1,4 @@
-"""Writing without leaving halves behind: temporary name first, rename at the end."""
+"""Files and directories that are written whole or not at all: under a temporary name first, renamed at the end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from losa import __version__
 from losa.errors import OutputError, reason
 
-# What tells a directory that losa wrote from others; the last one is for directories that have none of the others.
+# A directory that losa wrote holds one of these files. MARKER is written where neither of the other two is.
 MARKER = "losa_output.json"
 MANIFEST = "losa_packed.json"
 MARKERS = ("losa_config.json", MANIFEST, MARKER)
 
-# safetensors has no OSError of its own: "... I/O error: No space left on device (os error 28)".
+# safetensors raises its own error in place of OSError: "... I/O error: No space left on device (os error 28)".
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
@@ -65,15 +65,15 @@ def write_json(path: Path, data) -> None:
 
 
 def is_ours(directory: Path, markers: tuple[str, ...] = MARKERS) -> bool:
-    """Whether losa wrote the directory, or it is empty: what may be replaced without asking twice."""
+    """Whether losa wrote the directory, or the directory is empty. Then ``--overwrite`` may replace it."""
     return any((directory / name).is_file() for name in markers) or not any(directory.iterdir())
 
 
 def check_output(final: Path, overwrite: bool, force: bool = False) -> None:
     """Find out before any work whether the directory ``final`` can be written at the end.
 
-    What processes that died left behind is cleaned up first: partial outputs go, and an old output that was about to
-    be replaced comes back.
+    Leftovers of processes that died are cleaned up first: partial outputs are removed, and an old output that was about
+    to be replaced is restored.
 
     Args:
         overwrite: replace a directory that losa wrote.
@@ -97,7 +97,7 @@ def check_output(final: Path, overwrite: bool, force: bool = False) -> None:
 
 def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None:
     with suppress(FileNotFoundError):
-        os.stat(_beside(place, "partial"))  # the longest name that will be needed
+        os.stat(_beside(place, "partial"))  # raises if the longest name that will be needed is too long
     recover(place)
     if not place.exists():
         return
@@ -118,16 +118,16 @@ def _check_place(final: Path, place: Path, overwrite: bool, force: bool) -> None
 
 
 def check_apart(final: Path, source: Path) -> None:
-    """Raises OutputError if ``final`` is, or holds, the directory ``source`` that is read: it would be destroyed."""
+    """Raises OutputError if ``final`` is or holds ``source``, a directory that is read: writing would destroy it."""
     if Path(source).resolve().is_relative_to(Path(final).resolve()):
         raise OutputError(f"output {final}: holds {source}, which overwriting would destroy; give another directory")
 
 
 @contextmanager
 def staged_directory(final: Path, overwrite: bool = False, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside ``final`` that takes its place when the body ends well and is removed when it
-    does not (Ctrl-C included). An old ``final`` stays until the new one is complete and on the disk. A directory
-    without one of ``MARKERS`` gets the last of them.
+    """Yield a temporary directory beside ``final``. It takes the place of ``final`` when the body ends well, and is
+    removed when the body fails (Ctrl-C included). An old ``final`` stays until the new one is complete and on the disk.
+    A directory that holds none of ``MARKERS`` gets ``MARKER``.
 
     Raises:
         OutputError: as ``check_output``, or a write failed; names ``final`` and the reason.
@@ -186,7 +186,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory: its name goes first, at once, so that no half of it stays under that name."""
+    """Remove a directory. It is renamed first, so that a half-removed directory never has its name."""
     aside = _beside(path, "partial")
     with writing(path):
         os.replace(path, aside)
@@ -194,7 +194,7 @@ def remove_directory(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A directory with all that is in it, or a file; of a link the link alone. What cannot be removed stays."""
+    """Remove a directory with its contents, or a file, or a link but not its target. Ignores what cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -203,7 +203,8 @@ def _remove(path: Path) -> None:
 
 
 def recover(place: Path) -> None:
-    """Clean up what dead processes left of ``place``, a file or directory: partial ones go, an old one comes back."""
+    """Clean up after dead processes that wrote ``place``, a file or directory: remove partial ones, restore an old
+    one."""
     for path in place.parent.glob(glob.escape(f".{place.name}.") + "*"):
         found = _LEFTOVER.fullmatch(path.name)
         if found is None or found[1] != place.name or _is_another_process(int(found[3])):
@@ -215,14 +216,14 @@ def recover(place: Path) -> None:
 
 
 def recover_all(directory: Path) -> None:
-    """``recover`` of everything in a directory, at any depth."""
+    """``recover`` every file and directory inside ``directory``, at any depth."""
     for path in list(directory.rglob(".*")):
         if found := _LEFTOVER.fullmatch(path.name):
             recover(path.with_name(found[1]))
 
 
 def _is_another_process(pid: int) -> bool:
-    """A live process other than this one: in containers a number often comes back."""
+    """Whether a process of that number lives and is not this one. In containers numbers are often used again."""
     if pid == os.getpid():
         return False
     try:
@@ -230,5 +231,5 @@ def _is_another_process(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # it belongs to another user
     return True

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a directory holds: dense, packed, or an adapter alone."""
+"""The kind of checkpoint that a directory holds: dense, packed, or an adapter alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from losa.storage.files import MANIFEST
 from losa.storage.json_files import read_json
 
 ADAPTER = "adapter_config.json"
-# Of compressed-tensors 0.12.2. Older writers used the second key of config.json.
+# Sparse formats of compressed-tensors 0.12.2, and the keys of config.json that name them; older versions wrote the
+# second key.
 BITMASK, BITMASK_24 = COMPRESSED = ("sparse-bitmask", "sparse-24-bitmask")
 COMPRESSED_KEYS = ("quantization_config", "compression_config")
 PEFT_ADVICE = (
@@ -30,7 +31,7 @@ def read_config(directory: Path) -> dict:
 
 
 def is_packed(directory: Path) -> bool:
-    """Whether ``losa.load`` reads it: packed by losa, or in a sparse format of compressed-tensors."""
+    """Whether ``losa.load`` reads the directory: packed by losa, or in a sparse format of compressed-tensors."""
     return (Path(directory) / MANIFEST).is_file() or is_compressed(Path(directory))
 
 
@@ -40,7 +41,7 @@ def is_compressed(directory: Path) -> bool:
 
 
 def compression(config: dict) -> dict:
-    """What config.json says of compression, {} where it says nothing."""
+    """The entry of config.json on compression; {} where there is none."""
     entry: object = next((config[key] for key in COMPRESSED_KEYS if config.get(key)), {})
     return entry if isinstance(entry, dict) else {}
 

@@ -1,4 +1,4 @@
-"""One process at a time for an output."""
+"""A lock, so that one process at a time works on an output."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger("losa")
 def claimed(output: Path) -> Iterator[None]:
     """Within the context no other process can claim the same output.
 
-    A lock of the system on a file beside the output: it ends with the process, however that ends. On file systems
-    without locks there is a warning and no lock.
+    The operating system locks a file beside the output, and unlocks it when the process ends in any way. On file
+    systems without locks there is a warning and no lock.
 
     Raises:
-        OutputError: another process has it; says which. Or the file cannot be written.
+        OutputError: another process has claimed it (the message says which), or the file cannot be written.
     """
     try:
         place = output.resolve()
         path = place.with_name(f".{place.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, output)
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no name
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or an output without a name
         message = f"output {output}: cannot write in {output.parent} ({reason(error)})"
         raise OutputError(message) from error
     try:
@@ -46,14 +46,14 @@ def claimed(output: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # Removed while it is locked: who opened it before finds out that it has no name any more.
+            # Removed while it is locked: a process that has opened it meanwhile sees that the name is gone.
             with suppress(OSError):
                 path.unlink()
             os.close(descriptor)
 
 
 def _lock(path: Path, output: Path) -> int | None:
-    """An open, locked descriptor of the file ``path``; None where the file system has no locks."""
+    """An open descriptor of the locked file ``path``; None where the file system has no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -72,7 +72,7 @@ def _lock(path: Path, output: Path) -> int | None:
             logger.warning("%s: no locks on this file system (%s); do not start a second run", path, reason(error))
             os.close(descriptor)
             return None
-        # The one before removed it between the opening and the lock.
+        # The process that held the lock removed the file after it was opened here.
         os.close(descriptor)
 
 

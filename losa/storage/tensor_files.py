@@ -38,11 +38,11 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 def checkpoint_tensors(directory: Path) -> TensorFiles:
     """The tensors that transformers loads: of model.safetensors, else of the files that the index names.
 
-    Other safetensors files that lie there are no part of the checkpoint. Where neither exists, a single file or one
-    complete set of numbered shards is taken.
+    Other safetensors files in the directory are no part of the checkpoint. Without model.safetensors and an index, a
+    single file or one complete set of numbered shards is taken.
 
     Raises:
-        ModelError: no such files, config.json names a file of its own, or the index is damaged or names files or
+        ModelError: there are no such files, config.json names another file, or the index is damaged or names files or
             tensors that are not there.
     """
     _refuse_others(directory / "config.json")
@@ -68,7 +68,7 @@ def checkpoint_tensors(directory: Path) -> TensorFiles:
 
 
 def _refuse_others(path: Path) -> None:
-    """transformers loads the file that config.json names; what losa writes has no file of that name."""
+    """Raises ModelError where config.json names a file of weights: transformers loads it, and losa would not."""
     config = read_json(path) if path.is_file() else None
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if named is not None:
@@ -96,7 +96,7 @@ def _index(directory: Path) -> dict[str, Path]:
 
 
 class Stored(NamedTuple):
-    """What a header says of a tensor."""
+    """Type and shape of a tensor, from a file's header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -112,15 +112,15 @@ class _Place(NamedTuple):
 class TensorFiles:
     """A context in which the tensors of several files can be read by name.
 
-    A mapped file counts as the process's memory as long as one of its tensors lives, beside every copy that is made
-    of another; here nothing is mapped, and a tensor is aligned as torch allocates.
+    Files are not mapped into memory: a mapped file counts as the process's memory while one of its tensors lives, in
+    addition to copies of its other tensors. Tensors are aligned as torch allocates them.
 
     Args:
-        expected: which tensors must be there, and the file of each, as a file called ``listed`` says.
+        expected: the tensors that must be there, and the file of each one, as the file ``listed`` states.
 
     Raises:
-        ModelError: a file cannot be read, is no safetensors file, lacks an expected tensor, or holds a name that
-            another one has.
+        ModelError: a file cannot be read, is no safetensors file, lacks an expected tensor, or holds a tensor with the
+            name of a tensor in another file.
     """
 
     def __init__(self, paths: Iterable[Path], expected: Mapping[str, Path] | None = None, listed: str = INDEX):

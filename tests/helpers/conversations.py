@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from losa.data.rendering import Renderer
+from losa.data.row_files import Row
 from losa.data.sequences import IGNORED
-from losa.data.sources import Row
 from losa.recipe.sections import DataSource
 from tests.helpers.tiny import tiny_tokenizer
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from losa.data.answers import answer_spans
 from losa.data.rendering import Renderer
+from losa.data.row_files import Row
 from losa.data.sequences import IGNORED
-from losa.data.sources import Row
 from losa.errors import DataError
 from tests.helpers.conversations import (
     CHATML,

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from losa.data.rendering import Renderer
+from losa.data.row_files import Row
 from losa.data.sequences import IGNORED
-from losa.data.sources import Row
 from losa.errors import DataError
 from losa.recipe.sections import DataSource
 from tests.helpers.conversations import CHATML, QWEN3, SOURCE, TWO, chat, learnt

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from losa.errors import LosaError, ModelError, NumericsError
 from losa.inference import generation
 from losa.inference.decoding import Unsupported
-from losa.inference.generation import choose, generate
+from losa.inference.generation import generate
+from losa.inference.sampling import choose
 from losa.inference.sparsify import sparsify
 from tests.helpers.command_line import invoke
 from tests.helpers.decoders import LLAMA_KIND, build
