@@ -7,8 +7,10 @@ import torch
 from losa_kernels.pruning import blocks
 
 
-def hessian(columns, spread, dtype=torch.float64, seed=0):
-    x = torch.randn(4 * columns, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def hessian(columns, spread=1.0, dtype=torch.float64, seed=0, tokens=None):
+    """Of Gaussian tokens, 4 a column by default, whose columns shrink from 1 to 10^-spread."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens or 4 * columns, columns, generator=generator, dtype=torch.float64)
     x = x * torch.logspace(0, -spread, columns, dtype=torch.float64)
     return (x.T @ x).to(dtype)
 
@@ -30,11 +32,3 @@ def operands(rows=5, columns=24, width=8):
         "state": torch.zeros(blocks.STATE, dtype=torch.int32),
         "loss": torch.zeros(rows),
     }
-
-
-def token_hessian(columns, tokens=None, seed=0, spread=1.0, dtype=torch.float64):
-    """Of Gaussian tokens whose columns shrink from 1 to 10^-spread."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens or 4 * columns, columns, generator=g, dtype=torch.float64)
-    x = x * torch.logspace(0, -spread, columns, dtype=torch.float64)
-    return (x.T @ x).to(dtype)

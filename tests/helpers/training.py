@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -43,6 +44,22 @@ def trainer(model, output_dir=None, total=16, **settings):
 
 def adapters(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def break_training(model, data: PackedData, broken: str, row: int, backward: int) -> None:
+    """Make numbers that are not finite: "loss", at the sequence ``row``; else in the gradient, at the ``backward``-th
+    pass, from 1."""
+    if broken == "loss":
+        model.model.embed_tokens.weight.data[95] = math.nan
+        data.input_ids[row, 3] = 95
+        return
+    calls = []
+
+    def poison(gradient):
+        calls.append(1)
+        return gradient * (math.inf if len(calls) == backward else 1.0)
+
+    adapters(model)[0].register_hook(poison)
 
 
 def snapshot(model):

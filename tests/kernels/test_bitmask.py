@@ -17,16 +17,6 @@ EMPTY = [(0, 0), (0, 9), (3, 0)]
 needs_native = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
 
-@pytest.fixture(params=["scalar", "avx2"])
-def isa(request, monkeypatch):
-    """Caps the instruction set, so that the portable code is tested on every CPU too."""
-    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    info = native.build_info()
-    if info is None or info["cpu_isa_selected"] != request.param:
-        pytest.skip(f"this build or CPU does not run {request.param}")
-    return request.param
-
-
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
 

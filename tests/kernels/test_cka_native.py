@@ -10,16 +10,6 @@ from losa_kernels import cka_similarity, gram, native
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if native.missing("cpu") is not None:
-        pytest.skip(native.missing("cpu"))
-    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    if native.build_info()["cpu_isa_selected"] != request.param:
-        pytest.skip(f"this build or CPU does not run {request.param}")
-    return request.param
-
-
 def truth(features):
     features = features.double() - features.double().mean(-2, keepdim=True)
     return features @ features.mT

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
 from losa_kernels.pruning import SingularHessianError, accumulate_hessian, complete_hessian, inverse_factor
 from losa_kernels.pruning import hessian as hessian_module
-from tests.helpers.column_sweep_problems import token_hessian
+from tests.helpers.column_sweep_problems import hessian
 
 
 def damped(h, damping=0.01):
@@ -61,7 +61,7 @@ def slow_sweep(weight, h, pruned=None, *, sparsity=None, keep_n=None, m=None, bl
 @pytest.mark.parametrize("block_size", [8, 24, 128])
 def test_sweep_is_the_definition(goal, spread, tokens, damping, block_size):
     """Both the choice from updated weights and the update; "rank" has fewer tokens than columns."""
-    weight, h = torch.randn(6, 48, dtype=torch.float64), token_hessian(48, tokens, spread=spread)
+    weight, h = torch.randn(6, 48, dtype=torch.float64), hessian(48, tokens=tokens, spread=spread)
     result = sparsegpt_prune(weight, h, damping=damping, block_size=block_size, **goal)
     assert result.damping == damping
     full = damped(h, damping)
@@ -78,7 +78,7 @@ def test_sweep_is_the_definition(goal, spread, tokens, damping, block_size):
 @pytest.mark.parametrize("spread", [0.5, 2.0])
 def test_fp32_error_is_that_of_plain_fp32(spread):
     """One given mask for all: only the arithmetic differs."""
-    weight, h = torch.randn(32, 64), token_hessian(64, spread=spread, dtype=torch.float32)
+    weight, h = torch.randn(32, 64), hessian(64, spread=spread, dtype=torch.float32)
     result = sparsegpt_prune(weight, h, sparsity=0.5)
     assert result.weight.dtype == result.loss.dtype == torch.float32
     pruned = ~unpack_mask(result.mask, 64)
@@ -91,7 +91,7 @@ def test_fp32_error_is_that_of_plain_fp32(spread):
 
 
 def test_low_precision_weights_are_swept_in_fp32():
-    weight, h = torch.randn(8, 32), token_hessian(32, dtype=torch.float32)
+    weight, h = torch.randn(8, 32), hessian(32, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         low = sparsegpt_prune(weight.to(dtype), h, sparsity=0.5)
         high = sparsegpt_prune(weight.to(dtype).float(), h, sparsity=0.5)
@@ -103,7 +103,7 @@ def test_low_precision_weights_are_swept_in_fp32():
 
 
 def test_compensation_beats_masking():
-    weight, h = torch.randn(16, 64, dtype=torch.float64), token_hessian(64, spread=1.5)
+    weight, h = torch.randn(16, 64, dtype=torch.float64), hessian(64, spread=1.5)
     result = sparsegpt_prune(weight, h, sparsity=0.6)
 
     def error(w):
@@ -118,7 +118,7 @@ def test_compensation_beats_masking():
 @pytest.mark.parametrize("goal", [{"sparsity": 0.6}, {"keep_n": 2, "m": 4}])
 def test_values_under_the_mask_are_compensated(goal):
     """The mask that a sweep chose, given to another that may choose nothing, leads to the same weights."""
-    weight, h = torch.randn(8, 32), token_hessian(32, dtype=torch.float32)
+    weight, h = torch.randn(8, 32), hessian(32, dtype=torch.float32)
     chosen = sparsegpt_prune(weight, h, block_size=8, **goal)
     nothing = {"sparsity": 0.0} if "sparsity" in goal else {"keep_n": 4, "m": 4}
     given_mask = sparsegpt_prune(weight, h, block_size=8, mask=chosen.mask, **nothing)
@@ -129,7 +129,7 @@ def test_values_under_the_mask_are_compensated(goal):
 
 
 def test_arguments_are_left_alone():
-    weight, h, norms = torch.randn(32, 8).T, token_hessian(64, dtype=torch.float32)[::2, ::2], torch.rand(64)[::2]
+    weight, h, norms = torch.randn(32, 8).T, hessian(64, dtype=torch.float32)[::2, ::2], torch.rand(64)[::2]
     mask = pack_mask(torch.rand(8, 32) < 0.9)
     before = [t.clone() for t in (weight, h, norms, mask)]
     for goal in ({"sparsity": 0.5}, {"keep_n": 2, "m": 4}):
@@ -154,7 +154,7 @@ def test_empty_weights(shape):
 
 
 def test_dead_columns_are_zeroed_without_error():
-    weight, h = torch.randn(8, 32, dtype=torch.float64), token_hessian(32)
+    weight, h = torch.randn(8, 32, dtype=torch.float64), hessian(32)
     h[5, :] = h[:, 5] = 0
     result = sparsegpt_prune(weight, h, sparsity=0.25)
     assert bool((result.weight[:, 5] == 0).all())
@@ -172,7 +172,7 @@ def test_dead_columns_are_zeroed_without_error():
 
 @pytest.mark.parametrize("dead", [[], [0, 7, 39]])
 def test_inverse_factor(dead):
-    h = token_hessian(40)
+    h = hessian(40)
     h[dead] = h[:, dead] = 0
     before = h.clone()
     factor, used = inverse_factor(h, 0.01)
@@ -185,7 +185,7 @@ def test_inverse_factor(dead):
 
 
 def test_a_factor_serves_several_weights():
-    h = token_hessian(32, dtype=torch.float32)
+    h = hessian(32, dtype=torch.float32)
     factor = inverse_factor(h, 0.05)
     for weight, goal in ((torch.randn(5, 32), {"sparsity": 0.5}), (torch.randn(3, 32), {"keep_n": 2, "m": 4})):
         alone = sparsegpt_prune(weight, h, damping=0.05, **goal)
@@ -256,7 +256,7 @@ def test_what_tensor_cores_take(device):
 
 
 def test_damping_escalates_and_is_recorded():
-    h = token_hessian(24)
+    h = hessian(24)
     h -= 1.05 * torch.linalg.eigvalsh(h)[0] * torch.eye(24) + 0.05 * h.diagonal().mean() * torch.eye(24)
     before = h.clone()
     result = sparsegpt_prune(torch.randn(4, 24, dtype=torch.float64), h, sparsity=0.5, damping=0.001)

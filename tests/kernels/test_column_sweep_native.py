@@ -19,14 +19,6 @@ PATTERNS = [(1, 4), (2, 4), (4, 8), (2, 8), (5, 16), (2, 3), (1, 1), (3, 20)]
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    if native.build_info()["cpu_isa_selected"] != request.param:
-        pytest.skip(f"this build or CPU does not run {request.param}")
-    return request.param
-
-
 @pytest.fixture
 def both(monkeypatch):
     """The results of a call with the native and with the reference backend."""

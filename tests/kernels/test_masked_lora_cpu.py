@@ -13,11 +13,9 @@ from tests.helpers.masked_lora_problems import LOW, SHAPES, assert_error_model, 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason="the native CPU library is not built")
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"], autouse=True)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    if native.build_info()["cpu_isa_selected"] != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
+@pytest.fixture(autouse=True)
+def every_isa(isa):
+    """Every test here runs with the code of each instruction set."""
 
 
 compose, project = torch.ops.losa.compose_masked_lora.default, torch.ops.losa.project_masked_lora.default

@@ -26,15 +26,6 @@ WIDTHS = [0, 1, 8, 13, 32, 40, 63, 64, 72, 200]
 needs_native = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    """Caps the instruction set, so that the code for lesser ones is tested too."""
-    monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    info = native.build_info()
-    if info is None or info["cpu_isa_selected"] != request.param:
-        pytest.skip(f"this build or CPU does not run {request.param}")
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 70), st.floats(0, 1), st.sampled_from(DTYPES), st.integers(0, 1000))
 def test_bitmask_is_lossless(rows, columns, density, dtype, seed):

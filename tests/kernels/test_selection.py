@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from losa_kernels import pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
 from losa_kernels.pruning import checks_together, cuda, inverse_factor, reference, wanda
 from losa_kernels.pruning.reference import block_counts, prune_count, smallest, smallest_of_groups
-from tests.helpers.column_sweep_problems import token_hessian
+from tests.helpers.column_sweep_problems import hessian
 
 
 @settings(max_examples=40, deadline=None)
@@ -20,7 +20,7 @@ from tests.helpers.column_sweep_problems import token_hessian
 def test_unstructured_count_is_exact(rows, columns, sparsity, block_size, seed):
     """Earlier zeros stay and count, however unevenly they lie; only where they exceed the target is it exceeded."""
     g = torch.Generator().manual_seed(seed)
-    weight, h = torch.randn(rows, columns, generator=g), token_hessian(columns, 80, dtype=torch.float32)
+    weight, h = torch.randn(rows, columns, generator=g), hessian(columns, tokens=80, dtype=torch.float32)
     target = int(sparsity * rows * columns + 1e-6)
     result = sparsegpt_prune(weight, h, sparsity=sparsity, block_size=block_size)
     assert int((~unpack_mask(result.mask, columns)).sum()) == target
@@ -68,7 +68,7 @@ def test_nm_is_exact(rows, groups, pattern, wanda):
     """A group that has lost more than asked keeps its zeros and loses nothing else."""
     keep_n, m = pattern
     columns = groups * m
-    weight, norms, h = torch.randn(rows, columns), torch.rand(columns), token_hessian(columns, 99, dtype=torch.float32)
+    weight, norms, h = torch.randn(rows, columns), torch.rand(columns), hessian(columns, tokens=99, dtype=torch.float32)
 
     def prune(mask):
         if wanda:
@@ -137,7 +137,7 @@ def test_floor_of_a_decimal_sparsity():
     "first, then", [({"sparsity": 0.3}, {"sparsity": 0.6}), ({"keep_n": 6, "m": 8}, {"keep_n": 2, "m": 8})]
 )
 def test_masks_are_nested(method, first, then):
-    weight, h = torch.randn(12, 64), token_hessian(64, dtype=torch.float32)
+    weight, h = torch.randn(12, 64), hessian(64, dtype=torch.float32)
 
     def prune(w, goal, mask=None):
         if method == "wanda":

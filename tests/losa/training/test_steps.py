@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from losa.training.loss import TokenLoss
 from losa.training.packing_check import packing_checked_once
 from losa.training.steps import StepLog
 from losa.training.trainer import Trainer
-from tests.helpers.training import LENGTH, adapters, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, wrapped_llama
 
 # Operators whose result the host must see before it goes on, and methods that copy a tensor to the host.
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -145,17 +143,7 @@ def test_a_broken_step_changes_nothing_though_it_is_read_later(tmp_path, broken)
     first_three.train(data.slice(0, 6), round_index=1)
 
     model = wrapped_llama()
-    if broken == "loss":
-        model.model.embed_tokens.weight.data[95] = math.nan
-        data.input_ids[6, 3] = 95
-    else:
-        calls = []
-
-        def poison(gradient):
-            calls.append(1)
-            return gradient * (math.inf if len(calls) == 4 else 1.0)
-
-        adapters(model)[0].register_hook(poison)
+    break_training(model, data, broken, row=6, backward=4)
     run = trainer(model, tmp_path, total=16, batch_size=2, lr_schedule="global")
     run.steps_a_reading = 6
     with pytest.raises(NumericsError, match=rf"the {broken} is (nan|inf) in round 1, step 4 of 8; lower train"):

@@ -20,7 +20,7 @@ from losa.data.sequences import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
 from losa.model.wrapping import wrap_model
 from losa.training.trainer import lr_factor
-from tests.helpers.training import LENGTH, adapters, lines, sequences, snapshot, trainer, wrapped_llama
+from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, snapshot, trainer, wrapped_llama
 
 
 def test_loss_goes_down_and_only_adapters_move():
@@ -191,17 +191,7 @@ def test_non_finite_numbers_stop_before_the_weights_change(tmp_path, broken):
     model = wrapped_llama()
     data = sequences(12)
     data = PackedData(data.input_ids, data.input_ids.clone())
-    if broken == "loss":
-        model.model.embed_tokens.weight.data[95] = math.nan
-        data.input_ids[6, 3] = 95
-    else:
-        calls = []
-
-        def poison(gradient):
-            calls.append(1)
-            return gradient * (math.inf if len(calls) == 2 else 1.0)
-
-        adapters(model)[0].register_hook(poison)
+    break_training(model, data, broken, row=6, backward=2)
     first_step = trainer(wrapped_llama(), total=12, lr_schedule="global")
     first_step.train(data.slice(0, 4), round_index=4)
     run = trainer(model, tmp_path, total=12, lr_schedule="global")
@@ -277,7 +267,7 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.training import adapters, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import break_training, adapters, lines, sequences, trainer, wrapped_llama
 
 model = wrapped_llama(torch.float64)
 run = trainer(model, Path(sys.argv[1]), total=22, batch_size=2, gradient_accumulation=2, learning_rate=1e-2)
