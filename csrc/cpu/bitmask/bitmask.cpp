@@ -3,11 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-
 #include "common/bits.h"
 #include "common/tensor_checks.h"
 #include "cpu/bitmask/kernels.h"
+#include "cpu/parallel_rows.h"
 
 namespace losa::bitmask {
 
@@ -15,18 +14,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Below this many columns of work a second thread costs more than it saves.
-constexpr int64_t kColumnsPerTask = 1 << 16;
-
-template <class Body>
-void for_each_row(int64_t rows, int64_t columns, const Body& body) {
-  if (columns == 0) return;  // such rows take no memory, so that there may be any number of them
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, columns)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t row = begin; row < end; ++row) body(row);
-                              });
-}
 
 Tensor pack_mask(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "mask: expected a bool tensor (out, in)");

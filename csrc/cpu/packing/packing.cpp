@@ -14,6 +14,7 @@
 #include "common/bits.h"
 #include "common/packing_checks.h"
 #include "cpu/packing/kernels.h"
+#include "cpu/parallel_rows.h"
 
 namespace losa::packing {
 
@@ -21,18 +22,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Below this many columns of work a second thread costs more than it saves.
-constexpr int64_t kColumnsPerTask = 1 << 16;
-
-template <class Body>
-void for_each_row(int64_t rows, int64_t columns, const Body& body) {
-  if (columns == 0) return;  // such rows take no memory, so that there may be any number of them
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, columns)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t row = begin; row < end; ++row) body(row);
-                              });
-}
 
 PackRow pack_row_of(size_t element_size) {
   switch (element_size) {
