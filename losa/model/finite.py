@@ -26,16 +26,32 @@ def check_finite(where: str, tensor: Tensor) -> None:
     )
 
 
-def check_rounded(where: str, tensor: Tensor, rounded: Tensor) -> None:
-    """Raises ModelError if a finite ``tensor`` became infinite in the type of ``rounded``."""
-    if is_finite(rounded):
+def check_rounded(where: str, tensor: Tensor, result: Tensor) -> None:
+    """Raises ModelError if a finite ``tensor`` became infinite in the type of ``result``."""
+    if is_finite(result):
         return
-    wrong = ~rounded.detach().isfinite()
-    kind = str(rounded.dtype).removeprefix("torch.")
+    wrong = ~result.detach().isfinite()
+    kind = str(result.dtype).removeprefix("torch.")
     raise ModelError(
-        f"{where} is {_first(tensor, wrong)}, beyond {torch.finfo(rounded.dtype).max:g}, the largest number of {kind}; "
+        f"{where} is {_first(tensor, wrong)}, beyond {torch.finfo(result.dtype).max:g}, the largest number of {kind}; "
         "take another dtype"
     )
+
+
+def rounded(where: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in ``dtype`` (None: as it is); another tensor as it is.
+
+    Raises:
+        ModelError: it is not finite, before or after; says ``where``, and which element.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    check_finite(where, tensor)
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    check_rounded(where, tensor, result)
+    return result
 
 
 def _first(tensor: Tensor, wrong: Tensor) -> str:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import LosaError, ModelError, reason
+from losa.model.finite import rounded
 from losa.model.loading import DTYPES, load_model, torch_device
 from losa.model.probing import read_directly
 from losa.model.saving import state_untied, untied_though_stated
 from losa.modules.sparse import SparseLinear, unpack_linears
 from losa.packed import block_files, compressed_tensors
-from losa.packed.filling import load_weights, rounded, rounded_packed
+from losa.packed.filling import load_weights, rounded_packed
 from losa.packed.formats import AUTO, all_names
 from losa.packed.parts import Contents, PackedPart, packed_parts
 from losa.packed.shards import Shards, copy_other_files, state_dtype

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError, shown_name
-from losa.model.finite import check_finite, check_rounded, is_finite
+from losa.model.finite import check_finite, check_rounded, is_finite, rounded
 from losa.model.grouping import group_linears
 from losa.model.naming import Naming, checked_naming
 from losa.model.saving import guard_saving
@@ -54,9 +54,8 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
 def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> set[str]:
     """Put all tensors into ``model``, part by part; the names in the model that were filled."""
     blocks, targets, dtypes = naming.blocks, naming.targets(), naming.dtypes()
-    made: dict[
-        str, dict[str, Tensor]
-    ] = {}  # by name in the model: stored tensors that wait for others to be made into one
+    # By name in the model: stored tensors that wait for others to be made into one.
+    made: dict[str, dict[str, Tensor]] = {}
     loaded: set[str] = set()
     for part in contents.parts:
         dense: dict[str, Tensor] = {}
@@ -90,22 +89,6 @@ def _group(blocks: nn.ModuleList, indices: Iterable[int | None]) -> None:
     for index in set(indices):
         if index is not None and index < len(blocks):
             group_linears(blocks[index])
-
-
-def rounded(where: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A floating-point tensor in ``dtype`` (None: as it is); another tensor as it is.
-
-    Raises:
-        ModelError: it is not finite, before or after; says ``where``, and which element.
-    """
-    if not tensor.is_floating_point():
-        return tensor
-    check_finite(where, tensor)
-    if dtype is None or dtype == tensor.dtype:
-        return tensor
-    result = tensor.to(dtype)
-    check_rounded(where, tensor, result)
-    return result
 
 
 def rounded_packed(where: str, packed: Packed, dtype: torch.dtype | None) -> Packed:

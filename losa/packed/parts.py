@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from losa.errors import ModelError
-from losa.model.finite import check_finite, check_rounded
+from losa.model.finite import rounded
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
 from losa.packed.weights import Packer, zero_share
@@ -131,16 +131,9 @@ def _nothing_packed(
 
 def _read(source: Path, files: TensorFiles, name: str, dtype: torch.dtype | None, parameter: bool) -> Tensor:
     tensor = files.get(name)
-    if not tensor.is_floating_point():
-        return tensor
     if parameter:
-        check_finite(f"{source}: {name}", tensor)
-    if dtype is None or dtype == tensor.dtype:
-        return tensor
-    rounded = tensor.to(dtype)
-    if parameter:
-        check_rounded(f"{source}: {name}", tensor, rounded)
-    return rounded
+        return rounded(f"{source}: {name}", tensor, dtype)
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def by_block(naming: Naming, names: Iterable[str]) -> Iterator[tuple[int | None, list[str]]]:

@@ -38,10 +38,7 @@ class ModelShape:
         blocks = find_blocks(model)
         config = model.config.get_text_config()
         every, pruned = (
-            [
-                LinearShape(cast(int, linear.in_features), cast(int, linear.out_features))
-                for linear in blocks.linears(targets).values()
-            ]
+            [_shape_of(linear) for linear in blocks.linears(targets).values()]
             for targets in (None, recipe.prune.targets)
         )
         if not pruned:
