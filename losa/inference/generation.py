@@ -67,8 +67,7 @@ def generate(
 
     Args:
         model, tokenizer: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other
-        models
-            generate through ``model.generate``, and ``fallback`` of the result says why.
+            models generate through ``model.generate``, and ``fallback`` of the result says why.
         prompt: text, or messages ({"role", "content"}) for the tokenizer's chat template.
         max_new_tokens: the most new tokens; fewer if the model's table of positions ends earlier.
         temperature: 0 takes the likeliest token.
