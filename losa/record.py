@@ -85,6 +85,7 @@ class RunRecord:
         return method is None or method.ranked
 
     def to_dict(self) -> dict:
+        """What ``losa_config.json`` holds."""
         return asdict(self)
 
     @classmethod

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Generated:
 @torch.inference_mode()
 def generate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     prompt: str | list[dict],
     *,
     max_new_tokens: int = 100,
