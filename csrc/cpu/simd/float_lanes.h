@@ -1,5 +1,5 @@
-// fp32, bf16 and fp16 in memory to fp32 and back, number by number and by registers, whole or in part. For the files
-// that are compiled once per instruction set: everything here has internal linkage.
+// fp32, bf16 and fp16 in memory to fp32 and back, number by number and by registers, whole or in part. For files that
+// are compiled once per instruction set, and for files compiled for any CPU: everything here has internal linkage.
 #pragma once
 
 #include <cstring>
@@ -139,7 +139,7 @@ inline uint32_t mask_bits(const uint8_t* bits, int64_t column, int64_t count = k
   return word;
 }
 
-// One bit a lane.
+// One bit a lane: 1 where the lane is not 0.
 inline uint32_t nonzero_bits(const Floats& value) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(__builtin_bit_cast(__m512, value), _mm512_setzero_ps(), _CMP_NEQ_UQ);
