@@ -9,5 +9,5 @@ from benchmarks import _timing
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    """The tests ask whether rows are written, not how fast the machine is: its rate is measured with a small product."""
+    """The tests ask for rows, not for the speed of the machine."""
     monkeypatch.setitem(_timing.PRODUCT_SIDE, "cpu", 128)
