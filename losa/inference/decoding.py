@@ -78,7 +78,7 @@ class LeanDecoder:
         except (AttributeError, NotImplementedError, ModelError) as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None
-        self.logits: Tensor | None = None
+        self.logits: Any = None  # a tensor from the first call on
         self._recordable = _recordable(model, self.device)
         # On a CPU a step of static shapes costs more than a step that knows its position.
         self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"

@@ -67,8 +67,7 @@ def generate(
 
     Args:
         model, tokenizer: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other
-        models
-            generate through ``model.generate``, and ``fallback`` of the result says why.
+            models generate through ``model.generate``, and ``fallback`` of the result says why.
         prompt: text, or messages ({"role", "content"}) for the tokenizer's chat template.
         max_new_tokens: the most new tokens; fewer if the model's table of positions ends earlier.
         temperature: 0 takes the likeliest token.
@@ -119,8 +118,7 @@ def generate(
         made.add(token)
     # Taking the likeliest token does not notice logits that are not finite. Through the cache, the last logits are then
     # not finite either.
-    if decoder.logits is not None:
-        _check_finite(model, decoder.logits)
+    _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
     return made.result()
 
