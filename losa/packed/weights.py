@@ -82,11 +82,11 @@ def register_format(format: Format, note: str = "") -> None:
         note: a few words for the command's help.
 
     Raises:
-        ValueError: the name or the class belongs to another format, or a tensor is called like the linear's own.
+        ValueError: the name or the class belongs to another format, or a field is called like a tensor of a linear.
     """
     if format.name in (AUTO, *COMPRESSED):
         raise ValueError(f"format {format.name!r}: the name has a meaning already")
-    if taken := sorted(_OF_LINEARS & set(format.tensors)):
+    if taken := sorted(_OF_LINEARS & {field.name for field in fields(format.kind)}):
         raise ValueError(f"format {format.name!r}: {taken[0]}: expected a name that no tensor of a linear has")
     for name in FORMATS:
         if name != format.name and FORMATS[name].kind is format.kind:
