@@ -122,8 +122,7 @@ def generate(
         made.add(token)
     # Taking the likeliest token does not notice logits that are not finite. Through the cache, the last logits are then
     # not finite either.
-    if decoder.logits is not None:
-        _check_finite(model, decoder.logits)
+    _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
     return made.result()
 
