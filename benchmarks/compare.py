@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument("--only", metavar="TEXT", help="only what has TEXT in its line, such as losa")
-    parser.add_argument("--limit", type=_at_least_one, metavar="N", help="print only the N worst ratios")
+    parser.add_argument("--limit", type=_at_least_one, metavar="N", help="only the N worst ratios, N rows of each list")
     parser.add_argument(
         "--fail-above", type=_ratio, metavar="RATIO",
         help="exit with 1 if a ratio is larger, or if a row or value of OLD failed or is not finite in NEW",
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     print(f"\n{'new/old':>8} {'old':>12} {'new':>12}")
     for ratio, before, after, row, field in found[: args.limit]:
         print(f"{ratio:>8.3f} {before:>9.4g} {unit(field):<2} {after:>9.4g} {unit(field):<2}  {line(row, field)}")
-    for text in unmatched(old, new):
+    for text in unmatched(old, new, args.limit):
         print(text)
     values = [ratio for ratio, *_ in found]
     print(
@@ -126,13 +126,18 @@ def ratios(old: Results, new: Results) -> list[tuple[float, float, float, Row, s
     return sorted(found, key=lambda entry: -entry[0])
 
 
-def unmatched(old: Results, new: Results) -> Iterable[str]:
-    """Lines about everything that has no ratio."""
+def unmatched(old: Results, new: Results, limit: int | None = None) -> Iterable[str]:
+    """Lines about everything that has no ratio; of each list the first ``limit``."""
+
+    def listed(title: str, lines: list[str]) -> Iterable[str]:
+        if lines:
+            yield f"\n{title}: {len(lines)}"
+            yield from (f"  {text}" for text in lines[:limit])
+            if left_out := len(lines[limit:]) if limit else 0:
+                yield f"  and {left_out} more"
+
     for name, one, other in (("old", old, new), ("new", new, old)):
-        alone = [row for row in one.timings if row not in other.timings]
-        if alone:
-            yield f"\nrows only in {name}: {len(alone)}"
-            yield from (f"  {label(row)}" for row in alone)
+        yield from listed(f"rows only in {name}", [label(row) for row in one.timings if row not in other.timings])
         both = [row for row in one.timings if row in other.timings and row not in other.failed]
         fields = Counter(
             field
@@ -144,12 +149,10 @@ def unmatched(old: Results, new: Results) -> Iterable[str]:
             counted = ", ".join(f"{field} of {count} rows" for field, count in fields.items())
             yield f"\ntimings only in {name}: {counted}"
     for name, results in (("old", old), ("new", new)):
-        if results.failed:
-            yield f"\nrows that failed in {name}: {len(results.failed)}"
-            yield from (f"  {label(row)}: {reason}" for row, reason in results.failed.items())
-        if results.odd:
-            yield f"\nvalues that are no positive numbers in {name}: {len(results.odd)}"
-            yield from (f"  {line(*key)}: {value:g}" for key, value in results.odd.items())
+        failed = [f"{label(row)}: {reason}" for row, reason in results.failed.items()]
+        yield from listed(f"rows that failed in {name}", failed)
+        odd = [f"{line(*key)}: {value:g}" for key, value in results.odd.items()]
+        yield from listed(f"values that are no positive numbers in {name}", odd)
 
 
 def read(path: Path) -> Results:

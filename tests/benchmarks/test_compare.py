@@ -67,6 +67,13 @@ def test_limit_selection_and_failure(files, capsys):
     assert "1 timings of 1 rows" in capsys.readouterr().out
 
 
+def test_limit_of_lists(files, capsys):
+    """Of rows that one file lacks, the limit is printed, and how many more there are."""
+    assert compare.main([*files(lambda new: new["rows"].pop(0) and new["rows"].pop(0)), "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "rows only in old: 2\n  toy: x, 8x8, rank 8, losa\n  and 1 more\n" in out
+
+
 def test_a_selection_leaves_out_what_failed_elsewhere(files, capsys):
     def change(new):
         _, eight, four = new["rows"]
