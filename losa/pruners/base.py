@@ -91,11 +91,12 @@ class Pruner:
         pattern: Pattern,
         masks: Mapping[str, Tensor | None],
     ) -> Iterator[tuple[str, Pruned]]:
-        """Decide about all linears of a block, one after the other, each by ``prune``.
+        """Decide about all linears of a block: here one after the other, each by ``prune``.
 
         Args: as ``prune`` takes them, by the linear's name within the block. ``weights`` forms a weight whenever it is
-            asked for one: keep no more of them than the method needs, as each takes a linear's memory in fp32. What is
-            yielded goes into the model at once, so that another look gives the pruned weight.
+            asked for one: keep no more of them than the method needs, as each takes a linear's memory in fp32. An
+            outcome that is yielded goes into the model at once: read what depends on a weight before its outcome is
+            yielded.
 
         Yields:
             each linear's name and outcome, once, in any order.
@@ -111,8 +112,7 @@ class Pruner:
         return [one_linear_memory(shape)]
 
     def flops(self, shape: PruningShape) -> float:
-        """Matrix products of one round beyond the model's own forward passes."""
-        del shape
+        """Floating-point operations of one round's matrix products, beyond the model's own forward passes."""
         return 0.0
 
     def _prune_named(self, name: str, *args) -> Pruned:
