@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.docs_pages import imports_in
+from tests.helpers.tools import tool
 
 ROOT = Path(__file__).parents[2]
 FILE_LINES, FUNCTION_LINES = 400, 100
+imports_in = tool("docs_pages").imports_in
 # Each room and the rooms that it may import, lowest first: a room imports rooms above it in its table alone.
 LOSA: dict[str, set[str]] = {
     "errors": set(),
