@@ -41,13 +41,14 @@ def _only_read(weight: Tensor) -> None:
 class Format:
     """One way to store a weight.
 
-    name: of ``pack_weight(format=...)`` and ``losa pack --format``, and in the manifest of a packed directory.
-    kind: the class of the packed weights. Its fields are ``shape``, tensors, which are stored in files, and whole
-        numbers, which stand in the manifest.
-    pack: packs a weight; raises ValueError for a weight that the format is not made for. Default: the format is read,
-        and nothing is packed to it.
-    needs: what ``pack`` asks of a weight, where it may give None; for messages.
-    check_numbers: reads the numbers of a manifest's entry before any tensor is read.
+    Attributes:
+        name: of ``pack_weight(format=...)`` and ``losa pack --format``, and in the manifest of a packed directory.
+        kind: the class of the packed weights. Its fields are ``shape``, tensors, which are stored in files, and whole
+            numbers, which stand in the manifest.
+        pack: packs a weight; raises ValueError for a weight that the format is not made for. Default: the format is
+            read, and nothing is packed to it.
+        needs: what ``pack`` asks of a weight, where it may give None; for messages.
+        check_numbers: reads the numbers of a manifest's entry before any tensor is read.
     """
 
     name: str
