@@ -170,19 +170,24 @@ def summary(path: Path) -> str:
 
 def imported(package: str, room: str, files: list[Path]) -> str:
     """The rooms of ``package`` that these files import, where the import is written out."""
-    names = set()
-    for path in files:
-        here = path.relative_to(ROOT).with_suffix("").parts
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {tuple(alias.name.split(".")) for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                base = here[: len(here) - node.level] if node.level else ()
-                module = (*base, *(node.module or "").split("."))
-                names |= {(*(part for part in module if part), alias.name) for alias in node.names}
+    names = [name.split(".") for file in files for name in imports_in(ast.parse(file.read_text()), file)]
     found = {name[1] for name in names if name[0] == package and len(name) > 1}
     known = {path.stem for path in (ROOT / package).iterdir() if path.is_dir() or path.suffix == ".py"}
     return ", ".join(f"`{name}`" for name in sorted(found & known - {room}))
+
+
+def imports_in(tree: ast.AST, file: Path) -> set[str]:
+    """Dotted names of what a file of this repository imports, wherever in ``tree`` the import is."""
+    here = file.relative_to(ROOT).with_suffix("").parts
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def notebook() -> str:

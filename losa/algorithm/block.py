@@ -84,7 +84,7 @@ class WrappedBlock:
 
         Raises:
             NumericsError: names block and linear.
-            ValueError: the pruner did not decide about every linear once.
+            ValueError: the pruner did not decide about every linear once, or a mask or weight does not fit its linear.
         """
         weights = _WeightsToPrune(self, pruner.updates_weight, nested)
         masks = {name: m.mask.data if nested else None for name, m in self.linears.items()}
@@ -94,7 +94,10 @@ class WrappedBlock:
             decided.append(name)
             if name not in self.linears:
                 break
-            self._install(name, pruned)
+            try:
+                self._install(name, pruned)
+            except ValueError as error:
+                raise ValueError(f"{self.name}.{name}: {error}") from error
             if pruned.damping is not None:
                 damping[f"{self.name}.{name}"] = pruned.damping if math.isfinite(pruned.damping) else None
             del pruned  # its weight would be held while the next one is pruned
@@ -148,6 +151,9 @@ class _WeightsToPrune(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._block.dense_values(name, *self._how)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would form the weight
+        return name in self._block.linears
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._block.linears)

@@ -27,6 +27,7 @@ from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern
+from losa.recipe.rates import compares_samples
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
 from losa_kernels import cka_similarity
@@ -161,9 +162,9 @@ class Engine:
         """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
         if len(self.blocks) == 1:
             return None, None
-        similarity = self.similarity() if self.importance.needs == "similarity" else None
+        similarity = self.similarity() if compares_samples(self.allocation.rates) else None
         linears = [block.linears for block in self.blocks]
-        importance = self.importance.function(linears if similarity is None else similarity)
+        importance = self.importance(linears if similarity is None else similarity)
         if importance is None:
             return None, similarity
         if tuple(importance.shape) != (len(self.blocks),):

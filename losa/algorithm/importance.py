@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,43 +11,38 @@ from torch import Tensor
 from losa.recipe.rates import RATES, Needs
 from losa.registry import Registry
 
-# From what the importance needs to (L,), or to None where all blocks get the same rate.
-Function = Callable[[Any], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Importance:
-    """``function`` of what it ``needs`` gives the importance of every block: (L,) floating point, finite; or None,
-    where all blocks get the same rate.
-
-    ``needs`` is "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6), or "linears", for a list of
-    L dictionaries of ``MaskedLoRALinear`` by name within the block.
-    """
-
-    needs: Needs
-    function: Function
-
+# See ``register_importance``. What each function needs is in ``losa.recipe.rates.RATES``.
+Importance = Callable[[Any], Tensor | None]
 
 _REGISTRY: Registry[Importance] = Registry("importance")
 
 
-def register_importance(name: str, *, needs: Needs) -> Callable[[Function], Function]:
-    """Let recipes name a function as ``allocation.rates: name``: a decorator of the function. See ``Importance``.
+def register_importance(name: str, *, needs: Needs) -> Callable[[Importance], Importance]:
+    """Let recipes name a function as ``allocation.rates: name``: a decorator of the function.
+
+    The function takes what it needs and returns the importance of every block, (L,) floating point, finite; or None,
+    where all blocks get the same rate.
+
+    Args:
+        needs: "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6); or "linears", for a list of L
+            dictionaries of ``MaskedLoRALinear`` by name within the block.
 
     Raises:
-        ValueError: the name belongs to another function.
+        ValueError: ``needs`` is something else, or the name belongs to another function.
     """
+    if needs not in get_args(Needs):
+        raise ValueError(f"importance {name!r}: needs: expected {' or '.join(get_args(Needs))}, got {needs!r}")
 
-    def add(function: Function) -> Function:
+    def add(importance: Importance) -> Importance:
         RATES.register(name, needs)
-        _REGISTRY.register(name, Importance(needs, function))
-        return function
+        _REGISTRY.register(name, importance)
+        return importance
 
     return add
 
 
 def get_importance(name: str) -> Importance:
-    """What a recipe names. Raises KeyError; recipes are checked for it when they are read."""
+    """The function that a recipe names. Raises KeyError; recipes are checked for it when they are read."""
     return _REGISTRY[name]
 
 
@@ -77,9 +71,9 @@ def cka_importance(similarity: Tensor, beta: float = 1.0) -> Tensor:
     return torch.exp(-beta * redundancy / total) if total != 0 else torch.ones_like(redundancy)
 
 
-@register_importance("uniform", needs="linears")
 def uniform_importance(linears: object) -> None:
     """The ablation without layer-wise rates."""
 
 
-register_importance("cka", needs="similarity")(cka_importance)
+_REGISTRY.register("cka", cka_importance)
+_REGISTRY.register("uniform", uniform_importance)

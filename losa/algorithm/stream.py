@@ -90,7 +90,7 @@ class BlockStream:
     def _add(self, model: nn.Module, batch: Tensor) -> None:
         shape = len(batch), batch.shape[1]
         if shape not in self._calls:
-            self._calls[shape], _ = self._whole_pass(model, batch)
+            self._calls[shape] = self._whole_pass(model, batch)[0]
         hidden = self._capture_first(model, batch)
         self.hidden.append(self._stored(sum(map(len, self.hidden)), hidden))
         self._shapes.append(shape)
@@ -107,7 +107,7 @@ class BlockStream:
         """
         batches = [batch, batch.flip(0, 1)]
         self._calls[len(batch), batch.shape[1]], first = self._whole_pass(model, batch)
-        expected = [first, self._whole_pass(model, batches[1])[1]]
+        expected = [first[-1], self._whole_pass(model, batches[1])[1][-1]]
         for other in batches:
             self._add(model, other)
         for index in range(len(self.blocks)):
@@ -128,12 +128,8 @@ class BlockStream:
     def _find_difference(self, model: nn.Module, batches: list[Tensor], expected: list[Tensor]) -> None:
         """Replay once more, compare with the outputs of all blocks, and name the first block that differs by more than
         twice as much as the model's own passes differ from each other: atomic sums on GPUs come in any order."""
-        outputs: list[list[Tensor]] = []
-        noise = 0.0
-        for batch, last in zip(batches, expected, strict=True):
-            outputs.append([])
-            again = self._whole_pass(model, batch, outputs[-1])[1]
-            noise = max(noise, _distance(again, last))
+        outputs = [self._whole_pass(model, batch, every=True)[1] for batch in batches]
+        noise = max(_distance(again[-1], last) for again, last in zip(outputs, expected, strict=True))
         self.hidden, self._shapes = [], []
         for batch in batches:
             self._add(model, batch)
@@ -156,14 +152,12 @@ class BlockStream:
         bound = 2 * torch.finfo(streamed.dtype).eps * len(self.blocks) ** 0.5
         return _distance(streamed, expected) <= bound + 2 * noise
 
-    def _whole_pass(
-        self, model: nn.Module, batch: Tensor, outputs: list[Tensor] | None = None
-    ) -> tuple[list[Call], Tensor]:
-        """What each block is called with (a sliding-window model gives each block its own mask), and the last block's
-        output. ``outputs`` takes the outputs of all blocks, in host memory."""
+    def _whole_pass(self, model: nn.Module, batch: Tensor, every: bool = False) -> tuple[list[Call], list[Tensor]]:
+        """What each block is called with (a sliding-window model gives each block its own mask), and the output of the
+        last block, or of ``every`` block, on the device where hidden states wait."""
         count = len(self.blocks)
         calls: dict[int, Call] = {}
-        last: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}
 
         def before(index):
             def hook(_module, args, kwargs):
@@ -174,10 +168,8 @@ class BlockStream:
         def after(index):
             def hook(_module, _args, output):
                 hidden = hidden_of(output)
-                if index == count - 1:
-                    last[:] = [hidden.to(self.storage, copy=True)]
-                if outputs is not None:
-                    outputs.append(hidden.to(self.storage, copy=True))
+                if every or index == count - 1:
+                    outputs[index] = hidden.to(self.storage, copy=True)
 
             return hook
 
@@ -189,7 +181,7 @@ class BlockStream:
         missing = [i for i in range(count) if i not in calls]
         if missing:
             raise ModelError(f"blocks {missing} are not reached by a forward pass")
-        return [calls[i] for i in range(count)], last[0]
+        return [calls[i] for i in range(count)], [outputs[i] for i in sorted(outputs)]
 
     def _capture_first(self, model, batch: Tensor) -> Tensor:
         seen = []

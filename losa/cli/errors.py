@@ -21,7 +21,6 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-import losa
 from losa.errors import LosaError
 
 DEBUG = "LOSA_DEBUG"
@@ -144,7 +143,9 @@ def report(error: BaseException) -> str:
 
 
 def _versions() -> str:
-    found = [f"losa {losa.__version__}"]
+    from losa import __version__
+
+    found = [f"losa {__version__}"]
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")

@@ -51,11 +51,11 @@ class Blocks:
 
     def linears(self, targets: Targets = None) -> dict[str, nn.Module]:
         """The prunable linears of all blocks, in model order, by their names in the model; see ``find_linears``."""
-        uses, wanted = _uses(self.model), _as_targets(targets)
+        uses, wanted = parameter_uses(self.model), as_targets(targets)
         return {
             f"{block_name}.{name}": linear
             for block_name, block in zip(self.names, self, strict=True)
-            for name, linear in _linears(block, uses, wanted).items()
+            for name, linear in linears_of(block, uses, wanted).items()
         }
 
 
@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # A list inside another list (experts of a block) is part of a block.
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    sizes = {n: sum(_weights(x) for x in m.modules()) for n, m in lists.items()}
+    sizes = {n: sum(weight_count(x) for x in m.modules()) for n, m in lists.items()}
     ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
     seen = "; ".join(_describe(n, blocks, sizes[n]) for n, blocks in lists.items()) or "no nn.ModuleList at all"
     if not ranked:
@@ -78,7 +78,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
         raise ModelError(f"model: cannot tell which list holds the decoder's blocks; saw {seen}")
     best = lists[ranked[0]]
-    if len({type(block) for block in best}) > 1 or any(_is_linear(block) for block in best):
+    if len({type(block) for block in best}) > 1 or any(is_linear(block) for block in best):
         raise ModelError(f"model: expected decoder blocks of one class; saw {seen}")
     return Blocks(ranked[0], best, model)
 
@@ -92,7 +92,7 @@ def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
     return text + "no nn.Linear" + (f" (weights live in {', '.join(sorted(others))})" if others else "")
 
 
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
     """Whether a layer computes x W^T + bias from ``weight``. Subclasses of ``nn.Linear`` with another forward
     (quantised ones) do not; nor does the linear inside ``nn.MultiheadAttention``, whose forward is never called."""
     if isinstance(module, MaskedLoRALinear):
@@ -102,10 +102,11 @@ def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _weights(module: nn.Module) -> int:
+def weight_count(module: nn.Module) -> int:
+    """Weights of a linear, dense or packed; 0 for another module. Children do not count."""
     if isinstance(module, SparseLinear):
         return module.out_features * module.in_features
-    return module.weight.numel() if _is_linear(module) else 0
+    return module.weight.numel() if is_linear(module) else 0
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,28 +128,30 @@ def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module 
     Raises:
         ModelError: a regular expression that does not compile.
     """
-    return _linears(block, _uses(model or block), _as_targets(targets))
+    return linears_of(block, parameter_uses(model or block), as_targets(targets))
 
 
-def _linears(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
+def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
+    """``find_linears``, with ``parameter_uses`` of the model and targets of ``as_targets``; no targets take all."""
     routers = _routers(block)
     return {
         name: module
         for name, module in block.named_modules()
-        if _is_linear(module)
+        if is_linear(module)
         and uses[id(module.weight)] == 1
         and module not in routers
-        and (not targets or any(_matches(target, name) for target in targets))
+        and (not targets or any(matches(target, name) for target in targets))
     }
 
 
-def _uses(model: nn.Module) -> Counter:
+def parameter_uses(model: nn.Module) -> Counter:
     """How often each parameter occurs, by id. A parameter of a module with two names counts twice."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
 
-def _as_targets(targets: Targets) -> list[str]:
+def as_targets(targets: Targets) -> list[str]:
+    """Targets as a list. Raises ModelError for a regular expression that does not compile."""
     targets = [targets] if isinstance(targets, str) else list(targets or [])
     for target in targets:
         if target.startswith("re:"):
@@ -159,13 +162,14 @@ def _as_targets(targets: Targets) -> list[str]:
     return targets
 
 
-def _matches(target: str, name: str) -> bool:
+def matches(target: str, name: str) -> bool:
+    """Whether a target means the linear of that name within its block."""
     if target.startswith("re:"):
         return re.search(target[3:], name) is not None
     return f".{name}".endswith(f".{target}")
 
 
-def _fused(module: nn.Module) -> list[str]:
+def stacked_weights(module: nn.Module) -> list[str]:
     """Names of a module's own stacked expert weights: Parameters (experts, ., .).
 
     A module of experts has no other parameters but biases (experts, .), and its children have none. A mixer whose heads
@@ -181,11 +185,11 @@ def _fused(module: nn.Module) -> list[str]:
 
 def _expert_count(collection: nn.Module) -> int | None:
     """The number of experts in a list of modules of one class, or in stacked weights; None: it is neither."""
-    if fused := _fused(collection):
+    if fused := stacked_weights(collection):
         return getattr(collection, fused[0]).shape[0]
     if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:
-        inside = any(_is_linear(m) for m in collection.modules())
-        return len(collection) if inside and not _is_linear(collection[0]) else None
+        inside = any(is_linear(m) for m in collection.modules())
+        return len(collection) if inside and not is_linear(collection[0]) else None
     return None
 
 
@@ -196,5 +200,5 @@ def _routers(block: nn.Module) -> set[nn.Module]:
             count = _expert_count(collection)
             if count is not None:
                 beside = set(parent.modules()) - set(collection.modules())
-                routers |= {m for m in beside if _is_linear(m) and m.out_features in (1, count)}
+                routers |= {m for m in beside if is_linear(m) and m.out_features in (1, count)}
     return routers

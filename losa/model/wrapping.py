@@ -14,14 +14,14 @@ from losa.errors import ModelError
 from losa.model.blocks import (
     Blocks,
     Targets,
-    _as_targets,
-    _fused,
-    _is_linear,
-    _linears,
-    _matches,
-    _uses,
-    _weights,
+    as_targets,
     find_blocks,
+    is_linear,
+    linears_of,
+    matches,
+    parameter_uses,
+    stacked_weights,
+    weight_count,
 )
 from losa.model.saving import guard_saving
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -65,16 +65,16 @@ def wrap_model(
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
     blocks = find_blocks(model)
-    uses, wanted = _uses(model), _as_targets(targets)
-    every = {name: _linears(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
+    uses, wanted = parameter_uses(model), as_targets(targets)
+    every = {name: linears_of(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
     names = list(dict.fromkeys(name for linears in every.values() for name in linears))
     for target in wanted:
-        if not any(_matches(target, name) for name in names):
+        if not any(matches(target, name) for name in names):
             raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
     wrapped = {}
     for block_name, linears in every.items():
         for name, linear in linears.items():
-            if wanted and not any(_matches(target, name) for target in wanted):
+            if wanted and not any(matches(target, name) for target in wanted):
                 continue
             full = f"{block_name}.{name}"
             generator = torch.Generator().manual_seed(_seed_for(seed, full))
@@ -99,12 +99,12 @@ def _seed_for(seed: int, name: str) -> int:
 
 
 def _warn_left_dense(blocks: Blocks, uses: Counter) -> None:
-    fused = [f"{name}.{p}" for name, module in blocks.modules[0].named_modules() for p in _fused(module)]
+    fused = [f"{name}.{p}" for name, module in blocks.modules[0].named_modules() for p in stacked_weights(module)]
     if not fused:
-        fused = [f"{name}.{p}" for name, module in blocks.modules.named_modules() for p in _fused(module)]
+        fused = [f"{name}.{p}" for name, module in blocks.modules.named_modules() for p in stacked_weights(module)]
     if fused:
         logger.warning("stacked expert weights of %r stay dense: %s", blocks.prefix, ", ".join(fused))
-    shared = [n for n, m in blocks.modules.named_modules() if _is_linear(m) and uses[id(m.weight)] > 1]
+    shared = [n for n, m in blocks.modules.named_modules() if is_linear(m) and uses[id(m.weight)] > 1]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
 
@@ -139,6 +139,6 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
         zeros += kept.numel() - int(torch.count_nonzero(kept))
     for module in blocks.modules.modules():
         if isinstance(module, SparseLinear):
-            total += _weights(module)
-            zeros += _weights(module) - int(torch.count_nonzero(module.packed.values))
+            total += weight_count(module)
+            zeros += weight_count(module) - int(torch.count_nonzero(module.packed.values))
     return zeros, total

@@ -92,9 +92,10 @@ class Pruner:
         pattern: Pattern,
         masks: Mapping[str, Tensor | None],
     ) -> Iterator[tuple[str, Pruned]]:
-        """Decide about all linears of a block, one after the other, each by ``prune``.
+        """Decide about all linears of a block: here one after the other, each by ``prune``.
 
-        What is yielded goes into the model at once, so that another look at ``weights`` gives the pruned weight.
+        An outcome that is yielded goes into the model at once: read what depends on a weight before its outcome is
+        yielded.
 
         Args:
             weights: by the linear's name within the block, each as ``prune`` takes it. A weight is formed whenever it
@@ -117,8 +118,7 @@ class Pruner:
         return [one_linear_memory(shape)]
 
     def flops(self, shape: PruningShape) -> float:
-        """Matrix products of one round beyond the model's own forward passes."""
-        del shape
+        """Floating-point operations of one round's matrix products, beyond the model's own forward passes."""
         return 0.0
 
     def _prune_named(self, name: str, *args) -> Pruned:

@@ -1,4 +1,4 @@
-"""What ``allocation.rates`` may name, and what each of the names has to be given."""
+"""The names that ``allocation.rates`` may give, and what the importance of each name is computed from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from losa.registry import Registry
 # "similarity": CKA between the outputs of blocks, from calibration samples. "linears": the wrapped linears themselves.
 Needs = Literal["similarity", "linears"]
 
-# The functions are in losa.algorithm.importance, whose ``register_importance`` adds names here.
+# Recipes are checked without torch, so the functions are elsewhere: in losa.algorithm.importance, whose
+# ``register_importance`` adds names to this table.
 RATES: Registry[Needs] = Registry("importance")
 RATES.register("cka", "similarity")
 RATES.register("uniform", "linears")

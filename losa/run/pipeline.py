@@ -14,8 +14,8 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-import losa
 import losa_kernels
+from losa import __version__
 from losa.algorithm.stream import BlockStream
 from losa.distributed import check_agreement, is_main, on_main, start_processes
 from losa.model.blocks import Blocks, find_blocks
@@ -123,7 +123,7 @@ def _run(
     _log_result(console, dense)
     results, outcome = _run_methods(recipe, blocks, inputs, workspace.path, console, resume)
     record = RunRecord(
-        losa_version=losa.__version__,
+        losa_version=__version__,
         method=recipe.method,
         recipe=recipe.model_dump(mode="json"),
         model=recipe.model,

@@ -55,7 +55,7 @@ class ByMaxima(Pruner):
 
 
 class WholeNeurons(Pruner):
-    """Structured: hidden units of the MLP go as a whole, by the norm of all that belongs to them; the rest stays."""
+    """Structured: hidden units of the MLP go as a whole, by the norm of all that belongs to them; attention stays."""
 
     def __init__(self, config):
         pass
@@ -177,15 +177,21 @@ def test_mistakes_are_named(own_names, tmp_path):
             raise NumericsError("nothing to choose from")
             yield
 
+    class Narrow(WholeNeurons):
+        def prune_block(self, *args):
+            yield from ((name, Pruned(pruned.mask[:, 1:])) for name, pruned in super().prune_block(*args))
+
     class Backward(InputMaxima):
         needs_backward = True
 
     register("forgetful", Forgetful)
     register("unsure", Unsure)
+    register("narrow", Narrow)
     register("by-maxima", ByMaxima)
     register_importance("short", needs="linears")(lambda linears: torch.ones(3))
     for change, error, message in (
         ({"prune": {"pruner": "forgetful"}}, ValueError, r"Forgetful.prune_block: expected outcomes for self_attn"),
+        ({"prune": {"pruner": "narrow"}}, ValueError, "^model.layers.0.self_attn.q_proj: mask: expected bool "),
         ({"prune": {"pruner": "unsure"}}, NumericsError, r"^model.layers.0: nothing to choose from$"),
         ({"allocation": {"rates": "short"}}, ValueError, r"'short': expected importance \(4,\), got \(3,\)"),
     ):

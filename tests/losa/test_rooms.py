@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tools import tool
+
 ROOT = Path(__file__).parents[2]
 FILE_LINES, FUNCTION_LINES = 400, 100
-# Whoever reads may import these; they import nothing of losa but each other.
-EVERYBODY = {"errors", "registry", "__version__"}
-# Each room and the rooms that it may import, lowest first: a room imports rooms above it in this table alone.
+imports_in = tool("docs_pages").imports_in
+# Each room and the rooms that it may import, lowest first: a room imports rooms above it in its table alone.
 LOSA: dict[str, set[str]] = {
     "errors": set(),
     "registry": set(),
@@ -47,19 +48,68 @@ LOSA: dict[str, set[str]] = {
     "cli": {"evaluation", "inference", "output", "packed", "recipe", "record", "run", "storage"},
     "__main__": {"cli"},
 }
+KERNELS: dict[str, set[str]] = {
+    "version": set(),
+    "_build_info": set(),
+    "settings": set(),
+    "arguments": set(),
+    "tensors": set(),
+    "scratch": set(),
+    "timing": set(),
+    "cuda_graphs": set(),
+    "cuda_memory": set(),
+    "native": {"_build_info", "settings"},
+    "measured": {"cuda_graphs", "settings"},
+    "dispatch": {"native", "settings"},
+    "bitmask": {"arguments", "dispatch", "native"},
+    "cka": {"arguments", "dispatch", "native"},
+    "decoder_step": {"arguments", "dispatch", "native"},
+    "packing": {"arguments", "bitmask", "dispatch", "native", "tensors"},
+    "pruning": {"arguments", "bitmask", "cuda_graphs", "dispatch", "measured", "native", "settings", "tensors"},
+    "masked_lora": {"arguments", "bitmask", "dispatch", "measured", "native", "scratch", "settings"},
+    "sparse_linear": {
+        "arguments",
+        "bitmask",
+        "cuda_graphs",
+        "cuda_memory",
+        "dispatch",
+        "measured",
+        "native",
+        "packing",
+        "scratch",
+        "settings",
+        "tensors",
+    },
+}
+TABLES = {"losa": LOSA, "losa_kernels": KERNELS}
+# Whoever reads may import these. The first two import nothing of losa but each other.
+EVERYBODY = {"losa": {"errors", "registry", "__version__"}, "losa_kernels": set()}
 CODE = ("losa", "losa_kernels", "benchmarks", "tests", "tools")
 PYTHON = sorted(file for folder in CODE for file in (ROOT / folder).rglob("*.py"))
 
 
-def imports(file: Path) -> list[str]:
-    """Dotted names of what a file imports, inside functions too."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return found
+def imports(file: Path) -> set[str]:
+    return imports_in(ast.parse(file.read_text()), file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import losa.model",
+        "import losa.model.blocks as b",
+        "from losa import model",
+        "from losa.model import find_blocks",
+        "from losa.model.blocks import find_blocks",
+        "from .. import model",
+        "from ..model.blocks import find_blocks",
+        "def f():\n    from losa.model import find_blocks",
+        "if TYPE_CHECKING:\n    from losa.model import find_blocks",
+        "try:\n    import losa.model\nexcept ImportError:\n    pass",
+    ],
+)
+def test_every_form_of_an_import_is_seen(text):
+    (found,) = imports_in(ast.parse(text), ROOT / "losa" / "modules" / "sparse.py")
+    assert found.split(".")[:2] == ["losa", "model"]
 
 
 def own_modules(package: str) -> dict[str, Path]:
@@ -71,26 +121,30 @@ def own_modules(package: str) -> dict[str, Path]:
     return files
 
 
-def test_rooms_import_only_what_the_table_allows():
-    allowed = set()
-    for name, file in own_modules("losa").items():
-        room = name.split(".")[1] if "." in name else None
-        if room is None:  # losa/__init__.py names everything, and imports it on first use
+@pytest.mark.parametrize("package", TABLES)
+def test_rooms_import_only_what_the_table_allows(package):
+    table, used = TABLES[package], set()
+    for name, file in own_modules(package).items():
+        if name == package:  # the package's own __init__ names everything, and imports it on first use
             continue
-        assert room in LOSA, f"{file}: the table has no room {room!r}"
+        room = name.split(".")[1]
+        assert room in table, f"{file}: the table has no room {room!r}"
         for target in imports(file):
-            parts = target.split(".")
-            if parts[0] != "losa" or len(parts) == 1 or parts[1] in EVERYBODY | {room}:
+            first, *inside = target.split(".")
+            if first != package:
                 continue
-            assert parts[1] in LOSA[room], f"{file}: {room} may not import {target}"
-            allowed.add((room, parts[1]))
-    stated = {(room, other) for room, others in LOSA.items() for other in others}
-    assert allowed == stated, f"arrows of the table that nothing uses: {stated - allowed}"
+            assert inside, f"{file}: expected an import of what is used, got the whole package"
+            if inside[0] not in EVERYBODY[package] | {room}:
+                assert inside[0] in table[room], f"{file}: {room} may not import {target}"
+                used.add((room, inside[0]))
+    stated = {(room, other) for room, others in table.items() for other in others}
+    assert used == stated, f"arrows of the table that nothing uses: {stated - used}"
 
 
-def test_the_table_runs_one_way():
+@pytest.mark.parametrize("package", TABLES)
+def test_the_table_runs_one_way(package):
     before: set[str] = set()
-    for room, others in LOSA.items():
+    for room, others in TABLES[package].items():
         assert others <= before, f"{room} stands above {others - before}"
         before.add(room)
 
@@ -119,16 +173,33 @@ def test_losa_kernels_knows_nothing_above_it():
         assert not [target for target in imports(file) if target.split(".")[0] == "losa"], file
 
 
-@pytest.mark.parametrize("package", ["losa", "losa_kernels"])
+class AtImport(ast.NodeTransformer):
+    """Leaves of a module what runs when it is imported: no functions, and nothing for type checkers alone."""
+
+    def visit_FunctionDef(self, node):
+        return None
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_If(self, node):
+        return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+
+def around(module: str) -> set[str]:
+    """The packages that Python imports before a module."""
+    parts = module.split(".")
+    return {".".join(parts[:depth]) for depth in range(1, len(parts))}
+
+
+@pytest.mark.parametrize("package", TABLES)
 def test_modules_import_in_no_circle(package):
-    """At import time: an import inside a function, or for type checkers alone, waits until both modules are there."""
     modules = own_modules(package)
     graph: dict[str, set[str]] = {}
     for name, file in modules.items():
-        at_once = ast.Module([n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom)], [])
-        targets = {f"{node.module}.{alias.name}" for node in at_once.body for alias in node.names}
-        known = {t if t in modules else t.rpartition(".")[0] for t in targets}
-        graph[name] = (known & modules.keys()) - {name}
+        targets = imports_in(AtImport().visit(ast.parse(file.read_text())), file)
+        known = {t if t in modules else t.rpartition(".")[0] for t in targets} & modules.keys()
+        packages = {outer for target in known for outer in around(target)} - around(name)
+        graph[name] = (known | packages) - {name}
     TopologicalSorter(graph).prepare()
 
 

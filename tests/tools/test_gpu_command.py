@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -19,18 +19,10 @@ from losa_kernels import native
 from tests.gpu import checks as gpu_checks
 from tests.gpu import checks_decode as gpu_checks_decode
 from tests.gpu import smoke as gpu_smoke
+from tests.helpers.tools import tool
 
 ROOT = Path(__file__).parents[2]
 MOST_FILES = 8
-
-
-def tool(name: str):
-    """A module of tools/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 gpu_steps, gpu = tool("gpu_steps"), tool("gpu")
 

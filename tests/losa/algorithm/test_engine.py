@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from losa.algorithm.block import _WeightsToPrune
 from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import make_schedule
 from losa.errors import NumericsError
@@ -158,7 +159,7 @@ def test_regrow_may_bring_weights_back():
     with torch.no_grad():
         _, _, masks = run_all(engine, perturb=True)
     back = [bool((late & ~early).any()) for early, late in zip(masks[0], masks[-1], strict=True)]
-    assert len(back) > 0
+    assert any(back)
     total = sum(m.numel() for m in masks[-1])
     kept = sum(int(m.sum()) for m in masks[-1])
     assert abs(1 - kept / total - 0.5) < 0.02
@@ -170,6 +171,15 @@ def test_same_seed_same_rounds():
     assert [r.ranks for r in a] == [r.ranks for r in b]
     states = first[0].state_dict(), second[0].state_dict()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_weights_are_formed_only_when_they_are_read(monkeypatch):
+    block, formed = build()[1].blocks[0], []
+    monkeypatch.setattr(block, "dense_values", lambda name, *how: formed.append(name))
+    weights = _WeightsToPrune(block, updates_weight=False, nested=True)
+    assert "mlp.up_proj" in weights and "lm_head" not in weights and list(weights) == list(block.linears)
+    assert len(weights) == 7 and not formed
+    assert weights["mlp.up_proj"] is None and formed == ["mlp.up_proj"]
 
 
 def test_merged_model_equals_wrapped_model():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losa.algorithm.importance import cka_importance, get_importance, register_importance
+from losa.algorithm.importance import cka_importance, get_importance, register_importance, uniform_importance
 from losa.recipe import rates
 from losa.recipe.sections import AllocationConfig
 from tests.helpers.similarity import similarity
@@ -37,10 +37,12 @@ def test_beta_never_changes_the_order_of_importance(count, beta, seed):
 
 
 def test_every_name_of_recipes_has_a_function():
-    for name in rates.RATES:
-        assert get_importance(name).needs == rates.RATES[name]
+    assert {name: get_importance(name) for name in rates.RATES} == {
+        "cka": cka_importance,
+        "uniform": uniform_importance,
+    }
     assert rates.compares_samples("cka") and not rates.compares_samples("uniform")
-    assert get_importance("uniform").function([]) is None
+    assert uniform_importance([]) is None
 
 
 def test_registered_names_are_settings_of_recipes(own_names):
@@ -51,7 +53,7 @@ def test_registered_names_are_settings_of_recipes(own_names):
         AllocationConfig(rates="depth")
     add = register_importance("depth", needs="linears")
     assert add(depth) is depth is add(depth)
-    assert AllocationConfig(rates="depth").rates == "depth" and get_importance("depth").function is depth
+    assert AllocationConfig(rates="depth").rates == "depth" and get_importance("depth") is depth
     for bad in ("dept", 1, None, ["depth"]):
         with pytest.raises(ValueError, match="Input should be 'cka', 'uniform' or 'depth', got "):
             AllocationConfig(rates=bad)
@@ -59,3 +61,5 @@ def test_registered_names_are_settings_of_recipes(own_names):
         register_importance("depth", needs="linears")(cka_importance)
     with pytest.raises(ValueError, match="importance 'cka': already registered as similarity"):
         register_importance("cka", needs="linears")(depth)
+    with pytest.raises(ValueError, match="importance 'wide': needs: expected similarity or linears, got 'grams'"):
+        register_importance("wide", needs="grams")

@@ -10,14 +10,14 @@ from losa.algorithm.schedule import make_schedule, sequences_per_round
 from losa.recipe.sections import AllocationConfig, RoundsConfig
 
 
-def plans(count=5, schedule="cubic", final=0.7, sequences=100, share=0.1, **allocation):
+def rounds_of(count=5, schedule="cubic", final=0.7, sequences=100, share=0.1, **allocation):
     return make_schedule(
         RoundsConfig(count=count, schedule=schedule), AllocationConfig(**allocation), final, sequences, share
     )
 
 
 def test_the_papers_five_rounds():
-    rounds = plans()
+    rounds = rounds_of()
     assert [round(r.sparsity, 4) for r in rounds] == [0.3416, 0.5488, 0.6552, 0.6944, 0.7]
     assert [r.mean_rank for r in rounds] == [6, 7, 8, 9, 10]
     assert [r.sequences for r in rounds] == [10, 10, 10, 10, 60]
@@ -25,22 +25,22 @@ def test_the_papers_five_rounds():
 
 
 def test_linear_and_oneshot():
-    assert [round(r.sparsity, 6) for r in plans(schedule="linear")] == [0.14, 0.28, 0.42, 0.56, 0.7]
-    (only,) = plans(schedule="oneshot")
+    assert [round(r.sparsity, 6) for r in rounds_of(schedule="linear")] == [0.14, 0.28, 0.42, 0.56, 0.7]
+    (only,) = rounds_of(schedule="oneshot")
     assert (only.sparsity, only.mean_rank, only.sequences) == (0.7, 10, 100)
 
 
 def test_mean_rank_stops_at_rank_max():
-    assert [r.mean_rank for r in plans(mean_rank=14, rank_growth=1, rank_max=16)] == [14, 15, 16, 16, 16]
+    assert [r.mean_rank for r in rounds_of(mean_rank=14, rank_growth=1, rank_max=16)] == [14, 15, 16, 16, 16]
 
 
 def test_growth_of_the_mean_rank():
-    assert [r.mean_rank for r in plans(mean_rank=6, rank_growth=0)] == [6] * 5
-    assert [r.mean_rank for r in plans(mean_rank=2, rank_growth=3)] == [2, 5, 8, 11, 14]
+    assert [r.mean_rank for r in rounds_of(mean_rank=6, rank_growth=0)] == [6] * 5
+    assert [r.mean_rank for r in rounds_of(mean_rank=2, rank_growth=3)] == [2, 5, 8, 11, 14]
 
 
 def test_cubic_removes_most_in_the_first_rounds():
-    sparsities = [0.0] + [r.sparsity for r in plans(count=8)]
+    sparsities = [0.0] + [r.sparsity for r in rounds_of(count=8)]
     steps = [b - a for a, b in zip(sparsities, sparsities[1:], strict=False)]
     assert all(a > b for a, b in zip(steps, steps[1:], strict=False))
 
@@ -80,7 +80,7 @@ def test_every_round_gets_data_where_there_is_enough(rounds, total, share):
     st.floats(0.01, 1.0),
 )
 def test_invariants(count, schedule, final, sequences, share):
-    rounds = plans(count, schedule, final, sequences, share)
+    rounds = rounds_of(count, schedule, final, sequences, share)
     assert rounds[-1].sparsity == final
     assert sum(r.sequences for r in rounds) == sequences
     assert all(r.sequences >= 0 for r in rounds)
@@ -91,4 +91,4 @@ def test_invariants(count, schedule, final, sequences, share):
 @pytest.mark.parametrize("sequences, share", [(-1, 0.1), (10, 0.0), (10, 1.5)])
 def test_bad_arguments(sequences, share):
     with pytest.raises(ValueError, match="expected"):
-        plans(sequences=sequences, share=share)
+        rounds_of(sequences=sequences, share=share)

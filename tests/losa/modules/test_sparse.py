@@ -12,7 +12,7 @@ from losa.packed.weights import pack_weight
 
 def test_state_dict_of_a_packed_layer_loads():
     weight = torch.randn(8, 16) * (torch.rand(8, 16) > 0.5)
-    layer, other = SparseLinear(pack_weight(weight, "bitmask"), torch.randn(8)), None
+    layer = SparseLinear(pack_weight(weight, "bitmask"), torch.randn(8))
     other = copy.deepcopy(layer)
     for buffer in other.buffers():
         buffer.zero_()

@@ -86,7 +86,7 @@ def test_linears_with_the_same_hessian_share_its_factor(monkeypatch):
 
 
 def test_hessians_of_a_block_are_factored_together(monkeypatch):
-    """Those on a GPU, each once; a singular one is told when its linear's turn comes, and a changed one done anew."""
+    """Hessians on a GPU, each once. A singular one fails at its linear's turn; a changed one is factored anew."""
     from losa.pruners import sparsegpt
 
     together, alone = [], []
