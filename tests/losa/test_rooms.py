@@ -44,7 +44,7 @@ LOSA: dict[str, set[str]] = {
         "storage",
         "training",
     },
-    "cli": {"evaluation", "inference", "output", "packed", "recipe", "record", "run", "storage"},
+    "cli": {"evaluation", "inference", "output", "packed", "recipe", "run", "storage"},
     "__main__": {"cli"},
 }
 CODE = ("losa", "losa_kernels", "benchmarks", "tests", "tools")
