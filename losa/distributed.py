@@ -90,11 +90,13 @@ def _joined() -> bool:
 
 
 def from_rank_zero(tensor: Tensor) -> Tensor:
-    """Process 0's tensor, on the device of this process's own one, so that all processes decide alike. A process that
-    is alone gets its own tensor back."""
+    """Process 0's tensor, a new one on the device of this process's own, so that all processes decide alike. A process
+    that is alone gets its own tensor back."""
     if process_count() == 1:
         return tensor
-    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
+    shared = tensor.clone(memory_format=torch.contiguous_format)
+    if dist.get_backend() == "nccl":
+        shared = shared.cuda()
     dist.broadcast(shared, 0)
     return shared.to(tensor.device)
 

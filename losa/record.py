@@ -8,8 +8,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from losa.recipe.methods import find_method
 
-RECORD = "losa_config.json"
-
 
 @dataclass
 class RoundRecord:

@@ -206,7 +206,7 @@ def inspect(
     from losa.output import tables
     from losa.output.figures import write_figures
     from losa.output.inspection import inspect_directory
-    from losa.record import RECORD
+    from losa.storage.files import RECORD
 
     found = inspect_directory(directory)
     console = Console()

@@ -81,7 +81,7 @@ def debugging(option: bool) -> bool:
 
 
 def _shows_all(option: bool) -> bool:
-    """``debugging`` while an error is reported, which may be that of LOSA_DEBUG."""
+    """``debugging`` while an error is reported, which may be the error of LOSA_DEBUG."""
     try:
         return debugging(option)
     except ValueError:
@@ -89,7 +89,7 @@ def _shows_all(option: bool) -> bool:
 
 
 def message_for(error: BaseException, command: str | None) -> str | None:
-    """The sentence for an error that is understood, with the command's own advice; None for others."""
+    """The sentence for an error that is understood, with the command's own advice; None for any other error."""
     if any(_is_exhausted(cause) for cause in _chain(error)):
         on_gpu = any("CUDA" in str(cause) or "CUBLAS" in str(cause) for cause in _chain(error))
         hint = MEMORY_HINTS.get(command or "", "this needs a machine with more")
@@ -127,7 +127,7 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def report(error: BaseException) -> str:
-    """Versions, command and the error on a few lines; the traceback goes into a file that the last one names."""
+    """Versions, command and the error on a few lines; the traceback goes into a file that the last line names."""
     text = str(error).strip()
     first = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     lines = [

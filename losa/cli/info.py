@@ -27,7 +27,7 @@ def info(
         bool, typer.Option("--gpu", help="Also run a model's shapes and show which kernels were chosen, and the times.")
     ] = False,
 ) -> None:
-    """What was built and loaded, why not, the GPU, and the LOSA_* environment variables with their values."""
+    """What was built and loaded or why not, the GPUs, and every LOSA_* environment variable with its value."""
     import torch
 
     for line in _described():

@@ -9,6 +9,7 @@ import re
 from functools import cache
 from pydoc_data.topics import topics
 
+# Of a text that is split into parts, the user's own too.
 SHARES = {"calibration": 0.15, "train": 0.6, "heldout": 0.25}
 SHORTEST = 500
 

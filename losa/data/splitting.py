@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 from losa import __version__
+from losa.data.corpus import SHARES
 from losa.data.row_files import PLAIN_TEXT, Row
 from losa.data.sources import located_rows
 from losa.errors import DataError, OutputError, reason
 from losa.recipe.sections import DataSource
 from losa.storage.files import MARKER, write_json, write_text
 
-PARTS = ("calibration", "train", "heldout")
-SHARES = (0.15, 0.6, 0.25)
+PARTS = tuple(SHARES)
 
 
 def named_parts(data: Path) -> dict[str, Path]:
@@ -91,12 +91,13 @@ def _as_line(row: Row) -> str:
 def _deal(lines: list[str]) -> list[list[str]]:
     keys = [hashlib.sha256(line.encode()).digest() for line in lines]
     order = sorted(set(keys))
-    first = max(1, round(SHARES[0] * len(order)))
-    last = len(order) - max(1, round(SHARES[2] * len(order)))
+    first = max(1, round(SHARES["calibration"] * len(order)))
+    last = len(order) - max(1, round(SHARES["heldout"] * len(order)))
     part = {key: 0 if place < first else 1 if place < last else 2 for place, key in enumerate(order)}
     return [[line for line, key in zip(lines, keys, strict=True) if part[key] == index] for index in range(len(PARTS))]
 
 
 def _cut(text: str) -> list[str]:
-    ends = [text.find("\n", int(share * len(text))) + 1 or len(text) for share in (SHARES[0], SHARES[0] + SHARES[1])]
+    shares = (SHARES["calibration"], SHARES["calibration"] + SHARES["train"])
+    ends = [text.find("\n", int(share * len(text))) + 1 or len(text) for share in shares]
     return [text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]]

@@ -100,8 +100,11 @@ def evaluation_tokens(source: DataSource, tokenizer) -> Tensor:
     rows = located_rows(source)
     if any(row_format(row, source) != "text" for row in rows):
         renderer = Renderer(tokenizer, "all")
-        rendered = [renderer(row, source) for row in rows]  # none is skipped where all tokens count
-        ids = [token for found in rendered if found is not None for token in found[0]]
+        ids = []
+        for row in rows:
+            rendered = renderer(row, source)
+            assert rendered is not None  # where all tokens count, no row is skipped
+            ids += rendered[0]
     else:
         texts: list[str] = []
         for row in rows:

@@ -1,4 +1,4 @@
-"""Perplexity as the pruning papers measure it, and zero-shot tasks through lm-eval."""
+"""Perplexity as the pruning papers measure it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def perplexity(
 
     Args:
         model: causal LM; set to evaluation mode and put back.
-        tokens: (tokens,) int64, of ``losa.data.evaluation_tokens``.
+        tokens: (tokens,) int64, of ``losa.data.tokens.evaluation_tokens``.
         batch_size: windows per forward pass.
         max_windows: use only the first windows.
         progress: show a progress bar (in a terminal only).

@@ -10,7 +10,8 @@ import yaml
 
 from losa.output.tables import markdown, percent, protocol, results_table, rounds_table
 from losa.recipe.methods import find_method, method_label
-from losa.record import RECORD, RunRecord
+from losa.record import RunRecord
+from losa.storage.files import RECORD
 
 FORMAT = """The files are an ordinary dense checkpoint with exact zeros: transformers, and whatever else reads the base
 model's format, reads this one."""

@@ -18,8 +18,8 @@ from losa.model.saving import state_untied, untied_though_stated
 from losa.model.wrapping import sparsity_of, wrapped_linears
 from losa.output.card import model_card
 from losa.output.figures import write_figures
-from losa.record import RECORD, MaskRecord, RunRecord
-from losa.storage.files import WRITE_ERRORS, staged_directory, write_json, write_text
+from losa.record import MaskRecord, RunRecord
+from losa.storage.files import RECORD, WRITE_ERRORS, staged_directory, write_json, write_text
 from losa_kernels import unpack_mask
 from losa_kernels.tensors import as_bits
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from losa.errors import ModelError, OutputError
-from losa.record import RECORD, RunRecord
+from losa.record import RunRecord
+from losa.storage.files import RECORD
 from losa.storage.json_files import read_json
 from losa.storage.kinds import is_packed, read_config, refuse_adapter
 from losa.storage.tensor_files import Stored, checkpoint_tensors

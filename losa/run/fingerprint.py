@@ -1,4 +1,4 @@
-"""What a run's results depend on besides its recipe: digests of the model's weights and of every token."""
+"""What a run's results depend on apart from its recipe: digests of the model's weights and of every token."""
 
 from __future__ import annotations
 

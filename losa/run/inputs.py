@@ -27,8 +27,8 @@ Evaluator = Callable[[nn.Module], float | None]
 class Inputs:
     """What every method gets: tokens on the host and a way to measure perplexity.
 
-    ``calibration``: (samples, length) int64. ``fingerprint``: digests of all that the results depend on besides the
-    recipe, by what it is of; a resume state belongs to it. ``calls``: what the model's blocks are called with
+    ``calibration``: (samples, length) int64. ``fingerprint``: digests of all that the results depend on apart from
+    the recipe, by what it is of; a resume state belongs to it. ``calls``: what the model's blocks are called with
     (``BlockStream``), the same for all methods. ``protocol``: how perplexity is measured, for the record; None without
     a text to measure on.
     """

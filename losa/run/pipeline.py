@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -185,8 +186,8 @@ def _run_methods(
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         results.append(outcome.result)
-        if is_main() and not exported:
-            save_result(work_dir, outcome.result, recipe, inputs.fingerprint)
+        if not exported:
+            on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
         _log_result(console, outcome.result)
     return results, outcome
 

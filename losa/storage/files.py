@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from losa import __version__
 from losa.errors import OutputError, reason
 
-# A directory that losa wrote holds one of these files. MARKER is written where neither of the other two is.
-MARKER = "losa_output.json"
+# A directory that losa wrote holds one of these files: the output of a run, a packed checkpoint, anything else.
+RECORD = "losa_config.json"
 MANIFEST = "losa_packed.json"
-MARKERS = ("losa_config.json", MANIFEST, MARKER)
+MARKER = "losa_output.json"
+MARKERS = (RECORD, MANIFEST, MARKER)
 
 # safetensors raises its own error in place of OSError: "... I/O error: No space left on device (os error 28)".
 WRITE_ERRORS = (OSError, SafetensorError)
-
 
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-(\d+)")
 

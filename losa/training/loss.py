@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from losa.data.sequences import IGNORED
+from losa.training.packing_check import Shape, packing_checked_once
 
 # Bytes of fp32 logits at a time. Each chunk reads the whole output layer, so small chunks are slow.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
@@ -34,9 +35,9 @@ class TokenLoss(nn.Module):
     """Summed next-token loss of a causal LM over its label tokens, by logits at label positions only.
 
     Where the model's logits are exactly what its frozen output layer returns, the loss and its gradient are taken in
-    chunks of tokens: memory for logits is ``CHUNK_BYTES``, whatever the batch. Running the model on two tokens shows
-    whether they are. Models that do more (soft-capping, scaling), or whose output layer is trained, still run the
-    output layer on label positions only, and models without a separate output layer return all logits.
+    chunks of tokens: memory for logits is ``CHUNK_BYTES``, whatever the batch. A run of the model on two tokens shows
+    whether it is such a model. A model that does more (soft-capping, scaling), or whose output layer is trained, still
+    runs the output layer on label positions only. A model without a separate output layer returns all logits.
 
     Args:
         model: Hugging Face causal LM; a submodule here, so that DDP on this module finds its parameters.
@@ -48,6 +49,7 @@ class TokenLoss(nn.Module):
         self.model = model
         self.autocast = autocast
         self.plain = _head_gives_logits(model)
+        self._one_text_a_row: set[Shape] = set()
 
     def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """The sum in nats: a scalar, fp32 (fp64 for an fp64 model).
@@ -72,6 +74,10 @@ class TokenLoss(nn.Module):
             logits = self._logits(head, input_ids, positions)
             return F.cross_entropy(_wide(logits), targets, reduction="sum")
 
+    def _run(self, input_ids: Tensor) -> Any:
+        with packing_checked_once(self._one_text_a_row):
+            return self.model(input_ids, use_cache=False)
+
     def _hidden(self, head: nn.Module, input_ids: Tensor) -> Tensor:
         """The output layer's input; the layer itself runs on no token."""
         kept = []
@@ -82,7 +88,7 @@ class TokenLoss(nn.Module):
 
         handle = head.register_forward_pre_hook(keep)
         try:
-            self.model(input_ids, use_cache=False)
+            self._run(input_ids)
         finally:
             handle.remove()
         return kept[0]
@@ -97,7 +103,7 @@ class TokenLoss(nn.Module):
 
         handle = None if head is None else head.register_forward_pre_hook(gather)
         try:
-            logits = self.model(input_ids, use_cache=False).logits
+            logits = self._run(input_ids).logits
         finally:
             if handle is not None:
                 handle.remove()

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
+import torch
 from torch import Tensor
 from transformers import masking_utils
 
+_NAME = "find_packed_sequence_indices"
+
+# Shape and device of position ids.
+Shape = tuple[tuple[int, ...], torch.device]
+
+
+class _Once:
+    """transformers' ``find_packed_sequence_indices``, which does not look again at a shape that is known. It answers
+    so in the thread that made it, and not while torch.compile traces."""
+
+    def __init__(self, look: Callable[[Tensor], Tensor | None], known: set[Shape]):
+        self.look = look
+        self._known = known
+        self._thread = get_ident()
+
+    def __call__(self, position_ids: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or get_ident() != self._thread:
+            return self.look(position_ids)
+        shape = (tuple(position_ids.shape), position_ids.device)
+        if shape in self._known:
+            return None
+        found = self.look(position_ids)
+        if found is None:
+            self._known.add(shape)
+        return found
+
 
 @contextmanager
-def packing_checked_once() -> Iterator[None]:
+def packing_checked_once(known: set[Shape]) -> Iterator[None]:
     """Within the context transformers looks once for each shape, and not in each forward pass, whether position ids
     start anew within a row, as of several texts in one.
 
-    Without an attention mask and a cache, as in training, models number the positions themselves: the answer depends on
-    the shape alone.
+    Only for forward passes in which the model numbers the positions itself: without position ids, an attention mask and
+    a cache. The answer then depends on the shape alone. Position ids that are given change nothing: transformers looks
+    at them too.
+
+    Args:
+        known: shapes that do not start anew; the context adds to them.
     """
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:
+    before = getattr(masking_utils, _NAME, None)
+    if before is None:
         yield
         return
-    answers: dict[tuple, Tensor | None] = {}
-
-    def once(position_ids: Tensor) -> Tensor | None:
-        key = (tuple(position_ids.shape), position_ids.device)
-        if key not in answers:
-            answers[key] = look(position_ids)
-        return answers[key]
-
-    masking_utils.find_packed_sequence_indices = once
+    # Contexts of several threads may end in any order: what they put back is always transformers' own function.
+    look = before.look if isinstance(before, _Once) else before
+    setattr(masking_utils, _NAME, _Once(look, known))
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        setattr(masking_utils, _NAME, look)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,28 @@ from losa.errors import NumericsError
 from losa.training.metrics import Metrics
 
 
+def moment(device: torch.device) -> Any:
+    """A point in a device's work, for ``seconds_between``. On CUDA the host waits for nothing: the point is where the
+    stream stands then."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(began: Any, ended: Any) -> float:
+    """Seconds from one ``moment`` to a later one of the same device, which has come to both."""
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimiser step whose numbers nobody has read yet.
 
     ``index``: over all rounds, from 1. ``where``: for messages. ``labels``, ``tokens``: label and input tokens over all
     processes. ``loss``: scalar tensor, summed over the label tokens, in nats. ``norm``: scalar tensor, the gradient's
-    norm before clipping.
+    norm before clipping. ``began``, ``ended``: of ``moment``.
     """
 
     index: int
@@ -30,38 +47,48 @@ class Step:
     learning_rate: float
     loss: Tensor
     norm: Tensor
+    began: Any
+    ended: Any
 
 
 @dataclass
 class StepLog:
-    """The steps of a round, in order. Only ``read`` waits for the device.
+    """The steps of a round, in order: a context, at whose end all of them are written down. Only reading waits for the
+    device.
 
     Args:
         metrics: gets a line per step.
         bar: shows the newest loss that was read.
+        together: steps that are read at a time.
     """
 
     round_index: int
     metrics: Metrics
     bar: tqdm
+    together: int = 1
     steps: int = 0
     labels: int = 0
     loss: float = 0.0
     _unread: list[Step] = field(default_factory=list)
-    _since: float = field(default_factory=time.perf_counter)
 
-    def begin(self) -> None:
-        """A step is about to start: the clock starts with the first step that is not read yet."""
-        if not self._unread:
-            self._since = time.perf_counter()
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self.read()
+            return
+        # Ctrl-C, or a step that failed: the steps before it have their lines. An error of reading would hide the first.
+        with suppress(Exception):
+            self.read()
 
     def add(self, step: Step) -> None:
         self._unread.append(step)
+        if len(self._unread) >= self.together:
+            self.read()
 
     def read(self) -> None:
         """Fetch the numbers of all steps since the last call and write them down.
-
-        Steps that are read together share their tokens per second, which is the mean over all of them.
 
         Raises:
             NumericsError: a non-finite loss or gradient norm; names the first step that has one. The steps before it
@@ -70,11 +97,8 @@ class StepLog:
         steps, self._unread = self._unread, []
         if not steps:
             return
-        losses = torch.stack([step.loss for step in steps]).tolist()
-        norms = torch.stack([step.norm for step in steps]).tolist()
-        seconds = time.perf_counter() - self._since
-        rate = sum(step.tokens for step in steps) / seconds
-        for step, summed, norm in zip(steps, losses, norms, strict=True):
+        numbers = torch.stack([number for step in steps for number in (step.loss, step.norm)]).view(-1, 2).tolist()
+        for step, (summed, norm) in zip(steps, numbers, strict=True):
             loss = summed / step.labels
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
@@ -90,7 +114,7 @@ class StepLog:
                 lr=step.learning_rate,
                 grad_norm=norm,
                 tokens=step.tokens,
-                tokens_per_s=rate,
+                tokens_per_s=step.tokens / seconds_between(step.began, step.ended),
             )
             self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 

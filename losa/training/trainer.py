@@ -22,9 +22,8 @@ from losa.distributed import check_kind, is_main, process_count, process_index, 
 from losa.recipe.sections import TrainConfig
 from losa.training.loss import TokenLoss, label_positions
 from losa.training.metrics import Metrics
-from losa.training.packing_check import packing_checked_once
 from losa.training.precision import autocast_dtype
-from losa.training.steps import Step, StepLog
+from losa.training.steps import Step, StepLog, moment
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
 # takes what TokenLoss takes and returns the loss summed over the labels, a scalar.
@@ -33,7 +32,7 @@ LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 # Input tokens, and where they predict which label tokens.
 Batch = tuple[Tensor, Tensor, Tensor]
 
-# Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all that it was given, which then
+# Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all its work, and the GPU then
 # stands idle until it gets more.
 STEPS_A_READING = 10
 
@@ -130,15 +129,11 @@ class Trainer:
         count = self._steps(len(data))
         try:
             self.model.train()
-            with (
-                _checkpointing(self.model, self.config.activation_checkpointing),
-                packing_checked_once(),
-                self._metrics.open(self.global_step),
-            ):
+            with _checkpointing(self.model, self.config.activation_checkpointing), self._metrics.open(self.global_step):
                 prepared, loader = self.accelerator.prepare(loss_module, loader)
                 bar = tqdm(range(count), desc=stage_name, leave=False, disable=None if is_main() else True)
-                log = StepLog(round_index, self._metrics, bar)
-                self._round(prepared, optimizer, parameters, loader, data, log)
+                with StepLog(round_index, self._metrics, bar, self.steps_a_reading) as log:
+                    self._round(prepared, optimizer, parameters, loader, data, log)
         finally:
             # DDP's wrapper goes with this list and the local names; the model itself was never replaced.
             self.accelerator.free_memory()
@@ -161,7 +156,7 @@ class Trainer:
         batches = iter(loader)
         broken = torch.zeros((), device=self.device)
         for step in log.bar:
-            log.begin()
+            began = moment(self.device)
             group = list(itertools.islice(batches, config.gradient_accumulation))
             rate = self._learning_rate(step, count)
             for settings in optimizer.param_groups:
@@ -173,10 +168,7 @@ class Trainer:
             loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
             where = f"round {log.round_index}, step {step + 1} of {count}"
             tokens = min(per_step, len(data) - step * per_step) * data.input_ids.shape[1]
-            log.add(Step(self.global_step, where, here, tokens, rate, loss, norm))
-            if (step + 1) % self.steps_a_reading == 0:
-                log.read()
-        log.read()
+            log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
 
     def _step(
         self,
@@ -233,7 +225,7 @@ class Trainer:
         return math.ceil(sequences / self._sequences_per_step())
 
     def _padded(self, data: PackedData) -> TensorDataset:
-        """With several processes, sequences without labels fill up the last batches; accelerate would repeat others."""
+        """With several processes, sequences without labels fill up the last batches: accelerate would repeat some."""
         missing = -len(data) % (self.config.batch_size * self.processes) if self.processes > 1 else 0
         ids, labels = data.input_ids, data.labels
         if missing:

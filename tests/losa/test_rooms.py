@@ -45,7 +45,7 @@ LOSA: dict[str, set[str]] = {
         "storage",
         "training",
     },
-    "cli": {"evaluation", "inference", "output", "packed", "recipe", "record", "run", "storage"},
+    "cli": {"evaluation", "inference", "output", "packed", "recipe", "run", "storage"},
     "__main__": {"cli"},
 }
 KERNELS: dict[str, set[str]] = {

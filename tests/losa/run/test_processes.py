@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[3]
 
 WORKER = """
 import json, os, sys, time
+import torch
 import torch.distributed as dist
-from losa.distributed import check_agreement, on_main, process_index, start_processes
+from losa.distributed import check_agreement, from_rank_zero, on_main, process_index, start_processes
 from losa.errors import LosaError
 from losa.algorithm.engine import Engine
 from losa.recipe import parse_recipe
@@ -52,7 +53,9 @@ def interrupted(self, plan, run_round=Engine.run_round):
         raise KeyboardInterrupt
     return run_round(self, plan)
 
+own = torch.full((2,), rank)
 attempt("value", lambda: on_main(slowly))
+attempt("tensor", lambda: [from_rank_zero(own).tolist(), own.tolist()])
 attempt("failure", lambda: on_main(fails))
 attempt("agree", lambda: check_agreement("the seed", "7"))
 attempt("differ", lambda: check_agreement("the seed", str(rank)))
@@ -104,6 +107,7 @@ def test_two_processes_wait_and_agree(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero["value"] == one["value"] == {"rank": 0}
+    assert (zero["tensor"], one["tensor"]) == ([[0, 0], [0, 0]], [[0, 0], [1, 1]])
     assert zero["failure"] == "ValueError: of rank zero"
     assert one["failure"] == "LosaError: the main process failed; its own message says why"
     assert zero["agree"] is None and one["agree"] is None

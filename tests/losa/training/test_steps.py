@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 from transformers import masking_utils
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.errors import NumericsError
 from losa.recipe.sections import TrainConfig
 from losa.training.loss import TokenLoss
+from losa.training.metrics import Metrics
 from losa.training.packing_check import packing_checked_once
-from losa.training.steps import StepLog
+from losa.training.steps import Step, StepLog, moment
 from losa.training.trainer import Trainer
 from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, wrapped_llama
 
@@ -81,13 +85,59 @@ def test_no_step_waits(monkeypatch, tmp_path, accumulation):
     assert masking_utils.find_packed_sequence_indices.__name__ == "find_packed_sequence_indices"
 
 
+ALONE, PACKED = torch.arange(5)[None], torch.tensor([[0, 1, 2, 0, 1]])
+
+
+def look(position_ids):
+    found = masking_utils.find_packed_sequence_indices(position_ids)
+    return None if found is None else found.tolist()
+
+
 def test_positions_that_start_anew_are_still_found():
-    """The answer of the first look holds for its shape alone."""
-    alone, packed = torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1]])
-    with packing_checked_once():
-        for _ in range(2):
-            assert masking_utils.find_packed_sequence_indices(alone) is None
-            assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 0, 1, 1]]
+    """Only the answer that nothing starts anew is kept, for its shape and for the context's own thread."""
+    known = set()
+    with packing_checked_once(known):
+        assert look(PACKED) == look(PACKED) == [[0, 0, 0, 1, 1]] and not known
+        assert look(ALONE) is look(ALONE) is None and len(known) == 1
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(look, PACKED).result() == [[0, 0, 0, 1, 1]]
+    assert look(PACKED) == [[0, 0, 0, 1, 1]]
+
+
+def test_contexts_may_end_in_any_order(monkeypatch):
+    own = masking_utils.find_packed_sequence_indices
+    first, second = packing_checked_once(set()), packing_checked_once(set())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert masking_utils.find_packed_sequence_indices is own
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with packing_checked_once(set()):
+        assert not hasattr(masking_utils, "find_packed_sequence_indices")
+
+
+def test_a_loss_of_ones_own_may_number_positions_anew():
+    """What TokenLoss has seen of a shape is not the answer to position ids that a loss gives itself."""
+    seen = []
+
+    class Numbered(nn.Module):
+        def __init__(self, model, autocast):
+            super().__init__()
+            self.tokens = TokenLoss(model, autocast)
+
+        def forward(self, input_ids, positions, targets):
+            loss = self.tokens(input_ids, positions, targets)
+            seen.append(look(torch.arange(input_ids.shape[1]).remainder(7).expand_as(input_ids)))
+            return loss
+
+    config = TrainConfig(data="unused", length=LENGTH, batch_size=4)
+    data = sequences(8)
+    model = wrapped_llama()
+    Trainer(model, config, seed=0, output_dir=None, total_sequences=8, device="cpu", loss_factory=Numbered).train(
+        data, round_index=1
+    )
+    assert seen == [[[0] * 7 + [1] * (LENGTH - 7)] * 4] * 2
 
 
 @pytest.mark.parametrize(
@@ -120,12 +170,60 @@ def test_steps_that_are_read_together_are_written_as_if_read_one_by_one(monkeypa
     assert found[1] == found[5] == found[100]
 
 
+class Event:
+    """A CUDA event on a stream whose clock is set by hand, in milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        assert stream == "the device's stream"
+        self.at = Event.now
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+def test_steps_that_are_read_together_have_a_time_each(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
+    metrics = Metrics(tmp_path, tensorboard=False)
+    with metrics.open(0), StepLog(1, metrics, tqdm(disable=True), together=3) as log:
+        for index, milliseconds in enumerate((20, 50, 40, 10), 1):
+            began = moment(torch.device("cuda"))
+            Event.now += milliseconds
+            ended = moment(torch.device("cuda"))
+            log.add(Step(index, "", 5, 100, 0.1, torch.tensor(2.0), torch.tensor(1.0), began, ended))
+            Event.now += 7
+    assert [line["tokens_per_s"] for line in lines(tmp_path)] == pytest.approx([5000, 2000, 2500, 10000])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory"), NumericsError("worse")])
+def test_steps_before_an_error_are_written_down(monkeypatch, tmp_path, error):
+    step = Trainer._step
+    run = trainer(wrapped_llama(), tmp_path, total=24, batch_size=2)
+    run.steps_a_reading = 10
+
+    def fails(*arguments):
+        if run.global_step == 4:
+            raise error
+        return step(*arguments)
+
+    monkeypatch.setattr(Trainer, "_step", fails)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        run.train(sequences(24), round_index=1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
 def test_numbers_are_read_so_many_steps_at_a_time(monkeypatch, tmp_path):
     together = []
     read = StepLog.read
 
     def spy(log):
-        together.append(len(log._unread))
+        if log._unread:
+            together.append(len(log._unread))
         read(log)
 
     monkeypatch.setattr(StepLog, "read", spy)
