@@ -190,7 +190,7 @@ def test_wanda_of_long_rows(emulate, columns):
 
 
 def test_wanda_of_the_largest_keys(emulate):
-    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin is pruned, the last bin."""
     weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
     weight[1, ::2] = 0x3F800000
     arrays = {"weight": weight, "norms": torch.ones(24)}
