@@ -28,9 +28,10 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The site, in build/docs: pages, API reference, an executed notebook. Strict: a warning is an error.
+# The site, in build/docs: pages, API reference, an executed notebook. Strict: a warning is an error. --quiet would hide
+# warnings from --strict too.
 docs: $(DOCS_STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # make bench BENCH="bitmask --quick"
 BENCH ?= bitmask --quick

@@ -55,9 +55,9 @@ def origin(earlier: dict | None = None) -> dict:
     """Code and time of a measurement, as every result file has them under "origin".
 
     ``commit`` is missing where neither git nor a file COMMIT tells it. ``earlier`` is the origin of rows that the file
-    keeps from an earlier run: the commits of that run are named first.
+    keeps from an earlier run ({} where the file does not state it): the commits of that run are named first.
     """
-    commits = [*(earlier or {}).get("commit", "").split(", "), commit()]
+    commits = [commit()] if earlier is None else [*earlier.get("commit", "unknown").split(", "), commit()]
     known = ", ".join(dict.fromkeys(name for name in commits if name))
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {"losa": __version__, **({"commit": known} if known else {}), "date": date}

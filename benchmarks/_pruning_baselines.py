@@ -26,7 +26,7 @@ def shapes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
 def problem(out_features: int, in_features: int, device: str) -> tuple[Tensor, Tensor]:
     """A weight (out, in) and a Hessian (in, in), both fp32.
 
-    The Hessian is that of 4 in inputs, which are correlated and whose scales differ a hundredfold.
+    The Hessian comes from 4 * in inputs, which are correlated and whose scales differ a hundredfold.
     """
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator, device=device)

@@ -161,7 +161,7 @@ def pack(dense: nn.Module, packed: nn.Module) -> None:
 def compare(decoders: dict[str, LeanDecoder], prompt: torch.Tensor) -> None:
     """Compares the logits of a prompt and of three single tokens, of which a GPU runs the last as a graph.
 
-    Raises SystemExit: those of a decoder differ from dense weights.
+    Raises SystemExit: the logits of a decoder differ from the logits of dense weights.
     """
     logits = {}
     for name, decoder in decoders.items():

@@ -52,7 +52,7 @@ def run_slices(
         here = document["machine"]
         if differences(before["machine"], here):
             raise SystemExit(f"{name}: the rows of {args.json} were measured on {before['machine']}, this is {here}")
-        document |= {"origin": origin(before.get("origin")), "rows": before["rows"]}
+        document |= {"origin": origin(before.get("origin", {})), "rows": before["rows"]}
     results, start = document["rows"], time.monotonic()
     for shape in shapes_of(args):
         for pattern in patterns_of(args):

@@ -19,6 +19,8 @@ BURST_SECONDS, LONGEST_BURST = 200e-6, 20
 # A candidate goes through so many times the size of the cache before it meets the same data again. A CPU's cache is
 # taken as 24 MB.
 TIMES_CACHE, CPU_CACHE = 4, 24 << 20
+# Rows of the square product that shows how fast a device multiplies.
+PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
@@ -124,7 +126,7 @@ def kernel_seconds(run: Callable[[int], object], runs: int) -> float | None:
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the limit of compute-bound kernels on this machine."""
-    side = 8192 if device.startswith("cuda") else 2048
+    side = PRODUCT_SIDE[torch.device(device).type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     times = interleaved({"product": lambda _: torch.mm(left, right, out=out)}, 7, device)["product"]

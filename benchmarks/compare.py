@@ -2,7 +2,8 @@
 
 A file is one that --json of any benchmark, --out of gpu or quality, or tools/gpu.sh wrote. Rows are matched by the
 fields that say what was measured (op, shape, dtype, implementation, ...). A ratio above 1 is slower; of quality, a
-perplexity above 1 is worse. Rows and timings that only one file has are listed after the ratios.
+perplexity above 1 is worse. What has no ratio follows: rows and timings that only one file has, values that are no
+positive numbers.
 """
 
 from __future__ import annotations
@@ -29,39 +30,43 @@ Row = tuple[str, ...]  # the benchmark's name, and what the row measured in word
 
 @dataclass
 class Results:
-    """One file. ``failed`` has the reason of each row that failed."""
+    """One file. ``failed`` has the reason of each row that failed. ``odd`` has the values that no ratio can be made of:
+    zeros (kernels that a profiler did not see), NaN and infinity (a perplexity)."""
 
     document: dict
     timings: dict[Row, dict[str, float]]
     failed: dict[Row, str]
+    odd: dict[tuple[Row, str], float]
 
 
 def main(argv: list[str]) -> int:
     parser = plain_parser("compare", __doc__)
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
-    parser.add_argument("--only", metavar="TEXT", help="compare only timings whose line contains TEXT, such as losa")
+    parser.add_argument("--only", metavar="TEXT", help="only what has TEXT in its line, such as losa")
     parser.add_argument("--limit", type=_at_least_one, metavar="N", help="print only the N worst ratios")
     parser.add_argument(
         "--fail-above", type=_ratio, metavar="RATIO",
-        help="exit with 1 if a ratio is larger, or if a row of OLD failed in NEW",
+        help="exit with 1 if a ratio is larger, or if a row or value of OLD failed or is not finite in NEW",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    old, new = (read(path) for path in (args.old, args.new))
+    old, new = selected(args.only or "", read(args.old), read(args.new))
     for name, path, results in (("old", args.old, old), ("new", args.new, new)):
         print(f"{name}: {path}: {describe(results.document)}")
+    for name, results in (("old", old), ("new", new)):
+        if missing := unstated(results.document):
+            print(f"note: {name} does not state {', '.join(missing)}")
     if different := differences(old.document.get("machine", {}), new.document.get("machine", {})):
         print(f"note: the files differ in {', '.join(different)} (old / new)")
 
-    found = ratios(old, new, args.only or "")
+    found = ratios(old, new)
     if not found:
         raise SystemExit(f"compare: {args.old} and {args.new} have no timing in common")
     print(f"\n{'new/old':>8} {'old':>12} {'new':>12}")
     for ratio, before, after, row, field in found[: args.limit]:
-        print(f"{ratio:>8.3f} {before:>9.4g} {unit(field):<2} {after:>9.4g} {unit(field):<2}  {label(row)}: {field}")
-    broken = [row for row in new.failed if row in old.timings and row not in old.failed]
-    for line in unmatched(old, new):
-        print(line)
+        print(f"{ratio:>8.3f} {before:>9.4g} {unit(field):<2} {after:>9.4g} {unit(field):<2}  {line(row, field)}")
+    for text in unmatched(old, new):
+        print(text)
     values = [ratio for ratio, *_ in found]
     print(
         f"\n{len(values)} timings of {len({row for *_, row, _ in found})} rows: median ratio "
@@ -69,18 +74,54 @@ def main(argv: list[str]) -> int:
     )
     if args.fail_above is None:
         return 0
-    above = sum(ratio > args.fail_above for ratio in values)
-    print(f"{above} above {args.fail_above:g}, {len(broken)} newly failed")
-    return int(above > 0 or bool(broken))
+    above, failed = sum(ratio > args.fail_above for ratio in values), newly_failed(old, new)
+    print(f"{above} above {args.fail_above:g}, {failed} newly failed")
+    return int(above > 0 or failed > 0)
 
 
-def ratios(old: Results, new: Results, only: str = "") -> list[tuple[float, float, float, Row, str]]:
+def selected(text: str, old: Results, new: Results) -> list[Results]:
+    """Of both files what has ``text`` in its line; a row that failed belongs to its timings in the other file."""
+    every = [row for file in (old, new) for row in file.timings]
+    fields = [(row, field) for file in (old, new) for row, timings in file.timings.items() for field in timings]
+    fields += [*old.odd, *new.odd]
+    rows = {row for row in every if text in label(row)} | {row for row, field in fields if text in line(row, field)}
+    return [
+        Results(
+            file.document,
+            {
+                row: {field: value for field, value in timings.items() if text in line(row, field)}
+                for row, timings in file.timings.items()
+                if row in rows
+            },
+            {row: reason for row, reason in file.failed.items() if row in rows},
+            {key: value for key, value in file.odd.items() if text in line(*key)},
+        )
+        for file in (old, new)
+    ]
+
+
+def unstated(document: dict) -> list[str]:
+    """What a file does not say of its measurement; the oldest files say neither the commit nor the date."""
+    origin = document.get("origin", {})
+    commit = origin.get("commit") or document.get("kernels_of")
+    stated = {"its machine": document.get("machine"), "its commit": commit, "its date": origin.get("date")}
+    return [name for name, value in stated.items() if not value]
+
+
+def newly_failed(old: Results, new: Results) -> int:
+    """How many rows of OLD failed in NEW, and how many of its values are NaN or infinite there."""
+    rows = [row for row in new.failed if row in old.timings and row not in old.failed]
+    values = [value for (row, field), value in new.odd.items() if field in old.timings.get(row, ())]
+    return len(rows) + sum(not math.isfinite(value) for value in values)
+
+
+def ratios(old: Results, new: Results) -> list[tuple[float, float, float, Row, str]]:
     """(NEW / OLD, old value, new value, row, field) of all timings that both files have, worst first."""
     found = [
         (after / before, before, after, row, field)
         for row, timings in old.timings.items()
         for field, before in timings.items()
-        if (after := new.timings.get(row, {}).get(field)) is not None and only in f"{label(row)}: {field}"
+        if (after := new.timings.get(row, {}).get(field)) is not None
     ]
     return sorted(found, key=lambda entry: -entry[0])
 
@@ -93,7 +134,12 @@ def unmatched(old: Results, new: Results) -> Iterable[str]:
             yield f"\nrows only in {name}: {len(alone)}"
             yield from (f"  {label(row)}" for row in alone)
         both = [row for row in one.timings if row in other.timings and row not in other.failed]
-        fields = Counter(field for row in both for field in one.timings[row] if field not in other.timings[row])
+        fields = Counter(
+            field
+            for row in both
+            for field in one.timings[row]
+            if field not in other.timings[row] and (row, field) not in other.odd
+        )
         if fields:
             counted = ", ".join(f"{field} of {count} rows" for field, count in fields.items())
             yield f"\ntimings only in {name}: {counted}"
@@ -101,20 +147,25 @@ def unmatched(old: Results, new: Results) -> Iterable[str]:
         if results.failed:
             yield f"\nrows that failed in {name}: {len(results.failed)}"
             yield from (f"  {label(row)}: {reason}" for row, reason in results.failed.items())
+        if results.odd:
+            yield f"\nvalues that are no positive numbers in {name}: {len(results.odd)}"
+            yield from (f"  {line(*key)}: {value:g}" for key, value in results.odd.items())
 
 
 def read(path: Path) -> Results:
     """Raises SystemExit: the file is no result of a benchmark."""
     document = read_document("compare", path)
     try:
-        results, seen = Results(document, {}, {}), Counter()
+        results, seen = Results(document, {}, {}, {}), Counter()
         for benchmark, rows in tables(document).items():
             for fields in rows:
                 row = identity(benchmark, fields)
                 seen[row] += 1
                 if seen[row] > 1:  # measured twice; both files have such rows in the same order
                     row = (*row, f"no. {seen[row]}")
-                results.timings[row] = timings(row, fields)
+                found = numbers(row, fields)
+                results.timings[row] = {field: value for field, value in found.items() if 0 < value < math.inf}
+                results.odd |= {(row, f): value for f, value in found.items() if f not in results.timings[row]}
                 if fields.get("failed"):
                     results.failed[row] = fields["failed"]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -154,11 +205,16 @@ def label(row: Row) -> str:
     return f"{row[0]}: {', '.join(row[1:])}" if row[1:] else row[0]
 
 
-def timings(row: Row, fields: dict) -> dict[str, float]:
+def line(row: Row, field: str) -> str:
+    return f"{label(row)}: {field}"
+
+
+def numbers(row: Row, fields: dict) -> dict[str, float]:
+    """The timings of a row. ValueError: one is no number."""
     found = {field: value for field, value in fields.items() if unit(field) is not None and value is not None}
     for field, value in found.items():
-        if not isinstance(value, (int, float)) or not (0 < value < math.inf):
-            raise ValueError(f"{label(row)}: {field}: expected a positive number, got {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{line(row, field)}: expected a number, got {value!r}")
     return found
 
 

@@ -59,9 +59,9 @@ def main(argv: list[str]) -> int:
     }
     if args.json is not None and args.json.exists():
         before = read_document("decode", args.json)
-        if "machine" in before and not differences(before["machine"], document["machine"]):
-            kept = {key: before[key] for key in PARTS if key in before}
-            document |= {"origin": origin(before.get("origin")), **kept}
+        kept = {key: before[key] for key in PARTS if key in before}
+        if kept and "machine" in before and not differences(before["machine"], document["machine"]):
+            document |= {"origin": origin(before.get("origin", {})), **kept}
     for part in args.only.split(","):
         document[part] = {"text": text, "memory": memory, "speed": speed}[part](args)
         print(part, json.dumps(document[part], indent=1))

@@ -218,7 +218,7 @@ def main(argv: list[str]) -> int:
         "grid": GRID,
     }
     state["machine"] = machine(str(harness.model.device))
-    state["origin"] = origin(state.get("origin"))
+    state["origin"] = origin(state.get("origin", {}) if runs else None)
     if "dense" not in state:
         state["dense"] = harness.dense()
         write_json(args.out, state)

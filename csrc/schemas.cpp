@@ -1,5 +1,5 @@
-// Every native operator of losa, in one place. Implementations register themselves at the foot of csrc/cpu/<op>.cpp and
-// csrc/cuda/<op>.cu; fake (meta) kernels live beside the Python function in losa_kernels/<op>.
+// Every native operator of losa, in one place. Implementations register themselves at the foot of their files in
+// csrc/cpu and csrc/cuda; fake (meta) kernels live beside the Python function in losa_kernels/<op>.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(losa, library) {
@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(losa, library) {
   // matrix fp32 (tokens, features) -> passes, fp32 of features x tokens rounded up to 16: the layout of the next two,
   // private to the instruction set.
   library.def("split_tokens(Tensor matrix, Tensor(a!) passes) -> ()");
-  // Fills out (tokens, .) with x W_eff^T + bias from x's passes, or with dY W_eff (transposed) from those of dY; fp32.
+  // Fills out (tokens, .) with x W_eff^T + bias from x's passes, or with dY W_eff (transposed) from dY's passes; fp32.
   library.def(
       "multiply_masked_lora(Tensor passes, Tensor weight, Tensor mask, Tensor lora_A, Tensor lora_B, Tensor? bias, bool "
       "transposed, Tensor(a!) out) -> ()");

@@ -14,7 +14,8 @@ RECORD = "losa_config.json"
 @dataclass
 class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
-    None where the Hessian stayed singular and Wanda's mask was taken."""
+    None where the Hessian stayed singular and Wanda's mask was taken; ``train_loss`` is in nats a token; ``seconds`` is
+    wall time by stage."""
 
     index: int
     target_sparsity: float
@@ -36,7 +37,8 @@ class RoundRecord:
 
 @dataclass
 class MethodResult:
-    """One row of the final table; perplexities on the recipe's evaluation text."""
+    """One row of the final table; perplexities on the recipe's evaluation text, ``sparsity`` 0..1, ``seconds`` of wall
+    time."""
 
     method: str
     perplexity: float | None
@@ -61,6 +63,9 @@ class MaskRecord:
 
 @dataclass
 class RunRecord:
+    """What a run measured and decided. ``rounds`` are the exported method's, ``results`` all methods'; ``masks`` by
+    linear; ``evaluation``: text and windows of the perplexities; ``seconds``: wall time of the whole run."""
+
     losa_version: str
     method: str
     recipe: dict
@@ -80,6 +85,7 @@ class RunRecord:
         return method is None or method.ranked
 
     def to_dict(self) -> dict:
+        """What ``losa_config.json`` holds."""
         return asdict(self)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Parts of the documentation that are made when it is built (a hook of mkdocs.yml).
 
 A page asks for a part by a line ``<!-- made: NAME -->``; ``PARTS`` says which there are. So the tables of recipe keys,
-commands and environment variables are those of the code, and the notebook's results are those of today.
+commands and environment variables come from the code, and the notebook's results from this very build.
 """
 
 from __future__ import annotations

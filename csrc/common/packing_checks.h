@@ -10,11 +10,6 @@
 
 namespace losa::packing {
 
-inline void check_mask(const torch::stable::Tensor& mask, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(is_packed_mask(mask, rows, columns), name,
-                  ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
-}
-
 inline void check_pack(const torch::stable::Tensor& weight, const torch::stable::Tensor& mask) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
   check_mask(mask, weight.size(0), weight.size(1), "mask");

@@ -18,6 +18,11 @@ inline bool is_packed_mask(const torch::stable::Tensor& mask, int64_t rows, int6
       mask.size(1) == packed_width(columns);
 }
 
+inline void check_mask(const torch::stable::Tensor& mask, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(is_packed_mask(mask, rows, columns), name,
+                  ": expected a uint8 tensor (out, ceil(in / 8)) for a weight (", rows, ", ", columns, ")");
+}
+
 inline bool is_dense_float(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.is_contiguous();
 }

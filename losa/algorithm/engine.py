@@ -39,7 +39,9 @@ class Engine:
     Args:
         model: causal LM whose block linears are ``MaskedLoRALinear`` (``losa.model.wrap_model``).
         input_ids: calibration tokens (samples, length) int64.
-        prune, allocation, calibration: the recipe's sections.
+        prune: the recipe's section, as are ``allocation`` and ``calibration``.
+        allocation: rates and ranks.
+        calibration: how many samples are read at a time, and how many serve CKA.
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
         seed: for the Gaussian rows of growing adapters.
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.

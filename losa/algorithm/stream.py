@@ -44,7 +44,7 @@ def _reason(error: Exception) -> str:
 
 
 class BlockStream:
-    """Hidden states of all calibration samples at one depth of the model.
+    """Hidden states of all calibration samples between two blocks of the model.
 
     Args:
         model: a causal LM; ``blocks``: its decoder blocks.

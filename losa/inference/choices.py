@@ -1,7 +1,6 @@
 """What the kernels choose by measurement on this machine's GPU, for the shapes of a model.
 
-``python -m losa.inference.choices`` prints it as ``losa info --gpu`` does, where the command line's
-packages are not installed.
+``python -m losa.inference.choices`` prints it as ``losa info --gpu`` does. It needs no package of the command line.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
 from losa.modules.sparse import SparseLinear
 from losa_kernels import decoder_step, dispatch
+from losa_kernels.sparse_linear import WITH_KERNELS
 
 # The loop reads tensors of a block whose names begin like this.
 READ = (
@@ -78,7 +79,7 @@ class LeanDecoder:
         except (AttributeError, NotImplementedError, ModelError) as error:
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None
-        self.logits: Tensor | None = None
+        self.logits: Any = None  # a tensor from the first call on
         self._recordable = _recordable(model, self.device)
         # On a CPU a step of static shapes costs more than a step that knows its position.
         self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"
@@ -298,7 +299,9 @@ def hooked(model: nn.Module) -> bool:
 
 
 def _recordable(model: nn.Module, device: torch.device) -> bool:
-    """Whether a step consists of kernels alone. A replay runs no hook, and without native code packed weights are
+    """Whether a step consists of kernels alone. A replay runs no hook, and packed weights without kernels may be
     unpacked by operations that the host waits for."""
-    packed = any(isinstance(module, SparseLinear) for module in model.modules())
-    return not hooked(model) and (not packed or dispatch.backend("sparse_linear", device) != "reference")
+    if hooked(model):
+        return False
+    packed = {type(module.packed) for module in model.modules() if isinstance(module, SparseLinear)}
+    return not packed or (packed <= set(WITH_KERNELS) and dispatch.backend("sparse_linear", device) != "reference")

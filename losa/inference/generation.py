@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ logger = logging.getLogger("losa")
 class Generated:
     """A continuation of a prompt.
 
-    text: what the new tokens add to the text of the prompt.
-    tokens: ids of the new tokens.
-    prompt_tokens: how many tokens the prompt has.
-    prefill_seconds: time of the pass over the prompt, which gives the first new token.
-    decode_seconds: time of all further tokens.
-    fallback: why transformers' loop ran instead of the lean loop; None: the lean loop ran.
+    Attributes:
+        text: what the new tokens add to the text of the prompt.
+        tokens: ids of the new tokens.
+        prompt_tokens: how many tokens the prompt has.
+        prefill_seconds: time of the pass over the prompt, which gives the first new token.
+        decode_seconds: time of all further tokens.
+        fallback: why transformers' loop ran instead of the lean loop; None: the lean loop ran.
     """
 
     text: str
@@ -52,7 +54,7 @@ class Generated:
 @torch.inference_mode()
 def generate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     prompt: str | list[dict],
     *,
     max_new_tokens: int = 100,
@@ -66,14 +68,15 @@ def generate(
     used; a warning names other settings that would change the text (repetition_penalty, suppress_tokens, ...).
 
     Args:
-        model, tokenizer: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other
-        models
-            generate through ``model.generate``, and ``fallback`` of the result says why.
+        model: from ``losa.load`` or transformers. The lean loop serves models of the LLaMA kind. Other models generate
+            through ``model.generate``, and ``fallback`` of the result says why.
+        tokenizer: of the model.
         prompt: text, or messages ({"role", "content"}) for the tokenizer's chat template.
         max_new_tokens: the most new tokens; fewer if the model's table of positions ends earlier.
         temperature: 0 takes the likeliest token.
         top_p: tokens are drawn from the smallest set that has this share of probability.
-        seed: 0 <= seed < 2^64.
+        seed: of the draws, 0 <= seed < 2^64.
+        stop_at_eos: end at the first end token.
         on_text: called with each new piece of text; the pieces make up the result's ``text``.
 
     Raises:
@@ -119,8 +122,7 @@ def generate(
         made.add(token)
     # Taking the likeliest token does not notice logits that are not finite. Through the cache, the last logits are then
     # not finite either.
-    if decoder.logits is not None:
-        _check_finite(model, decoder.logits)
+    _check_finite(model, decoder.logits)
     keep_decoder(model, looks, decoder)
     return made.result()
 

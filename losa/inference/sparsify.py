@@ -16,7 +16,7 @@ from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
 from losa.modules.sparse import SparseLinear, unpack_linears
 from losa.packed.formats import AUTO
-from losa.packed.weights import MIN_SPARSITY, pack_weight, zero_share
+from losa.packed.weights import FORMATS, MIN_SPARSITY, pack_weight, zero_share
 
 logger = logging.getLogger("losa")
 
@@ -32,13 +32,13 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     Args:
         model: decoder with plain linears (``merge_model`` first).
         format: see ``losa.packed.weights.pack_weight``.
-        min_sparsity: linears with a smaller share of zeros stay dense.
+        min_sparsity: linears with a smaller share of zeros stay dense, and so do linears that the format cannot hold.
 
     Returns:
         the model, for inference only.
 
     Raises:
-        ModelError: the model has adapters, or no linear has enough zeros.
+        ModelError: the model has adapters, no linear has enough zeros, or the format can hold none that has.
     """
     found = find_blocks(model)
     blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
@@ -47,7 +47,7 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
             if (kind := type(block.get_submodule(name))) is not nn.Linear:
                 raise ModelError(f"sparsify: {name} is a {kind.__name__}; merge_model first")
     forget_decoder(model)
-    replaced, considered = 0, sum(len(names) for _, _, names in blocks)
+    replaced, unfit, considered = 0, 0, sum(len(names) for _, _, names in blocks)
     try:
         leave = read_directly(model)
     except ModelError as error:
@@ -58,10 +58,15 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
             linear: Any = block.get_submodule(name)
             if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
-                if packed is not None:
-                    block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
-                    replaced += 1
+                if packed is None:
+                    unfit += 1
+                    continue
+                block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
+                replaced += 1
         group_linears(block)
+    if unfit and not replaced:
+        told = f"the format {format} needs {FORMATS[format].needs}"
+        raise ModelError(f"sparsify: {told}; {unfit} of {considered} linears have zeros enough, but not like that")
     if considered and not replaced:
         raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
     logger.info("sparsify: %d of %d linears packed", replaced, considered)

@@ -18,6 +18,7 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 
 Targets = list[str] | str | None
+"""Which linears of a block; see ``find_linears``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,6 +46,15 @@ def wrap_model(
     does not change it. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
     it is merged or unwrapped.
 
+    Args:
+        model: a decoder of transformers.
+        layer: ``MaskedLoRALinear`` or a subclass of it.
+        rank: of all adapters, 1 to the smaller side of a linear, at most 128.
+        scaling: s in W + s B A.
+        dropout_p: 0 <= p < 1, on the adapters' inputs in training.
+        targets: which linears of each block; None: all (``find_linears``).
+        seed: for the Gaussian ``lora_A``.
+
     Returns:
         the new layers by full name, in model order.
 

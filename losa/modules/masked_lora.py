@@ -31,8 +31,12 @@ class MaskedLoRALinear(nn.Module):
     ``set_rank`` replace the adapter's Parameters: make a new optimiser afterwards.
 
     Args:
-        weight, bias: tensors whose storage is shared, never written to.
+        weight: (out, in) floating point; its storage is shared, and never written to.
+        bias: (out,) or None; shared too.
+        rank: of the adapter.
+        scaling: s.
         mask: bool (out, in) or packed; None keeps everything.
+        dropout_p: 0 <= p < 1.
         generator: for ``lora_A`` (Gaussian, std 1/sqrt(3 in)); ``lora_B`` starts at zero.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from losa.output.tables import _markdown, _percent, protocol, results_table, rounds_table
+from losa.output.tables import markdown, percent, protocol, results_table, rounds_table
 from losa.recipe.methods import find_method, method_label
 from losa.record import RECORD, RunRecord
 
@@ -46,7 +46,7 @@ def model_card(record: RunRecord) -> str:
         "",
         f"{protocol(record)}.",
         "",
-        *_markdown(results_table(record)),
+        *markdown(results_table(record)),
         "",
         *(_rounds_section(record) if record.rounds else []),
         f"Times are those of {environment}; the whole run took {record.seconds / 60:,.1f} minutes.",
@@ -74,7 +74,7 @@ def model_card(record: RunRecord) -> str:
 def _rounds_section(record: RunRecord) -> list[str]:
     table = rounds_table(record)
     caption = [f"{str(table.caption).capitalize()}.", ""] if table.caption else []
-    return ["Rounds:", "", *_markdown(table), "", *caption]
+    return ["Rounds:", "", *markdown(table), "", *caption]
 
 
 def _zeros(record: RunRecord) -> str:
@@ -82,4 +82,4 @@ def _zeros(record: RunRecord) -> str:
         return "No mask was recorded."
     total = sum(math.prod(mask.shape) for mask in record.masks.values())
     pruned = total - sum(mask.kept for mask in record.masks.values())
-    return f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({_percent(pruned / total)})."
+    return f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({percent(pruned / total)})."

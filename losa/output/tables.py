@@ -36,7 +36,8 @@ def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _percent(value: float, digits: int = 2) -> str:
+def percent(value: float, digits: int = 2) -> str:
+    """A share, 0 to 1, as a cell: "70.00 %"."""
     return f"{100 * value:.{digits}f} %"
 
 
@@ -57,10 +58,11 @@ def plain_text(table: Table) -> str:
     """A table in Markdown, ASCII borders, as wide as it needs to be; its title and caption are lines of text."""
     title = [str(table.title), ""] if table.title else []
     caption = ["", str(table.caption)] if table.caption else []
-    return "\n".join([*title, *_markdown(table), *caption, ""])
+    return "\n".join([*title, *markdown(table), *caption, ""])
 
 
-def _markdown(table: Table) -> list[str]:
+def markdown(table: Table) -> list[str]:
+    """The lines of a table in Markdown, without its title and caption."""
     bare = Table(*table.columns, box=box.MARKDOWN)
     bare.rows.extend(table.rows)
     written = io.StringIO()
@@ -83,7 +85,7 @@ def results_table(record: RunRecord) -> Table:
             table,
             method_label(r.method),
             _perplexity(r),
-            _percent(r.sparsity),
+            percent(r.sparsity),
             f"{r.zeros:,}",
             f"{r.train_tokens:,}",
             f"{r.seconds:,.0f} s",
@@ -126,7 +128,7 @@ def rounds_table(record: RunRecord) -> Table:
         _add(
             table,
             str(r.index),
-            _percent(r.target_sparsity),
+            percent(r.target_sparsity),
             _span(r.sparsity, lambda value: f"{100 * value:.1f}") + " %",
             f"{sum(r.ranks) / len(r.ranks):.2f}" if ranked and r.ranks else "-",
             _span(r.ranks, str) if ranked and r.ranks else "-",
@@ -150,7 +152,7 @@ def blocks_table(record: RunRecord) -> Table:
     for index, name in enumerate(record.blocks):
         cells = [
             name,
-            _percent(last.sparsity[index]),
+            percent(last.sparsity[index]),
             "-" if not record.ranked or not last.ranks else str(last.ranks[index]),
             "-" if last.errors is None else f"{last.errors[index]:.3g}",
             "-" if last.importance is None else f"{last.importance[index]:.4f}",
@@ -179,10 +181,10 @@ def zeros_table(inspection: Inspection) -> Table:
         "weights",
         "zeros",
         "sparsity",
-        title=f"measured in the {where}: {_percent(inspection.sparsity)} zeros",
+        title=f"measured in the {where}: {percent(inspection.sparsity)} zeros",
         caption="\n".join(notes) or None,
     )
     for (prefix, number), parts in sorted(blocks.items()):
         zeros, total = sum(t.zeros for t in parts), sum(t.total for t in parts)
-        _add(table, f"{prefix}.{number}", str(len(parts)), f"{total:,}", f"{zeros:,}", _percent(zeros / total))
+        _add(table, f"{prefix}.{number}", str(len(parts)), f"{total:,}", f"{zeros:,}", percent(zeros / total))
     return table

@@ -65,10 +65,14 @@ def pack_directory(
     (Mamba's ``dt_proj``), stay dense.
 
     Args:
+        source: the directory to read.
+        output: the directory to write.
         format: of every linear: see ``losa.packed.weights.pack_weight``; or "sparse-bitmask" or "sparse-24-bitmask", a
             directory as compressed-tensors 0.12.2 writes it.
         dtype: floating-point tensors are rounded to it first; None keeps the type of each tensor.
         min_sparsity: linears with a smaller share of zeros are stored dense.
+        overwrite: replace an existing output that losa wrote.
+        force: replace an existing output whoever wrote it.
 
     Raises:
         ModelError: no such directory, already packed, tensors that do not belong to the model or are not finite, no

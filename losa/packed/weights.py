@@ -21,6 +21,9 @@ MIN_SPARSITY = 0.2
 # N:M with more than this share of padding in its values is stored as a bitmask.
 MAX_PADDING = 0.02
 
+# Tensors of a linear that is stored dense, or beside its packed weight.
+_OF_LINEARS = {"weight", "bias"}
+
 # weight (out, in) -> the weight packed; None: the format cannot hold it, and it stays dense.
 Packer = Callable[[Tensor], Packed | None]
 # (out, in) and the numbers of a manifest's entry by name: raises ValueError if they do not go together.
@@ -41,19 +44,20 @@ def _only_read(weight: Tensor) -> None:
 class Format:
     """One way to store a weight.
 
-    name: of ``pack_weight(format=...)`` and ``losa pack --format``, and in the manifest of a packed directory.
-    kind: the class of the packed weights. Its fields are ``shape``, tensors, which are stored in files, and whole
-        numbers, which stand in the manifest.
-    pack: packs a weight; raises ValueError for a weight that the format is not made for. Default: the format is read,
-        and nothing is packed to it.
-    needs: what ``pack`` asks of a weight, where it may give None; for messages.
-    check_numbers: reads the numbers of a manifest's entry before any tensor is read.
+    Attributes:
+        name: of ``pack_weight(format=...)`` and ``losa pack --format``, and in the manifest of a packed directory.
+        kind: the class of the packed weights. Its fields are ``shape``, tensors, which are stored in files, and whole
+            numbers, which stand in the manifest.
+        pack: packs a weight; raises ValueError for a weight that the format is not made for. Default: the format is
+            read, and nothing is packed to it.
+        needs: what ``pack`` asks of a weight, for messages where it gave None for every weight.
+        check_numbers: reads the numbers of a manifest's entry before any tensor is read.
     """
 
     name: str
     kind: type[Packed]
     pack: Packer = _only_read
-    needs: str = ""
+    needs: str = "another pattern of zeros"
     check_numbers: NumbersCheck = _whole_numbers
 
     @property
@@ -79,10 +83,12 @@ def register_format(format: Format, note: str = "") -> None:
         note: a few words for the command's help.
 
     Raises:
-        ValueError: the name or the class belongs to another format.
+        ValueError: the name or the class belongs to another format, or a field is called like a tensor of a linear.
     """
     if format.name in (AUTO, *COMPRESSED):
         raise ValueError(f"format {format.name!r}: the name has a meaning already")
+    if taken := sorted(_OF_LINEARS & {field.name for field in fields(format.kind)}):
+        raise ValueError(f"format {format.name!r}: {taken[0]}: expected a name that no tensor of a linear has")
     for name in FORMATS:
         if name != format.name and FORMATS[name].kind is format.kind:
             raise ValueError(f"format {format.name!r}: {format.kind.__name__} belongs to the format {name!r}")

@@ -76,6 +76,7 @@ class Pruner:
         Args:
             weight: (out, in) fp32, not to be changed: dense values, the adapter included.
             statistic: of the linear's inputs, None without one.
+            pattern: what to keep.
             mask: packed (out, ceil(in/8)) uint8, or None. Weights that it has pruned stay pruned and count towards the
                 pattern; a row, group or matrix that has lost more than asked keeps its zeros.
 
@@ -93,9 +94,14 @@ class Pruner:
     ) -> Iterator[tuple[str, Pruned]]:
         """Decide about all linears of a block, one after the other, each by ``prune``.
 
-        Args: as ``prune`` takes them, by the linear's name within the block. ``weights`` forms a weight whenever it is
-            asked for one: keep no more of them than the method needs, as each takes a linear's memory in fp32. What is
-            yielded goes into the model at once, so that another look gives the pruned weight.
+        What is yielded goes into the model at once, so that another look at ``weights`` gives the pruned weight.
+
+        Args:
+            weights: by the linear's name within the block, each as ``prune`` takes it. A weight is formed whenever it
+                is asked for: keep no more of them than the method needs, as each takes a linear's memory in fp32.
+            statistics: of each linear's inputs, None without one.
+            pattern: what to keep of each linear.
+            masks: of each linear, as ``prune`` takes it.
 
         Yields:
             each linear's name and outcome, once, in any order.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MethodName = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+"""The names of ``METHODS``."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ METHODS: dict[MethodName, Method] = {
         sentence="fine-tuned dense, then pruned at once, without training afterwards",
     ),
 }
+"""Every method by its name in recipes."""
 
 
 def find_method(name: str) -> Method | None:

@@ -52,7 +52,10 @@ def _as_source(value):
 
 
 Sources = Annotated[list[DataSource], BeforeValidator(_as_sources), Field(min_length=1)]
+"""At least one data source: a path, a mapping, or a list of paths and mappings."""
+
 Source = Annotated[DataSource, BeforeValidator(_as_source)]
+"""One data source: a path or a mapping."""
 
 
 def _targets(value):
@@ -64,6 +67,7 @@ def _targets(value):
 
 
 Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
+"""Which linears of a block: names or ends of names, 're:<regex>', a list of both, or None for all linears."""
 
 
 class PruneConfig(Section):
@@ -162,6 +166,8 @@ class LoraConfig(Section):
 
 
 class CalibrationConfig(Section):
+    """The samples that a pruner's statistics, CKA and reconstruction errors are taken from."""
+
     data: Sources = Field(description="text that statistics are taken from")
     samples: int = Field(128, ge=1, le=MAX_COUNT, description="number of samples")
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a sample")
@@ -170,6 +176,8 @@ class CalibrationConfig(Section):
 
 
 class TrainConfig(Section):
+    """Training of the adapters: AdamW on packed sequences, with a fresh optimiser in each round."""
+
     data: Sources = Field(description="text to train on")
     length: int = Field(1024, ge=8, le=MAX_COUNT, description="tokens of a packed sequence")
     batch_size: int = Field(8, ge=1, le=MAX_COUNT, description="sequences of a forward pass, per process")
@@ -196,6 +204,8 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """Perplexity on held-out text, in windows that do not overlap."""
+
     data: Source = Field(description="text to measure perplexity on")
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a window")
     max_windows: int | None = Field(None, gt=0, le=MAX_COUNT, description="use only the first windows")
@@ -243,7 +253,7 @@ def check_name(path: str, said: str) -> None:
 
 
 class Recipe(Section):
-    """One run. See ``examples/`` for complete files."""
+    """One run. ``examples/every-setting.yaml`` is a complete file."""
 
     model: str = Field(
         min_length=1, description="Hugging Face id, local directory, or 'package:NAME' (an installed GGUF package)"

@@ -200,6 +200,7 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
     """Store exactly ``keep_n`` of every ``m`` weights of a row: rows of fixed length, no offsets.
 
     A group that keeps fewer weights also stores its first pruned positions, as +0.0; ``mask()`` counts them as kept.
+    ``weight`` and ``mask``: see ``pack_bitmask``.
 
     Raises:
         ValueError: in is no multiple of m, or a group keeps more than keep_n.
@@ -213,6 +214,10 @@ def pack_nm(weight: Tensor, mask: Tensor, keep_n: int, m: int) -> PackedNM:
 
 def pack_24(weight: Tensor, mask: Tensor) -> Packed24:
     """2:4 in the layout that torch's semi-structured (CUTLASS) products read; short groups are filled as in pack_nm.
+
+    Args:
+        weight: (out, in) bfloat16 or float16, out a multiple of 32 and in of 64.
+        mask: packed uint8 (out, ceil(in/8)), 1 = kept; at most 2 of every 4.
 
     Raises:
         ValueError: not 16-bit, sides that are no multiples of 32 and 64, or a group of 4 that keeps more than 2.

@@ -23,7 +23,7 @@ __all__ = [
 
 
 def free_graphs() -> None:
-    """Free the CUDA graphs that :func:`sparsegpt_prune` and :func:`inverse_factor` keep between calls, and the several
+    """Free the CUDA graphs that ``sparsegpt_prune`` and ``inverse_factor`` keep between calls, and the several
     copies of weights and Hessians that they hold. Later calls make new ones."""
     cuda.graphs.close()
     factor.graphs.close()

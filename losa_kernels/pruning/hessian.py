@@ -26,7 +26,7 @@ REDUCED = (
 
 @torch.no_grad()
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
-    """hessian += x^T x on and above the diagonal, in place; :func:`complete_hessian` makes it whole at the end.
+    """hessian += x^T x on and above the diagonal, in place; ``complete_hessian`` makes it whole at the end.
 
     That is little more than half the work of a full product.
 
@@ -127,7 +127,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
-    """:func:`inverse_factor` of each Hessian, or its SingularHessianError.
+    """``inverse_factor`` of each Hessian, or its SingularHessianError.
 
     Each Hessian has a damping of its own. On CUDA several are factored at a time.
 

@@ -58,7 +58,7 @@ def wanda_mask(
 
 
 def checks_together() -> AbstractContextManager[None]:
-    """Inside it :func:`wanda_mask` on CUDA returns without waiting for the device. What it would have raised for values
+    """Inside it ``wanda_mask`` on CUDA returns without waiting for the device. What it would have raised for values
     that are not finite, or negative norms, is raised at the end of the block, for the first such call; until then its
     mask means nothing."""
     return wanda_faults.together()

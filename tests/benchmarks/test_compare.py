@@ -67,6 +67,54 @@ def test_limit_selection_and_failure(files, capsys):
     assert "1 timings of 1 rows" in capsys.readouterr().out
 
 
+def test_a_selection_leaves_out_what_failed_elsewhere(files, capsys):
+    def change(new):
+        _, eight, four = new["rows"]
+        del four["min_ms"], four["median_ms"]
+        four["failed"] = "wrong by 2"
+        eight["op"] = "z"
+
+    names = files(change)
+    assert compare.main([*names, "--only", "plain", "--fail-above", "9"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("0 above 9, 0 newly failed\n") and "wrong by 2" not in out and "only in" not in out
+    for text in ("seconds", "s"):  # a field, and what every line has
+        failed = compare.main([*names, "--only", text, "--fail-above", "9"])
+        assert failed == (text == "s")
+
+
+def test_zeros_and_what_is_not_finite_have_no_ratio(files, capsys):
+    """A profiler without permission counts zero kernels; a perplexity can be infinite."""
+
+    def change(new):
+        new["rows"][0] |= {"kernels_ms": 0.0, "perplexity": 7.0}
+        new["rows"][1]["min_ms"] = 0.0
+
+    names = files(change)
+    assert compare.main([*names, "--fail-above", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "values that are no positive numbers in new: 2\n  toy: y, plain: kernels_ms: 0\n" in out
+    assert "4 timings of 3 rows" in out and "timings only in old" not in out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_longer_finite_has_failed(files, capsys, value):
+    assert compare.main([*files(lambda new: new["rows"][0].update(seconds=value)), "--fail-above", "9"]) == 1
+    out = capsys.readouterr().out
+    assert f"toy: y, plain: seconds: {value}" in out and out.endswith("0 above 9, 1 newly failed\n")
+
+
+def test_what_a_file_does_not_state_is_noted(files, capsys):
+    def change(new):
+        del new["origin"]["date"], new["machine"]
+
+    compare.main([*files(change)])
+    assert "\nnote: new does not state its machine, its date\n" in capsys.readouterr().out
+    for name, missing in (("cpu-cka", ["its commit", "its date"]), ("nvidia-h100-80gb-hbm3", ["its date"])):
+        if RESULTS.exists():
+            assert compare.unstated(json.loads((RESULTS / f"{name}.json").read_text())) == missing
+
+
 def test_what_has_no_ratio_is_listed(files, capsys):
     def change(new):
         plain, eight, four = new["rows"]
@@ -99,7 +147,7 @@ def test_a_row_that_was_measured_twice_is_matched_in_order(files, capsys):
         ([1], "expected a JSON object, got list"),
         ({"recipe": {}, "results": []}, "not a result of a benchmark: .* got 'recipe', 'results'"),
         ({**OLD, "rows": [1]}, "not a result of a benchmark: "),
-        ({**OLD, "rows": [{"op": "x", "median_ms": 0.0}]}, "toy: x: median_ms: expected a positive number, got 0.0"),
+        ({**OLD, "rows": [{"op": "x", "median_ms": "2"}]}, "toy: x: median_ms: expected a number, got '2'"),
         ({**OLD, "rows": []}, "have no timing in common"),
     ],
 )

@@ -57,7 +57,7 @@ def test_rows_of_an_earlier_run_keep_their_commit(monkeypatch):
     assert _machine.origin()["commit"] == "b"
     assert _machine.origin({"commit": "a"})["commit"] == "a, b"
     assert _machine.origin({"commit": "a, b"})["commit"] == "a, b"
-    assert _machine.origin({})["commit"] == "b"
+    assert _machine.origin({})["commit"] == "unknown, b", "an older file did not say which commit was measured"
 
 
 def test_machines(monkeypatch):

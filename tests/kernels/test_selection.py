@@ -108,6 +108,17 @@ def test_wanda_is_a_stable_sort(rows, columns, sparsity, levels, seed):
     assert torch.equal(unpack_mask(wanda_mask(weight, norms, sparsity=sparsity), columns), expected)
 
 
+def test_smallest_halves_are_ordered_while_denormals_are_flushed(isa):
+    """An fp16 subnormal is a normal number in fp32."""
+    patterns = torch.randperm(1024, generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    torch.set_flush_denormal(True)
+    try:
+        mask = wanda_mask(patterns.view(torch.float16)[None], torch.ones(1024), sparsity=0.5)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(unpack_mask(mask, 1024)[0], patterns >= 512)
+
+
 def test_decisions_are_the_same_on_every_device(device, poisoned_native_memory):
     """In deterministic mode, with ties; an identity Hessian and one factor of it, so that no rounding differs."""
     weight, norms, h = torch.randint(-5, 6, (64, 256)).float(), torch.randint(1, 4, (256,)).float(), torch.eye(256)

@@ -16,6 +16,7 @@ from losa.inference.generation import generate
 from losa.inference.sparsify import sparsify
 from losa.model.blocks import find_blocks
 from losa.modules.sparse import SparseLinear
+from losa.output.inspection import inspect_directory
 from losa.packed.directory import load, pack_directory, unpack_directory
 from losa.packed.formats import help_text
 from losa.packed.weights import Format, format_of, pack_weight, register_format
@@ -48,6 +49,13 @@ class Rows(Packed):
         kept = torch.zeros(self.shape, dtype=torch.bool)
         kept[self.index] = True
         return pack_mask(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Biased(Rows):
+    """A tensor called like one that the linear has itself."""
+
+    bias: Tensor
 
 
 class OwnOp(Rows):
@@ -86,6 +94,8 @@ def test_a_packed_format_of_ones_own(own_names, tmp_path):
     entry = json.loads((tmp_path / "packed" / "losa_packed.json").read_text())["linears"]["model.layers.0.mlp.up_proj"]
     assert entry == {"format": "rows", "shape": [64, 32], "tensors": ["index", "values"], "kept": 32}
 
+    found = inspect_directory(tmp_path / "packed")
+    assert found.packed and len(found.tensors) == 14 and {t.zeros / t.total for t in found.tensors} == {0, 0.5}
     loaded, tokenizer = load(tmp_path / "packed")
     assert type(loaded.model.layers[0].mlp.up_proj.packed) is Rows
     assert type(loaded.model.layers[1].mlp.down_proj) is nn.Linear
@@ -103,6 +113,8 @@ def test_a_packed_format_of_ones_own(own_names, tmp_path):
     with pytest.raises(ModelError, match="the format needs rows of zeros; .* of 14 linears have zeros enough"):
         tiny_llama(layers=2).save_pretrained(tmp_path / "full")
         pack_directory(tmp_path / "full", tmp_path / "none", format="rows", min_sparsity=0)
+    with pytest.raises(ModelError, match="sparsify: the format rows needs rows of zeros; 14 of 14 linears have zeros"):
+        sparsify(tiny_llama(layers=2), "rows", min_sparsity=0)
 
 
 def test_a_damaged_directory_of_such_a_format(own_names, tmp_path):
@@ -148,6 +160,7 @@ def test_formats_are_registered_once(own_names):
     for format, message in (
         (Format("rows", OwnOp, pack_rows), "format 'rows': already registered as"),
         (Format("lines", Rows, pack_rows), "format 'lines': Rows belongs to the format 'rows'"),
+        (Format("biased", Biased), "format 'biased': bias: expected a name that no tensor"),
         (Format("auto", OwnOp), "format 'auto': the name has a meaning already"),
         (Format("sparse-bitmask", OwnOp), "format 'sparse-bitmask': the name has a meaning already"),
     ):

@@ -17,9 +17,9 @@ from losa_kernels import dispatch
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r'^```python(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
+PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if BLOCK.search(page.read_text())]
 ROOMS = ("modules", "model", "pruners", "recipe", "errors", "run")
-PUBLIC = ["losa", *(f"losa.{room}" for room in ROOMS), "losa_kernels"]
+PUBLIC = ["losa", *(f"losa.{room}" for room in ROOMS), "losa_kernels", "losa_kernels.packing", "losa_kernels.pruning"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -95,6 +95,18 @@ def test_the_table_runs_one_way():
         before.add(room)
 
 
+def test_the_map_shows_the_levels_of_the_table():
+    """docs/develop/map.md: a room imports from the lines below its own."""
+    levels = next(block for block in (ROOT / "docs/develop/map.md").read_text().split("```") if "\ncli\n" in block)
+    below = set(LOSA)
+    for line in levels.split("losa_kernels")[0].strip().splitlines():
+        rooms = set(line.split(", "))
+        below -= rooms
+        for room in rooms:
+            assert LOSA[room] <= below, f"{room} stands above {LOSA[room] - below}"
+    assert below == {"__main__"}
+
+
 def test_only_run_knows_a_recipe_as_a_whole():
     """Everything below is given the section that it needs."""
     for name, file in own_modules("losa").items():

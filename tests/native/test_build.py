@@ -53,19 +53,19 @@ def test_build_info():
     assert info["cpu_isa_compiled"][0] == "scalar" and info["cpu_isa_selected"] in info["cpu_isa_compiled"]
 
 
-OBJECTS = list(ROOT.glob("build/cmake-*/CMakeFiles/losa_cpu_*.dir/**/kernels.cpp.o"))
+OBJECTS = list(ROOT.glob("build/cmake-*/CMakeFiles/losa_cpu_*.dir/**/*.o"))
 
 
 @pytest.mark.skipif(not OBJECTS or shutil.which("nm") is None, reason="needs the objects of a build, and nm")
 def test_code_for_one_instruction_set_is_linked_into_no_other():
     # A weak symbol (an inline function or a template) may be taken from any object that has it.
-    for kernels in OBJECTS:
-        symbols = subprocess.run(
-            ["nm", "-C", "--defined-only", "-g", kernels], capture_output=True, text=True, check=True
-        )
-        isa = kernels.relative_to(ROOT).parts[3].removeprefix("losa_cpu_").removesuffix(".dir")
+    assert {file.name for file in OBJECTS} <= {"kernels.cpp.o", "bfloat16_pairs.cpp.o"}
+    for file in OBJECTS:
+        symbols = subprocess.run(["nm", "-C", "--defined-only", "-g", file], capture_output=True, text=True, check=True)
+        isa = file.relative_to(ROOT).parts[3].removeprefix("losa_cpu_").removesuffix(".dir")
+        own = f"::{isa}::kKernels" if file.name == "kernels.cpp.o" else "::plan_bfloat16_pairs(long, bool)"
         names = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines()]
-        assert len(names) == 1 and names[0].endswith(f"::{isa}::kKernels"), f"{kernels}: {names}"
+        assert len(names) == 1 and names[0].endswith(own), f"{file}: {names}"
 
 
 @built

@@ -9,7 +9,6 @@
 #include "cpu/parallel_rows.h"
 
 namespace losa::bitmask {
-
 namespace {
 
 using torch::headeronly::ScalarType;

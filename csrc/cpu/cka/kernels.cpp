@@ -1,4 +1,4 @@
-// Columns lie side by side in a register, samples in groups of kTile; for each
+// The centred Gram of a slice of columns. Columns lie side by side in a register, samples in groups of kTile; for each
 // group and register of columns, a panel holds the group's samples one after another. A tile of the Gram, one group by
 // another, is then two streams from cache, two loads for kTile multiply-adds.
 #include "cpu/cka/kernels.h"
@@ -25,7 +25,7 @@ struct Place {
   int64_t registers() const { return (columns + kLanes - 1) / kLanes; }
 };
 
-// A register of columns, of which `columns` are left.
+// A register of columns, of which the first `columns` exist.
 template <class Type>
 inline Floats load_columns(const typename Type::Stored* from, int64_t columns) {
   return columns >= kLanes ? load<Type>(from) : load_part<Type>(from, columns);

@@ -15,11 +15,12 @@ struct Slice {
   FloatType type;
   int64_t stride;  // elements from sample to sample
   int64_t samples, columns;
-  double* gram;    // samples x samples: on and above the diagonal (what lies below may be written to as well)
+  double* gram;    // samples x samples: on and above the diagonal; entries below it are not defined
   float* scratch;  // 64-byte aligned
 };
 
-// Columns that are centred and multiplied together: all samples' stay in the second-level cache, and fp32 sums short.
+// Columns that are centred and multiplied together: the columns of all samples stay in the
+// second-level cache, and fp32 sums stay short.
 constexpr int64_t panel_columns(int64_t samples) {
   return std::clamp<int64_t>((int64_t{1} << 16) / samples & ~int64_t{63}, 256, 2048);
 }

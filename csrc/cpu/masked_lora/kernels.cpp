@@ -1,3 +1,4 @@
+// The kernels of a masked-LoRA linear: panels.h and products.h.
 #include "cpu/masked_lora/kernels.h"
 
 #include "cpu/masked_lora/panels.h"

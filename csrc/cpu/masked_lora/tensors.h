@@ -53,9 +53,7 @@ struct Source {
   Source(const Tensor& weight_in, const std::optional<Tensor>& mask_in)
       : weight(with_dense_rows(weight_in)), type(float_type(weight_in, "weight")) {
     if (!mask_in) return;
-    STD_TORCH_CHECK(is_packed_mask(*mask_in, weight.size(0), weight.size(1)),
-                    "mask: expected a uint8 tensor (out, ceil(in / 8)) for a weight (", weight.size(0), ", ",
-                    weight.size(1), ")");
+    check_mask(*mask_in, weight.size(0), weight.size(1), "mask");
     mask = with_dense_rows(*mask_in);
   }
 

@@ -1,3 +1,4 @@
+// Rows of packed values. Elements of 1 and 8 bytes are packed one after another on every CPU.
 #include "cpu/packing/kernels.h"
 
 #include "cpu/packing/rows_scalar.h"

@@ -1,11 +1,11 @@
-// pack_bitmask, pack_nm and unpack_bitmask on the CPU: rows in parallel, each with its own place in `values`.
+// pack_bitmask, pack_nm, largest_group and unpack_bitmask on the CPU: rows in parallel, each with its own place in
+// `values`.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -13,11 +13,11 @@
 
 #include "common/bits.h"
 #include "common/packing_checks.h"
+#include "cpu/count_bits.h"
 #include "cpu/packing/kernels.h"
 #include "cpu/parallel_rows.h"
 
 namespace losa::packing {
-
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -45,17 +45,6 @@ UnpackRow unpack_row_of(size_t element_size) {
   }
 }
 
-int64_t count_bits(const uint8_t* mask, int64_t columns) {
-  int64_t count = 0;
-  for (; columns >= 64; columns -= 64, mask += 8) {
-    uint64_t word;
-    std::memcpy(&word, mask, 8);
-    count += std::popcount(word);
-  }
-  for (; columns > 0; columns -= 8, ++mask) count += std::popcount(static_cast<unsigned>(*mask & column_bits(columns)));
-  return count;
-}
-
 bool bit_at(const uint8_t* mask, int64_t column) {
   return mask[column / 8] >> (column % 8) & 1;
 }
@@ -66,7 +55,7 @@ int64_t count_group(const uint8_t* mask, int64_t begin, int64_t m) {
   return count;
 }
 
-// What a packing function reads: rows of the weight and of its mask, either of which may be strided.
+// What a packing function reads: rows of the weight and rows of its mask. Both may be strided.
 struct Source {
   Tensor weight, mask;
   int64_t rows, columns, element_size;
@@ -94,7 +83,7 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   auto* offsets = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
 
   for_each_row(source.rows, std::max<int64_t>(1, source.columns),
-               [&](int64_t row) { offsets[row] = count_bits(source.mask_row(row), source.columns); });
+               [&](int64_t row) { offsets[row] = count_bits(source.mask_row(row), 0, source.columns); });
   int64_t total = 0;
   for (int64_t row = 0; row < source.rows; ++row) {
     const int64_t count = offsets[row];
@@ -112,7 +101,7 @@ std::tuple<Tensor, Tensor> pack_bitmask(const Tensor& weight, const Tensor& mask
   return {values, row_offsets};
 }
 
-// Groups of m as bytes see them: how many groups of a byte are short. Empty if m does not divide 8.
+// For every byte of a mask, whether a group of m in it keeps fewer than keep_n. Empty if m does not divide 8.
 std::vector<uint8_t> short_groups(int64_t keep_n, int64_t m) {
   if (m > 8 || 8 % m != 0) return {};
   std::vector<uint8_t> is_short(256);
@@ -164,7 +153,7 @@ std::tuple<Tensor, Tensor> pack_nm(const Tensor& weight, const Tensor& mask, int
         for (int64_t group = begin; group < end; group += m) filled |= fill_group(bits, group, keep_n, m);
       }
     }
-    if (count_bits(bits, source.columns) != length) {
+    if (count_bits(bits, 0, source.columns) != length) {
       too_many.store(true, std::memory_order_relaxed);
       return;
     }

@@ -1,5 +1,5 @@
-// SparseGPT's sweep of a panel of rows. Rows lie side by side in a register; a column is brought up to date
-// when its turn comes, by all the errors before it, so that it is loaded and stored once. Tiles of columns give the
+// SparseGPT's sweep of a panel of rows. Rows lie side by side in a register; a column is brought up to date when its
+// turn comes, by all the errors before it, so that it is loaded and stored once. Tiles of columns give the
 // multiply-adds enough independent chains.
 #include "cpu/pruning/kernels.h"
 
@@ -144,7 +144,7 @@ void sweep_rows(const Panel& panel) {
           columns.keys(group + j, group_keys[j]);
           group_keys[j] |= pruned[j];  // -1 where pruned
         }
-        // chosen_of_group writes where the pruned entries were; their keys still tell them apart.
+        // choose_of_group writes where the pruned entries were; their keys still tell them apart.
         choose_of_group(group_keys, m, static_cast<int32_t>(panel.prune), pruned);
         for (int64_t j = 0; j < m; ++j) pruned[j] |= group_keys[j] < 0;
         columns.sweep_range(group, group, group + m);

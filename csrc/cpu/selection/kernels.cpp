@@ -1,4 +1,4 @@
-// Keys and what is kept of them: plain loops, which the compiler turns into vector code.
+// Keys of scores, and which entries are kept by their keys: plain loops, which the compiler turns into vector code.
 #include "cpu/selection/kernels.h"
 
 #include <cstring>
@@ -20,7 +20,7 @@ void wanda_keys_of(const void* weight, const float* norms, int64_t n, int32_t* k
   for (; j < n; ++j) keys[j] = score_key(Type::widen(w[j]) * norms[j]);
 }
 
-// The sign that a weight brings along is no part of a key.
+// A score has the weight's sign, which score_key leaves out.
 void wanda_keys(const void* weight, FloatType type, const float* norms, int64_t n, int32_t* keys) {
   with_type(type, [&](auto stored) { wanda_keys_of<decltype(stored)>(weight, norms, n, keys); });
 }

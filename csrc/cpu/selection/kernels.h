@@ -1,5 +1,5 @@
-// Row kernels of selection.cpp. A key is a score's order as an int32: the bits of
-// a float >= 0, and -1 for an entry that is pruned already.
+// Row kernels of selection.cpp. A key is a score's order as an int32: the bits of a float >= 0, and -1 for an entry
+// that is pruned already.
 #pragma once
 
 #include <cstdint>

@@ -5,14 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "common/bits.h"
 #include "common/pruning_checks.h"
 #include "cpu/bitmask/kernels.h"
+#include "cpu/count_bits.h"
 #include "cpu/scratch.h"
 #include "cpu/selection/kernels.h"
 
@@ -26,7 +25,7 @@ using torch::stable::Tensor;
 constexpr int64_t kKeysPerTask = 1 << 15;
 // Keys that are counted together, so that they stay in the first-level cache.
 constexpr int64_t kKeysPerChunk = 1 << 13;
-// Keys are gathered once this share of them is left; one pass of gathering costs about six of counting.
+// Keys are gathered once one in kGatherShare can still be the bound; one pass of gathering costs about six of counting.
 constexpr int64_t kGatherShare = 8;
 
 KeyRange merged(const KeyRange& a, const KeyRange& b) {
@@ -110,26 +109,6 @@ Tensor wanda_select(const Tensor& weight, const Tensor& input_norms, int64_t cou
         }
       });
   return packed;
-}
-
-// Set bits of columns [begin, end) of a packed row.
-int64_t count_bits(const uint8_t* row, int64_t begin, int64_t end) {
-  int64_t kept = 0, byte = begin / 8;
-  const auto count_byte = [&] {
-    unsigned value = row[byte];
-    if (8 * byte < begin) value &= 0xffu << (begin - 8 * byte);
-    if (8 * byte + 8 > end) value &= 0xffu >> (8 * byte + 8 - end);
-    kept += std::popcount(value);
-    ++byte;
-  };
-  if (begin % 8 != 0) count_byte();
-  for (; 8 * byte + 64 <= end; byte += 8) {
-    uint64_t word;
-    std::memcpy(&word, row + byte, sizeof word);
-    kept += std::popcount(word);
-  }
-  while (8 * byte < end) count_byte();
-  return kept;
 }
 
 Tensor pruned_per_block(const Tensor& mask, int64_t in_features, int64_t block_size) {
@@ -235,7 +214,7 @@ void select_block(const Tensor& weight, const Tensor& factor, int64_t start, int
   KeyRange range{0x7fffffff, 0, 0};
   for (const KeyRange& part : ranges) range = merged(range, part);
 
-  int64_t dropped = 0;  // keys below all that are left
+  int64_t dropped = 0;  // keys below all that are still looked at
   const auto count_all = [&](int32_t bound) {
     in_parallel([&](int64_t chunk, int32_t* own) { below[chunk] = run.count_up_to(own, active[chunk], bound); });
     int64_t found = dropped;

@@ -1,5 +1,5 @@
-// fp32, bf16 and fp16 in memory to fp32 and back, number by number and by registers, whole or in part. For the files
-// that are compiled once per instruction set: everything here has internal linkage.
+// fp32, bf16 and fp16 in memory to fp32 and back, number by number and by registers, whole or in part. For files that
+// are compiled once per instruction set, and for files compiled for any CPU: everything here has internal linkage.
 #pragma once
 
 #include <cstring>
@@ -77,10 +77,14 @@ struct HalfLanes {
 #else
   static Floats widen(const Shorts& stored) {
     const Ints bits = __builtin_convertvector(stored, Ints), magnitude = bits & 0x7fff;
-    // The exponent's bias is 112 less; an exponent of ones stays one.
-    const Floats scaled = __builtin_bit_cast(Floats, magnitude << 13) * 0x1p112f;
-    const Ints special = (magnitude >= 0x7c00) & 0x7f800000;
-    return __builtin_bit_cast(Floats, __builtin_bit_cast(Ints, scaled) | special | (bits & 0x8000) << 16);
+    // The exponent's bias is 112 less, and an exponent of ones stays so. An exponent of zeros means 2^-14 without the
+    // leading one, which is subtracted in fp32: the number is normal there, and flushing denormals does not touch it.
+    const Ints normal = (magnitude << 13) + (112 << 23);
+    const Floats leading = __builtin_bit_cast(Floats, normal + (1 << 23));
+    const Ints subnormal = __builtin_bit_cast(Ints, leading - 0x1p-14f);
+    const Ints is_subnormal = magnitude < 0x0400, special = (magnitude >= 0x7c00) & 0x7f800000;
+    const Ints value = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+    return __builtin_bit_cast(Floats, value | special | (bits & 0x8000) << 16);
   }
   static Shorts narrow(const Floats& value) {
     Shorts stored;
@@ -139,7 +143,7 @@ inline uint32_t mask_bits(const uint8_t* bits, int64_t column, int64_t count = k
   return word;
 }
 
-// One bit a lane.
+// One bit a lane: 1 where the lane is not 0.
 inline uint32_t nonzero_bits(const Floats& value) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(__builtin_bit_cast(__m512, value), _mm512_setzero_ps(), _CMP_NEQ_UQ);

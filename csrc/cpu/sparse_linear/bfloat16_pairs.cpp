@@ -1,5 +1,5 @@
-// Kernels for bfloat16 weights and x on CPUs that multiply pairs of bfloat16: products are exact,
-// sums fp32 (what is smaller than a normal fp32 number counts as zero).
+// Kernels for bfloat16 weights and x on CPUs that multiply pairs of bfloat16: products are exact, sums fp32 (numbers
+// smaller than a normal fp32 number count as zero).
 #include "cpu/simd/expand_avx512.h"
 #include "cpu/sparse_linear/kernels.h"
 #include "cpu/sparse_linear/loops.h"
@@ -32,10 +32,10 @@ struct Pairs {
 
 template <bool kFixed>
 Plan plan(int64_t batch) {
-  if (batch <= 1) return {Dot<Pairs, kFixed, 1, 1, 2>::run, 1, Pairs::kLanes, Layout::kBfloat16};
-  if (batch <= 2) return {Dot<Pairs, kFixed, 1, 2, 2>::run, 2, Pairs::kLanes, Layout::kBfloat16};
-  if (batch <= 4) return {Dot<Pairs, kFixed, 2, 4, 1>::run, 4, Pairs::kLanes, Layout::kBfloat16};
-  return {Dot<Pairs, kFixed, 2, 8, 1>::run, 8, Pairs::kLanes, Layout::kBfloat16};
+  if (batch <= 1) return {Dot<Pairs, kFixed, 1, 1, 2>::run, 1, Pairs::kLanes, Layout::kBFloat16};
+  if (batch <= 2) return {Dot<Pairs, kFixed, 1, 2, 2>::run, 2, Pairs::kLanes, Layout::kBFloat16};
+  if (batch <= 4) return {Dot<Pairs, kFixed, 2, 4, 1>::run, 4, Pairs::kLanes, Layout::kBFloat16};
+  return {Dot<Pairs, kFixed, 2, 8, 1>::run, 8, Pairs::kLanes, Layout::kBFloat16};
 }
 
 }  // namespace

@@ -106,20 +106,13 @@ struct Half : Registers {
   }
 };
 
+// The kernel for D's weights and `batch` rows of x.
 template <class D, bool kFixed>
 Plan plan(int64_t batch) {
   if (batch <= 1) return {Dot<D, kFixed, 1, 1, 4>::run, 1, D::kLanes, Layout::kFloat};
   if (batch <= 2) return {Dot<D, kFixed, 1, 2, 2>::run, 2, D::kLanes, Layout::kFloat};
   if (batch <= 8) return {Dot<D, kFixed, 2, 4, 1>::run, 4, D::kLanes, Layout::kFloat};
   return {axpy<D>, 16, 1, Layout::kFloat};
-}
-
-Plan plan(FloatType weight, int64_t batch, bool fixed) {
-  switch (weight) {
-    case FloatType::kFloat: return fixed ? plan<Float, true>(batch) : plan<Float, false>(batch);
-    case FloatType::kHalf: return fixed ? plan<Half, true>(batch) : plan<Half, false>(batch);
-    default: return fixed ? plan<BFloat16, true>(batch) : plan<BFloat16, false>(batch);
-  }
 }
 
 }  // namespace

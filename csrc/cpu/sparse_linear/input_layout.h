@@ -115,7 +115,7 @@ int64_t laid_out_size(const Input& x, const Plan& plan) {
 }
 
 void lay_out(const Input& x, const Plan& plan, float* to) {
-  if (plan.layout == Layout::kBfloat16) {
+  if (plan.layout == Layout::kBFloat16) {
     lay_out_lanes<BFloat16Lanes, Unchanged, 32>(x, plan, reinterpret_cast<uint16_t*>(to));
   } else {
     with_type(x.type, [&](auto type) { lay_out_floats<decltype(type)>(x, plan, to); });

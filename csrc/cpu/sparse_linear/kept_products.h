@@ -1,4 +1,5 @@
-// The portable kernel of sparse_linear.cpp: a product for each kept weight and row of x.
+// For CPUs without vector instructions that move kept values to their columns: a product for each kept weight and row
+// of x.
 #pragma once
 
 #include "common/bits.h"
@@ -8,7 +9,7 @@
 namespace losa::sparse_linear {
 namespace {
 
-// Eight sums for a chunk of a row, then for all of it, are as precise as vector code.
+// Eight sums for a chunk of a row of W, and eight for the whole row, are as precise as vector code.
 template <class V, int kBatch>
 void kept_products(const Task& task, int64_t begin, int64_t end) {
   const Weight& weight = task.weight;
@@ -47,17 +48,16 @@ void kept_products(const Task& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class V>
-Plan plan_kept_products(int64_t batch) {
+using Float = FloatLanes;
+using BFloat16 = BFloat16Lanes;
+using Half = HalfLanes;
+
+// The kernel for V's weights and `batch` rows of x; it counts no values, so that kFixed changes nothing.
+template <class V, bool kFixed>
+Plan plan(int64_t batch) {
   if (batch <= 1) return {kept_products<V, 1>, 1, 1, Layout::kFloat};
   if (batch <= 4) return {kept_products<V, 4>, 4, 1, Layout::kFloat};
   return {kept_products<V, 16>, 16, 1, Layout::kFloat};
-}
-
-Plan plan(FloatType weight, int64_t batch, bool) {
-  Plan plan{};
-  with_type(weight, [&](auto type) { plan = plan_kept_products<decltype(type)>(batch); });
-  return plan;
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ using Kernel = void (*)(const Task& task, int64_t begin, int64_t end);
 enum class Layout : int {
   kFloat,     // as floats
   kEvenOdd,   // floats; in every 32 columns the 16 even ones come first
-  kBfloat16,  // as the bfloat16 values that x has
+  kBFloat16,  // as the bfloat16 values that x has
 };
 
 struct Plan {

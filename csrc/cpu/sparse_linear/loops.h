@@ -27,9 +27,9 @@
 namespace losa::sparse_linear {
 namespace {
 
-// A function that is not inlined: a loop which never calls it keeps its sums in registers.
-// The mask words of `columns`: as they are, or, where the last word has bits of columns that do not exist, a copy in
-// which these bits are 0.
+// trim_words and copy_rest are not inlined: a loop that calls neither keeps its sums in registers.
+
+// A copy of the mask words of `columns`, in which bits of columns that do not exist are 0.
 __attribute__((noinline)) const uint8_t* trim_words(const uint8_t* mask, int64_t columns, uint8_t* copy) {
   const int64_t last = columns / kBlock * (kBlock / 8), left = columns % kBlock;
   std::memcpy(copy, mask, static_cast<size_t>(last + (left + 7) / 8));
@@ -40,6 +40,7 @@ __attribute__((noinline)) const uint8_t* trim_words(const uint8_t* mask, int64_t
   return copy;
 }
 
+// The mask words of `columns`: themselves, or a copy where the last word has bits of columns that do not exist.
 LOSA_INLINE const uint8_t* whole_words(const uint8_t* mask, int64_t columns, uint8_t* copy) {
   return columns % kBlock == 0 ? mask : trim_words(mask, columns, copy);
 }
@@ -66,14 +67,14 @@ LOSA_INLINE const uint8_t* first_value(const Weight& weight, int64_t row) {
   return weight.values + (first < 0 ? 0 : first > total ? total : first) * D::kBytes;
 }
 
-// `size` readable bytes that begin like the bytes at `from`: near the end of the buffer, a copy of what is left of it,
-// and zeros.
+// A copy of the last `left` bytes of the buffer, with zeros up to `size`.
 __attribute__((noinline)) const uint8_t* copy_rest(const uint8_t* from, int64_t left, uint8_t* copy, int64_t size) {
   std::memset(copy, 0, static_cast<size_t>(size));
   if (left > 0) std::memcpy(copy, from, static_cast<size_t>(left));
   return copy;
 }
 
+// `size` readable bytes that begin like the bytes at `from`: these themselves, or a copy near the end of the buffer.
 LOSA_INLINE const uint8_t* readable(const uint8_t* from, const uint8_t* end, uint8_t* copy, int64_t size) {
   return end - from >= size ? from : copy_rest(from, end - from, copy, size);
 }

@@ -117,7 +117,7 @@ Tiles tiles_of(const Tensor& data, const Tensor& offsets, int64_t rows, int64_t 
 Tensor count_tiles(const Tensor& bitmask, int64_t columns) {
   STD_TORCH_CHECK(bitmask.dim() == 2, "bitmask: expected a uint8 tensor (out, ceil(in / 8))");
   const int64_t rows = bitmask.size(0);
-  packing::check_mask(bitmask, rows, columns, "bitmask");
+  check_mask(bitmask, rows, columns, "bitmask");
   check_size(rows, columns);
   const DeviceGuard guard(bitmask.get_device_index());
   const Tensor bits = torch::stable::contiguous(bitmask);
@@ -133,7 +133,7 @@ void write_tiles(const Tensor& values, const Tensor& bitmask, const std::optiona
                  const Tensor& offsets, const Tensor& data) {
   STD_TORCH_CHECK(bitmask.dim() == 2, "bitmask: expected a uint8 tensor (out, ceil(in / 8))");
   const int64_t rows = bitmask.size(0), total = values.numel();
-  packing::check_mask(bitmask, rows, columns, "bitmask");
+  check_mask(bitmask, rows, columns, "bitmask");
   packing::check_values(values, row_offsets, rows);
   STD_TORCH_CHECK(values.is_contiguous() && values.element_size() == 2, "values: expected 16 bits, contiguous");
   const DeviceGuard guard(values.get_device_index());

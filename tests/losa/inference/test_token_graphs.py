@@ -15,6 +15,7 @@ from losa.inference.generation import generate
 from losa.inference.token_graphs import TokenGraphs
 from losa.model.blocks import find_blocks
 from losa.model.grouping import join_linears
+from losa_kernels.packing import PackedBitmask
 from tests.helpers.decoders import LLAMA_KIND, build, greedy, thin
 from tests.helpers.tiny import EPS, tiny_tokenizer
 
@@ -162,6 +163,18 @@ def test_what_a_replay_would_leave_out_is_not_recorded(recorders, monkeypatch):
     assert recorders[-1].replays
     del recorders[:]
     generate(thin(model), tokenizer, "hello", max_new_tokens=12, stop_at_eos=False)
+    assert not recorders
+
+
+class OfOutside(PackedBitmask):
+    """A class that no kernel multiplies; its own code may wait for the device."""
+
+
+def test_packed_weights_without_kernels_are_not_recorded(recorders):
+    model = thin(build(*LLAMA_KIND["llama"]))
+    down = model.model.layers[0].mlp.down_proj
+    down.set_packed(OfOutside(**down.packed.__getstate__()))
+    assert generate(model, tiny_tokenizer(), "hello", max_new_tokens=12, stop_at_eos=False).fallback is None
     assert not recorders
 
 

@@ -1,0 +1,112 @@
+"""What pages say of the tree is true: paths, names, commands, environment variables, the demonstration's figures."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import modules as benchmark_modules
+from losa_kernels import settings
+
+ROOT = Path(__file__).parents[2]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+PAGES = {name: (ROOT / name).read_text() for name in TOP}
+PAGES |= {str(page.relative_to(ROOT)): page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))}
+# The op that "Add an op" makes, and the folder that `make gpu` names after a card.
+MADE_UP = ("kept_counts", "/CARD")
+
+pages = pytest.mark.parametrize("page", PAGES)
+
+
+def code(page: str) -> list[str]:
+    """Code in the running text of a page."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL))
+
+
+def commands(page: str, program: str) -> list[list[str]]:
+    """The words of each command of a page that starts ``program``, in fences and in the running text."""
+    fences = re.findall(r"^```(?:bash)?\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    lines = [line for text in fences for line in text.replace("\\\n", " ").splitlines()]
+    # A launcher may stand before the program.
+    found = [re.search(rf"(?:^|-m ){program} (.*)", line) for line in (*lines, *code(page))]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pages
+def test_paths_exist(page):
+    folders = "losa|losa_kernels|csrc|tests|benchmarks|docs|examples|tools"
+    for text in code(page):
+        if re.fullmatch(rf"({folders})/[\w./-]+", text) and not any(name in text for name in MADE_UP):
+            assert (ROOT / text).exists(), text
+    for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+@pages
+def test_names_exist(page):
+    """Dotted names of the two packages."""
+    for text in code(page):
+        if found := re.match(r"(losa|losa_kernels)((\.\w+)+)(?=$|[(])", text):
+            pkgutil.resolve_name(found[0])
+
+
+@pages
+def test_commands_have_their_options(page):
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from losa.cli.app import app
+
+    group = get_command(app)
+    for words in commands(page, "losa"):
+        name = next((word for word in words if not word.startswith("-")), "--help")
+        if not name.islower():  # a placeholder
+            continue
+        command = group.commands[name] if name != "--help" else group
+        known = {opt for part in (*group.params, *command.params) for opt in (*part.opts, *part.secondary_opts)}
+        flags = {re.sub(r"=.*", "", word.strip("[]")) for word in words if word.strip("[]").startswith("--")}
+        assert flags <= known | {"--help"}, (words, flags - known)
+        recipes = [word for word in words if word.startswith("examples/") and word.endswith(".yaml")]
+        assert all((ROOT / recipe).is_file() for recipe in recipes), words
+
+
+@pages
+def test_benchmarks_and_targets_exist(page):
+    sources = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    for words in commands(page, "benchmarks"):
+        assert words[0].strip(";") in {*benchmark_modules(), "NAME"}, words
+        assert all(f'"{word}"' in sources for word in words if word.startswith("--") and word != "--help"), words
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {words[0] for words in commands(page, "make")} <= targets
+
+
+@pages
+def test_environment_variables_take_the_values(page):
+    rows = {setting.name: setting for setting in settings.TABLE}
+    for name, values in re.findall(r"\b(LOSA_\w+)=([\w|.;\"]+)", PAGES[page]):
+        for value in re.split(r"\||\.\.", values.strip('".;')):
+            assert rows[name]._parse(value) is not None, f"{name}={value}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])
+def test_the_demonstration_is_as_measured(page):
+    document = json.loads((ROOT / "benchmarks/results/demo-smollm2.json").read_text())
+    labels = {"dense": "dense", "prune_only": "pruned only", "lora": "pruned + LoRA", "losa": "**LoSA**"}
+    assert [row["method"] for row in document["results"]] == list(labels)
+    for row in document["results"]:
+        perplexity = f"{row['perplexity']:.1f}"
+        if row["perplexity_unmerged"] is not None:
+            perplexity = f"{row['perplexity_unmerged']:.1f} ({perplexity} once merged under the mask)"
+        if row["method"] == "losa":
+            perplexity = f"**{perplexity}**"
+        mergeable = "" if row["method"] in ("dense", "prune_only") else f" {'yes' if row['mergeable'] else 'no'}"
+        assert (
+            f"| {labels[row['method']]} | {perplexity} | {row['sparsity']:.2%}".replace("%", " %")
+            + (f" |{mergeable} |")
+            in PAGES[page]
+        )
