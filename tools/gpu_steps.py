@@ -55,7 +55,8 @@ def tests(name: str, expected: int, limit: int, *flags: str, workers: int = 0, *
 def sanitizer(tool: str, expected: int, limit: int, *flags: str) -> Step:
     """Runs the tests marked "sanitizer" under a tool of compute-sanitizer. torch does not cache memory then, because no
     access is out of bounds inside the large segments of its cache."""
-    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.sanitizer" in file.read_text())
+    marked = (file for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.sanitizer" in file.read_text())
+    files = sorted(map(str, marked))
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LOSA_AUTOTUNE": "0"}
     step = tests(tool, expected, limit, "-m", "sanitizer", *flags, *files, **environment)
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]

@@ -81,9 +81,8 @@ def _gram_kernel(
 def _differences(place, common, rows, samples, stride_sample, inside):
     """fp32 [ROWS, BLOCK_P]: samples less the first one, 0 outside; place, common and inside [BLOCK_P]."""
     valid = (rows[:, None] < samples) & inside[None, :]
-    tile = tl.load(
-        place[None, :] + rows[:, None].to(tl.int64) * stride_sample, mask=valid, other=0.0
-    )  # [ROWS, BLOCK_P]
+    places = place[None, :] + rows[:, None].to(tl.int64) * stride_sample
+    tile = tl.load(places, mask=valid, other=0.0)  # [ROWS, BLOCK_P]
     return tl.where(valid, tile.to(tl.float32) - common[None, :], 0.0)
 
 

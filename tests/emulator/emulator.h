@@ -128,11 +128,11 @@ inline void run_blocks() {
     if (!waits && !barriers) report("threads wait for each other (a divergent barrier or warp operation)");
   }
   for (const auto& [address, barrier] : machine.copy_barriers) {
-    if (barrier.asked || barrier.waited != barrier.phase) report("a bulk copy that nobody waits for");
+    if (barrier.requested || barrier.waited != barrier.phase) report("a bulk copy that nothing waits for");
   }
 }
 
-// A kernel that has not asked for more gets at most 48 KB. It must ask on every device.
+// A kernel that has not requested more gets at most 48 KB. It must request it on every device.
 inline void check_shared(const void* kernel, std::size_t bytes) {
   const auto found = machine.allowed.find({machine.device, kernel});
   const std::size_t allowed = found == machine.allowed.end() ? 48 << 10 : static_cast<std::size_t>(found->second);

@@ -66,7 +66,7 @@ __global__ void writes_early(const int* from, int* to) {
 }
 
 // Two bulk copies of 128 bytes, one after the other, by thread 0; all threads read both.
-enum class Copying { kRight, kNoFence, kUnaligned, kNoWait, kSameParity, kNeverAsked, kTooEarly };
+enum class Copying { kRight, kNoFence, kUnaligned, kNoWait, kSameParity, kNeverRequested, kTooEarly };
 
 __global__ void bulk_copies(const int* from, int* to, Copying fault) {
   LOSA_DYNAMIC_SHARED(unsigned char, memory);
@@ -77,7 +77,7 @@ __global__ void bulk_copies(const int* from, int* to, Copying fault) {
   }
   __syncwarp();
   for (unsigned half = 0; half < 2; ++half) {
-    if (threadIdx.x == 0 && fault != Copying::kNeverAsked) {
+    if (threadIdx.x == 0 && fault != Copying::kNeverRequested) {
       losa::copy_bulk(values + (fault == Copying::kUnaligned ? 8 : 0), from + 32 * half, 128, barrier);
     }
     if (fault != Copying::kNoWait) losa::wait_barrier(barrier, fault == Copying::kSameParity ? 0 : half);
@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
     if (fault != "writes_early") LOSA_LAUNCH_DEPENDENT(waits, 1, 64, 0, nullptr, in, out, fault == "reads_early");
   }
   const char* const copying[] = {"bulk_copies",          "bulk_copy_without_fence",  "bulk_copy_unaligned",
-                                 "bulk_copy_not_waited", "bulk_copy_of_same_parity", "bulk_copy_never_asked",
+                                 "bulk_copy_not_waited", "bulk_copy_of_same_parity", "bulk_copy_never_requested",
                                  "bulk_copy_too_early"};
   for (int i = 0; i < 7; ++i) {
     if (fault == copying[i]) LOSA_LAUNCH(bulk_copies, 1, 32, 144, nullptr, in, out, static_cast<Copying>(i));

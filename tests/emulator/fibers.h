@@ -76,7 +76,7 @@ struct Copy {
 // A barrier in shared memory that tells when a bulk copy is there.
 struct CopyBarrier {
   bool published = false;
-  bool asked = false;  // a copy that has not happened
+  bool requested = false;  // a copy that has not happened
   Copy copy{};
   std::size_t bytes = 0;
   unsigned phase = 0, waited = 0;        // copies that are complete, and of these the copies that were waited for

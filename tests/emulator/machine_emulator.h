@@ -149,7 +149,7 @@ inline void publish_barriers() {
 
 inline void complete(emulator::CopyBarrier& barrier) {
   std::memcpy(barrier.copy.to, barrier.copy.from, barrier.bytes);
-  barrier.asked = false;
+  barrier.requested = false;
   ++barrier.phase;
 }
 
@@ -159,8 +159,8 @@ inline void copy_bulk(Shared to, const void* from, unsigned bytes, Shared addres
   if ((to | reinterpret_cast<std::uintptr_t>(from) | bytes) % 16 != 0) emulator::report("a bulk copy is not aligned");
   if (bytes == 0 || bytes >= 1u << 20) emulator::report("a bulk copy of no bytes, or of 1 MB");
   if (!barrier.published) emulator::report("a bulk copy before publish_barriers");
-  if (barrier.asked || barrier.waited != barrier.phase) emulator::report("a bulk copy that nobody waits for");
-  barrier.asked = true;
+  if (barrier.requested || barrier.waited != barrier.phase) emulator::report("a bulk copy that nothing waits for");
+  barrier.requested = true;
   barrier.copy = {reinterpret_cast<void*>(to), from};
   barrier.bytes = bytes;
   if (emulator::machine.random() % 2 == 0) complete(barrier);
@@ -174,7 +174,7 @@ inline void wait_barrier(Shared address, unsigned parity, LOSA_SITE) {
   emulator::Fiber& self = *emulator::machine.current;
   // The wait is for the end of the phase with this parity, which is the current phase or the phase before it.
   while (barrier.phase % 2 == parity) {
-    if (barrier.asked) {
+    if (barrier.requested) {
       complete(barrier);
       break;
     }

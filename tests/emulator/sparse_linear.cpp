@@ -6,9 +6,9 @@ namespace sparse_linear = losa::sparse_linear;
 using losa::FloatType;
 
 // multiply ROWS COLUMNS BATCH TENSOR_CORES VALUE BIAS_VALUE PER_BYTE SPLIT ALIGNED LEAD LOT:
-// values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y
-// devices, of the same: also how many attributes were set after a first call, a second, and one on another device, and
-// the threads of a block
+// values, mask, offsets (or no file), x (of padded rows), bias (or no file) -> y, attributes
+// devices: the same by three calls, the third on another device. attributes: how many attributes of kernels were set
+// when each call had ended, and the threads of a block
 int main(int argc, char** argv) {
   const Driver driver(argc, argv);
   const int64_t rows = driver[0], columns = driver[1], batch = driver[2];

@@ -1,4 +1,4 @@
-"""What the cases of ``gpu_checks`` are made of."""
+"""What the cases of checks.py and checks_decode.py are made of."""
 
 from __future__ import annotations
 

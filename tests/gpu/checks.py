@@ -1,4 +1,4 @@
-"""What ``gpu_smoke`` runs: every native operator and every Triton kernel, at an odd and at a LLaMA shape, against fp64.
+"""What smoke.py runs: every native operator and every Triton kernel, at an odd and at a LLaMA shape, against fp64.
 
 A case names the operators and kernels that it runs, and its function returns (error, what the dtype's error model
 allows). A new operator or kernel gets a case in ``cases``; tests/tools/test_gpu_command.py fails without one.
@@ -29,7 +29,7 @@ from losa_kernels.packing import reference as packing
 from losa_kernels.pruning import accumulate_hessian, complete_hessian, inverse_factor
 from losa_kernels.pruning import reference as pruning
 from losa_kernels.tensors import as_bits
-from tests.gpu import checks_decode as gpu_checks_decode
+from tests.gpu import checks_decode
 from tests.gpu.case import (
     BF16,
     FP16,
@@ -52,7 +52,7 @@ from tests.helpers.masked_lora_problems import double, dropout_formula, formula,
 
 def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     on_gpu = device != "cpu"
-    yield from gpu_checks_decode.cases(sizes, device)
+    yield from checks_decode.cases(sizes, device)
     for shape in (sizes.odd, (3, sizes.wide[1] + 3), sizes.tall):
         yield Case(f"mask {text(shape)}", ("pack_mask", "unpack_mask"), partial(masks, shape, device))
     for dtype in (torch.float8_e4m3fn, torch.float64, FP32, BF16):
@@ -180,7 +180,7 @@ def lora_problem(shape, rank, tokens, dtype, device) -> tuple[dict, Tensor]:
 
 
 def step_verdict(ours: dict, plain: dict, truth: dict, dtype: torch.dtype, rounds_gradient: bool) -> Verdict:
-    """y and the gradients; those of the factors are nearly fp32's, but for a G that the vendor's product rounded."""
+    """y and the gradients. Gradients of the factors are nearly fp32's, unless the vendor's product rounded G."""
     found = [bounded(ours[name], plain[name], truth[name], dtype) for name in truth if not name.startswith("lora")]
     share = torch.finfo(dtype).eps if rounds_gradient else 2**-13
     for name in ("lora_A", "lora_B"):

@@ -1,4 +1,4 @@
-"""The cases of ``gpu_checks`` that decode: products by packed weights, and what stands between them."""
+"""The cases of checks.py that decode: products by packed weights, and the operators between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python tests/gpu/smoke.py [--json FILE]``: every case of ``gpu_checks`` on this machine's GPU, a line for each.
+"""``python tests/gpu/smoke.py [--json FILE]``: every case of checks.py on this machine's GPU, a line for each.
 
 It waits for the GPU after each case and goes on after a failure. After an error that the CUDA context does not survive
 nothing can run in this process: the remaining cases are named. Exit status: 0, 1 after a failure, 3 without a GPU.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import losa_kernels
-from tests.gpu import checks as gpu_checks
+from tests.gpu import checks
 
 ROOT = Path(__file__).parents[2]
 NO_GPU = 3
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("LOSA_AUTOTUNE", "0")  # what the tables choose; the tests try every tile
     if args.profile:
         return profile()
-    cases = list(gpu_checks.cases(gpu_checks.LLAMA, "cuda"))
+    cases = list(checks.cases(checks.LLAMA, "cuda"))
     rows = run(cases, args.json)
     if not any(row["status"] == "not run" for row in rows):
         rows += [failed(name, "has no case") for name in sorted(registered() - {op for c in cases for op in c.runs})]
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     return int(counts["PASS"] < len(rows))
 
 
-def run(cases: Iterable[gpu_checks.Case], file: Path | None = None) -> list[dict]:
+def run(cases: Iterable[checks.Case], file: Path | None = None) -> list[dict]:
     """name, status ("PASS", "FAIL", "not run"), error, allowed, seconds, message of each."""
     rows, lost = [], None
     for case in cases:
@@ -78,8 +78,8 @@ def profile() -> int:
     compile, and once between cudaProfilerStart and cudaProfilerStop. What a sweep launches for every column block has
     two of them."""
     whole, two_blocks = (
-        {(case.runs, case.label.endswith(" 1")): case for case in gpu_checks.cases(sizes, "cuda") if case.runs}
-        for sizes in (gpu_checks.LLAMA, gpu_checks.LLAMA._replace(square=(4096, 256)))
+        {(case.runs, case.label.endswith(" 1")): case for case in checks.cases(sizes, "cuda") if case.runs}
+        for sizes in (checks.LLAMA, checks.LLAMA._replace(square=(4096, 256)))
     )
     for key, case in whole.items():
         case = two_blocks[key] if BY_BLOCK & set(case.runs) else case
@@ -91,7 +91,7 @@ def profile() -> int:
     return 0
 
 
-def verdict(case: gpu_checks.Case) -> dict:
+def verdict(case: checks.Case) -> dict:
     torch.manual_seed(0)
     try:
         error, allowed = case.verdict()

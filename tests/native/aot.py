@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from tests.native import wgmma
 
-TABLE = Path(__file__).with_suffix("").parent / "triton_aot.json"
+TABLE = Path(__file__).with_name("triton_aot.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a program may ask for

@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, and the instructions of
 sparse_linear's kernels.
 
-``python tests/native/ptxas.py`` prints what differs from tests/native/ptxas.json; ``--write`` makes the table anew.
+``python -m tests.native.ptxas`` prints what differs from tests/native/ptxas.json; ``--write`` writes a new table.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def windows() -> dict[str, list[int]]:
 
 
 def tiles() -> dict[str, list[int]]:
-    """tiles_kernel<...> -> [instructions for a tile, besides for a chunk of 4]; sass.tile_of."""
+    """tiles_kernel<...> -> [instructions for a tile, further instructions for a chunk of 4]; sass.tile_of."""
     return {n: list(sass.tile_of(*code)) for n, code in sparse_linear_code().items() if n.startswith("tiles_kernel<")}
 
 

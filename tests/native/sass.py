@@ -37,7 +37,7 @@ def window_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int
     """(row, lot): the shortest numbers of instructions through window_kernel's loops, for a window of 1024 columns.
 
     row: through the loop over rows, the smallest around all tensor products. lot: outside it, from one lot of rows to
-    the next, for a warp that counts the masks of a whole lot and asks for the next, but stores no sums.
+    the next, for a warp that counts the masks of a whole lot and requests the next lot's masks, but stores no sums.
     """
     start, end = row_loop(instructions, labels)
     row = paths(instructions, labels, start, end, set(range(start, end + 1)))[0]
@@ -85,10 +85,10 @@ def distances(instructions: list[str], labels: dict[str, int], start: int, insid
 
 
 def tile_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """(instructions of tiles_kernel for a tile, besides for a chunk of tiles).
+    """(instructions of tiles_kernel for a tile, further instructions for a chunk of tiles).
 
     The first is the longest way through the smallest loop around all tensor products. The second is the shortest way
-    through the rest of the loop around that one, of those ways that ask for a copy.
+    through the rest of the loop around that loop, among the ways that request a copy.
     """
     products = [index for index, line in enumerate(instructions) if line.startswith("HMMA")]
     spans = sorted((end - start, start, end) for start, end in back_edges(instructions, labels))
@@ -97,7 +97,7 @@ def tile_of(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
     (copy,) = (i for i in range(end, last) if instructions[i].startswith("UBLKCP"))
     inside = set(range(first, last + 1))
     ways = ((first, start), (end, copy), (copy, last))
-    # Both ends of a way are counted, and are those of the next one or of the tile's loop.
+    # A way's two ends are counted with it, and again with the next way or with the tile's loop.
     rest = sum(paths(instructions, labels, *way, inside)[0] for way in ways) - len(ways)
     return paths(instructions, labels, start, end, inside)[1], rest
 

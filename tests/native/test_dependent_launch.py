@@ -38,3 +38,6 @@ def test_only_code_that_waits_starts_early_and_only_in_graphs(attributes):
     assert attributes(False, 90) == 0
     assert [attributes(False, 90, setting) for setting in (" Always", "auto", "0")] == [1, 0, 0]
     assert attributes(True, 90, "0") == 0 and attributes(False, 80, "always") == 0
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        attributes(True, 90, "1")
+    assert b"LOSA_DEPENDENT_LAUNCH: expected auto, 0 or always, got '1'" in failed.value.stderr

@@ -50,10 +50,10 @@ def test_every_cuda_source_has_a_driver():
         ("does_not_wait", "returns without wait_for_kernels_before"),
         ("bulk_copy_without_fence", "a bulk copy before publish_barriers"),
         ("bulk_copy_unaligned", "a bulk copy is not aligned"),
-        ("bulk_copy_not_waited", "a bulk copy that nobody waits for"),
+        ("bulk_copy_not_waited", "a bulk copy that nothing waits for"),
         ("bulk_copy_of_same_parity", "a bulk copy that this thread has waited for already"),
         ("bulk_copy_too_early", r"warp operation\)[\s\S]*waits in wait_barrier"),
-        ("bulk_copy_never_asked", r"warp operation\)[\s\S]*waits in wait_barrier"),
+        ("bulk_copy_never_requested", r"warp operation\)[\s\S]*waits in wait_barrier"),
         ("a_block_that_never_comes", r"threads wait[\s\S]*thread \(0, 0, 0\) of block 0 waits in wait_for_count"),
         ("too_many_blocks_together", "invalid launch"),
     ],
@@ -190,7 +190,7 @@ def test_wanda_of_long_rows(emulate, columns):
 
 
 def test_wanda_of_the_largest_keys(emulate):
-    """A row of NaNs as a GPU's products give them, all bits set: their whole bin goes, the last one."""
+    """A row of NaNs as a GPU's products give them, all bits set: their whole bin is pruned, the last bin."""
     weight = np.full((2, 24), 0x7FFFFFFF, np.int32)
     weight[1, ::2] = 0x3F800000
     arrays = {"weight": weight, "norms": torch.ones(24)}

@@ -5,7 +5,7 @@ triton_aot.json beside it holds the figures by Triton version. The versions in i
 is held to the limits alone. It has all tiles of all lists for sm_80 and sm_90a, what runs unmeasured for sm_120, and a
 representative few of that for sm_86 and sm_89. To record the installed Triton's figures takes a quarter of an hour:
 
-    PYTHONPATH=. python tests/native/test_triton_aot.py
+    python -m tests.native.test_triton_aot
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from losa_kernels import native
-from tests.gpu import checks as gpu_checks
-from tests.gpu import checks_decode as gpu_checks_decode
-from tests.gpu import smoke as gpu_smoke
+from tests.gpu import checks, checks_decode, smoke
 from tests.helpers.tools import tool
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +127,7 @@ def test_sanitizers_collect_the_files_with_their_tests_alone():
         if step.tool == "compute-sanitizer":
             files = [Path(part) for part in step.command if part.endswith(".py")]
             assert len(files) > 4 and all("mark.sanitizer" in file.read_text() for file in files)
+            assert Path(__file__) not in files, "it names the mark and has no test for sanitizers"
 
 
 @pytest.mark.parametrize(
@@ -176,26 +175,24 @@ def test_a_library_older_than_the_sources_is_built_anew(tmp_path, monkeypatch):
 
 
 def test_every_cuda_operator_and_triton_kernel_has_a_case():
-    cases = list(gpu_checks.cases(gpu_checks.LLAMA, "cuda"))
+    cases = list(checks.cases(checks.LLAMA, "cuda"))
     covered = {name for case in cases for name in case.runs}
     sources = [file.read_text() for file in (ROOT / "csrc" / "cuda").rglob("*.cu")]
     operators = {name for text in sources for name in re.findall(r'library\.impl\("(\w+)"', text)}
     assert operators and operators <= covered, f"no case in tests/gpu/checks.py: {operators - covered}"
     pytest.importorskip("triton")
-    assert set(gpu_smoke.triton_kernels()) <= covered
+    assert set(smoke.triton_kernels()) <= covered
     assert len({case.label for case in cases}) == len(cases)
 
 
 def test_the_checks_pass_here_and_see_a_wrong_kernel(monkeypatch, capsys):
-    rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
+    rows = smoke.run(checks.cases(checks.SMALL, "cpu"))
     assert [row for row in rows if row["status"] != "PASS"] == []
-    monkeypatch.setattr(
-        gpu_checks_decode, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias)
-    )
-    for module in (gpu_checks, gpu_checks_decode):
+    monkeypatch.setattr(checks_decode, "sparse_linear", lambda x, packed, bias: 1.02 * packed_product(x, packed, bias))
+    for module in (checks, checks_decode):
         monkeypatch.setattr(module, "pack_mask", lambda kept: torch.zeros(1, dtype=torch.uint8))
-    monkeypatch.setattr(gpu_checks, "gram", lambda x: torch.full((2, x.shape[1], x.shape[1]), float("nan")))
-    rows = gpu_smoke.run(gpu_checks.cases(gpu_checks.SMALL, "cpu"))
+    monkeypatch.setattr(checks, "gram", lambda x: torch.full((2, x.shape[1], x.shape[1]), float("nan")))
+    rows = smoke.run(checks.cases(checks.SMALL, "cpu"))
     for kind in ("mask ", "pack", "window", "wanda", "gram"):
         assert {row["status"] for row in rows if row["name"].startswith(kind)} == {"FAIL"}, kind
     assert next(row for row in rows if row["name"].startswith("pack"))["message"].startswith("ValueError")
@@ -212,10 +209,10 @@ def test_what_cannot_run_after_a_lost_context_is_named(monkeypatch, tmp_path):
         if lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_smoke, "synchronize", synchronize)
-    fine = gpu_checks.Case("fine", (), lambda: (0.0, 0.0))
-    bad = gpu_checks.Case("bad", (), lambda: (lost.append(1), 0.0))
-    rows = gpu_smoke.run([fine, bad, fine], tmp_path / "rows.json")
+    monkeypatch.setattr(smoke, "synchronize", synchronize)
+    fine = checks.Case("fine", (), lambda: (0.0, 0.0))
+    bad = checks.Case("bad", (), lambda: (lost.append(1), 0.0))
+    rows = smoke.run([fine, bad, fine], tmp_path / "rows.json")
     assert [row["status"] for row in rows] == ["PASS", "FAIL", "not run"]
     assert "illegal memory access" in rows[1]["message"] and rows[2]["message"] == "the CUDA context was lost in: bad"
     assert json.loads((tmp_path / "rows.json").read_text()) == rows

@@ -1,4 +1,4 @@
-// Attention of one token in the stable ABI: which kernel splits, on how many blocks.
+// Attention of one token: which kernel runs, on how many blocks, and its operator.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -51,7 +51,7 @@ void launch_attention(const Attention& task, int splits, cudaStream_t stream) {
   }
 }
 
-#if !defined(LOSA_EMULATOR)  // The emulator compiles each kernel for a second: its driver chooses among fewer types.
+#if !defined(LOSA_EMULATOR)  // A kernel takes a second to compile for the emulator: its driver has fewer types.
 
 // Rows of cache and q begin at multiples of 16 bytes and have at most 512 bytes, 16 for each lane of a warp.
 void launch_attention(FloatType type, const Attention& task, int splits, cudaStream_t stream) {

@@ -17,7 +17,7 @@ struct Attention {
   void* out;       // (queries, size)
   float* parts;    // (queries, splits, size): each split's sum of the values, weighted by 2^(score - top)
   float* weights;  // (queries, splits, 2): each split's top score and the sum of its weights
-  int* finished;   // (queries,), zero before and afterwards: how many blocks of a key head are done
+  int* finished;   // (queries,), zero before and afterwards: of each set of queries, how many blocks are done
   int queries, keys, size;
   int64_t room;
   int places;   // at most so many places of the cache are read, whatever the position is

@@ -8,9 +8,10 @@
 // |            |                 | 2       | 32 * n up to 20480 | window_kernel | in registers, a block all columns   |
 // |            |                 | 3, 4    | 32 * n up to 12288 | window_kernel | of a row. Registers bound the       |
 // |            |                 |         |                    |               | warps of a block.                   |
-// |            |                 | 1 to 16 | every other number | row_kernel    | It reads masks of any alignment     |
-// | fp32       | fp32, bf16,     | 1 to 16 | all                | row_kernel    | and x anew for each step. For fp32  |
-// |            | fp16            |         |                    |               | it has a path without tensor cores. |
+// |            |                 | 1 to 4  | every other number | row_kernel    | It reads masks of any alignment     |
+// |            |                 | 5 to 16 | all                | row_kernel    | and x anew for each step. For fp32  |
+// | fp32       | fp32, bf16,     | 1 to 16 | all                | row_kernel    | it has a path without tensor cores. |
+// |            | fp16            |         |                    |               |                                     |
 // | bf16, fp16 | another type    | 1 to 16 | all                | row_kernel    | losa_kernels converts x to fp32.    |
 // | bf16, fp16 | the type of x,  | 1 to 16 | all                | tiles_kernel  | One bulk copy brings masks and      |
 // |            | made into tiles |         |                    |               | values of 16 rows; tensor cores     |
@@ -30,7 +31,7 @@
 // unpacking.
 //
 // The environment variable LOSA_WINDOW_LOT=1..4 sets how many rows window_kernel takes between two barriers (else 4),
-// to compare them on a card.
+// to compare them on a card. Where shared memory does not suffice there are fewer.
 #include <algorithm>
 
 #include "common/bits.h"

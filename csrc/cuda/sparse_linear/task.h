@@ -15,10 +15,9 @@ constexpr int kWindowColumns = 1024;  // a 32-bit word of the mask for each lane
 
 // A packed weight (rows, columns): a bit of the mask for every column, and the kept values row after row.
 struct Weight {
-  const void* values;   // a multiple of 16 bytes
-  int64_t lead, total;  // indices from `values` on: of the weight's first value, and behind its last one
-  const int64_t*
-      offsets;  // (rows,): each row's first value, counted from `lead`; null if all rows have `length` values
+  const void* values;      // a multiple of 16 bytes
+  int64_t lead, total;     // indices from `values` on: of the weight's first value, and behind its last one
+  const int64_t* offsets;  // (rows,): each row's first value, from `lead` on; null if all rows have `length` values
   int64_t length;
   int per_byte;         // values of every 8 columns where this is one number (N:M), else 0
   const uint8_t* mask;  // (rows, mask_stride)

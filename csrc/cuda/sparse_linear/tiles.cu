@@ -1,5 +1,5 @@
-// A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it. Sets launches and their
-// shared memory; the table at the head of sparse_linear.cu says when products take this way.
+// A weight in tiles on CUDA: making it from packed rows, multiplying by it, unpacking it; launches and their shared
+// memory. The table at the head of sparse_linear.cu says which products take this way.
 #include <algorithm>
 
 #include "cuda/per_device.h"

@@ -115,9 +115,7 @@ def split_kernel(
 ):  # fmt: skip
     """A_terms (inner, in) = [hi; hi; lo; 0] of A and B_terms (inner, out) = [hi; lo; hi; 0] of B^T.
 
-    inner = HEAD + TAIL.
-
-    One term, [hi; 0], serves factors that the dtype of the terms holds exactly.
+    inner is HEAD + TAIL. One term, [hi; 0], serves factors that the dtype of the terms holds exactly.
     """
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
