@@ -1,7 +1,8 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, and the instructions of
 sparse_linear's kernels.
 
-``python tests/native/ptxas.py`` prints what differs from tests/native/ptxas.json; ``--write`` makes the table anew.
+``PYTHONPATH=. python tests/native/ptxas.py`` prints what differs from tests/native/ptxas.json; ``--write`` makes the
+table anew.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from tests.native import ptxas
 
 TABLE = json.loads(ptxas.TABLE.read_text())
-AGAIN = "see what changed with `python tests/native/ptxas.py`, and accept it with --write"
+AGAIN = "see what changed with `PYTHONPATH=. python tests/native/ptxas.py`, and accept it with --write"
 
 
 def test_the_table_covers_every_source_without_a_spill():
