@@ -1,4 +1,4 @@
-"""The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/column_sweep.
+"""The column blocks of a sweep, on the operators of csrc/<device>/selection and csrc/<device>/pruning.
 
 Per block: selection, one sweep of all rows, and one product that brings later columns up to date. Inside a panel the
 product updates the panel's later columns from the block's errors. At the panel's end it updates all columns right of
