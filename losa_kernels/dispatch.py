@@ -142,9 +142,13 @@ def _type_of(device: torch.device | torch.Tensor | str) -> str:
 
 
 # A plain function around the cached one: torch.compile would trace into the cache's.
-@torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, forced: str) -> str:
     return _first_that_can(op, device_type, forced)
+
+
+# What torch.compiler.assume_constant_result does, which would import torch.compile's machinery: that takes as long as to
+# import torch.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
