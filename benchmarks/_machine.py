@@ -34,7 +34,7 @@ def machine(device: str) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "losa_cpu": (native.build_info() or {}).get("cpu_isa_selected"),
+        "losa_cpu": native.cpu_isa(),
         "triton": version_of("triton"),
     }
     if device.startswith("cuda"):

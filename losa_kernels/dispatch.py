@@ -52,10 +52,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "losa_kernels.cka.triton:gram",
         "cpu": "losa_kernels.cka.cpu:gram",
     },
-    "inverse_factor": {
-        "reference": "losa_kernels.pruning.reference:inverse_factor",
-        "cpu": "losa_kernels.pruning.cpu:inverse_factor",
-        "cuda": "losa_kernels.pruning.factor:inverse_factor",
+    "inverse_factors": {
+        "reference": "losa_kernels.pruning.reference:inverse_factors",
+        "cpu": "losa_kernels.pruning.cpu:inverse_factors",
+        "cuda": "losa_kernels.pruning.factor:inverse_factors",
     },
     "column_sweep": {
         "reference": "losa_kernels.pruning.reference:column_sweep",
@@ -142,9 +142,13 @@ def _type_of(device: torch.device | torch.Tensor | str) -> str:
 
 
 # A plain function around the cached one: torch.compile would trace into the cache's.
-@torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, forced: str) -> str:
     return _first_that_can(op, device_type, forced)
+
+
+# What torch.compiler.assume_constant_result does, which would import torch.compile's machinery: that takes as long as to
+# import torch.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -157,7 +161,7 @@ def _first_that_can(op: str, device_type: str, forced: str) -> str:
         reason = unavailable(forced)
         if reason:
             raise RuntimeError(f"LOSA_BACKEND={forced} cannot be used: {reason}")
-        if forced in order or forced == "reference" or _interpreted(forced):
+        if forced in order or forced == "reference" or (forced == "triton" and interpreted()):
             order = (forced, *(name for name in order if name != forced))
 
     for name in order:
@@ -171,9 +175,10 @@ def _first_that_can(op: str, device_type: str, forced: str) -> str:
     raise RuntimeError(f"{op} has no implementation for device type {device_type!r}")
 
 
-def _interpreted(backend: str) -> bool:
-    """Under TRITON_INTERPRET the Triton kernels also run on CPU tensors."""
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+@cache  # Triton reads it once as well
+def interpreted() -> bool:
+    """Whether Triton's kernels are interpreted (TRITON_INTERPRET); then they also run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def unavailable(backend: str) -> str | None:

@@ -72,19 +72,15 @@ def missing(backend: str) -> str | None:
 
 
 def build_info() -> dict | None:
-    """What the extension was compiled with and which CPU instruction set it selects here; None when it is not built.
+    """What the extension was compiled with; None when it is not built.
 
     Keys: version, torch_headers, torch_target, compiler, cuda (compiler version or None), cuda_archs, cuda_built,
-    cpu_isa_compiled, cpu_isa_selected.
-
-    Raises:
-        SettingError: ``LOSA_CPU_ISA`` has a value that is not allowed.
+    cpu_isa_compiled.
     """
     try:
         from . import _build_info
     except ImportError:
         return None
-    settings.CPU_ISA()  # a bad value is this error, in whichever order things are asked
     return {
         "version": _build_info.version,
         "torch_headers": _build_info.torch_headers,
@@ -94,8 +90,21 @@ def build_info() -> dict | None:
         "cuda_archs": list(_build_info.cuda_archs),
         "cuda_built": _build_info.cuda_built,
         "cpu_isa_compiled": list(_build_info.cpu_isa_compiled),
-        "cpu_isa_selected": _build_info.cpu_isa_selected(),
     }
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that native CPU code takes now; None when the extension is not built.
+
+    Raises:
+        SettingError: ``LOSA_CPU_ISA`` has a value that is not allowed.
+    """
+    try:
+        from . import _build_info
+    except ImportError:
+        return None
+    settings.CPU_ISA()  # a bad value is this error, not one of native code
+    return _build_info.cpu_isa_selected()
 
 
 def built_for(capability: tuple[int, int]) -> bool:
@@ -113,10 +122,17 @@ def built_for(capability: tuple[int, int]) -> bool:
 
 
 def status() -> dict[str, str]:
-    """One line per native library: "loaded (...)" or "not loaded: why"."""
+    """One line per native library: "loaded (...)" or "not loaded: why".
+
+    A bad ``LOSA_CPU_ISA`` is shown, not raised.
+    """
     info = build_info() or {}
+    try:
+        isa = f"instruction set {cpu_isa()}"
+    except settings.SettingError as error:
+        isa = str(error)
     details = {
-        "cpu": f"instruction set {info.get('cpu_isa_selected')}",
+        "cpu": isa,
         "cuda": f"CUDA {info.get('cuda')}, archs {', '.join(info.get('cuda_archs', ()))}",
     }
     return {

@@ -14,6 +14,11 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which ops of ``dtype`` compute and add up: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def all_finite(tensor: Tensor) -> bool:
     """In one pass and without a temporary of the tensor's size: extremes carry nan and inf along."""
     if tensor.element_size() == 1:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
+from losa_kernels.tensors import wide_dtype
 
 MAX_SAMPLES = 256
 
@@ -37,7 +38,7 @@ def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
     samples = features.shape[-2]
     if not 2 <= samples <= MAX_SAMPLES:
         raise ValueError(f"features: expected 2..{MAX_SAMPLES} samples, got {samples}")
-    expected, wide = _shape(features), _wide(features)
+    expected, wide = _shape(features), wide_dtype(features.dtype)
     if out is not None:
         arguments.written_to("out", arguments.tensor("out", out))
     if out is not None and (tuple(out.shape) != expected or out.dtype != wide or out.device != features.device):
@@ -54,7 +55,7 @@ def _gram(features: Tensor, before: Tensor | None) -> Tensor:
     run = dispatch.implementation("gram", features.device)
     with torch.autocast(features.device.type, enabled=False):
         total = run(features if features.dim() == 3 else features[None]).view(_shape(features))
-    result = (total if before is None else total + before).to(_wide(features))
+    result = (total if before is None else total + before).to(wide_dtype(features.dtype))
     if not torch.isfinite(result).all():
         raise ValueError(_what_is_not_finite(features))
     return result
@@ -64,12 +65,8 @@ def _shape(features: Tensor) -> tuple[int, ...]:
     return (*features.shape[:-1], features.shape[-2])
 
 
-def _wide(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
 def _what_is_not_finite(features: Tensor) -> str:
-    places = (~torch.isfinite(features.to(_wide(features)))).nonzero()  # of dtypes of 8 bits too
+    places = (~torch.isfinite(features.to(wide_dtype(features.dtype)))).nonzero()  # of dtypes of 8 bits too
     if len(places) == 0:
         return "features: too large: their squares, or the values of out, are not finite"
     *layer, sample, column = places[0].tolist()
@@ -118,7 +115,7 @@ _similarity_op = torch.library.custom_op("losa::cka_similarity", _similarity, mu
 
 @_gram_op.register_fake
 def _(features, before):
-    return features.new_empty(_shape(features), dtype=_wide(features))
+    return features.new_empty(_shape(features), dtype=wide_dtype(features.dtype))
 
 
 @_similarity_op.register_fake

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losa_kernels.tensors import wide_dtype
+
 CHUNK = 1 << 12  # columns at a time: they stay in cache, and fp32 sums stay short
 
 
 def gram(features: Tensor) -> Tensor:
     """features (L, n, p) -> (L, n, n) fp64."""
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(features.dtype)
     count, samples, _ = features.shape
     total = torch.zeros(count, samples, samples, dtype=torch.float64, device=features.device)
     for matrix, accumulated in zip(features, total, strict=True):

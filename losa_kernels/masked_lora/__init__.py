@@ -12,6 +12,7 @@ from torch import Tensor
 from losa_kernels import arguments, dispatch
 from losa_kernels.bitmask import check_packed
 from losa_kernels.masked_lora.layer import Layer
+from losa_kernels.tensors import wide_dtype
 
 MAX_RANK = 128
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,7 +102,7 @@ def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, 
         if tensor.device != weight.device:
             raise ValueError(f"{name}: expected on {weight.device} as weight, got {tensor.device}")
     scaling = arguments.number("scaling", scaling)
-    largest = torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).max
+    largest = torch.finfo(wide_dtype(weight.dtype)).max
     if not abs(scaling) <= largest:
         raise ValueError(f"scaling: expected a finite number up to {largest:g}, got {scaling}")
     return scaling
@@ -140,13 +141,13 @@ def _autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _run(op: str, device: torch.device, *arguments):
+def _run(op: str, device: torch.device, *inputs):
     """The implementation for the device, with autocast off: it would round W + s B A and G to low precision."""
     run = dispatch.implementation(op, device)
     if _autocast_is_on(device.type):
         with torch.autocast(device.type, enabled=False):
-            return run(*arguments)
-    return run(*arguments)
+            return run(*inputs)
+    return run(*inputs)
 
 
 def _forward(
@@ -227,11 +228,10 @@ def _(x, weight, mask, lora_A, lora_B, scaling, bias, dropout_p, seed):
 
 @_backward_op.register_fake
 def _(grad_y, x, weight, mask, lora_A, lora_B, scaling, dropout_p, seed, needs):
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     like = (
         grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1]),
         lora_A.new_empty(lora_A.shape),
         lora_B.new_empty(lora_B.shape),
-        grad_y.new_empty(weight.shape[0], dtype=wide),
+        grad_y.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype)),
     )
     return [grad for grad, needed in zip(like, needs, strict=True) if needed]

@@ -22,9 +22,9 @@ TOKENS = 1024  # at a time, at most: their sums stay in cache
 ELEMENTS = 1 << 22  # of kept memory for the tokens' layout
 
 
-def pays(product: torch.dtype, tokens: int, weight: Tensor, mask: Tensor | None) -> bool:
-    """Whether these products run sparse: fp32 ones, of enough tokens, by an explicit mask with enough zeros."""
-    if product != torch.float32 or mask is None or tokens < FEWEST_TOKENS:
+def pays(product: torch.dtype, tokens: int, weight: Tensor, mask: Tensor) -> bool:
+    """Whether these products run sparse: fp32 ones, of enough tokens, by a mask with enough zeros."""
+    if product != torch.float32 or tokens < FEWEST_TOKENS:
         return False
     pruned = torch.ops.losa.pruned_per_block.default(mask, weight.shape[1], COUNTED_COLUMNS)
     return weight.numel() - int(pruned.sum()) <= MOST_KEPT * weight.numel()
@@ -49,7 +49,10 @@ def backward(
     dA: Tensor | None,
     dB: Tensor | None,
 ) -> None:
-    """Fills dx (tokens, in) with dY W_eff, adds B^T (M * G) to dA and (M * G) A^T to dB, where these are not None."""
+    """Fills dx (tokens, in) with dY W_eff, adds sB^T (M * G) to dA and (M * G) A^T to dB, where these are not None.
+
+    All fp32: dy (tokens, out), x (tokens, in), A and dA (r, in), sB and dB (out, r).
+    """
     for part in _parts(len(dy), dy.shape[1] + A.shape[1]):
         dy_passes = _split("gradient tokens", dy[part])
         if dx is not None:

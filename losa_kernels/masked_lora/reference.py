@@ -7,11 +7,7 @@ from torch import Tensor
 
 from losa_kernels.bitmask import unpack_mask
 from losa_kernels.masked_lora.layer import Layer
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of W + s B A and of sums: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from losa_kernels.tensors import wide_dtype
 
 
 def kept(layer: Layer) -> Tensor:
@@ -21,7 +17,7 @@ def kept(layer: Layer) -> Tensor:
 
 def effective_weight(layer: Layer) -> Tensor:
     """M * (W + s B A) in fp32 (fp64 for fp64 input), a new tensor; +0.0 wherever the mask prunes."""
-    wide = accumulator(layer.weight.dtype)
+    wide = wide_dtype(layer.weight.dtype)
     # B is scaled before the product: scaling the product would hide its NaN where the scaling is 0.
     composed = torch.addmm(layer.weight.to(wide), layer.scaled_B(wide), layer.lora_A.to(wide))
     return composed.masked_fill_(~kept(layer), 0)
@@ -42,7 +38,7 @@ def dropout_keep(x: Tensor, p: float, seed: int) -> Tensor:
 
 def _split_weights(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Base M * W and adapter M * (s B A), each rounded once to the product's dtype."""
-    pruned, wide = ~kept(layer), accumulator(layer.weight.dtype)
+    pruned, wide = ~kept(layer), wide_dtype(layer.weight.dtype)
     product = layer.lora_B.to(wide) @ layer.lora_A.to(wide)
     adapter = (layer.scaling * product).masked_fill_(pruned, 0).to(dtype)
     return layer.weight.masked_fill(pruned, 0).to(dtype), adapter
@@ -71,7 +67,7 @@ def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed
 def backward(
     grad_y: Tensor, x: Tensor | None, layer: Layer, dropout_p: float, seed: int, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in ``accumulator(layer.weight.dtype)``.
+    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in ``wide_dtype(layer.weight.dtype)``.
 
     ``needs`` says which of the four are wanted; the remaining ones are None.
 
@@ -80,7 +76,7 @@ def backward(
     """
     needs_x, needs_A, needs_B, needs_bias = needs
     (out_features, in_features), dtype = layer.weight.shape, grad_y.dtype
-    wide = accumulator(layer.weight.dtype)
+    wide = wide_dtype(layer.weight.dtype)
     dy = grad_y.reshape(-1, out_features)
     keep = dropout_keep(dy.new_empty(dy.shape[0], in_features), dropout_p, seed) if dropout_p > 0 else None
     dx = dA = dB = dbias = None

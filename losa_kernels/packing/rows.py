@@ -26,13 +26,13 @@ def join_rows(parts: Sequence[Packed]) -> Packed:
     if not isinstance(first, PackedBitmask | PackedNM):
         raise ValueError(f"parts: rows of {type(first).__name__} cannot be joined")
     shape = (sum(p.shape[0] for p in parts), first.shape[1])
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("values", "bitmask")}
+    tensors = [part.tensors() for part in parts]
+    joined: dict[str, Any] = {name: torch.cat([of[name] for of in tensors]) for name in ("values", "bitmask")}
     if isinstance(first, PackedBitmask):
-        starts = torch.tensor([0, *(p.values.numel() for p in parts[:-1])]).cumsum(0).tolist()
-        offsets = [getattr(p, "row_offsets") + start for p, start in zip(parts, starts, strict=True)]  # noqa: B009
+        starts = torch.tensor([0, *(part.values.numel() for part in parts[:-1])]).cumsum(0).tolist()
+        offsets = [of["row_offsets"] + start for of, start in zip(tensors, starts, strict=True)]
         joined["row_offsets"] = torch.cat(offsets)
-    fields: dict[str, Any] = {"shape": shape, **joined}
-    return replace(first, **fields)
+    return replace(first, shape=shape, **joined)
 
 
 def take_rows(packed: Packed, start: int, stop: int) -> Packed:
@@ -47,8 +47,8 @@ def take_rows(packed: Packed, start: int, stop: int) -> Packed:
         raise ValueError(f"start, stop: expected 0 <= start <= stop <= {rows}, got {start}, {stop}")
     shape = (stop - start, packed.shape[1])
     if isinstance(packed, PackedNM):
-        rows_of_it = replace(packed, shape=shape, values=packed.values[start:stop], bitmask=packed.bitmask[start:stop])
-        return _part_of(rows_of_it, packed, start)
+        values, bitmask = packed.values[start:stop], packed.bitmask[start:stop]
+        return _part_of(replace(packed, shape=shape, values=values, bitmask=bitmask), packed, start)
     if not isinstance(packed, PackedBitmask):
         raise ValueError(f"packed: rows of {type(packed).__name__} do not stand alone")
     edges = [int(packed.row_offsets[row]) if row < rows else packed.values.numel() for row in (start, stop)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from losa_kernels import arguments
@@ -31,8 +30,3 @@ def check_problem(
     if mask is not None:
         check_packed(mask, weight)
     return sparsity, keep_n, m
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What a tensor's values are computed in: fp32, fp64 for fp64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

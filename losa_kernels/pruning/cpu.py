@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,11 @@ def _invert_upper_into(upper: Tensor, inverse: Tensor) -> None:
     corner.neg_()
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """``reference.inverse_factor`` with the inverse above."""
-    return reference.inverse_factor(hessian, damping, invert_upper)
+def inverse_factors(
+    hessians: Sequence[Tensor], damping: float
+) -> list[tuple[Tensor, float] | reference.SingularHessianError]:
+    """``reference.inverse_factors`` with the inverse above."""
+    return reference.inverse_factors(hessians, damping, invert_upper)
 
 
 def column_sweep(

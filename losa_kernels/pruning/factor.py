@@ -120,19 +120,11 @@ def _blocked(work: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
     return factor.triu_(), failed
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor U of the damped H^-1 = U^T U, and the damping used, as ``reference.inverse_factor``."""
-    (found,) = inverse_factors([hessian], damping)
-    if isinstance(found, SingularHessianError):
-        raise found
-    return found
-
-
 def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor, float] | SingularHessianError]:
-    """``inverse_factor`` of each (n, n) CUDA Hessian, or its error; several at a time, each with a damping of its own.
+    """``reference.inverse_factor`` of each (n, n) CUDA Hessian, or its error; several at a time.
 
-    The device is asked once for each round of attempts. All Hessians take part in the first round, and the Hessians
-    whose attempt failed take part in the next one.
+    Each Hessian has a damping of its own. The device is asked once for each round of attempts. All Hessians take part
+    in the first round, and the Hessians whose attempt failed take part in the next one.
     """
     results: list = [None] * len(hessians)
     waiting = [(index, damping) for index in range(len(hessians))]

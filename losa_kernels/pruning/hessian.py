@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.pruning import factor as factor_on_cuda
-from losa_kernels.pruning.checks import wide_dtype
 from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError
-from losa_kernels.tensors import all_finite
+from losa_kernels.tensors import all_finite, wide_dtype
 
 PANEL = 256  # columns that are multiplied at once; all work below the diagonal is inside such blocks
 TENSOR_CORE_PANEL = 2048  # wide enough to keep tensor cores busy
@@ -122,7 +120,10 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         SingularHessianError: no damping up to 1 makes it positive definite.
     """
     hessian, damping = _check_hessian(hessian), _check_damping(damping)
-    return dispatch.implementation("inverse_factor", hessian.device)(hessian, damping)
+    (found,) = dispatch.implementation("inverse_factors", hessian.device)([hessian], damping)
+    if isinstance(found, SingularHessianError):
+        raise found
+    return found
 
 
 @torch.no_grad()
@@ -140,17 +141,7 @@ def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Te
     devices = {hessian.device for hessian in hessians}
     if len(devices) > 1:
         raise ValueError(f"hessian: expected all on one device, got {', '.join(sorted(map(str, devices)))}")
-    run = dispatch.implementation("inverse_factor", hessians[0].device)
-    if run is factor_on_cuda.inverse_factor:
-        return factor_on_cuda.inverse_factors(hessians, damping)
-    found: list[tuple[Tensor, float] | SingularHessianError] = []
-    for hessian in hessians:
-        try:
-            found.append(run(hessian, damping))
-        except SingularHessianError as error:
-            # Its traceback would keep all Hessians alive.
-            found.append(error.with_traceback(None))
-    return found
+    return dispatch.implementation("inverse_factors", hessians[0].device)(hessians, damping)
 
 
 def _check_hessian(hessian: Tensor) -> Tensor:
@@ -158,7 +149,7 @@ def _check_hessian(hessian: Tensor) -> Tensor:
     arguments.with_data("hessian", arguments.tensor("hessian", hessian))
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
         raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
-    hessian = hessian.to(wide_dtype(hessian))
+    hessian = hessian.to(wide_dtype(hessian.dtype))
     if not all_finite(hessian):
         raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
     return hessian

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from losa_kernels.bitmask import pack_mask, unpack_mask
-from losa_kernels.tensors import all_finite
+from losa_kernels.tensors import all_finite, wide_dtype
 
 MAX_DAMPING = 1.0
 BAD_NORMS, BAD_WEIGHT = 1, 2  # faults of Wanda's arguments, as csrc/cuda/pruning/wanda.cu tells them
@@ -77,7 +77,7 @@ def raise_faults(faults: int) -> None:
 
 def check_values(weight: Tensor, input_norms: Tensor) -> None:
     """ValueError unless the norms, as scores use them, are finite and >= 0 and the weight is finite."""
-    norms = input_norms.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    norms = input_norms.to(wide_dtype(weight.dtype))
     if not all_finite(norms) or bool((norms < 0).any()):
         raise_faults(BAD_NORMS)
     if not all_finite(weight):
@@ -94,7 +94,7 @@ def wanda_mask(
 ) -> Tensor:
     """Score |W_ij| ||X_j||, smallest pruned per row; already pruned entries score below everything."""
     check_values(weight, input_norms)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(weight.dtype)
     rows, columns = weight.shape
     scores = weight.to(wide, copy=True).abs_().mul_(input_norms.to(wide))
     gone = None
@@ -149,6 +149,20 @@ def inverse_factor(
                 return factor, damping
         last, damping = damping, 10 * damping
     raise singular(last)
+
+
+def inverse_factors(
+    hessians: Sequence[Tensor], damping: float, invert: Callable[[Tensor], Tensor] = invert_upper
+) -> list[tuple[Tensor, float] | SingularHessianError]:
+    """:func:`inverse_factor` of each Hessian, or its error."""
+    found: list[tuple[Tensor, float] | SingularHessianError] = []
+    for hessian in hessians:
+        try:
+            found.append(inverse_factor(hessian, damping, invert))
+        except SingularHessianError as error:
+            # Its traceback would keep all Hessians alive.
+            found.append(error.with_traceback(None))
+    return found
 
 
 def column_sweep(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.pruning.checks import check_problem, wide_dtype
+from losa_kernels.pruning.checks import check_problem
 from losa_kernels.pruning.hessian import inverse_factor
 from losa_kernels.pruning.reference import MAX_DAMPING
-from losa_kernels.tensors import all_finite
+from losa_kernels.tensors import all_finite, wide_dtype
 
 
 class SweepResult(NamedTuple):
@@ -76,7 +76,7 @@ def sparsegpt_prune(
         raise ValueError(f"block_size: expected {expected}, got {block_size}")
     # A wider block would be the same one; this one begins at a whole byte of the mask and at a whole group.
     block_size = min(block_size, -(-max(columns, 1) // (8 * (m or 1))) * 8 * (m or 1))
-    wide = wide_dtype(weight)
+    wide = wide_dtype(weight.dtype)
     work = weight.to(wide, copy=True)
     if not all_finite(work):
         raise ValueError("weight: expected finite values, got nan or inf")
@@ -100,7 +100,7 @@ def sparsegpt_prune(
 
 
 def _check_factor(upper: Tensor, hessian: Tensor, weight: Tensor) -> None:
-    columns, wide = weight.shape[1], wide_dtype(weight)
+    columns, wide = weight.shape[1], wide_dtype(weight.dtype)
     if tuple(upper.shape) != (columns, columns) or upper.dtype != wide or upper.device != weight.device:
         raise ValueError(
             f"factor: expected {wide} ({columns}, {columns}) on {weight.device}, "

@@ -18,7 +18,7 @@ from losa_kernels.packing.native import unpack_bitmask
 from losa_kernels.scratch import scratch
 from losa_kernels.sparse_linear import reference
 
-# Rows of x up to which the decode kernels are taken; at most the kernels' own limit of 16.
+# Rows of x up to which csrc/cpu/sparse_linear/ is taken; at most its own limit of 16.
 DECODE_ROWS = 16
 PANEL = 1 << 19  # weights unpacked at a time: 2 MB in fp32, to stay in cache until they are multiplied
 

@@ -28,7 +28,7 @@ from losa_kernels.packing.rows import whole_of
 from losa_kernels.sparse_linear import tiles
 from losa_kernels.sparse_linear.tiles import Tiles
 
-WAYS = ("window", "tiles", "unpack")
+WAYS = settings.SPARSE_LINEAR.values[1:]  # window, tiles, unpack
 BATCHES = (1, 2, 4, 8, 16)  # a measurement holds up to the next of these: the kernels are compiled for them
 FREE = 1 / 8  # of the device's memory
 TILES_MAJOR = 9  # compute capability from which bulk copies bring tiles

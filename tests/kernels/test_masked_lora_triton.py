@@ -33,15 +33,15 @@ from tests.helpers.masked_lora_problems import (
 pytest.importorskip("triton")
 
 from losa_kernels import masked_lora_linear, pack_mask, unpack_mask
+from losa_kernels.dispatch import interpreted
 from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora import triton as lora
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
-from losa_kernels.masked_lora.triton import tuning
 from tests.native.aot import interpreter_problem
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-IN_INTERPRETER = tuning.interpreted()
+IN_INTERPRETER = interpreted()
 interpreter = pytest.mark.skipif(not IN_INTERPRETER, reason="runs within test_in_the_interpreter")
 NEEDS_ALL = [True, True, True, True]
 

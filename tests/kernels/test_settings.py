@@ -97,7 +97,7 @@ def test_texts_are_left_as_they_are(monkeypatch):
 def test_native_code_reads_by_the_same_rules(monkeypatch):
     weight, mask = torch.ones(8, 16), pack_mask(torch.ones(8, 16, dtype=torch.bool))
     monkeypatch.setenv("LOSA_CPU_ISA", " Scalar ")
-    assert native.build_info()["cpu_isa_selected"] == "scalar"
+    assert native.cpu_isa() == "scalar"
     monkeypatch.setenv("LOSA_CPU_ISA", "")
     pack_bitmask(weight, mask)
     monkeypatch.setenv("LOSA_CPU_ISA", "SSE")
@@ -105,7 +105,8 @@ def test_native_code_reads_by_the_same_rules(monkeypatch):
     with pytest.raises(Exception, match=message):
         pack_bitmask(weight, mask)
     with pytest.raises(settings.SettingError, match=message):
-        native.build_info()
+        native.cpu_isa()
+    assert native.status()["losa_cpu"] == f"loaded ({message})"
 
 
 @pytest.mark.subprocess

@@ -34,10 +34,10 @@ def at_the_end(tensor):
     copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=pages * PAGE - size)
     return copy.copy_(tensor.reshape(-1)).view(tensor.shape)
 
-best = native.build_info()["cpu_isa_selected"]
+best = native.cpu_isa()
 for level in ("scalar", "avx2", "avx512"):
     os.environ["LOSA_CPU_ISA"] = level
-    if native.build_info()["cpu_isa_selected"] != level:
+    if native.cpu_isa() != level:
         continue
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, columns, density in ((3, 40, .5), (2, 64, 1), (5, 100, .3), (4, 77, .02), (3, 300, .6), (1, 8, 1)):

@@ -14,7 +14,7 @@ import torch
 from losa_kernels import native
 from losa_kernels.pruning import cuda, graph
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.sweep_problems import problem, same, sweep
+from tests.helpers.sweep_graphs import problem, same, sweep
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 

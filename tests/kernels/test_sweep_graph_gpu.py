@@ -9,7 +9,7 @@ import torch
 
 from losa_kernels import native, sparsegpt_prune
 from losa_kernels.pruning import blocks, cuda, graph
-from tests.helpers.sweep_problems import problem, same, sweep
+from tests.helpers.sweep_graphs import problem, same, sweep
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 

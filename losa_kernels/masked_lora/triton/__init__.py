@@ -1,10 +1,10 @@
 """Masked-LoRA linear on a GPU by Triton; kernels.py and projection.py have the kernels and their reasons.
 
-Two ways, chosen per call by tuning.py (``LOSA_MASKED_LORA`` = ``auto`` | ``fused`` | ``compose``): *fused*, W_eff
-formed in registers and nothing of its size in memory; or *composed*, one kernel writes W_eff, which lives as long as
-the call, and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes
-in slices from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With
-dropout composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
+There are two ways, and tuning.py chooses at every call (``LOSA_MASKED_LORA`` forces one). *Fused*: W_eff is formed in
+registers, and nothing of its size is in memory. *Composed*: one kernel writes W_eff, which lives as long as the call,
+and the vendor's GEMM does the product. The gradients of A and B likewise: G stays in accumulators, or comes in slices
+from the vendor's GEMM, for bf16 layers in bf16 as any weight's gradient does in torch, else in fp32. With dropout
+composing takes two matrices, M * W and M * (s B A), two products and a dropped copy of x.
 
 The dropout mask is a function of (seed, row, column) of its own (``drop_kernel``), not the stream that the reference
 and the CPU draw from torch's generator: a GPU replays a GPU's result, which is not the CPU's bit for bit. The
@@ -59,7 +59,7 @@ def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed
 def backward(
     grad_y: Tensor, x: Tensor | None, layer: Layer, dropout_p: float, seed: int, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32; ``needs`` says which, others are None.
+    """Gradients of x, lora_A and lora_B in their dtypes, and of bias in fp32; ``needs`` says which.
 
     dX = dY W_eff;  with G = dY^T x:  dA = s B^T (M * G), dB = s (M * G) A^T. ``seed``: the forward's. ``x`` may be None
     if neither lora_A nor lora_B needs a gradient.

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from losa_kernels import settings
+from losa_kernels.dispatch import interpreted
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div, next_power_of_2
@@ -321,7 +322,7 @@ def _terms(layer: Layer, dtype: torch.dtype) -> tuple[int, torch.dtype]:
 
 def _low_dtype() -> torch.dtype:
     """bf16 for its exponent; the interpreter computes bf16 wrongly, and its tests stay within fp16's range."""
-    return torch.float16 if tuning.interpreted() else torch.bfloat16
+    return torch.float16 if interpreted() else torch.bfloat16
 
 
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -8,7 +8,6 @@ deterministic mode measures nothing: runs repeat bit for bit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
@@ -17,6 +16,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from losa_kernels import measured, settings
+from losa_kernels.dispatch import interpreted
 
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
@@ -90,11 +90,6 @@ SUM = Tile(16, 256, 0, 4, 1)  # shares at a time x elements
 KEEP = Tile(16, 256, 0, 4, 1)
 # Small enough that tests of a few rows have several programs and ragged edges.
 INTERPRETED = Tile(32, 16, 32, 4, 1)
-
-
-@cache  # Triton reads it once as well
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def architecture(device: torch.device) -> int:
