@@ -77,7 +77,7 @@ def process_index() -> int:
 
 def launched_index() -> int:
     """The number that the launcher gave to this process, for use before the processes have joined."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or "0")
 
 
 def is_main() -> bool:

@@ -146,7 +146,7 @@ def _choose(op: str, device_type: str, forced: str) -> str:
     return _first_that_can(op, device_type, forced)
 
 
-# What torch.compiler.assume_constant_result does, which would import torch.compile's machinery: that takes as long as to
+# torch.compiler.assume_constant_result does this too, and imports torch.compile's machinery, which takes as long as to
 # import torch.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

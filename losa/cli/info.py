@@ -60,11 +60,14 @@ def _described() -> list[str]:
     from losa import __version__
     from losa_kernels import native
 
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "not installed"
-    lines = [f"losa {__version__}, torch {torch.__version__}, Triton {triton}, Python {platform.python_version()}"]
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    line = f"losa {__version__}, torch {torch.__version__}, Triton {version('triton')}, "
+    lines = [f"{line}transformers {version('transformers')}, Python {platform.python_version()}"]
     lines += [f"{library}: {status}" for library, status in native.status().items()]
     if built := native.build_info():
         lines.append(f"built by {built['compiler']} against torch {built['torch_headers']}")
@@ -84,7 +87,8 @@ def _described() -> list[str]:
 
 
 def _settings() -> list[str]:
-    """A line for every environment variable: its value, and whether it is set. A bad value is shown, not raised."""
+    """A line for every environment variable: its value, whether it is set, and who reads it where the package does not.
+    A bad value is shown, not raised."""
     from losa_kernels import settings
 
     rows = []
@@ -93,7 +97,8 @@ def _settings() -> list[str]:
             row = f"{setting.name}={setting.value_text()}"
         except settings.SettingError as error:
             row = str(error)
-        rows.append(f"  {row}{' (set)' if setting.is_set else ''}")
+        notes = ["set"] * setting.is_set + [f"read {setting.read}"] * setting.read.startswith("by ")
+        rows.append(f"  {row} ({', '.join(notes)})" if notes else f"  {row}")
     known = {setting.name for setting in settings.TABLE}
     unknown = sorted(name for name in os.environ if name.startswith("LOSA_") and name not in known)
     rows += [f"  {name}: set, but nothing reads a variable of this name" for name in unknown]

@@ -62,11 +62,11 @@ KERNELS: dict[str, set[str]] = {
     "measured": {"cuda_graphs", "settings"},
     "dispatch": {"native", "settings"},
     "bitmask": {"arguments", "dispatch", "native"},
-    "cka": {"arguments", "dispatch", "native"},
+    "cka": {"arguments", "dispatch", "native", "tensors"},
     "decoder_step": {"arguments", "dispatch", "native"},
     "packing": {"arguments", "bitmask", "dispatch", "native", "tensors"},
     "pruning": {"arguments", "bitmask", "cuda_graphs", "dispatch", "measured", "native", "settings", "tensors"},
-    "masked_lora": {"arguments", "bitmask", "dispatch", "measured", "native", "scratch", "settings"},
+    "masked_lora": {"arguments", "bitmask", "dispatch", "measured", "native", "scratch", "settings", "tensors"},
     "sparse_linear": {
         "arguments",
         "bitmask",

@@ -28,6 +28,7 @@ def test_it_lists_every_setting_with_its_value_and_whether_it_is_set(monkeypatch
     monkeypatch.setenv("LOSA_BACKEND", "")
     monkeypatch.setenv("LOSA_TRAILING", "fast")
     monkeypatch.setenv("LOSA_CPU_ISA", "sse")
+    monkeypatch.setenv("LOSA_CUDA_ARCHS", "90a")
     monkeypatch.setenv("LOSA_TRIALING", "fp32")
     lines = succeed("info").splitlines()
     found = [line.strip() for line in lines[lines.index("settings:") + 1 :]]
@@ -35,6 +36,7 @@ def test_it_lists_every_setting_with_its_value_and_whether_it_is_set(monkeypatch
     assert "LOSA_AUTOTUNE=0 (set)" in found and "LOSA_BACKEND=auto" in found and "LOSA_MASKED_LORA=auto" in found
     assert "LOSA_TRAILING: expected auto, fp32 or 3xtf32, got 'fast' (set)" in found
     assert "LOSA_CPU_ISA: expected auto, scalar, avx2 or avx512, got 'sse' (set)" in found
+    assert "LOSA_CUDA=1 (read by setup.py)" in found and "LOSA_CUDA_ARCHS=90a (set, read by setup.py)" in found
     assert found[-1] == "LOSA_TRIALING: set, but nothing reads a variable of this name"
 
 
