@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def origin(earlier: dict | None = None) -> dict:
     """
     commits = [commit()] if earlier is None else [*earlier.get("commit", "unknown").split(", "), commit()]
     known = ", ".join(dict.fromkeys(name for name in commits if name))
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"losa": __version__, **({"commit": known} if known else {}), "date": date}
 
 

@@ -16,7 +16,8 @@ from tests.helpers import shared
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "emulator"
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLOSA_EMULATOR"]
+# -g1: line numbers for the sanitizers' reports, in three quarters of the time that -g takes.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLOSA_EMULATOR"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 NEEDED = [
     pytest.mark.subprocess,
