@@ -15,7 +15,7 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which ops of ``dtype`` compute and add up: fp32, or fp64 for fp64."""
+    """The dtype in which ops of ``dtype`` compute and add up: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -146,7 +146,7 @@ class _SharedInputs:
     def __init__(self, statistic: type[Statistic], where: str, current_sample: Callable[[], str]):
         self._statistic, self._where, self._current_sample = statistic, where, current_sample
         self._collected: dict[str, Statistic] = {}
-        # By name of a linear: the first linear that was fed by the same input.
+        # By name of a linear: the first linear that was fed the same input.
         self._leader: dict[str, str] = {}
         # Inputs of the present batch, and the linear that was fed first by each of them.
         self._inputs: list[tuple[Tensor, str]] = []

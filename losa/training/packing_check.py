@@ -43,8 +43,8 @@ def packing_checked_once(known: set[Shape]) -> Iterator[None]:
     start anew within a row, as of several texts in one.
 
     Only for forward passes in which the model numbers the positions itself: without position ids, an attention mask and
-    a cache. The answer then depends on the shape alone. Position ids that are given change nothing: transformers looks
-    at them too.
+    a cache. The answer then depends on the shape alone. To give position ids would not save the look:
+    transformers looks at these too.
 
     Args:
         known: shapes that do not start anew; the context adds to them.

@@ -27,7 +27,7 @@ def moment(device: torch.device) -> Any:
 
 
 def seconds_between(began: Any, ended: Any) -> float:
-    """Seconds from one ``moment`` to a later one of the same device, which has come to both."""
+    """Seconds from one ``moment`` to a later one of the same device. The device must have reached both."""
     return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
 
 

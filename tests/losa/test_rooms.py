@@ -174,7 +174,7 @@ def test_losa_kernels_knows_nothing_above_it():
 
 
 class AtImport(ast.NodeTransformer):
-    """Leaves of a module what runs when it is imported: no functions, and nothing for type checkers alone."""
+    """Keeps of a module only what runs when it is imported: no functions, and nothing for type checkers alone."""
 
     def visit_FunctionDef(self, node):
         return None

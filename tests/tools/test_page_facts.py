@@ -30,7 +30,8 @@ def code(page: str) -> list[str]:
 
 def commands(page: str, program: str) -> list[list[str]]:
     """The words of each command of a page that starts ``program``, in fences and in the running text."""
-    fences = re.findall(r"^```(?:bash)?\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    fences = [text for kind, text in blocks if kind in ("", "bash")]
     lines = [line for text in fences for line in text.replace("\\\n", " ").splitlines()]
     # A launcher may stand before the program.
     found = [re.search(rf"(?:^|-m ){program} (.*)", line) for line in (*lines, *code(page))]
