@@ -81,10 +81,11 @@ def main(argv: list[str]) -> int:
 
 def selected(text: str, old: Results, new: Results) -> list[Results]:
     """Of both files what has ``text`` in its line; a row that failed belongs to its timings in the other file."""
-    every = [row for file in (old, new) for row in file.timings]
-    fields = [(row, field) for file in (old, new) for row, timings in file.timings.items() for field in timings]
-    fields += [*old.odd, *new.odd]
-    rows = {row for row in every if text in label(row)} | {row for row, field in fields if text in line(row, field)}
+    rows = set()
+    for file in (old, new):
+        rows |= {row for row in file.timings if text in label(row)}
+        fields = [*file.odd, *((row, field) for row, timings in file.timings.items() for field in timings)]
+        rows |= {row for row, field in fields if text in line(row, field)}
     return [
         Results(
             file.document,
@@ -133,8 +134,8 @@ def unmatched(old: Results, new: Results, limit: int | None = None) -> Iterable[
         if lines:
             yield f"\n{title}: {len(lines)}"
             yield from (f"  {text}" for text in lines[:limit])
-            if left_out := len(lines[limit:]) if limit else 0:
-                yield f"  and {left_out} more"
+            if limit is not None and len(lines) > limit:
+                yield f"  and {len(lines) - limit} more"
 
     for name, one, other in (("old", old, new), ("new", new, old)):
         yield from listed(f"rows only in {name}", [label(row) for row in one.timings if row not in other.timings])

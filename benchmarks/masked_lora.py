@@ -34,6 +34,7 @@ from benchmarks._lora_baselines import (
 from benchmarks._problems import DTYPES, ONLY_THESE_SHAPES, SHAPES, shape_name, sizes, wrong_kernel
 from benchmarks._results import parser, report
 from benchmarks._timing import host_seconds, interleaved, medians, peak_bytes, product_rate, rotation, setting
+from losa_kernels import settings
 from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora.layer import Layer
 
@@ -47,7 +48,7 @@ RAISED = {
 # On a CPU the larger ranks and dropout are measured on one small and one large shape. On a GPU the baselines that start
 # slowly (PEFT, torch.compile, all forms of eager code but one) are measured on one shape, at the first rank.
 SHOWN = {"cpu": {(1536, 576, 2048), (4096, 4096, 512)}, "cuda": {(4096, 4096, 4096)}}
-WAYS = ("fused", "compose")  # of LOSA_MASKED_LORA
+WAYS = settings.MASKED_LORA.values[1:]  # fused, compose
 
 
 def main(argv: list[str]) -> int:

@@ -19,12 +19,12 @@ from benchmarks._problems import shape_name, wrong_kernel
 from benchmarks._results import parser, rows
 from benchmarks._sparse import add_options, copies, kept_mask, pack, run_slices
 from benchmarks._timing import interleaved, setting
-from losa_kernels import pack_bitmask, pack_mask, sparse_linear
+from losa_kernels import pack_bitmask, pack_mask, settings, sparse_linear
 from losa_kernels.timing import copy_bandwidth
 
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 4, 8, 16)}
 BASELINES = ("dense fp32", "dense bf16", "MKL CSR")
-WAYS = ("window", "tiles", "unpack")  # of LOSA_SPARSE_LINEAR
+WAYS = settings.SPARSE_LINEAR.values[1:]  # window, tiles, unpack
 
 
 def main(argv: list[str]) -> int:

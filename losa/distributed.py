@@ -94,9 +94,8 @@ def from_rank_zero(tensor: Tensor) -> Tensor:
     that is alone gets its own tensor back."""
     if process_count() == 1:
         return tensor
-    shared = tensor.clone(memory_format=torch.contiguous_format)
-    if dist.get_backend() == "nccl":
-        shared = shared.cuda()
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
+    shared = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
     dist.broadcast(shared, 0)
     return shared.to(tensor.device)
 

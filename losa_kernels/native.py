@@ -11,6 +11,7 @@ import hashlib
 import logging
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,11 +56,17 @@ def _outdated() -> bool:
     """Whether the libraries lie in a checkout whose operators are not the libraries' operators."""
     if not SCHEMAS.exists():
         return False
+    built = _extension()
+    return built is None or built.schemas != hashlib.sha256(SCHEMAS.read_bytes()).hexdigest()
+
+
+def _extension() -> Any:
+    """The module that tells about the build; None when it is not built."""
     try:
-        from ._build_info import schemas
+        from . import _build_info
     except ImportError:
-        return True
-    return schemas != hashlib.sha256(SCHEMAS.read_bytes()).hexdigest()
+        return None
+    return _build_info
 
 
 for _backend in LIBRARIES:
@@ -77,19 +84,18 @@ def build_info() -> dict | None:
     Keys: version, torch_headers, torch_target, compiler, cuda (compiler version or None), cuda_archs, cuda_built,
     cpu_isa_compiled.
     """
-    try:
-        from . import _build_info
-    except ImportError:
+    built = _extension()
+    if built is None:
         return None
     return {
-        "version": _build_info.version,
-        "torch_headers": _build_info.torch_headers,
-        "torch_target": _build_info.torch_target,
-        "compiler": _build_info.compiler,
-        "cuda": _build_info.cuda,
-        "cuda_archs": list(_build_info.cuda_archs),
-        "cuda_built": _build_info.cuda_built,
-        "cpu_isa_compiled": list(_build_info.cpu_isa_compiled),
+        "version": built.version,
+        "torch_headers": built.torch_headers,
+        "torch_target": built.torch_target,
+        "compiler": built.compiler,
+        "cuda": built.cuda,
+        "cuda_archs": list(built.cuda_archs),
+        "cuda_built": built.cuda_built,
+        "cpu_isa_compiled": list(built.cpu_isa_compiled),
     }
 
 
@@ -99,12 +105,11 @@ def cpu_isa() -> str | None:
     Raises:
         SettingError: ``LOSA_CPU_ISA`` has a value that is not allowed.
     """
-    try:
-        from . import _build_info
-    except ImportError:
+    built = _extension()
+    if built is None:
         return None
     settings.CPU_ISA()  # a bad value is this error, not one of native code
-    return _build_info.cpu_isa_selected()
+    return built.cpu_isa_selected()
 
 
 def built_for(capability: tuple[int, int]) -> bool:

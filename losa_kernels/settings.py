@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -22,6 +23,8 @@ Value = TypeVar("Value")
 
 EVERY_CALL = "at every call; in a graph of torch.compile, when it is compiled"
 FIRST_CALL = "once, at the first call that it concerns"
+# Who reads what the package itself does not.
+SETUP, GPU_COMMAND, TESTS = BY_OTHERS = "by setup.py", "by tools/gpu.py", "by the tests"
 ON, OFF = ("1", "on", "true", "yes"), ("0", "off", "false", "no")
 
 
@@ -30,7 +33,7 @@ class SettingError(ValueError):
 
 
 @dataclass(frozen=True)
-class Setting(Generic[Value]):
+class Setting(ABC, Generic[Value]):
     """One environment variable.
 
     Attributes:
@@ -60,9 +63,9 @@ class Setting(Generic[Value]):
         return bool(os.environ.get(self.name, "").strip())
 
     @property
+    @abstractmethod
     def expected(self) -> str:
         """The allowed values, in words."""
-        raise NotImplementedError
 
     @property
     def default_text(self) -> str:
@@ -72,9 +75,9 @@ class Setting(Generic[Value]):
         """The value now as a user would write it. SettingError where it is not allowed."""
         return self._text(self())
 
+    @abstractmethod
     def _parse(self, text: str) -> Value | None:
         """The value of a text without spaces around it; None where it is not allowed."""
-        raise NotImplementedError
 
     def _text(self, value: Value) -> str:
         return str(value)
@@ -237,28 +240,28 @@ DEBUG = Switch(
     "Whether the command line shows tracebacks and logs what it does, as with `--debug`.",
     "when a command starts or fails",
 )
-NO_EXT = Switch("LOSA_NO_EXT", False, "Whether to install without native code: Python and Triton alone.", "by setup.py")
-CUDA = Switch("LOSA_CUDA", True, "Whether to build the CUDA half where a CUDA compiler is found.", "by setup.py")
+NO_EXT = Switch("LOSA_NO_EXT", False, "Whether to install without native code: Python and Triton alone.", SETUP)
+CUDA = Switch("LOSA_CUDA", True, "Whether to build the CUDA half where a CUDA compiler is found.", SETUP)
 CUDA_ARCHS = Text(
     "LOSA_CUDA_ARCHS",
     "",
     "The GPU architectures to build for. Where it is not set, TORCH_CUDA_ARCH_LIST decides, and without that 80;90a.",
-    "by setup.py",
+    SETUP,
     kind='a list such as "80;90a"',
 )
-GPU_MINUTES = Number("LOSA_GPU_MINUTES", 8, "How long all steps of `make gpu` together may take.", "by tools/gpu.py")
+GPU_MINUTES = Number("LOSA_GPU_MINUTES", 8, "How long all steps of `make gpu` together may take.", GPU_COMMAND)
 FAILED_TESTS = Text(
     "LOSA_FAILED_TESTS",
     "",
     "A file that gets the names of failed tests while the other tests still run.",
-    "by the tests",
+    TESTS,
     kind="a path",
 )
 TEST_RUN = Text(
     "LOSA_TEST_RUN",
     "",
     "The folder that the processes of one test run share; the tests set it themselves.",
-    "by the tests",
+    TESTS,
     kind="a path",
 )
 

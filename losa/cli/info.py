@@ -97,7 +97,9 @@ def _settings() -> list[str]:
             row = f"{setting.name}={setting.value_text()}"
         except settings.SettingError as error:
             row = str(error)
-        notes = ["set"] * setting.is_set + [f"read {setting.read}"] * setting.read.startswith("by ")
+        notes = ["set"] if setting.is_set else []
+        if setting.read in settings.BY_OTHERS:
+            notes.append(f"read {setting.read}")
         rows.append(f"  {row} ({', '.join(notes)})" if notes else f"  {row}")
     known = {setting.name for setting in settings.TABLE}
     unknown = sorted(name for name in os.environ if name.startswith("LOSA_") and name not in known)

@@ -77,6 +77,7 @@ class LeanDecoder:
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
             _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm])
         except (AttributeError, NotImplementedError, ModelError) as error:
+            # transformers raises NotImplementedError for a model without input embeddings.
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None
         self.logits: Any = None  # a tensor from the first call on

@@ -166,6 +166,7 @@ def torch_device(device: str) -> torch.device:
         # Reading a number back shows that the device computes; tensors on meta hold no numbers.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch raises all three: no such kind, a build without it, a backend that lacks the operator.
         raise ModelError(f"device {device!r}: not available here ({reason(error)})") from error
     if torch.device(device).type == "meta":
         raise ModelError("device 'meta': holds no numbers; expected auto, cpu, cuda or another kind that computes")

@@ -83,7 +83,7 @@ class Pruner:
         Raises:
             NumericsError, ValueError: values that the method cannot work on.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # not abstract: a pruner of whole blocks has prune_block alone
 
     def prune_block(
         self,

@@ -267,7 +267,7 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.training import break_training, adapters, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import adapters, sequences, trainer, wrapped_llama
 
 model = wrapped_llama(torch.float64)
 run = trainer(model, Path(sys.argv[1]), total=22, batch_size=2, gradient_accumulation=2, learning_rate=1e-2)
