@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from losa.distributed import from_rank_zero
+from losa.distributed.collectives import from_rank_zero
 from losa.errors import NumericsError
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners.base import Pattern, Pruned, Pruner

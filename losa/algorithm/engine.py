@@ -21,7 +21,7 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
-from losa.distributed import from_rank_zero
+from losa.distributed.collectives import from_rank_zero
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks

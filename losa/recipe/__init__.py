@@ -5,7 +5,9 @@ from losa.recipe.reading import data_source, load_recipe, override, parse_recipe
 from losa.recipe.sections import (
     AllocationConfig,
     CalibrationConfig,
+    CheckpointConfig,
     DataSource,
+    DistributedConfig,
     EvaluateConfig,
     LoraConfig,
     PruneConfig,
@@ -22,7 +24,9 @@ from losa.recipe.sections import (
 __all__ = [
     "AllocationConfig",
     "CalibrationConfig",
+    "CheckpointConfig",
     "DataSource",
+    "DistributedConfig",
     "EvaluateConfig",
     "LoraConfig",
     "METHODS",

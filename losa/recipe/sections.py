@@ -203,6 +203,36 @@ class TrainConfig(Section):
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
 
 
+class DistributedConfig(Section):
+    """How several processes share a run. One process that holds its model whole needs no settings."""
+
+    mode: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="ddp: every process has the whole model; fsdp: all hold one together; hsdp: shard_size hold "
+        "one together; auto: ddp where the model fits, else fsdp",
+    )
+    shard_size: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="processes that hold one copy (hsdp); default: those of one machine"
+    )
+    cpu_offload: bool = Field(False, description="shards wait in host memory (fsdp, hsdp)")
+    reshard_after_forward: bool = Field(
+        True, description="drop a block's weights between its forward and backward pass (fsdp, hsdp)"
+    )
+    activation_checkpointing: bool | None = Field(
+        None, description="train.activation_checkpointing of a sharded model; default: as there"
+    )
+    timeout: float = Field(1800, ge=10, le=86400, description="seconds without progress after which a run ends")
+
+
+class CheckpointConfig(Section):
+    """How often a run saves what it can go on from. The end of each round is always saved."""
+
+    every_steps: int | None = Field(None, ge=1, le=MAX_COUNT, description="training steps between saves")
+    every_minutes: float | None = Field(15, gt=0, description="minutes of training between saves; null: never")
+    keep: int = Field(2, ge=1, le=1000, description="how many saves are kept")
+    asynchronous: bool = Field(True, description="go on training while a save is written")
+
+
 class EvaluateConfig(Section):
     """Perplexity on held-out text, in windows that do not overlap."""
 
@@ -276,6 +306,8 @@ class Recipe(Section):
     calibration: CalibrationConfig
     train: TrainConfig | None = None
     evaluate: EvaluateConfig | None = None
+    distributed: DistributedConfig = DistributedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def methods(self) -> dict[MethodName, Method]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round
 from losa.data.sequences import PackedData
-from losa.distributed import check_agreement, on_main, process_count
+from losa.distributed.processes import check_agreement, on_main, process_count
 from losa.errors import OutputError, RecipeError
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear

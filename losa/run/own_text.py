@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from losa.data.splitting import named_parts, split
-from losa.distributed import launched_index
+from losa.distributed.processes import launched_index
 from losa.errors import RecipeError
 
 # The sections of a recipe that read text, by the part of the user's text that they get.

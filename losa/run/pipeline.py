@@ -18,7 +18,8 @@ from torch import nn
 import losa_kernels
 from losa import __version__
 from losa.algorithm.stream import BlockStream
-from losa.distributed import check_agreement, is_main, on_main, start_processes
+from losa.distributed.launch import start_processes
+from losa.distributed.processes import check_agreement, is_main, on_main
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model
 from losa.model.wrapping import sparsity_of

@@ -174,7 +174,8 @@ def _result_file(work: Path, method: str) -> Path:
 def _belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> dict:
     """What a method's rounds and result depend on. Left out are the place of the output, the other methods, and
     settings that this method does not read or that change no number."""
-    left: dict = {"output": True, "method": True, "compare": True, "train": {"tensorboard", "activation_checkpointing"}}
+    left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint"), True)
+    left["train"] = {"tensorboard", "activation_checkpointing"}
     if METHODS[method].dynamic:
         left["lora"] = {"rank"}
     else:

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED, PackedData
-from losa.distributed import check_kind, is_main, process_count, process_index, sum_over_processes
+from losa.distributed.collectives import sum_over_processes
+from losa.distributed.launch import check_kind
+from losa.distributed.processes import is_main, process_count, process_index
 from losa.recipe.sections import TrainConfig
 from losa.training.loss import TokenLoss, label_positions
 from losa.training.metrics import Metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from losa import distributed
+from losa.distributed import processes
 from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
 from losa.run import pipeline
@@ -24,7 +24,9 @@ WORKER = """
 import json, os, sys, time
 import torch
 import torch.distributed as dist
-from losa.distributed import check_agreement, from_rank_zero, on_main, process_index, start_processes
+from losa.distributed.collectives import from_rank_zero
+from losa.distributed.launch import start_processes
+from losa.distributed.processes import check_agreement, on_main, process_index
 from losa.errors import LosaError
 from losa.algorithm.engine import Engine
 from losa.recipe import parse_recipe
@@ -134,7 +136,7 @@ class Store:
 
 def test_the_main_process_is_gone():
     with pytest.raises(LosaError, match="the main process ended before its work was done"):
-        distributed._wait(Store(3), "key")
+        processes._wait(Store(3), "key")
 
 
 @pytest.mark.parametrize(

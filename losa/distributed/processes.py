@@ -1,0 +1,124 @@
+"""Which process this is, what the main process does for all, and whether all have the same."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from losa.errors import LosaError, OutputError
+
+# Seconds between two looks at whether the main process is done.
+_POLL = 0.05
+
+_T = TypeVar("_T")
+_calls = itertools.count()
+
+
+def joined() -> bool:
+    """Whether the processes have joined. A process that is alone has not, unless it holds its model in shards."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def process_count() -> int:
+    """How many processes have joined; 1 without torch.distributed."""
+    return dist.get_world_size() if joined() else 1
+
+
+def process_index() -> int:
+    """This process's number, from 0; 0 before the processes have joined."""
+    return dist.get_rank() if joined() else 0
+
+
+def launched_index() -> int:
+    """The number that the launcher gave to this process, for use before the processes have joined."""
+    return int(os.environ.get("RANK") or "0")
+
+
+def launched_count() -> int:
+    """How many processes the launcher started, for use before the processes have joined."""
+    return int(os.environ.get("WORLD_SIZE") or "1")
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks to the user."""
+    return process_index() == 0
+
+
+def on_main(work: Callable[[], _T]) -> _T:
+    """Run ``work`` in the main process and return its result in every process.
+
+    The other processes look into the processes' key-value store, without a collective: they may wait for hours, where
+    a barrier would give up after its time limit, and they learn at once that the main process failed or is gone.
+
+    Args:
+        work: its result can be pickled.
+
+    Raises:
+        LosaError: in the other processes, when ``work`` failed in the main process. The main process raises the error
+            of ``work`` itself.
+    """
+    if process_count() == 1:
+        return work()
+    store: Any = dist.distributed_c10d._get_default_store()
+    key = f"losa/{next(_calls)}"
+    if not is_main():
+        return _wait(store, key)
+    try:
+        result = work()
+    except BaseException:
+        store.set(key, pickle.dumps((False, None)))
+        raise
+    store.set(key, pickle.dumps((True, result)))
+    return result
+
+
+def _wait(store, key: str):
+    try:
+        while not store.check([key]):
+            time.sleep(_POLL)
+        done, result = pickle.loads(store.get(key))
+    except RuntimeError as error:  # the store went with the process that held it
+        raise LosaError("the main process ended before its work was done; its own message says why") from error
+    if not done:
+        raise LosaError("the main process failed; its own message says why")
+    return result
+
+
+def from_everyone(value: Any) -> list[Any]:
+    """Every process's ``value``, in the order of the processes; it can be pickled."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
+_control: list[Any] = []
+
+
+def control_group() -> Any:
+    """The processes' group for small messages between hosts: it works in host memory, whatever the model's device."""
+    if not _control:
+        _control.append(dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+    return _control[0]
+
+
+def check_agreement(what: str, value: str) -> None:
+    """Make sure that every process has the same ``value``.
+
+    Raises:
+        OutputError: in every process; names two that differ and what each has.
+    """
+    values = from_everyone(value)
+    other = next((i for i, found in enumerate(values) if found != values[0]), None)
+    if other is not None:
+        raise OutputError(
+            f"{what}: process 0 has {values[0]}, process {other} has {values[other]}; the processes must read the same "
+            "files, so inputs and output belong on a file system that all of them share"
+        )

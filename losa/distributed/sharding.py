@@ -1,0 +1,221 @@
+"""A model that several processes hold together: each holds some rows of every parameter, as DTensors.
+
+Whoever needs whole parameters enters ``gathered`` for a module, such as a decoder block, or ``gathered_calls`` for
+forward passes of the whole model. Both do nothing to a model that is not sharded, so that nobody has to ask.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from losa.distributed.processes import process_count
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How parameters are held: by rows (dimension 0) along the last dimension of ``mesh``, and alike along a first
+    dimension, where there is one. ``offload``: the rows wait in host memory and are whole on the mesh's device only.
+
+    Rows are dealt out as ``torch.chunk`` deals them: all processes get the same number but for the last ones, which may
+    get fewer or none.
+    """
+
+    mesh: DeviceMesh
+    offload: bool = False
+
+    @classmethod
+    def of(cls, parameter: DTensor) -> Sharding:
+        """The sharding of a parameter."""
+        mesh = parameter.device_mesh
+        return cls(mesh, offload=parameter.to_local().device.type != mesh.device_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Where whole parameters are."""
+        kind = self.mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+    @property
+    def placements(self) -> list[Replicate | Shard]:
+        return [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
+
+    def rows(self, count: int) -> range:
+        """Which of ``count`` rows this process holds."""
+        chunk = -(-count // self.mesh.size(self.mesh.ndim - 1))
+        first = self.mesh.get_local_rank(self.mesh.ndim - 1) * chunk
+        return range(min(first, count), min(first + chunk, count))
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
+        """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
+        rows = rows.to("cpu" if self.offload else self.device)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+    def shard(self, whole: Tensor) -> DTensor:
+        """This process's rows of a tensor that every process has, in memory of their own."""
+        rows = self.rows(len(whole))
+        return self.from_rows(whole.detach()[rows.start : rows.stop].clone(), whole.shape)
+
+
+def make_sharding(device: torch.device, shard_size: int | None = None, offload: bool = False) -> Sharding:
+    """The sharding of all processes that have joined.
+
+    Args:
+        device: what the processes compute on.
+        shard_size: processes that hold one copy of the model together; it divides the number of processes. Default:
+            all of them.
+    """
+    size = shard_size or process_count()
+    copies = process_count() // size
+    shape, names = ((copies, size), ("replicate", "shard")) if copies > 1 else ((size,), ("shard",))
+    return Sharding(init_device_mesh(device.type, shape, mesh_dim_names=names), offload)
+
+
+def sharding_of(module: nn.Module) -> Sharding | None:
+    """How a module's parameters are held; None: every process has them whole."""
+    first = next((p for p in module.parameters() if isinstance(p, DTensor)), None)
+    return None if first is None else Sharding.of(first)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module computes on."""
+    sharding = sharding_of(module)
+    return next(module.parameters()).device if sharding is None else sharding.device
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its rows, on the device of its sharding; a tensor that is not sharded is returned as it is.
+    All processes call it together."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    sharding, rows = Sharding.of(tensor), tensor.to_local().detach()
+    if sharding.offload:
+        tensor = Sharding(sharding.mesh).from_rows(rows, tensor.shape)
+    return tensor.detach().full_tensor()
+
+
+def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of ``count`` over all rows of a tensor, from its value for the rows of each process.
+
+    Args:
+        count: gives a tensor of one shape and dtype, for any number of rows.
+    """
+    if not isinstance(tensor, DTensor):
+        return count(tensor)
+    sharding = Sharding.of(tensor)
+    part = count(tensor.to_local()).to(sharding.device)
+    placements = [*[Replicate()] * (sharding.mesh.ndim - 1), Partial()]
+    return DTensor.from_local(part, sharding.mesh, placements, run_check=False).full_tensor()
+
+
+def shard_module(module: nn.Module, sharding: Sharding) -> None:
+    """Give every process its rows of all parameters of ``module``, which it has whole, in place."""
+    _put_rows(list(module.modules()), sharding, {})
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within the context all parameters of ``module`` are whole. All processes enter and leave it together.
+
+    At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too.
+    A parameter counts as changed if it is another object, has other memory, or was written to by an operation that
+    autograd counts (which excludes operations on its ``.data``).
+    """
+    with _gathered(list(module.modules())):
+        yield
+
+
+@contextmanager
+def gathered_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context ``model`` can run without gradients: each of ``blocks`` is whole while it runs, and all
+    parameters outside of them are whole throughout. All processes make the same calls."""
+    if sharding_of(model) is None:
+        yield
+        return
+    blocks = list(blocks)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    with ExitStack() as stack:
+        stack.enter_context(_gathered([module for module in model.modules() if id(module) not in inside]))
+        for block in blocks:
+            held = stack.enter_context(ExitStack())
+
+            def enter(module, args, held=held):
+                held.close()  # of a call that failed
+                held.enter_context(gathered(module))
+
+            def leave(module, args, output, held=held):
+                held.close()
+
+            stack.callback(block.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(block.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole parameter, the sharded one in whose place it stands, and where it was in memory, written how often."""
+
+    parameter: nn.Parameter
+    sharded: nn.Parameter
+    place: int
+    version: int
+
+    def changed(self) -> bool:
+        return (self.parameter.data_ptr(), self.parameter._version) != (self.place, self.version)
+
+
+@contextmanager
+def _gathered(modules: list[nn.Module]) -> Iterator[None]:
+    found = [(m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)]
+    if not found:
+        yield
+        return
+    sharding = Sharding.of(found[0][2])
+    wholes: dict[int, _Whole] = {}
+    by_shard: dict[int, nn.Parameter] = {}
+    for module, name, sharded in found:
+        if id(sharded) not in by_shard:
+            parameter = nn.Parameter(whole(sharded), requires_grad=sharded.requires_grad)
+            by_shard[id(sharded)] = parameter
+            wholes[id(parameter)] = _Whole(parameter, sharded, parameter.data_ptr(), parameter._version)
+        module._parameters[name] = by_shard[id(sharded)]
+    try:
+        yield
+    finally:
+        # New modules inside of the old ones are seen too.
+        now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
+        _put_rows(list(now), sharding, wholes)
+
+
+def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
+    """Put sharded parameters in the places of whole ones: of ``wholes``, while they are unchanged, else new ones."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            known = wholes.get(id(parameter))
+            if known is not None and not known.changed():
+                module._parameters[name] = known.sharded
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+
+
+def structure_of(module: nn.Module) -> tuple[nn.Module, dict[int, object]]:
+    """A copy of a module's structure that shares its parameters and buffers.
+
+    Returns:
+        the copy, and the copies of all its parts by the ``id`` of what each was copied from.
+    """
+    copies: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, copies), copies
