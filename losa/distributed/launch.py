@@ -13,7 +13,7 @@ from losa.errors import LosaError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 _DEEPSPEED = (
-    "distributed: DeepSpeed is not supported: its ZeRO-3 shards the weights, which pruning needs whole, in its own way; "
+    "distributed: DeepSpeed is not supported: its ZeRO-3 shards the weights, which pruning needs whole, its own way; "
     "launch without it (torchrun) and set distributed.mode: fsdp"
 )
 
