@@ -77,20 +77,29 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
     found: dict = {}
     objects = dict(model.named_parameters())
     layer, name = block.mlp.down_proj, "model.layers.0.mlp.down_proj"
-    after = dict(before)
     with gathered(block):
         with gathered(block):  # within itself it does nothing
             layer.set_rank(5)
         layer.set_mask(torch.zeros(layer.weight.shape, dtype=torch.bool))
         layer.replace_weight(layer.weight + 1)
         block.self_attn.o_proj.weight.data = block.self_attn.o_proj.weight.data  # the same memory: no change
+        block.self_attn.q_proj = (
+            block.self_attn.q_proj.unwrap()
+        )  # another module with the same weight: it shares the rows
         block.mlp.up_proj = nn.Linear(3, 7)  # rows that no process number divides
         after = {f"model.layers.0.{n}": p.detach().clone() for n, p in block.named_parameters()}
     found["changed"] = sorted(n for n, p in model.named_parameters() if n in objects and p is not objects[n])
     found["values after changes"] = equal(model, after)
     found["expected changes"] = sorted(
-        [*(f"{name}.{part}" for part in ("weight", "mask", "lora_A", "lora_B")), "model.layers.0.mlp.up_proj.weight"]
+        [
+            *(f"{name}.{part}" for part in ("weight", "mask", "lora_A", "lora_B")),
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.self_attn.q_proj.weight",
+        ]
     )
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    rows = [p.to_local().data_ptr() for p in (objects[weight], model.get_parameter(weight))]
+    found["shared"] = rows[0] == rows[1]
     found["trained"] = layer.lora_A.requires_grad and not layer.weight.requires_grad
     return found
 

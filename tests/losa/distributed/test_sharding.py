@@ -12,7 +12,7 @@ WORKER = ROOT / "tests" / "helpers" / "workers" / "sharding.py"
 
 
 def check(found: dict, processes: int) -> None:
-    for true in ("names", "tied", "same", "logits", "freed", "failing call", "trained"):
+    for true in ("names", "tied", "same", "logits", "freed", "failing call", "shared", "trained"):
         assert found[true] is True, true
     for none in ("values", "after calls", "after a failure", "values after changes"):
         assert found[none] == [], none
