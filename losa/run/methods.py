@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import Round
 from losa.data.sequences import PackedData
 from losa.distributed.sharding import device_of, gathered, sum_over_rows
 from losa.distributed.stop import check

@@ -122,12 +122,18 @@ class Saver:
             Stopped: in all processes, after saving, if a signal asked one of them.
             OutputError: as ``save``.
         """
-        asked = agree(self._is_due(done.global_step) or self._writer.failed)
+        # A save waits for the one before, and so raises its error in all processes.
+        asked = agree(self._is_due(done.global_step) or self.failed)
         if asked.save:
             background = self.config.asynchronous and asked.stop is None
             self.save(Stage.TRAINING, records, done.state(), background)
         if asked.stop is not None:
             raise Stopped(asked.stop, saved=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that a state could not be written in the background."""
+        return self._writer.failed
 
     def _is_due(self, step: int) -> bool:
         when, at = self._saved
