@@ -22,6 +22,7 @@ from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
+from losa.distributed.stop import check
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
@@ -124,6 +125,7 @@ class Engine:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
         Raises:
+            Stopped: between two blocks, if a signal asks for it.
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
         watch = Stopwatch()
@@ -181,6 +183,7 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
+            check()
             with watch.stage("forward"):
                 if dense is not None:
                     with block.dense():

@@ -169,6 +169,7 @@ class MethodRun:
             output_dir=self.work_dir,
             total_sequences=len(self._data),
             device=device_of(self.model),
+            distributed=self.recipe.distributed,
         )
 
     def _finetune_dense(self) -> tuple[int, int]:
@@ -198,6 +199,7 @@ class MethodRun:
             done, pruned, start = resumed.done, resumed.pruned, resumed.start
             first = sum(each.sequences for each in rounds[: len(done)])
             for each in rounds[len(done) :]:
+                check()
                 record = pruned or engine.run_round(each)
                 done.append(record)
                 if trainer is not None and each.sequences > 0:
