@@ -1,0 +1,95 @@
+"""Work that every process does, or one process after the other, with one outcome for all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from losa.distributed.processes import from_everyone, process_count, process_index
+from losa.distributed.sharding import whole
+from losa.errors import LosaError
+
+# Seconds between two looks at whether the first processes of all machines are done.
+_POLL = 0.05
+
+_T = TypeVar("_T")
+_calls = itertools.count()
+
+
+def together(work: Callable[[], _T]) -> _T:
+    """Run ``work``, which waits for no other process, in every process. Returns this process's own result.
+
+    Raises:
+        LosaError: in every process, when ``work`` fails in one of them: the first such process's error, of its type.
+            An error of another kind names its process; in that process it is raised as it is.
+    """
+    own: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        own = error
+    failures = from_everyone(None if own is None else _told(own))
+    first = next((index for index, failure in enumerate(failures) if failure is not None), None)
+    if first is None:
+        return result
+    if own is not None and (first == process_index() or not isinstance(own, LosaError)):
+        raise own
+    kind, text = failures[first]
+    raise kind(text) from own
+
+
+def _told(error: Exception) -> tuple[type[LosaError], str]:
+    if isinstance(error, LosaError):
+        return type(error), str(error)
+    return LosaError, f"process {process_index()}: {type(error).__name__}: {error}"
+
+
+def on_each_machine(work: Callable[[], object]) -> None:
+    """Run ``work``, which may take hours, in the first process of every machine. Every process waits for all of them,
+    without a time limit, in the processes' key-value store. Raises as ``together``."""
+    first = int(os.environ.get("LOCAL_RANK") or "0") == 0
+    if process_count() == 1:
+        work()
+        return
+    store: Any = dist.distributed_c10d._get_default_store()
+    number = next(_calls)
+    workers = [index for index, works in enumerate(from_everyone(first)) if works]
+
+    def work_and_wait() -> None:
+        try:
+            if first:
+                work()
+        finally:
+            if first:
+                store.set(f"losa/machines/{number}/{process_index()}", "")
+            while not store.check([f"losa/machines/{number}/{index}" for index in workers]):
+                time.sleep(_POLL)
+
+    together(work_and_wait)
+
+
+def by_turns(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], _T]) -> dict[str, _T]:
+    """What ``work`` gives for every tensor with all its rows, and for the tensor's name. Each process works on every
+    N-th tensor, in a thread beside the gathering of other tensors, and holds at most three whole tensors.
+
+    All processes call it with the same names in the same order, and get all results, which can be pickled.
+    """
+    mine: dict[str, Future[_T]] = {}
+    last: Future[_T] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for index, (name, tensor) in enumerate(tensors.items()):
+            full = whole(tensor)
+            if index % process_count() == process_index():
+                if last is not None:
+                    last.exception()  # waits; the error is raised below
+                last = mine[name] = pool.submit(work, name, full)
+    found = together(lambda: {name: future.result() for name, future in mine.items()})
+    everything = {name: result for part in from_everyone(found) for name, result in part.items()}
+    return {name: everything[name] for name in tensors}
