@@ -1,4 +1,4 @@
-"""Work that every process does, or one process after the other, with one outcome for all."""
+"""Work that is done in each process, on each machine, or by one process after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from losa.distributed.processes import from_everyone, process_count, process_index
 from losa.distributed.sharding import whole
-from losa.errors import LosaError
+from losa.distributed.together import together
 
 # Seconds between two looks at whether the first processes of all machines are done.
 _POLL = 0.05
@@ -23,32 +23,11 @@ _T = TypeVar("_T")
 _calls = itertools.count()
 
 
-def together(work: Callable[[], _T]) -> _T:
-    """Run ``work``, which waits for no other process, in every process. Returns this process's own result.
-
-    Raises:
-        LosaError: in every process, when ``work`` fails in one of them: the first such process's error, of its type.
-            An error of another kind names its process; in that process it is raised as it is.
-    """
-    own: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        own = error
-    failures = from_everyone(None if own is None else _told(own))
-    first = next((index for index, failure in enumerate(failures) if failure is not None), None)
-    if first is None:
-        return result
-    if own is not None and (first == process_index() or not isinstance(own, LosaError)):
-        raise own
-    kind, text = failures[first]
-    raise kind(text) from own
-
-
-def _told(error: Exception) -> tuple[type[LosaError], str]:
-    if isinstance(error, LosaError):
-        return type(error), str(error)
-    return LosaError, f"process {process_index()}: {type(error).__name__}: {error}"
+def everywhere(work: Callable[[], _T]) -> _T:
+    """``together``, for results that cannot be pickled: this process's own result."""
+    results: list[_T] = []
+    together(lambda: results.append(work()))
+    return results[0]
 
 
 def on_each_machine(work: Callable[[], object]) -> None:
@@ -91,5 +70,5 @@ def by_turns(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], _T]) -
                     last.exception()  # waits; the error is raised below
                 last = mine[name] = pool.submit(work, name, full)
     found = together(lambda: {name: future.result() for name, future in mine.items()})
-    everything = {name: result for part in from_everyone(found) for name, result in part.items()}
+    everything = {name: result for part in found for name, result in part.items()}
     return {name: everything[name] for name in tensors}

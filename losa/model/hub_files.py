@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from losa.distributed.turns import on_each_machine, together
+from losa.distributed.turns import everywhere, on_each_machine
 from losa.errors import ModelError
 from losa.model.loading import explain_failure
 from losa.storage.json_files import read_json
@@ -24,7 +24,7 @@ def fetch(name: str, trust_remote_code: bool = False) -> Path:
         ModelError: in every process; says what the user can do.
     """
     on_each_machine(partial(_snapshot, name, trust_remote_code))
-    return together(partial(_snapshot, name, trust_remote_code, local_files_only=True))
+    return everywhere(partial(_snapshot, name, trust_remote_code, local_files_only=True))
 
 
 def _snapshot(name: str, trust_remote_code: bool, **options: Any) -> Path:

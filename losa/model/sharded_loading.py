@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.processes import check_agreement, from_everyone
+from losa.distributed.processes import check_agreement
 from losa.distributed.sharding import Sharding
-from losa.distributed.turns import together
+from losa.distributed.together import together
+from losa.distributed.turns import everywhere
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.hub_files import fetch
@@ -61,18 +62,18 @@ def load_sharded(
             format than safetensors.
         OutputError: the processes do not find the same files.
     """
-    source = together(partial(_locate, model, gguf_file, dtype))
+    source = everywhere(partial(_locate, model, gguf_file, dtype))
     local = os.path.isdir(source)
     check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
     directory = Path(source) if local else fetch(source, trust_remote_code)
-    loaded, tokenizer = together(partial(_empty, model, directory, dtype, trust_remote_code))
+    loaded, tokenizer = everywhere(partial(_empty, model, directory, dtype, trust_remote_code))
     with ExitStack() as stack:
-        files = together(lambda: stack.enter_context(checkpoint_tensors(directory)))
-        naming, found = together(partial(_names, model, directory, loaded, files))
+        files = everywhere(lambda: stack.enter_context(checkpoint_tensors(directory)))
+        naming, found = everywhere(partial(_names, model, directory, loaded, files))
         shapes = repr([(name, files.stored[name]) for name in sorted(files.names)])
         check_agreement(f"model {model!r}: shapes of the weights", hashlib.sha256(shapes.encode()).hexdigest()[:16])
         _tie(naming, files, sharding, found)
-        together(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
+        everywhere(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
     naming.warn_of_unused(directory)
     naming.remember()
     return loaded.eval(), tokenizer
@@ -139,7 +140,7 @@ def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]
     for target, source in list(model.all_tied_weights_keys.items()):
         if not {target, source} <= found & stored.keys():
             continue
-        if all(from_everyone(together(lambda: torch.equal(rows(target), rows(source))))):  # noqa: B023
+        if all(together(lambda: torch.equal(rows(target), rows(source)))):  # noqa: B023
             found.discard(target)
         else:
             del model.all_tied_weights_keys[target]
