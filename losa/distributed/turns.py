@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from losa.distributed.processes import from_everyone, process_count, process_index
+from losa.distributed.processes import from_everyone, on_main, process_count, process_index
 from losa.distributed.sharding import whole
 from losa.distributed.together import together
+from losa.errors import LosaError
 
 # Seconds between two looks at whether the first processes of all machines are done.
 _POLL = 0.05
@@ -28,6 +29,21 @@ def everywhere(work: Callable[[], _T]) -> _T:
     results: list[_T] = []
     together(lambda: results.append(work()))
     return results[0]
+
+
+def by_main(work: Callable[[], _T]) -> _T:
+    """``on_main``; a LosaError of the main process is raised in every process."""
+
+    def attempt() -> tuple[Any, LosaError | None]:
+        try:
+            return work(), None
+        except LosaError as error:
+            return None, error
+
+    result, error = on_main(attempt)
+    if error is not None:
+        raise error
+    return result
 
 
 def on_each_machine(work: Callable[[], object]) -> None:

@@ -214,3 +214,22 @@ class Naming:
     def remember(self) -> None:
         """Make ``save_pretrained`` write the names of this checkpoint, as it does after loading by transformers."""
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
+
+
+def saved_names(model: Any) -> list[str]:
+    """Names in ``model`` of the tensors that ``save_pretrained`` writes: of tied ones the one that it keeps."""
+    uses: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in (model._keys_to_ignore_on_save or ()):
+            uses.setdefault(id(tensor), []).append(name)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [next((name for name in names if name not in tied), names[0]) for names in uses.values()]
+
+
+def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ``model``, by their names in it, as ``save_pretrained`` writes them: by names on disk, and with a
+    tensor that transformers made from several ones taken apart again. ``tensors`` holds all of what belongs together,
+    such as a decoder block."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))

@@ -30,7 +30,7 @@ from losa.model.loading import (
     refuse_other_kinds,
 )
 from losa.model.naming import Naming
-from losa.model.skeleton import empty_model
+from losa.model.skeleton import empty_model, move_buffers
 from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -184,8 +184,6 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
         for name, parameter in module._parameters.items():
             if id(parameter) in held:
                 module._parameters[name] = held[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(sharding.device)
+    move_buffers(model, sharding.device)
     if absent := [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]:
         raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")

@@ -42,6 +42,14 @@ def empty_model(
     return _build(directory, init_empty_weights(include_buffers=False), dtype, fallback, trust_remote_code)
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move a model's buffers, but not its parameters, in place."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def _build(
     directory: Path,
     place: AbstractContextManager,

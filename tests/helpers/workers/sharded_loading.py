@@ -23,6 +23,7 @@ from losa.model.sharded_loading import load_sharded
 from losa.run.fingerprint import model_digest
 from losa.storage.tensor_files import TensorFiles
 from losa_kernels.tensors import as_bits
+from tests.helpers.memory import peak
 from tests.helpers.processes import finish, start_worker
 
 read: list[int] = []
@@ -32,13 +33,6 @@ def counted(files, name, rows=None, get=TensorFiles.get):
     tensor = get(files, name, rows)
     read.append(tensor.nbytes)
     return tensor
-
-
-def peak() -> int:
-    """The most memory that this process had since the last call, in bytes, and start to count anew."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(line.split()[1]) * 1024
 
 
 def settings(model) -> list:
