@@ -23,7 +23,8 @@ from losa.distributed.processes import check_agreement, is_main, on_main
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model
 from losa.model.wrapping import sparsity_of
-from losa.output.export import export_model, mask_records
+from losa.output.checks import mask_records
+from losa.output.export import export_model
 from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
