@@ -55,7 +55,8 @@ class Sharding:
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
         """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
-        rows = rows.to("cpu" if self.offload else self.device)
+        if not rows.is_meta:
+            rows = rows.to("cpu" if self.offload else self.device)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
