@@ -126,9 +126,9 @@ def shard_module(module: nn.Module, sharding: Sharding) -> None:
 def gathered(module: nn.Module) -> Iterator[None]:
     """Within the context all parameters of ``module`` are whole. All processes enter and leave it together.
 
-    At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too.
-    A parameter counts as changed if it is another object, has other memory, or was written to by an operation that
-    autograd counts (which excludes operations on its ``.data``).
+    At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too. Rows
+    are copied only of memory that is new, or that was written to by an operation that autograd counts (which excludes
+    operations on a parameter's ``.data``).
     """
     with _gathered(list(module.modules())):
         yield
@@ -169,8 +169,11 @@ class _Whole:
     place: int
     version: int
 
-    def changed(self) -> bool:
-        return (self.parameter.data_ptr(), self.parameter._version) != (self.place, self.version)
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether ``parameter``, this one or another, has the values that were gathered, in the same memory."""
+        own = self.parameter
+        same = parameter is own or (parameter.shape, parameter.dtype) == (own.shape, own.dtype)
+        return same and (parameter.data_ptr(), parameter._version) == (self.place, self.version)
 
 
 @contextmanager
@@ -181,35 +184,38 @@ def _gathered(modules: list[nn.Module]) -> Iterator[None]:
         return
     sharding = Sharding.of(found[0][2])
     wholes: dict[int, _Whole] = {}
-    by_shard: dict[int, nn.Parameter] = {}
     for module, name, sharded in found:
-        if id(sharded) not in by_shard:
+        if id(sharded) not in wholes:
             parameter = nn.Parameter(whole(sharded), requires_grad=sharded.requires_grad)
-            by_shard[id(sharded)] = parameter
-            wholes[id(parameter)] = _Whole(parameter, sharded, parameter.data_ptr(), parameter._version)
-        module._parameters[name] = by_shard[id(sharded)]
+            wholes[id(sharded)] = _Whole(parameter, sharded, parameter.data_ptr(), parameter._version)
+        module._parameters[name] = wholes[id(sharded)].parameter
     try:
         yield
     finally:
         # New modules inside of the old ones are seen too.
         now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
-        _put_rows(list(now), sharding, wholes)
+        _put_rows(list(now), sharding, {known.place: known for known in wholes.values()})
 
 
 def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
-    """Put sharded parameters in the places of whole ones: of ``wholes``, while they are unchanged, else new ones."""
+    """Put sharded parameters in the places of whole ones. ``wholes``, by their place in memory: what was gathered."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
-            known = wholes.get(id(parameter))
-            if known is not None and not known.changed():
-                module._parameters[name] = known.sharded
-                continue
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(parameter.data_ptr()))
             module._parameters[name] = made[id(parameter)]
+
+
+def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None) -> nn.Parameter:
+    if known is None or not known.holds(parameter):
+        return nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+    if known.parameter is parameter:
+        return known.sharded
+    # Another parameter over gathered memory, as when a linear is wrapped: it shares the rows too.
+    return nn.Parameter(known.sharded.detach(), requires_grad=parameter.requires_grad)
 
 
 def structure_of(module: nn.Module) -> tuple[nn.Module, dict[int, object]]:
