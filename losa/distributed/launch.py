@@ -39,13 +39,14 @@ def start_processes(device: str) -> str:
         LosaError: launched with a plugin that shards weights. The launcher's variables say so before anything is
             loaded; accelerate itself finds out when a trainer is made.
     """
-    if _launched_with("DEEPSPEED"):
+    if launched_with("DEEPSPEED"):
         raise LosaError(_DEEPSPEED)
-    if launched_count() > 1 and _launched_with("MEGATRON_LM"):
+    if launched_count() > 1 and launched_with("MEGATRON_LM"):
         check_kind(DistributedType.MEGATRON_LM)
     process = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     return str(process.device) if device == "auto" and process_count() > 1 else device
 
 
-def _launched_with(plugin: str) -> bool:
+def launched_with(plugin: str) -> bool:
+    """Whether ``accelerate launch`` was told to use a plugin: "FSDP", "DEEPSPEED" or "MEGATRON_LM"."""
     return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes")
