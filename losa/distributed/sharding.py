@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.processes import process_count
 
@@ -58,7 +59,9 @@ class Sharding:
         if not rows.is_meta:
             rows = rows.to("cpu" if self.offload else self.device)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        spec = DTensorSpec(self.mesh, tuple(self.placements), TensorMeta(shape, stride, rows.dtype))
+        # DTensor.from_local would move rows that wait in host memory to the mesh's device.
+        return DTensor(rows, spec, requires_grad=False)
 
     def shard(self, whole: Tensor) -> DTensor:
         """This process's rows of a tensor that every process has, in memory of their own."""
