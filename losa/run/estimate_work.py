@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from losa.algorithm.schedule import Round
+from losa.model.flops import TokenWork
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
@@ -81,10 +82,14 @@ def steps_of(train: TrainConfig, this_round: Round, processes: int) -> int:
     return -(-this_round.sequences // (train.batch_size * train.gradient_accumulation * processes))
 
 
+def _work(shape: ModelShape) -> TokenWork:
+    linears = sum(w.numel for w in shape.linears)
+    return TokenWork(linears, shape.prunable, shape.head, shape.heads * shape.blocks)
+
+
 def _forward(shape: ModelShape, length: int) -> float:
     """FLOP a token of a forward pass through the blocks."""
-    # A causal token attends to half of the window on average: q k^T and p v.
-    return 2.0 * sum(w.numel for w in shape.linears) + 2.0 * length * shape.heads * shape.blocks
+    return _work(shape).forward(length)
 
 
 def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int) -> float:
@@ -135,8 +140,6 @@ def slowest_owner(costs: Iterable[float], processes: int) -> float:
 
 
 def _training(train: TrainConfig, shape: ModelShape) -> float:
-    """FLOP a token of forward and backward passes. Gradients are taken of the pruned linears' weights alone."""
-    every, prunable = sum(w.numel for w in shape.linears), shape.prunable
-    per_token = 6.0 * prunable + 4.0 * (every - prunable) + 4.0 * shape.head
-    per_token += 3 * (_forward(shape, train.length) - 2.0 * every)
-    return per_token + (_forward(shape, train.length) if train.activation_checkpointing else 0)
+    """FLOP a token of forward and backward passes, recomputation among them."""
+    recomputed = _forward(shape, train.length) if train.activation_checkpointing else 0
+    return _work(shape).training(train.length) + recomputed

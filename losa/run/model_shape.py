@@ -11,6 +11,7 @@ from torch import nn
 
 from losa.errors import RecipeError
 from losa.model.blocks import find_blocks
+from losa.model.flops import attention_width, hidden_size, number_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.precision import autocast_dtype
@@ -55,7 +56,7 @@ class ModelShape:
             raise RecipeError(f"prune.targets: {recipe.prune.targets!r} matches no linear of {recipe.model!r}")
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight
-        hidden = _number(config, "hidden_size") or embedding.shape[-1]
+        hidden = hidden_size(model)
         counted: set[int] = set()
         inside = [_rows_of(block.parameters(), counted) for block in blocks]
         precision = recipe.train.precision if recipe.train is not None else "float32"
@@ -64,9 +65,9 @@ class ModelShape:
             dtype=model.dtype,
             computed=_training_dtype(precision, device) or model.dtype,
             hidden=hidden,
-            heads=_attention_width(config, blocks.modules, hidden),
+            heads=attention_width(config, blocks.modules, hidden),
             head=0 if head is None else head.weight.numel(),
-            vocabulary=_number(config, "vocab_size") or embedding.shape[0],
+            vocabulary=number_of(config, "vocab_size") or embedding.shape[0],
             linears=every,
             by_block=by_block,
             inside=inside,
@@ -102,24 +103,6 @@ class ModelShape:
     @property
     def widest(self) -> int:
         return max(w.numel for w in self.pruned)
-
-
-def _number(config, name: str) -> int | None:
-    """A positive integer of a configuration; None where it has none, or a different one for each layer."""
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # transformers' own for what differs between layers
-        return None
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _attention_width(config, blocks: nn.ModuleList, hidden: int) -> int:
-    """From the configuration; where heads differ between layers, the widest of the modules' own."""
-    count = _number(config, "num_attention_heads")
-    if count is None:
-        return 0
-    sizes = [size for module in blocks.modules() if isinstance(size := getattr(module, "head_dim", None), int)]
-    return count * (_number(config, "head_dim") or max(sizes, default=0) or hidden // count)
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -26,7 +26,7 @@ LOSA: dict[str, set[str]] = {
     "model": {"modules", "storage"},
     "data": {"recipe", "storage"},
     "algorithm": {"distributed", "model", "modules", "pruners", "recipe", "record"},
-    "training": {"data", "distributed", "recipe", "storage"},
+    "training": {"data", "distributed", "model", "recipe", "storage"},
     "evaluation": {"data", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed", "storage"},
