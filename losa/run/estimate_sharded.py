@@ -54,7 +54,7 @@ def sharded_holdings(
     place = "host" if placement.offload else shape.computes_on
     held = list(_own_rows(recipe, shape, rank, size, place))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
-    held += _blocks_in_pruning(shape, rank)
+    held += _blocks_in_pruning(recipe, shape, rank)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
         held += _training(recipe, shape, rank, size, place)
@@ -62,7 +62,7 @@ def sharded_holdings(
     if recipe.evaluate is not None:
         tokens = recipe.evaluate.batch_size * recipe.evaluate.length
         held += _evaluation(shape, rank, tokens)
-    return [*held, *_export(shape, rank)]
+    return [*held, *_export(shape)]
 
 
 def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
@@ -84,12 +84,15 @@ def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: st
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
 
 
-def _blocks_in_pruning(shape: ModelShape, rank: int) -> Iterator[Holding]:
+def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
     place = shape.computes_on
     how = "weights, masks and adapters of the largest block"
     yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, rank))), how)
     merged = shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
     yield Holding("pruning", place, "its merged weights", merged, "M * (W + s B A), formed once for all batches")
+    if get_pruner(recipe.prune).updates_weight:
+        how = "whole as well, next to the present ones"
+        yield Holding("pruning", place, "its dense and new weights", 2 * merged, how)
 
 
 def _training(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
@@ -104,6 +107,12 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: st
     widest = max(whole_bytes(adapters_of(pruned, rank)) for pruned in shape.by_block)
     how = "of whole adapters, and on their way: two blocks"
     yield Holding("training", shape.computes_on, "gradients of blocks", 4 * widest, how)
+    if recipe.train is not None and recipe.train.gradient_accumulation > 1:
+        every = whole_bytes(adapters_of(shape.pruned, rank))
+        how = "of all whole adapters, until a step's last pass"
+        yield Holding("training", shape.computes_on, "gradients, summed", every, how)
+    if recipe.checkpoint.asynchronous:
+        yield Holding("training", "host", "state to be written", 3 * own, "adapters and moments: a copy of own rows")
     yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
@@ -118,10 +127,12 @@ def _evaluation(shape: ModelShape, rank: int, tokens: int) -> Iterator[Holding]:
     yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
 
 
-def _export(shape: ModelShape, rank: int) -> Iterator[Holding]:
-    largest = max(map(whole_bytes, block_parts(shape, rank)))
-    yield Holding("export", shape.computes_on, "one block, whole", largest, "the one that is checked")
-    yield Holding("export", "host", "written block, read back", largest, "to check it against the one in memory")
+def _export(shape: ModelShape) -> Iterator[Holding]:
+    place = shape.computes_on
+    largest, outside = max(map(whole_bytes, shape.inside)), whole_bytes(shape.outside)
+    yield Holding("export", place, "one block, twice", 2 * largest, "in memory, and as written: to compare them")
+    how = "embeddings, last norm and output layer, in memory and as written"
+    yield Holding("export", place, "outside of the blocks, twice", 2 * outside, how)
 
 
 _OUTSIDE = "embeddings, last norm and output layer, whole throughout a pass"

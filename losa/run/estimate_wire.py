@@ -19,6 +19,9 @@ from losa.run.estimate_work import Stage, windows_of_one
 from losa.run.model_shape import ModelShape
 from losa.run.placement import Placement
 
+# Before the first stream of a run: two whole passes, and one block by block (``losa.algorithm.stream``).
+CHECKS = 3
+
 
 @dataclass(frozen=True)
 class Wires:
@@ -33,68 +36,70 @@ class Wires:
     def of(self, stage: Stage) -> list[Traffic]:
         """All of a stage's rounds, steps or passes."""
         found = {"pruning": self._pruning, "training": self._training, "evaluation": self._evaluation}[stage.kind]
-        every = [traffic.times(stage.times) for traffic in found(stage)]
-        return [traffic for traffic in every if traffic.received or traffic.from_host]
+        return [traffic for traffic in found(stage) if traffic.received or traffic.from_host]
 
     def _pruning(self, stage: Stage) -> Iterator[Traffic]:
-        """One round."""
         recipe, shape, processes = self.recipe, self.shape, self.placement.processes
-        calibration, pruner = recipe.calibration, get_pruner(recipe.prune)
+        pruner, rounds = get_pruner(recipe.prune), stage.times
         assert stage.method is not None
-        compares = METHODS[stage.method].dynamic and recipe.compares_samples
-        passes = 2 + compares
-        how = f"{passes} x all blocks whole, one by one" + (", one of them for CKA" if compares else "")
-        yield self._gathered("blocks for calibration", passes, how)
+        dynamic = METHODS[stage.method].dynamic
+        compares = dynamic and recipe.compares_samples
+        # To prune, to compare samples, and to change ranks.
+        passes = 1 + compares + dynamic
+        first = stage.method == next(iter(self.rounds))
+        once = 1 + (CHECKS if first else 0)
+        how = f"all blocks whole, one by one: {passes} times a round, {once} times in all"
+        yield self._gathered("blocks", passes * rounds + once, how)
         if pruner.statistic is not None:
             flat = get_statistic(pruner.statistic).flat
             sizes = sum(flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
             how = f"{pruner.statistic}, to each linear's owner; at most: inputs are shared"
-            yield self.cluster.broadcast("statistics", sizes, processes, how)
+            yield self.cluster.broadcast("statistics", sizes, processes, how).times(rounds)
         masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
-        yield self.cluster.broadcast("masks", masks, processes, "1 bit a weight, from the owners")
+        yield self.cluster.broadcast("masks", masks, processes, "1 bit a weight, from the owners").times(rounds)
         if pruner.updates_weight:
-            yield self.cluster.broadcast("new weights", 4 * shape.prunable, processes, "fp32, from the owners")
+            new = shape.dtype.itemsize * shape.prunable
+            yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
         if compares:
-            own = largest_share(min(calibration.cka_samples, calibration.samples), calibration.batch_size, processes)
-            features = own * calibration.length * shape.hidden * shape.dtype.itemsize * shape.blocks
+            samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
+            own = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)
+            features = own * recipe.calibration.length * shape.hidden * shape.dtype.itemsize * shape.blocks
             how = "own samples x length x hidden x blocks, a slice to each process"
-            yield self.cluster.all_to_all("features for CKA", features, processes, how)
+            yield self.cluster.all_to_all("features for CKA", features, processes, how).times(rounds)
 
     def _training(self, stage: Stage) -> Iterator[Traffic]:
-        """One optimiser step."""
-        recipe, placement = self.recipe, self.placement
+        recipe, placement, steps = self.recipe, self.placement, stage.times
         assert recipe.train is not None
-        passes, rank = recipe.train.gradient_accumulation, highest_rank(self.rounds)
-        adapters = adapters_of(self.shape.pruned, rank)
-        if not placement.sharded:
-            how = "fp32 gradients of the adapters, once a step"
-            yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how)
+        adapters = adapters_of(self.shape.pruned, highest_rank(self.rounds))
+        how = "fp32 gradients of the adapters, once a step"
+        if placement.shard_size is None:
+            yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how).times(steps)
             return
-        size = placement.shard_size or 1
-        times = 2 if recipe.distributed.reshard_after_forward else 1
-        how = "all blocks whole" + (" in the forward and in the backward pass" if times == 2 else ", once a pass")
-        yield self._gathered("weights, masks, adapters", passes * times, how)
-        how = "fp32 gradients of the adapters, a sum of rows to each process"
-        yield self.cluster.all_gather("gradients", whole_bytes(adapters), size, how).times(passes)
+        passes = 2 if recipe.distributed.reshard_after_forward else 1
+        blocks = "weights, masks and adapters, whole for the forward" + (" and for the backward pass" * (passes - 1))
+        yield self._gathered("blocks", recipe.train.gradient_accumulation * passes * steps, blocks)
+        own = self.cluster.all_gather("gradients", whole_bytes(adapters), placement.shard_size, how)
+        yield own.times(steps)
         if placement.copies > 1:
-            # Each GPU of a machine has other rows, so that all of its partners are in other machines.
-            own, copies = own_bytes(adapters, size), placement.copies
-            how = f"own rows of the gradients, among {copies} copies"
-            yield replace(Cluster(copies, 1).all_reduce("gradients of copies", own, copies, how))
+            # The GPUs of a machine have rows of their own, and so each its own partners in other machines.
+            partners = replace(self.cluster, per_machine=1)
+            rows = own_bytes(adapters, placement.shard_size)
+            how = f"own rows of them, among {placement.copies} copies"
+            yield partners.all_reduce("gradients of copies", rows, placement.copies, how).times(steps)
 
     def _evaluation(self, stage: Stage) -> Iterator[Traffic]:
-        """One pass over the windows."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
-        yield self._gathered("blocks", batches, f"all blocks whole, one by one, for each of {batches} batches")
+        how = f"all blocks whole, one by one, for each of {batches} batches"
+        yield self._gathered("blocks", batches * stage.times, how)
 
     def _gathered(self, what: str, times: float, how: str) -> Traffic:
         """Every block whole for a while, and whatever is outside of the blocks, so many times."""
-        placement, rank = self.placement, highest_rank(self.rounds)
+        placement = self.placement
         if placement.shard_size is None:
             return Traffic(what, 0, 0, how)
-        parts = [self.shape.outside, *block_parts(self.shape, rank)]
+        parts = [self.shape.outside, *block_parts(self.shape, highest_rank(self.rounds))]
         every = [rows for part in parts for rows in part]
         found = self.cluster.all_gather(what, whole_bytes(every), placement.shard_size, how)
         if placement.offload:

@@ -68,18 +68,21 @@ def _training_stage(
         return Stage(what, 1e6 * per_token / processes, False, name, "training", steps)
     steps = sum(steps_of(train, each, processes) for each in rounds)
     if processes > 1:
-        # A step is over when the process with most sequences is done.
-        tokens = train.length * sum(
-            each.sequences // (one * processes) * one
-            + largest_share(each.sequences % (one * processes), train.batch_size, processes)
-            for each in rounds
-        )
+        tokens = train.length * sum(_sequences_of_one(train, each.sequences, processes) for each in rounds)
     return Stage(f"{name}: training", tokens * per_token, True, name, "training", steps)
 
 
 def steps_of(train: TrainConfig, this_round: Round, processes: int) -> int:
     """Optimiser steps of a round."""
     return -(-this_round.sequences // (train.batch_size * train.gradient_accumulation * processes))
+
+
+def _sequences_of_one(train: TrainConfig, sequences: int, processes: int) -> int:
+    """Of the process that has most in each step; a step is over when it is done (``losa.training.dealing``)."""
+    one = train.batch_size * train.gradient_accumulation
+    full, rest = divmod(sequences, one * processes)
+    size = min(train.batch_size, -(-rest // processes))
+    return full * one + (largest_share(rest, size, processes) if rest else 0)
 
 
 def _work(shape: ModelShape) -> TokenWork:
@@ -121,6 +124,7 @@ def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, pr
     statistics = work - pruner.flops(replace(every, tokens=0))
     solving = 0.0
     for linears in shape.by_block:
+        # At most: linears that share their input have one owner, and one factor of its Hessian.
         costs = [pruner.flops(replace(every, linears=[linear], blocks=1, tokens=0)) for linear in linears]
         solving += sum(costs) if decides_about_blocks(pruner) else slowest_owner(costs, processes)
     return statistics * samples / recipe.calibration.samples + solving

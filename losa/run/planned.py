@@ -32,10 +32,10 @@ class Planned:
     recipe: Recipe
     shape: ModelShape
     rounds: dict[MethodName, list[Round]]
-    capacity: Mapping[str, int]
+    capacity: dict[str, int]
 
     @classmethod
-    def of(cls, recipe: Recipe, model: nn.Module, device: torch.device, capacity: Mapping[str, int]) -> Planned:
+    def of(cls, recipe: Recipe, model: nn.Module, device: torch.device, capacity: dict[str, int]) -> Planned:
         """Arguments: of ``planned_model``, and the device that the run computes on. Raises as ``ModelShape.of``."""
         train = recipe.train
         sequences = 0 if train is None or train.max_tokens is None else train.max_tokens // train.length
