@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.processes import process_count
 
@@ -54,12 +55,15 @@ class Sharding:
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
         """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
-        rows = rows.to("cpu" if self.offload else self.device)
-        if self.offload and self.device.type == "cuda":
-            # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
-            rows = rows.pin_memory()
+        if not rows.is_meta:
+            rows = rows.to("cpu" if self.offload else self.device)
+            if self.offload and self.mesh.device_type == "cuda":
+                # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
+                rows = rows.pin_memory()
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        spec = DTensorSpec(self.mesh, tuple(self.placements), TensorMeta(shape, stride, rows.dtype))
+        # DTensor.from_local would move rows that wait in host memory to the mesh's device.
+        return DTensor(rows, spec, requires_grad=False)
 
     def shard(self, whole: Tensor) -> DTensor:
         """This process's rows of a tensor that every process has, in memory of their own."""
@@ -102,6 +106,13 @@ def whole(tensor: Tensor) -> Tensor:
     if sharding.offload:
         tensor = Sharding(sharding.mesh).from_rows(rows, tensor.shape)
     return tensor.detach().full_tensor()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: the rows that this process holds of a sharded one, which stays sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu")
+    return Sharding(Sharding.of(tensor).mesh, offload=True).from_rows(tensor.to_local().detach(), tensor.shape)
 
 
 def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
