@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from losa.distributed.processes import is_main
 from losa.distributed.sharding import make_sharding, shard_module, whole
 from losa.distributed.stop import Stopped, heeding_signals
-from losa.model.wrapping import wrapped_linears
-from losa.modules.masked_lora import MaskedLoRALinear
+from losa.errors import OutputError
 from losa.run.methods import MethodRun
 from losa.run.saving import Saver
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.rounds import losses, method_run
 
-ADAPTERS = "adapters.pt"
+WEIGHTS = "weights.pt"
 # How many processes; how many of them hold one model together (0: each of them the whole); at which step they are
 # stopped.
 Stretch = tuple[int, int, int | None]
@@ -30,12 +31,11 @@ UNINTERRUPTED, WHOLE, SHARDED = "uninterrupted", "whole, whole, sharded", "shard
 CHAINS: dict[str, list[Stretch]] = {
     UNINTERRUPTED: [(2, 0, None)],
     WHOLE: [(2, 0, 5), (1, 0, 7), (4, 4, None)],
-    # It begins where the first stretch of the chain above ends.
     SHARDED: [(2, 2, 6), (1, 1, 7), (4, 2, 8), (4, 0, None)],
 }
 
 
-def rounds(directory: Path, shard_size: int, last_step: int | None) -> MethodRun:
+def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRun:
     """Go on with rounds of 2 and 8 steps, until the last process is asked to stop after ``last_step``."""
     run = method_run(
         directory,
@@ -45,7 +45,7 @@ def rounds(directory: Path, shard_size: int, last_step: int | None) -> MethodRun
         evaluate={"each_round": False},
         checkpoint={"every_steps": 3},
     )
-    run._wrap(MaskedLoRALinear)
+    run.inputs.evaluate = lambda model: None
     if shard_size:
         shard_module(run.model, make_sharding(torch.device("cpu"), shard_size))
 
@@ -57,7 +57,12 @@ def rounds(directory: Path, shard_size: int, last_step: int | None) -> MethodRun
     with pytest.MonkeyPatch.context() as patch, heeding_signals():
         patch.setattr(Saver, "after_step", after_step)
         try:
-            run._run_rounds(run._engine(), resume=True)
+            outcome = run.run(resume=True)
+            assert last_step is None
+            weights = {name: whole(weight.detach()) for name, weight in run.model.named_parameters()}
+            masks = {name: whole(mask) for name, mask in outcome.masks.items()}
+            if is_main():
+                torch.save((weights, masks), directory / WEIGHTS)
         except Stopped as stopped:
             assert last_step is not None
             assert str(stopped) == "stopped by SIGUSR1 after saving; run again with --resume"
@@ -65,22 +70,31 @@ def rounds(directory: Path, shard_size: int, last_step: int | None) -> MethodRun
     return run
 
 
-def main(directory: str) -> None:
+def refusals(directory: Path) -> list[str]:
+    """What a process says whose disk no other process sees, when states are written, and when there are some."""
+    found = []
+    for resume in (False, True):
+        own = directory / str(dist.get_rank())
+        if resume and is_main():
+            shutil.copytree(directory.with_name(WHOLE), own)
+        try:
+            method_run(own).run(resume=resume)
+        except OutputError as error:
+            found.append(str(error))
+    return found
+
+
+def main(directory: Path) -> None:
     start_worker()
-    found = {}
+    found: dict = {}
     for name, stretches in CHAINS.items():
-        place = Path(directory) / name
-        for stretch in stretches:
-            processes, shard_size, last_step = stretch
-            if processes != dist.get_world_size():
-                continue
-            if name == SHARDED and stretch == stretches[0] and dist.get_rank() == 0:
-                shutil.copytree(place.with_name(WHOLE), place)
-            dist.barrier()
-            run = rounds(place, shard_size, last_step)
-            adapters = {n: whole(m.lora_B.detach()) for n, m in wrapped_linears(run.model).items()}
-            masks = {n: whole(m.mask.detach()) for n, m in wrapped_linears(run.model).items()}
-            if dist.get_rank() == 0:
-                torch.save((adapters, masks), place / ADAPTERS)
-                found[name] = losses(run.work_dir)
+        for processes, shard_size, last_step in stretches:
+            if processes == dist.get_world_size():
+                found[name] = losses(stretch(directory / name, shard_size, last_step).work_dir)
+    if dist.get_world_size() == 2:
+        found["refusals"] = refusals(directory / "apart")
     finish(found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
