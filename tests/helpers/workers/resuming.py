@@ -74,7 +74,7 @@ def refusals(directory: Path) -> list[str]:
     """What a process says whose disk no other process sees, when states are written, and when there are some."""
     found = []
     for resume in (False, True):
-        own = directory / str(dist.get_rank())
+        own = directory / f"{dist.get_rank()}-{resume}"
         if resume and is_main():
             shutil.copytree(directory.with_name(WHOLE), own)
         try:
