@@ -80,7 +80,7 @@ class MethodRun:
             resume: go on with the newest state that was saved.
 
         Raises:
-            Stopped: a signal asks for it, at a training step, after saving, or at a block that is to be pruned.
+            Stopped: a signal asks for it, at a training step, after saving; before a block is pruned; at a round's end.
             LosaError: settings that do not fit the model, failed numerics, a file that cannot be written, or a resume
                 state of another recipe, model or data.
         """
@@ -203,7 +203,6 @@ class MethodRun:
             done, pruned, start = resumed.done, resumed.pruned, resumed.start
             first = sum(each.sequences for each in rounds[: len(done)])
             for each in rounds[len(done) :]:
-                check()
                 record = pruned or engine.run_round(each)
                 done.append(record)
                 if trainer is not None and each.sequences > 0:
@@ -220,6 +219,7 @@ class MethodRun:
                 self.log(_round_line(self.name, record, len(rounds)))
                 if self._keeps_states():
                     saver.save(Stage.DONE, done)
+                check()
         return done
 
     def _keeps_states(self) -> bool:
