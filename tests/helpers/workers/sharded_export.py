@@ -111,9 +111,17 @@ def missing_tensor(tensors, record, model, masks):
 
 
 DAMAGES = [
-    recorded_count, minus_zero, block, embedding, not_finite, recorded_zeros, missing_mask, other_function, other_positions,
+    recorded_count,
+    minus_zero,
+    block,
+    embedding,
+    not_finite,
+    recorded_zeros,
+    missing_mask,
+    other_function,
+    other_positions,
     missing_tensor,
-]  # fmt: skip
+]
 
 
 def tamper(directory: Path, change, *arguments) -> None:
