@@ -26,6 +26,7 @@ from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.sharding import whole
+from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
@@ -132,6 +133,7 @@ class Engine:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
         Raises:
+            Stopped: between two blocks, if a signal asks for it.
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
         watch = Stopwatch()
@@ -189,6 +191,7 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
+            check()
             with ExitStack() as whole_block:
                 with watch.stage("forward"):
                     whole_block.enter_context(block.gathered())
