@@ -37,19 +37,28 @@ def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, 
     """Run a worker in so many processes.
 
     Args:
-        directory: takes the results, one file a process.
+        directory: takes the results.
         arguments: of the worker.
         timeout: in seconds. A worker that waits for ever shows where shortly before.
 
     Returns:
         what each process gave to ``finish``, in the order of the processes.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    return run_groups(worker, [processes], directory, *arguments, timeout=timeout)[processes]
+
+
+def run_groups(
+    worker: Path, sizes: list[int], directory: Path, *arguments: str, timeout: float = 200
+) -> dict[int, list[Any]]:
+    """``run_workers`` for one number of processes after the other, which is faster than to call it for each: the
+    results by the number of processes. ``timeout``: of each group."""
+    for size in sizes:
+        (directory / str(size)).mkdir(parents=True)
     extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
-    command = [sys.executable, "-m", "tests.helpers.forks", str(processes), str(worker), *arguments]
-    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), str(worker), *arguments]
+    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout * len(sizes))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((directory / f"{index}.json").read_text()) for index in range(processes)]
+    return {n: [json.loads((directory / f"{n}/{i}.json").read_text()) for i in range(n)] for n in sizes}
 
 
 def start_worker() -> None:
@@ -64,7 +73,7 @@ def finish(results: Any) -> None:
     """The last call of a worker: hands ``results`` (JSON-able) to the test and ends the process."""
     import torch.distributed as dist
 
-    path = Path(os.environ[OUTPUT]) / f"{dist.get_rank()}.json"
+    path = Path(os.environ[OUTPUT]) / f"{dist.get_world_size()}/{dist.get_rank()}.json"
     path.write_text(json.dumps(results))
     dist.barrier()
     # gloo's threads, torn down with the interpreter, abort one run in some thirty.

@@ -16,6 +16,7 @@ from losa.training.trainer import Trainer
 from tests.helpers.tiny import tiny_llama
 
 LENGTH = 12
+TIMES = ("tokens_per_s", "tokens_per_s_per_device")
 
 
 def sequences(count: int, seed: int = 0, highest: int = 90) -> PackedData:
@@ -86,3 +87,8 @@ def snapshot(model):
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The lines without what differs from run to run."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(folder)]

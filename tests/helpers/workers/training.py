@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,11 @@ from losa.training.loss import TokenLoss
 from losa.training.position import StepDone, TrainState, empty_moments
 from losa.training.trainer import Trainer
 from tests.helpers.processes import finish, start_worker
-from tests.helpers.training import LENGTH, lines, odd_llama, sequences
+from tests.helpers.training import LENGTH, odd_llama, sequences, untimed
 
 # Steps of 6, 6 and 4 sequences.
 SEQUENCES, STEP = 16, 6
 LEARNING_RATE = 1e-2
-TIMES = ("tokens_per_s", "tokens_per_s_per_device")
 
 
 def trainer(
@@ -75,8 +75,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def written(directory: Path) -> list[dict]:
     """The main process's lines of metrics, but for times."""
-    found = lines(directory) if is_main() else []
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+    return untimed(directory) if is_main() else []
 
 
 def two_rounds(model: nn.Module, directory: Path, **settings: Any) -> dict:
@@ -226,10 +225,9 @@ def failures(directory: Path) -> dict:
     return found
 
 
-def main(root: str) -> None:
-    start_worker()
+def every_case(directory: Path) -> dict[str, Any]:
+    """The cases of this number of processes."""
     count = dist.get_world_size()
-    directory = Path(root) / str(count)
     modes: dict[str, Callable[..., nn.Module]] = {"ddp": odd_llama, "fsdp": sharded}
     if count == 4:
         modes = {"hsdp": lambda **settings: sharded(2, **settings)}
@@ -253,4 +251,9 @@ def main(root: str) -> None:
         shell.sharding_of = lambda module: replace(own(module), offload=True)
         found["offload"] = two_rounds(sharded(), directory / "offload")
         shell.sharding_of = own
-    finish(found)
+    return found
+
+
+if __name__ == "__main__":
+    start_worker()
+    finish(every_case(Path(sys.argv[1]) / str(dist.get_world_size())))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.helpers.forks import fork_workers
+from tests.helpers.processes import run_groups
 from tests.helpers.training import odd_llama
 from tests.helpers.workers import training
 from tests.helpers.workers.training import LEARNING_RATE, first_gradients, going_on, two_rounds
@@ -24,7 +26,7 @@ def alone(tmp_path_factory):
 def several(tmp_path_factory):
     """By number of processes, what each finds."""
     directory = tmp_path_factory.mktemp("several")
-    return fork_workers("tests.helpers.workers.training", [2, 3, 4], directory, str(directory / "runs"))
+    return run_groups(Path(training.__file__), [2, 3, 4], directory, str(directory / "runs"))
 
 
 CASES = [
