@@ -13,7 +13,7 @@ from torch import nn
 from losa.distributed.processes import is_main
 from losa.distributed.stop import Stopped, agree
 from losa.distributed.watch import progress
-from losa.errors import LosaError, OutputError
+from losa.errors import OutputError
 from losa.recipe.sections import CheckpointConfig
 from losa.record import RoundRecord
 from losa.run.random_state import random_state, set_random_state
@@ -73,7 +73,7 @@ class Saver:
         try:
             yield
         except BaseException:
-            with suppress(LosaError):  # it would hide the first error
+            with suppress(Exception):  # it would hide the first error
                 self._writer.wait()
             raise
         self._writer.wait()
