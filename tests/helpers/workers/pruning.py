@@ -222,7 +222,7 @@ def experts(linears: dict[str, nn.Linear]) -> None:
     linears["a"](x)
     linears["b"](x)
     if process_index() == process_count() - 1:
-        linears["c"](x)
+        linears["c"](x.clone())
 
 
 def disagreeing(linears: dict[str, nn.Linear]) -> None:
