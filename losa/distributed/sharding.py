@@ -174,21 +174,19 @@ def gathered_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole parameter, the sharded one in whose place it stands, and what was gathered, written how often.
-
-    ``memory`` is held: otherwise a new tensor could stand where the gathered one was, and be taken for it.
-    """
+    """A whole parameter, the sharded one in whose place it stands, what it held at first, and written how often.
+    ``first`` keeps that memory: no other parameter may come to lie there."""
 
     parameter: nn.Parameter
     sharded: nn.Parameter
-    memory: Tensor
+    first: Tensor
     version: int
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter``, this one or another, has the values that were gathered, in the same memory."""
         own = self.parameter
         same = parameter is own or (parameter.shape, parameter.dtype) == (own.shape, own.dtype)
-        return same and (parameter.data_ptr(), parameter._version) == (self.memory.data_ptr(), self.version)
+        return same and (parameter.data_ptr(), parameter._version) == (self.first.data_ptr(), self.version)
 
 
 @contextmanager
@@ -209,7 +207,7 @@ def _gathered(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         # New modules inside of the old ones are seen too.
         now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
-        _put_rows(list(now), sharding, {known.memory.data_ptr(): known for known in wholes.values()})
+        _put_rows(list(now), sharding, {known.first.data_ptr(): known for known in wholes.values()})
 
 
 def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
