@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, run_groups
 
 pytestmark = pytest.mark.subprocess
 EPS = torch.finfo(torch.float32).eps
@@ -20,12 +16,8 @@ WORKER = ROOT / "tests" / "helpers" / "workers" / "pruning.py"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[int, list[dict]]:
     """What each process found, by how many there were."""
-    path = tmp_path_factory.mktemp("pruning") / "found.json"
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(path)], env=environment(), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return {int(processes): each for processes, each in json.loads(path.read_text()).items()}
+    directory = tmp_path_factory.mktemp("pruning")
+    return run_groups(WORKER, [1, *SEVERAL], directory, str(directory))
 
 
 @pytest.fixture(scope="module")
