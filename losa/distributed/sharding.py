@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -210,12 +211,13 @@ class _Whole:
 
 @contextmanager
 def _gathered(modules: list[nn.Module]) -> Iterator[None]:
-    found = [(m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)]
+    parameters: list[tuple[nn.Module, str, Any]] = [(m, name, p) for m in modules for name, p in m._parameters.items()]
+    found = [(m, name, p) for m, name, p in parameters if isinstance(p, DTensor)]
     if not found:
         yield
         return
     sharding = Sharding.of(found[0][2])
-    shards = {id(p): p for _, _, p in found}
+    shards: dict[int, Any] = {id(p): p for _, _, p in found}
     wholes: dict[int, _Whole] = {}
     for sharded, values in zip(shards.values(), _wholes(list(shards.values())), strict=True):
         parameter = nn.Parameter(values, requires_grad=sharded.requires_grad)
