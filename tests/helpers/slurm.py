@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.helpers.processes import environment
 
-# Starts the tasks of all nodes. As srun does, it ends with the highest code, where a signal counts 128 and its number, and
+# Starts the tasks of all nodes. As srun does, it ends with the highest code, a signal's being its number and 128, and
 # ends all tasks once one has failed, unless an option says to let them end by themselves.
 SRUN = """#!{python}
 import os, pathlib, subprocess, sys, time
