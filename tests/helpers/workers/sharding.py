@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from losa.distributed.collectives import columns_of_all, from_process, share_of, sum_to_process
+from losa.distributed.collectives import columns_of_all, from_process, reduce_to_process, share_of
 from losa.distributed.sharding import (
     device_of,
     gathered,
@@ -82,6 +82,9 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
             layer.set_rank(5)
         layer.set_mask(torch.zeros(layer.weight.shape, dtype=torch.bool))
         layer.replace_weight(layer.weight + 1)
+        # New memory, one after the other: a later weight may not be taken for an earlier one whose memory it got.
+        for other in (block.self_attn.k_proj, block.self_attn.v_proj):
+            other.weight.data = other.weight.data + 1
         block.self_attn.o_proj.weight.data = block.self_attn.o_proj.weight.data  # the same memory: no change
         block.self_attn.q_proj = (
             block.self_attn.q_proj.unwrap()
@@ -94,6 +97,8 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
         [
             *(f"{name}.{part}" for part in ("weight", "mask", "lora_A", "lora_B")),
             "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.self_attn.k_proj.weight",
+            "model.layers.0.self_attn.v_proj.weight",
             "model.layers.0.self_attn.q_proj.weight",
         ]
     )
@@ -111,7 +116,7 @@ def collectives() -> dict:
     mine = everything.split(rows)[rank]
     slices = columns_of_all(mine, rows)
     added = torch.full((3,), float(rank + 1))
-    sum_to_process(added, count - 1)
+    reduce_to_process(added, count - 1)
     return {
         "slice": torch.equal(slices, everything.tensor_split(count, dim=1)[rank]),
         "sum": added.tolist() if rank == count - 1 else None,
