@@ -6,7 +6,6 @@ forward passes of the whole model. Both do nothing to a model that is not sharde
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.processes import process_count
 
@@ -55,9 +55,15 @@ class Sharding:
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
         """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
-        rows = rows.to("cpu" if self.offload else self.device)
+        if not rows.is_meta:
+            rows = rows.to("cpu" if self.offload else self.device)
+            if self.offload and self.mesh.device_type == "cuda":
+                # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
+                rows = rows.pin_memory()
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        spec = DTensorSpec(self.mesh, tuple(self.placements), TensorMeta(shape, stride, rows.dtype))
+        # DTensor.from_local would move rows that wait in host memory to the mesh's device.
+        return DTensor(rows, spec, requires_grad=False)
 
     def shard(self, whole: Tensor) -> DTensor:
         """This process's rows of a tensor that every process has, in memory of their own."""
@@ -100,6 +106,13 @@ def whole(tensor: Tensor) -> Tensor:
     if sharding.offload:
         tensor = Sharding(sharding.mesh).from_rows(rows, tensor.shape)
     return tensor.detach().full_tensor()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: the rows that this process holds of a sharded one, which stays sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu")
+    return Sharding(Sharding.of(tensor).mesh, offload=True).from_rows(tensor.to_local().detach(), tensor.shape)
 
 
 def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
@@ -215,13 +228,3 @@ def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None) 
         return known.sharded
     # Another parameter over gathered memory, as when a linear is wrapped: it shares the rows too.
     return nn.Parameter(known.sharded.detach(), requires_grad=parameter.requires_grad)
-
-
-def structure_of(module: nn.Module) -> tuple[nn.Module, dict[int, object]]:
-    """A copy of a module's structure that shares its parameters and buffers.
-
-    Returns:
-        the copy, and the copies of all its parts by the ``id`` of what each was copied from.
-    """
-    copies: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, copies), copies
