@@ -1,4 +1,4 @@
-"""Errors a user can act on. The CLI prints their message without a traceback and exits with code 1."""
+"""Errors a user can act on. The CLI prints their message without a traceback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import reprlib
 
 class LosaError(Exception):
     """Base of every error that losa raises on purpose."""
+
+    # Of the command that it ends.
+    exit_code = 1
 
 
 class RecipeError(LosaError):

@@ -240,6 +240,12 @@ DEBUG = Switch(
     "Whether the command line shows tracebacks and logs what it does, as with `--debug`.",
     "when a command starts or fails",
 )
+JOIN_TIMEOUT = Number(
+    "LOSA_JOIN_TIMEOUT",
+    300,
+    "Seconds that the processes of a run wait for each other at the start.",
+    "when a run starts",
+)
 NO_EXT = Switch("LOSA_NO_EXT", False, "Whether to install without native code: Python and Triton alone.", SETUP)
 CUDA = Switch("LOSA_CUDA", True, "Whether to build the CUDA half where a CUDA compiler is found.", SETUP)
 CUDA_ARCHS = Text(

@@ -27,7 +27,21 @@ app = typer.Typer(
 
 def main() -> None:
     """Console entry point."""
-    app(prog_name="losa")
+    try:
+        app(prog_name="losa")
+    except SystemExit as end:
+        _leave_others(end.code)
+        raise
+
+
+def _leave_others(code: object) -> None:
+    """End a process that has joined others at once: threads of gloo that are torn down with the interpreter abort it
+    now and then, which would replace its exit code."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _version(value: bool) -> None:

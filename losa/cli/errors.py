@@ -43,8 +43,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
-    code 1), Ctrl-C into another sentence (130), and any other exception into a report (1). With --debug every exception
-    goes through."""
+    code 1; 75 for a run that was asked to stop), Ctrl-C into another sentence (130), and any other exception into a
+    report (1). With --debug every exception goes through that would end with 1."""
 
     def invoke(self, ctx):
         try:
@@ -54,10 +54,13 @@ class Commands(TyperGroup):
             _say(f"losa: interrupted{resume}")
             raise typer.Exit(130) from error
         except Exception as error:
-            if _is_usage(error) or _is_broken_pipe(error) or _shows_all(ctx.params.get("debug", False)):
+            if _is_usage(error) or _is_broken_pipe(error):
+                raise
+            code = error.exit_code if isinstance(error, LosaError) else 1
+            if code == 1 and _shows_all(ctx.params.get("debug", False)):
                 raise
             _say(message_for(error, ctx.invoked_subcommand) or report(error))
-            raise typer.Exit(1) from error
+            raise typer.Exit(code) from error
 
     def main(self, args=None, *rest, standalone_mode: bool = True, **extra):
         """The same for what fails before a command starts."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from losa.distributed.watch import others_wait
 from losa.errors import LosaError, OutputError
 
 # Seconds between two looks at whether the main process is done.
@@ -45,6 +46,11 @@ def launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
+def launched_per_machine() -> int:
+    """How many processes the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched_count())
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and talks to the user."""
     return process_index() == 0
@@ -70,7 +76,8 @@ def on_main(work: Callable[[], _T]) -> _T:
     if not is_main():
         return _wait(store, key)
     try:
-        result = work()
+        with others_wait():
+            result = work()
     except BaseException:
         store.set(key, pickle.dumps((False, None)))
         raise
@@ -104,13 +111,15 @@ _control: list[Any] = []
 
 def control_group() -> Any:
     """The processes' group for small messages between hosts: it works in host memory, whatever the model's device."""
+    if "gloo" in dist.get_backend():
+        return dist.group.WORLD
     if not _control:
-        _control.append(dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        _control.append(dist.new_group(backend="gloo"))
     return _control[0]
 
 
 def check_agreement(what: str, value: str) -> None:
-    """Make sure that every process has the same ``value``.
+    """Make sure that every process has the same ``value``, of something that it read.
 
     Raises:
         OutputError: in every process; names two that differ and what each has.

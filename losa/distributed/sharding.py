@@ -108,6 +108,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor()
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: the rows that this process holds of a sharded one, which stays sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu")
+    return Sharding(Sharding.of(tensor).mesh, offload=True).from_rows(tensor.to_local().detach(), tensor.shape)
+
+
 def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum of ``count`` over all rows of a tensor, from its value for the rows of each process.
 

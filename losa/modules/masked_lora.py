@@ -72,7 +72,8 @@ class MaskedLoRALinear(nn.Module):
         packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
         self.mask = nn.Parameter(packed, requires_grad=False)
         self._check_rank(rank)
-        self._set_adapter(self._gaussian_rows(rank, generator), weight.new_zeros(self.out_features, rank).float())
+        zeros = torch.zeros(self.out_features, rank, device=weight.device)
+        self._set_adapter(self._gaussian_rows(rank, generator), zeros)
         if mask is not None:
             self.set_mask(mask)
 

@@ -223,6 +223,14 @@ class DistributedConfig(Section):
     )
     timeout: float = Field(1800, ge=10, le=86400, description="seconds without progress after which a run ends")
 
+    @model_validator(mode="after")
+    def _settings_of_the_mode(self):
+        if self.shard_size is not None and self.mode != "hsdp":
+            raise ValueError(f"distributed.shard_size: expected mode hsdp, got {self.mode}, which has no shard size")
+        if self.cpu_offload and self.mode == "ddp":
+            raise ValueError("distributed.cpu_offload: expected mode fsdp or hsdp, got ddp, which has no shards")
+        return self
+
 
 class CheckpointConfig(Section):
     """How often a run saves what it can go on from. The end of each round is always saved."""

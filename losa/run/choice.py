@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from losa.distributed.launch import launched_with
-from losa.distributed.processes import on_main, process_count
+from losa.distributed.launch import as_launched
+from losa.distributed.processes import launched_per_machine, on_main, process_count
 from losa.recipe.sections import Recipe
 from losa.run.machine import capacity
 from losa.run.placement import Placement, choose
@@ -28,10 +26,7 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
         ModelError: in mode "auto": the configuration cannot be had, or the model has no blocks.
         LosaError: in the other processes, where process 0 fails.
     """
-    config = recipe.distributed
-    if config.mode == "auto" and launched_with("FSDP"):
-        config = config.model_copy(update={"mode": "fsdp"})
-    per_machine = on_main(lambda: int(os.environ.get("LOCAL_WORLD_SIZE") or process_count()))
+    config, per_machine = as_launched(recipe.distributed), on_main(launched_per_machine)
     return choose(
         config, process_count(), per_machine, lambda found: on_main(lambda: _fits(recipe, device, found, per_machine))
     )

@@ -18,12 +18,14 @@ from torch import nn
 import losa_kernels
 from losa import __version__
 from losa.algorithm.stream import BlockStream
-from losa.distributed.launch import start_processes
+from losa.distributed.agreement import check_shared
+from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model
 from losa.model.wrapping import sparsity_of
-from losa.output.export import export_model, mask_records
+from losa.output.checks import mask_records
+from losa.output.export import export_model
 from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
@@ -67,13 +69,14 @@ def run_recipe(
             another recipe, model or data, or an output that fails its check; nothing half-written stays.
     """
     overwrite = overwrite or force
-    device = start_processes(recipe.device)
-    if not is_main():
-        console = Console(quiet=True)
-    console = console or Console()
-    get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
-    workspace = Workspace(recipe.output)
+    settings = {"recipe": recipe.model_dump(mode="json"), "resume": resume, "overwrite": overwrite, "force": force}
     with ExitStack() as stack:
+        device = stack.enter_context(working_together(recipe.device, recipe.distributed, settings))
+        if not is_main():
+            console = Console(quiet=True)
+        console = console or Console()
+        get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
+        workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
             stack.enter_context(claimed(recipe.output))
@@ -85,6 +88,7 @@ def run_recipe(
             return finished
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
+        check_shared(workspace.path)
         return _run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
 

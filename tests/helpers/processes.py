@@ -1,4 +1,4 @@
-"""Several processes for a test: a worker is a Python file that torchrun starts, and that runs many cases in one go.
+"""Several processes for a test: a worker is a Python file that runs many cases in one go.
 
 A worker ends with ``finish(results)``; the test gets what every process found.
 """
@@ -41,7 +41,7 @@ def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, 
     """
     directory.mkdir(parents=True, exist_ok=True)
     extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
-    command = torchrun(processes, str(worker), *arguments)
+    command = [sys.executable, "-m", "tests.helpers.forks", str(processes), str(worker), *arguments]
     done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads((directory / f"{index}.json").read_text()) for index in range(processes)]

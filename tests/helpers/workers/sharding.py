@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from losa.distributed.collectives import columns_of_all, from_process, share_of, sum_to_process
+from losa.distributed.collectives import columns_of_all, from_process, reduce_to_process, share_of
 from losa.distributed.sharding import (
     device_of,
     gathered,
@@ -111,7 +111,7 @@ def collectives() -> dict:
     mine = everything.split(rows)[rank]
     slices = columns_of_all(mine, rows)
     added = torch.full((3,), float(rank + 1))
-    sum_to_process(added, count - 1)
+    reduce_to_process(added, count - 1)
     return {
         "slice": torch.equal(slices, everything.tensor_split(count, dim=1)[rank]),
         "sum": added.tolist() if rank == count - 1 else None,

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from losa import __version__
 from losa.cli import errors as cli_errors
+from losa.distributed.stop import Stopped
 from losa.errors import LosaError, ModelError
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +94,13 @@ def test_debug_lets_everything_through(here, monkeypatch):
     monkeypatch.setenv("LOSA_DEBUG", "1")
     assert isinstance(invoke(LosaError("no"), "run").exception, LosaError)
     assert list(here.iterdir()) == []
+
+
+def test_a_run_that_was_stopped_has_an_exit_code_of_its_own(here):
+    for arguments in (["run"], ["--debug", "run"]):
+        result = invoke(Stopped("SIGUSR1", saved=True), *arguments)
+        assert result.exit_code == 75
+        assert result.stderr == "losa: stopped by SIGUSR1 after saving; run again with --resume\n"
 
 
 def test_errors_before_a_command_starts(here, monkeypatch):

@@ -1,0 +1,193 @@
+"""How processes find each other: the launcher's variables, the key-value store that they share, and who has come.
+
+Every process says in the store that it has come, or why it cannot go on, before any of them waits in a collective. So
+whatever is wrong ends all of them with the same sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from losa.errors import LosaError, reason
+from losa_kernels import settings
+
+_POLL = 0.1
+# Seconds that the process with the store waits for the others to read why the job ends.
+_GRACE = 5.0
+_HOW = "start the processes with torchrun, or with srun as examples/slurm does"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher gave to this process: its number among ``count`` processes and among those of its machine, how
+    many its machine has, and where process 0 or the launcher keeps the store."""
+
+    index: int
+    count: int
+    local_index: int
+    local_count: int
+    host: str
+    port: int
+
+    @property
+    def store(self) -> str:
+        return f"{self.host}:{self.port} (MASTER_ADDR, MASTER_PORT)"
+
+
+ALONE = Place(0, 1, 0, 1, "localhost", 0)
+
+
+def read_place() -> Place | None:
+    """The launcher's variables, as torchrun sets them; None for a process that was started alone.
+
+    Raises:
+        LosaError: names the variable that is missing or has a bad value.
+    """
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1").strip() == "1":
+        return None
+    count = _number("WORLD_SIZE", 1, 2**20)
+    index = _number("RANK", 0, count - 1)
+    local_count = _number("LOCAL_WORLD_SIZE", 1, count) if "LOCAL_WORLD_SIZE" in os.environ else count
+    local_index = _number("LOCAL_RANK", 0, local_count - 1)
+    if count == 1:
+        return ALONE
+    host = os.environ.get("MASTER_ADDR", "").strip()
+    if not host:
+        raise LosaError(f"MASTER_ADDR: expected the host of process 0, is not set; {_HOW}")
+    return Place(index, count, local_index, local_count, host, _number("MASTER_PORT", 1, 65535))
+
+
+def _number(name: str, lowest: int, highest: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        raise LosaError(f"{name}: expected a number from {lowest} to {highest}, is not set; {_HOW}")
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if not lowest <= value <= highest:
+        raise LosaError(f"{name}: expected a number from {lowest} to {highest}, got {text!r}; {_HOW}")
+    return value
+
+
+def join(place: Place, device: str, problem: str | None, timeout: timedelta) -> None:
+    """Join all processes in torch's default group, which works in host memory and on the GPU.
+
+    Args:
+        device: "cpu" or "cuda", the same in every process.
+        problem: why this process cannot go on.
+        timeout: after which a collective gives up.
+
+    Raises:
+        LosaError: in every process: a process cannot go on, is missing, has another one's number or expects another
+            number of processes; or the store cannot be reached.
+    """
+    limit = settings.JOIN_TIMEOUT()
+    store: Any = _connect(place, limit) if place.count > 1 else dist.HashStore()
+    _meet(store, place, device, problem, limit)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    group_timeout = timedelta(seconds=limit)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.index, world_size=place.count, timeout=group_timeout)
+    except RuntimeError as error:
+        raise LosaError(
+            f"process {place.index} (host {socket.gethostname()}) cannot reach the others, although all have come: "
+            f"{reason(error)}; where a machine has several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name one"
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def _connect(place: Place, limit: float) -> Any:
+    """The store that all processes share."""
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = place.index == 0 and not kept_by_launcher
+    if not keeps:
+        _await_listener(place, limit)
+    made: list[Any] = []
+
+    def make() -> None:
+        wait = timedelta(seconds=limit)
+        try:
+            made.append(dist.TCPStore(place.host, place.port, place.count, keeps, wait, wait_for_workers=False))
+        except RuntimeError as error:
+            made.append(error)
+
+    # A listener that is no store may never answer, and the constructor would never return.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if not made or isinstance(made[0], RuntimeError):
+        why = reason(made[0]) if made else f"no answer within {limit:g} s"
+        if "EADDRINUSE" in why:
+            raise LosaError(f"port {place.port} on this machine is in use (MASTER_PORT); set another")
+        raise LosaError(f"process {place.index}: the processes' store at {place.store} cannot be used: {why}")
+    if kept_by_launcher:
+        return dist.PrefixStore(f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", made[0])
+    return made[0]
+
+
+def _await_listener(place: Place, limit: float) -> None:
+    began = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=limit).close()
+            return
+        except OSError as error:
+            if time.monotonic() - began > limit:
+                raise LosaError(
+                    f"process {place.index} (host {socket.gethostname()}): the main process could not be reached at "
+                    f"{place.store} within {limit:g} s: {reason(error)}"
+                ) from error
+            time.sleep(_POLL)
+
+
+def _meet(store: Any, place: Place, device: str, problem: str | None, limit: float) -> None:
+    """Wait until every process has come and none has a problem."""
+    began = time.monotonic()
+    me = f"host {socket.gethostname()}, pid {os.getpid()}"
+    store.add("losa/came", 1)
+    found = store.compare_set(f"losa/place/{place.index}", "", me).decode()
+    if problem is not None:
+        problem = f"process {place.index} ({me}): {problem}"
+    elif found != me:
+        problem = f"two processes have RANK={place.index}: one on {found}, one on {me}; or two jobs share {place.store}"
+    else:
+        problem = _differs(store, place, "WORLD_SIZE", str(place.count)) or _differs(store, place, "device", device)
+    keys = [f"losa/place/{index}" for index in range(place.count)]
+    while True:
+        if problem is None and time.monotonic() - began > limit:
+            missing = ", ".join(str(i) for i, key in enumerate(keys) if not store.check([key]))
+            problem = f"of {place.count} processes these have not come within {limit:g} s: {missing}"
+        if problem is not None:
+            store.compare_set("losa/problem", "", problem)
+        if store.check(["losa/problem"]):
+            _end(store, place)
+        if store.check(keys):
+            return
+        time.sleep(_POLL)
+
+
+def _differs(store: Any, place: Place, what: str, value: str) -> str | None:
+    """What is wrong where another process has another value."""
+    first, found = json.loads(store.compare_set(f"losa/{what}", "", json.dumps([place.index, value])))
+    return None if found == value else f"{what}: process {place.index} has {value}, process {first} has {found}"
+
+
+def _end(store: Any, place: Place) -> NoReturn:
+    problem = store.get("losa/problem").decode()
+    store.add("losa/told", 1)
+    began = time.monotonic()
+    while place.index == 0 and time.monotonic() - began < _GRACE:
+        if store.add("losa/told", 0) >= store.add("losa/came", 0):
+            break
+        time.sleep(_POLL)
+    raise LosaError(problem)

@@ -1,0 +1,147 @@
+"""Processes that are killed, hang, fail or go silent end the job with a message that names them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.helpers.cases import outcomes
+
+WORKER = """
+import os, signal, time
+import torch
+import torch.distributed as dist
+from losa.distributed.joining import join, read_place
+from losa.distributed.processes import on_main
+from losa.distributed.stop import agree, check, heeding_signals
+from losa.distributed.watch import Limits, progress, watched
+from losa.errors import LosaError
+from tests.helpers.cases import Case, run_cases
+from datetime import timedelta
+
+moving = Limits(progress=60, period=0.25, silent=4, broken=2, grace=1.5)
+standing = Limits(progress=3, period=0.25, silent=20, broken=2, grace=1.5)
+
+def watch_over(middle, limits=moving, after=lambda index: None):
+    def work(index):
+        join(read_place(), "cpu", None, timedelta(seconds=60))
+        with watched(limits):
+            dist.all_reduce(torch.ones(1))
+            progress("step 1")
+            result = middle(index)
+            progress("step 2")
+            dist.all_reduce(torch.ones(1))
+            after(index)
+        return result
+    return work
+
+def only(number, do):
+    return lambda index: do() if index == number else None
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+def fail():
+    raise ValueError("no numbers")
+
+def fail_alike(index):
+    raise LosaError("the same everywhere")
+
+def one_fails_and_nobody_waits_for_it(index):
+    if index == 1:
+        fail()
+    time.sleep(30)
+
+def asked(index):
+    with heeding_signals():
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2 * index)
+        found = agree()
+        check()
+
+run_cases({
+    "well": Case(watch_over(lambda index: on_main(lambda: "done"), after=lambda index: time.sleep(index))),
+    "killed": Case(watch_over(only(1, send(signal.SIGKILL))), 3),
+    "killed main": Case(watch_over(only(0, send(signal.SIGKILL))), 3),
+    "killed while writing": Case(watch_over(lambda index: on_main(send(signal.SIGKILL))), 2),
+    "frozen": Case(watch_over(only(1, send(signal.SIGSTOP))), 3, kill_after=15),
+    "frozen main": Case(watch_over(only(0, send(signal.SIGSTOP))), 3, kill_after=15),
+    "standing": Case(watch_over(only(1, lambda: time.sleep(50)), standing), 3),
+    "writing": Case(watch_over(lambda index: on_main(lambda: time.sleep(5)), standing), 2),
+    "failed": Case(watch_over(only(1, fail)), 3),
+    "failed main": Case(watch_over(only(0, fail)), 3),
+    "failed alone": Case(watch_over(one_fails_and_nobody_waits_for_it), 3),
+    "failed alike": Case(watch_over(fail_alike), 3),
+    "asked to stop": Case(watch_over(asked), 3),
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return outcomes(WORKER, tmp_path_factory.mktemp("watch"))
+
+
+def codes(processes: list[dict]) -> list[int]:
+    return [process["code"] for process in processes]
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("case, result", [("well", "done"), ("writing", "None")])
+def test_processes_end_well(found, case, result):
+    """Also when one of them writes for longer than the job may stand still."""
+    assert codes(found[case]) == [0, 0]
+    assert all(f"returned {result}" in process["said"] for process in found[case])
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    "case, lost, expected, seconds",
+    [
+        ("killed", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 2 s: killed", 12),
+        ("killed main", 0, r"process 0 \(host \S+, pid \d+\), or the launcher that keeps the store, is gone", 12),
+        ("killed while writing", 0, r"process 0 \(host \S+, pid \d+\), or the launcher", 12),
+        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 4 s: killed, hung", 14),
+        ("frozen main", 0, r"store .*: process 0 \(host \S+, pid \d+\), or the launcher .* is gone or hangs", 14),
+    ],
+)
+def test_a_lost_process_is_named_by_all_others(found, case, lost, expected, seconds):
+    others = [process for index, process in enumerate(found[case]) if index != lost]
+    assert found[case][lost]["code"] == -9
+    for process in others:
+        assert process["code"] == 76 and process["seconds"] < seconds, process
+        assert re.search(expected, process["said"]), process["said"]
+
+
+@pytest.mark.subprocess
+def test_a_process_that_stands_still_is_named_with_its_place(found):
+    for process in found["standing"]:
+        assert process["code"] == 76 and process["seconds"] < 15
+        assert "no process makes progress: process 1 (host " in process["said"]
+        assert " at step 1 for " in process["said"] and "; processes 0, 2 at step 2 for " in process["said"]
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("case, failed", [("failed", 1), ("failed main", 0), ("failed alone", 1)])
+def test_a_process_that_fails_is_quoted_by_all_others(found, case, failed):
+    for index, process in enumerate(found[case]):
+        assert process["code"] == 1
+        if index == failed:
+            assert process["said"] == "ValueError: no numbers\n"
+        else:
+            assert f"process {failed} (host " in process["said"]
+            assert " failed: ValueError: no numbers" in process["said"]
+
+
+@pytest.mark.subprocess
+def test_processes_that_fail_alike_say_it_once(found):
+    assert [process["said"] for process in found["failed alike"]] == ["LosaError: the same everywhere\n"] * 3
+
+
+@pytest.mark.subprocess
+def test_all_processes_stop_where_one_was_asked_to(found):
+    for process in found["asked to stop"]:
+        assert process["code"] == 75
+        assert process["said"] == "Stopped: stopped by SIGUSR1; run again with --resume\n"
