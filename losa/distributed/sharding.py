@@ -174,18 +174,19 @@ def gathered_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole parameter, the sharded one in whose place it stands, and where it was in memory, written how often."""
+    """A whole parameter, the sharded one in whose place it stands, what it held at first, and written how often.
+    ``first`` keeps that memory: no other parameter may come to lie there."""
 
     parameter: nn.Parameter
     sharded: nn.Parameter
-    place: int
+    first: Tensor
     version: int
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter``, this one or another, has the values that were gathered, in the same memory."""
         own = self.parameter
         same = parameter is own or (parameter.shape, parameter.dtype) == (own.shape, own.dtype)
-        return same and (parameter.data_ptr(), parameter._version) == (self.place, self.version)
+        return same and (parameter.data_ptr(), parameter._version) == (self.first.data_ptr(), self.version)
 
 
 @contextmanager
@@ -199,14 +200,14 @@ def _gathered(modules: list[nn.Module]) -> Iterator[None]:
     for module, name, sharded in found:
         if id(sharded) not in wholes:
             parameter = nn.Parameter(whole(sharded), requires_grad=sharded.requires_grad)
-            wholes[id(sharded)] = _Whole(parameter, sharded, parameter.data_ptr(), parameter._version)
+            wholes[id(sharded)] = _Whole(parameter, sharded, parameter.detach(), parameter._version)
         module._parameters[name] = wholes[id(sharded)].parameter
     try:
         yield
     finally:
         # New modules inside of the old ones are seen too.
         now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
-        _put_rows(list(now), sharding, {known.place: known for known in wholes.values()})
+        _put_rows(list(now), sharding, {known.first.data_ptr(): known for known in wholes.values()})
 
 
 def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:

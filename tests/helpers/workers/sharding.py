@@ -82,6 +82,9 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
             layer.set_rank(5)
         layer.set_mask(torch.zeros(layer.weight.shape, dtype=torch.bool))
         layer.replace_weight(layer.weight + 1)
+        # New memory, one after the other: a later weight may not be taken for an earlier one whose memory it got.
+        for other in (block.self_attn.k_proj, block.self_attn.v_proj):
+            other.weight.data = other.weight.data + 1
         block.self_attn.o_proj.weight.data = block.self_attn.o_proj.weight.data  # the same memory: no change
         block.self_attn.q_proj = (
             block.self_attn.q_proj.unwrap()
@@ -94,6 +97,8 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
         [
             *(f"{name}.{part}" for part in ("weight", "mask", "lora_A", "lora_B")),
             "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.self_attn.k_proj.weight",
+            "model.layers.0.self_attn.v_proj.weight",
             "model.layers.0.self_attn.q_proj.weight",
         ]
     )
