@@ -47,7 +47,7 @@ def plan(request, tmp_path_factory) -> ClusterEstimate:
 
 def test_every_row_is_counted_right():
     found = rows(PAGE)
-    assert len(found) > 35
+    assert len(found) > 30
     for *_, expression, result in found:
         assert value(expression) == int(result.replace(",", "")), expression
 
@@ -67,7 +67,7 @@ def test_the_numbers_of_the_text_are_those_of_the_plan(plan):
     numbers = {row[0]: int(row[-1].replace(",", "")) for row in rows(PAGE)}
     assert numbers["prunable weights"] == shape.prunable
     assert numbers["parameters, with two norms in each block"] == plan.parameters
-    assert f"{shape.weight_bytes:,} bytes of weights" in PAGE
+    assert f"{shape.weight_bytes:,} bytes of weights" in " ".join(PAGE.split())
     wires = Wires(plan.planned.recipe, shape, plan.planned.rounds, plan.cluster, plan.placement)
     once = wires.gathered("", 1, "")
     assert once.received == numbers[f"taken in, of {gpus} GPUs"]
@@ -76,8 +76,8 @@ def test_the_numbers_of_the_text_are_those_of_the_plan(plan):
     stages = {stage.kind: stage for stage, _ in plan.stages if stage.method == "losa"}
     per_token = numbers["training, 1,024 tokens a sequence"]
     tokens = stages["training"].flops / per_token
-    # 1953 sequences, in steps of 64, of which a GPU has 1/N: the last step of a round has fewer.
-    assert tokens % 1024 == 0 and 1953 / gpus <= tokens / 1024 <= 1953 / gpus + 5 * 64 / gpus
+    # Sequences of five rounds, in steps of one a GPU.
+    assert tokens == 1024 * sum(-(-sequences // gpus) for sequences in (195, 195, 195, 195, 1173))
     samples = 128 // gpus
     # Two streams with a recorded sample each, statistics, and the compared samples with a recorded one.
     passes = (samples + 1) + samples + (samples + 1) + (64 // gpus + 1)

@@ -89,13 +89,13 @@ def model_70b(recipe_70b):
         (64, 0, {}),
         (64, 63, {}),
         (8, 5, {}),
-        (64, 9, {"mode": "hsdp"}),
+        (64, 9, {"mode": "hsdp", "shard_size": 8}),
     ],
 )
 def test_shards_of_70b_are_those_of_the_plan(recipe_70b, model_70b, processes, index, settings):
     distributed = recipe_70b.distributed.model_copy(update=settings)
     estimate = estimate_cluster(recipe_70b.model_copy(update={"distributed": distributed}), Cluster(processes))
-    assert estimate.placement.mode == settings.get("mode", "fsdp")
+    assert estimate.placement.mode == distributed.mode
     found, plan = dealt(model_70b, index, processes, estimate.placement.shard_size), planned(estimate)
     assert all(found[kind] <= plan[kind] for kind in plan), "the plan is of the process that holds most"
     assert sum(found.values()) >= 0.95 * sum(plan.values())
