@@ -73,7 +73,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as prune.sparsity=0.5; may be repeated."),
 ]
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with unfinished work.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
 ]

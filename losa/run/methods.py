@@ -52,7 +52,7 @@ class MethodRun:
     Args:
         name: the method's.
         model: dense; merged and pruned in place.
-        work_dir: takes metrics and, for resuming, the state after each round, in a directory of the method's name.
+        work_dir: takes metrics and resume states, in a directory of the method's name.
         log: gets a line after each round.
     """
 
@@ -77,29 +77,20 @@ class MethodRun:
         """Prune, train and merge.
 
         Args:
-            resume: go on after the last round whose state was saved.
+            resume: go on with the newest state that was saved.
 
         Raises:
+            Stopped: a signal asks for it, at a training step, after saving; before a block is pruned; at a round's end.
             LosaError: settings that do not fit the model, failed numerics, a file that cannot be written, or a resume
                 state of another recipe, model or data.
         """
         start = time.perf_counter()
-        recipe, method = self.recipe, self.method
+        method = self.method
         tokens = trained = 0
         if method.training == "before":
             tokens, trained = self._finetune_dense()
         self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
-        engine = Engine(
-            self.model,
-            self.inputs.calibration,
-            recipe.prune,
-            self._allocation(),
-            recipe.calibration,
-            measure_errors=method.dynamic,
-            seed=recipe.seed,
-            calls=self.inputs.calls,
-        )
-        rounds = self._run_rounds(engine, resume)
+        rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
         layers = wrapped_linears(self.model)
         masks = {name: _as_held(layer.mask.detach()) for name, layer in layers.items()}
@@ -123,6 +114,19 @@ class MethodRun:
             parameters_trained=trained,
         )
         return Outcome(result, rounds, masks)
+
+    def _engine(self) -> Engine:
+        recipe = self.recipe
+        return Engine(
+            self.model,
+            self.inputs.calibration,
+            recipe.prune,
+            self._allocation(),
+            recipe.calibration,
+            measure_errors=self.method.dynamic,
+            seed=recipe.seed,
+            calls=self.inputs.calls,
+        )
 
     def _allocation(self) -> AllocationConfig:
         if self.method.dynamic:
@@ -199,7 +203,6 @@ class MethodRun:
             done, pruned, start = resumed.done, resumed.pruned, resumed.start
             first = sum(each.sequences for each in rounds[: len(done)])
             for each in rounds[len(done) :]:
-                check()
                 record = pruned or engine.run_round(each)
                 done.append(record)
                 if trainer is not None and each.sequences > 0:
@@ -216,6 +219,7 @@ class MethodRun:
                 self.log(_round_line(self.name, record, len(rounds)))
                 if self._keeps_states():
                     saver.save(Stage.DONE, done)
+                check()
         return done
 
     def _keeps_states(self) -> bool:

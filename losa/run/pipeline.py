@@ -58,7 +58,7 @@ def run_recipe(
     failure before the first method or round is finished.
 
     Args:
-        resume: go on after the last finished round of an interrupted run. Where the output is complete already, only
+        resume: go on where an interrupted run was saved last. Where the output is complete already, only
             unfinished work is cleaned up.
         overwrite: replace an existing output that losa wrote and throw away unfinished work.
         force: replace an existing output whoever wrote it.

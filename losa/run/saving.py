@@ -12,6 +12,7 @@ from torch import nn
 
 from losa.distributed.processes import is_main
 from losa.distributed.stop import Stopped, agree
+from losa.distributed.watch import progress
 from losa.errors import LosaError, OutputError
 from losa.recipe.sections import CheckpointConfig
 from losa.record import RoundRecord
@@ -90,6 +91,7 @@ class Saver:
             OutputError: as ``StateWriter.write``.
         """
         point = Point(records[-1].index, stage, 0 if train is None else train.position.step)
+        progress(f"{self.method}: saving {point.name}")
         base = self._base[1] if self._base is not None and self._base[0] == point.round else None
         tensors = adapter_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
@@ -122,6 +124,7 @@ class Saver:
             Stopped: in all processes, after saving, if a signal asked one of them.
             OutputError: as ``save``.
         """
+        progress(f"{self.method}: step {done.global_step}")
         # A save waits for the one before, and so raises its error in all processes.
         asked = agree(self._is_due(done.global_step) or self.failed)
         if asked.save:

@@ -15,7 +15,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     parameters do it together. No number of the device is read, unless the rows are offloaded.
 
     Returns:
-        scalar tensor, the norm before, fp32 for sharded parameters. All processes get the same bits, and decide alike.
+        scalar tensor, the norm before, in the parameters' dtype. All processes get the same bits, and decide alike.
     """
     first = parameters[0]
     if not isinstance(first, DTensor):
@@ -27,7 +27,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     rows = [r for r in rows if r.numel()]
     square = nn.utils.get_total_norm(rows).to(sharding.device, torch.float64).square()
     copies = sharding.mesh.size() // sharding.mesh.size(sharding.mesh.ndim - 1)
-    norm = (sum_over_processes(square) / copies).sqrt().float()
+    norm = (sum_over_processes(square) / copies).sqrt().to(first.dtype)
     if rows:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(rows, factor.to(rows[0].device))

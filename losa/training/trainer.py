@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -20,8 +19,8 @@ from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.distributed.collectives import sum_over_processes
-from losa.distributed.launch import check_kind
-from losa.distributed.processes import is_main, process_count
+from losa.distributed.launch import start_processes
+from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.model.blocks import find_blocks
 from losa.recipe.sections import DistributedConfig, TrainConfig
@@ -69,17 +68,18 @@ class Trainer:
     On a GPU the host waits for the numbers of ``steps_a_reading`` steps at a time; a step in between waits for nothing.
 
     Args:
-        model: causal LM, left on its device (a whole model with several processes: moved to this process's device).
+        model: causal LM; a whole one is moved to ``device``.
         config: the recipe's train section.
         seed: for dropout.
         output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: no files.
         total_sequences: of all rounds; sets the length of the global learning-rate cycle.
-        device: where the model computes.
+        device: where the model computes; of several processes each names its own.
         loss_factory: makes the loss module of a round; default: the next-token loss.
         distributed: the recipe's section; it counts for a sharded model.
 
     Raises:
-        LosaError: under DeepSpeed, or TensorBoard is asked for and missing.
+        LosaError: a launch that is not supported, processes that cannot join, or TensorBoard is asked for and
+            missing.
     """
 
     def __init__(
@@ -99,12 +99,10 @@ class Trainer:
         self.seed = seed
         self.loss_factory = loss_factory
         self.distributed = distributed or DistributedConfig()
-        process = PartialState()  # joins the other processes, if nobody has
-        check_kind(process.distributed_type)
-        self.processes = process_count()
         self.device = torch.device(device)
-        if self.processes > 1 and sharding_of(model) is None:
-            self.device = process.device
+        if not joined():
+            start_processes(self.device.type)
+        self.processes = process_count()
         self.autocast = autocast_dtype(config.precision, self.device)
         self.fused = self.device.type in ("cpu", "cuda")
         self.steps_a_reading = STEPS_A_READING if self.device.type == "cuda" else 1

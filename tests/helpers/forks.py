@@ -1,10 +1,12 @@
-"""Runs a worker in several processes: ``python -m tests.helpers.forks PROCESSES WORKER ARGUMENTS``.
+"""Runs a worker in several processes: ``python -m tests.helpers.forks PROCESSES WORKER ARGUMENTS``. PROCESSES like
+"2,3" runs it in two processes, then in three.
 
 They are forks of this process, so that torch, transformers and losa are imported once.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import runpy
@@ -33,14 +35,12 @@ def start(rank: int, processes: int, port: int, worker: str, arguments: list[str
         os._exit(1)  # a worker ends by itself
 
 
-def main() -> None:
-    processes, worker, *arguments = sys.argv[1:]
-    for name in PRELOADED:
-        importlib.import_module(name)
+def run_group(processes: int, worker: str, arguments: list[str]) -> bool:
+    """Whether all processes ended well. When one fails, all are ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = {start(rank, int(processes), port, worker, arguments) for rank in range(int(processes))}
+    children = {start(rank, processes, port, worker, arguments) for rank in range(processes)}
     failed = False
     while children:
         child, status = os.wait()
@@ -49,7 +49,18 @@ def main() -> None:
             failed = True
             for other in children:
                 os.kill(other, signal.SIGKILL)
-    sys.exit(int(failed))
+    return not failed
+
+
+def main() -> None:
+    sizes, worker, *arguments = sys.argv[1:]
+    for name in PRELOADED:
+        importlib.import_module(name)
+    # Garbage collections of the processes leave out what was imported.
+    gc.freeze()
+    ended = all(run_group(int(size), worker, arguments) for size in sizes.split(","))
+    sys.stderr.flush()
+    os._exit(not ended)  # nanobind would list all that is frozen
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ A worker ends with ``finish(results)``; the test gets what every process found.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +37,32 @@ def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, 
     """Run a worker in so many processes.
 
     Args:
-        directory: takes the results, one file a process.
+        directory: takes the results.
         arguments: of the worker.
         timeout: in seconds. A worker that waits for ever shows where shortly before.
 
     Returns:
         what each process gave to ``finish``, in the order of the processes.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    return run_groups(worker, [processes], directory, *arguments, timeout=timeout)[processes]
+
+
+def run_groups(
+    worker: Path, sizes: list[int], directory: Path, *arguments: str, timeout: float = 200
+) -> dict[int, list[Any]]:
+    """``run_workers`` for one number of processes after the other, which is faster than to call it for each: the
+    results by the number of processes. ``timeout``: of each group."""
+    for size in sizes:
+        (directory / str(size)).mkdir(parents=True)
     extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
-    command = [sys.executable, "-m", "tests.helpers.forks", str(processes), str(worker), *arguments]
-    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), str(worker), *arguments]
+    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout * len(sizes))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((directory / f"{index}.json").read_text()) for index in range(processes)]
+    return {n: [json.loads((directory / f"{n}/{i}.json").read_text()) for i in range(n)] for n in sizes}
 
 
 def start_worker() -> None:
     """The first call of a worker: joins the processes, and shows every thread's place if the worker hangs."""
-    import faulthandler
-
     import torch.distributed as dist
 
     faulthandler.dump_traceback_later(float(os.environ["LOSA_TEST_TIMEOUT"]), exit=True)
@@ -61,8 +73,59 @@ def finish(results: Any) -> None:
     """The last call of a worker: hands ``results`` (JSON-able) to the test and ends the process."""
     import torch.distributed as dist
 
-    path = Path(os.environ[OUTPUT]) / f"{dist.get_rank()}.json"
+    path = Path(os.environ[OUTPUT]) / f"{dist.get_world_size()}/{dist.get_rank()}.json"
     path.write_text(json.dumps(results))
     dist.barrier()
     # gloo's threads, torn down with the interpreter, abort one run in some thirty.
     os._exit(0)
+
+
+def fork(processes: int, work: Callable[[], Any]) -> list[Any]:
+    """Run ``work`` in so many copies of this process, which have joined if there are several; a copy that fails ends
+    the other ones. Imports are paid for once, however many times this is called.
+
+    To be called before torch has computed anything: its threads are not copied.
+
+    Returns:
+        what each copy returned (``torch.save``-able), in the order of the processes.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        copies = {}
+        for index in range(processes):
+            if not (pid := os.fork()):
+                _work_and_exit(work, processes, index, Path(directory))
+            copies[pid] = index
+        failed = False
+        while copies:
+            pid, status = os.wait()
+            del copies[pid]
+            if status and not failed:
+                failed = True
+                for other in copies:
+                    os.kill(other, signal.SIGKILL)
+        assert not failed, f"one of {processes} processes failed"
+        return [torch.load(Path(directory) / str(index), weights_only=False) for index in range(processes)]
+
+
+def _work_and_exit(work: Callable[[], Any], processes: int, index: int, directory: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(120, exit=True)
+    status = 1
+    try:
+        if processes > 1:
+            method = f"file://{directory}/processes"
+            dist.init_process_group("gloo", init_method=method, rank=index, world_size=processes)
+        torch.save(work(), directory / str(index))
+        if processes > 1:
+            dist.barrier()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -14,7 +14,9 @@ from tests.helpers.tiny import logits, tiny_llama
 from tests.helpers.training import LENGTH, sequences
 
 
-def method_run(directory: Path, method: str = "losa", dropout: float = 0.1, **changes) -> MethodRun:
+def method_run(
+    directory: Path, method: str = "losa", dropout: float = 0.1, sequences_in_all: int = 18, **changes
+) -> MethodRun:
     """Two rounds of 3 and 6 steps, saved after each step. ``changes``: of the recipe's sections."""
     text = {"data": "text.txt"}
     settings = {
@@ -32,9 +34,8 @@ def method_run(directory: Path, method: str = "losa", dropout: float = 0.1, **ch
     }
     for key, value in changes.items():
         settings[key] = settings[key] | value
-    inputs = Inputs(
-        sequences(2, seed=1).input_ids, sequences(18), lambda model: float(logits(model).double().square().mean())
-    )
+    ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
+    inputs = Inputs(ids, data, lambda model: float(logits(model).double().square().mean()))
     return MethodRun(method, tiny_llama(layers=2), parse_recipe(settings), inputs, directory, log=lambda line: None)
 
 

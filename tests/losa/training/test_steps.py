@@ -19,7 +19,7 @@ from losa.training.metrics import Metrics
 from losa.training.packing_check import packing_checked_once
 from losa.training.steps import Step, StepLog, moment
 from losa.training.trainer import Trainer
-from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, untimed, wrapped_llama
 
 # Operators whose result the host must see before it goes on, and methods that copy a tensor to the host.
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -164,7 +164,7 @@ def test_steps_that_are_read_together_are_written_as_if_read_one_by_one(monkeypa
     for together in (1, 5, 100):
         with monkeypatch.context() as patch:
             _, outcome, model = train(patch, tmp_path / str(together), together)
-        written = [{**line, "tokens_per_s": None} for line in lines(tmp_path / str(together))]
+        written = untimed(tmp_path / str(together))
         found[together] = (written, outcome.loss, outcome.steps, [p.tolist() for p in adapters(model)])
         assert [line["step"] for line in written] == list(range(1, 13))
     assert found[1] == found[5] == found[100]
