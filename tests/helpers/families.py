@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,16 +29,12 @@ def family(kind: str) -> torch.nn.Module:
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def save_families(directory: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Save a checkpoint of each kind with its tokenizer; their names in ``directory``."""
-    models = {kind: family(kind) for kind in FAMILIES}
-    models |= {"llama": tiny_llama(layers=2, hidden=40), "tied": tiny_llama(layers=2, tie_word_embeddings=True)}
-    for name, model in models.items():
+def save_families(directory: Path, names: Iterable[str] = (*FAMILIES, "llama", "tied")) -> list[str]:
+    """Save checkpoints of these kinds with a tokenizer; their names in ``directory``."""
+    for name in names:
+        model = family(name) if name in FAMILIES else tiny_llama(layers=2, tie_word_embeddings=name == "tied")
         model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=1)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
         # Several files and an index for one of them.
-        size = "20KB" if name == "llama" else "1GB"
-        model.save_pretrained(directory / name, max_shard_size=size)
+        model.save_pretrained(directory / name, max_shard_size="20KB" if name == "llama" else "1GB")
         tiny_tokenizer().save_pretrained(directory / name)
-    return list(models)
+    return list(names)

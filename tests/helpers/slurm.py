@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tests.helpers.processes import environment
 
-# Starts the tasks of all nodes, and ends with the highest code, as srun does; a signal counts as 128 more.
+# Starts the tasks of all nodes. As srun does, it ends with the highest code, a signal's being its number and 128, and
+# ends all tasks once one has failed, unless an option says to let them end by themselves.
 SRUN = """#!{python}
-import os, pathlib, subprocess, sys
+import os, pathlib, subprocess, sys, time
 folder, words = pathlib.Path({folder!r}), sys.argv[1:]
 options = []
 while words[0].startswith("--"):
     options.append(words.pop(0))
-(folder / "srun").write_text("\\n".join(options))
 tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
 each = tasks // nodes
 started = []
@@ -29,6 +29,12 @@ for task in range(tasks):
     started.append(subprocess.Popen(words, env=os.environ | {{key: str(value) for key, value in place.items()}}))
 (folder / "started").write_text(" ".join(str(task.pid) for task in started))
 (folder / "started").rename(folder / "tasks")
+while "--kill-on-bad-exit=0" not in options and None in [task.poll() for task in started]:
+    if any(task.poll() for task in started):
+        for task in started:
+            task.terminate()
+        break
+    time.sleep(0.01)
 codes = [task.wait() for task in started]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
@@ -38,7 +44,7 @@ case $1 in
   requeue) echo "$2" >> "{folder}/requeued" ;;
 esac
 """
-# Takes down what it was started with, and ends with the code that a file of the folder tells.
+# Takes down what it was started with. Files of the folder tell when it ends, and with which code.
 FAKE_LOSA = """#!/bin/bash
 env > "{folder}/environment.$RANK"
 printf '%s\\n' "$@" > "{folder}/words.$RANK"
@@ -47,6 +53,7 @@ if [ -e "{folder}/wait" ]; then
   touch "{folder}/ready.$RANK"
   while true; do sleep 0.05; done
 fi
+sleep "$(cat "{folder}/seconds.$RANK" 2>/dev/null || echo 0)"
 exit "$(cat "{folder}/code.$RANK" 2>/dev/null || echo 0)"
 """
 REAL_LOSA = '#!/bin/bash\nexec "{python}" -m losa "$@"\n'

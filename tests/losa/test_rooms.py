@@ -30,7 +30,7 @@ LOSA: dict[str, set[str]] = {
     "evaluation": {"data", "distributed", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed", "storage"},
-    "output": {"model", "packed", "recipe", "record", "storage"},
+    "output": {"distributed", "model", "packed", "recipe", "record", "storage"},
     "run": {
         "algorithm",
         "data",
