@@ -94,6 +94,19 @@ def test_environment_variables_take_the_values(page):
             assert rows[name]._parse(value) is not None, f"{name}={value}"
 
 
+def test_messages_that_the_clusters_page_explains_are_losas():
+    files = [*(ROOT / "losa").rglob("*.py"), ROOT / "examples/slurm/losa.sbatch"]
+    # A message may be written as several strings.
+    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    table = PAGES["docs/guide/clusters.md"].split("## Troubleshooting")[1].split("\n## ")[0]
+    messages = re.findall(r"^\| (?:losa.sbatch: )?`([^`]+)`", table, re.MULTILINE)
+    assert messages
+    for message in messages:
+        # Numbers, one-letter names and dots stand for what differs.
+        for part in re.split(r"\.\.\.|\b[A-Z]\b|\d+", message):
+            assert part.strip() in sources, message
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])
 def test_the_demonstration_is_as_measured(page):
     document = json.loads((ROOT / "benchmarks/results/demo-smollm2.json").read_text())
