@@ -6,9 +6,11 @@ forward passes of the whole model. Both do nothing to a model that is not sharde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.processes import process_count
+
+# Bytes to which tensors of any dtype are aligned.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,25 @@ def device_of(module: nn.Module) -> torch.device:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows, on the device of its sharding; a tensor that is not sharded is returned as it is.
     All processes call it together."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    sharding, rows = Sharding.of(tensor), tensor.to_local().detach()
-    if sharding.offload:
-        tensor = Sharding(sharding.mesh).from_rows(rows, tensor.shape)
-    return tensor.detach().full_tensor()
+    return _wholes([tensor])[0] if isinstance(tensor, DTensor) else tensor
+
+
+def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
+    """``whole`` of tensors of one sharding, by one collective call: a decoder block has dozens of parameters."""
+    sharding = Sharding.of(tensors[0])
+    shards = sharding.mesh.size(sharding.mesh.ndim - 1)
+    # Bytes that each process sends of a tensor: as many as the first one holds.
+    sizes = [-(-t.shape[0] // shards) * t.shape[1:].numel() * t.dtype.itemsize for t in tensors]
+    places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    sent = torch.empty(places.pop(), dtype=torch.uint8, device=sharding.device)
+    for tensor, place in zip(tensors, places, strict=True):
+        rows = tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
+        sent[place : place + len(rows)].copy_(rows)
+    shared: Any = DTensor.from_local(sent, sharding.mesh, sharding.placements, run_check=False)
+    found = shared.full_tensor().view(shards, -1)
+    parts = [found[:, place : place + size].clone() for place, size in zip(places, sizes, strict=True)]
+    rows_of_all = [part.view(-1).view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=True)]
+    return [rows[: len(t)] for rows, t in zip(rows_of_all, tensors, strict=True)]
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -191,16 +209,19 @@ class _Whole:
 
 @contextmanager
 def _gathered(modules: list[nn.Module]) -> Iterator[None]:
-    found = [(m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)]
+    found: list[tuple[nn.Module, str, Any]] = [
+        (m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)
+    ]
     if not found:
         yield
         return
     sharding = Sharding.of(found[0][2])
+    shards: dict[int, Any] = {id(p): p for _, _, p in found}
     wholes: dict[int, _Whole] = {}
+    for sharded, values in zip(shards.values(), _wholes(list(shards.values())), strict=True):
+        parameter = nn.Parameter(values, requires_grad=sharded.requires_grad)
+        wholes[id(sharded)] = _Whole(parameter, sharded, parameter.detach(), parameter._version)
     for module, name, sharded in found:
-        if id(sharded) not in wholes:
-            parameter = nn.Parameter(whole(sharded), requires_grad=sharded.requires_grad)
-            wholes[id(sharded)] = _Whole(parameter, sharded, parameter.detach(), parameter._version)
         module._parameters[name] = wholes[id(sharded)].parameter
     try:
         yield

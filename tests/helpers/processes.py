@@ -8,12 +8,8 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,54 +74,3 @@ def finish(results: Any) -> None:
     dist.barrier()
     # gloo's threads, torn down with the interpreter, abort one run in some thirty.
     os._exit(0)
-
-
-def fork(processes: int, work: Callable[[], Any]) -> list[Any]:
-    """Run ``work`` in so many copies of this process, which have joined if there are several; a copy that fails ends
-    the other ones. Imports are paid for once, however many times this is called.
-
-    To be called before torch has computed anything: its threads are not copied.
-
-    Returns:
-        what each copy returned (``torch.save``-able), in the order of the processes.
-    """
-    import torch
-
-    with tempfile.TemporaryDirectory() as directory:
-        copies = {}
-        for index in range(processes):
-            if not (pid := os.fork()):
-                _work_and_exit(work, processes, index, Path(directory))
-            copies[pid] = index
-        failed = False
-        while copies:
-            pid, status = os.wait()
-            del copies[pid]
-            if status and not failed:
-                failed = True
-                for other in copies:
-                    os.kill(other, signal.SIGKILL)
-        assert not failed, f"one of {processes} processes failed"
-        return [torch.load(Path(directory) / str(index), weights_only=False) for index in range(processes)]
-
-
-def _work_and_exit(work: Callable[[], Any], processes: int, index: int, directory: Path) -> None:
-    import torch
-    import torch.distributed as dist
-
-    faulthandler.dump_traceback_later(120, exit=True)
-    status = 1
-    try:
-        if processes > 1:
-            method = f"file://{directory}/processes"
-            dist.init_process_group("gloo", init_method=method, rank=index, world_size=processes)
-        torch.save(work(), directory / str(index))
-        if processes > 1:
-            dist.barrier()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
