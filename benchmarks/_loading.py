@@ -27,15 +27,13 @@ def measure(directory: Path) -> dict:
     imported, the tokenizer read and the model built once without weights, which costs the same for any weights.
     ``linears``: the packed linears in memory. ``linears_dense_bf16``: the same linears unpacked.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 
-    from losa.model.skeleton import skeleton
+    from losa.model.skeleton import empty_model
     from losa.modules.sparse import SparseLinear
     from losa.packed.directory import load
 
-    with init_empty_weights(include_buffers=False):
-        skeleton(directory, meta=False)
+    empty_model(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
