@@ -13,7 +13,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -112,8 +111,7 @@ def whole(tensor: Tensor) -> Tensor:
 def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
     """``whole`` of tensors of one sharding, by one collective call: a decoder block has dozens of parameters."""
     sharding = Sharding.of(tensors[0])
-    axis = sharding.mesh.ndim - 1
-    shards = sharding.mesh.size(axis)
+    shards = sharding.mesh.size(sharding.mesh.ndim - 1)
     # Bytes that each process sends of a tensor: as many as the first one holds.
     sizes = [-(-t.shape[0] // shards) * t.shape[1:].numel() * t.dtype.itemsize for t in tensors]
     places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
@@ -121,8 +119,8 @@ def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
     for tensor, place in zip(tensors, places, strict=True):
         rows = tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
         sent[place : place + len(rows)].copy_(rows)
-    found = sent.new_empty(shards, len(sent))
-    dist.all_gather_into_tensor(found.view(-1), sent, group=sharding.mesh.get_group(axis))
+    shared: Any = DTensor.from_local(sent, sharding.mesh, sharding.placements, run_check=False)
+    found = shared.full_tensor().view(shards, -1)
     parts = [found[:, place : place + size].clone() for place, size in zip(places, sizes, strict=True)]
     rows_of_all = [part.view(-1).view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=True)]
     return [rows[: len(t)] for rows, t in zip(rows_of_all, tensors, strict=True)]
@@ -211,8 +209,9 @@ class _Whole:
 
 @contextmanager
 def _gathered(modules: list[nn.Module]) -> Iterator[None]:
-    parameters: list[tuple[nn.Module, str, Any]] = [(m, name, p) for m in modules for name, p in m._parameters.items()]
-    found = [(m, name, p) for m, name, p in parameters if isinstance(p, DTensor)]
+    found: list[tuple[nn.Module, str, Any]] = [
+        (m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)
+    ]
     if not found:
         yield
         return
