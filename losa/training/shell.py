@@ -57,7 +57,8 @@ def make_shell(
         fully_shard(
             module,
             mesh=sharding.mesh,
-            reshard_after_forward=reshard_after_forward,
+            # What is outside of the blocks is needed again at once: the backward pass begins with it.
+            reshard_after_forward=reshard_after_forward and module is not shell,
             offload_policy=offloading if sharding.offload else OffloadPolicy(),
         )
     if hasattr(shell, "set_reduce_scatter_unused_params"):  # newer than torch 2.11
