@@ -15,30 +15,38 @@ def owners_of(
 ) -> dict[str, int]:
     """The process that owns each linear of a block; the same in every process.
 
-    Linears of one group share a statistic, and so an owner. The groups are dealt out by what they cost, the most
-    expensive first, each to the process that has the least so far. A pruner of whole blocks gets all linears in one
-    process, another one for the next block.
-
     Args:
-        groups: names of linears; each name once.
+        groups: names of linears that share a statistic, and so an owner; each name once.
         linears: of the block, by name.
         index: the block's.
     """
-    processes = process_count()
+    shapes = [
+        [LinearShape(linears[name].in_features, linears[name].out_features) for name in group] for group in groups
+    ]
+    on_gpu = next(iter(linears.values())).weight.is_cuda
+    owners = deal(shapes, pruner, process_count(), index, on_gpu)
+    return {name: owner for group, owner in zip(groups, owners, strict=True) for name in group}
+
+
+def deal(
+    groups: Sequence[Sequence[LinearShape]], pruner: Pruner, processes: int, index: int, on_gpu: bool
+) -> list[int]:
+    """The owner of each group of a block's linears.
+
+    The groups are dealt out by what they cost, the most expensive first, each to the process that has the least so
+    far. A pruner of whole blocks gets all linears in one process, another one for the next block.
+    """
     if type(pruner).prune_block is not Pruner.prune_block:
-        return {name: index % processes for group in groups for name in group}
-    costs = [_cost([linears[name] for name in group], pruner) for group in groups]
+        return [index % processes] * len(groups)
+    costs = [_cost(PruningShape(list(group), blocks=1, tokens=0, on_gpu=on_gpu), pruner) for group in groups]
     loads = [0.0] * processes
-    owners: dict[str, int] = {}
+    owners = [0] * len(groups)
     for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
-        owner = loads.index(min(loads))
-        loads[owner] += costs[number]
-        owners |= dict.fromkeys(groups[number], owner)
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
     return owners
 
 
-def _cost(linears: Sequence[MaskedLoRALinear], pruner: Pruner) -> float:
+def _cost(shape: PruningShape, pruner: Pruner) -> float:
     """The pruner's operations but those of calibration, and one for each weight."""
-    shapes = [LinearShape(linear.in_features, linear.out_features) for linear in linears]
-    shape = PruningShape(shapes, blocks=1, tokens=0, on_gpu=linears[0].weight.is_cuda)
-    return pruner.flops(shape) + sum(each.numel for each in shapes)
+    return pruner.flops(shape) + sum(linear.numel for linear in shape.linears)

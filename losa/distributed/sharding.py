@@ -216,7 +216,7 @@ def _gathered(modules: list[nn.Module]) -> Iterator[None]:
         yield
         return
     sharding = Sharding.of(found[0][2])
-    shards = {id(p): p for _, _, p in found}
+    shards: dict[int, Any] = {id(p): p for _, _, p in found}
     wholes: dict[int, _Whole] = {}
     for sharded, values in zip(shards.values(), _wholes(list(shards.values())), strict=True):
         parameter = nn.Parameter(values, requires_grad=sharded.requires_grad)

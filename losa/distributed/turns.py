@@ -15,6 +15,7 @@ from torch import Tensor
 from losa.distributed.processes import from_everyone, on_main, process_count, process_index
 from losa.distributed.sharding import whole
 from losa.distributed.together import together
+from losa.distributed.watch import others_wait, progress
 from losa.errors import LosaError
 
 # Seconds between two looks at whether the first processes of all machines are done.
@@ -60,7 +61,8 @@ def on_each_machine(work: Callable[[], object]) -> None:
     def work_and_wait() -> None:
         try:
             if first:
-                work()
+                with others_wait():
+                    work()
         finally:
             if first:
                 store.set(f"losa/machines/{number}/{process_index()}", "")
@@ -80,6 +82,7 @@ def by_turns(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], _T]) -
     last: Future[_T] | None = None
     with ThreadPoolExecutor(1) as pool:
         for index, (name, tensor) in enumerate(tensors.items()):
+            progress(f"gathering {name}")
             full = whole(tensor)
             if index % process_count() == process_index():
                 if last is not None:

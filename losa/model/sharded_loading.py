@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from losa.distributed.processes import check_agreement
 from losa.distributed.sharding import Sharding
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere
+from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.hub_files import fetch
@@ -157,7 +157,8 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
     def rows_of(name: str) -> range | None:
         return sharding.rows(len(parameters[name])) if name in parameters else None
 
-    def put(name: str, rows: Tensor, whole: Callable[[], Tensor]) -> None:
+    def put(name: str, rows: Tensor, whole: Tensor | str) -> None:
+        progress(f"loading {name}")
         if rows.is_floating_point():
             rows = rows.to(dtypes[name])
         if name not in parameters:
@@ -166,7 +167,8 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
             return
         if not is_finite(rows):
             # The whole tensor tells which row it is, and how many weights are wrong.
-            check_finite(f"{where}: {name}", tensor := whole())
+            tensor = files.get(whole) if isinstance(whole, str) else whole
+            check_finite(f"{where}: {name}", tensor)
             check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
         empty = parameters[name]
         sharded = sharding.from_rows(rows, empty.shape)
@@ -174,12 +176,12 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
 
     for source, target in naming.renamed.items():
         if target in found:
-            put(target, files.get(source, rows_of(target)), partial(files.get, source))
+            put(target, files.get(source, rows_of(target)), source)
     for target, sources in naming.made.items():
         for name, tensor in naming.make(target, {source: files.get(source) for source in sources}).items():
             rows = rows_of(name)
             mine = tensor if rows is None else tensor[rows.start : rows.stop].clone()
-            put(name, mine, lambda tensor=tensor: tensor)
+            put(name, mine, tensor)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in held:

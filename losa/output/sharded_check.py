@@ -17,6 +17,7 @@ from losa.distributed.processes import is_main, process_count, process_index
 from losa.distributed.sharding import device_of, gathered_calls, whole
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere
+from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError
 from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import find_blocks
@@ -163,6 +164,7 @@ class _Comparison:
             calls.append((hidden.clone(), call))  # a block may work in its input's memory
 
         def after(_module, _args, output):
+            progress(f"checking {self.blocks.names[index]}")
             seen = _Pass(*calls.pop(), output)
             masks = {n: whole(mask) for n, mask in self.masks.items() if self.blocks.index_of(n) == index}
             mine = index % process_count() == process_index()

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from losa.distributed.agreement import check_shared
 from losa.distributed.processes import process_count, process_index
 from losa.distributed.sharding import gathered, gathered_calls, sharding_of
 from losa.distributed.together import together
 from losa.distributed.turns import by_main
+from losa.distributed.watch import progress
 from losa.errors import OutputError, reason
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.naming import as_stored, saved_names
@@ -59,10 +61,10 @@ def export_together(
         raise ValueError(f"model: expected a merged model, found {len(left)} adapters ({left[0]}); merge_model first")
     with ExitStack() as stack:
         staged = by_main(lambda: stack.enter_context(staged_directory(output, overwrite, force)))
+        check_shared(staged)
         with gathered_calls(model, find_blocks(model)):
             untied = untied_though_stated(model)
         by_main(partial(_write_rest, model, tokenizer, staged, output, record, extra_files or {}, untied))
-        together(partial(_check_seen, staged, output))
         _write_weights(model, staged, output)
         check_sharded_export(staged, model, tokenizer, record, masks, sample_ids)
         by_main(stack.close)
@@ -83,14 +85,6 @@ def _write_rest(
         write_report(staged, record, extra_files)
 
 
-def _check_seen(staged: Path, output: Path) -> None:
-    if not (staged / "config.json").is_file():
-        raise OutputError(
-            f"output {output}: process {process_index()} does not see {staged}, which the main process wrote; the "
-            "output belongs on a file system that all processes share"
-        )
-
-
 def _write_weights(model: nn.Module, staged: Path, output: Path) -> None:
     """Write a file for each part of the model, by as many processes at once as there are, and the index."""
     blocks, wanted = find_blocks(model), set(saved_names(model))
@@ -98,7 +92,7 @@ def _write_weights(model: nn.Module, staged: Path, output: Path) -> None:
     mine: dict[str, dict[str, Tensor]] = {}
 
     def write() -> dict[str, tuple[str, int]]:
-        written = {}
+        written: dict[str, tuple[str, int]] = {}
         for file, tensors in mine.items():
             stored = as_stored(model, tensors)
             with _named(output):
@@ -110,6 +104,7 @@ def _write_weights(model: nn.Module, staged: Path, output: Path) -> None:
 
     last = len(blocks)
     for number, tensors in enumerate(_parts(model, blocks)):
+        progress(f"writing file {number + 1} of {last + 1}")
         if number % process_count() == process_index():
             kept = {name: tensor.cpu() for name, tensor in tensors.items() if name in wanted}
             mine[shard_name(number + 1, last + 1)] = kept

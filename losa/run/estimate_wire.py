@@ -49,7 +49,7 @@ class Wires:
         first = stage.method == next(iter(self.rounds))
         once = 1 + (CHECKS if first else 0)
         how = f"all blocks whole, one by one: {passes} times a round, {once} times in all"
-        yield self._gathered("blocks", passes * rounds + once, how)
+        yield self.gathered("blocks", passes * rounds + once, how)
         if pruner.statistic is not None:
             flat = get_statistic(pruner.statistic).flat
             sizes = sum(flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
@@ -77,7 +77,7 @@ class Wires:
             return
         passes = 2 if recipe.distributed.reshard_after_forward else 1
         blocks = "weights, masks and adapters, whole for the forward" + (" and for the backward pass" * (passes - 1))
-        yield self._gathered("blocks", recipe.train.gradient_accumulation * passes * steps, blocks)
+        yield self.gathered("blocks", recipe.train.gradient_accumulation * passes * steps, blocks)
         own = self.cluster.all_gather("gradients", whole_bytes(adapters), placement.shard_size, how)
         yield own.times(steps)
         if placement.copies > 1:
@@ -92,9 +92,9 @@ class Wires:
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
         how = f"all blocks whole, one by one, for each of {batches} batches"
-        yield self._gathered("blocks", batches * stage.times, how)
+        yield self.gathered("blocks", batches * stage.times, how)
 
-    def _gathered(self, what: str, times: float, how: str) -> Traffic:
+    def gathered(self, what: str, times: float, how: str) -> Traffic:
         """Every block whole for a while, and whatever is outside of the blocks, so many times."""
         placement = self.placement
         if placement.shard_size is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from losa.algorithm.owners import deal
 from losa.algorithm.schedule import Round
 from losa.model.flops import TokenWork
 from losa.pruners import get_pruner
@@ -123,24 +124,14 @@ def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, pr
         return work
     statistics = work - pruner.flops(replace(every, tokens=0))
     solving = 0.0
-    for linears in shape.by_block:
+    for index, linears in enumerate(shape.by_block):
         # At most: linears that share their input have one owner, and one factor of its Hessian.
-        costs = [pruner.flops(replace(every, linears=[linear], blocks=1, tokens=0)) for linear in linears]
-        solving += sum(costs) if decides_about_blocks(pruner) else slowest_owner(costs, processes)
+        owners = deal([[linear] for linear in linears], pruner, processes, index, shape.on_gpu)
+        sums = dict.fromkeys(owners, 0.0)
+        for owner, linear in zip(owners, linears, strict=True):
+            sums[owner] += pruner.flops(replace(every, linears=[linear], blocks=1, tokens=0))
+        solving += max(sums.values(), default=0.0)
     return statistics * samples / recipe.calibration.samples + solving
-
-
-def decides_about_blocks(pruner: Pruner) -> bool:
-    """Whether one process decides about a whole block."""
-    return type(pruner).prune_block is not Pruner.prune_block
-
-
-def slowest_owner(costs: Iterable[float], processes: int) -> float:
-    """The largest sum of one process, where each cost in turn, the highest first, goes to the process with least."""
-    sums = [0.0] * processes
-    for cost in sorted(costs, reverse=True):
-        sums[sums.index(min(sums))] += cost
-    return max(sums)
 
 
 def _training(train: TrainConfig, shape: ModelShape) -> float:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from losa.distributed.launch import check_config
 from losa.distributed.sharding import Sharding, make_sharding
-from losa.errors import RecipeError
 from losa.recipe.sections import DistributedConfig
 
 
@@ -55,21 +55,13 @@ def choose(config: DistributedConfig, processes: int, per_machine: int, fits: Ca
         fits: whether a placement fits into a process's memory. Asked in mode "auto" alone.
 
     Raises:
-        RecipeError: settings that contradict each other, or a shard size that does not divide the processes.
+        RecipeError: the section does not suit the number of processes (``losa.distributed.launch.check_config``).
     """
-    whole, offload, size = Placement(processes), config.cpu_offload, config.shard_size
-    if offload and config.mode == "ddp":
-        raise RecipeError("distributed.cpu_offload: expected mode fsdp or hsdp, for shards; got ddp, which has none")
-    if size is not None and config.mode in ("ddp", "fsdp"):
-        raise RecipeError(f"distributed.shard_size: expected mode hsdp; got {config.mode}, which has no shard size")
+    check_config(config, processes, per_machine)
+    whole, offload = Placement(processes), config.cpu_offload
     if config.mode == "ddp" or (processes == 1 and not offload):
         return whole
     if config.mode == "auto" and not offload and fits(whole):
         return whole
-    if size is None:
-        size = per_machine if config.mode == "hsdp" else processes
-    if processes % size:
-        raise RecipeError(
-            f"distributed.shard_size: expected a divisor of the number of processes, {processes}, got {size}"
-        )
+    size = (config.shard_size or per_machine) if config.mode == "hsdp" else processes
     return Placement(processes, size, offload)

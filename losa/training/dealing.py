@@ -26,11 +26,12 @@ class Batch:
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors on a device. The host does not wait for a GPU to take them."""
-        tensors = (self.input_ids, self.positions, self.targets)
-        if device.type == "cuda":
-            # Only from pinned memory does a copy run beside the GPU's other work.
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)
-        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+        # Only from pinned memory does a copy run beside the GPU's other work.
+        ids, positions, targets = (
+            (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.positions, self.targets)
+        )
+        return ids, positions, targets
 
 
 def deal(data: PackedData, step: range, batch_size: int, seed: tuple[int, ...]) -> list[Batch]:

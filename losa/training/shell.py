@@ -75,7 +75,8 @@ def _leave_stand_ins(modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.
     Returns:
         where each sharded parameter was: module, name and parameter.
     """
-    held, made = [], {}
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    made: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):

@@ -13,7 +13,7 @@ from losa.distributed.processes import process_count
 from losa.model.flops import TokenWork
 
 # Dense bf16 and fp16 products with fp32 sums, TFLOP/s, by a word of the device's name: the first line that fits counts.
-# From NVIDIA's data sheets; where they state a rate "with sparsity", it is halved.
+# From NVIDIA's data sheets and, for GeForce, white papers; where they state a rate "with sparsity", it is halved.
 PEAKS = (
     ("B200", 2250),
     ("H200 NVL", 835),
@@ -38,8 +38,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    # A MIG instance has a part of the device.
-    fits = (peak for word, peak in PEAKS if re.search(rf"(^| ){word}( |$)", name) and " MIG " not in name)
+    # A MIG instance has a part of the device; GPUs of laptops are other chips.
+    other = re.search(r" (MIG|Laptop) ", name)
+    fits = (peak for word, peak in PEAKS if not other and re.search(rf"(^| ){word}( |$)", name))
     peak = next(fits, None)
     return None if peak is None else 1e12 * peak
 
@@ -75,5 +76,5 @@ class Throughput:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Of most floating-point parameters: the first one is a weight, and adapters come later."""
+    """Of the weights: the first floating-point parameter is one, and adapters come later."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

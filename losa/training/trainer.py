@@ -22,6 +22,7 @@ from losa.distributed.collectives import sum_over_processes
 from losa.distributed.launch import start_processes
 from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
+from losa.distributed.watch import progress
 from losa.model.blocks import find_blocks
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training.clipping import clip_gradients
@@ -213,6 +214,8 @@ class Trainer:
         labels = (data.labels[:, 1:] != IGNORED).sum(1).split(per_step)
         broken = torch.zeros((), device=self.device)
         for step in log.bar:
+            where = f"round {log.round_index}, step {step + 1} of {count}"
+            progress(where)
             began = moment(self.device)
             sequences = range(step * per_step, min((step + 1) * per_step, len(data)))
             rate = self._learning_rate(step, count)
@@ -223,7 +226,6 @@ class Trainer:
             if here:
                 group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
                 loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
-                where = f"round {log.round_index}, step {step + 1} of {count}"
                 tokens = len(sequences) * data.input_ids.shape[1]
                 log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
             step_done(step + 1, log)

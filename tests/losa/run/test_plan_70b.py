@@ -4,21 +4,26 @@ model whose rows do not divide evenly."""
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from losa.distributed.sharding import make_sharding, shard_module
+from losa.model.blocks import find_blocks
 from losa.model.loading import configured_model
 from losa.model.wrapping import wrap_model
 from losa.recipe.reading import override, parse_recipe, read_settings
 from losa.run.cluster import Cluster
 from losa.run.estimate_cluster import ClusterEstimate, estimate_cluster
+from losa.training.shell import make_shell
 from tests.helpers.llama70b import RECIPE, configuration
 from tests.helpers.tiny import tiny_llama
 
@@ -40,8 +45,8 @@ def held(model: nn.Module) -> dict[str, int]:
     """Bytes of this process's rows, by kind; of the trained ones also a gradient and AdamW's two moments."""
     found = dict.fromkeys([*KINDS, "gradients", "optimiser"], 0)
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter.data, DTensor)
-        rows = parameter.data.to_local()
+        assert isinstance(parameter, DTensor)
+        rows = parameter.to_local().detach()
         kind = next((kind for kind, ends in KINDS.items() if name.rpartition(".")[2] in ends), None)
         assert kind is not None, name
         found[kind] += rows.nbytes
@@ -84,13 +89,13 @@ def model_70b(recipe_70b):
         (64, 0, {}),
         (64, 63, {}),
         (8, 5, {}),
-        (64, 9, {"mode": "hsdp"}),
+        (64, 9, {"mode": "hsdp", "shard_size": 8}),
     ],
 )
 def test_shards_of_70b_are_those_of_the_plan(recipe_70b, model_70b, processes, index, settings):
     distributed = recipe_70b.distributed.model_copy(update=settings)
     estimate = estimate_cluster(recipe_70b.model_copy(update={"distributed": distributed}), Cluster(processes))
-    assert estimate.placement.mode == settings.get("mode", "fsdp")
+    assert estimate.placement.mode == distributed.mode
     found, plan = dealt(model_70b, index, processes, estimate.placement.shard_size), planned(estimate)
     assert all(found[kind] <= plan[kind] for kind in plan), "the plan is of the process that holds most"
     assert sum(found.values()) >= 0.95 * sum(plan.values())
@@ -102,6 +107,33 @@ def test_shards_of_70b_are_those_of_the_plan(recipe_70b, model_70b, processes, i
     shards = estimate.placement.shard_size
     assert found["weights"] == 2 * (80 * block + outside) // shards
     assert found["masks"] == 80 * block // 8 // shards
+
+
+class Holder(nn.Module):
+    """Stands for a loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("processes, index", [(64, 0), (64, 9), (8, 7)])
+def test_fsdp2_deals_out_the_same_rows(recipe_70b, tmp_path, processes, index):
+    """Two of the 80 blocks: FSDP2's own shards, and the shell that a round trains."""
+    configuration = json.loads((Path(recipe_70b.model) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(configuration | {"num_hidden_layers": 2}))
+    model = configured_model(str(tmp_path), dtype="bfloat16")
+    wrap_model(model, rank=RANK, scaling=2.0)
+    with process(index, processes):
+        mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
+        sharding = make_sharding(torch.device("cpu"))
+        shard_module(mine, sharding)
+        for module in (*find_blocks(theirs), theirs):
+            fully_shard(module, mesh=sharding.mesh)
+        assert held(mine) == held(theirs)
+        shell, inner = make_shell(Holder(mine), mine)
+        assert shell is not inner
+        assert all(a is b for a, b in zip(inner.parameters(), mine.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])

@@ -102,7 +102,7 @@ def test_failures_leave_the_last_whole_step(several):
         assert found["finite"] and found["moved"]
         assert found["own"] == pytest.approx(found["without"], rel=16 * EPS)
         assert "no trained parameters beside a sharded model's, got own" in found["own trained"]
-        assert "holds the model, got Linear" in found["no model"]
+        assert "holds the model, got Identity" in found["no model"]
     assert several[2][0]["failures"]["steps"] == [1]
 
 

@@ -251,6 +251,22 @@ def test_a_broken_step_changes_nothing_though_it_is_read_later(tmp_path, broken)
         assert torch.equal(ours, expected)
 
 
+def test_no_state_is_made_of_a_broken_step(tmp_path):
+    """To make a state reads the steps that nobody has read, and those without labels count in its position."""
+    data = sequences(16)
+    data = PackedData(data.input_ids, data.input_ids.clone())
+    data.labels[2:4] = IGNORED
+    model = wrapped_llama()
+    break_training(model, data, "loss", row=6, backward=4)
+    run = trainer(model, tmp_path, total=16, batch_size=2)
+    run.steps_a_reading = 10
+    positions = []
+    with pytest.raises(NumericsError, match="round 1, step 4 of 8"):
+        run.train(data, round_index=1, after_step=lambda done: positions.append(done.state().position))
+    assert [(p.step, p.steps) for p in positions] == [(1, 1), (2, 1), (3, 2)]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3] and run.global_step == 4
+
+
 def test_steps_without_labels_at_the_end_do_not_lose_the_numbers_before(tmp_path):
     data = sequences(12)
     data.labels[8:] = IGNORED
