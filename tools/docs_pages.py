@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "tiny_model.ipynb"
+PLANNING = ROOT / "docs" / "guide" / "planning.md"
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
 
 
@@ -217,6 +218,31 @@ def printed(output: Any) -> str:
     return output.data.get("text/plain", "")
 
 
+def shown_configuration() -> str:
+    """The config.json that the page about planning shows."""
+    return re.findall(r"^```json\n(.*?)^```$", PLANNING.read_text(), re.MULTILINE | re.DOTALL)[0]
+
+
+def plan(gpus: int) -> str:
+    """What the page's command for so many GPUs prints, next to a model directory with that configuration alone."""
+    from contextlib import chdir
+    from tempfile import TemporaryDirectory
+
+    from typer.testing import CliRunner
+
+    from losa.cli.app import app
+
+    command = re.findall(rf"^losa (plan .* --gpus {gpus} .*)$", PLANNING.read_text(), re.MULTILINE)[0]
+    with TemporaryDirectory() as directory, chdir(directory):
+        Path("examples").symlink_to(ROOT / "examples")
+        Path("llama-2-70b").mkdir()
+        Path("llama-2-70b/config.json").write_text(shown_configuration())
+        done = CliRunner().invoke(app, command.split())
+    if done.exit_code:
+        raise RuntimeError(f"losa {command}: {done.output}") from done.exception
+    return done.stdout
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
     "methods": methods,
@@ -225,4 +251,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "rooms of losa": lambda: rooms("losa"),
     "rooms of losa_kernels": lambda: rooms("losa_kernels"),
     "notebook": notebook,
+    "plan on 8 GPUs": lambda: plan(8),
+    "plan on 64 GPUs": lambda: plan(64),
 }

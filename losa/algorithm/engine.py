@@ -5,15 +5,18 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.importance import get_importance
+from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
 from losa.algorithm.reconstruction import ErrorMeter
@@ -22,6 +25,9 @@ from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
+from losa.distributed.sharding import whole
+from losa.distributed.stop import check
+from losa.distributed.together import together
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
@@ -49,6 +55,9 @@ class Engine:
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors, and the
     originals serve as the dense model of later rounds (kept in host memory).
+
+    Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
+    (``owners_of``); the model may be whole in each of them, or sharded.
 
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
@@ -109,8 +118,8 @@ class Engine:
             stream = self._stream(ids)
             grams = []
             for index, block in enumerate(self.blocks):
-                with block.merged():
-                    stream.advance(index)
+                with block.gathered():
+                    together(partial(self._advance_merged, stream, index))
                 try:
                     grams.append(stream.gram())
                 except ValueError as error:
@@ -124,6 +133,7 @@ class Engine:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
         Raises:
+            Stopped: between two blocks, if a signal asks for it.
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
         watch = Stopwatch()
@@ -170,7 +180,7 @@ class Engine:
         if tuple(importance.shape) != (len(self.blocks),):
             name, found = self.allocation.rates, tuple(importance.shape)
             raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {found}")
-        return from_rank_zero(importance.double()), similarity
+        return from_rank_zero(whole(importance).double()), similarity
 
     def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""
@@ -181,40 +191,48 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
-            with watch.stage("forward"):
-                if dense is not None:
-                    with block.dense():
-                        dense.advance(index)
-                statistics = self._statistics(index, sparse)
-            with watch.stage("prune"):
-                damping |= block.prune(self.pruner, statistics, pattern, nested=not self.prune_config.regrow)
-            del statistics
-            with watch.stage("forward"):
-                with block.merged():
-                    sparse.advance(index)
-                if dense is not None:
-                    errors.append(self._error(dense, sparse))
+            check()
+            with ExitStack() as whole_block:
+                with watch.stage("forward"):
+                    whole_block.enter_context(block.gathered())
+                    if dense is not None:
+                        with block.dense():
+                            together(partial(dense.advance, index))
+                    statistics, owners = self._statistics(index, sparse)
+                with watch.stage("prune"):
+                    nested = not self.prune_config.regrow
+                    damping |= block.prune(self.pruner, statistics, pattern, nested, owners)
+                del statistics
+                with watch.stage("forward"):
+                    together(partial(self._advance_merged, sparse, index))
+                    if dense is not None:
+                        errors.append(self._error(dense, sparse))
         free_graphs()  # training needs the memory
         if dense is None:
             return _PrunedBlocks(None, damping, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
         return _PrunedBlocks(decided, damping, watch.seconds)
 
-    def _statistics(self, index: int, stream: BlockStream) -> Mapping[str, Tensor | None]:
-        """What the pruner asks for of each linear's inputs; all None where it asks for nothing."""
+    def _advance_merged(self, stream: BlockStream, index: int) -> None:
+        with self.blocks[index].merged():
+            stream.advance(index)
+
+    def _statistics(self, index: int, stream: BlockStream) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
+        """What the pruner asks for of the inputs of each linear that this process owns, None where it asks for nothing;
+        and every linear's owner."""
         block = self.blocks[index]
+        owners = partial(owners_of, linears=block.linears, pruner=self.pruner, index=index)
         if self.statistic is None:
-            return dict.fromkeys(block.linears)
-        with (
-            block.merged(),
-            collect(block.linears, self.statistic, block.name, lambda: stream.position) as statistics,
-        ):
-            for _ in stream.run(index):
-                pass
-        return statistics
+            return dict.fromkeys(block.linears), owners([[name] for name in block.linears])
+
+        def run() -> None:
+            with block.merged():
+                deque(stream.run(index), maxlen=0)
+
+        return collect(block.linears, self.statistic, block.name, lambda: stream.position, run, owners)
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
-        meter = ErrorMeter(sparse.hidden[0].shape[-1], self.allocation.error, sparse.device)
+        meter = ErrorMeter(self.allocation.error, sparse.device)
         for d, s in zip(dense.hidden, sparse.hidden, strict=True):
             meter.update(d, s)
         return meter.result()
@@ -233,8 +251,11 @@ class Engine:
     def _set_ranks(self, this_round: Round, ranks: list[int]) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
         for rank, block in zip(ranks, self.blocks, strict=True):
-            for linear in block.linears.values():
-                linear.set_rank(rank, generator=generator)
+            if all(linear.rank == rank for linear in block.linears.values()):
+                continue
+            with block.gathered():
+                for linear in block.linears.values():
+                    linear.set_rank(rank, generator=generator)
 
 
 @dataclass(frozen=True)

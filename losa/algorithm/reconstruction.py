@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losa.distributed.processes import from_everyone, process_count
+
 
 class ErrorMeter:
     """Reconstruction error between a dense and a sparse block output, accumulated over batches.
@@ -13,18 +15,27 @@ class ErrorMeter:
     ``frobenius``: ||D - S||_F, Eq. 1's own. Sums are taken on ``device``.
     """
 
-    def __init__(self, hidden_size: int, kind: str = "relative", device: torch.device | str = "cpu"):
+    def __init__(self, kind: str = "relative", device: torch.device | str = "cpu"):
         self.kind = kind
-        self.difference, self.reference = torch.zeros(2, hidden_size, dtype=torch.float64, device=device)
+        self._device = device
+        # (2, hidden) fp64: squares of differences, and of the dense outputs.
+        self._sums: Tensor | None = None
 
     def update(self, dense: Tensor, sparse: Tensor) -> None:
-        device = self.difference.device
-        dense, sparse = (x.to(device, non_blocking=True).flatten(0, -2).float() for x in (dense, sparse))
-        self.difference += (dense - sparse).square().sum(0)
-        self.reference += dense.square().sum(0)
+        dense, sparse = (x.to(self._device, non_blocking=True).flatten(0, -2).float() for x in (dense, sparse))
+        if self._sums is None:
+            self._sums = torch.zeros(2, dense.shape[1], dtype=torch.float64, device=dense.device)
+        self._sums[0] += (dense - sparse).square().sum(0)
+        self._sums[1] += dense.square().sum(0)
 
     def result(self) -> float:
+        """Over the batches of all processes, added up in the order of the processes; some may have none."""
+        sums = self._sums
+        if process_count() > 1:
+            sums = sum(part for part in from_everyone(None if sums is None else sums.cpu()) if part is not None)
+        assert isinstance(sums, Tensor), "no process had a batch"
+        difference, reference = sums
         if self.kind == "frobenius":
-            return self.difference.sum().sqrt().item()
-        alive = self.reference > 0
-        return (self.difference[alive] / self.reference[alive]).sum().item() / len(self.reference)
+            return difference.sum().sqrt().item()
+        alive = reference > 0
+        return (difference[alive] / reference[alive]).sum().item() / len(reference)

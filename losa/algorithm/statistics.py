@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from losa.errors import ModelError, NumericsError
+from losa.distributed.collectives import reduce_to_process
+from losa.distributed.processes import process_count, process_index
+from losa.distributed.together import together
+from losa.errors import ModelError, NumericsError, RecipeError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.registry import Registry
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
@@ -28,9 +32,15 @@ class Statistic(ABC):
 
     ``needs_backward``: whether it takes gradients. Calibration makes forward passes alone, so that the engine refuses
     such a statistic.
+
+    ``total``: the tensor that ``update`` changes, for runs on several processes. Each process sees some of the inputs.
+    Their totals become one, in place, before ``result`` is asked for: entry by entry the sum of all, or the largest
+    where ``reduction`` is "max".
     """
 
     needs_backward: bool = False
+    total: Tensor
+    reduction: ClassVar[Literal["sum", "max"]] = "sum"
 
     @abstractmethod
     def __init__(self, in_features: int, device: torch.device): ...
@@ -118,26 +128,94 @@ register_statistic("input_norms")(InputNorms)
 register_statistic("hessian")(Hessian)
 
 
-@contextmanager
 def collect(
-    linears: Mapping[str, Linear], statistic: type[Statistic], where: str, current_sample: Callable[[], str]
-) -> Iterator[dict[str, Tensor]]:
-    """Collect ``statistic`` of every linear's input while the body runs; the yielded dict is filled at its end.
+    linears: Mapping[str, Linear],
+    statistic: type[Statistic],
+    where: str,
+    current_sample: Callable[[], str],
+    run: Callable[[], object],
+    owners_of: Callable[[list[list[str]]], dict[str, int]],
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """``statistic`` of every linear's input while ``run`` runs the linears.
 
     Linears that are fed by the very same tensor (q, k, v; gate, up) share one statistic. Linears that saw no token
-    share a flat one, if they are of one width.
+    share a flat one, if they are of one width. Several processes call this together, each with samples of its own or
+    none.
+
+    Args:
+        linears: by name.
+        where: what their names are within, for messages.
+        current_sample: says which samples are running.
+        run: makes no collective calls.
+        owners_of: says which process gets the statistic of each linear, from the names of the linears that share one.
+
+    Returns:
+        the statistics of all processes' inputs, of the linears that this process owns; and every linear's owner.
 
     Raises:
         NumericsError: a statistic became non-finite; names block, linear and sample.
         ModelError: linears share their input in some batches only.
+        RecipeError: on several processes, a statistic without a ``total``.
     """
-    results: dict[str, Tensor] = {}
     inputs = _SharedInputs(statistic, where, current_sample)
-    with ExitStack() as stack:
-        for name, module in linears.items():
-            stack.callback(module.register_forward_pre_hook(partial(inputs.see, name)).remove)
-        yield results
-    results |= inputs.results(linears)
+
+    def see_all() -> _Seen:
+        with ExitStack() as stack:
+            for name, module in linears.items():
+                stack.callback(module.register_forward_pre_hook(partial(inputs.see, name)).remove)
+            run()
+        return inputs.seen()
+
+    groups = _groups(linears, together(see_all), where)
+    owners = owners_of([group.names for group in groups])
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        owner = owners[group.names[0]]
+        result = inputs.result(group, linears[group.names[0]], owner)
+        if result is not None:
+            found |= dict.fromkeys(group.names, result)
+    return {name: found[name] for name in linears if name in found}, owners
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a process saw: ``leaders``, by name of a linear the first linear that was fed the same input; ``names`` of
+    linears that have a statistic of their own."""
+
+    leaders: dict[str, str]
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears that share a statistic: that of the linear ``leader``, or a flat one (None)."""
+
+    leader: str | None
+    names: list[str]
+
+
+def _groups(linears: Mapping[str, Linear], everyone: Iterable[_Seen], where: str) -> list[_Group]:
+    """Which linears share their statistic, from what all processes saw."""
+    leaders: dict[str, str] = {}
+    names: set[str] = set()
+    for seen in everyone:
+        for name, leader in seen.leaders.items():
+            if leaders.setdefault(name, leader) != leader:
+                raise _shared_in_some(where, name, leader)
+        names |= set(seen.names)
+    groups: dict[object, _Group] = {}
+    for name, module in linears.items():
+        if name in names and name in leaders:
+            raise _shared_in_some(where, name, leaders[name])
+        leader = leaders.get(name, name)
+        known = leader in names
+        key = leader if known else (module.in_features, module.weight.device)
+        groups.setdefault(key, _Group(leader if known else None, [])).names.append(name)
+    return list(groups.values())
+
+
+def _shared_in_some(where: str, name: str, leader: str) -> ModelError:
+    return ModelError(f"{where}.{name}: shares its input with {leader} in some batches only")
 
 
 class _SharedInputs:
@@ -163,7 +241,7 @@ class _SharedInputs:
             self._leader[name] = first
             return
         if name in self._leader:
-            raise ModelError(f"{self._where}.{name}: shares its input with {self._leader[name]} in some batches only")
+            raise _shared_in_some(self._where, name, self._leader[name])
         self._inputs.append((x, name))
         if x.numel() == 0:
             return
@@ -173,18 +251,21 @@ class _SharedInputs:
         if not torch.isfinite(probe).all():
             raise NumericsError(f"calibration: non-finite input of {self._where}.{name} at {self._sample}")
 
-    def results(self, linears: Mapping[str, Linear]) -> dict[str, Tensor]:
-        """By linear, in their order."""
+    def seen(self) -> _Seen:
         self._inputs.clear()
-        finished = {name: collected.result() for name, collected in self._collected.items()}
-        flat: dict[tuple[int, torch.device], Tensor] = {}
-        results = {}
-        for name, module in linears.items():
-            found = finished.get(self._leader.get(name, name))
-            if found is None:
-                key = module.in_features, module.weight.device
-                if key not in flat:
-                    flat[key] = self._statistic.flat(*key)
-                found = flat[key]
-            results[name] = found
-        return results
+        return _Seen(self._leader, list(self._collected))
+
+    def result(self, group: _Group, module: Linear, owner: int) -> Tensor | None:
+        """The statistic of a group of linears, of which ``module`` is one, over all processes; None in processes that
+        do not own it. All processes call this together."""
+        width, device = module.in_features, module.weight.device
+        mine = owner == process_index()
+        if group.leader is None:
+            return self._statistic.flat(width, device) if mine else None
+        collected = self._collected.pop(group.leader, None) or self._statistic(width, device)
+        if process_count() > 1:
+            if not isinstance(getattr(collected, "total", None), Tensor):
+                kind = self._statistic.__name__
+                raise RecipeError(f"prune.pruner: its statistic {kind} has no tensor `total`, which processes add up")
+            reduce_to_process(collected.total, owner, self._statistic.reduction)
+        return collected.result() if mine else None

@@ -9,13 +9,19 @@ Statistics live for one block; Grams take L n^2 floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from losa.algorithm.grams import gram_of_all
 from losa.algorithm.stream_storage import StreamStorage
+from losa.distributed.collectives import share_of
+from losa.distributed.processes import from_everyone, process_count
+from losa.distributed.sharding import device_of, gathered, gathered_calls, sharding_of
+from losa.distributed.together import together
 from losa.errors import LosaError, ModelError
 from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import Blocks
@@ -44,11 +50,14 @@ def _reason(error: Exception) -> str:
 
 
 class BlockStream:
-    """Hidden states of all calibration samples between two blocks of the model.
+    """Hidden states of calibration samples between two blocks of the model.
+
+    Several processes make a stream together, and share its batches out: each holds the hidden states of its own
+    samples, ``samples``, perhaps of none. While the model is sharded, ``run`` and ``advance`` need the block whole.
 
     Args:
         model: a causal LM; ``blocks``: its decoder blocks.
-        input_ids: (samples, length) int64.
+        input_ids: (samples, length) int64, of all processes.
         batch_size: samples per block call.
         storage: device where hidden states wait between blocks; default: the GPU that the model is on, while they fit,
             else host memory (``losa.algorithm.stream_storage``).
@@ -72,28 +81,37 @@ class BlockStream:
     ):
         self.blocks = blocks.modules
         self.names = blocks.names
-        self.device = next(blocks.modules.parameters()).device
+        self.device = device_of(blocks.modules)
         self.storage = torch.device("cpu" if storage is None else storage)
         self.hidden: list[Tensor] = []
         self.position = ""
         self._calls = {} if calls is None else calls
         self._shapes: list[tuple[int, int]] = []
         self._held: StreamStorage | None = None
-        with torch.no_grad():
+        shares = [share_of(len(input_ids), batch_size, index) for index in range(process_count())]
+        self.samples = share_of(len(input_ids), batch_size)
+        # The samples of each process.
+        self._counts = [len(share) for share in shares]
+        with torch.no_grad(), gathered_calls(model, blocks):
             if not self._calls:
                 self._check_replay(model, input_ids[:batch_size])
-            if storage is None and _keeps_streams(self.device):
-                self._held = StreamStorage(self.device, len(input_ids))
+            # Of all processes' batches: a whole pass through a sharded model takes all processes.
             for batch in input_ids.split(batch_size):
-                self._add(model, batch)
+                if _shape(batch) not in self._calls:
+                    self._calls[_shape(batch)] = self._whole_pass(model, batch)[0]
+            if storage is None and _keeps_streams(self.device):
+                self._held = StreamStorage(self.device, len(self.samples))
+            mine = input_ids[self.samples.start : self.samples.stop].split(batch_size) if self.samples else ()
+            together(partial(self._add_all, model, mine))
+
+    def _add_all(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        for batch in batches:
+            self._add(model, batch)
 
     def _add(self, model: nn.Module, batch: Tensor) -> None:
-        shape = len(batch), batch.shape[1]
-        if shape not in self._calls:
-            self._calls[shape] = self._whole_pass(model, batch)[0]
         hidden = self._capture_first(model, batch)
         self.hidden.append(self._stored(sum(map(len, self.hidden)), hidden))
-        self._shapes.append(shape)
+        self._shapes.append(_shape(batch))
 
     def _stored(self, first: int, hidden: Tensor) -> Tensor:
         """Hidden states of the samples from ``first`` on, where they wait for the next block."""
@@ -104,19 +122,24 @@ class BlockStream:
 
         Blocks are called with the arguments of the first batch's pass. The second batch, the same tokens backwards,
         shows arguments that depend on the tokens. Two batches in turn show what a block leaves behind for the next one.
+        Several processes make the same check.
         """
         batches = [batch, batch.flip(0, 1)]
-        self._calls[len(batch), batch.shape[1]], first = self._whole_pass(model, batch)
+        self._calls[_shape(batch)], first = self._whole_pass(model, batch)
         expected = [first[-1], self._whole_pass(model, batches[1])[1][-1]]
-        for other in batches:
-            self._add(model, other)
+        self._add_all(model, batches)
         for index in range(len(self.blocks)):
             self._replay(index)
-        if not all(self._near(s, e) for s, e in zip(self.hidden, expected, strict=True)):
+        near = all(self._near(s, e) for s, e in zip(self.hidden, expected, strict=True))
+        if not all(from_everyone(near)):
             self._find_difference(model, batches, expected)
         self.hidden, self._shapes = [], []
 
     def _replay(self, index: int) -> None:
+        with gathered(self.blocks[index]):
+            together(partial(self._replay_alone, index))
+
+    def _replay_alone(self, index: int) -> None:
         try:
             self.advance(index)
         except _PASSED_ON:
@@ -131,11 +154,11 @@ class BlockStream:
         outputs = [self._whole_pass(model, batch, every=True)[1] for batch in batches]
         noise = max(_distance(again[-1], last) for again, last in zip(outputs, expected, strict=True))
         self.hidden, self._shapes = [], []
-        for batch in batches:
-            self._add(model, batch)
+        self._add_all(model, batches)
         for index in range(len(self.blocks)):
             self._replay(index)
-            if not all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True)):
+            near = all(self._near(s, o[index], noise) for s, o in zip(self.hidden, outputs, strict=True))
+            if not all(from_everyone(near)):
                 raise ModelError(
                     f"{self.names[index]}: calibration runs blocks one by one, and this one then gives another output "
                     "than in a whole forward pass: its arguments depend on the tokens, or the model passes more than "
@@ -190,7 +213,9 @@ class BlockStream:
             seen.append(split_call(args, kwargs))
             raise _Stop
 
-        handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        # Before the hook that makes a sharded block whole: processes capture different numbers of batches.
+        first = sharding_of(self.blocks[0]) is not None
+        handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         try:
             _forward(model, batch.to(self.device))
         except _Stop:
@@ -198,7 +223,7 @@ class BlockStream:
         finally:
             handle.remove()
         hidden, call = seen[0]
-        known = self._calls[len(batch), batch.shape[1]][0]
+        known = self._calls[_shape(batch)][0]
         if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
             raise ModelError(
                 f"{self.names[0]}: its arguments besides hidden states depend on the tokens, so it cannot be run by "
@@ -208,7 +233,7 @@ class BlockStream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of hidden states held."""
+        """Bytes of hidden states that this process holds."""
         return sum(h.numel() * h.element_size() for h in self.hidden)
 
     def __len__(self) -> int:
@@ -216,7 +241,7 @@ class BlockStream:
 
     def run(self, index: int) -> Iterator[Tensor]:
         """Yield block ``index``'s output for each batch, (batch, length, hidden), on the model's device."""
-        start = 0
+        start = self.samples.start
         for hidden, shape in zip(self.hidden, self._shapes, strict=True):
             call = self._calls[shape][index]
             self.position = f"samples {start}..{start + len(hidden) - 1}"
@@ -234,21 +259,40 @@ class BlockStream:
     def gram(self, slice_features: int = 1 << 22) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
         positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, unless
-        they are in one piece already."""
+        they are in one piece already, and what a process sends to other processes at a time."""
+        if process_count() > 1:
+            return self._gram_of_all(slice_features)
         out: Tensor | None = None
         if self._held is not None:
             for features in self._held.features():
                 out = gram(features, out=out)
             assert out is not None
             return out
-        flat = [h.flatten(1) for h in self.hidden]
-        samples = sum(len(f) for f in flat)
+        columns, samples = self.hidden[0][0].numel(), self._counts[0]
         width = max(1, slice_features // samples)
-        for start in range(0, flat[0].shape[1], width):
-            features = torch.cat([f[:, start : start + width] for f in flat]).to(self.device)
-            out = gram(features, out=out)
+        for start in range(0, columns, width):
+            out = gram(self._features(start, start + width), out=out)
         assert out is not None
         return out
+
+    def _gram_of_all(self, slice_features: int) -> Tensor:
+        own = (self.hidden[0][0].numel(), self.hidden[0].dtype) if self.hidden else None
+        columns, dtype = next(found for found in from_everyone(own) if found is not None)
+
+        def features(start: int, end: int) -> Tensor:
+            if not self.hidden:
+                return torch.empty(0, end - start, dtype=dtype, device=self.device)
+            return self._features(start, end) if self._held is None else self._held.columns(start, end)
+
+        return gram_of_all(features, self._counts, columns, max(1, slice_features // max(self._counts)))
+
+    def _features(self, start: int, end: int) -> Tensor:
+        """Columns of the features of this process's samples, brought together on the device."""
+        return torch.cat([h.flatten(1)[:, start:end] for h in self.hidden]).to(self.device)
+
+
+def _shape(batch: Tensor) -> tuple[int, int]:
+    return len(batch), batch.shape[1]
 
 
 def _keeps_streams(device: torch.device) -> bool:

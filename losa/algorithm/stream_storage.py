@@ -38,16 +38,22 @@ class StreamStorage:
     def features(self) -> Iterator[Tensor]:
         """The positions and channels of all samples in slices (samples, columns) on the device: one slice of all
         columns if the hidden states are on the device already."""
-        assert self._whole is not None, "nothing is written yet"
-        flat = self._whole.flatten(1)
-        if flat.device == self._device:
-            yield flat
-            return
-        width = max(1, SLICE_BYTES // (len(flat) * flat.element_size()))
+        flat = self._flat()
+        width = flat.shape[1]
+        if flat.device != self._device:
+            width = max(1, SLICE_BYTES // (len(flat) * flat.element_size()))
         for start in range(0, flat.shape[1], width):
-            yield self._brought(flat, start, min(start + width, flat.shape[1]))
+            yield self.columns(start, min(start + width, flat.shape[1]))
 
-    def _brought(self, flat: Tensor, start: int, end: int) -> Tensor:
+    def _flat(self) -> Tensor:
+        assert self._whole is not None, "nothing is written yet"
+        return self._whole.flatten(1)
+
+    def columns(self, start: int, end: int) -> Tensor:
+        """One such slice, of the columns from ``start`` up to ``end``."""
+        flat = self._flat()
+        if flat.device == self._device:
+            return flat[:, start:end]
         # Row by row: a contiguous piece of pinned memory is sent without a copy on the host.
         features = torch.empty(len(flat), end - start, dtype=flat.dtype, device=self._device)
         for row, sample in zip(features, flat, strict=True):

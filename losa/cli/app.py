@@ -73,7 +73,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as prune.sparsity=0.5; may be repeated."),
 ]
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished round.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with unfinished work.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
 ]
@@ -242,20 +242,40 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Time matrix products on this machine, for about a second.")
     ] = True,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many GPUs, a process each, none of which need to be here.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0.001, help="Of each of --gpus, in GB.")] = 80,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Of --gpus, how many a machine has.")] = 8,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="TFLOP/s that a GPU's products reach: 0.4 of an H100's data sheet.")
+    ] = 395.6,
+    bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="GB/s that a GPU takes in from other machines: a card of 400 Gb/s.")
+    ] = 50,
 ) -> None:
     """Estimate a recipe's memory and time from the model's configuration, without loading weights.
 
-    To plan for a GPU on a machine without one: --set device=cuda --no-probe.
+    For one process on this machine (for a GPU that it lacks: --set device=cuda --no-probe), or with --gpus for a
+    cluster: what each GPU holds, computes and sends, at the rates that the options assume.
     """
     loaded = recipe_from(recipe, set_)
     from rich.console import Console
 
     from losa.output.tables import show_table
+    from losa.run.cluster import Cluster
+    from losa.run.cluster_tables import cluster_tables
     from losa.run.estimate import estimate
+    from losa.run.estimate_cluster import estimate_cluster
     from losa.run.estimate_tables import estimate_tables
 
+    if gpus is None:
+        tables = estimate_tables(estimate(loaded, probe=probe))
+    else:
+        rates = {"memory": memory * 1e9, "rate": tflops * 1e12, "between": bandwidth * 1e9}
+        tables = cluster_tables(estimate_cluster(loaded, Cluster(gpus, gpus_per_node, **rates)))
     console = Console()
-    for table in estimate_tables(estimate(loaded, probe=probe)):
+    for table in tables:
         show_table(table, console)
 
 

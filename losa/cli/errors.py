@@ -50,7 +50,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            resume = "; --resume goes on after the last finished round" if ctx.invoked_subcommand in RESUMABLE else ""
+            resume = "; --resume goes on" if ctx.invoked_subcommand in RESUMABLE else ""
             _say(f"losa: interrupted{resume}")
             raise typer.Exit(130) from error
         except Exception as error:

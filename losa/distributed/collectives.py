@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,11 @@ def sum_over_processes(statistic: Tensor) -> Tensor:
     return total
 
 
-def sum_to_process(statistic: Tensor, index: int) -> None:
-    """Add all processes' tensors of one shape and dtype up, in place in process ``index``. In the other processes the
-    tensor then holds nothing of use."""
+def reduce_to_process(statistic: Tensor, index: int, reduction: Literal["sum", "max"] = "sum") -> None:
+    """Make one tensor of all processes' tensors of one shape and dtype, in place in process ``index``: entry by entry
+    their sum, or the largest. In the other processes the tensor then holds nothing of use."""
     if process_count() > 1:
-        dist.reduce(statistic, index)
+        dist.reduce(statistic, index, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[reduction])
 
 
 def columns_of_all(mine: Tensor, rows: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,11 +18,6 @@ from losa.distributed.watch import Limits, watched
 from losa.errors import LosaError, RecipeError
 from losa.recipe.sections import DistributedConfig
 
-if TYPE_CHECKING:
-    from accelerate.utils import DistributedType
-
-# Kinds of accelerate, by their names.
-SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
 # Engines of accelerate's launcher, by the variable that asks for them.
 _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported: its ZeRO-3 shards the weights, which pruning needs whole, "
@@ -130,12 +125,6 @@ def check_launcher() -> None:
             f"distributed: FSDP version {version} is not supported (FSDP_VERSION); launch with --fsdp_version 2, or "
             "without FSDP and set distributed.mode: fsdp"
         )
-
-
-def check_kind(kind: DistributedType) -> None:
-    """Raises LosaError for an engine that losa does not work with, and that a program chose, not the launcher."""
-    if kind.value not in SUPPORTED:
-        raise LosaError(f"distributed: {kind.value} is not supported; launch with torchrun or accelerate launch")
 
 
 def as_launched(config: DistributedConfig) -> DistributedConfig:

@@ -6,17 +6,22 @@ forward passes of the whole model. Both do nothing to a model that is not sharde
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.processes import process_count
+
+# Bytes to which tensors of any dtype are aligned.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,15 @@ class Sharding:
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
         """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
-        rows = rows.to("cpu" if self.offload else self.device)
+        if not rows.is_meta:
+            rows = rows.to("cpu" if self.offload else self.device)
+            if self.offload and self.mesh.device_type == "cuda":
+                # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
+                rows = rows.pin_memory()
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        spec = DTensorSpec(self.mesh, tuple(self.placements), TensorMeta(shape, stride, rows.dtype))
+        # DTensor.from_local would move rows that wait in host memory to the mesh's device.
+        return DTensor(rows, spec, requires_grad=False)
 
     def shard(self, whole: Tensor) -> DTensor:
         """This process's rows of a tensor that every process has, in memory of their own."""
@@ -94,12 +105,32 @@ def device_of(module: nn.Module) -> torch.device:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows, on the device of its sharding; a tensor that is not sharded is returned as it is.
     All processes call it together."""
+    return _wholes([tensor])[0] if isinstance(tensor, DTensor) else tensor
+
+
+def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
+    """``whole`` of tensors of one sharding, by one collective call: a decoder block has dozens of parameters."""
+    sharding = Sharding.of(tensors[0])
+    shards = sharding.mesh.size(sharding.mesh.ndim - 1)
+    # Bytes that each process sends of a tensor: as many as the first one holds.
+    sizes = [-(-t.shape[0] // shards) * t.shape[1:].numel() * t.dtype.itemsize for t in tensors]
+    places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    sent = torch.empty(places.pop(), dtype=torch.uint8, device=sharding.device)
+    for tensor, place in zip(tensors, places, strict=True):
+        rows = tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
+        sent[place : place + len(rows)].copy_(rows)
+    shared: Any = DTensor.from_local(sent, sharding.mesh, sharding.placements, run_check=False)
+    found = shared.full_tensor().view(shards, -1)
+    parts = [found[:, place : place + size].clone() for place, size in zip(places, sizes, strict=True)]
+    rows_of_all = [part.view(-1).view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=True)]
+    return [rows[: len(t)] for rows, t in zip(rows_of_all, tensors, strict=True)]
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: the rows that this process holds of a sharded one, which stays sharded."""
     if not isinstance(tensor, DTensor):
-        return tensor
-    sharding, rows = Sharding.of(tensor), tensor.to_local().detach()
-    if sharding.offload:
-        tensor = Sharding(sharding.mesh).from_rows(rows, tensor.shape)
-    return tensor.detach().full_tensor()
+        return tensor.to("cpu")
+    return Sharding(Sharding.of(tensor).mesh, offload=True).from_rows(tensor.to_local().detach(), tensor.shape)
 
 
 def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,9 +156,9 @@ def shard_module(module: nn.Module, sharding: Sharding) -> None:
 def gathered(module: nn.Module) -> Iterator[None]:
     """Within the context all parameters of ``module`` are whole. All processes enter and leave it together.
 
-    At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too.
-    A parameter counts as changed if it is another object, has other memory, or was written to by an operation that
-    autograd counts (which excludes operations on its ``.data``).
+    At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too. Rows
+    are copied only of memory that is new, or that was written to by an operation that autograd counts (which excludes
+    operations on a parameter's ``.data``).
     """
     with _gathered(list(module.modules())):
         yield
@@ -161,61 +192,61 @@ def gathered_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[No
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole parameter, the sharded one in whose place it stands, and where it was in memory, written how often."""
+    """A whole parameter, the sharded one in whose place it stands, what it held at first, and written how often.
+    ``first`` keeps that memory: no other parameter may come to lie there."""
 
     parameter: nn.Parameter
     sharded: nn.Parameter
-    place: int
+    first: Tensor
     version: int
 
-    def changed(self) -> bool:
-        return (self.parameter.data_ptr(), self.parameter._version) != (self.place, self.version)
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether ``parameter``, this one or another, has the values that were gathered, in the same memory."""
+        own = self.parameter
+        same = parameter is own or (parameter.shape, parameter.dtype) == (own.shape, own.dtype)
+        return same and (parameter.data_ptr(), parameter._version) == (self.first.data_ptr(), self.version)
 
 
 @contextmanager
 def _gathered(modules: list[nn.Module]) -> Iterator[None]:
-    found = [(m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)]
+    found: list[tuple[nn.Module, str, Any]] = [
+        (m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)
+    ]
     if not found:
         yield
         return
     sharding = Sharding.of(found[0][2])
+    shards: dict[int, Any] = {id(p): p for _, _, p in found}
     wholes: dict[int, _Whole] = {}
-    by_shard: dict[int, nn.Parameter] = {}
+    for sharded, values in zip(shards.values(), _wholes(list(shards.values())), strict=True):
+        parameter = nn.Parameter(values, requires_grad=sharded.requires_grad)
+        wholes[id(sharded)] = _Whole(parameter, sharded, parameter.detach(), parameter._version)
     for module, name, sharded in found:
-        if id(sharded) not in by_shard:
-            parameter = nn.Parameter(whole(sharded), requires_grad=sharded.requires_grad)
-            by_shard[id(sharded)] = parameter
-            wholes[id(parameter)] = _Whole(parameter, sharded, parameter.data_ptr(), parameter._version)
-        module._parameters[name] = by_shard[id(sharded)]
+        module._parameters[name] = wholes[id(sharded)].parameter
     try:
         yield
     finally:
         # New modules inside of the old ones are seen too.
         now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
-        _put_rows(list(now), sharding, wholes)
+        _put_rows(list(now), sharding, {known.first.data_ptr(): known for known in wholes.values()})
 
 
 def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
-    """Put sharded parameters in the places of whole ones: of ``wholes``, while they are unchanged, else new ones."""
+    """Put sharded parameters in the places of whole ones. ``wholes``, by their place in memory: what was gathered."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
-            known = wholes.get(id(parameter))
-            if known is not None and not known.changed():
-                module._parameters[name] = known.sharded
-                continue
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(parameter.data_ptr()))
             module._parameters[name] = made[id(parameter)]
 
 
-def structure_of(module: nn.Module) -> tuple[nn.Module, dict[int, object]]:
-    """A copy of a module's structure that shares its parameters and buffers.
-
-    Returns:
-        the copy, and the copies of all its parts by the ``id`` of what each was copied from.
-    """
-    copies: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, copies), copies
+def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None) -> nn.Parameter:
+    if known is None or not known.holds(parameter):
+        return nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+    if known.parameter is parameter:
+        return known.sharded
+    # Another parameter over gathered memory, as when a linear is wrapped: it shares the rows too.
+    return nn.Parameter(known.sharded.detach(), requires_grad=parameter.requires_grad)

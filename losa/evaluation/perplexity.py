@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED
+from losa.distributed.collectives import share_of
+from losa.distributed.processes import is_main, process_count
+from losa.distributed.sharding import device_of, sharding_of
+from losa.distributed.together import together
 from losa.errors import DataError, NumericsError
 from losa.model.limits import check_ids, check_length
+from losa.model.running import runnable
 from losa.training.loss import TokenLoss, label_positions
 
 logger = logging.getLogger("losa")
@@ -68,6 +73,7 @@ def perplexity(
 
     Each window predicts its tokens 2..length from the window alone, as in the code of SparseGPT and Wanda. All windows
     weigh the same, for all have the same number of predictions. The model computes in its own dtype, the loss in fp32.
+    Several processes share the batches out; every process returns the value that one process would.
 
     Windows have no beginning-of-text token of their own, so that values can be compared with the papers' values. Some
     models (Gemma) are far worse without such a token than they are in use. ``bos`` gives each window one; the values
@@ -94,24 +100,39 @@ def perplexity(
     check_length(model, length, "evaluate.length")
     check_ids(model, windows, "evaluate.data")
     count = len(windows)
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = 0.0
     try:
-        loss = TokenLoss(model)
-        bar = tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None if progress else True)
-        for index, batch in enumerate(bar):
-            summed = _summed(loss, batch, batch, device)
-            if not math.isfinite(summed):
-                first = index * batch_size
-                where = f"windows {first}..{first + len(batch) - 1}" if len(batch) > 1 else f"window {first}"
-                raise NumericsError(f"evaluation: the loss is {summed} in {where} of {count}")
-            total += summed
+        with runnable(model):
+            sums = _batch_sums(model, windows, batch_size, progress)
     finally:
         model.train(was_training)
+    total = 0.0
+    for first, summed in zip(range(0, count, batch_size), sums, strict=True):
+        if not math.isfinite(summed):
+            last = min(first + batch_size, count) - 1
+            where = f"windows {first}..{last}" if last > first else f"window {first}"
+            raise NumericsError(f"evaluation: the loss is {summed} in {where} of {count}")
+        total += summed
     nll = total / (count * (length - 1))
     return Perplexity(_exp(nll), nll, count, count * (length - (bos is not None)), length)
+
+
+def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bool) -> list[float]:
+    """The summed loss of every batch of windows, in order. Each process runs its share of the batches."""
+    batches = windows.split(batch_size)
+    mine = share_of(len(batches))
+    # Processes that hold a model in shards make the same calls: some repeat a batch, whose loss does not count.
+    calls = len(mine) if sharding_of(model) is None else -(-len(batches) // process_count())
+    device = device_of(model)
+
+    def run() -> list[float]:
+        loss = TokenLoss(model)
+        bar = tqdm(range(calls), desc="perplexity", leave=False, disable=None if progress and is_main() else True)
+        ran = (batches[min(mine.start + index, len(batches) - 1)] for index in bar)
+        return [_summed(loss, batch, batch, device) for batch in ran][: len(mine)]
+
+    return [summed for part in together(run) for summed in part]
 
 
 def _summed(loss: TokenLoss, ids: Tensor, labels: Tensor, device: torch.device) -> float:
@@ -142,13 +163,14 @@ def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: i
     labels = started.clone()
     # Both texts are asked for the same tokens.
     labels[1] = IGNORED
-    device = next(model.parameters()).device
+    device = device_of(model)
     was_training = model.training
     model.eval()
     try:
-        loss = TokenLoss(model)
-        without = _summed(loss, text[None], text[None], device) / (len(text) - 1)
-        within = _summed(loss, started[None], labels[None], device) / (len(text) - 1)
+        with runnable(model):
+            loss = TokenLoss(model)
+            without = _summed(loss, text[None], text[None], device) / (len(text) - 1)
+            within = _summed(loss, started[None], labels[None], device) / (len(text) - 1)
     finally:
         model.train(was_training)
     if without - within > _START_MATTERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def load_model(
     try:
         if gguf_file is None:
             config = AutoConfig.from_pretrained(source, **trust)
-            _check_config(model, config)
+            check_config(model, config)
             tokenizer = AutoTokenizer.from_pretrained(source, **trust)
             options = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), **trust}
         else:
@@ -74,9 +74,7 @@ def load_model(
         if directory is not None and gguf_file is None:
             _name_what_is_damaged(directory, error)
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
-    if absent := sorted(info["missing_keys"]):
-        shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-        raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
+    check_complete(model, sorted(info["missing_keys"]))
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ModelError(f"model {model!r}: {PEFT_ADVICE}")
     _check_finite(loaded, model, None if gguf_file else directory)
@@ -208,7 +206,16 @@ def _names(files: Iterable[Path]) -> str:
     return ", ".join(sorted(f.name for f in files)) or "none"
 
 
-def _check_config(model: str, config) -> None:
+def check_complete(model: str, absent: Sequence[str]) -> None:
+    """Raises ModelError if a checkpoint lacks weights of its architecture, by name; ``model``: what the user gave."""
+    if absent:
+        shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise ModelError(f"model {model!r}: the checkpoint lacks {len(absent)} weight(s) of its architecture: {shown}")
+
+
+def check_config(model: str, config) -> None:
+    """Raises ModelError for the configuration of an encoder-decoder or of quantised weights; ``model``: what the user
+    gave."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {model!r}: expected a decoder-only language model, got an encoder-decoder")
     for part in (config, config.get_text_config()):

@@ -6,6 +6,7 @@ tensors from several stored ones (stacked experts, split projections). ``Naming`
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
 from losa.storage.tensor_files import Stored, checkpoint_tensors
+
+logger = logging.getLogger("losa")
 
 
 def check_names(directory: Path, model: nn.Module) -> Naming:
@@ -155,8 +158,8 @@ class Naming:
         patterns = getattr(self.model, attribute, None)
         return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
 
-    def check(self, stored: Mapping[str, Stored]) -> None:
-        """Compare a checkpoint's headers with the model: every tensor is there, in the model's shape.
+    def filled(self, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """The tensors of the model that a checkpoint's tensors fill, by name in the model, from the files' headers.
 
         Raises:
             ModelError: names the first tensor that does not fit, and what was expected.
@@ -175,9 +178,24 @@ class Naming:
                 raise ModelError(f"{name}: expected shape {list(expected.shape)}, the file has {list(shape)}")
             if expected.is_floating_point() and not dtype.is_floating_point:
                 raise ModelError(f"{name}: expected floating-point weights, the file has {dtype}")
-        if absent := self.missing(found):
+        return found
+
+    def check(self, stored: Mapping[str, Stored]) -> None:
+        """Compare a checkpoint's headers with the model: every tensor is there, in the model's shape.
+
+        Raises:
+            ModelError: names the first tensor that does not fit, and what was expected.
+        """
+        if absent := self.missing(self.filled(stored)):
             more = f" and {len(absent) - 3} others" if len(absent) > 3 else ""
             raise ModelError(f"tensors are missing: {', '.join(absent[:3])}{more}")
+
+    def warn_of_unused(self, where: Path) -> None:
+        """Warn of stored tensors that the model has no place for, unless it states that it does not use them."""
+        unused = [name for name, target in self.unused.items() if not self.ignored(target)]
+        if unused:
+            others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+            logger.warning("%s: the model has no place for %s%s", where, shown_name(unused[0]), others)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The type in which transformers keeps each floating-point tensor of the model: the model's type, or fp32 for
@@ -196,3 +214,22 @@ class Naming:
     def remember(self) -> None:
         """Make ``save_pretrained`` write the names of this checkpoint, as it does after loading by transformers."""
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
+
+
+def saved_names(model: Any) -> list[str]:
+    """Names in ``model`` of the tensors that ``save_pretrained`` writes: of tied ones the one that it keeps."""
+    uses: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in (model._keys_to_ignore_on_save or ()):
+            uses.setdefault(id(tensor), []).append(name)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [next((name for name in names if name not in tied), names[0]) for names in uses.values()]
+
+
+def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ``model``, by their names in it, as ``save_pretrained`` writes them: by names on disk, and with a
+    tensor that transformers made from several ones taken apart again. ``tensors`` holds all of what belongs together,
+    such as a decoder block."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from typing import cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from losa.distributed.sharding import gathered, shard_module, sharding_of, sum_over_rows
 from losa.errors import ModelError
 from losa.model.blocks import (
     Blocks,
@@ -26,8 +28,11 @@ from losa.model.blocks import (
 from losa.model.saving import guard_saving
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
+from losa_kernels import unpack_mask
 
 logger = logging.getLogger("losa")
+
+_Layer = TypeVar("_Layer", bound=MaskedLoRALinear)
 
 
 def wrap_model(
@@ -42,9 +47,9 @@ def wrap_model(
 ) -> dict[str, MaskedLoRALinear]:
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
-    The weights stay where they are in memory. An adapter is seeded by (seed, full name), so another choice of targets
-    does not change it. Stacked expert weights stay dense, with a warning. ``save_pretrained`` refuses the model until
-    it is merged or unwrapped.
+    The weights stay where they are in memory; the adapters of a sharded model are sharded too. An adapter is seeded by
+    (seed, full name), so another choice of targets does not change it. Stacked expert weights stay dense, with a
+    warning. ``save_pretrained`` refuses the model until it is merged or unwrapped.
 
     Args:
         model: a decoder of transformers.
@@ -79,11 +84,14 @@ def wrap_model(
             full = f"{block_name}.{name}"
             generator = torch.Generator().manual_seed(_seed_for(seed, full))
             try:
-                wrapped[full] = layer.from_linear(
+                new = layer.from_linear(
                     cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
                 )
             except ValueError as error:
                 raise ModelError(f"{full}: {error}") from error
+            if (sharding := sharding_of(linear)) is not None:
+                shard_module(new, sharding)
+            wrapped[full] = new
     if not wrapped:
         raise ModelError(f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned")
     _warn_left_dense(blocks, uses)
@@ -116,16 +124,33 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 def merge_model(model: nn.Module) -> nn.Module:
     """Turn every wrapped layer into a plain linear with weight M * (W + s B A), in place. Parameters stay frozen."""
-    for name, layer in wrapped_linears(model).items():
-        model.set_submodule(name, layer.merge())
-    return model
+    return replace_layers(model, MaskedLoRALinear.merge)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Drop masks and adapters: plain linears with the layers' dense weights, in place. Parameters stay frozen."""
+    return replace_layers(model, MaskedLoRALinear.unwrap)
+
+
+def replace_layers(model: nn.Module, made: Callable[[_Layer], nn.Module]) -> nn.Module:
+    """Put ``made(layer)`` in the place of every wrapped layer. ``made`` sees whole parameters, one layer's at a time;
+    in a sharded model its result is sharded too."""
     for name, layer in wrapped_linears(model).items():
-        model.set_submodule(name, layer.unwrap())
+        # The new layer is in the module that is gathered, so that it is sharded at the end.
+        both = nn.ModuleList([layer])
+        with gathered(both):
+            both.append(made(cast(_Layer, layer)))
+        model.set_submodule(name, both[1])
     return model
+
+
+def count_kept(linear: nn.Module) -> int:
+    """How many weights of a linear its mask keeps; of a plain linear, how many are not zero. Processes that hold it in
+    shards call this together."""
+    if not isinstance(linear, MaskedLoRALinear):
+        return int(sum_over_rows(cast(Tensor, linear.weight).detach(), torch.count_nonzero))
+    columns = linear.in_features
+    return int(sum_over_rows(linear.mask.detach(), lambda rows: torch.count_nonzero(unpack_mask(rows, columns))))
 
 
 def sparsity_of(model: nn.Module) -> tuple[int, int]:
@@ -134,9 +159,8 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
     zeros = total = 0
     blocks = find_blocks(model)
     for linear in blocks.linears().values():
-        kept = linear.mask_bool() if isinstance(linear, MaskedLoRALinear) else cast(Tensor, linear.weight)
-        total += kept.numel()
-        zeros += kept.numel() - int(torch.count_nonzero(kept))
+        total += weight_count(linear)
+        zeros += weight_count(linear) - count_kept(linear)
     for module in blocks.modules.modules():
         if isinstance(module, SparseLinear):
             total += weight_count(module)

@@ -67,11 +67,13 @@ class MaskedLoRALinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.weight_replaced = False
-        packed = torch.full((self.out_features, -(-self.in_features // 8)), 255, dtype=torch.uint8)
+        row_bytes = -(-self.in_features // 8)
+        packed = torch.full((self.out_features, row_bytes), 255, dtype=torch.uint8, device=weight.device)
         packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
-        self.mask = nn.Parameter(packed.to(weight.device), requires_grad=False)
+        self.mask = nn.Parameter(packed, requires_grad=False)
         self._check_rank(rank)
-        self._set_adapter(self._gaussian_rows(rank, generator), weight.new_zeros(self.out_features, rank).float())
+        zeros = torch.zeros(self.out_features, rank, device=weight.device)
+        self._set_adapter(self._gaussian_rows(rank, generator), zeros)
         if mask is not None:
             self.set_mask(mask)
 

@@ -16,7 +16,7 @@ from losa.model.finite import check_finite, check_rounded, is_finite, rounded
 from losa.model.grouping import group_linears
 from losa.model.naming import Naming, checked_naming
 from losa.model.saving import guard_saving
-from losa.model.skeleton import skeleton
+from losa.model.skeleton import empty_model
 from losa.modules.sparse import SparseLinear
 from losa.packed.parts import Contents
 from losa_kernels.packing import Packed
@@ -30,17 +30,11 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     Raises:
         ModelError: tensors are missing, do not fit the model or are not finite; names the tensor.
     """
-    from accelerate import init_empty_weights
-
     kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
-    with init_empty_weights(include_buffers=False):
-        model: Any = skeleton(directory, meta=False, fallback=kinds[0] if kinds else torch.float32)
+    model: Any = empty_model(directory, fallback=kinds[0] if kinds else torch.float32)
     naming = checked_naming(model, contents.stored, contents.where)
     loaded = _fill(model, naming, contents, directory, device)
-    unused = [name for name, target in naming.unused.items() if not naming.ignored(target)]
-    if unused:
-        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
-        logger.warning("%s: the model has no place for %s%s", directory, shown_name(unused[0]), others)
+    naming.warn_of_unused(directory)
     # As in transformers' own loading: a stored tensor is kept even where the config ties it to another.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
     absent = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]

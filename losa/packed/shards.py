@@ -13,6 +13,7 @@ from torch import Tensor
 from losa.errors import OutputError
 from losa.storage.files import write_json
 from losa.storage.kinds import read_config
+from losa.storage.tensor_files import INDEX
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 
@@ -27,23 +28,36 @@ class Shards:
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         self._shards.append(list(tensors))
-        self._bytes += sum(t.nbytes for t in tensors.values())
-        contiguous = {name: t.contiguous() for name, t in tensors.items()}
-        save_file(contiguous, self._path(len(self._shards)), {"format": "pt"})
+        self._bytes += write_shard(self._path(len(self._shards)), tensors)
 
     def finish(self) -> None:
         """Give the shards their names, which say how many shards there are, and write the index."""
         weight_map: dict[str, str] = {}
-        count = len(self._shards)
         for number, names in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            final = shard_name(number, len(self._shards))
             self._path(number).rename(self.directory / final)
             weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-        write_json(self.directory / "model.safetensors.index.json", index)
+        write_index(self.directory, weight_map, self._bytes)
 
     def _path(self, number: int) -> Path:
         return self.directory / f"model-{number:05d}.safetensors"
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of shard ``number``, from 1, of ``count``."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
+    """Write tensors into a file. Returns their bytes."""
+    contiguous = {name: t.contiguous() for name, t in tensors.items()}
+    save_file(contiguous, path, {"format": "pt"})
+    return sum(t.nbytes for t in contiguous.values())
+
+
+def write_index(directory: Path, weight_map: dict[str, str], size: int) -> None:
+    """Write which file each tensor is in; ``size``: bytes of all tensors."""
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def copy_other_files(source: Path, target: Path, leave: Iterable[str] = ()) -> None:

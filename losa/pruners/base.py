@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,6 +62,9 @@ class Pruner:
     ``statistic`` names what calibration collects of each linear's inputs (``losa.algorithm.statistics``), None for
     nothing: "input_norms" is ``||X_j||_2``, (in,) fp32; "hessian" is ``X^T X``, (in, in) fp32. ``updates_weight``:
     whether kept weights change, which takes memory for another set of weights.
+
+    Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
+    block in one process.
     """
 
     statistic: str | None = None
@@ -84,6 +87,15 @@ class Pruner:
             NumericsError, ValueError: values that the method cannot work on.
         """
         raise NotImplementedError  # not abstract: a pruner of whole blocks has prune_block alone
+
+    def prepare(self, statistics: Iterable[Tensor | None]) -> None:
+        """Called before ``prune`` decides about the first of several linears: a method may compute something for all
+        of them together.
+
+        Args:
+            statistics: of the linears' inputs, as ``prune`` takes them. Linears that share their inputs have the very
+                same tensor.
+        """
 
     def prune_block(
         self,
@@ -110,6 +122,7 @@ class Pruner:
         Raises:
             NumericsError: the message begins with the linear's name and a colon.
         """
+        self.prepare(statistics.values())
         for name in weights:
             yield name, self._prune_named(name, weights[name], statistics[name], pattern, masks[name])
 

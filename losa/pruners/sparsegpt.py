@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ class SparseGPT(Pruner):
     A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` it gives Wanda's mask instead, from
     the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping`` infinite, which
     records that no damping was enough. Linears that share their inputs come one after another with the very same
-    Hessian: its factor is computed once and kept while that tensor lives. ``prune_block`` factors all Hessians of a
-    block together.
+    Hessian: its factor is computed once and kept while that tensor lives. ``prepare`` factors CUDA Hessians together.
 
     Raises RecipeError when N:M groups would straddle column blocks (``prune.block_size`` no multiple of M).
     """
@@ -43,21 +42,25 @@ class SparseGPT(Pruner):
         # Each Hessian, the version of it that was factored, and the factor or why there is none.
         self._factored: list[tuple[weakref.ref, int, tuple[Tensor, float] | SingularHessianError]] = []
 
-    def prune_block(
-        self,
-        weights: Mapping[str, Tensor],
-        statistics: Mapping[str, Tensor | None],
-        pattern: Pattern,
-        masks: Mapping[str, Tensor | None],
-    ) -> Iterator[tuple[str, Pruned]]:
-        self._factor_together(statistics.values())
-        yield from super().prune_block(weights, statistics, pattern, masks)
-
     def memory(self, shape: PruningShape) -> list[Memory]:
         return [*hessian_memory(shape), *super().memory(shape)]
 
     def flops(self, shape: PruningShape) -> float:
         return hessian_flops(shape)
+
+    def prepare(self, statistics: Iterable[Tensor | None]) -> None:
+        """Factor CUDA Hessians in one go. Where that cannot be done (one is not finite, memory is short), ``prune``
+        factors them one by one, and says whose Hessian is wrong."""
+        different = list({id(h): h for h in statistics if h is not None and _factored_together(h)}.values())
+        if len(different) < 2:
+            return
+        self._factored = []
+        try:
+            found = inverse_factors([hessian.float() for hessian in different], self.damping)
+        except (ValueError, torch.OutOfMemoryError):
+            return
+        for hessian, outcome in zip(different, found, strict=True):
+            self._keep(hessian, outcome)
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         assert statistic is not None
@@ -80,20 +83,6 @@ class SparseGPT(Pruner):
             norms = statistic.diagonal().clamp_min(0).sqrt()
             return Pruned(wanda_mask(weight, norms, mask=mask, **pattern.as_kwargs()), damping=float("inf"))
         return Pruned(result.mask, result.weight, float(result.loss.sum()), result.damping)
-
-    def _factor_together(self, hessians: Iterable[Tensor | None]) -> None:
-        """Factor a block's CUDA Hessians in one go. Where that cannot be done (one is not finite, memory is short),
-        ``prune`` factors them one by one, and says whose Hessian is wrong."""
-        different = list({id(h): h for h in hessians if h is not None and _factored_together(h)}.values())
-        if len(different) < 2:
-            return
-        self._factored = []
-        try:
-            found = inverse_factors([hessian.float() for hessian in different], self.damping)
-        except (ValueError, torch.OutOfMemoryError):
-            return
-        for hessian, outcome in zip(different, found, strict=True):
-            self._keep(hessian, outcome)
 
     def _factor_of(self, hessian: Tensor) -> tuple[Tensor, float]:
         """``inverse_factor`` in fp32; a factor that is kept already is not computed again."""

@@ -13,15 +13,12 @@ import torch
 
 from losa.algorithm.schedule import Round
 from losa.errors import RecipeError
-from losa.model.loading import configured_model
-from losa.pruners import get_pruner
-from losa.recipe.methods import METHODS
 from losa.recipe.sections import Recipe
-from losa.run.estimate_memory import PHASES, Holding, holdings
+from losa.run.estimate_memory import Holding
 from losa.run.estimate_work import Stage, stages
 from losa.run.machine import capacity, product_rate
-from losa.run.model_shape import ModelShape
-from losa.run.rounds import rounds_of
+from losa.run.placement import Placement
+from losa.run.planned import Planned, phase_sums, planned_model
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,9 @@ class Estimate:
 
     def peak(self, place: str) -> tuple[int, str]:
         """Most bytes held at a time on ``place``, and the phase: what is always there and the largest phase's own."""
-        sums = dict.fromkeys(PHASES, 0)
-        for holding in self.holdings:
-            if holding.place == place:
-                sums[holding.phase] += holding.size
-        phase = max(PHASES[1:], key=sums.__getitem__)
-        return sums["throughout"] + sums[phase], phase
+        sums = phase_sums(self.holdings, place)
+        phase = max(sums, key=sums.__getitem__)
+        return sums[phase], phase
 
     @property
     def flops(self) -> float:
@@ -67,7 +61,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
-    """Estimate a recipe without loading weights.
+    """Estimate a recipe on one process, without loading weights.
 
     Args:
         probe: measure the device's rate by about a second of matrix products.
@@ -76,21 +70,13 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         RecipeError: an unknown pruner or device.
         ModelError: the configuration cannot be had, or the model has no blocks.
     """
-    # Before the model: a wrong name should not wait for a download.
-    get_pruner(recipe.prune)
     device = _device(recipe.device)
-    model = configured_model(
-        recipe.model, gguf_file=recipe.gguf_file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
-    )
-    shape = ModelShape.of(model, recipe, device)
-    train = recipe.train
-    sequences = 0 if train is None or train.max_tokens is None else train.max_tokens // train.length
-    # In the order in which the recipe names the methods.
-    names = dict.fromkeys([*recipe.compare, recipe.method])
-    rounds = {name: rounds_of(name, recipe, sequences) for name in names}
-    largest = max(shape.pruned, key=lambda w: w.numel)
+    model = planned_model(recipe)
     available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     memory = capacity(device if available else None)
+    planned = Planned.of(recipe, model, device, memory)
+    shape = planned.shape
+    largest = max(shape.pruned, key=lambda w: w.numel)
     return Estimate(
         model=recipe.model,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -98,10 +84,10 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         blocks=shape.blocks,
         dtype=str(shape.dtype).removeprefix("torch."),
         device=str(device),
-        rounds=rounds[recipe.method],
-        train_length=train.length if train is not None and METHODS[recipe.method].trains else 0,
-        holdings=holdings(recipe, shape, rounds, memory),
-        stages=list(stages(recipe, shape, rounds)),
+        rounds=planned.rounds[recipe.method],
+        train_length=planned.train_length,
+        holdings=planned.holdings(Placement()),
+        stages=list(stages(recipe, shape, planned.rounds)),
         rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
         capacity=memory,
     )

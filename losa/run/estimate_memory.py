@@ -1,4 +1,4 @@
-"""What a recipe holds in memory, phase by phase."""
+"""What a recipe holds in memory, phase by phase, where every process has the whole model."""
 
 from __future__ import annotations
 
@@ -13,37 +13,48 @@ from losa.recipe.sections import Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
 from losa.training.loss import CHUNK_BYTES
 
-PHASES = ("throughout", "loading", "pruning", "training", "export")
+PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
 
 
 @dataclass(frozen=True)
 class Holding:
-    """``size`` bytes held on ``place`` ("device" or "host") during ``phase``; ``how`` says how they are counted."""
+    """``size`` bytes held on ``place`` ("device" or "host") during ``phase``; ``how`` says how they are counted.
+    ``main_only``: the main process alone holds them, else every process of a run holds as many."""
 
     phase: str
     place: str
     what: str
     size: int
     how: str
+    main_only: bool = False
 
 
 def holdings(
-    recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]], capacity: dict[str, int]
+    recipe: Recipe,
+    shape: ModelShape,
+    rounds: dict[MethodName, list[Round]],
+    capacity: dict[str, int],
+    processes: int = 1,
 ) -> list[Holding]:
-    """Everything that losa itself holds.
+    """Everything that losa itself holds in the process that holds most.
 
     Args:
         rounds: of every method.
         capacity: bytes of memory by place, where known.
     """
-    rank = max(each.mean_rank for own in rounds.values() for each in own)
+    rank = highest_rank(rounds)
     held = list(_throughout(recipe, shape, rank))
     # What is free on the device when the streams begin, as far as it is known.
     free = capacity.get("device", 0) - sum(holding.size for holding in held if holding.place == "device")
-    held += _pruning(recipe, shape, list(rounds), free)
+    held += pruning_work(recipe, shape, list(rounds), free, processes)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
-        held += _training(recipe.train, shape, rank)
+        held += _training(shape, rank, processes)
+        held += training_work(recipe.train, shape)
     return [*held, *_export(recipe, shape)]
+
+
+def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
+    return max(each.mean_rank for own in rounds.values() for each in own)
 
 
 def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
@@ -51,9 +62,11 @@ def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
     return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.on_gpu)
 
 
-def _computing(shape: ModelShape) -> str:
-    """The place where the model is."""
-    return "device" if shape.on_gpu else "host"
+def largest_share(count: int, unit: int, processes: int) -> int:
+    """Most of ``count`` items that one process gets when they are dealt out in whole units
+    (``losa.distributed.collectives.share_of``)."""
+    units = -(-count // unit)
+    return min(count, -(-units // processes) * unit)
 
 
 def _adapters(shape: ModelShape, rank: int) -> int:
@@ -62,7 +75,7 @@ def _adapters(shape: ModelShape, rank: int) -> int:
 
 
 def _throughout(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
-    place, size = _computing(shape), shape.dtype.itemsize
+    place, size = shape.computes_on, shape.dtype.itemsize
     masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
     how = f"rank (in + out) x 4 bytes, mean rank {rank}"
     yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
@@ -77,13 +90,23 @@ def _throughout(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holdin
         yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
 
 
-def _pruning(recipe: Recipe, shape: ModelShape, names: list[MethodName], free: int) -> Iterator[Holding]:
-    """``free``: bytes of the device that nothing else takes."""
-    calibration, place, size = recipe.calibration, _computing(shape), shape.dtype.itemsize
+def pruning_work(
+    recipe: Recipe, shape: ModelShape, names: list[MethodName], free: int, processes: int
+) -> Iterator[Holding]:
+    """What calibration and pruning take next to the model.
+
+    Args:
+        names: of all methods.
+        free: bytes of the device that nothing else takes.
+    """
+    calibration, place, size = recipe.calibration, shape.computes_on, shape.dtype.itemsize
     # Hidden states of all samples wait between two blocks, on the device if they fit there.
     streams = 2 if any(METHODS[name].dynamic for name in names) else 1
-    hidden = calibration.samples * calibration.length * shape.hidden * size
+    samples = largest_share(calibration.samples, calibration.batch_size, processes)
+    hidden = samples * calibration.length * shape.hidden * size
     how = "samples x length x hidden" + (", the dense and the sparse stream" if streams == 2 else "")
+    if processes > 1:
+        how += f"; {samples} of {calibration.samples} samples"
     waits = "device" if shape.on_gpu and fits_on_device(hidden, free - (streams - 1) * hidden) else "host"
     # Pinned memory comes in powers of two.
     held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
@@ -99,11 +122,18 @@ def _pruning(recipe: Recipe, shape: ModelShape, names: list[MethodName], free: i
         yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
 
 
-def _training(train: TrainConfig, shape: ModelShape, rank: int) -> Iterator[Holding]:
-    place, size = _computing(shape), shape.computed.itemsize
-    tokens, adapters = train.batch_size * train.length, _adapters(shape, rank)
+def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:
+    place, adapters = shape.computes_on, _adapters(shape, rank)
     yield Holding("training", place, "gradients", 4 * adapters, "as the adapters")
+    if processes > 1:
+        yield Holding("training", place, "buckets", 4 * adapters, "gradients on their way, as the adapters")
     yield Holding("training", place, "optimiser", 2 * 4 * adapters, "AdamW: two fp32 moments a parameter")
+
+
+def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
+    """What a forward and backward pass takes next to the model and its states."""
+    place, size = shape.computes_on, shape.computed.itemsize
+    tokens = train.batch_size * train.length
     # What the backward pass needs of the forward pass.
     sides = sum(w.inputs + w.outputs for w in shape.linears)
     kept: float = sides
@@ -112,24 +142,27 @@ def _training(train: TrainConfig, shape: ModelShape, rank: int) -> Iterator[Hold
         kept = shape.blocks * shape.hidden + sides / shape.blocks
         how = "tokens x (hidden a block + one whole block)"
     yield Holding("training", place, "activations", int(tokens * kept * size), how)
-    # Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type.
+    how = "a chunk of logits; the last hidden states and their gradient"
+    yield Holding("training", place, "loss", loss_bytes(shape, tokens), how)
+    how = "M (W + s B A) and dY^T x of the largest"
+    yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+
+
+def loss_bytes(shape: ModelShape, tokens: int) -> int:
+    """Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type."""
+    size = shape.computed.itemsize
     chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
     rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
     logits = rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
-    if shape.computed != shape.dtype:
-        logits += shape.head * size
-    how = "a chunk of logits; the last hidden states and their gradient"
-    yield Holding("training", place, "loss", logits, how)
-    how = "M (W + s B A) and dY^T x of the largest"
-    yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+    return logits + (shape.head * size if shape.computed != shape.dtype else 0)
 
 
 def _export(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
     if not get_pruner(recipe.prune).updates_weight:  # else the merged weights take the place of the new weights
         merged = shape.prunable * shape.dtype.itemsize
-        yield Holding("export", _computing(shape), "merged weights", merged, "beside the dense ones")
+        yield Holding("export", shape.computes_on, "merged weights", merged, "beside the dense ones")
     how = "to check it against the one in memory"
-    yield Holding("export", "host", "written model, read back", shape.weight_bytes, how)
+    yield Holding("export", "host", "written model, read back", shape.weight_bytes, how, main_only=True)
     if shape.on_gpu:
         how = "while the other one is on the device"
-        yield Holding("export", "host", "model in memory, moved", shape.weight_bytes, how)
+        yield Holding("export", "host", "model in memory, moved", shape.weight_bytes, how, main_only=True)

@@ -19,7 +19,7 @@ def estimate_tables(estimate: Estimate) -> list[Table]:
 
 def _memory_table(estimate: Estimate) -> Table:
     parameters = f"{estimate.parameters:,} parameters ({estimate.dtype})"
-    table = _table(
+    table = plain_frame(
         f"{estimate.model}: {parameters}, {estimate.prunable:,} prunable in {estimate.blocks} blocks",
         "An estimate of what losa itself holds: allow a fifth more, and 1 GB on the host for Python and its libraries.",
     )
@@ -27,47 +27,49 @@ def _memory_table(estimate: Estimate) -> Table:
         table.add_column(column, justify="right" if column == "size" else "left")
     for phase in PHASES:
         for holding in (holding for holding in estimate.holdings if holding.phase == phase):
-            _add(table, phase, _where(estimate, holding.place), holding.what, _size(holding.size), holding.how)
+            add_row(table, phase, _where(estimate, holding.place), holding.what, size_text(holding.size), holding.how)
     for place in ("device", "host"):
         if any(holding.place == place for holding in estimate.holdings):
             size, phase = estimate.peak(place)
-            of = f" of {_size(estimate.capacity[place])}" if place in estimate.capacity else ""
-            _add(table, "peak", _where(estimate, place), "all together", _size(size) + of, f"throughout + {phase}")
+            of = f" of {size_text(estimate.capacity[place])}" if place in estimate.capacity else ""
+            add_row(
+                table, "peak", _where(estimate, place), "all together", size_text(size) + of, f"throughout + {phase}"
+            )
     return table
 
 
 def _rounds_table(estimate: Estimate) -> Table:
     open_end = not any(r.sequences for r in estimate.rounds)
     caption = "train.max_tokens is not set: the data's amount decides." if open_end and estimate.train_length else None
-    table = _table("rounds", caption)
+    table = plain_frame("rounds", caption)
     for column in ("round", "sparsity", "mean rank", "sequences", "tokens"):
         table.add_column(column, justify="right")
     for r in estimate.rounds:
         amounts = ("-", "-") if open_end else (f"{r.sequences:,}", f"{r.sequences * estimate.train_length:,}")
-        _add(table, str(r.index), f"{100 * r.sparsity:.1f} %", str(r.mean_rank), *amounts)
+        add_row(table, str(r.index), f"{100 * r.sparsity:.1f} %", str(r.mean_rank), *amounts)
     return table
 
 
 def _work_table(estimate: Estimate) -> Table:
     rate = "not measured" if estimate.rate is None else f"measured here: {estimate.rate / 1e12:.3g} TFLOP/s"
     caption = f"Matrix products alone, at the rate of plain ones ({rate}): a floor."
-    table = _table("work", caption)
+    table = plain_frame("work", caption)
     for column in ("what", "FLOP", "time"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for stage in estimate.stages:
-        _add(table, stage.what, f"{stage.flops:.2e}", _duration(stage.flops, estimate.rate))
-    _add(table, "all counted", f"{estimate.flops:.2e}", _duration(estimate.flops, estimate.rate))
+        add_row(table, stage.what, f"{stage.flops:.2e}", _duration(stage.flops, estimate.rate))
+    add_row(table, "all counted", f"{estimate.flops:.2e}", _duration(estimate.flops, estimate.rate))
     return table
 
 
-def _table(title: str, caption: str | None) -> Table:
+def plain_frame(title: str, caption: str | None) -> Table:
     # Text: brackets in a path are no markup.
     table = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.title, table.caption = Text(title), None if caption is None else Text(caption)
     return table
 
 
-def _add(table: Table, *cells: str) -> None:
+def add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))
 
 
@@ -75,15 +77,15 @@ def _where(estimate: Estimate, place: str) -> str:
     return estimate.device if place == "device" else "host"
 
 
-def _size(size: int) -> str:
+def size_text(size: float) -> str:
     power = min(4, int(math.log(size, 1000))) if size else 0
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _duration(flops: float, rate: float | None) -> str:
-    if rate is None:
-        return "-"
-    minutes = flops / rate / 60
-    return (
-        f"{60 * minutes:.1f} s" if minutes < 2 else f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    )
+    return "-" if rate is None else time_text(flops / rate)
+
+
+def time_text(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.1f} s" if minutes < 2 else f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

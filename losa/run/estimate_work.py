@@ -1,75 +1,140 @@
-"""Matrix products that a recipe computes, stage by stage."""
+"""Matrix products that a recipe computes, stage by stage, in the process that computes most."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from losa.algorithm.owners import deal
 from losa.algorithm.schedule import Round
+from losa.model.flops import TokenWork
 from losa.pruners import get_pruner
+from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.sections import Recipe, TrainConfig
-from losa.run.estimate_memory import pruning_shape
+from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
+from losa.run.estimate_memory import largest_share, pruning_shape
 from losa.run.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``flops`` of matrix products. ``counted``: False for a rate per million tokens, where their number is open."""
+    """``flops`` of matrix products. ``counted``: False for a rate per million tokens, where their number is open.
+    ``method``: None for the dense model's. ``kind``: "pruning", "training" or "evaluation". ``times``: rounds,
+    optimiser steps, or passes over the windows."""
 
     what: str
     flops: float
-    counted: bool = True
+    counted: bool
+    method: MethodName | None
+    kind: str
+    times: float
 
 
-def stages(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Stage]:
+def stages(
+    recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]], processes: int = 1
+) -> Iterator[Stage]:
     """The dense evaluation, then every method's stages. ``rounds``: of every method."""
     evaluation = recipe.evaluate
     windows = None
     if evaluation is not None and evaluation.max_windows is not None:
-        tokens = evaluation.max_windows * evaluation.length
+        tokens = windows_of_one(evaluation, processes) * evaluation.length
         windows = tokens * (_forward(shape, evaluation.length) + 2.0 * shape.head)
-        yield Stage("dense: evaluation", windows)
+        yield Stage("dense: evaluation", windows, True, None, "evaluation", 1)
     for name, own in rounds.items():
-        yield Stage(f"{name}: calibration and pruning", len(own) * _pruning(recipe, shape, name))
+        work = len(own) * _pruning(recipe, shape, name, processes)
+        yield Stage(f"{name}: calibration and pruning", work, True, name, "pruning", len(own))
         if METHODS[name].trains and recipe.train is not None:
-            per_token = _training(recipe.train, shape)
-            tokens = sum(each.sequences for each in own) * recipe.train.length
-            if tokens:
-                yield Stage(f"{name}: training", tokens * per_token)
-            else:
-                yield Stage(f"{name}: training, each million tokens", 1e6 * per_token, counted=False)
+            yield _training_stage(recipe.train, shape, name, own, processes)
         if evaluation is not None and windows is not None:
             # Of a method that cannot be merged the unmerged model is evaluated as well.
             times = 1 + (not METHODS[name].mergeable)
             times += len(own) if evaluation.each_round and len(own) > 1 else 0
-            yield Stage(f"{name}: evaluation", times * windows)
+            yield Stage(f"{name}: evaluation", times * windows, True, name, "evaluation", times)
+
+
+def windows_of_one(evaluation: EvaluateConfig, processes: int) -> int:
+    """Windows of the process that has most."""
+    assert evaluation.max_windows is not None
+    return largest_share(evaluation.max_windows, evaluation.batch_size, processes)
+
+
+def _training_stage(
+    train: TrainConfig, shape: ModelShape, name: MethodName, rounds: list[Round], processes: int
+) -> Stage:
+    per_token, one = _training(train, shape), train.batch_size * train.gradient_accumulation
+    tokens = sum(each.sequences for each in rounds) * train.length
+    if not tokens:
+        steps = 1e6 / (one * processes * train.length)
+        what = f"{name}: training, each million tokens"
+        return Stage(what, 1e6 * per_token / processes, False, name, "training", steps)
+    steps = sum(steps_of(train, each, processes) for each in rounds)
+    if processes > 1:
+        tokens = train.length * sum(_sequences_of_one(train, each.sequences, processes) for each in rounds)
+    return Stage(f"{name}: training", tokens * per_token, True, name, "training", steps)
+
+
+def steps_of(train: TrainConfig, this_round: Round, processes: int) -> int:
+    """Optimiser steps of a round."""
+    return -(-this_round.sequences // (train.batch_size * train.gradient_accumulation * processes))
+
+
+def _sequences_of_one(train: TrainConfig, sequences: int, processes: int) -> int:
+    """Of the process that has most in each step; a step is over when it is done (``losa.training.dealing``)."""
+    one = train.batch_size * train.gradient_accumulation
+    full, rest = divmod(sequences, one * processes)
+    size = min(train.batch_size, -(-rest // processes))
+    return full * one + (largest_share(rest, size, processes) if rest else 0)
+
+
+def _work(shape: ModelShape) -> TokenWork:
+    linears = sum(w.numel for w in shape.linears)
+    return TokenWork(linears, shape.prunable, shape.head, shape.heads * shape.blocks)
 
 
 def _forward(shape: ModelShape, length: int) -> float:
     """FLOP a token of a forward pass through the blocks."""
-    # A causal token attends to half of the window on average: q k^T and p v.
-    return 2.0 * sum(w.numel for w in shape.linears) + 2.0 * length * shape.heads * shape.blocks
+    return _work(shape).forward(length)
 
 
-def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName) -> float:
+def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int) -> float:
     """FLOP of one round's calibration and pruning."""
     calibration, pruner = recipe.calibration, get_pruner(recipe.prune)
     batch = min(calibration.batch_size, calibration.samples)
+    own, compared = (
+        largest_share(count, calibration.batch_size, processes)
+        for count in (calibration.samples, min(calibration.cka_samples, calibration.samples))
+    )
     # Each stream records one whole forward pass of a batch before it starts.
-    stream = calibration.samples + batch
-    samples = stream + (calibration.samples if pruner.statistic is not None else 0)
+    stream = own + batch
+    samples = stream + (own if pruner.statistic is not None else 0)
     if METHODS[name].dynamic:
         samples += stream
         if recipe.compares_samples:
-            samples += min(calibration.cka_samples, calibration.samples) + batch
+            samples += compared + batch
     work = samples * calibration.length * _forward(shape, calibration.length)
-    return work + pruner.flops(pruning_shape(recipe, shape))
+    return work + _solving(pruner, recipe, shape, own, processes)
+
+
+def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, processes: int) -> float:
+    """FLOP of the pruner's own products: statistics of ``samples`` in every process, and what the busiest owner
+    decides."""
+    every = pruning_shape(recipe, shape)
+    work = pruner.flops(every)
+    if processes == 1:
+        return work
+    statistics = work - pruner.flops(replace(every, tokens=0))
+    solving = 0.0
+    for index, linears in enumerate(shape.by_block):
+        # At most: linears that share their input have one owner, and one factor of its Hessian.
+        owners = deal([[linear] for linear in linears], pruner, processes, index, shape.on_gpu)
+        sums = dict.fromkeys(owners, 0.0)
+        for owner, linear in zip(owners, linears, strict=True):
+            sums[owner] += pruner.flops(replace(every, linears=[linear], blocks=1, tokens=0))
+        solving += max(sums.values(), default=0.0)
+    return statistics * samples / recipe.calibration.samples + solving
 
 
 def _training(train: TrainConfig, shape: ModelShape) -> float:
-    """FLOP a token of forward and backward passes. Gradients are taken of the pruned linears' weights alone."""
-    every, prunable = sum(w.numel for w in shape.linears), shape.prunable
-    per_token = 6.0 * prunable + 4.0 * (every - prunable) + 4.0 * shape.head
-    per_token += 3 * (_forward(shape, train.length) - 2.0 * every)
-    return per_token + (_forward(shape, train.length) if train.activation_checkpointing else 0)
+    """FLOP a token of forward and backward passes, recomputation among them."""
+    recomputed = _forward(shape, train.length) if train.activation_checkpointing else 0
+    return _work(shape).training(train.length) + recomputed

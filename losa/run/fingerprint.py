@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from losa.distributed.sharding import sharding_of
+from losa.distributed.turns import by_turns
 
 WEIGHTS, CALIBRATION, TRAINING, EVALUATION = (
     "model weights",
@@ -34,16 +38,23 @@ def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names and ``tensor_digest`` of all parameters and stored buffers, every byte of them.
 
     Hashing runs in several threads: a model of 14 GB takes some seconds on a few cores. Weights on a GPU come to the
-    host one tensor per thread.
+    host one tensor per thread. A model that is held in shards has the digest of the whole model; all processes call
+    this together and share the work, one tensor after the other. Of a whole model each process hashes its own copy,
+    so that a copy that differs shows.
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
             tensors[name] = tensor
     # A weight under two names is read once.
-    first = {id_: name for name, id_ in reversed([(n, _place(t)) for n, t in tensors.items()])}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = dict(zip(first.values(), pool.map(lambda n: tensor_digest(tensors[n]), first.values()), strict=True))
+    first = {place: name for name, place in reversed([(n, _place(t)) for n, t in tensors.items()])}
+    if sharding_of(model) is None:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            hashed = pool.map(lambda name: tensor_digest(tensors[name]), first.values())
+            digests = dict(zip(first.values(), hashed, strict=True))
+    else:
+        once = {name: tensors[name] for name in first.values()}
+        digests = by_turns(once, lambda _, tensor: tensor_digest(tensor))
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {digests[first[_place(tensor)]]}\n".encode())
@@ -51,4 +62,6 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _place(tensor: Tensor) -> tuple:
+    if isinstance(tensor, DTensor):  # a process without rows of it has no place for it
+        return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import cast
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.schedule import Round
 from losa.data.sequences import PackedData
-from losa.distributed.processes import check_agreement, on_main, process_count
-from losa.errors import OutputError, RecipeError
+from losa.distributed.sharding import device_of, gathered, sum_over_rows
+from losa.distributed.stop import check
+from losa.errors import RecipeError
+from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import AllocationConfig, Recipe
 from losa.record import MethodResult, RoundRecord
-from losa.run.fingerprint import tensor_digest
+from losa.run.documents import belonging
 from losa.run.inputs import Inputs
-from losa.run.resume import CHECKPOINTS, load_resume_state, save_resume_state
 from losa.run.rounds import rounds_of
+from losa.run.saving import Resumed, Saver
+from losa.run.states import CHECKPOINTS, Point, Stage
+from losa.training.position import AfterStep, TrainState
 from losa.training.trainer import Trainer
+from losa_kernels import unpack_mask
 
 
 @dataclass
@@ -47,7 +52,7 @@ class MethodRun:
     Args:
         name: the method's.
         model: dense; merged and pruned in place.
-        work_dir: takes metrics and, for resuming, the state after each round, in a directory of the method's name.
+        work_dir: takes metrics and resume states, in a directory of the method's name.
         log: gets a line after each round.
     """
 
@@ -72,34 +77,25 @@ class MethodRun:
         """Prune, train and merge.
 
         Args:
-            resume: go on after the last round whose state was saved.
+            resume: go on with the newest state that was saved.
 
         Raises:
+            Stopped: a signal asks for it, at a training step, after saving; before a block is pruned; at a round's end.
             LosaError: settings that do not fit the model, failed numerics, a file that cannot be written, or a resume
                 state of another recipe, model or data.
         """
         start = time.perf_counter()
-        recipe, method = self.recipe, self.method
+        method = self.method
         tokens = trained = 0
         if method.training == "before":
             tokens, trained = self._finetune_dense()
         self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
-        engine = Engine(
-            self.model,
-            self.inputs.calibration,
-            recipe.prune,
-            self._allocation(),
-            recipe.calibration,
-            measure_errors=method.dynamic,
-            seed=recipe.seed,
-            calls=self.inputs.calls,
-        )
-        rounds = self._run_rounds(engine, resume)
+        rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
         layers = wrapped_linears(self.model)
-        masks = {name: layer.mask.data.cpu() for name, layer in layers.items()}
+        masks = {name: _as_held(layer.mask.detach()) for name, layer in layers.items()}
         weights = sum(layer.weight.numel() for layer in layers.values())
-        kept = sum(int(layer.mask_bool().sum()) for layer in layers.values())
+        kept = sum(_kept(layer) for layer in layers.values())
         if method.training == "rounds":
             trained = self._trained_parameters()
         merge_model(self.model)
@@ -118,6 +114,19 @@ class MethodRun:
             parameters_trained=trained,
         )
         return Outcome(result, rounds, masks)
+
+    def _engine(self) -> Engine:
+        recipe = self.recipe
+        return Engine(
+            self.model,
+            self.inputs.calibration,
+            recipe.prune,
+            self._allocation(),
+            recipe.calibration,
+            measure_errors=self.method.dynamic,
+            seed=recipe.seed,
+            calls=self.inputs.calls,
+        )
 
     def _allocation(self) -> AllocationConfig:
         if self.method.dynamic:
@@ -163,89 +172,91 @@ class MethodRun:
             seed=self.recipe.seed,
             output_dir=self.work_dir,
             total_sequences=len(self._data),
-            device=next(self.model.parameters()).device,
+            device=device_of(self.model),
+            distributed=self.recipe.distributed,
         )
 
     def _finetune_dense(self) -> tuple[int, int]:
         """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained)."""
         self._wrap(LoRALinear)
         trained = self._trained_parameters()
-        outcome = self._trainer().train(self._data, round_index=1, stage_name="dense fine-tuning")
-        for name, layer in wrapped_linears(self.model).items():
-            self.model.set_submodule(name, cast(LoRALinear, layer).merge_dense())
+        outcome = self._trainer().train(
+            self._data, round_index=1, stage_name="dense fine-tuning", after_step=lambda done: check()
+        )
+        for block in find_blocks(self.model):
+            with gathered(block):
+                for name, layer in wrapped_linears(block).items():
+                    block.set_submodule(name, cast(LoRALinear, layer).merge_dense())
         return outcome.tokens, trained
 
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
         """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
         trainer = self._trainer() if self.method.training == "rounds" else None
-        done = self._resume(trainer, len(rounds)) if resume else []
-        first = sum(each.sequences for each in rounds[: len(done)])
-        for each in rounds[len(done) :]:
-            record = engine.run_round(each)
-            if trainer is not None and each.sequences > 0:
-                data = self._data.slice(first, first + each.sequences)
-                self._train(trainer, data, record)
-            first += each.sequences
-            if self.recipe.evaluate is not None and self.recipe.evaluate.each_round and len(rounds) > 1:
-                began = time.perf_counter()
-                record.perplexity = self.inputs.evaluate(self.model)
-                record.seconds["evaluate"] = time.perf_counter() - began
-            done.append(record)
-            self.log(_round_line(self.name, record, len(rounds)))
-            if self._keeps_states(rounds):
-                step = trainer.global_step if trainer is not None else 0
-                state = {"rounds": [vars(r) for r in done], "global_step": step}
-                on_main(partial(self._save, each.index, state))
+        owner = belonging(self.recipe, self.name, self.inputs.fingerprint)
+        states = self.work_dir / CHECKPOINTS
+        saver = Saver(self.name, states, self.model, trainer, owner, self.recipe.checkpoint)
+        with saver.waiting():
+            resumed = saver.resume() if resume else Resumed()
+            if resumed.point is not None:
+                self.log(_resume_line(self.name, resumed.point, len(rounds)))
+            done, pruned, start = resumed.done, resumed.pruned, resumed.start
+            first = sum(each.sequences for each in rounds[: len(done)])
+            for each in rounds[len(done) :]:
+                record = pruned or engine.run_round(each)
+                done.append(record)
+                if trainer is not None and each.sequences > 0:
+                    if pruned is None:
+                        saver.save(Stage.PRUNED, done)
+                    data = self._data.slice(first, first + each.sequences)
+                    self._train(trainer, data, record, start, partial(saver.after_step, records=done))
+                pruned = start = None
+                first += each.sequences
+                if self.recipe.evaluate is not None and self.recipe.evaluate.each_round and len(rounds) > 1:
+                    began = time.perf_counter()
+                    record.perplexity = self.inputs.evaluate(self.model)
+                    record.seconds["evaluate"] = time.perf_counter() - began
+                self.log(_round_line(self.name, record, len(rounds)))
+                if self._keeps_states():
+                    saver.save(Stage.DONE, done)
+                check()
         return done
 
-    def _keeps_states(self, rounds: list[Round]) -> bool:
-        """A single round of a method that is compared is followed by its result's file. The exported method's single
-        round is not, and the export may fail. Training before the pruning is no part of a state and is repeated."""
-        return len(rounds) > 1 or (self.name == self.recipe.method and self.method.training != "before")
+    def _keeps_states(self) -> bool:
+        """Whether a round's end is saved. A method without training that is compared, or that trains before it prunes,
+        has one short round: its result's file follows, or all of it is repeated."""
+        return self.method.training == "rounds" or (
+            self.name == self.recipe.method and self.method.training != "before"
+        )
 
-    def _train(self, trainer: Trainer, data: PackedData, record: RoundRecord) -> None:
-        outcome = trainer.train(data, round_index=record.index, stage_name=f"{self.name} round {record.index}")
+    def _train(
+        self, trainer: Trainer, data: PackedData, record: RoundRecord, start: TrainState | None, after_step: AfterStep
+    ) -> None:
+        outcome = trainer.train(
+            data,
+            round_index=record.index,
+            stage_name=f"{self.name} round {record.index}",
+            start=start,
+            after_step=after_step,
+        )
         record.train_steps, record.train_tokens = outcome.steps, outcome.tokens
         record.train_loss, record.seconds["train"] = outcome.loss, outcome.seconds
 
-    def _resume(self, trainer: Trainer | None, total: int) -> list[RoundRecord]:
-        """Put the newest resume state into model and trainer: the records of its rounds."""
-        directory = self.work_dir / CHECKPOINTS
-        done: list[RoundRecord] = []
-        state = load_resume_state(directory, self.model, self.recipe, self.name, self.inputs.fingerprint)
-        if state is not None:
-            try:
-                done = [RoundRecord(**r) for r in state["rounds"]]
-                step = state["global_step"]
-            except (KeyError, TypeError) as error:
-                message = "was written by another version of losa; go on with that one, or --overwrite"
-                raise OutputError(f"checkpoints in {directory}: {message}") from error
-            if trainer is not None:
-                trainer.global_step = step
-            self.log(f"{self.name}: resuming after round {len(done)} of {total}")
-        if process_count() > 1:
-            check_agreement(f"{self.name}: the newest checkpoint", self._standing(done))
-        return done
 
-    def _save(self, completed: int, state: dict) -> None:
-        save_resume_state(
-            self.work_dir / CHECKPOINTS,
-            self.model,
-            recipe=self.recipe,
-            completed_round=completed,
-            state=state,
-            method=self.name,
-            inputs=self.inputs.fingerprint,
-        )
+def _as_held(mask: Tensor) -> Tensor:
+    return mask if isinstance(mask, DTensor) else mask.cpu()
 
-    def _standing(self, done: list[RoundRecord]) -> str:
-        """What this process goes on from."""
-        if not done:
-            return "none"
-        layers = wrapped_linears(self.model).values()
-        digest = tensor_digest(*(getattr(m, part) for m in layers for part in ("weight", "mask", "lora_A", "lora_B")))
-        return f"round {len(done)} ({digest[:16]})"
+
+def _kept(layer: MaskedLoRALinear) -> int:
+    """How many weights the mask keeps."""
+    return int(sum_over_rows(layer.mask.detach(), lambda rows: unpack_mask(rows, layer.in_features).sum()))
+
+
+def _resume_line(method: str, point: Point, total: int) -> str:
+    if point.stage is Stage.DONE:
+        return f"{method}: resuming after round {point.round} of {total}"
+    where = "its pruning" if point.stage is Stage.PRUNED else f"training step {point.step}"
+    return f"{method}: resuming in round {point.round} of {total}, after {where}"
 
 
 def _round_line(method: str, record: RoundRecord, total: int) -> str:

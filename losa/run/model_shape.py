@@ -2,68 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from losa.errors import RecipeError
 from losa.model.blocks import find_blocks
+from losa.model.flops import attention_width, hidden_size, number_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A parameter as it is sharded: ``count`` rows of ``size`` bytes."""
+
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """``heads``: width of all attention heads of a block together, 0 where there is no attention; ``head``: weights of
-    the output layer; ``computed``: dtype of training's products; ``linears``: of all blocks, ``pruned`` of them."""
+    the output layer; ``computed``: dtype of training's products; ``linears``: of all blocks; ``by_block``: those that
+    are pruned; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
     computed: torch.dtype
-    weight_bytes: int
-    blocks: int
     hidden: int
     heads: int
     head: int
     vocabulary: int
     linears: list[LinearShape]
-    pruned: list[LinearShape]
+    by_block: list[list[LinearShape]]
+    inside: list[list[Rows]]
+    outside: list[Rows]
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe, device: torch.device) -> ModelShape:
         """``model``: on the meta device. Raises ModelError: no blocks; RecipeError: targets that match no linear."""
         blocks = find_blocks(model)
         config = model.config.get_text_config()
-        every, pruned = (
-            [_shape_of(linear) for linear in blocks.linears(targets).values()]
-            for targets in (None, recipe.prune.targets)
-        )
-        if not pruned:
+        every = [_shape_of(linear) for linear in blocks.linears().values()]
+        by_block: list[list[LinearShape]] = [[] for _ in blocks]
+        for name, linear in blocks.linears(recipe.prune.targets).items():
+            by_block[cast(int, blocks.index_of(name))].append(_shape_of(linear))
+        if not any(by_block):
             raise RecipeError(f"prune.targets: {recipe.prune.targets!r} matches no linear of {recipe.model!r}")
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight
-        hidden = _number(config, "hidden_size") or embedding.shape[-1]
+        hidden = hidden_size(model)
+        counted: set[int] = set()
+        inside = [_rows_of(block.parameters(), counted) for block in blocks]
         precision = recipe.train.precision if recipe.train is not None else "float32"
         return cls(
             device=device,
             dtype=model.dtype,
             computed=_training_dtype(precision, device) or model.dtype,
-            weight_bytes=sum(p.nbytes for p in model.parameters()),
-            blocks=len(blocks),
             hidden=hidden,
-            heads=_attention_width(config, blocks.modules, hidden),
+            heads=attention_width(config, blocks.modules, hidden),
             head=0 if head is None else head.weight.numel(),
-            vocabulary=_number(config, "vocab_size") or embedding.shape[0],
+            vocabulary=number_of(config, "vocab_size") or embedding.shape[0],
             linears=every,
-            pruned=pruned,
+            by_block=by_block,
+            inside=inside,
+            outside=_rows_of(model.parameters(), counted),
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(rows.count * rows.size for part in (self.outside, *self.inside) for rows in part)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.by_block)
+
+    @property
+    def pruned(self) -> list[LinearShape]:
+        """Of all blocks."""
+        return [linear for block in self.by_block for linear in block]
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type != "cpu"
+
+    @property
+    def computes_on(self) -> Literal["device", "host"]:
+        """The place where the model computes."""
+        return "device" if self.on_gpu else "host"
 
     @property
     def prunable(self) -> int:
@@ -74,29 +105,19 @@ class ModelShape:
         return max(w.numel for w in self.pruned)
 
 
-def _number(config, name: str) -> int | None:
-    """A positive integer of a configuration; None where it has none, or a different one for each layer."""
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # transformers' own for what differs between layers
-        return None
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _attention_width(config, blocks: nn.ModuleList, hidden: int) -> int:
-    """From the configuration; where heads differ between layers, the widest of the modules' own."""
-    count = _number(config, "num_attention_heads")
-    if count is None:
-        return 0
-    sizes = [size for module in blocks.modules() if isinstance(size := getattr(module, "head_dim", None), int)]
-    return count * (_number(config, "head_dim") or max(sizes, default=0) or hidden // count)
-
-
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What ``autocast_dtype`` gives; for a GPU that this machine lacks, what it gives on the GPUs of today."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return None if precision == "float32" else torch.bfloat16
     return autocast_dtype(precision, device)
+
+
+def _rows_of(parameters: Iterable[nn.Parameter], counted: set[int]) -> list[Rows]:
+    """Of parameters that are not yet ``counted``, by their ``id``: a parameter in two places is there once."""
+    new = [p for p in parameters if id(p) not in counted]
+    counted.update(map(id, new))
+    counts = [p.shape[0] if p.ndim else 1 for p in new]
+    return [Rows(count, p.nbytes // max(1, count)) for p, count in zip(new, counts, strict=True)]
 
 
 def _shape_of(linear: nn.Module) -> LinearShape:

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,15 +20,19 @@ from losa import __version__
 from losa.algorithm.stream import BlockStream
 from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
-from losa.distributed.processes import check_agreement, is_main, on_main
+from losa.distributed.processes import check_agreement, is_main, on_main, process_count
+from losa.distributed.sharding import device_of, sharding_of
 from losa.model.blocks import Blocks, find_blocks
-from losa.model.loading import load_model
+from losa.model.loading import load_model, torch_device
+from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import sparsity_of
-from losa.output.export import export_model, mask_records
+from losa.output.checks import mask_records
+from losa.output.sharded_export import export_together
 from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RunRecord
+from losa.run.choice import placement_of
 from losa.run.fingerprint import WEIGHTS, model_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import MethodRun, Outcome
@@ -54,7 +58,7 @@ def run_recipe(
     failure before the first method or round is finished.
 
     Args:
-        resume: go on after the last finished round of an interrupted run. Where the output is complete already, only
+        resume: go on where an interrupted run was saved last. Where the output is complete already, only
             unfinished work is cleaned up.
         overwrite: replace an existing output that losa wrote and throw away unfinished work.
         force: replace an existing output whoever wrote it.
@@ -106,13 +110,7 @@ def _run(
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
-        model, tokenizer = load_model(
-            recipe.model,
-            gguf_file=recipe.gguf_file,
-            dtype=recipe.dtype,
-            device=device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        model, tokenizer = _load(recipe, device)
         inputs = read_inputs(recipe, model, tokenizer)
         inputs.fingerprint[WEIGHTS] = model_digest(model)
     for what, digest in inputs.fingerprint.items():
@@ -142,9 +140,9 @@ def _run(
     )
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 
-    def export() -> None:
-        workspace.expect(record)
-        export_model(
+    with console.status("exporting and checking"):
+        on_main(lambda: workspace.expect(record))
+        export_together(
             model,
             tokenizer,
             recipe.output,
@@ -155,14 +153,21 @@ def _run(
             sample_ids=inputs.calibration[:1, :64],
             extra_files={f"metrics-{name}.jsonl": path for name, path in metrics.items() if path.exists()},
         )
-        workspace.close()
-
-    with console.status("exporting and checking"):
-        on_main(export)
+        on_main(workspace.close)
     if is_main():
         show_table(results_table(record), console)
         console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
     return record
+
+
+def _load(recipe: Recipe, device: str) -> tuple[nn.Module, object]:
+    """The recipe's model, whole or this process's rows of it, and its tokenizer."""
+    sharding = placement_of(recipe, device).sharding(torch_device(device))
+    how: dict[str, Any] = {"gguf_file": recipe.gguf_file, "dtype": recipe.dtype}
+    how["trust_remote_code"] = recipe.trust_remote_code
+    if sharding is None:
+        return load_model(recipe.model, device=device, **how)
+    return load_sharded(recipe.model, sharding, **how)
 
 
 def _run_methods(
@@ -204,7 +209,7 @@ def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:
 
 
 def _environment(model: nn.Module) -> dict:
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -213,6 +218,8 @@ def _environment(model: nn.Module) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "processes": process_count(),
+        "sharded": sharding_of(model) is not None,
     }
 
 

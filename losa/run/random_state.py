@@ -16,24 +16,35 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> tuple[dict, dict[str, Tensor]]:
-    """The state of every random generator: the small parts as JSON, the large parts as tensors by name."""
-    tensors = {"random.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+def random_state() -> dict:
+    """The state of every random generator of this process, as JSON."""
     legacy: Any = np.random.get_state(legacy=True)
     kind, keys, *rest = legacy
-    tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, words, gauss = random.getstate()
-    return {"numpy": [kind, *rest], "python": [version, list(words), gauss]}, tensors
+    state = {
+        "torch": _to_text(torch.get_rng_state()),
+        "numpy": [kind, keys.astype("<u4").tobytes().hex(), *rest],
+        "python": [version, list(words), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _to_text(torch.cuda.get_rng_state())
+    return state
 
 
-def set_random_state(state: dict, tensors: dict[str, Tensor]) -> None:
+def set_random_state(state: dict) -> None:
     """Go on where ``random_state`` was called."""
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    kind, *rest = state["numpy"]
-    np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(_from_text(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_text(state["cuda"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(bytes.fromhex(keys), "<u4"), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def _to_text(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

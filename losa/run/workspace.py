@@ -17,7 +17,7 @@ MARKER = "work.json"
 
 
 class Workspace:
-    """``OUTPUT.work``: results of finished methods, resume states of finished rounds, metrics.
+    """``OUTPUT.work``: results of finished methods, resume states, metrics. Who opens it has claimed the output.
 
     Before the output gets its name, the record that it will hold is written here as well. A later process then knows
     whether the output that it finds came of this work.
@@ -43,8 +43,9 @@ class Workspace:
             raise OutputError(f"output: cannot work in {self.path} ({reason(error)})") from error
 
     def _open(self, recipe: Recipe, resume: bool, overwrite: bool, force: bool) -> RunRecord | None:
-        recover(self.path)
-        recover(self.path / MARKER)  # a process that died while it wrote the marker left no other sign
+        for place in (self.output.resolve(), self.path):
+            recover(place, claimed=True)
+        recover(self.path / MARKER, claimed=True)  # a process that died while it wrote the marker left no other sign
         exists = self.path.exists()
         if exists and not (self.path.is_dir() and is_ours(self.path, (MARKER,))):
             if not (force and self.path.is_dir()):
@@ -72,7 +73,7 @@ class Workspace:
         return None
 
     def worth_keeping(self) -> bool:
-        """Whether a method or a round is finished."""
+        """Whether there is a result of a method, or a state to go on from."""
         results = (path for path in self.path.glob("*.json") if path.name not in (MARKER, RECORD))
         return any(results) or any(self.path.glob("*/checkpoints/round-*"))
 

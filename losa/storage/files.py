@@ -166,6 +166,24 @@ def _swap(staged: Path, place: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def partial_name(final: Path) -> Path:
+    """The temporary name of a directory that several processes write together: known to all of them, on whichever
+    machine they are. Only processes of one run, which has claimed its output, may write it."""
+    return final.with_name(f".{final.name}.partial-0")
+
+
+def publish(final: Path) -> None:
+    """Give a directory its name, from ``partial_name``, once all of it is on the disk. A directory of that name is
+    removed first. Raises OutputError."""
+    staged = partial_name(final)
+    with writing(final):
+        _sync(staged)
+        if final.exists():
+            remove_directory(final)
+        os.replace(staged, final)
+        _sync_directory(final.parent)
+
+
 def _sync(directory: Path) -> None:
     for path in (*directory.rglob("*"), directory):
         if path.is_dir():
@@ -202,12 +220,19 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def recover(place: Path) -> None:
+def recover(place: Path, claimed: bool = False) -> None:
     """Clean up after dead processes that wrote ``place``, a file or directory: remove partial ones, restore an old
-    one."""
+    one.
+
+    Args:
+        claimed: no other process works here (``losa.storage.lock``), so that whoever wrote is dead. Otherwise the
+            number in a leftover's name says who wrote it, which means nothing for a process of another machine.
+    """
     for path in place.parent.glob(glob.escape(f".{place.name}.") + "*"):
         found = _LEFTOVER.fullmatch(path.name)
-        if found is None or found[1] != place.name or _is_another_process(int(found[3])):
+        if found is None or found[1] != place.name:
+            continue
+        if not claimed and _is_another_process(int(found[3])):
             continue
         if found[2] == "old" and not place.exists():
             os.replace(path, place)
@@ -216,10 +241,10 @@ def recover(place: Path) -> None:
 
 
 def recover_all(directory: Path) -> None:
-    """``recover`` every file and directory inside ``directory``, at any depth."""
+    """``recover`` every file and directory inside ``directory``, which is claimed, at any depth."""
     for path in list(directory.rglob(".*")):
         if found := _LEFTOVER.fullmatch(path.name):
-            recover(path.with_name(found[1]))
+            recover(path.with_name(found[1]), claimed=True)
 
 
 def _is_another_process(pid: int) -> bool:

@@ -160,8 +160,8 @@ class TensorFiles:
         """Types and shapes, by name; no tensor is read."""
         return {name: Stored(place.dtype, place.shape) for name, place in self._places.items()}
 
-    def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU.
+    def get(self, name: str, rows: range | None = None) -> Tensor:
+        """The tensor, or only its ``rows`` (consecutive ones, along the first dimension), on the CPU.
 
         Raises:
             ModelError: no such tensor, or the file ends before it does.
@@ -169,6 +169,9 @@ class TensorFiles:
         if name not in self._places:
             raise ModelError(f"{self._paths[0].parent}: tensors are missing: {name}")
         path, dtype, shape, begin = self._places[name]
+        if rows is not None:
+            begin += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (len(rows), *shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             values: Any = tensor.view(-1).view(torch.uint8).numpy()

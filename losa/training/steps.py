@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from losa.errors import NumericsError
 from losa.training.metrics import Metrics
+from losa.training.position import Position
+from losa.training.throughput import Throughput
 
 
 def moment(device: torch.device) -> Any:
@@ -60,12 +62,14 @@ class StepLog:
         metrics: gets a line per step.
         bar: shows the newest loss that was read.
         together: steps that are read at a time.
+        throughput: makes speeds of tokens and seconds.
     """
 
     round_index: int
     metrics: Metrics
     bar: tqdm
     together: int = 1
+    throughput: Throughput = Throughput()
     steps: int = 0
     labels: int = 0
     loss: float = 0.0
@@ -114,9 +118,18 @@ class StepLog:
                 lr=step.learning_rate,
                 grad_norm=norm,
                 tokens=step.tokens,
-                tokens_per_s=step.tokens / seconds_between(step.began, step.ended),
+                **self.throughput.measures(step.tokens, seconds_between(step.began, step.ended)),
             )
             self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    def go_on(self, position: Position) -> None:
+        """Begin with the sums of a round that was interrupted."""
+        self.steps, self.labels, self.loss = position.steps, position.labels, position.loss
+
+    def position(self, step: int, seconds: float) -> Position:
+        """The sums after ``step`` steps of the round; all of them are read. Raises what ``read`` raises."""
+        self.read()
+        return Position(step, self.steps, self.labels, self.loss, seconds)
 
     @property
     def mean_loss(self) -> float | None:

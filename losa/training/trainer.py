@@ -1,38 +1,44 @@
-"""The fine-tuning loop, on accelerate. Each round has a fresh optimiser."""
+"""The fine-tuning loop: one process, DDP, or FSDP2 for a sharded model. Each round has a fresh optimiser."""
 
 from __future__ import annotations
 
-import itertools
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.distributed.collectives import sum_over_processes
-from losa.distributed.launch import check_kind
-from losa.distributed.processes import is_main, process_count, process_index
-from losa.recipe.sections import TrainConfig
-from losa.training.loss import TokenLoss, label_positions
+from losa.distributed.launch import start_processes
+from losa.distributed.processes import is_main, joined, process_count
+from losa.distributed.sharding import gathered_calls, sharding_of
+from losa.distributed.watch import progress
+from losa.model.blocks import find_blocks
+from losa.recipe.sections import DistributedConfig, TrainConfig
+from losa.training.clipping import clip_gradients
+from losa.training.dealing import Batch, deal, seed_of
+from losa.training.loss import TokenLoss
 from losa.training.metrics import Metrics
+from losa.training.position import AfterStep, StepDone, TrainState, moments_of, put_moments
 from losa.training.precision import autocast_dtype
+from losa.training.shell import make_shell
 from losa.training.steps import Step, StepLog, moment
+from losa.training.throughput import Throughput
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
-# takes what TokenLoss takes and returns the loss summed over the labels, a scalar.
+# takes what TokenLoss takes and returns the loss summed over the labels, a scalar. A sharded model is trained in a copy
+# of this module: there it must reach the model through its submodules alone.
 LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
-
-# Input tokens, and where they predict which label tokens.
-Batch = tuple[Tensor, Tensor, Tensor]
 
 # Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all its work, and the GPU then
 # stands idle until it gets more.
@@ -53,24 +59,28 @@ class TrainOutcome:
 class Trainer:
     """Trains the parameters that require a gradient (the adapters), round after round.
 
-    Several processes under ``accelerate launch`` (DDP) share out the sequences; ``batch_size`` counts the sequences of
-    one process.
+    Several processes share out the sequences of each optimiser step; ``batch_size`` counts the sequences of one
+    process. Every process has all of the data. A whole model is trained by DDP, a sharded model by FSDP2 (and by HSDP,
+    where it is sharded on a mesh of two dimensions).
 
-    ``global_step`` counts optimiser steps over all rounds; set it to go on after a resume state.
+    To go on after a resume state, set ``global_step``, the optimiser steps over all rounds, and ``sequences_per_step``.
+    With the sequences per step that a run began with, another number of processes takes the same steps.
 
     On a GPU the host waits for the numbers of ``steps_a_reading`` steps at a time; a step in between waits for nothing.
 
     Args:
-        model: causal LM, left on its device (with several processes: moved to this process's device).
+        model: causal LM; a whole one is moved to ``device``.
         config: the recipe's train section.
         seed: for dropout.
         output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: no files.
         total_sequences: of all rounds; sets the length of the global learning-rate cycle.
-        device: where the model is.
+        device: where the model computes; of several processes each names its own.
         loss_factory: makes the loss module of a round; default: the next-token loss.
+        distributed: the recipe's section; it counts for a sharded model.
 
     Raises:
-        LosaError: under DeepSpeed or FSDP, or TensorBoard is asked for and missing.
+        LosaError: a launch that is not supported, processes that cannot join, or TensorBoard is asked for and
+            missing.
     """
 
     def __init__(
@@ -83,42 +93,57 @@ class Trainer:
         total_sequences: int,
         device: torch.device | str,
         loss_factory: LossFactory = TokenLoss,
+        distributed: DistributedConfig | None = None,
     ):
         self.model = model
         self.config = config
         self.seed = seed
         self.loss_factory = loss_factory
-        # accelerate deals out data and synchronises gradients. Device and precision are set here: its own settings
-        # belong to the process and cannot differ between two trainers.
-        self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
-        check_kind(self.accelerator.distributed_type)
+        self.distributed = distributed or DistributedConfig()
+        self.device = torch.device(device)
+        if not joined():
+            start_processes(self.device.type)
         self.processes = process_count()
-        self.device = torch.device(device) if self.processes == 1 else self.accelerator.device
         self.autocast = autocast_dtype(config.precision, self.device)
         self.fused = self.device.type in ("cpu", "cuda")
         self.steps_a_reading = STEPS_A_READING if self.device.type == "cuda" else 1
         self.global_step = 0
-        self.total_steps = self._steps(total_sequences)
+        self.sequences_per_step = config.batch_size * config.gradient_accumulation * self.processes
+        self.total_sequences = total_sequences
         self._metrics = Metrics(output_dir if is_main() else None, config.tensorboard)
 
-    def train(self, data: PackedData, *, round_index: int, stage_name: str = "round") -> TrainOutcome:
+    def train(
+        self,
+        data: PackedData,
+        *,
+        round_index: int,
+        stage_name: str = "round",
+        start: TrainState | None = None,
+        after_step: AfterStep | None = None,
+    ) -> TrainOutcome:
         """One pass over ``data``, in its order; a last, smaller batch is used too. Leaves the model in evaluation mode.
 
         A step's loss is the mean over the label tokens of all its batches and processes, each token weighing the same.
-        Steps without any label token change nothing.
+        Steps without any label token change nothing. All processes make the same call.
 
         Args:
-            round_index: from 1; names the round in messages and metrics, and seeds dropout.
+            data: of the whole round, also with ``start``.
+            round_index: from 1; names the round in messages and metrics; dropout depends on it, the step and the batch.
             stage_name: of the progress bar.
+            start: where to go on in the middle of the round. The caller has put back the parameters of that moment, and
+                has set ``global_step`` and ``sequences_per_step``.
+            after_step: called after each step.
 
         Raises:
             NumericsError: non-finite loss or gradient norm; names round and step. The weights are as the step before
                 left them.
             OutputError: metrics cannot be written (disk full); names the file.
+            LosaError: the loss has trained parameters of its own beside a sharded model.
         """
-        start = time.perf_counter()
-        torch.manual_seed(1_000_003 * self.seed + 1_009 * round_index + process_index())
-        self.model.to(self.device)
+        began = time.perf_counter() - (0.0 if start is None else start.position.seconds)
+        sharded = sharding_of(self.model) is not None
+        if not sharded:
+            self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
@@ -126,51 +151,84 @@ class Trainer:
             weight_decay=self.config.weight_decay,
             fused=self.fused,
         )
-        loss_module = self.loss_factory(self.model.eval(), self.autocast)
-        loader = DataLoader(self._padded(data), batch_size=self.config.batch_size, collate_fn=_collate)
-        count = self._steps(len(data))
+        if start is not None:
+            put_moments(self.model, optimizer, start.moments, self.fused)
+        first, count = 0 if start is None else start.position.step, self._steps(len(data))
+
+        def state_after(step: int, log: StepLog) -> TrainState:
+            return TrainState(log.position(step, time.perf_counter() - began), moments_of(self.model, optimizer))
+
+        def step_done(step: int, log: StepLog) -> None:
+            if after_step is not None:
+                after_step(StepDone(self.global_step, lambda: state_after(step, log)))
+
         try:
-            self.model.train()
-            with _checkpointing(self.model, self.config.activation_checkpointing), self._metrics.open(self.global_step):
-                prepared, loader = self.accelerator.prepare(loss_module, loader)
-                bar = tqdm(range(count), desc=stage_name, leave=False, disable=None if is_main() else True)
-                with StepLog(round_index, self._metrics, bar, self.steps_a_reading) as log:
-                    self._round(prepared, optimizer, parameters, loader, data, log)
+            with self._loss_module() as loss_module, self._metrics.open(self.global_step):
+                hidden = None if is_main() else True
+                bar = tqdm(range(first, count), stage_name, count, initial=first, leave=False, disable=hidden)
+                throughput = Throughput.of(self.model, data.input_ids.shape[1], self.device, self.autocast)
+                with StepLog(round_index, self._metrics, bar, self.steps_a_reading, throughput) as log:
+                    if start is not None:
+                        log.go_on(start.position)
+                    self._round(loss_module, optimizer, parameters, data, log, step_done)
+                del loss_module
         finally:
-            # DDP's wrapper goes with this list and the local names; the model itself was never replaced.
-            self.accelerator.free_memory()
             self.model.eval()
-        return TrainOutcome(log.steps, data.input_ids.numel(), log.mean_loss, time.perf_counter() - start)
+            # What is drawn after the round does not depend on which of its batches this process had.
+            torch.manual_seed(seed_of(self.seed, round_index))
+            if sharded:
+                # The shell refers to itself, and would keep the rows of masks and adapters that the next round changes.
+                gc.collect()
+        return TrainOutcome(log.steps, data.input_ids.numel(), log.mean_loss, time.perf_counter() - began)
+
+    @contextmanager
+    def _loss_module(self) -> Iterator[nn.Module]:
+        """The module that a round runs, in training mode: the loss module itself, DDP's, or the shell."""
+        checkpoints = self.config.activation_checkpointing
+        if sharding_of(self.model) is None:
+            module, model = self.loss_factory(self.model.eval(), self.autocast), self.model
+        else:
+            with gathered_calls(self.model, find_blocks(self.model)):
+                module = self.loss_factory(self.model.eval(), self.autocast)
+            module, model = make_shell(module, self.model, reshard_after_forward=self.distributed.reshard_after_forward)
+            if self.distributed.activation_checkpointing is not None:
+                checkpoints = self.distributed.activation_checkpointing
+        model.train()
+        with _checkpointing(model, checkpoints):
+            if model is self.model and self.processes > 1:
+                module = DistributedDataParallel(module, [self.device] if self.device.type == "cuda" else None)
+            yield module
 
     def _round(
         self,
         loss_module: nn.Module,
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
-        loader: DataLoader,
         data: PackedData,
         log: StepLog,
+        step_done: Callable[[int, StepLog], None],
     ) -> None:
-        """Every step of one pass over ``data``; ``log`` gets the steps that had a label token."""
-        config, per_step, count = self.config, self._sequences_per_step(), self._steps(len(data))
+        """The steps of ``log.bar``; ``log`` gets those that had a label token."""
+        per_step, count = self.sequences_per_step, self._steps(len(data))
         # Every process has all of the data, and counts the labels of all processes on the host.
         labels = (data.labels[:, 1:] != IGNORED).sum(1).split(per_step)
-        batches = iter(loader)
         broken = torch.zeros((), device=self.device)
         for step in log.bar:
+            where = f"round {log.round_index}, step {step + 1} of {count}"
+            progress(where)
             began = moment(self.device)
-            group = list(itertools.islice(batches, config.gradient_accumulation))
+            sequences = range(step * per_step, min((step + 1) * per_step, len(data)))
             rate = self._learning_rate(step, count)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
             self.global_step += 1
             here = int(labels[step].sum())
-            if here == 0:
-                continue
-            loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
-            where = f"round {log.round_index}, step {step + 1} of {count}"
-            tokens = min(per_step, len(data) - step * per_step) * data.input_ids.shape[1]
-            log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
+            if here:
+                group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
+                loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
+                tokens = len(sequences) * data.input_ids.shape[1]
+                log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
+            step_done(step + 1, log)
 
     def _step(
         self,
@@ -181,7 +239,8 @@ class Trainer:
         labels: int,
         broken: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """One optimiser step over the batches of ``group``. On a CPU and on CUDA it reads no number of the device.
+        """One optimiser step over the batches of ``group``. On a CPU and on CUDA it reads no number of the device,
+        unless rows are offloaded.
 
         Args:
             labels: label tokens of the step, over all processes.
@@ -193,20 +252,21 @@ class Trainer:
         """
         optimizer.zero_grad(set_to_none=True)
         summed: Tensor | float = 0.0
-        for position, batch in enumerate(group):
-            ids, positions, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            last = position == len(group) - 1
-            with nullcontext() if last else self.accelerator.no_sync(loss_module):
-                part = loss_module(ids, positions, targets)
-                # DDP takes the mean of the processes' gradients, where the sum is wanted.
+        for batch in group:
+            # Dropout does not depend on what this process ran before, so that a run that goes on is the same.
+            torch.manual_seed(batch.seed)
+            with _summing(loss_module, batch is group[-1]):
+                part = loss_module(*batch.to(self.device))
+                # DDP and FSDP2 take the mean of the processes' gradients, where the sum is wanted.
                 (part * (self.processes / labels)).backward()
             summed = summed + part.detach()
         loss = sum_over_processes(cast(Tensor, summed))
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        norm = clip_gradients(parameters, self.config.max_grad_norm)
         broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         if self.fused:
-            # AMP's switch: where this tensor is 1, the step leaves weights and moments as they are.
-            optimizer.found_inf = broken  # type: ignore[attr-defined]
+            # AMP's switch: where this tensor is 1, the step leaves weights and moments as they are. Offloaded rows are
+            # stepped on the host, which must have read the tensor by then.
+            optimizer.found_inf = broken.to(parameters[0].device)  # type: ignore[attr-defined]
         elif broken:
             return loss, norm
         optimizer.step()
@@ -217,28 +277,21 @@ class Trainer:
         config = self.config
         if config.lr_schedule == "global":
             # Rounds end with smaller steps, so there may be a few more than planned: they keep the last rate.
-            step, steps = min(self.global_step, self.total_steps - 1), self.total_steps
+            steps = self._steps(self.total_sequences)
+            step = min(self.global_step, steps - 1)
         return lr_factor(step, steps, config.warmup) * config.learning_rate
 
-    def _sequences_per_step(self) -> int:
-        return self.config.batch_size * self.config.gradient_accumulation * self.processes
-
     def _steps(self, sequences: int) -> int:
-        return math.ceil(sequences / self._sequences_per_step())
-
-    def _padded(self, data: PackedData) -> TensorDataset:
-        """With several processes, sequences without labels fill up the last batches: accelerate would repeat some."""
-        missing = -len(data) % (self.config.batch_size * self.processes) if self.processes > 1 else 0
-        ids, labels = data.input_ids, data.labels
-        if missing:
-            ids = torch.cat([ids, ids[:1].expand(missing, -1)])
-            labels = torch.cat([labels, labels.new_full((missing, labels.shape[1]), IGNORED)])
-        return TensorDataset(ids, labels)
+        return math.ceil(sequences / self.sequences_per_step)
 
 
-def _collate(sequences: list[tuple[Tensor, Tensor]]) -> Batch:
-    ids, labels = (torch.stack(tensors) for tensors in zip(*sequences, strict=True))
-    return ids, *label_positions(labels)
+def _summing(loss_module: nn.Module, last: bool) -> AbstractContextManager:
+    """Of a step's passes, gradients are summed over the processes in the last one alone."""
+    if isinstance(loss_module, FSDPModule):
+        loss_module.set_requires_gradient_sync(last)
+    if isinstance(loss_module, DistributedDataParallel) and not last:
+        return loss_module.no_sync()
+    return nullcontext()
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:

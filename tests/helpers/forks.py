@@ -1,104 +1,67 @@
-"""Processes that join each other, forked from one that has imported torch: each costs milliseconds.
+"""Runs a worker in several processes: ``python -m tests.helpers.forks PROCESSES WORKER ARGUMENTS``. PROCESSES like
+"2,3" runs it in two processes, then in three.
 
-A test starts one Python for its worker, which imports what all cases need, calls ``run_cases`` and so prints what every
-process of every case said and how it ended.
+They are forks of this process, so that torch, transformers and losa are imported once.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
+import gc
+import importlib
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+import traceback
 
-ROOT = Path(__file__).parents[2]
-# Seconds. Every limit of a case is much shorter.
-HANGS = 120
+PRELOADED = ("torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.llama", "losa.run.pipeline")
 
 
-@dataclass
-class Case:
-    """``work`` runs in ``count`` processes at once and is given the number of each. ``variables`` replaces environment
-    variables of a process; None removes one. ``frozen``: the process that never ends and is killed at the end."""
-
-    work: Callable[[int], object]
-    count: int = 2
-    variables: Callable[[int], dict[str, str | None]] = field(default=lambda index: {})
-    frozen: int | None = None
-
-
-def run_cases(cases: dict[str, Case]) -> None:
-    """Run all cases at the same time. Prints JSON: for each case a list of each process's exit code, output (what it
-    said, and what ``work`` returned) and seconds."""
-    found = {name: [{} for _ in range(case.count)] for name, case in cases.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        began, running = time.monotonic(), {}
-        for name, case in cases.items():
-            port = str(free_port())
-            for index in range(case.count):
-                pid = os.fork()
-                if pid == 0:
-                    _work(case, index, port, Path(folder) / f"{name}-{index}")
-                running[pid] = (name, index)
-        while running:
-            for pid, (name, index) in list(running.items()):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    said = (Path(folder) / f"{name}-{index}").read_text()
-                    code = os.waitstatus_to_exitcode(status)
-                    found[name][index] = {"code": code, "said": said, "seconds": time.monotonic() - began}
-                    del running[pid]
-                elif cases[name].frozen == index and sum(other == name for other, _ in running.values()) == 1:
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-    print(json.dumps(found))
-
-
-def _work(case: Case, index: int, port: str, output: Path) -> None:
-    """In the new process, which ends here."""
-    code = 1
+def start(rank: int, processes: int, port: int, worker: str, arguments: list[str]) -> int:
+    """The number of a new process, which runs the worker and ends."""
+    if child := os.fork():
+        return child
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, processes, processes, "127.0.0.1", port)
+    os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+    sys.argv = [worker, *arguments]
     try:
-        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(case.count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in case.variables(index).items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        with output.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        # A process that hangs says where, and ends.
-        faulthandler.dump_traceback_later(HANGS, exit=True)
-        print("returned", case.work(index), flush=True)
-        code = 0
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-        code = getattr(error, "exit_code", 1)
+        runpy.run_path(worker, run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(code)
+        sys.stdout.flush()
+        os._exit(1)  # a worker ends by itself
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def run_group(processes: int, worker: str, arguments: list[str]) -> bool:
+    """Whether all processes ended well. When one fails, all are ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {start(rank, processes, port, worker, arguments) for rank in range(processes)}
+    failed = False
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status and not failed:
+            failed = True
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return not failed
 
 
-def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[dict]]:
-    """What ``run_cases`` of a worker's text found."""
-    (folder / "worker.py").write_text(worker)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "LOSA_JOIN"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "worker.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def main() -> None:
+    sizes, worker, *arguments = sys.argv[1:]
+    for name in PRELOADED:
+        importlib.import_module(name)
+    # Garbage collections of the processes leave out what was imported.
+    gc.freeze()
+    ended = all(run_group(int(size), worker, arguments) for size in sizes.split(","))
+    sys.stderr.flush()
+    os._exit(not ended)  # nanobind would list all that is frozen
+
+
+if __name__ == "__main__":
+    main()

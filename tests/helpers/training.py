@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.model.wrapping import wrap_model, wrapped_linears
@@ -15,6 +16,7 @@ from losa.training.trainer import Trainer
 from tests.helpers.tiny import tiny_llama
 
 LENGTH = 12
+TIMES = ("tokens_per_s", "tokens_per_s_per_device")
 
 
 def sequences(count: int, seed: int = 0, highest: int = 90) -> PackedData:
@@ -33,6 +35,23 @@ def wrapped_llama(dtype=torch.float32, dropout_p: float = 0.0, scale_b: float = 
     for layer in wrapped_linears(model).values():
         layer.lora_A.data = layer.lora_A.data.to(dtype)
         layer.lora_B.data = scale_b * torch.randn(layer.lora_B.shape, generator=generator).to(dtype)
+        layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
+    return model
+
+
+def odd_llama(dtype=torch.float64, dropout_p: float = 0.0):
+    """A wrapped model of two blocks with sizes that few numbers divide, biases, and one tensor for both embeddings."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=53, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=10, max_position_embeddings=64, attention_bias=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().to(dtype)
+    wrap_model(model, rank=5, scaling=2.0, dropout_p=dropout_p)
+    generator = torch.Generator().manual_seed(5)
+    for layer in wrapped_linears(model).values():
+        layer.lora_A.data = layer.lora_A.data.to(torch.promote_types(dtype, torch.float32))
+        layer.lora_B.data = 0.05 * torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_A.dtype)
         layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
     return model
 
@@ -68,3 +87,8 @@ def snapshot(model):
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The lines without what differs from run to run."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(folder)]

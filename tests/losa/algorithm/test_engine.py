@@ -176,7 +176,7 @@ def test_same_seed_same_rounds():
 def test_weights_are_formed_only_when_they_are_read(monkeypatch):
     block, formed = build()[1].blocks[0], []
     monkeypatch.setattr(block, "dense_values", lambda name, *how: formed.append(name))
-    weights = _WeightsToPrune(block, updates_weight=False, nested=True)
+    weights = _WeightsToPrune(block, block.linears, {}, updates_weight=False, nested=True)
     assert "mlp.up_proj" in weights and "lm_head" not in weights and list(weights) == list(block.linears)
     assert len(weights) == 7 and not formed
     assert weights["mlp.up_proj"] is None and formed == ["mlp.up_proj"]

@@ -15,7 +15,7 @@ def test_error_meter():
     relative = (((d - s) / d.norm(dim=0)) ** 2).sum() / 16
     frobenius = (d - s).norm()
     for kind, expected in (("relative", relative), ("frobenius", frobenius)):
-        meter = ErrorMeter(16, kind)
+        meter = ErrorMeter(kind)
         for part in range(4):
             meter.update(dense[part : part + 1], sparse[part : part + 1])
         assert meter.result() == pytest.approx(expected.item(), rel=1e-5)

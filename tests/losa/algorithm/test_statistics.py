@@ -21,6 +21,10 @@ from tests.helpers.tiny import tiny_llama
 IDS = torch.arange(6 * 16).reshape(6, 16) % 90
 
 
+def all_by_one(groups):
+    return {name: 0 for group in groups for name in group}
+
+
 def test_collectors_equal_direct_statistics_and_share_inputs():
     model = tiny_llama()
     blocks = find_blocks(model)
@@ -35,9 +39,10 @@ def test_collectors_equal_direct_statistics_and_share_inputs():
         for statistic in (InputNorms, Hessian):
             for values in inputs.values():
                 values.clear()
-            with collect(linears, statistic, blocks.names[0], lambda: stream.position) as results:
-                for _ in stream.run(0):
-                    pass
+            results, owners = collect(
+                linears, statistic, blocks.names[0], lambda: stream.position, lambda: list(stream.run(0)), all_by_one
+            )
+            assert owners == dict.fromkeys(linears, 0) and list(results) == list(linears)
             for n in linears:
                 x = torch.cat(inputs[n])
                 expected = x.norm(dim=0) if statistic is InputNorms else x.T @ x
@@ -57,21 +62,27 @@ def test_non_finite_input_names_block_linear_and_sample():
     with torch.no_grad():
         stream = BlockStream(model, blocks, IDS, 2)
         stream.hidden[1][0, 3, 5] = float("nan")
-        with (
-            pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj.*samples 2\.\.3"),
-            collect(linears, InputNorms, "model.layers.0", lambda: stream.position),
-        ):
-            for _ in stream.run(0):
-                pass
+        with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj.*samples 2\.\.3"):
+            collect(
+                linears,
+                InputNorms,
+                "model.layers.0",
+                lambda: stream.position,
+                lambda: list(stream.run(0)),
+                all_by_one,
+            )
 
 
 @pytest.mark.parametrize("statistic", [InputNorms, Hessian])
 def test_linears_that_saw_no_token_share_a_flat_statistic(statistic):
     """Experts that no router chose: called with no tokens, or never."""
     linears = {name: torch.nn.Linear(width, 4) for name, width in {"a": 8, "b": 8, "c": 8, "d": 6}.items()}
-    with collect(linears, statistic, "block", lambda: "sample 0") as results:
+
+    def run():
         linears["a"](torch.randn(3, 8))
         linears["b"](torch.randn(0, 8))
+
+    results, _ = collect(linears, statistic, "block", lambda: "sample 0", run, all_by_one)
     assert list(results) == list(linears) and results["b"] is results["c"] is not results["a"]
     for name, width in (("c", 8), ("d", 6)):
         expected = torch.ones(width) if statistic is InputNorms else torch.eye(width)
@@ -80,14 +91,15 @@ def test_linears_that_saw_no_token_share_a_flat_statistic(statistic):
 
 def test_inputs_that_are_shared_in_some_batches_only_are_refused():
     linears = {name: torch.nn.Linear(4, 4) for name in ("a", "b")}
-    with (
-        pytest.raises(ModelError, match="block.b: shares its input with a in some batches only"),
-        collect(linears, InputNorms, "block", lambda: "sample 0"),
-    ):
+
+    def run():
         shared = torch.randn(2, 4)
         linears["a"](shared)
         linears["b"](shared)
         linears["b"](torch.randn(2, 4))
+
+    with pytest.raises(ModelError, match="block.b: shares its input with a in some batches only"):
+        collect(linears, InputNorms, "block", lambda: "sample 0", run, all_by_one)
 
 
 class Sum(Statistic):

@@ -301,7 +301,7 @@ main()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "losa: interrupted; --resume goes on after the last finished round\n"
+    assert err == "losa: interrupted; --resume goes on\n"
 
 
 @pytest.mark.subprocess
@@ -319,43 +319,3 @@ finally:
     seconds, heavy = err.strip().splitlines()[-1].split(" ", 1)
     assert "inspect" in out and heavy == "[]"
     assert float(seconds) < 1
-
-
-@pytest.mark.subprocess
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_slurm_script_launches_every_gpu(tmp_path, nodes):
-    fakes = {
-        "scontrol": 'echo "node-a"; echo "node-b"',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 exec "$@"',
-        "accelerate": 'printf "%s\\n" "$@"',
-    }
-    for name, body in fakes.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-        "SLURM_JOB_ID": "12345",
-        "SLURM_NNODES": str(nodes),
-        "SLURM_GPUS_ON_NODE": "4",
-    }
-    script = ROOT / "examples/slurm/losa.sbatch"
-    command = ["bash", str(script), "my recipe.yaml", "--set", "compare=[lora, sparse_lora]"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    words = done.stdout.splitlines()
-    assert words[-7:] == [
-        "--module",
-        "losa",
-        "run",
-        "my recipe.yaml",
-        "--set",
-        "compare=[lora, sparse_lora]",
-        "--resume",
-    ]
-    options = dict(zip(words, words[1:], strict=False))
-    assert options["--num_processes"] == str(4 * nodes) and options["--num_machines"] == str(nodes)
-    assert ("--main_process_ip" in words) == (nodes > 1)
-    if nodes > 1:
-        assert (options["--machine_rank"], options["--main_process_ip"]) == ("1", "node-a")
-        assert options["--main_process_port"] == "22345"
-    assert subprocess.run(["bash", str(script)], env=environment, capture_output=True).returncode != 0

@@ -12,7 +12,7 @@ from losa.distributed.joining import ALONE, Place, read_place
 from losa.distributed.launch import as_launched, check_config, check_launcher
 from losa.errors import LosaError, RecipeError
 from losa.recipe.sections import DistributedConfig
-from tests.helpers.forks import outcomes
+from tests.helpers.cases import outcomes
 
 # Seconds, also on a machine that is busy; processes wait 6 s for each other.
 LIMIT = 60
@@ -30,7 +30,7 @@ from losa.distributed.processes import (
 )
 from losa.recipe.sections import DistributedConfig
 from pathlib import Path
-from tests.helpers.forks import Case, run_cases
+from tests.helpers.cases import Case, run_cases
 
 os.environ["LOSA_JOIN_TIMEOUT"] = "6"
 taken = socket.create_server(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.helpers.forks import outcomes
+from tests.helpers.cases import outcomes
 
 # Seconds, also on a machine that is busy. What the watch did not end would go on for 60 s and more.
 LIMIT = 55
@@ -20,7 +20,7 @@ from losa.distributed.processes import on_main
 from losa.distributed.stop import agree, check, heeding_signals
 from losa.distributed.watch import Limits, progress, watched
 from losa.errors import LosaError
-from tests.helpers.forks import Case, run_cases
+from tests.helpers.cases import Case, run_cases
 from datetime import timedelta
 
 moving = Limits(progress=60, period=0.25, silent=10, broken=5, grace=3)

@@ -18,7 +18,7 @@ from losa.model.blocks import block_linears
 from losa.model.wrapping import merge_model, sparsity_of, unwrap_model
 from losa.modules.lora import LoRALinear
 from losa.modules.sparse import SparseLinear
-from losa.output.export import _save
+from losa.output.export import save_model
 from losa.packed.directory import load, load_any, pack_directory, unpack_directory
 from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_llama, tiny_tokenizer, wrap
 
@@ -116,7 +116,7 @@ def test_an_output_layer_of_its_own_is_kept_and_stated(tmp_path):
     assert config(source)["tie_word_embeddings"] is True
     pack_directory(source, tmp_path / "packed")
     unpack_directory(tmp_path / "packed", tmp_path / "dense")
-    _save(truth, tiny_tokenizer(), tmp_path / "export")
+    save_model(truth, tiny_tokenizer(), tmp_path / "export", untied=True)
     for directory in ("packed", "dense", "export"):
         assert config(tmp_path / directory)["tie_word_embeddings"] is False
         loaded, tokenizer = load_any(tmp_path / directory, device="cpu")

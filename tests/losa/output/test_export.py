@@ -14,44 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from losa.errors import OutputError
 from losa.model.loading import load_model
-from losa.model.wrapping import merge_model, sparsity_of, wrap_model
+from losa.model.wrapping import wrap_model
 from losa.output import export
-from losa.output.export import check_export, export_model, mask_records
-from losa.record import MethodResult, RoundRecord, RunRecord
+from losa.output.checks import mask_records
+from losa.output.export import check_export, export_model
+from losa.record import RunRecord
 from losa.storage.files import write_text
 from losa_kernels import unpack_mask
+from tests.helpers.exports import pruned
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-
-
-def pruned(dtype=torch.float32, seed=0, **settings):
-    """A merged tiny model with trained-looking adapters, its masks, and the record of both."""
-    model = tiny_llama(layers=2, **settings)
-    for parameter in model.parameters():  # not the rotary frequencies, which checkpoints do not hold
-        parameter.data = parameter.data.to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    layers = wrap_model(model, rank=3, scaling=2.0, seed=seed)
-    for layer in layers.values():
-        layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.5)
-        with torch.no_grad():
-            layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=generator))
-    masks = {name: layer.mask.data.clone() for name, layer in layers.items()}
-    merge_model(model)
-    zeros, prunable = sparsity_of(model)
-    count = len(model.model.layers)
-    record = RunRecord(
-        losa_version="0",
-        method="losa",
-        recipe={"prune": {"pruner": "wanda", "sparsity": 0.5}},
-        model="tiny",
-        blocks=[f"model.layers.{i}" for i in range(count)],
-        environment={"torch": torch.__version__},
-        rounds=[RoundRecord(1, 0.5, 3.0, [0.5] * count, [3] * count)],
-        results=[MethodResult("losa", None, zeros / prunable, zeros, prunable, 1.0)],
-        masks=mask_records(masks, {name: model.get_submodule(name).in_features for name in masks}),
-    )
-    return model, masks, record
 
 
 def leftovers(directory) -> list[str]:

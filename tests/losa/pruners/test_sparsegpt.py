@@ -97,7 +97,7 @@ def test_hessians_of_a_block_are_factored_together(monkeypatch):
     pruner, pattern = get_pruner(PruneConfig(pruner="sparsegpt", sparsity=0.5)), Pattern(sparsity=0.5)
     first, second = (statistic_for(pruner, n, seed=n) for n in (32, 48))
     singular = -torch.eye(24)
-    pruner._factor_together([first, first, None, singular, second])
+    pruner.prepare([first, first, None, singular, second])
     assert together == [3]
     for hessian in (first, second, first):
         weight = torch.randn(8, len(hessian))
@@ -110,9 +110,9 @@ def test_hessians_of_a_block_are_factored_together(monkeypatch):
     weight = torch.randn(8, 32)
     expected = sparsegpt_prune(weight, first, sparsity=0.5)
     assert torch.equal(pruner.prune(weight, first, pattern, None).weight, expected.weight) and alone == [1]
-    pruner._factor_together([first, second])
+    pruner.prepare([first, second])
     del first, second, hessian
     assert not pruner._factored
-    pruner._factor_together([torch.full((3, 3), float("nan")), torch.eye(3)])
-    pruner._factor_together([torch.eye(3), None])
+    pruner.prepare([torch.full((3, 3), float("nan")), torch.eye(3)])
+    pruner.prepare([torch.eye(3), None])
     assert together == [3, 2, 2] and not pruner._factored

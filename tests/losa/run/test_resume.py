@@ -13,7 +13,8 @@ import torch
 from losa.errors import OutputError
 from losa.recipe.reading import parse_recipe
 from losa.record import MethodResult
-from losa.run import pipeline, resume
+from losa.run import pipeline
+from losa.run.documents import read_document, write_document
 from losa.run.fingerprint import model_digest, tensor_digest
 from losa.run.methods import Engine
 from losa.run.pipeline import run_recipe
@@ -165,9 +166,10 @@ def test_a_damaged_result_is_made_again(interrupted, caplog, damage):
 
 
 def test_a_checkpoint_of_other_records_is_refused(interrupted):
-    state = resume._read_document(interrupted / "out.work/losa/checkpoints/round-01/state.json")
-    state["state"]["rounds"][0]["colour"] = "red"
-    resume._write(interrupted / "out.work/losa/checkpoints/round-01/state.json", state)
+    path = interrupted / "out.work/losa/checkpoints/round-01/state.json"
+    document = read_document(path)
+    document["state"]["rounds"][0]["colour"] = "red"
+    write_document(path, {key: value for key, value in document.items() if key != "checksum"})
     with pytest.raises(OutputError, match="another version of losa"):
         run_recipe(recipe(interrupted), resume=True)
 

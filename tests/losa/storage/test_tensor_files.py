@@ -321,3 +321,17 @@ def test_models_that_transformers_does_not_know_are_measured_unchecked(source):
     assert "shapes were not checked against a model" in invoke("inspect", source).output
     path.unlink()
     assert inspect_directory(source).unchecked == "no config.json"
+
+
+def test_some_rows_of_a_tensor(source):
+    tensors = load_file(source / WHOLE)
+    with checkpoint_tensors(source) as files:
+        for name, tensor in tensors.items():
+            for rows in (
+                range(0, 1),
+                range(3, 16),
+                range(5, 5),
+                range(len(tensor) - 1, len(tensor)),
+                range(len(tensor)),
+            ):
+                assert torch.equal(files.get(name, rows), tensor[rows.start : rows.stop]), (name, rows)

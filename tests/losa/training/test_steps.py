@@ -19,7 +19,7 @@ from losa.training.metrics import Metrics
 from losa.training.packing_check import packing_checked_once
 from losa.training.steps import Step, StepLog, moment
 from losa.training.trainer import Trainer
-from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, wrapped_llama
+from tests.helpers.training import LENGTH, adapters, break_training, lines, sequences, trainer, untimed, wrapped_llama
 
 # Operators whose result the host must see before it goes on, and methods that copy a tensor to the host.
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -164,7 +164,7 @@ def test_steps_that_are_read_together_are_written_as_if_read_one_by_one(monkeypa
     for together in (1, 5, 100):
         with monkeypatch.context() as patch:
             _, outcome, model = train(patch, tmp_path / str(together), together)
-        written = [{**line, "tokens_per_s": None} for line in lines(tmp_path / str(together))]
+        written = untimed(tmp_path / str(together))
         found[together] = (written, outcome.loss, outcome.steps, [p.tolist() for p in adapters(model)])
         assert [line["step"] for line in written] == list(range(1, 13))
     assert found[1] == found[5] == found[100]
@@ -249,6 +249,22 @@ def test_a_broken_step_changes_nothing_though_it_is_read_later(tmp_path, broken)
     assert run.global_step == 6 and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     for ours, expected in zip(adapters(model), adapters(whole), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_no_state_is_made_of_a_broken_step(tmp_path):
+    """To make a state reads the steps that nobody has read, and those without labels count in its position."""
+    data = sequences(16)
+    data = PackedData(data.input_ids, data.input_ids.clone())
+    data.labels[2:4] = IGNORED
+    model = wrapped_llama()
+    break_training(model, data, "loss", row=6, backward=4)
+    run = trainer(model, tmp_path, total=16, batch_size=2)
+    run.steps_a_reading = 10
+    positions = []
+    with pytest.raises(NumericsError, match="round 1, step 4 of 8"):
+        run.train(data, round_index=1, after_step=lambda done: positions.append(done.state().position))
+    assert [(p.step, p.steps) for p in positions] == [(1, 1), (2, 1), (3, 2)]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3] and run.global_step == 4
 
 
 def test_steps_without_labels_at_the_end_do_not_lose_the_numbers_before(tmp_path):

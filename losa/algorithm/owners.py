@@ -1,0 +1,52 @@
+"""Which process decides about which linears of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from losa.distributed.processes import process_count
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.pruners.base import Pruner
+from losa.pruners.cost import LinearShape, PruningShape
+
+
+def owners_of(
+    groups: Sequence[Sequence[str]], linears: Mapping[str, MaskedLoRALinear], pruner: Pruner, index: int
+) -> dict[str, int]:
+    """The process that owns each linear of a block; the same in every process.
+
+    Args:
+        groups: names of linears that share a statistic, and so an owner; each name once.
+        linears: of the block, by name.
+        index: the block's.
+    """
+    shapes = [
+        [LinearShape(linears[name].in_features, linears[name].out_features) for name in group] for group in groups
+    ]
+    on_gpu = next(iter(linears.values())).weight.is_cuda
+    owners = deal(shapes, pruner, process_count(), index, on_gpu)
+    return {name: owner for group, owner in zip(groups, owners, strict=True) for name in group}
+
+
+def deal(
+    groups: Sequence[Sequence[LinearShape]], pruner: Pruner, processes: int, index: int, on_gpu: bool
+) -> list[int]:
+    """The owner of each group of a block's linears.
+
+    The groups are dealt out by what they cost, the most expensive first, each to the process that has the least so
+    far. A pruner of whole blocks gets all linears in one process, another one for the next block.
+    """
+    if type(pruner).prune_block is not Pruner.prune_block:
+        return [index % processes] * len(groups)
+    costs = [_cost(PruningShape(list(group), blocks=1, tokens=0, on_gpu=on_gpu), pruner) for group in groups]
+    loads = [0.0] * processes
+    owners = [0] * len(groups)
+    for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
+    return owners
+
+
+def _cost(shape: PruningShape, pruner: Pruner) -> float:
+    """The pruner's operations but those of calibration, and one for each weight."""
+    return pruner.flops(shape) + sum(linear.numel for linear in shape.linears)

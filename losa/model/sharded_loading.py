@@ -1,0 +1,191 @@
+"""Loading a model that several processes hold together: each process reads its own rows of the files' tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.distributed.processes import check_agreement
+from losa.distributed.sharding import Sharding
+from losa.distributed.together import together
+from losa.distributed.turns import everywhere
+from losa.distributed.watch import progress
+from losa.errors import ModelError
+from losa.model.finite import check_finite, check_rounded, is_finite
+from losa.model.hub_files import fetch
+from losa.model.loading import (
+    DTYPES,
+    check_complete,
+    check_config,
+    explain_failure,
+    locate_model,
+    refuse_other_kinds,
+)
+from losa.model.naming import Naming
+from losa.model.skeleton import empty_model, move_buffers
+from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
+
+logger = logging.getLogger("losa")
+
+
+def load_sharded(
+    model: str,
+    sharding: Sharding,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, object]:
+    """Load a causal language model, each process its rows of every parameter, and its tokenizer, in evaluation mode.
+
+    All processes call it together. A process holds its rows and the tensor that it is reading, never the model. A
+    weight that transformers makes from several stored tensors is made whole first. Buffers are whole everywhere.
+
+    Args:
+        model: Hugging Face id or local directory, with safetensors files.
+        sharding: how the parameters are held; its device is the one that the model computes on.
+        gguf_file: GGUF files are refused.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+
+    Returns:
+        (model, tokenizer); all parameters of the model are DTensors.
+
+    Raises:
+        ModelError: in every process, as ``losa.model.loading.load_model``; or a GGUF file, or weights in another
+            format than safetensors.
+        OutputError: the processes do not find the same files.
+    """
+    source = everywhere(partial(_locate, model, gguf_file, dtype))
+    local = os.path.isdir(source)
+    check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
+    directory = Path(source) if local else fetch(source, trust_remote_code)
+    loaded, tokenizer = everywhere(partial(_empty, model, directory, dtype, trust_remote_code))
+    with ExitStack() as stack:
+        files = everywhere(lambda: stack.enter_context(checkpoint_tensors(directory)))
+        naming, found = everywhere(partial(_names, model, directory, loaded, files))
+        shapes = repr([(name, files.stored[name]) for name in sorted(files.names)])
+        check_agreement(f"model {model!r}: shapes of the weights", hashlib.sha256(shapes.encode()).hexdigest()[:16])
+        _tie(naming, files, sharding, found)
+        everywhere(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
+    naming.warn_of_unused(directory)
+    naming.remember()
+    return loaded.eval(), tokenizer
+
+
+def _locate(model: str, gguf_file: str | None, dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    source, file = locate_model(model, gguf_file)
+    if file is not None:
+        raise ModelError(
+            f"model {model!r}: a GGUF file cannot be read in shards; load it in one process, save it by "
+            "save_pretrained and give that directory, or set distributed.mode: ddp"
+        )
+    return source
+
+
+def _empty(model: str, directory: Path, dtype: str, trust_remote_code: bool) -> tuple[nn.Module, object]:
+    """The model without weights, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    refuse_other_kinds(model, str(directory), None)
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        check_config(model, AutoConfig.from_pretrained(directory, **trust))
+        tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
+        with checkpoint_tensors(directory) as files:
+            kinds = [entry.dtype for entry in files.stored.values() if entry.dtype.is_floating_point]
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        empty: Any = empty_model(directory, wanted, kinds[0] if kinds else torch.float32, trust_remote_code)
+        if empty.can_generate() and (directory / "generation_config.json").is_file():
+            empty.generation_config = GenerationConfig.from_pretrained(directory)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers and its dependencies raise errors of many kinds
+        raise ModelError(f"model {model!r}: {explain_failure(str(directory), error)}") from error
+    for name, parameter in empty.named_parameters():
+        if not parameter.ndim:
+            raise ModelError(
+                f"model {model!r}: {name}: a single number has no rows to shard; set distributed.mode: ddp"
+            )
+    return empty, tokenizer
+
+
+def _names(model: str, directory: Path, empty: nn.Module, files: TensorFiles) -> tuple[Naming, set[str]]:
+    """Where the files' tensors go, and the names of the model's tensors that they fill."""
+    try:
+        naming = Naming(empty, files.names)
+        found = set(naming.filled(files.stored))
+    except ModelError as error:
+        raise ModelError(f"{directory}: {error}") from error
+    check_complete(model, naming.missing(found))
+    return naming, found
+
+
+def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]) -> None:
+    """Tie weights on meta, as transformers does: stored weights that differ stay apart, whatever the config says.
+    A tied weight that is stored twice is left out of ``found`` once."""
+    model, stored, dtypes = naming.model, {target: name for name, target in naming.renamed.items()}, naming.dtypes()
+
+    def rows(target: str) -> Tensor:
+        return files.get(stored[target], sharding.rows(files.stored[stored[target]].shape[0])).to(dtypes[target])
+
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if not {target, source} <= found & stored.keys():
+            continue
+        if all(together(lambda: torch.equal(rows(target), rows(source)))):  # noqa: B023
+            found.discard(target)
+        else:
+            del model.all_tied_weights_keys[target]
+            logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
+    model.tie_weights(missing_keys=naming.expected.keys() - found, recompute_mapping=False)
+
+
+def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str], where: str) -> None:
+    """Put this process's rows into the model on meta, tensor by tensor."""
+    model, dtypes = naming.model, naming.dtypes()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held: dict[int, nn.Parameter] = {}
+
+    def rows_of(name: str) -> range | None:
+        return sharding.rows(len(parameters[name])) if name in parameters else None
+
+    def put(name: str, rows: Tensor, whole: Tensor | str) -> None:
+        progress(f"loading {name}")
+        if rows.is_floating_point():
+            rows = rows.to(dtypes[name])
+        if name not in parameters:
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._buffers[leaf] = rows
+            return
+        if not is_finite(rows):
+            # The whole tensor tells which row it is, and how many weights are wrong.
+            tensor = files.get(whole) if isinstance(whole, str) else whole
+            check_finite(f"{where}: {name}", tensor)
+            check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
+        empty = parameters[name]
+        sharded = sharding.from_rows(rows, empty.shape)
+        held[id(empty)] = nn.Parameter(sharded, requires_grad=empty.requires_grad)
+
+    for source, target in naming.renamed.items():
+        if target in found:
+            put(target, files.get(source, rows_of(target)), source)
+    for target, sources in naming.made.items():
+        for name, tensor in naming.make(target, {source: files.get(source) for source in sources}).items():
+            rows = rows_of(name)
+            mine = tensor if rows is None else tensor[rows.start : rows.stop].clone()
+            put(name, mine, tensor)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in held:
+                module._parameters[name] = held[id(parameter)]
+    move_buffers(model, sharding.device)
+    if absent := [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]:
+        raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")

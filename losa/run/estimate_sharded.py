@@ -1,0 +1,138 @@
+"""What a recipe holds in memory, phase by phase, where processes hold one model together.
+
+Every figure is of the process that holds most: the first one of those that share a copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from losa.algorithm.schedule import Round
+from losa.pruners import LinearShape, get_pruner
+from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.sections import Recipe
+from losa.run.estimate_memory import Holding, highest_rank, loss_bytes, pruning_work, training_work
+from losa.run.model_shape import ModelShape, Rows
+from losa.run.placement import Placement
+
+
+def own_bytes(parameters: Iterable[Rows], shard_size: int) -> int:
+    """Of the rows of one process: ``torch.chunk`` gives the first process as many as any other."""
+    return sum(-(-rows.count // shard_size) * rows.size for rows in parameters)
+
+
+def whole_bytes(parameters: Iterable[Rows]) -> int:
+    return own_bytes(parameters, 1)
+
+
+def masks_of(linears: Iterable[LinearShape]) -> list[Rows]:
+    return [Rows(w.outputs, -(-w.inputs // 8)) for w in linears]
+
+
+def adapters_of(linears: Iterable[LinearShape], rank: int) -> list[Rows]:
+    """A (rank, in) and B (out, rank) in fp32."""
+    return [rows for w in linears for rows in (Rows(rank, 4 * w.inputs), Rows(w.outputs, 4 * rank))]
+
+
+def block_parts(shape: ModelShape, rank: int) -> list[list[Rows]]:
+    """All parameters of each block of a wrapped model: weights, masks and adapters."""
+    return [
+        [*inside, *masks_of(pruned), *adapters_of(pruned, rank)]
+        for inside, pruned in zip(shape.inside, shape.by_block, strict=True)
+    ]
+
+
+def sharded_holdings(
+    recipe: Recipe,
+    shape: ModelShape,
+    rounds: dict[MethodName, list[Round]],
+    capacity: dict[str, int],
+    placement: Placement,
+) -> list[Holding]:
+    """Everything that losa itself holds. Arguments: ``losa.run.estimate_memory.holdings``."""
+    rank, size = highest_rank(rounds), placement.shard_size or 1
+    place = "host" if placement.offload else shape.computes_on
+    held = list(_own_rows(recipe, shape, rank, size, place))
+    free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
+    held += _blocks_in_pruning(recipe, shape, rank)
+    held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
+    if recipe.train is not None and any(METHODS[name].trains for name in rounds):
+        held += _training(recipe, shape, rank, size, place)
+        held += training_work(recipe.train, shape)
+    if recipe.evaluate is not None:
+        tokens = recipe.evaluate.batch_size * recipe.evaluate.length
+        held += _evaluation(shape, rank, tokens)
+    return [*held, *_export(shape)]
+
+
+def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
+    share = f"1/{size} of the rows" if size > 1 else "all rows"
+    weights = [rows for part in (shape.outside, *shape.inside) for rows in part]
+    new = own_bytes((Rows(w.outputs, w.inputs * shape.dtype.itemsize) for w in shape.pruned), size)
+    masks, adapters = masks_of(shape.pruned), adapters_of(shape.pruned, rank)
+    how = f"rank (in + out) x 4 bytes, mean rank {rank}; {share}"
+    yield Holding("throughout", place, "weights", own_bytes(weights, size), f"{share} x {shape.dtype.itemsize} bytes")
+    yield Holding("throughout", place, "masks", own_bytes(masks, size), f"1 bit a weight; {share}")
+    yield Holding("throughout", place, "adapters", own_bytes(adapters, size), how)
+    if get_pruner(recipe.prune).updates_weight:
+        how = f"the pruner changes weights; the dense ones stay; {share}"
+        yield Holding("throughout", place, "new weights", new, how)
+        if shape.on_gpu:
+            yield Holding("pruning", "host", "dense weights", new, f"for the dense stream of later rounds; {share}")
+    if shape.on_gpu:
+        largest = max(own_bytes([rows], size) for rows in weights)
+        yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
+
+
+def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
+    place = shape.computes_on
+    how = "weights, masks and adapters of the largest block"
+    yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, rank))), how)
+    merged = shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
+    yield Holding("pruning", place, "its merged weights", merged, "M * (W + s B A), formed once for all batches")
+    if get_pruner(recipe.prune).updates_weight:
+        how = "whole as well, next to the present ones"
+        yield Holding("pruning", place, "its dense and new weights", 2 * merged, how)
+
+
+def _training(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
+    own = own_bytes(adapters_of(shape.pruned, rank), size)
+    yield Holding("training", place, "gradients", own, "as the adapters")
+    yield Holding("training", place, "optimiser", 2 * own, "AdamW: two fp32 moments a parameter")
+    parts = sorted(map(whole_bytes, block_parts(shape, rank)), reverse=True)
+    kept, how = parts[:2], "the one that runs and the one that comes next"
+    if not recipe.distributed.reshard_after_forward:
+        kept, how = parts, "reshard_after_forward: false keeps all of them until the backward pass"
+    yield Holding("training", shape.computes_on, "blocks, whole", sum(kept), how)
+    widest = max(whole_bytes(adapters_of(pruned, rank)) for pruned in shape.by_block)
+    how = "of whole adapters, and on their way: two blocks"
+    yield Holding("training", shape.computes_on, "gradients of blocks", 4 * widest, how)
+    if recipe.train is not None and recipe.train.gradient_accumulation > 1:
+        every = whole_bytes(adapters_of(shape.pruned, rank))
+        how = "of all whole adapters, until a step's last pass"
+        yield Holding("training", shape.computes_on, "gradients, summed", every, how)
+    if recipe.checkpoint.asynchronous:
+        yield Holding("training", "host", "state to be written", 3 * own, "adapters and moments: a copy of own rows")
+    yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
+
+
+def _evaluation(shape: ModelShape, rank: int, tokens: int) -> Iterator[Holding]:
+    place, size = shape.computes_on, shape.dtype.itemsize
+    largest = max(map(whole_bytes, block_parts(shape, rank)))
+    yield Holding("evaluation", place, "one block, whole", largest, "the one that runs")
+    yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
+    widest = max(max(w.inputs, w.outputs) for w in shape.linears)
+    how = "3 x batch x length x widest side"
+    yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * size, how)
+    yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
+
+
+def _export(shape: ModelShape) -> Iterator[Holding]:
+    place = shape.computes_on
+    largest, outside = max(map(whole_bytes, shape.inside)), whole_bytes(shape.outside)
+    yield Holding("export", place, "one block, twice", 2 * largest, "in memory, and as written: to compare them")
+    how = "embeddings, last norm and output layer, in memory and as written"
+    yield Holding("export", place, "outside of the blocks, twice", 2 * outside, how)
+
+
+_OUTSIDE = "embeddings, last norm and output layer, whole throughout a pass"

@@ -1,0 +1,67 @@
+"""How a run's processes hold the model: each of them the whole model, or many together one copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from losa.distributed.launch import check_config
+from losa.distributed.sharding import Sharding, make_sharding
+from losa.recipe.sections import DistributedConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``processes`` of a run. ``shard_size`` of them hold one copy of the model, each some rows of every parameter;
+    None: every process has the whole model. ``offload``: rows wait in host memory."""
+
+    processes: int = 1
+    shard_size: int | None = None
+    offload: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        return self.shard_size is not None
+
+    @property
+    def copies(self) -> int:
+        """How often the model is there."""
+        return self.processes // (self.shard_size or 1)
+
+    @property
+    def mode(self) -> Literal["whole", "ddp", "fsdp", "hsdp"]:
+        if self.shard_size is None:
+            return "whole" if self.processes == 1 else "ddp"
+        return "fsdp" if self.shard_size == self.processes else "hsdp"
+
+    def sharding(self, device: torch.device) -> Sharding | None:
+        """What ``losa.distributed.sharding`` takes; None for whole models. All processes call it together.
+
+        Args:
+            device: what this process computes on.
+        """
+        return None if self.shard_size is None else make_sharding(device, self.shard_size, self.offload)
+
+
+def choose(config: DistributedConfig, processes: int, per_machine: int, fits: Callable[[Placement], bool]) -> Placement:
+    """The placement that a recipe asks for.
+
+    Args:
+        config: the recipe's section.
+        per_machine: processes of one machine.
+        fits: whether a placement fits into a process's memory. Asked in mode "auto" alone.
+
+    Raises:
+        RecipeError: the section does not suit the number of processes (``losa.distributed.launch.check_config``).
+    """
+    check_config(config, processes, per_machine)
+    whole, offload = Placement(processes), config.cpu_offload
+    if config.mode == "ddp" or (processes == 1 and not offload):
+        return whole
+    if config.mode == "auto" and not offload and fits(whole):
+        return whole
+    size = (config.shard_size or per_machine) if config.mode == "hsdp" else processes
+    return Placement(processes, size, offload)

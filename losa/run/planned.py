@@ -1,0 +1,101 @@
+"""A recipe with all that an estimate needs to know of it, and what it holds wherever the model is placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from losa.algorithm.schedule import Round
+from losa.model.loading import configured_model
+from losa.pruners import get_pruner
+from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.sections import Recipe
+from losa.run.estimate_memory import PHASES, Holding, holdings
+from losa.run.estimate_sharded import sharded_holdings
+from losa.run.model_shape import ModelShape
+from losa.run.placement import Placement
+from losa.run.rounds import rounds_of
+
+# Memory that is needed for each byte that is counted: the allocator's slack, CUDA's own memory, and data come on top.
+MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class Planned:
+    """``rounds``: of every method, with 0 sequences where the recipe leaves their number open. ``capacity``: bytes of
+    memory of one process by place, where known."""
+
+    recipe: Recipe
+    shape: ModelShape
+    rounds: dict[MethodName, list[Round]]
+    capacity: dict[str, int]
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: nn.Module, device: torch.device, capacity: dict[str, int]) -> Planned:
+        """Arguments: of ``planned_model``, and the device that the run computes on. Raises as ``ModelShape.of``."""
+        train = recipe.train
+        sequences = 0 if train is None or train.max_tokens is None else train.max_tokens // train.length
+        # In the order in which the recipe names the methods.
+        names = dict.fromkeys([*recipe.compare, recipe.method])
+        rounds = {name: rounds_of(name, recipe, sequences) for name in names}
+        return cls(recipe, ModelShape.of(model, recipe, device), rounds, capacity)
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of a sequence that the main method trains on; 0 without training."""
+        trains = METHODS[self.recipe.method].trains
+        return self.recipe.train.length if self.recipe.train is not None and trains else 0
+
+    def on(self, placement: Placement) -> Planned:
+        """As a placement runs it: a sharded model has an activation_checkpointing of its own."""
+        own = self.recipe.distributed.activation_checkpointing
+        if own is None or not placement.sharded or self.recipe.train is None:
+            return self
+        return self.changed({"train.activation_checkpointing": own})
+
+    def holdings(self, placement: Placement) -> list[Holding]:
+        """Everything that losa itself holds in the process that holds most."""
+        recipe = self.on(placement).recipe
+        if placement.sharded:
+            return sharded_holdings(recipe, self.shape, self.rounds, self.capacity, placement)
+        return holdings(recipe, self.shape, self.rounds, self.capacity, placement.processes)
+
+    def needed(self, placement: Placement) -> float:
+        """Memory of one process where it computes, the margin included."""
+        return MARGIN * max(phase_sums(self.holdings(placement), self.shape.computes_on).values())
+
+    def changed(self, settings: Mapping[str, Any]) -> Planned:
+        """With other settings, by dotted name, that change neither the model nor the rounds."""
+        recipe = self.recipe
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            part = getattr(recipe, section).model_copy(update={name: value})
+            recipe = recipe.model_copy(update={section: part})
+        return replace(self, recipe=recipe)
+
+
+def planned_model(recipe: Recipe) -> nn.Module:
+    """The recipe's model on the meta device.
+
+    Raises:
+        RecipeError: an unknown pruner.
+        ModelError: the configuration cannot be had.
+    """
+    get_pruner(recipe.prune)  # a wrong name should not wait for a download
+    return configured_model(
+        recipe.model, gguf_file=recipe.gguf_file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+
+
+def phase_sums(held: list[Holding], place: str) -> dict[str, int]:
+    """Bytes on ``place`` in each phase, with what is always there."""
+    sums = {phase: 0 for phase in PHASES if any(h.phase == phase for h in held)}
+    for holding in held:
+        if holding.place == place:
+            sums[holding.phase] += holding.size
+    always = sums.pop(PHASES[0])
+    return {phase: always + size for phase, size in sums.items()}

@@ -1,0 +1,76 @@
+"""Several processes for a test: a worker is a Python file that runs many cases in one go.
+
+A worker ends with ``finish(results)``; the test gets what every process found.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = "LOSA_TEST_OUTPUT"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a process of a test starts with: one thread, no GPU, this tree's packages."""
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    return os.environ | fixed | extra
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    """The command that starts ``arguments`` (a file, or "-m" and a module) in so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, *arguments]
+
+
+def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, timeout: float = 200) -> list[Any]:
+    """Run a worker in so many processes.
+
+    Args:
+        directory: takes the results.
+        arguments: of the worker.
+        timeout: in seconds. A worker that waits for ever shows where shortly before.
+
+    Returns:
+        what each process gave to ``finish``, in the order of the processes.
+    """
+    return run_groups(worker, [processes], directory, *arguments, timeout=timeout)[processes]
+
+
+def run_groups(
+    worker: Path, sizes: list[int], directory: Path, *arguments: str, timeout: float = 200
+) -> dict[int, list[Any]]:
+    """``run_workers`` for one number of processes after the other, which is faster than to call it for each: the
+    results by the number of processes. ``timeout``: of each group."""
+    for size in sizes:
+        (directory / str(size)).mkdir(parents=True)
+    extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
+    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), str(worker), *arguments]
+    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout * len(sizes))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return {n: [json.loads((directory / f"{n}/{i}.json").read_text()) for i in range(n)] for n in sizes}
+
+
+def start_worker() -> None:
+    """The first call of a worker: joins the processes, and shows every thread's place if the worker hangs."""
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(float(os.environ["LOSA_TEST_TIMEOUT"]), exit=True)
+    dist.init_process_group("gloo")
+
+
+def finish(results: Any) -> None:
+    """The last call of a worker: hands ``results`` (JSON-able) to the test and ends the process."""
+    import torch.distributed as dist
+
+    path = Path(os.environ[OUTPUT]) / f"{dist.get_world_size()}/{dist.get_rank()}.json"
+    path.write_text(json.dumps(results))
+    dist.barrier()
+    # gloo's threads, torn down with the interpreter, abort one run in some thirty.
+    os._exit(0)

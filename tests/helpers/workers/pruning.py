@@ -1,0 +1,297 @@
+"""For ``tests/losa/algorithm/test_on_processes.py``: rounds of pruning by one process and by several, which hold the
+model whole or in shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from losa.algorithm.engine import Engine
+from losa.algorithm.schedule import Round
+from losa.algorithm.statistics import InputNorms, Statistic, collect, register_statistic
+from losa.algorithm.stream import BlockStream
+from losa.distributed.processes import from_everyone, process_count, process_index
+from losa.distributed.sharding import gathered, make_sharding, shard_module, sharding_of, whole
+from losa.errors import NumericsError
+from losa.evaluation.perplexity import perplexity
+from losa.model.blocks import find_blocks
+from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
+from losa.pruners import Pruned, Pruner, register
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa_kernels import pack_mask, wanda_mask
+from tests.helpers.processes import finish, start_worker
+from tests.helpers.tiny import tiny_llama
+
+IDS = torch.arange(8 * 20).reshape(8, 20).mul(7).remainder(89)
+TOKENS = torch.arange(203).mul(31).remainder(89)
+LAYERS = 2
+
+
+@register_statistic("input_maxima")
+class InputMaxima(Statistic):
+    reduction = "max"
+
+    def __init__(self, in_features, device):
+        self.total = torch.zeros(in_features, device=device)
+
+    def update(self, x):
+        self.total = torch.maximum(self.total, x.abs().amax(0))
+        return self.total
+
+    def result(self):
+        return self.total
+
+    @staticmethod
+    def flat(in_features, device):
+        return torch.ones(in_features, device=device)
+
+
+@register("by-maxima")
+class ByMaxima(Pruner):
+    """Of whole blocks, in an order of its own."""
+
+    statistic = "input_maxima"
+
+    def prune_block(self, weights, statistics, pattern, masks):
+        for name in reversed(list(weights)):
+            yield name, Pruned(wanda_mask(weights[name], statistics[name], mask=masks[name], **pattern.as_kwargs()))
+
+
+@register("failing")
+class Failing(Pruner):
+    def prune(self, weight, statistic, pattern, mask):
+        if weight.shape == (64, 32):
+            raise NumericsError("too wide")
+        return Pruned(pack_mask(torch.ones(weight.shape, dtype=torch.bool)))
+
+
+@register("unsummed")
+class Unsummed(Pruner):
+    statistic = "unsummed"
+
+    def prune(self, weight, statistic, pattern, mask):
+        raise AssertionError
+
+
+@register_statistic("unsummed")
+class WithoutTotal(InputMaxima):
+    def __init__(self, in_features, device):
+        super().__init__(in_features, device)
+        self.largest = self.__dict__.pop("total")
+
+    def update(self, x):
+        return x
+
+
+# By name: settings of prune, of allocation, and samples and batch size.
+CASES: dict[str, tuple[dict, dict, int, int]] = {
+    "wanda": ({"sparsity": 0.5}, {}, 8, 3),
+    "2:4": ({"pattern": "2:4"}, {"rates": "uniform"}, 8, 1),
+    "sparsegpt": ({"sparsity": 0.5, "pruner": "sparsegpt"}, {}, 8, 2),
+    "regrow": (
+        {"sparsity": 0.5, "pruner": "sparsegpt", "regrow": True},
+        {"rates": "uniform", "error": "frobenius"},
+        8,
+        2,
+    ),
+    "one batch": ({"sparsity": 0.5}, {}, 4, 8),
+    "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
+}
+
+
+def build(case: str, shard_size: int | None) -> tuple[nn.Module, Engine]:
+    prune, allocation, samples, batch_size = CASES[case]
+    model = tiny_llama(layers=LAYERS).requires_grad_(False)
+    if shard_size is not None:
+        shard_module(model, make_sharding(torch.device("cpu"), shard_size))
+    wrap_model(model, rank=4, scaling=2.0)
+    engine = Engine(
+        model,
+        IDS[:samples],
+        PruneConfig(**prune),
+        AllocationConfig(**({"mean_rank": 4, "rank_max": 12} | allocation)),
+        CalibrationConfig(data="unused", samples=samples, length=20, cka_samples=5, batch_size=batch_size),
+    )
+    return model, engine
+
+
+def prune_twice(case: str, shard_size: int | None = None) -> dict[str, Any]:
+    """Two rounds with something like training in between: all that came out."""
+    model, engine = build(case, shard_size)
+    layers = wrapped_linears(model)
+    records = []
+    for index, (sparsity, rank) in enumerate(((0.25, 4), (0.5, 6)), start=1):
+        record = engine.run_round(Round(index, sparsity, rank, 0))
+        records.append({key: value for key, value in vars(record).items() if key != "seconds"})
+        generator = torch.Generator().manual_seed(index)
+        with gathered(model), torch.no_grad():
+            for layer in layers.values():
+                layer.lora_B.normal_(std=0.02, generator=generator)
+    sharded = {sharding_of(module) is not None for module in (model, *layers.values())}
+    assert sharded == {shard_size is not None}, "what was sharded stays so"
+    state = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
+    counts = sparsity_of(model)
+    found = perplexity(model, TOKENS, 20, batch_size=4)
+    merge_model(model)
+    merged = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
+    again = perplexity(model, TOKENS, 20, batch_size=4)
+    return {
+        "records": records,
+        "state": state,
+        "counts": counts,
+        "perplexity": found,
+        "merged": merged,
+        "merged counts": sparsity_of(model),
+        "merged perplexity": again,
+    }
+
+
+def compare(ours: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
+    """How several processes' outcome differs from one process's."""
+    masks = [(ours["state"][n] ^ m, m) for n, m in truth["state"].items() if n.endswith("mask")]
+    flipped = sum(bin(byte).count("1") for changed, _ in masks for byte in changed.flatten().tolist())
+    weights = [(ours["merged"][n], w) for n, w in truth["merged"].items()]
+    numbers = ("errors", "importance", "sparsity")
+    return {
+        "exact": all(torch.equal(ours["state"][n], p) for n, p in truth["state"].items()),
+        "flipped": flipped / sum(mask.numel() * 8 for _, mask in masks),
+        "counts": [ours[key] == truth[key] for key in ("counts", "merged counts")],
+        "weights": max(float((a - b).norm() / b.norm()) for a, b in weights),
+        "ranks": [a["ranks"] == b["ranks"] for a, b in zip(ours["records"], truth["records"], strict=True)],
+        "damping": [a["damping"] == b["damping"] for a, b in zip(ours["records"], truth["records"], strict=True)],
+        "perplexity": max(abs(ours[k].nll / truth[k].nll - 1) for k in ("perplexity", "merged perplexity")),
+        "numbers": {
+            key: max(
+                abs(x - y) / max(abs(y), 1e-30)
+                for a, b in zip(ours["records"], truth["records"], strict=True)
+                for x, y in zip(a[key] or (), b[key] or (), strict=True)
+            )
+            for key in numbers
+            if truth["records"][0][key] is not None
+        },
+    }
+
+
+def alike(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two outcomes are the same to the bit."""
+    parts = all(torch.equal(ours[k][n], p) for k in ("state", "merged") for n, p in other[k].items())
+    return parts and all(ours[key] == other[key] for key in ours if key not in ("state", "merged"))
+
+
+def message_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def block_calls() -> int:
+    """How often this process runs the last block in one round."""
+    model, engine = build("2:4", None)
+    engine._calls.update(engine._stream(engine.input_ids)._calls)  # what is found out once does not count
+    calls: list[int] = []
+    engine.blocks[-1].module.register_forward_hook(lambda *_: calls.append(1))
+    engine.run_round(Round(1, 0.5, 4, 0))
+    return len(calls)
+
+
+def linears_alone(fed: Callable[[dict[str, nn.Linear]], object]) -> dict[str, list[float]]:
+    """``collect`` on linears whose inputs are ``fed``: statistics by name, with this process's owned alone."""
+    linears = {name: nn.Linear(4, 2) for name in "abcd"}
+
+    def owners(groups):
+        assert from_everyone(groups) == [groups] * process_count()
+        return {name: number % process_count() for number, group in enumerate(groups) for name in group}
+
+    found, by = collect(linears, InputNorms, "block", lambda: "sample 0", lambda: fed(linears), owners)  # type: ignore[arg-type]
+    assert set(found) == {name for name, owner in by.items() if owner == process_index()}
+    return {name: value.square().tolist() for name, value in found.items()}
+
+
+def experts(linears: dict[str, nn.Linear]) -> None:
+    """The last process alone feeds c; nobody feeds d; b is fed what a is fed."""
+    x = torch.full((2, 4), float(process_index() + 1))
+    linears["a"](x)
+    linears["b"](x)
+    if process_index() == process_count() - 1:
+        linears["c"](x.clone())
+
+
+def disagreeing(linears: dict[str, nn.Linear]) -> None:
+    x = torch.ones(1, 4)
+    linears["a"](x)
+    linears["b"](x if process_index() else x.clone())
+
+
+def not_finite(linears: dict[str, nn.Linear]) -> None:
+    linears["a"](torch.full((1, 4), float("nan") if process_index() == process_count() - 1 else 1.0))
+
+
+def failures(shard_size: int | None) -> dict[str, str]:
+    """What each process says of failures in one of them."""
+    CASES["failing"] = ({"sparsity": 0.5, "pruner": "failing"}, {"rates": "uniform"}, 8, 1)
+    CASES["unsummed"] = ({"sparsity": 0.5, "pruner": "unsummed"}, {"rates": "uniform"}, 8, 1)
+    found = {
+        case: message_of(lambda case=case: build(case, shard_size)[1].run_round(Round(1, 0.5, 4, 0)))
+        for case in ("failing", "unsummed")
+    }
+    model, engine = build("2:4", shard_size)
+    with gathered(model):
+        model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.clone()
+        model.model.embed_tokens.weight.data[int(IDS[7, 19])] = float("nan")
+    found["round"] = message_of(lambda: engine.run_round(Round(1, 0.5, 4, 0)))
+    found["perplexity"] = message_of(lambda: perplexity(model, TOKENS[:120], 20, 2))
+    found["disagreeing"] = message_of(lambda: linears_alone(disagreeing))
+    found["not finite"] = message_of(lambda: linears_alone(not_finite))
+    return found
+
+
+def grams_of() -> torch.Tensor:
+    """The Gram of five samples in narrow slices; on three processes one has no sample."""
+    model, _ = build("wanda", None)
+    stream = BlockStream(model, find_blocks(model), IDS[:5], batch_size=3)
+    with torch.no_grad():
+        return stream.gram(slice_features=5 * 37)
+
+
+def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharded: str) -> dict[str, Any]:
+    """What several processes find: of all ``cases`` with the model whole, of the case ``sharded`` also in shards."""
+    outcomes = {case: prune_twice(case) for case in cases}
+    found: dict[str, Any] = {
+        "cases": {case: compare(outcome, truth["cases"][case]) for case, outcome in outcomes.items()},
+        "sharded alike": alike(prune_twice(sharded, shard_size), outcomes[sharded]),
+        "calls": block_calls(),
+        "experts": linears_alone(experts),
+        "gram": float((grams_of() - truth["gram"]).abs().max() / truth["gram"].abs().max()),
+    }
+    if process_count() < 4:
+        found["failures"] = failures(shard_size if process_count() == 2 else None)
+    return found
+
+
+def one() -> dict[str, Any]:
+    return {"cases": {case: prune_twice(case) for case in CASES}, "calls": block_calls(), "gram": grams_of()}
+
+
+# By number of processes: the cases, and how many processes hold the model together in which of them.
+PLANS: dict[int, tuple[list[str], int, str]] = {
+    2: (["regrow"], 2, "regrow"),
+    3: (list(CASES), 3, "sparsegpt"),
+    4: (["wanda"], 2, "wanda"),
+}
+
+
+if __name__ == "__main__":
+    start_worker()
+    alone = Path(sys.argv[1]) / "alone.pt"
+    if process_count() == 1:
+        results = one()
+        torch.save(results, alone)
+        finish({"calls": results["calls"]})
+    finish(several(torch.load(alone, weights_only=False), *PLANS[process_count()]))

@@ -1,0 +1,95 @@
+"""How a run decides where its model is held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend
+
+from losa.errors import RecipeError
+from losa.recipe.reading import parse_recipe
+from losa.recipe.sections import DistributedConfig
+from losa.run import choice
+from losa.run.choice import placement_of
+from losa.run.placement import Placement, choose
+from tests.helpers.tiny import tiny_llama
+
+
+@pytest.mark.parametrize(
+    "settings, processes, fits, expected",
+    [
+        ({}, 1, False, Placement(1)),
+        ({"mode": "fsdp"}, 1, True, Placement(1)),
+        ({"cpu_offload": True}, 1, True, Placement(1, 1, offload=True)),
+        ({}, 8, True, Placement(8)),
+        ({}, 8, False, Placement(8, 8)),
+        ({"cpu_offload": True}, 8, True, Placement(8, 8, offload=True)),
+        ({"mode": "ddp"}, 8, None, Placement(8)),
+        ({"mode": "fsdp"}, 8, None, Placement(8, 8)),
+        ({"mode": "hsdp"}, 8, None, Placement(8, 4)),
+        ({"mode": "hsdp", "shard_size": 2}, 8, None, Placement(8, 2)),
+    ],
+)
+def test_what_a_recipe_asks_for(settings, processes, fits, expected):
+    """On machines with 4 processes. Only mode auto asks what fits."""
+
+    def asked(placement):
+        assert fits is not None and placement == Placement(processes)
+        return fits
+
+    assert choose(DistributedConfig(**settings), processes, 4, asked) == expected
+
+
+def test_machines_of_a_size_that_does_not_divide_the_processes():
+    with pytest.raises(RecipeError, match="distributed.shard_size: expected a divisor of 6 processes, got 4"):
+        choose(DistributedConfig(mode="hsdp"), 6, 4, lambda placement: True)
+
+
+def test_modes_and_copies():
+    assert [Placement(*each).mode for each in ((1,), (4,), (4, 4), (4, 2), (1, 1, True))] == [
+        "whole",
+        "ddp",
+        "fsdp",
+        "hsdp",
+        "fsdp",
+    ]
+    assert [Placement(*each).copies for each in ((4,), (4, 4), (4, 2))] == [4, 1, 2]
+    assert Placement(4).sharding(torch.device("cpu")) is None
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This process is the first of two, on a machine of its own."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tiny_llama(layers=2).config.save_pretrained(tmp_path)
+    settings = {"model": str(tmp_path), "output": "out", "prune": {"sparsity": 0.5}, "calibration": {"data": "c.txt"}}
+    return parse_recipe(settings | {"train": {"data": "t.txt"}})
+
+
+def test_a_model_that_fits_is_whole_in_every_process(two_processes, recipe, monkeypatch):
+    monkeypatch.setattr(choice, "capacity", lambda device: {"host": 10**12})
+    assert placement_of(recipe, "cpu") == Placement(2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**6))  # the machine's memory is for all of its processes
+    assert placement_of(recipe, "cpu") == Placement(2, 2)
+    monkeypatch.setattr(choice, "capacity", lambda device: {})
+    assert placement_of(recipe, "cpu") == Placement(2), "nothing is known"
+
+
+def test_a_launch_that_asks_for_fsdp_gets_it(two_processes, recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(choice, "planned_model", lambda recipe: pytest.fail("there is nothing to choose"))
+    assert placement_of(recipe, "cpu") == Placement(2, 2)
+
+
+def test_the_sharding_of_a_placement(two_processes):
+    sharding = Placement(2, 2, offload=True).sharding(torch.device("cpu"))
+    assert sharding is not None and sharding.offload and sharding.mesh.shape == (2,)
+    assert Placement(2, 1).sharding(torch.device("cpu")).mesh.shape == (2, 1)

@@ -1,0 +1,149 @@
+"""Rounds that are stopped, fail or are killed anywhere, and go on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from losa.distributed.stop import Stopped, heeding_signals
+from losa.run.methods import Engine
+from losa.run.saving import Saver
+from losa.run.states import state_paths
+from losa.training.position import StepDone
+from tests.helpers.rounds import method_run, result
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process between two saves."""
+
+
+@contextmanager
+def ends(step=0, saved=True, pruning=0, evaluating=0, by=None):
+    """Within the context the run ends at this step of all rounds, or at this pass of pruning or evaluation.
+
+    ``saved``: after the step was saved. ``by``: a signal.
+    """
+    passes = {"pruning": 0, "evaluating": 0}
+
+    def after_step(self, done: StepDone, records, real=Saver.after_step):
+        if done.global_step == step and by is not None:
+            os.kill(os.getpid(), by)
+        if done.global_step == step and by is None and not saved:
+            raise Killed
+        real(self, done, records)
+        if done.global_step == step:
+            raise Killed
+
+    def run_round(self, plan, real=Engine.run_round):
+        passes["pruning"] += 1
+        if passes["pruning"] == pruning:
+            if by is None:
+                raise Killed
+            os.kill(os.getpid(), by)
+        return real(self, plan)
+
+    with pytest.MonkeyPatch.context() as patch, heeding_signals():
+        patch.setattr(Saver, "after_step", after_step)
+        patch.setattr(Engine, "run_round", run_round)
+        with pytest.raises(Killed if by is None else Stopped) as caught:
+
+            def watched(run):
+                evaluate = run.inputs.evaluate
+
+                def evaluated(model):
+                    passes["evaluating"] += 1
+                    if passes["evaluating"] == evaluating:
+                        raise Killed
+                    return evaluate(model)
+
+                run.inputs.evaluate = evaluated
+                return run
+
+            yield watched
+    if by is not None:
+        assert caught.value.exit_code == 75 and signal.Signals(by).name in str(caught.value)
+        assert ("after saving" in str(caught.value)) == bool(step)
+
+
+SETTINGS = {
+    "wanda": {},
+    "sparsegpt, waiting for saves": {
+        "prune": {"pruner": "sparsegpt"},
+        "checkpoint": {"asynchronous": False},
+        "train": {"lr_schedule": "global"},
+    },
+    "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_ends_anywhere_goes_on_to_the_same_bits(tmp_path, name):
+    settings = SETTINGS[name]
+    whole = method_run(tmp_path / "whole", **settings)
+    expected = result(whole, whole.run())
+    lines: list[str] = []
+
+    def run():
+        made = method_run(tmp_path / "parts", **settings)
+        made.log = lines.append
+        return made
+
+    with ends(pruning=1):
+        run().run()
+    with ends(step=1, saved=False):
+        run().run(resume=True)
+    with ends(step=2, by=signal.SIGUSR1):
+        run().run(resume=True)
+    with ends(step=4, by=signal.SIGTERM):
+        run().run(resume=True)
+    with ends(step=8, saved=False):
+        run().run(resume=True)
+    with ends(evaluating=1) as watched:
+        watched(run()).run(resume=True)
+    last = run()
+    outcome = last.run(resume=True)
+    assert result(last, outcome) == expected
+    assert outcome.rounds[-1].seconds["train"] > 0
+    resumed = [line for line in lines if "resuming" in line]
+    rounds = 1 if name == "dense adapters" else 2
+    assert resumed[:2] == [
+        f"{last.name}: resuming in round 1 of {rounds}, after its pruning",
+        f"{last.name}: resuming in round 1 of {rounds}, after training step 2",
+    ]
+    assert resumed[-1] == f"{last.name}: resuming " + (
+        "after round 1 of 1" if rounds == 1 else "in round 2 of 2, after training step 6"
+    )
+
+
+def test_a_stop_while_pruning_leaves_the_newest_state(tmp_path):
+    with ends(pruning=2, by=signal.SIGTERM):
+        method_run(tmp_path).run()
+    assert [path.name for path in state_paths(tmp_path / "losa" / "checkpoints")][-1] == "round-01"
+
+
+def test_a_stop_in_dense_fine_tuning(tmp_path):
+    """It is no part of a state: the run begins again."""
+    with heeding_signals():
+        run = method_run(tmp_path, "finetune_then_prune")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="^stopped by SIGTERM; run again"):
+            run.run()
+    assert not (tmp_path / "finetune_then_prune" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "config, steps",
+    [
+        ({"every_steps": 2, "every_minutes": None}, [2, 4, 6, 8]),
+        ({"every_steps": None, "every_minutes": 1e-9}, list(range(1, 10))),
+        ({"every_steps": None, "every_minutes": 1e9}, []),
+        ({"every_steps": None, "every_minutes": None}, []),
+    ],
+)
+def test_when_states_are_saved(tmp_path, config, steps):
+    method_run(tmp_path, rounds={"count": 1}, checkpoint=config | {"keep": 100}).run()
+    found = [path.name for path in state_paths(tmp_path / "losa" / "checkpoints")]
+    assert found == ["round-01-pruned", *(f"round-01-step-{step:08d}" for step in steps), "round-01"]

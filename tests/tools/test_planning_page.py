@@ -1,0 +1,93 @@
+"""docs/guide/planning.md: its arithmetic is right, and is the plan's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from losa.cli.recipes import recipe_from
+from losa.run.cluster import Cluster
+from losa.run.estimate_cluster import ClusterEstimate, estimate_cluster
+from losa.run.estimate_wire import Wires
+from tests.helpers.llama70b import configuration
+from tests.helpers.tools import ROOT, tool
+
+PAGE = (ROOT / "docs/guide/planning.md").read_text()
+NUMBER = r"[\d,]+"
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of a table whose last cell is a number."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
+    return [row for row in cells if re.fullmatch(NUMBER, row[-1])]
+
+
+def value(expression: str) -> Fraction:
+    """Of "2 x 1,024 / 8"."""
+    assert re.fullmatch(r"[\d,x+/() -]+", expression), expression
+    plain = re.sub(r"\d+", r"Fraction(\g<0>)", expression.replace(",", "").replace("x", "*"))
+    return eval(plain)
+
+
+@pytest.fixture(scope="module", params=[8, 64])
+def plan(request, tmp_path_factory) -> ClusterEstimate:
+    """Of the page's command."""
+    (command,) = re.findall(rf"^losa plan (.* --gpus {request.param} .*)$", PAGE, re.M)
+    words = shlex.split(command)
+    model = configuration(tmp_path_factory.mktemp("llama-2-70b"))
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    settings = [f"model={model}" if setting.startswith("model=") else setting for setting in settings]
+    assert words[words.index("--memory") + 1] == "80"
+    return estimate_cluster(recipe_from(ROOT / Path(words[0]), settings), Cluster(request.param))
+
+
+def test_every_row_is_counted_right():
+    found = rows(PAGE)
+    assert len(found) > 30
+    for *_, expression, result in found:
+        assert value(expression) == int(result.replace(",", "")), expression
+
+
+def test_sizes_are_those_of_the_plan(plan):
+    section = PAGE.split(f"## On {plan.cluster.gpus} GPUs")[1].split("\n## ")[0]
+    shown = {(phase, what): int(size.replace(",", "")) for phase, what, _, size in rows(section)}
+    held = {(h.phase, h.what): h.size for h in plan.holdings}
+    assert shown == {key: held[key] for key in shown}
+    if plan.cluster.gpus == 8:
+        counted = {"throughout", "pruning", "training"}
+        assert {key for key in held if key[0] in counted} - set(shown) == {("training", "state to be written")}
+
+
+def test_the_numbers_of_the_text_are_those_of_the_plan(plan):
+    shape, gpus = plan.planned.shape, plan.cluster.gpus
+    numbers = {row[0]: int(row[-1].replace(",", "")) for row in rows(PAGE)}
+    assert numbers["prunable weights"] == shape.prunable
+    assert numbers["parameters, with two norms in each block"] == plan.parameters
+    assert f"{shape.weight_bytes:,} bytes of weights" in " ".join(PAGE.split())
+    wires = Wires(plan.planned.recipe, shape, plan.planned.rounds, plan.cluster, plan.placement)
+    once = wires.gathered("", 1, "")
+    assert once.received == numbers[f"taken in, of {gpus} GPUs"]
+    if gpus == 64:
+        assert once.network == numbers["by the network card of one of 64 GPUs, 8 in a machine"]
+    stages = {stage.kind: stage for stage, _ in plan.stages if stage.method == "losa"}
+    per_token = numbers["training, 1,024 tokens a sequence"]
+    tokens = stages["training"].flops / per_token
+    # Sequences of five rounds, in steps of one a GPU.
+    assert tokens == 1024 * sum(-(-sequences // gpus) for sequences in (195, 195, 195, 195, 1173))
+    samples = 128 // gpus
+    # Two streams with a recorded sample each, statistics, and the compared samples with a recorded one.
+    passes = (samples + 1) + samples + (samples + 1) + (64 // gpus + 1)
+    calibration = numbers["calibration, 2,048 tokens a sample"]
+    assert stages["pruning"].flops == 5 * passes * 2048 * calibration
+
+
+def test_the_page_is_made_of_what_its_commands_print():
+    made = tool("docs_pages").on_page_markdown(PAGE)
+    assert "<!-- made" not in made
+    for text in ("8 GPUs of 80 GB in 1 machine: all hold", "64 GPUs of 80 GB in 8 machines: all hold", "Assumed"):
+        assert text in made
+    assert "| throughout | GPU     | weights                      | 17.2 GB |" in made
