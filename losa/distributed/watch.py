@@ -145,10 +145,8 @@ class _Watch:
         self.count = dist.get_world_size()
         self.me = Report(dist.get_rank(), socket.gethostname(), os.getpid())
         # A store serves one call at a time, and a call of the main thread may take long. A clone has a connection of
-        # its own.
-        default: Any = dist.distributed_c10d._get_default_store()
-        self.store: Any = dist.PrefixStore(prefix, default.clone())
-        self.store.set_timeout(timedelta(seconds=limits.silent))
+        # its own. The main thread's clone is made now: later, nobody may listen, and to find that out takes a minute.
+        self.store, self.last_store = (_clone(prefix, limits.silent) for _ in range(2))
         self.reports: dict[int, Report] = {}
         # When the number of a process's report last changed, by this process's clock. All begin as just heard.
         self.heard = dict.fromkeys(range(self.count), time.monotonic())
@@ -193,17 +191,19 @@ class _Watch:
     def _lost(self, index: int, limit: float) -> str:
         return f"{self._name(index)} has not been heard for {limit:g} s: killed, hung, or its machine is gone"
 
-    def _without_store(self, what: str) -> str:
-        return f"the processes' store {what}: {self._name(0)}, or the launcher that keeps the store, is gone or hangs"
-
     def _failed(self) -> tuple[int, str] | None:
         """Exit code and sentence for another process that failed."""
-        for index, report in self.reports.items():
+        for index, report in list(self.reports.items()):
             if report.ended and index != self.me.index:
                 # A process that failed because of another one has said which.
                 lost = report.code == LOST_EXIT_CODE
                 return report.code, report.ended if lost else f"{report.name()} failed: {report.ended}"
         return None
+
+    def _without_store(self, what: str) -> tuple[int, str]:
+        """Exit code and sentence where the store cannot be asked any more."""
+        keeper = f"{self._name(0)}, or the launcher that keeps the store"
+        return self._failed() or (LOST_EXIT_CODE, f"the processes' store {what}: {keeper}, is gone or hangs")
 
     def _exchange(self) -> None:
         """Report, read, judge or obey. A thread."""
@@ -219,14 +219,14 @@ class _Watch:
             except RuntimeError as error:
                 # The main thread may know more.
                 if not self.done.wait(self.limits.grace):
-                    self._end(*(self._failed() or (LOST_EXIT_CODE, self._without_store(f"is gone ({reason(error)})"))))
+                    self._end(*self._without_store(f"is gone ({reason(error)})"))
 
     def _guard(self) -> None:
         """Notice silence, also while a call of the store waits for an answer that never comes. A thread."""
         silent = self.limits.silent
         while not self.done.wait(self.limits.period):
             if time.monotonic() - self.answered > silent:
-                self._end(LOST_EXIT_CODE, self._without_store(f"has not answered for {silent:g} s"))
+                self._end(*self._without_store(f"has not answered for {silent:g} s"))
             if self.me.index and 0 in self._working() and self._silence(0) > silent:
                 self._end(LOST_EXIT_CODE, self._lost(0, silent))
 
@@ -264,17 +264,16 @@ class _Watch:
         """The error of a broken connection: which process is to blame; None where all are well. The main thread."""
         limits, began = self.limits, time.monotonic()
         try:
-            store = self.store.clone()
             while time.monotonic() - began < limits.broken + 2 * limits.period:
-                self._read(store, range(self.count))
+                self._read(self.last_store, range(self.count))
                 for index in self._working():
                     if self._silence(index) > limits.broken:
                         return ProcessLost(self._lost(index, limits.broken))
                 if failed := self._failed():
-                    return ProcessLost(failed[1]) if failed[0] == LOST_EXIT_CODE else LosaError(failed[1])
+                    return _error(*failed)
                 time.sleep(limits.period / 4)
         except RuntimeError as error:
-            return ProcessLost(self._without_store(f"is gone ({reason(error)})"))
+            return _error(*self._without_store(f"is gone ({reason(error)})"))
         return None
 
     def leave(self, error: BaseException | None) -> None:
@@ -292,16 +291,26 @@ class _Watch:
         else:
             me.ended, me.code = f"{type(error).__name__}: {reason(error)}", 1
         try:
-            store = self.store.clone()
-            store.set(str(me.index), json.dumps(asdict(me)))
+            self.last_store.set(str(me.index), json.dumps(asdict(me)))
             limit = limits.silent if error is None else limits.grace
             while me.index == 0 and time.monotonic() - began < limit:
-                self._read(store, range(1, self.count))
+                self._read(self.last_store, range(1, self.count))
                 if all(i == 0 or self._silence(i) > limits.broken for i in self._working()):
                     return
                 time.sleep(limits.period / 20)
         except RuntimeError:
             return  # Nobody keeps the store any more.
+
+
+def _error(code: int, sentence: str) -> LosaError:
+    return ProcessLost(sentence) if code == LOST_EXIT_CODE else LosaError(sentence)
+
+
+def _clone(prefix: str, timeout: float) -> Any:
+    default: Any = dist.distributed_c10d._get_default_store()
+    store: Any = dist.PrefixStore(prefix, default.clone())
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
 def _standstill(reports: list[Report], ages: dict[int, float]) -> str:

@@ -6,6 +6,7 @@ process of every case said and how it ended.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -19,23 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Seconds. Every limit of a case is much shorter.
+HANGS = 120
 
 
 @dataclass
 class Case:
     """``work`` runs in ``count`` processes at once and is given the number of each. ``variables`` replaces environment
-    variables of a process; None removes one. ``kill_after``: seconds after which processes that still run are
-    killed."""
+    variables of a process; None removes one. ``frozen``: the process that never ends and is killed at the end."""
 
     work: Callable[[int], object]
     count: int = 2
     variables: Callable[[int], dict[str, str | None]] = field(default=lambda index: {})
-    kill_after: float = 60
+    frozen: int | None = None
 
 
 def run_cases(cases: dict[str, Case]) -> None:
     """Run all cases at the same time. Prints JSON: for each case a list of each process's exit code, output (what it
     said, and what ``work`` returned) and seconds."""
+    found = {name: [{} for _ in range(case.count)] for name, case in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         began, running = time.monotonic(), {}
         for name, case in cases.items():
@@ -44,17 +47,16 @@ def run_cases(cases: dict[str, Case]) -> None:
                 pid = os.fork()
                 if pid == 0:
                     _work(case, index, port, Path(folder) / f"{name}-{index}")
-                running[pid] = (name, index, case.kill_after)
-        found = {name: [{} for _ in range(case.count)] for name, case in cases.items()}
+                running[pid] = (name, index)
         while running:
-            for pid, (name, index, limit) in list(running.items()):
+            for pid, (name, index) in list(running.items()):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     said = (Path(folder) / f"{name}-{index}").read_text()
                     code = os.waitstatus_to_exitcode(status)
                     found[name][index] = {"code": code, "said": said, "seconds": time.monotonic() - began}
                     del running[pid]
-                elif time.monotonic() - began > limit:
+                elif cases[name].frozen == index and sum(other == name for other, _ in running.values()) == 1:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
     print(json.dumps(found))
@@ -73,6 +75,8 @@ def _work(case: Case, index: int, port: str, output: Path) -> None:
         with output.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # A process that hangs says where, and ends.
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         print("returned", case.work(index), flush=True)
         code = 0
     except BaseException as error:
@@ -88,7 +92,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def outcomes(worker: str, folder: Path, timeout: float = 120) -> dict[str, list[dict]]:
+def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[dict]]:
     """What ``run_cases`` of a worker's text found."""
     (folder / "worker.py").write_text(worker)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "LOSA_JOIN"))}

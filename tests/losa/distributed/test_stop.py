@@ -1,4 +1,4 @@
-"""Signals that ask to stop, in one process; ``test_bad_starts.py`` has several."""
+"""Signals that ask to stop, in one process; ``test_watch.py`` has several."""
 
 from __future__ import annotations
 

@@ -8,6 +8,9 @@ import pytest
 
 from tests.helpers.cases import outcomes
 
+# Seconds, also on a machine that is busy. What the watch did not end would go on for 60 s and more.
+LIMIT = 55
+
 WORKER = """
 import os, signal, time
 import torch
@@ -20,8 +23,8 @@ from losa.errors import LosaError
 from tests.helpers.cases import Case, run_cases
 from datetime import timedelta
 
-moving = Limits(progress=60, period=0.25, silent=4, broken=2, grace=1.5)
-standing = Limits(progress=3, period=0.25, silent=20, broken=2, grace=1.5)
+moving = Limits(progress=60, period=0.25, silent=10, broken=5, grace=3)
+standing = Limits(progress=6, period=0.25, silent=30, broken=5, grace=3)
 
 def watch_over(middle, limits=moving, after=lambda index: None):
     def work(index):
@@ -66,10 +69,10 @@ run_cases({
     "killed": Case(watch_over(only(1, send(signal.SIGKILL))), 3),
     "killed main": Case(watch_over(only(0, send(signal.SIGKILL))), 3),
     "killed while writing": Case(watch_over(lambda index: on_main(send(signal.SIGKILL))), 2),
-    "frozen": Case(watch_over(only(1, send(signal.SIGSTOP))), 3, kill_after=15),
-    "frozen main": Case(watch_over(only(0, send(signal.SIGSTOP))), 3, kill_after=15),
+    "frozen": Case(watch_over(only(1, send(signal.SIGSTOP))), 3, frozen=1),
+    "frozen main": Case(watch_over(only(0, send(signal.SIGSTOP))), 3, frozen=0),
     "standing": Case(watch_over(only(1, lambda: time.sleep(50)), standing), 3),
-    "writing": Case(watch_over(lambda index: on_main(lambda: time.sleep(5)), standing), 2),
+    "writing": Case(watch_over(lambda index: on_main(lambda: time.sleep(10)), standing), 2),
     "failed": Case(watch_over(only(1, fail)), 3),
     "failed main": Case(watch_over(only(0, fail)), 3),
     "failed alone": Case(watch_over(one_fails_and_nobody_waits_for_it), 3),
@@ -98,27 +101,27 @@ def test_processes_end_well(found, case, result):
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize(
-    "case, lost, expected, seconds",
+    "case, lost, expected",
     [
-        ("killed", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 2 s: killed", 12),
-        ("killed main", 0, r"process 0 \(host \S+, pid \d+\), or the launcher that keeps the store, is gone", 12),
-        ("killed while writing", 0, r"process 0 \(host \S+, pid \d+\), or the launcher", 12),
-        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 4 s: killed, hung", 14),
-        ("frozen main", 0, r"store .*: process 0 \(host \S+, pid \d+\), or the launcher .* is gone or hangs", 14),
+        ("killed", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 5 s: killed"),
+        ("killed main", 0, r"process 0 \(host \S+, pid \d+\), or the launcher that keeps the store, is gone"),
+        ("killed while writing", 0, r"process 0 \(host \S+, pid \d+\), or the launcher"),
+        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 10 s: killed, hung"),
+        ("frozen main", 0, r"store .*: process 0 \(host \S+, pid \d+\), or the launcher .* is gone or hangs"),
     ],
 )
-def test_a_lost_process_is_named_by_all_others(found, case, lost, expected, seconds):
+def test_a_lost_process_is_named_by_all_others(found, case, lost, expected):
     others = [process for index, process in enumerate(found[case]) if index != lost]
-    assert found[case][lost]["code"] == -9
+    assert found[case][lost]["code"] == -9, found[case]
     for process in others:
-        assert process["code"] == 76 and process["seconds"] < seconds, process
+        assert process["code"] == 76 and process["seconds"] < LIMIT, process
         assert re.search(expected, process["said"]), process["said"]
 
 
 @pytest.mark.subprocess
 def test_a_process_that_stands_still_is_named_with_its_place(found):
     for process in found["standing"]:
-        assert process["code"] == 76 and process["seconds"] < 15
+        assert process["code"] == 76 and process["seconds"] < LIMIT
         assert "no process makes progress: process 1 (host " in process["said"]
         assert " at step 1 for " in process["said"] and "; processes 0, 2 at step 2 for " in process["said"]
 
@@ -127,7 +130,7 @@ def test_a_process_that_stands_still_is_named_with_its_place(found):
 @pytest.mark.parametrize("case, failed", [("failed", 1), ("failed main", 0), ("failed alone", 1)])
 def test_a_process_that_fails_is_quoted_by_all_others(found, case, failed):
     for index, process in enumerate(found[case]):
-        assert process["code"] == 1
+        assert process["code"] == 1, process
         if index == failed:
             assert process["said"] == "ValueError: no numbers\n"
         else:

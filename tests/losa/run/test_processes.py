@@ -1,4 +1,4 @@
-"""How processes wait for the main one, agree, and are refused."""
+"""Runs on two processes under torchrun: interrupted and resumed, or with texts that differ."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from losa.distributed import processes
 from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
 from losa.run import pipeline
@@ -21,21 +19,14 @@ from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 ROOT = Path(__file__).parents[3]
 
 WORKER = """
-import json, os, sys, time
-import torch
-import torch.distributed as dist
-from losa.distributed.collectives import from_rank_zero
-from losa.distributed.launch import start_processes
-from losa.distributed.processes import check_agreement, on_main, process_index
-from losa.errors import LosaError
+import json, os, sys
 from losa.algorithm.engine import Engine
+from losa.distributed.processes import launched_index
 from losa.recipe import parse_recipe
 from losa.run import run_recipe
 
-root = sys.argv[1]
-start_processes("cpu")
-rank = process_index()
-seen = {}
+root, rank, seen = sys.argv[1], launched_index(), {}
+recipe = json.load(open(f"{root}/recipe.json"))
 
 def attempt(name, function):
     try:
@@ -43,34 +34,25 @@ def attempt(name, function):
     except (Exception, KeyboardInterrupt) as error:
         seen[name] = f"{type(error).__name__}: {error}"
 
-def slowly():
-    time.sleep(0.3)
-    return {"rank": rank}
-
-def fails():
-    raise ValueError("of rank zero")
-
 def interrupted(self, plan, run_round=Engine.run_round):
     if plan.index == 2:
         raise KeyboardInterrupt
     return run_round(self, plan)
 
-own = torch.full((2,), rank)
-attempt("value", lambda: on_main(slowly))
-attempt("tensor", lambda: [from_rank_zero(own).tolist(), own.tolist()])
-attempt("failure", lambda: on_main(fails))
-attempt("agree", lambda: check_agreement("the seed", "7"))
-attempt("differ", lambda: check_agreement("the seed", str(rank)))
-# Every process has a disk of its own: only the main one finds the round that it has kept.
-recipe = json.load(open(f"{root}/recipe.json")) | {"output": f"{root}/{rank}/out"}
 run_round, Engine.run_round = Engine.run_round, interrupted
 attempt("first", lambda: run_recipe(parse_recipe(recipe)))
 Engine.run_round = run_round
-attempt("resumed", lambda: run_recipe(parse_recipe(recipe), resume=True))
-attempt("tokens", lambda: run_recipe(parse_recipe(recipe | {"seed": rank}), resume=True))
+attempt("other recipe", lambda: run_recipe(parse_recipe(recipe | {"seed": rank}), resume=True))
+# Each process finds another text under the same name.
+os.makedirs(f"{root}/{rank}")
+os.chdir(f"{root}/{rank}")
+with open("text.txt", "w") as file:
+    file.write("".join(f"{i} {rank}: the quick brown fox jumps.\\n" for i in range(60)))
+calibration = recipe["calibration"] | {"data": "text.txt"}
+attempt("other text", lambda: run_recipe(parse_recipe(recipe | {"calibration": calibration}), resume=True))
+attempt("resumed", lambda: len(run_recipe(parse_recipe(recipe), resume=True).rounds))
 with open(f"{root}/{rank}.json", "w") as file:
     json.dump(seen, file)
-dist.barrier()
 # gloo's threads, torn down with the interpreter, abort one run in some thirty.
 os._exit(0)
 """
@@ -90,68 +72,29 @@ def settings(root) -> dict:
 
 
 @pytest.mark.subprocess
-def test_two_processes_wait_and_agree(tmp_path):
+def test_two_processes_are_interrupted_and_go_on(tmp_path):
     tiny_llama(layers=2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("".join(f"{i}: the quick brown fox jumps.\n" for i in range(60)))
     (tmp_path / "recipe.json").write_text(json.dumps(settings(tmp_path)))
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "1",
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "worker.py", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert zero["value"] == one["value"] == {"rank": 0}
-    assert (zero["tensor"], one["tensor"]) == ([[0, 0], [0, 0]], [[0, 0], [1, 1]])
-    assert zero["failure"] == "ValueError: of rank zero"
-    assert one["failure"] == "LosaError: the main process failed; its own message says why"
-    assert zero["agree"] is None and one["agree"] is None
-    for seen in (zero, one):
-        assert seen["differ"].startswith("OutputError: the seed: process 0 has 0, process 1 has 1; ")
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen["first"].startswith("KeyboardInterrupt")
-        assert "losa: the newest checkpoint: process 0 has round 1 (" in seen["resumed"]
-        assert "process 1 has none; " in seen["resumed"] and "all of them share" in seen["resumed"]
-        assert seen["tokens"].startswith("OutputError: calibration tokens: process 0 has ")
+        assert seen["other recipe"].startswith("LosaError: recipe.seed: process 1 has 1, process 0 has 0; ")
+        assert seen["other text"].startswith("OutputError: calibration tokens: process 0 has ")
+        assert seen["resumed"] == 2
 
 
-class Store:
-    """A key-value store whose process ends after so many questions."""
-
-    def __init__(self, questions):
-        self.questions = questions
-
-    def check(self, keys):
-        self.questions -= 1
-        if not self.questions:
-            raise dist.DistNetworkError("Connection reset by peer")
-        return False
-
-
-def test_the_main_process_is_gone():
-    with pytest.raises(LosaError, match="the main process ended before its work was done"):
-        processes._wait(Store(3), "key")
-
-
-@pytest.mark.parametrize(
-    "plugin, processes, kind",
-    [
-        ("DEEPSPEED", 1, "DeepSpeed"),
-        ("DEEPSPEED", 8, "DeepSpeed"),
-        ("FSDP", 2, "FSDP"),
-        ("MEGATRON_LM", 2, "MEGATRON_LM"),
-    ],
-)
-def test_sharded_weights_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, plugin, processes, kind):
-    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+def test_another_engine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(pipeline, "load_model", lambda *arguments, **options: pytest.fail("loaded"))
-    with pytest.raises(LosaError, match=rf"{kind} is not supported.*--multi_gpu"):
+    with pytest.raises(LosaError, match="DeepSpeed is not supported.*distributed.mode: fsdp"):
         run_recipe(parse_recipe(settings(tmp_path)))
     assert list(tmp_path.iterdir()) == []
