@@ -28,6 +28,7 @@ from losa.distributed.collectives import from_rank_zero
 from losa.distributed.sharding import whole
 from losa.distributed.stop import check
 from losa.distributed.together import together
+from losa.distributed.watch import progress
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
@@ -118,6 +119,7 @@ class Engine:
             stream = self._stream(ids)
             grams = []
             for index, block in enumerate(self.blocks):
+                progress(f"comparing {block.name}")
                 with block.gathered():
                     together(partial(self._advance_merged, stream, index))
                 try:
@@ -192,6 +194,7 @@ class Engine:
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
             check()
+            progress(f"calibrating {block.name}")
             with ExitStack() as whole_block:
                 with watch.stage("forward"):
                     whole_block.enter_context(block.gathered())
@@ -200,6 +203,7 @@ class Engine:
                             together(partial(dense.advance, index))
                     statistics, owners = self._statistics(index, sparse)
                 with watch.stage("prune"):
+                    progress(f"pruning {block.name}")
                     nested = not self.prune_config.regrow
                     damping |= block.prune(self.pruner, statistics, pattern, nested, owners)
                 del statistics

@@ -15,6 +15,7 @@ from losa.distributed.collectives import share_of
 from losa.distributed.processes import is_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.together import together
+from losa.distributed.watch import progress as report_progress
 from losa.errors import DataError, NumericsError
 from losa.model.limits import check_ids, check_length
 from losa.model.running import runnable
@@ -129,8 +130,12 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
     def run() -> list[float]:
         loss = TokenLoss(model)
         bar = tqdm(range(calls), desc="perplexity", leave=False, disable=None if progress and is_main() else True)
-        ran = (batches[min(mine.start + index, len(batches) - 1)] for index in bar)
-        return [_summed(loss, batch, batch, device) for batch in ran][: len(mine)]
+        sums = []
+        for index in bar:
+            report_progress(f"perplexity, batch {index + 1} of {calls}")
+            batch = batches[min(mine.start + index, len(batches) - 1)]
+            sums.append(_summed(loss, batch, batch, device))
+        return sums[: len(mine)]
 
     return [summed for part in together(run) for summed in part]
 
