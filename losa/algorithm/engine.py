@@ -28,6 +28,7 @@ from losa.distributed.collectives import from_rank_zero
 from losa.distributed.sharding import whole
 from losa.distributed.stop import check
 from losa.distributed.together import together
+from losa.distributed.watch import progress
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
@@ -118,6 +119,7 @@ class Engine:
             stream = self._stream(ids)
             grams = []
             for index, block in enumerate(self.blocks):
+                progress(f"comparing {block.name}")
                 with block.gathered():
                     together(partial(self._advance_merged, stream, index))
                 try:
@@ -191,6 +193,7 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
+            progress(f"pruning {block.name}")
             check()
             with ExitStack() as whole_block:
                 with watch.stage("forward"):
