@@ -114,8 +114,18 @@ def control_group() -> Any:
     if "gloo" in dist.get_backend():
         return dist.group.WORLD
     if not _control:
-        _control.append(dist.new_group(backend="gloo"))
+        _control.append(as_patient(dist.new_group(backend="gloo")))
     return _control[0]
+
+
+def as_patient(group: Any) -> Any:
+    """The group, whose collective calls now wait as long as those of the default group. New groups have limits of
+    torch's, which may come before the watch over the processes names one."""
+    world: Any = dist.group.WORLD
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    if options is not None:
+        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
+    return group
 
 
 def check_agreement(what: str, value: str) -> None:

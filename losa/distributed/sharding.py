@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from losa.distributed.processes import process_count
+from losa.distributed.processes import as_patient, process_count
 
 # Bytes to which tensors of any dtype are aligned.
 _ALIGNMENT = 16
@@ -87,7 +87,10 @@ def make_sharding(device: torch.device, shard_size: int | None = None, offload: 
     size = shard_size or process_count()
     copies = process_count() // size
     shape, names = ((copies, size), ("replicate", "shard")) if copies > 1 else ((size,), ("shard",))
-    return Sharding(init_device_mesh(device.type, shape, mesh_dim_names=names), offload)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        as_patient(group)
+    return Sharding(mesh, offload)
 
 
 def sharding_of(module: nn.Module) -> Sharding | None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED
+from losa.distributed import watch
 from losa.distributed.collectives import share_of
 from losa.distributed.processes import is_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
+from losa.distributed.stop import check
 from losa.distributed.together import together
-from losa.distributed.watch import progress as report_progress
+from losa.distributed.turns import everywhere
 from losa.errors import DataError, NumericsError
 from losa.model.limits import check_ids, check_length
 from losa.model.running import runnable
@@ -25,6 +28,8 @@ logger = logging.getLogger("losa")
 
 # In nats. A model that does not need the first token loses a hundredth of this without one token of context.
 _START_MATTERS = 0.2
+# Batches of a process between two looks at whether a signal asks to stop.
+_BETWEEN_CHECKS = 8
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def perplexity(
         bos: a token to begin each window with, not predicted; the window holds length - 1 tokens of text then.
 
     Raises:
+        Stopped: between batches, if a signal asks for it.
         DataError: less text than one window.
         ModelError: windows longer than the model's table of positions, or tokens that it has no embedding for.
         NumericsError: a non-finite loss; names the windows.
@@ -127,17 +133,26 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
     calls = len(mine) if sharding_of(model) is None else -(-len(batches) // process_count())
     device = device_of(model)
 
-    def run() -> list[float]:
-        loss = TokenLoss(model)
-        bar = tqdm(range(calls), desc="perplexity", leave=False, disable=None if progress and is_main() else True)
-        sums = []
-        for index in bar:
-            report_progress(f"perplexity, batch {index + 1} of {calls}")
-            batch = batches[min(mine.start + index, len(batches) - 1)]
-            sums.append(_summed(loss, batch, batch, device))
-        return sums[: len(mine)]
+    loss = everywhere(lambda: TokenLoss(model))
+    bar = tqdm(range(calls), desc="perplexity", leave=False, disable=None if progress and is_main() else True)
 
-    return [summed for part in together(run) for summed in part]
+    def run(indices: range) -> list[float]:
+        found = []
+        for index in indices:
+            watch.progress(f"perplexity, batch {index + 1} of {calls}")
+            batch = batches[min(mine.start + index, len(batches) - 1)]
+            found.append(_summed(loss, batch, batch, device))
+            bar.update()
+        return found[: max(len(mine) - indices.start, 0)]
+
+    sums: list[list[float]] = [[] for _ in range(process_count())]
+    with bar:
+        for first in range(0, -(-len(batches) // process_count()), _BETWEEN_CHECKS):
+            check()
+            parts = together(partial(run, range(first, min(first + _BETWEEN_CHECKS, calls))))
+            for own, part in zip(sums, parts, strict=True):
+                own += part
+    return [summed for own in sums for summed in own]
 
 
 def _summed(loss: TokenLoss, ids: Tensor, labels: Tensor, device: torch.device) -> float:

@@ -22,6 +22,8 @@ from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
+from losa.distributed.stop import check
+from losa.distributed.watch import others_wait, progress
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model, torch_device
 from losa.model.sharded_loading import load_sharded
@@ -111,10 +113,13 @@ def _run(
         torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer = _load(recipe, device)
+        progress("reading texts")
         inputs = read_inputs(recipe, model, tokenizer)
+        progress("comparing inputs")
         inputs.fingerprint[WEIGHTS] = model_digest(model)
     for what, digest in inputs.fingerprint.items():
         check_agreement(what, digest)
+    check()
     if resume:
         on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
     blocks = find_blocks(model)
@@ -166,7 +171,8 @@ def _load(recipe: Recipe, device: str) -> tuple[nn.Module, object]:
     how: dict[str, Any] = {"gguf_file": recipe.gguf_file, "dtype": recipe.dtype}
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:
-        return load_model(recipe.model, device=device, **how)
+        with others_wait():  # for a download by each process, too
+            return load_model(recipe.model, device=device, **how)
     return load_sharded(recipe.model, sharding, **how)
 
 

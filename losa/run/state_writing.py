@@ -16,7 +16,7 @@ import torch.futures
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
-from losa.distributed.processes import is_main, joined
+from losa.distributed.processes import as_patient, is_main, joined
 from losa.errors import OutputError
 from losa.run.documents import write_document
 from losa.run.states import METADATA, STATE, Point, file_digest, host_group, naming, remove_outdated
@@ -62,7 +62,7 @@ class StateWriter:
         if background:
             # The group is this thread's own: messages of training and of a save must not meet.
             if self._group is None and joined():
-                self._group = dist.new_group(backend="gloo")
+                self._group = as_patient(dist.new_group(backend="gloo"))
             # With a storage writer that copies, as DCP's does, the copies are made before this returns.
             self._future = dcp.async_save(tensors, storage_writer=files, process_group=self._group)  # type: ignore
             return
