@@ -193,7 +193,6 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
-            progress(f"pruning {block.name}")
             check()
             progress(f"calibrating {block.name}")
             with ExitStack() as whole_block:

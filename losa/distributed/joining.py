@@ -130,8 +130,9 @@ def _connect(place: Place, limit: float) -> Any:
         if "EADDRINUSE" in why:
             raise LosaError(f"port {place.port} on this machine is in use (MASTER_PORT); set another")
         raise LosaError(f"process {place.index}: the processes' store at {place.store} cannot be used: {why}")
-    if kept_by_launcher:
-        return dist.PrefixStore(f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", made[0])
+    # torchrun keeps one store for all its attempts. Its counts of attempts may differ between machines.
+    if kept_by_launcher and place.local_count == place.count:
+        return dist.PrefixStore(f"losa/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", made[0])
     return made[0]
 
 

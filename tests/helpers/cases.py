@@ -96,7 +96,9 @@ def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[
     """What ``run_cases`` of a worker's text found."""
     (folder / "worker.py").write_text(worker)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "LOSA_JOIN"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    # Warnings of torch, such as of a host name that cannot be found, would stand among what is compared.
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [sys.executable, "worker.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )

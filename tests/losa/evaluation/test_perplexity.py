@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from losa.distributed.stop import Stopped, heeding_signals
 from losa.errors import DataError, NumericsError
+from losa.evaluation import perplexity as perplexity_module
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start
 from losa.training import loss as loss_module
 from tests.helpers.causal_models import MODELS, VOCABULARY
@@ -59,6 +63,20 @@ def test_non_finite_loss_names_the_window(value):
         perplexity(model, tokens, 10)
     assert not model.training
     assert perplexity(model, tokens, 10, max_windows=4).windows == 4
+
+
+def test_a_signal_stops_it_between_batches(monkeypatch):
+    batches = []
+
+    def summed(*arguments):
+        batches.append(arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 1.0
+
+    monkeypatch.setattr(perplexity_module, "_summed", summed)
+    with heeding_signals(), pytest.raises(Stopped, match="SIGUSR1"):
+        perplexity(tiny_llama(layers=1), torch.arange(200) % 90, 10)
+    assert len(batches) == perplexity_module._BETWEEN_CHECKS < 20
 
 
 def test_bad_arguments():
