@@ -199,7 +199,7 @@ def test_another_recipe_does_not_pass_for_the_one_that_was_killed_at_its_end(inp
 def test_unfinished_work_beside_an_older_output_is_not_taken_for_finished(inputs, tmp_path, monkeypatch):
     made = recipe(inputs, tmp_path / "out")
     run_recipe(made)
-    monkeypatch.setattr(pipeline, "export_model", killed)
+    monkeypatch.setattr(pipeline, "export_together", killed)
     with pytest.raises(Killed):
         run_recipe(made, overwrite=True)
     monkeypatch.undo()
@@ -215,7 +215,7 @@ def test_the_only_round_is_kept_when_the_export_fails(inputs, tmp_path, monkeypa
     def full(*arguments, **options):
         raise OutputError("output: No space left on device")
 
-    monkeypatch.setattr(pipeline, "export_model", full)
+    monkeypatch.setattr(pipeline, "export_together", full)
     with pytest.raises(OutputError, match="No space"):
         run_recipe(made)
     monkeypatch.undo()
