@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.distributed.turns import by_turns
 from losa.errors import OutputError
+from losa.model.wrapping import wrapped_linears
 from losa.record import MaskRecord, RunRecord
 from losa_kernels import unpack_mask
 from losa_kernels.tensors import as_bits
@@ -35,6 +36,12 @@ def mask_records(masks: Mapping[str, Tensor], in_features: Mapping[str, int]) ->
 def some_ids(model: Any) -> Tensor:
     """(1, length) int64 tokens that the model knows."""
     return torch.arange(min(64, model.get_input_embeddings().weight.shape[0]))[None]
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raises ValueError for a model that still has adapters; names the first."""
+    if left := list(wrapped_linears(model)):
+        raise ValueError(f"model: expected a merged model, found {len(left)} adapters ({left[0]}); merge_model first")
 
 
 def check_masked_names(record: RunRecord, masks: Mapping[str, Tensor]) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from losa.distributed.sharding import device_of
 from losa.errors import OutputError
 from losa.model.saving import state_untied, untied_though_stated
-from losa.model.wrapping import sparsity_of, wrapped_linears
+from losa.model.wrapping import sparsity_of
 from losa.output.card import model_card
 from losa.output.checks import (
     check_logits,
     check_masked,
     check_masked_names,
+    check_merged,
     check_same_names,
     check_tensor,
     check_tokenizer,
@@ -65,8 +66,7 @@ def export_model(
             then as it was before.
         ValueError: the model still has adapters.
     """
-    if left := list(wrapped_linears(model)):
-        raise ValueError(f"model: expected a merged model, found {len(left)} adapters ({left[0]}); merge_model first")
+    check_merged(model)
     with staged_directory(output, overwrite, force) as staged:
         save_model(model, tokenizer, staged, untied=untied_though_stated(model))
         write_report(staged, record, extra_files or {})

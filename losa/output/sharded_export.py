@@ -20,7 +20,7 @@ from losa.errors import OutputError, reason
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.naming import as_stored, saved_names
 from losa.model.saving import untied_though_stated
-from losa.model.wrapping import wrapped_linears
+from losa.output.checks import check_merged
 from losa.output.export import export_model, give_mode_of, save_model, write_report
 from losa.output.sharded_check import check_sharded_export
 from losa.packed.shards import shard_name, write_index, write_shard
@@ -57,8 +57,7 @@ def export_together(
         write = partial(export_model, model, tokenizer, output, record, masks, overwrite=overwrite, force=force)
         by_main(partial(write, **options))
         return
-    if left := list(wrapped_linears(model)):
-        raise ValueError(f"model: expected a merged model, found {len(left)} adapters ({left[0]}); merge_model first")
+    check_merged(model)
     with ExitStack() as stack:
         staged = by_main(lambda: stack.enter_context(staged_directory(output, overwrite, force)))
         check_shared(staged)
