@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from losa.algorithm.schedule import sequences_per_round
 from losa.data.sequences import PackedData
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
-from losa.distributed.processes import check_agreement
+from losa.distributed.processes import check_agreement, is_main
 from losa.distributed.watch import progress
 from losa.errors import DataError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
@@ -110,8 +110,9 @@ def check_inputs(
             f"calibration.data: all {len(compared)} samples are the same text, so that allocation.rates "
             f"{recipe.allocation.rates!r} has nothing to compare; give other text, or set allocation.rates: uniform"
         )
-    for line in _more_than_there_is(recipe, training, windows):
-        logger.warning(line)
+    if is_main():
+        for line in _more_than_there_is(recipe, training, windows):
+            logger.warning(line)
 
 
 def _more_than_there_is(recipe: Recipe, training: PackedData | None, windows: Tensor | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from losa.distributed.sharding import is_spread
 from tests.helpers.processes import ROOT, run_workers
 
 WORKER = ROOT / "tests" / "helpers" / "workers" / "sharding.py"
@@ -23,6 +24,14 @@ def check(found: dict, processes: int) -> None:
     assert found["held"] <= found["all"] / processes * 1.2
 
 
+@pytest.mark.parametrize(
+    "hosts, size, spread",
+    [("aabb", 2, False), ("abab", 2, True), ("abcd", 2, False), ("aaaabbbb", 4, False), ("abababab", 4, True)],
+)
+def test_copies_of_a_model_are_on_one_machine_where_they_can_be(hosts: str, size: int, spread: bool):
+    assert is_spread(hosts, size) is spread
+
+
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("processes", "shard_sizes"), [(3, [0]), (4, [2, 4])])
 def test_a_sharded_model(tmp_path: Path, processes: int, shard_sizes: list[int]):
@@ -31,6 +40,7 @@ def test_a_sharded_model(tmp_path: Path, processes: int, shard_sizes: list[int])
         for each in found:
             check(each, size or processes)
         assert sum(each["held"] for each in found) == found[0]["all"] * processes // (size or processes)
+    assert [result["mixed"] for result in results] == [[]] * processes
     collectives = [result["collectives"] for result in results]
     assert all(each["slice"] for each in collectives)
     assert collectives[-1]["sum"] == [processes * (processes + 1) / 2] * 3
