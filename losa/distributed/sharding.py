@@ -99,8 +99,8 @@ def make_sharding(device: torch.device, shard_size: int | None = None, offload: 
     shape, names = ((copies, size), ("replicate", "shard")) if copies > 1 else ((size,), ("shard",))
     if copies > 1 and is_spread(hosts := from_everyone(socket.gethostname()), size) and is_main():
         logger.warning(
-            "distributed.mode: hsdp: the %d processes that hold a copy of the model are on several machines (%s), though "
-            "a machine has as many; number processes machine by machine (srun --distribution=block)",
+            "distributed.mode: hsdp: the %d processes that hold a copy of the model are on several machines (%s), but "
+            "one machine has as many; number processes machine by machine (srun --distribution=block)",
             *(size, ", ".join(dict.fromkeys(hosts[:size]))),
         )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
