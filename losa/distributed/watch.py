@@ -356,6 +356,6 @@ def _standstill(reports: list[Report], ages: dict[int, float]) -> str:
         places.setdefault(f"{'waiting for others ' if report.waits else ''}at {report.where}", []).append(report)
     told = []
     for place, group in places.items():
-        who = group[0].name() if len(group) == 1 else f"processes {', '.join(str(r.index) for r in group)}"
+        who = group[0].name() if len(group) == 1 else f"processes {', '.join(map(str, sorted(r.index for r in group)))}"
         told.append(f"{who} {place} for {max(ages[r.index] for r in group):.0f} s")
     return f"no process makes progress: {'; '.join(told)}"
