@@ -6,9 +6,6 @@ forward passes of the whole model. Both do nothing to a model that is not sharde
 
 from __future__ import annotations
 
-import logging
-import socket
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.joining import as_patient
-from losa.distributed.processes import from_everyone, is_main, process_count
+from losa.distributed.processes import process_count
 from losa.distributed.watch import waiting
-
-logger = logging.getLogger("losa")
 
 # Bytes to which tensors of any dtype are aligned.
 _ALIGNMENT = 16
@@ -97,21 +92,10 @@ def make_sharding(device: torch.device, shard_size: int | None = None, offload: 
     size = shard_size or process_count()
     copies = process_count() // size
     shape, names = ((copies, size), ("replicate", "shard")) if copies > 1 else ((size,), ("shard",))
-    if copies > 1 and is_spread(hosts := from_everyone(socket.gethostname()), size) and is_main():
-        logger.warning(
-            "distributed.mode: hsdp: the %d processes that hold a copy of the model are on several machines (%s), but "
-            "one machine has as many; number processes machine by machine (srun --distribution=block)",
-            *(size, ", ".join(dict.fromkeys(hosts[:size]))),
-        )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
         as_patient(group)
     return Sharding(mesh, offload)
-
-
-def is_spread(hosts: Sequence[str], size: int) -> bool:
-    """Whether ``size`` neighbouring processes, by every process's host, are on several machines without need."""
-    return len(set(hosts[:size])) > 1 and max(Counter(hosts).values()) >= size
 
 
 def sharding_of(module: nn.Module) -> Sharding | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from losa.distributed.sharding import is_spread
 from tests.helpers.processes import ROOT, run_workers
 
 WORKER = ROOT / "tests" / "helpers" / "workers" / "sharding.py"
@@ -22,14 +21,6 @@ def check(found: dict, processes: int) -> None:
     assert found["changed"] == found["expected changes"]
     # Uneven rows leave a little more to some processes: at most a row of each parameter.
     assert found["held"] <= found["all"] / processes * 1.2
-
-
-@pytest.mark.parametrize(
-    "hosts, size, spread",
-    [("aabb", 2, False), ("abab", 2, True), ("abcd", 2, False), ("aaaabbbb", 4, False), ("abababab", 4, True)],
-)
-def test_copies_of_a_model_are_on_one_machine_where_they_can_be(hosts: str, size: int, spread: bool):
-    assert is_spread(hosts, size) is spread
 
 
 @pytest.mark.subprocess
