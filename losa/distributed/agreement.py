@@ -50,9 +50,9 @@ def check_same_start(settings: Mapping[str, Any]) -> None:
     found = from_everyone((own, _gpu()))
     first_with: dict[tuple[str, str], int] = {}
     for index, (_, gpu) in enumerate(found):
-        if gpu is not None and (other := first_with.setdefault(gpu, index)) != index:
+        if gpu is not None and (earlier := first_with.setdefault(gpu, index)) != index:
             raise LosaError(
-                f"processes {other} and {index} (host {gpu[0]}) have the same GPU; start as many processes on a "
+                f"processes {earlier} and {index} (host {gpu[0]}) have the same GPU; start as many processes on a "
                 "machine as it has GPUs, and let each see its own or all of them"
             )
     for index, (theirs, _) in enumerate(found):
