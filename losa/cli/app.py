@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from losa.cli import info, sparse
-from losa.cli.errors import DEBUG, Commands, debugging, set_up_messages
+from losa.cli.errors import DEBUG, Commands, debugging, set_up_messages, told_to_all
 from losa.cli.options import Device, Dtype, Force, JsonFile
 from losa.cli.recipes import recipe_from
 from losa.errors import LosaError
@@ -97,7 +97,8 @@ def run(
     force: Force = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
-    loaded = recipe_from(recipe, set_, data, output)
+    with told_to_all():
+        loaded = recipe_from(recipe, set_, data, output)
     from losa.run.pipeline import run_recipe
 
     run_recipe(loaded, resume=resume, overwrite=overwrite, force=force)

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -28,8 +28,8 @@ UNEXPECTED = "unexpected error"
 RESUMABLE = ("run", "prune")
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "typer")
 MEMORY_HINTS = {
-    "run": "lower train.batch_size or train.length, or set train.activation_checkpointing: true; `losa plan` shows "
-    "where memory goes",
+    "run": "lower train.batch_size or train.length, set train.activation_checkpointing: true, or hold the model in "
+    "shards (distributed.mode: fsdp, distributed.cpu_offload: true); `losa plan` shows where memory goes",
     "prune": "lower --samples or --length, prune in --dtype bfloat16, or take --pruner wanda, which needs least",
     "eval": "lower --batch-size or --length, or load in --dtype bfloat16",
     "bench": "load in --dtype bfloat16",
@@ -43,8 +43,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
-    code 1; 75 for a run that was asked to stop), Ctrl-C into another sentence (130), and any other exception into a
-    report (1). With --debug every exception goes through that would end with 1."""
+    code 1; 75 for a run that was asked to stop, 76 for one that lost a process), Ctrl-C into another sentence (130),
+    and any other exception into a report (1). With --debug errors that end with 1 keep their traceback."""
 
     def invoke(self, ctx):
         try:
@@ -71,6 +71,20 @@ class Commands(TyperGroup):
                 raise
             _say(message_for(error, None) or report(error))
             raise SystemExit(1) from error
+
+
+@contextmanager
+def told_to_all() -> Iterator[None]:
+    """A LosaError of the context, which a process meets before it has joined the other ones, ends all of them with the
+    same message: they would wait for this process."""
+    try:
+        yield
+    except LosaError as error:
+        if os.environ.get("WORLD_SIZE", "1").strip() != "1":
+            from losa.distributed.launch import end_together
+
+            end_together(str(error))
+        raise
 
 
 def debugging(option: bool) -> bool:
@@ -157,7 +171,9 @@ def _versions() -> str:
 
 def _write_details(text: str) -> Path | None:
     """Into the current directory or, failing that, the directory for temporary files; None where neither works."""
-    name = f"losa-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    # Processes of several machines write into one directory, and may have the same process id.
+    rank = f"-rank{os.environ['RANK'].strip()}" if os.environ.get("RANK", "").strip().isdecimal() else ""
+    name = f"losa-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{rank}.txt"
     for directory in (os.curdir, tempfile.gettempdir()):
         path = Path(directory) / name
         partial = path.with_name(f".{name}.partial")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from losa.data import corpus
 from losa.data.row_files import SUFFIXES, Row, file_rows, first_line
+from losa.distributed.watch import progress
 from losa.errors import DataError, shown
 from losa.recipe.sections import DataSource
 
@@ -33,8 +34,12 @@ def read_rows(source: DataSource) -> list[dict]:
 
 def located_rows(source: DataSource) -> list[Row]:
     """The rows of ``read_rows`` with their places. Raises the same errors."""
+    where = f"reading {source.path}"
     try:
-        rows = list(islice(_rows(source), source.limit))
+        rows = []
+        for row in islice(_rows(source), source.limit):
+            progress(where)
+            rows.append(row)
     except OSError as error:  # the file cannot be looked for: a name too long, a directory without permission
         raise DataError(f"data {shown(source.path)}: cannot be read ({error.strerror or error})") from error
     if not rows:

@@ -15,6 +15,7 @@ from losa.data.rendering import Renderer, encode
 from losa.data.row_formats import row_format, row_text
 from losa.data.sequences import IGNORED, PackedData
 from losa.data.sources import located_rows
+from losa.distributed.watch import progress
 from losa.errors import DataError
 from losa.recipe.sections import DataSource
 
@@ -102,6 +103,7 @@ def evaluation_tokens(source: DataSource, tokenizer) -> Tensor:
         renderer = Renderer(tokenizer, "all")
         ids = []
         for row in rows:
+            progress("tokenizing evaluate.data")
             rendered = renderer(row, source)
             assert rendered is not None  # where all tokens count, no row is skipped
             ids += rendered[0]
@@ -129,7 +131,9 @@ def _packed(
     random.Random(seed).shuffle(rows)
     ids, labels = [], []
     total = read = 0
+    where = f"tokenizing {what}"
     for row, source in rows:
+        progress(where)
         if row_format(row, source) == "text" and not row_text(row, source.text_field).strip():
             continue
         read += 1

@@ -28,8 +28,8 @@ def from_rank_zero(tensor: Tensor) -> Tensor:
 
 
 def sum_over_processes(statistic: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape and dtype, a new tensor. It waits for the processes, not for the
-    device."""
+    """The sum of all processes' tensors of one shape and dtype, a new tensor. On a GPU it is only begun, as every
+    operation there."""
     total = statistic.clone()
     if process_count() > 1:
         dist.all_reduce(total)

@@ -24,6 +24,10 @@ _POLL = 0.1
 # Seconds that the process with the store waits for the others to read why the job ends.
 _GRACE = 5.0
 _HOW = "start the processes with torchrun, or with srun as examples/slurm does"
+# How the store says that all may go on.
+_GO = "go"
+# What launchers of MPI set.
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Place:
 ALONE = Place(0, 1, 0, 1, "localhost", 0)
 
 
+# How long a collective waits, once the processes have joined.
+_patience: list[timedelta] = []
+
+
 def read_place() -> Place | None:
     """The launcher's variables, as torchrun sets them; None for a process that was started alone.
 
@@ -53,6 +61,8 @@ def read_place() -> Place | None:
         LosaError: names the variable that is missing or has a bad value.
     """
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1").strip() == "1":
+        if mpi := next((name for name in _MPI if os.environ.get(name, "1").strip() not in ("", "1")), None):
+            raise LosaError(f"RANK: expected RANK and WORLD_SIZE of a launcher, found {mpi} of MPI; {_HOW}")
         return None
     count = _number("WORLD_SIZE", 1, 2**20)
     index = _number("RANK", 0, count - 1)
@@ -79,19 +89,24 @@ def _number(name: str, lowest: int, highest: int) -> int:
     return value
 
 
-def join(place: Place, device: str, problem: str | None, timeout: timedelta) -> None:
+def join(place: Place, device: str, problem: str | None, timeout: timedelta, limit: float | None = None) -> None:
     """Join all processes in torch's default group, which works in host memory and on the GPU.
 
     Args:
         device: "cpu" or "cuda", the same in every process.
         problem: why this process cannot go on.
         timeout: after which a collective gives up.
+        limit: seconds that this process waits for the others; default: LOSA_JOIN_TIMEOUT.
 
     Raises:
         LosaError: in every process: a process cannot go on, is missing, has another one's number or expects another
             number of processes; or the store cannot be reached.
     """
-    limit = settings.JOIN_TIMEOUT()
+    if device == "cuda":
+        # Where a connection breaks, NCCL's own watchdog would abort the process. The watch over the processes ends it
+        # instead, once it knows which process is lost. torchrun sets the variable.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    limit = limit or settings.JOIN_TIMEOUT()
     store: Any = _connect(place, limit) if place.count > 1 else dist.HashStore()
     _meet(store, place, device, problem, limit)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -103,13 +118,26 @@ def join(place: Place, device: str, problem: str | None, timeout: timedelta) -> 
             f"process {place.index} (host {socket.gethostname()}) cannot reach the others, although all have come: "
             f"{reason(error)}; where a machine has several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name one"
         ) from error
-    dist.distributed_c10d._set_pg_timeout(timeout)
+    _patience[:] = [timeout]
+    as_patient(dist.group.WORLD)
+
+
+def as_patient(group: Any) -> Any:
+    """The group, whose collective calls now wait as long as ``join`` was told. New groups have limits of torch's, which
+    may come before the watch over the processes names one."""
+    for timeout in _patience:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return group
+
+
+def kept_by_launcher() -> bool:
+    """Whether torchrun keeps the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _connect(place: Place, limit: float) -> Any:
     """The store that all processes share."""
-    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    keeps = place.index == 0 and not kept_by_launcher
+    keeps = place.index == 0 and not kept_by_launcher()
     if not keeps:
         _await_listener(place, limit)
     made: list[Any] = []
@@ -130,8 +158,8 @@ def _connect(place: Place, limit: float) -> Any:
         if "EADDRINUSE" in why:
             raise LosaError(f"port {place.port} on this machine is in use (MASTER_PORT); set another")
         raise LosaError(f"process {place.index}: the processes' store at {place.store} cannot be used: {why}")
-    # torchrun keeps one store for all its attempts. Its counts of attempts may differ between machines.
-    if kept_by_launcher and place.local_count == place.count:
+    if kept_by_launcher():
+        # torchrun keeps one store for all its attempts.
         return dist.PrefixStore(f"losa/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", made[0])
     return made[0]
 
@@ -153,8 +181,8 @@ def _await_listener(place: Place, limit: float) -> None:
 
 def _meet(store: Any, place: Place, device: str, problem: str | None, limit: float) -> None:
     """Wait until every process has come and none has a problem."""
-    began = time.monotonic()
     me = f"host {socket.gethostname()}, pid {os.getpid()}"
+    began = time.monotonic()
     store.add("losa/came", 1)
     found = store.compare_set(f"losa/place/{place.index}", "", me).decode()
     if problem is not None:
@@ -163,16 +191,23 @@ def _meet(store: Any, place: Place, device: str, problem: str | None, limit: flo
         problem = f"two processes have RANK={place.index}: one on {found}, one on {me}; or two jobs share {place.store}"
     else:
         problem = _differs(store, place, "WORLD_SIZE", str(place.count)) or _differs(store, place, "device", device)
-    keys = [f"losa/place/{index}" for index in range(place.count)]
+    if problem is None:
+        store.set(f"losa/fine/{place.index}", "")
+    fine = [f"losa/fine/{index}" for index in range(place.count)]
     while True:
-        if problem is None and time.monotonic() - began > limit:
-            missing = ", ".join(str(i) for i, key in enumerate(keys) if not store.check([key]))
-            problem = f"of {place.count} processes these have not come within {limit:g} s: {missing}"
-        if problem is not None:
-            store.compare_set("losa/problem", "", problem)
-        if store.check(["losa/problem"]):
-            _end(store, place)
-        if store.check(keys):
+        # One key decides for all: nobody goes on where another process ends.
+        outcome = problem
+        if outcome is None and time.monotonic() - began > limit:
+            missing = [str(index) for index, key in enumerate(fine) if not store.check([key])]
+            outcome = f"of {place.count} processes these have not come within {limit:g} s: {', '.join(missing)}"
+        elif outcome is None and place.index == 0 and store.check(fine):
+            outcome = _GO
+        if outcome is not None:
+            store.compare_set("losa/outcome", "", outcome)
+        if store.check(["losa/outcome"]):
+            outcome = store.get("losa/outcome").decode()
+            if outcome != _GO or problem is not None:
+                _end(store, place, problem if outcome == _GO else outcome)
             return
         time.sleep(_POLL)
 
@@ -183,8 +218,8 @@ def _differs(store: Any, place: Place, what: str, value: str) -> str | None:
     return None if found == value else f"{what}: process {place.index} has {value}, process {first} has {found}"
 
 
-def _end(store: Any, place: Place) -> NoReturn:
-    problem = store.get("losa/problem").decode()
+def _end(store: Any, place: Place, problem: str | None) -> NoReturn:
+    """Leave, process 0 after the others have read why."""
     store.add("losa/told", 1)
     began = time.monotonic()
     while place.index == 0 and time.monotonic() - began < _GRACE:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from losa.distributed.agreement import check_same_start
-from losa.distributed.joining import ALONE, Place, join, read_place
-from losa.distributed.processes import joined, launched_per_machine, process_count
+from losa.distributed.joining import ALONE, Place, join, kept_by_launcher, read_place
+from losa.distributed.processes import joined, launched, on_main, process_count
 from losa.distributed.stop import heeding_signals
 from losa.distributed.watch import Limits, watched
 from losa.errors import LosaError, RecipeError
@@ -29,9 +29,11 @@ _PARALLEL = {
     "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
     "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
 }
-# A collective gives up after so many times distributed.timeout: the watch, which names processes, comes first, and a
-# process with little to do may wait for one with much.
+# A collective of gloo gives up after so many times distributed.timeout: the watch, which names processes, comes first,
+# and a process with little to do may wait for one with much.
 _PATIENCE = 2
+# Seconds in which a process that cannot start tries to tell the others.
+_TELLING = 60.0
 
 
 @contextmanager
@@ -54,8 +56,8 @@ def working_together(device: str, config: DistributedConfig, settings: Mapping[s
     with heeding_signals():
         own_device = start_processes(device, config)
         with watched(Limits(progress=config.timeout)):
-            check_same_start(settings)
-            check_config(config, process_count(), launched_per_machine())
+            check_same_start({**settings, "launched": {"distributed.mode": as_launched(config).mode}})
+            check_config(config, process_count(), on_main(lambda: launched().local_count))
             yield own_device
 
 
@@ -75,8 +77,6 @@ def start_processes(device: str, config: DistributedConfig | None = None) -> str
         LosaError: in every process, before anything is loaded: a launch that is not supported, or processes that cannot
             find each other.
     """
-    from accelerate import PartialState
-
     config = config or DistributedConfig()
     place = read_place()
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -90,13 +90,30 @@ def start_processes(device: str, config: DistributedConfig | None = None) -> str
         problem = str(error)
     if not joined() and (place is not None or config.cpu_offload):
         join(place or ALONE, kind, problem, _PATIENCE * timedelta(seconds=config.timeout))
-    if PartialState(cpu=kind == "cpu").num_processes != process_count():
-        raise LosaError("distributed: expected RANK and WORLD_SIZE of a launcher, found variables of MPI; use torchrun")
     return device
 
 
+def end_together(problem: str) -> None:
+    """Tell the other processes, which are about to join, why this one cannot go on.
+
+    Raises:
+        LosaError: in every process, with ``problem``; none where the others cannot be told.
+    """
+    try:
+        if not joined() and (place := read_place()) is not None and place.count > 1:
+            join(place, "", problem, timedelta(), limit=_TELLING)
+    except LosaError as error:
+        if problem in str(error):
+            raise
+
+
 def _own_device(device: str, kind: str, place: Place | None) -> str:
-    if place is None or place.count == 1 or kind == "cpu":
+    if kind == "cpu":
+        return device
+    if place is None or place.count == 1:
+        number = device.removeprefix("cuda:")
+        if number.isdecimal() and int(number) < torch.cuda.device_count():
+            torch.cuda.set_device(int(number))  # shards are on the current device
         return device
     if device not in ("auto", "cuda"):
         raise LosaError(f"device: expected auto, cuda or cpu with several processes, got {device}")
@@ -111,7 +128,7 @@ def _own_device(device: str, kind: str, place: Place | None) -> str:
 
 def check_launcher() -> None:
     """Raises LosaError where accelerate's launcher asks for an engine, or a kind of parallelism, that losa does not
-    work with."""
+    work with; or torchrun for restarts that could not work."""
     for variable, message in _ENGINES.items():
         if _is_on(variable):
             raise LosaError(f"distributed: {message}")
@@ -119,6 +136,13 @@ def check_launcher() -> None:
         size = os.environ.get(variable, "1").strip()
         if size not in ("", "0", "1"):
             raise LosaError(f"distributed: {name} is not supported ({variable}={size}); set distributed.mode: fsdp")
+    machines, restarts = (os.environ.get(name, "0") for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if kept_by_launcher() and machines not in ("0", "1") and restarts != "0":
+        raise LosaError(
+            f"distributed: with --max-restarts {restarts} on {machines} machines torchrun would give new processes the "
+            "store of the dead ones; launch with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or with "
+            "--max-restarts 0"
+        )
     version = os.environ.get("FSDP_VERSION", "1")
     if _is_on("ACCELERATE_USE_FSDP") and version != "2":
         raise LosaError(

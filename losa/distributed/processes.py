@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from losa.distributed.watch import others_wait
+from losa.distributed.joining import ALONE, Place, as_patient, read_place
+from losa.distributed.watch import others_wait, waiting
 from losa.errors import LosaError, OutputError
 
 # Seconds between two looks at whether the main process is done.
@@ -36,19 +37,13 @@ def process_index() -> int:
     return dist.get_rank() if joined() else 0
 
 
-def launched_index() -> int:
-    """The number that the launcher gave to this process, for use before the processes have joined."""
-    return int(os.environ.get("RANK") or "0")
+def launched() -> Place:
+    """What the launcher gave to this process, for use before the processes have joined, too.
 
-
-def launched_count() -> int:
-    """How many processes the launcher started, for use before the processes have joined."""
-    return int(os.environ.get("WORLD_SIZE") or "1")
-
-
-def launched_per_machine() -> int:
-    """How many processes the launcher started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched_count())
+    Raises:
+        LosaError: as ``read_place``.
+    """
+    return read_place() or ALONE
 
 
 def is_main() -> bool:
@@ -66,34 +61,43 @@ def on_main(work: Callable[[], _T]) -> _T:
         work: its result can be pickled.
 
     Raises:
-        LosaError: in the other processes, when ``work`` failed in the main process. The main process raises the error
-            of ``work`` itself.
+        LosaError: in every process, where ``work`` raises one in the main process. Of another error, which the main
+            process raises, the other processes say only that there was one.
     """
     if process_count() == 1:
         return work()
     store: Any = dist.distributed_c10d._get_default_store()
-    key = f"losa/{next(_calls)}"
+    # The name tells calls apart where one process has skipped a call: a process then waits, and takes no other result.
+    key = f"losa/{next(_calls)}/{_name(work)}"
     if not is_main():
-        return _wait(store, key)
+        with waiting():
+            return _wait(store, key)
     try:
         with others_wait():
             result = work()
-    except BaseException:
-        store.set(key, pickle.dumps((False, None)))
+    except BaseException as error:
+        told = error if isinstance(error, LosaError) else LosaError("the main process failed; its own message says why")
+        store.set(key, pickle.dumps((told, None)))
         raise
-    store.set(key, pickle.dumps((True, result)))
+    store.set(key, pickle.dumps((None, result)))
     return result
+
+
+def _name(work: Any) -> str:
+    while isinstance(work, partial):
+        work = work.func
+    return getattr(work, "__qualname__", type(work).__qualname__)
 
 
 def _wait(store, key: str):
     try:
         while not store.check([key]):
             time.sleep(_POLL)
-        done, result = pickle.loads(store.get(key))
+        error, result = pickle.loads(store.get(key))
     except RuntimeError as error:  # the store went with the process that held it
         raise LosaError("the main process ended before its work was done; its own message says why") from error
-    if not done:
-        raise LosaError("the main process failed; its own message says why")
+    if error is not None:
+        raise error
     return result
 
 
@@ -102,7 +106,8 @@ def from_everyone(value: Any) -> list[Any]:
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
-    dist.all_gather_object(values, value, group=control_group())
+    with waiting():
+        dist.all_gather_object(values, value, group=control_group())
     return values
 
 
@@ -116,16 +121,6 @@ def control_group() -> Any:
     if not _control:
         _control.append(as_patient(dist.new_group(backend="gloo")))
     return _control[0]
-
-
-def as_patient(group: Any) -> Any:
-    """The group, whose collective calls now wait as long as those of the default group. New groups have limits of
-    torch's, which may come before the watch over the processes names one."""
-    world: Any = dist.group.WORLD
-    options = getattr(world._get_backend(world._device_types[0]), "options", None)
-    if options is not None:
-        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
-    return group
 
 
 def check_agreement(what: str, value: str) -> None:

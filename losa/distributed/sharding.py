@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from losa.distributed.processes import as_patient, process_count
+from losa.distributed.joining import as_patient
+from losa.distributed.processes import process_count
+from losa.distributed.watch import waiting
 
 # Bytes to which tensors of any dtype are aligned.
 _ALIGNMENT = 16
@@ -59,19 +61,22 @@ class Sharding:
         return range(min(first, count), min(first + chunk, count))
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
-        """The tensor of ``shape`` of which this process holds ``rows``, contiguous."""
+        """The tensor of ``shape`` of which this process holds ``rows``, which are contiguous."""
         if not rows.is_meta:
             rows = rows.to("cpu" if self.offload else self.device)
             if self.offload and self.mesh.device_type == "cuda":
                 # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
                 rows = rows.pin_memory()
+        return self._of_rows(rows, shape)
+
+    def _of_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
         stride = torch.empty(shape, device="meta").stride()
         spec = DTensorSpec(self.mesh, tuple(self.placements), TensorMeta(shape, stride, rows.dtype))
         # DTensor.from_local would move rows that wait in host memory to the mesh's device.
         return DTensor(rows, spec, requires_grad=False)
 
     def shard(self, whole: Tensor) -> DTensor:
-        """This process's rows of a tensor that every process has, in memory of their own."""
+        """This process's rows, copied, of a tensor that every process has."""
         rows = self.rows(len(whole))
         return self.from_rows(whole.detach()[rows.start : rows.stop].clone(), whole.shape)
 
@@ -123,7 +128,8 @@ def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
         rows = tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
         sent[place : place + len(rows)].copy_(rows)
     shared: Any = DTensor.from_local(sent, sharding.mesh, sharding.placements, run_check=False)
-    found = shared.full_tensor().view(shards, -1)
+    with waiting():
+        found = shared.full_tensor().view(shards, -1)
     parts = [found[:, place : place + size].clone() for place, size in zip(places, sizes, strict=True)]
     rows_of_all = [part.view(-1).view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=True)]
     return [rows[: len(t)] for rows, t in zip(rows_of_all, tensors, strict=True)]
@@ -133,7 +139,8 @@ def on_host(tensor: Tensor) -> Tensor:
     """A tensor in host memory: the rows that this process holds of a sharded one, which stays sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.to("cpu")
-    return Sharding(Sharding.of(tensor).mesh, offload=True).from_rows(tensor.to_local().detach(), tensor.shape)
+    # New rows are not pinned: pinned memory is rounded up to powers of two, and never given back.
+    return Sharding.of(tensor)._of_rows(tensor.to_local().detach().to("cpu"), tensor.shape)
 
 
 def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
@@ -231,7 +238,7 @@ def _gathered(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         # New modules inside of the old ones are seen too.
         now = dict.fromkeys(inner for module in modules for inner in (module, *module.children()))
-        _put_rows(list(now), sharding, {known.first.data_ptr(): known for known in wholes.values()})
+        _put_rows(list(now), sharding, {_address(known.parameter, known.first): known for known in wholes.values()})
 
 
 def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
@@ -242,8 +249,13 @@ def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _W
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(parameter.data_ptr()))
+                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(_address(parameter, parameter)))
             module._parameters[name] = made[id(parameter)]
+
+
+def _address(parameter: nn.Parameter, memory: Tensor) -> int:
+    """Where a parameter's memory is; of an empty one, which has none, which object it is."""
+    return memory.data_ptr() or id(parameter)
 
 
 def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None) -> nn.Parameter:

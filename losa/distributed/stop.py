@@ -6,8 +6,10 @@ were asked; they call it together, at a step or any other boundary, and so stop 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +18,15 @@ import torch
 import torch.distributed as dist
 
 from losa.distributed.processes import control_group, process_count
+from losa.distributed.watch import waiting
 from losa.errors import LosaError
 
 # SIGTERM: whoever manages the machine wants it back. SIGUSR1: a batch system's warning ahead of the time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# Seconds: SIGTERMs that come closer to each other are one request, which a launcher passes on to a process that the
+# machine's manager has asked too.
+_ONE_REQUEST = 5.0
 
 # The number of the signal that came last; 0: none.
 _came = 0
@@ -56,19 +63,27 @@ class Asked:
 def heeding_signals() -> Iterator[None]:
     """Within the context SIGTERM and SIGUSR1 only ask to stop (``agree``); afterwards they do what they did before.
 
-    A second SIGTERM within the context does what SIGTERM did before it, which by default ends the process at once.
-    Python takes signals in the main thread only; in any other thread the context changes nothing.
+    A second SIGTERM within the context, some seconds after the first one, does what SIGTERM did before: by default it
+    ends the process. Python takes signals in the main thread alone, between two of its instructions: a process that
+    waits in a collective call takes none. In any other thread the context changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    asked: float | None = None
 
     def note(number, frame) -> None:
         global _came
+        nonlocal asked
         _came = number
-        if number == signal.SIGTERM:
+        if number != signal.SIGTERM:
+            return
+        if asked is None:
+            asked = time.monotonic()
+        elif time.monotonic() - asked > _ONE_REQUEST:
             signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
 
     for number in SIGNALS:
         signal.signal(number, note)
@@ -93,7 +108,8 @@ def agree(save: bool = False) -> Asked:
     """
     flags = torch.tensor([int(save), _came])
     if process_count() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=control_group())
+        with waiting():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=control_group())
     wanted, number = flags.tolist()
     return Asked(bool(wanted or number), signal.Signals(number).name if number else None)
 

@@ -10,7 +10,8 @@ from losa.distributed.processes import from_everyone, process_count, process_ind
 from losa.errors import LosaError
 
 _T = TypeVar("_T")
-# Errors that other processes raise as what they are; each is made of its message.
+# Errors that other processes raise as what they are; each is made of its message, which Stopped and ProcessLost are
+# not: work does not look for signals.
 _KINDS = (ValueError, *(kind for kind in vars(losa.errors).values() if isinstance(kind, type)))
 
 

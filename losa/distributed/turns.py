@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +11,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from losa.distributed.processes import from_everyone, on_main, process_count, process_index
+from losa.distributed.processes import from_everyone, launched, process_count, process_index
 from losa.distributed.sharding import whole
 from losa.distributed.together import together
-from losa.distributed.watch import others_wait, progress
-from losa.errors import LosaError
+from losa.distributed.watch import others_wait, progress, waiting
 
 # Seconds between two looks at whether the first processes of all machines are done.
 _POLL = 0.05
@@ -32,28 +30,13 @@ def everywhere(work: Callable[[], _T]) -> _T:
     return results[0]
 
 
-def by_main(work: Callable[[], _T]) -> _T:
-    """``on_main``; a LosaError of the main process is raised in every process."""
-
-    def attempt() -> tuple[Any, LosaError | None]:
-        try:
-            return work(), None
-        except LosaError as error:
-            return None, error
-
-    result, error = on_main(attempt)
-    if error is not None:
-        raise error
-    return result
-
-
 def on_each_machine(work: Callable[[], object]) -> None:
     """Run ``work``, which may take hours, in the first process of every machine. Every process waits for all of them,
     without a time limit, in the processes' key-value store. Raises as ``together``."""
-    first = int(os.environ.get("LOCAL_RANK") or "0") == 0
     if process_count() == 1:
         work()
         return
+    first = launched().local_index == 0
     store: Any = dist.distributed_c10d._get_default_store()
     number = next(_calls)
     workers = [index for index, works in enumerate(from_everyone(first)) if works]
@@ -66,8 +49,9 @@ def on_each_machine(work: Callable[[], object]) -> None:
         finally:
             if first:
                 store.set(f"losa/machines/{number}/{process_index()}", "")
-            while not store.check([f"losa/machines/{number}/{index}" for index in workers]):
-                time.sleep(_POLL)
+            with waiting():
+                while not store.check([f"losa/machines/{number}/{index}" for index in workers]):
+                    time.sleep(_POLL)
 
     together(work_and_wait)
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import groupby
 from typing import Any
 
 import torch.distributed as dist
@@ -53,19 +52,22 @@ class Limits:
 
 @dataclass
 class Report:
-    """What a process says of itself. ``beat``: number of the report; ``where``, ``age``, ``place``: where its main
-    thread is, for how many seconds, and how many places it has been at before; ``waits``: all processes wait for this
-    one, however long its work takes; ``ended``: None while it works, "" after its work, else why it failed, with the
-    exit code ``code``."""
+    """What a process says of itself. ``beat``: number of the report; ``where``, ``since``, ``age``: where its main
+    thread is, when it came there by its machine's clock, and for how many seconds; ``waits``: whether it waits there
+    for other processes; ``awaited``: all processes wait for this one, however long its work takes; ``broken``: whether
+    NCCL met an error; ``ended``: None while it works, "" after its work, else why it failed, with the exit code
+    ``code``."""
 
     index: int
     host: str
     pid: int
     beat: int = 0
     where: str = "the start"
+    since: float = 0.0
     age: float = 0.0
-    place: int = 0
     waits: bool = False
+    awaited: bool = False
+    broken: bool = False
     ended: str | None = None
     code: int = 0
 
@@ -77,7 +79,7 @@ class _Position:
     """Where this process's main thread is."""
 
     def __init__(self) -> None:
-        self.where, self.since, self.place, self.waits = "the start", time.monotonic(), 0, False
+        self.where, self.since, self.waits, self.awaited = "the start", time.monotonic(), False, False
 
 
 _position = _Position()
@@ -86,17 +88,27 @@ _position = _Position()
 def progress(where: str) -> None:
     """Say where the main thread is now, such as "round 2, step 17": ``distributed.timeout`` counts from here. Every
     process calls it, at least once in each stretch of work that takes minutes."""
-    _position.where, _position.since, _position.place = where, time.monotonic(), _position.place + 1
+    _position.where, _position.since = where, time.monotonic()
 
 
 @contextmanager
 def others_wait() -> Iterator[None]:
     """Within the context the other processes wait for this one, and ``distributed.timeout`` does not count."""
+    before, _position.awaited = _position.awaited, True
+    try:
+        yield
+    finally:
+        _position.awaited, _position.since = before, time.monotonic()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within the context this process waits for other processes, so that a job that hangs is not blamed on it."""
     before, _position.waits = _position.waits, True
     try:
         yield
     finally:
-        _position.waits, _position.since = before, time.monotonic()
+        _position.waits = before
 
 
 _watches = itertools.count()
@@ -151,6 +163,7 @@ class _Watch:
         # When the number of a process's report last changed, by this process's clock. All begin as just heard.
         self.heard = dict.fromkeys(range(self.count), time.monotonic())
         self.failed_since: float | None = None
+        self.broken_since: float | None = None
         self.answered = time.monotonic()
         self.done = threading.Event()
         self._report()
@@ -164,8 +177,9 @@ class _Watch:
     def _report(self) -> None:
         me, position = self.me, _position
         me.beat += 1
-        me.where, me.place, me.waits = position.where, position.place, position.waits
-        me.age = time.monotonic() - position.since
+        me.where, me.waits, me.awaited = position.where, position.waits, position.awaited
+        me.age, me.broken = time.monotonic() - position.since, _nccl_is_broken()
+        me.since = time.time() - me.age
         self.store.set(str(me.index), json.dumps(asdict(me)))
 
     def _read(self, store: Any, indices: range) -> None:
@@ -195,9 +209,7 @@ class _Watch:
         """Exit code and sentence for another process that failed."""
         for index, report in list(self.reports.items()):
             if report.ended and index != self.me.index:
-                # A process that failed because of another one has said which.
-                lost = report.code == LOST_EXIT_CODE
-                return report.code, report.ended if lost else f"{report.name()} failed: {report.ended}"
+                return report.code, _sentence(report)
         return None
 
     def _without_store(self, what: str) -> tuple[int, str]:
@@ -232,18 +244,25 @@ class _Watch:
 
     def _judge(self) -> None:
         limits, working = self.limits, self._working()
+        broken = [report.name() for report in self.reports.values() if report.broken]
+        silent = limits.broken if broken else limits.silent
         for index in working:
-            if self._silence(index) > limits.silent:
-                self._condemn(LOST_EXIT_CODE, self._lost(index, limits.silent))
+            if self._silence(index) > silent:
+                self._condemn(LOST_EXIT_CODE, self._lost(index, silent))
         failed = self._failed()
         if failed is not None:
             self.failed_since = self.failed_since or time.monotonic()
             # Processes that all fail alike end by themselves.
             if time.monotonic() - self.failed_since > limits.grace:
                 self._condemn(*failed)
+        if broken:
+            self.broken_since = self.broken_since or time.monotonic()
+            # A process that was killed goes silent meanwhile, and is named above.
+            if time.monotonic() - self.broken_since > limits.broken + limits.grace:
+                self._condemn(LOST_EXIT_CODE, f"NCCL met an error, which it logs, in {', '.join(broken)}")
         reports = [self.reports[i] for i in working if i in self.reports]
         ages = {r.index: r.age + self._silence(r.index) for r in reports}
-        if min(ages.values()) > limits.progress and not any(r.waits for r in reports):
+        if min(ages.values()) > limits.progress and not any(r.awaited for r in reports):
             self._condemn(LOST_EXIT_CODE, _standstill(reports, ages))
 
     def _condemn(self, code: int, sentence: str) -> None:
@@ -298,8 +317,25 @@ class _Watch:
                 if all(i == 0 or self._silence(i) > limits.broken for i in self._working()):
                     return
                 time.sleep(limits.period / 20)
+            if me.index == 0 and me.ended:
+                # Nobody judges any more, and a process that waits for this one cannot find out by itself.
+                self.last_store.set("verdict", json.dumps([me.code, _sentence(me)]))
+                time.sleep(2 * limits.period)
         except RuntimeError:
             return  # Nobody keeps the store any more.
+
+
+def _sentence(report: Report) -> str:
+    """How another process quotes one that failed."""
+    # A process that failed because of another one has said which.
+    return str(report.ended) if report.code == LOST_EXIT_CODE else f"{report.name()} failed: {report.ended}"
+
+
+def _nccl_is_broken() -> bool:
+    """Whether NCCL met an error: its own watchdog, which is told not to end the process, notes the first one."""
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(device) for group in groups for device in group._device_types]
+    return any(backend.get_error().name != "SUCCESS" for backend in backends if backend.name() == "nccl")
 
 
 def _error(code: int, sentence: str) -> LosaError:
@@ -314,14 +350,12 @@ def _clone(prefix: str, timeout: float) -> Any:
 
 
 def _standstill(reports: list[Report], ages: dict[int, float]) -> str:
-    """Where all processes are; who is behind comes first."""
-    places = []
-    for (_, where), found in groupby(sorted(reports, key=_place), key=_place):
-        group = list(found)
-        who = group[0].name() if len(group) == 1 else f"processes {', '.join(str(r.index) for r in group)}"
-        places.append(f"{who} at {where} for {max(ages[r.index] for r in group):.0f} s")
-    return f"no process makes progress: {'; '.join(places)}"
-
-
-def _place(report: Report) -> tuple[int, str]:
-    return report.place, report.where
+    """Where all processes are. Who does not wait for others comes first, and of those who came to its place first."""
+    places: dict[str, list[Report]] = {}
+    for report in sorted(reports, key=lambda report: (report.waits, report.since)):
+        places.setdefault(f"{'waiting for others ' if report.waits else ''}at {report.where}", []).append(report)
+    told = []
+    for place, group in places.items():
+        who = group[0].name() if len(group) == 1 else f"processes {', '.join(map(str, sorted(r.index for r in group)))}"
+        told.append(f"{who} {place} for {max(ages[r.index] for r in group):.0f} s")
+    return f"no process makes progress: {'; '.join(told)}"

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from losa.distributed.agreement import check_shared
-from losa.distributed.processes import process_count, process_index
+from losa.distributed.processes import on_main, process_count, process_index
 from losa.distributed.sharding import gathered, gathered_calls, sharding_of
 from losa.distributed.together import together
-from losa.distributed.turns import by_main
 from losa.distributed.watch import progress
 from losa.errors import OutputError, reason
 from losa.model.blocks import Blocks, find_blocks
@@ -55,18 +54,18 @@ def export_together(
     options: dict[str, Any] = {"sample_ids": sample_ids, "extra_files": extra_files}
     if sharding_of(model) is None:
         write = partial(export_model, model, tokenizer, output, record, masks, overwrite=overwrite, force=force)
-        by_main(partial(write, **options))
+        on_main(partial(write, **options))
         return
     check_merged(model)
     with ExitStack() as stack:
-        staged = by_main(lambda: stack.enter_context(staged_directory(output, overwrite, force)))
+        staged = on_main(lambda: stack.enter_context(staged_directory(output, overwrite, force)))
         check_shared(staged)
         with gathered_calls(model, find_blocks(model)):
             untied = untied_though_stated(model)
-        by_main(partial(_write_rest, model, tokenizer, staged, output, record, extra_files or {}, untied))
+        on_main(partial(_write_rest, model, tokenizer, staged, output, record, extra_files or {}, untied))
         _write_weights(model, staged, output)
         check_sharded_export(staged, model, tokenizer, record, masks, sample_ids)
-        by_main(stack.close)
+        on_main(stack.close)
 
 
 def _write_rest(
@@ -116,7 +115,7 @@ def _write_weights(model: nn.Module, staged: Path, output: Path) -> None:
             files = {name: file for name, (file, _) in sorted(places.items())}
             write_index(staged, files, sum(size for _, size in places.values()))
 
-    by_main(write_places)
+    on_main(write_places)
 
 
 def _parts(model: nn.Module, blocks: Blocks) -> Iterator[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from losa.distributed.launch import as_launched
-from losa.distributed.processes import launched_per_machine, on_main, process_count
+from losa.distributed.processes import launched, on_main, process_count
 from losa.recipe.sections import Recipe
 from losa.run.machine import capacity
 from losa.run.placement import Placement, choose
@@ -26,7 +26,7 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
         ModelError: in mode "auto": the configuration cannot be had, or the model has no blocks.
         LosaError: in the other processes, where process 0 fails.
     """
-    config, per_machine = as_launched(recipe.distributed), on_main(launched_per_machine)
+    config, per_machine = as_launched(recipe.distributed), on_main(lambda: launched().local_count)
     return choose(
         config, process_count(), per_machine, lambda found: on_main(lambda: _fits(recipe, device, found, per_machine))
     )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from losa.algorithm.schedule import sequences_per_round
 from losa.data.sequences import PackedData
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
+from losa.distributed.processes import check_agreement, is_main
+from losa.distributed.watch import progress
 from losa.errors import DataError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
 from losa.model.block_calls import Call
@@ -42,29 +44,39 @@ class Inputs:
 
 
 def read_inputs(recipe: Recipe, model: nn.Module, tokenizer) -> Inputs:
-    """Tokenize the recipe's texts. Warns of settings that ask for more than there is.
+    """Tokenize the recipe's texts. Warns of settings that ask for more than there is. All processes call it together.
 
     Raises:
         DataError: a source cannot be read or holds too little, or the samples to compare are all the same.
         ModelError: the texts do not suit the model.
+        OutputError: the processes read other texts.
     """
     c, t, e = recipe.calibration, recipe.train, recipe.evaluate
+    progress("reading calibration.data")
     calibration = calibration_tokens(c.data, tokenizer, c.samples, c.length, recipe.seed)
     training = None
     if t is not None:
+        progress("reading train.data")
         training = training_sequences(t.data, tokenizer, t.length, recipe.seed, t.train_on, t.max_tokens)
     fingerprint = {CALIBRATION: tensor_digest(calibration)}
     if training is not None:
         fingerprint[TRAINING] = tensor_digest(training.input_ids, training.labels)
-    if e is None:
+    tokens = None
+    if e is not None:
+        progress("reading evaluate.data")
+        tokens = evaluation_tokens(e.data, tokenizer)
+        fingerprint[EVALUATION] = tensor_digest(tokens)
+    # What follows may run the model, which the processes must do alike.
+    for what, digest in fingerprint.items():
+        check_agreement(what, digest)
+    if e is None or tokens is None:
         check_inputs(model, recipe, calibration, training, None)
         return Inputs(calibration, training, lambda model: None, fingerprint)
-    tokens = evaluation_tokens(e.data, tokenizer)
-    fingerprint[EVALUATION] = tensor_digest(tokens)
     bos = window_start(tokenizer, "evaluate.bos_per_window") if e.bos_per_window else None
     windows = evaluation_windows(tokens, e.length, e.max_windows, bos)
     check_inputs(model, recipe, calibration, training, windows)
     if bos is None:
+        progress("looking at the start of windows")
         warn_of_missing_start(model, tokenizer, tokens, e.length)
     text = len(windows) * (e.length - (bos is not None))
     protocol = {"data": e.data.model_dump(), "length": e.length, "windows": len(windows), "tokens": text}
@@ -98,8 +110,9 @@ def check_inputs(
             f"calibration.data: all {len(compared)} samples are the same text, so that allocation.rates "
             f"{recipe.allocation.rates!r} has nothing to compare; give other text, or set allocation.rates: uniform"
         )
-    for line in _more_than_there_is(recipe, training, windows):
-        logger.warning(line)
+    if is_main():
+        for line in _more_than_there_is(recipe, training, windows):
+            logger.warning(line)
 
 
 def _more_than_there_is(recipe: Recipe, training: PackedData | None, windows: Tensor | None) -> Iterator[str]:

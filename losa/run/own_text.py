@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from losa.data.splitting import named_parts, split
-from losa.distributed.processes import launched_index
+from losa.distributed.processes import launched
 from losa.errors import RecipeError
 
 # The sections of a recipe that read text, by the part of the user's text that they get.
@@ -32,7 +32,7 @@ def own_text(recipe: dict, data: Path, output: Path, log: Callable[[str], None])
     parts = named_parts(data)
     if not parts:
         parts, message = split(data, output.with_name(f"{output.name}.data"))
-        if launched_index() == 0:
+        if launched().index == 0:
             log(message)
     if missing := [part for part in wanted if part not in parts]:
         there = ", ".join(path.name for path in parts.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from contextlib import ExitStack
@@ -23,9 +24,11 @@ from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
-from losa.distributed.watch import others_wait, progress
+from losa.distributed.turns import everywhere
+from losa.distributed.watch import progress
 from losa.model.blocks import Blocks, find_blocks
-from losa.model.loading import load_model, torch_device
+from losa.model.hub_files import fetch
+from losa.model.loading import load_model, locate_model, torch_device
 from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import sparsity_of
 from losa.output.checks import mask_records
@@ -113,12 +116,12 @@ def _run(
         torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer = _load(recipe, device)
-        progress("reading texts")
+        check()
         inputs = read_inputs(recipe, model, tokenizer)
-        progress("comparing inputs")
+        check()
+        progress("comparing weights")
         inputs.fingerprint[WEIGHTS] = model_digest(model)
-    for what, digest in inputs.fingerprint.items():
-        check_agreement(what, digest)
+        check_agreement(WEIGHTS, inputs.fingerprint[WEIGHTS])
     check()
     if resume:
         on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
@@ -167,13 +170,25 @@ def _run(
 
 def _load(recipe: Recipe, device: str) -> tuple[nn.Module, object]:
     """The recipe's model, whole or this process's rows of it, and its tokenizer."""
+    if process_count() > 1:
+        _fetch(recipe)
     sharding = placement_of(recipe, device).sharding(torch_device(device))
     how: dict[str, Any] = {"gguf_file": recipe.gguf_file, "dtype": recipe.dtype}
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:
-        with others_wait():  # for a download by each process, too
-            return load_model(recipe.model, device=device, **how)
+        progress(f"loading {recipe.model}")
+        return load_model(recipe.model, device=device, **how)
     return load_sharded(recipe.model, sharding, **how)
+
+
+def _fetch(recipe: Recipe) -> None:
+    """Download a model of the hub once for all processes of a machine. They wait for that however long it takes, as
+    they would not for a download by each process."""
+    source, file = everywhere(partial(locate_model, recipe.model, recipe.gguf_file))
+    local = os.path.isdir(source)
+    check_agreement(f"model {recipe.model!r}", "a directory" if local else "no directory of that name")
+    if not local and file is None:
+        fetch(source, recipe.trust_remote_code)
 
 
 def _run_methods(
@@ -196,8 +211,9 @@ def _run_methods(
             if saved is not None:
                 results.append(saved)
                 continue
-        for linear_name, linear in originals.items():
-            blocks.model.set_submodule(linear_name, linear)
+        _put_back(blocks.model, originals)
+        if exported:
+            originals.clear()  # nobody restores after this method, and merged weights are to take their place
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         results.append(outcome.result)
@@ -205,6 +221,11 @@ def _run_methods(
             on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
         _log_result(console, outcome.result)
     return results, outcome
+
+
+def _put_back(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
 
 
 def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:

@@ -16,7 +16,8 @@ import torch.futures
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
-from losa.distributed.processes import as_patient, is_main, joined
+from losa.distributed.joining import as_patient
+from losa.distributed.processes import is_main, joined
 from losa.errors import OutputError
 from losa.run.documents import write_document
 from losa.run.states import METADATA, STATE, Point, file_digest, host_group, naming, remove_outdated

@@ -24,7 +24,7 @@ LOSA: dict[str, set[str]] = {
     "modules": set(),
     "pruners": {"recipe"},
     "model": {"distributed", "modules", "storage"},
-    "data": {"recipe", "storage"},
+    "data": {"distributed", "recipe", "storage"},
     "algorithm": {"distributed", "model", "modules", "pruners", "recipe", "record"},
     "training": {"data", "distributed", "model", "recipe", "storage"},
     "evaluation": {"data", "distributed", "model", "recipe", "training"},
@@ -45,7 +45,7 @@ LOSA: dict[str, set[str]] = {
         "storage",
         "training",
     },
-    "cli": {"evaluation", "inference", "output", "packed", "recipe", "run", "storage"},
+    "cli": {"distributed", "evaluation", "inference", "output", "packed", "recipe", "run", "storage"},
     "__main__": {"cli"},
 }
 KERNELS: dict[str, set[str]] = {

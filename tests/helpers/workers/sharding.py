@@ -109,6 +109,22 @@ def changes(model: nn.Module, block: nn.Module, before: dict[str, torch.Tensor])
     return found
 
 
+def mixed() -> list[str]:
+    """Names of parameters that are wrong once gathered, or new objects after it: bytes of several dtypes lie side by
+    side, in sizes that no alignment divides, and empty parameters have no memory to be known by."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    bits = torch.arange(7, dtype=torch.uint8)
+    for name, values in {"a": torch.randn(5, 3).bfloat16(), "b": bits, "c": torch.zeros(0, 4), "d": bits[:0]}.items():
+        module.register_parameter(name, nn.Parameter(values.clone(), requires_grad=False))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    shard_module(module, make_sharding(torch.device("cpu")))
+    objects = dict(module.named_parameters())
+    with gathered(module):
+        wrong = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
+    return wrong + [name for name, p in module.named_parameters() if p is not objects[name]]
+
+
 def collectives() -> dict:
     rank, count = dist.get_rank(), dist.get_world_size()
     rows = [2, 0, 3, 1][:count]
@@ -128,4 +144,4 @@ def collectives() -> dict:
 if __name__ == "__main__":
     start_worker()
     sizes = [int(size) or None for size in sys.argv[1:]]
-    finish({"sharded": [sharded(size) for size in sizes], "collectives": collectives()})
+    finish({"sharded": [sharded(size) for size in sizes], "collectives": collectives(), "mixed": mixed()})

@@ -31,6 +31,7 @@ def test_a_sharded_model(tmp_path: Path, processes: int, shard_sizes: list[int])
         for each in found:
             check(each, size or processes)
         assert sum(each["held"] for each in found) == found[0]["all"] * processes // (size or processes)
+    assert [result["mixed"] for result in results] == [[]] * processes
     collectives = [result["collectives"] for result in results]
     assert all(each["slice"] for each in collectives)
     assert collectives[-1]["sum"] == [processes * (processes + 1) / 2] * 3

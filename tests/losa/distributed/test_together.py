@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from threading import Thread
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from losa.distributed import processes
+from losa.distributed import joining, launch, processes
 from losa.distributed.joining import ALONE, Place, read_place
 from losa.distributed.launch import as_launched, check_config, check_launcher
 from losa.errors import LosaError, RecipeError
@@ -24,10 +27,13 @@ import torch.distributed as dist
 from losa.distributed import agreement
 from losa.distributed.agreement import check_shared
 from losa.distributed.collectives import from_process, from_rank_zero, share_of, sum_over_processes
-from losa.distributed.launch import start_processes, working_together
+from losa.distributed.joining import as_patient
+from losa.distributed.launch import end_together, start_processes, working_together
 from losa.distributed.processes import (
-    as_patient, check_agreement, control_group, from_everyone, is_main, joined, on_main, process_count, process_index
+    check_agreement, control_group, from_everyone, is_main, joined, on_main, process_count, process_index
 )
+from losa.distributed.turns import on_each_machine
+from losa.errors import ModelError, OutputError
 from losa.recipe.sections import DistributedConfig
 from pathlib import Path
 from tests.helpers.cases import Case, run_cases
@@ -62,6 +68,29 @@ def shared(index):
 def really_shared(index):
     Path("both").mkdir(exist_ok=True)
     return check_shared(Path("both")), sorted(Path("both").iterdir())
+
+def fail_in_words():
+    raise OutputError("no space")
+
+def fails(index):
+    try:
+        on_main(fail_in_words)
+    except OutputError as error:
+        print(error)
+    on_main(lambda: 1 / 0)
+
+def no_network(index):
+    def work():
+        if index == 1:
+            raise ModelError("no network")
+    on_each_machine(work)
+
+def same_gpu(index):
+    agreement._gpu = lambda: ("node1", "GPU-7")
+    return together()(index)
+
+def no_recipe(index):
+    return end_together("no recipe") if index == 1 else together()(index)
 
 def slowly():
     time.sleep(0.3)
@@ -101,7 +130,11 @@ run_cases({
     "waits": Case(together(inside=lambda index: on_main(slowly))),
     "tensor": Case(together(inside=tensor)),
     "everyone": Case(together(inside=lambda index: from_everyone(str(index)))),
-    "fails": Case(together(inside=lambda index: on_main(lambda: 1 / 0))),
+    "fails": Case(together(inside=fails)),
+    "machines": Case(together(inside=no_network), 2, lambda index: {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}),
+    "gpu": Case(same_gpu),
+    "kernels": Case(together(), 2, on_one(1, LOSA_BACKEND="reference")),
+    "no recipe": Case(no_recipe),
     "agrees": Case(together(inside=lambda index: check_agreement("the seed", "7"))),
     "differs": Case(together(inside=lambda index: check_agreement("the seed", str(index)))),
 })
@@ -150,6 +183,10 @@ def test_a_process_that_is_alone_is_treated_so(found, case, grouped):
         ),
         ("code", r"LosaError: losa's source files: process 1 has '0123456789ab', process 0 has '\w{12}'; install "),
         ("torch", r"LosaError: torch: process 1 has '2.0.0', process 0 has '\S+'; install the same on every machine$"),
+        ("machines", r"ModelError: no network$"),
+        ("gpu", r"LosaError: processes 0 and 1 \(host node1\) have the same GPU; "),
+        ("kernels", r"LosaError: LOSA_BACKEND: process 1 has 'reference', process 0 has ''; set the same in every"),
+        ("no recipe", r"LosaError: process 1 \(host \S+, pid \d+\): no recipe$"),
         ("version", r"LosaError: losa: process 1 has '0.0.1', process 0 has '\S+'; install the same on every"),
         (
             "disks",
@@ -170,11 +207,43 @@ def test_processes_wait_agree_and_exchange(found):
     assert returned(found["everyone"]) == ["returned ('auto', 2, ['0', '1'])"] * 2
     assert returned(found["agrees"]) == ["returned ('auto', 2, None)"] * 2
     assert [process["said"] for process in found["fails"]] == [
-        "ZeroDivisionError: division by zero\n",
-        "LosaError: the main process failed; its own message says why\n",
+        "no space\nZeroDivisionError: division by zero\n",
+        "no space\nLosaError: the main process failed; its own message says why\n",
     ]
     for process in found["differs"]:
         assert process["said"].startswith("OutputError: the seed: process 0 has 0, process 1 has 1; ")
+
+
+class Slow:
+    """A key-value store of a process that is slow to say more than that it has come."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def compare_set(self, key, *values):
+        found = self.store.compare_set(key, *values)
+        time.sleep(0.5 * key.startswith("losa/place"))
+        return found
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+
+def test_no_process_goes_on_where_another_one_has_a_problem():
+    store, said = dist.HashStore(), {}
+
+    def meet(index, store, problem):
+        try:
+            joining._meet(store, Place(index, 2, index, 2, "localhost", 1), "cpu", problem, 20)
+        except LosaError as error:
+            said[index] = str(error)
+
+    threads = [Thread(target=meet, args=case) for case in ((0, store, None), (1, Slow(store), "no GPU"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said[0] == said[1] and said[0].endswith("): no GPU")
 
 
 class Store:
@@ -235,6 +304,28 @@ def test_the_variables_of_a_launcher(launched):
     assert read_place() == ALONE
 
 
+def test_processes_of_mpi_are_no_processes_of_ours(launched):
+    launched(OMPI_COMM_WORLD_SIZE="1")
+    assert read_place() is None
+    launched(OMPI_COMM_WORLD_SIZE="2")
+    with pytest.raises(LosaError, match="RANK and WORLD_SIZE of a launcher, found OMPI_COMM_WORLD_SIZE of MPI"):
+        read_place()
+
+
+@pytest.mark.parametrize(
+    "device, place, chosen", [("cuda:1", None, "cuda:1"), ("auto", Place(5, 8, 1, 4, "a", 1), "cuda:1")]
+)
+def test_a_process_works_on_its_gpu(monkeypatch, device, place, chosen):
+    """Also a process that is alone: what it shards goes to the current device."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert launch._own_device(device, "cuda", place) == chosen
+    assert current == [1]
+    with pytest.raises(LosaError, match="LOCAL_RANK: expected a number below 2, the GPUs here, got 3"):
+        launch._own_device("auto", "cuda", Place(3, 4, 3, 4, "a", 1))
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -264,6 +355,10 @@ def test_a_variable_that_is_missing_or_nonsense_is_named(launched, name, value, 
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism is not supported"),
         ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "context parallelism is not supported"),
         ({"PARALLELISM_CONFIG_SP_SIZE": "4"}, "sequence parallelism is not supported"),
+        (
+            {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"},
+            "with --max-restarts 3 on 2 machines torchrun .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1 is not supported"),
     ],

@@ -15,6 +15,7 @@ WORKER = """
 import os, signal, time
 import torch
 import torch.distributed as dist
+from losa.distributed import watch
 from losa.distributed.joining import join, read_place
 from losa.distributed.processes import on_main
 from losa.distributed.stop import agree, check, heeding_signals
@@ -25,6 +26,7 @@ from datetime import timedelta
 
 moving = Limits(progress=60, period=0.25, silent=10, broken=5, grace=3)
 standing = Limits(progress=6, period=0.25, silent=30, broken=5, grace=3)
+patient = Limits(progress=60, period=0.25, silent=60, broken=5, grace=3)
 
 def watch_over(middle, limits=moving, after=lambda index: None):
     def work(index):
@@ -51,10 +53,30 @@ def fail():
 def fail_alike(index):
     raise LosaError("the same everywhere")
 
-def one_fails_and_nobody_waits_for_it(index):
+def one_fails_and_nobody_waits_for_it(number):
+    def work(index):
+        if index == number:
+            fail()
+        time.sleep(40)
+    return work
+
+def one_hangs_where_the_others_wait(index):
     if index == 1:
-        fail()
-    time.sleep(30)
+        time.sleep(50)
+    agree()
+
+def nccl_breaks(lost):
+    # NCCL's kernels would wait for ever, as these processes do.
+    def work(index):
+        if index == 1:
+            watch._nccl_is_broken = lambda: True
+        if index == lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(50)
+    return work
+
+launchers_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+kept_by_launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(launchers_store.port)}
 
 def asked(index):
     with heeding_signals():
@@ -71,11 +93,17 @@ run_cases({
     "killed while writing": Case(watch_over(lambda index: on_main(send(signal.SIGKILL))), 2),
     "frozen": Case(watch_over(only(1, send(signal.SIGSTOP))), 3, frozen=1),
     "frozen main": Case(watch_over(only(0, send(signal.SIGSTOP))), 3, frozen=0),
-    "standing": Case(watch_over(only(1, lambda: time.sleep(50)), standing), 3),
+    "standing": Case(watch_over(lambda index: time.sleep(50 if index == 1 else 0.5), standing), 3),
     "writing": Case(watch_over(lambda index: on_main(lambda: time.sleep(10)), standing), 2),
     "failed": Case(watch_over(only(1, fail)), 3),
     "failed main": Case(watch_over(only(0, fail)), 3),
-    "failed alone": Case(watch_over(one_fails_and_nobody_waits_for_it), 3),
+    "failed alone": Case(watch_over(one_fails_and_nobody_waits_for_it(1)), 3),
+    "failed main alone": Case(
+        watch_over(one_fails_and_nobody_waits_for_it(0)), 3, lambda index: kept_by_launcher
+    ),
+    "waiting": Case(watch_over(one_hangs_where_the_others_wait, standing), 3),
+    "nccl": Case(watch_over(nccl_breaks(lost=None), patient), 3),
+    "nccl lost": Case(watch_over(nccl_breaks(lost=2), patient), 3),
     "failed alike": Case(watch_over(fail_alike), 3),
     "asked to stop": Case(watch_over(asked), 3),
 })
@@ -106,6 +134,7 @@ def test_processes_end_well(found, case, result):
         ("killed", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 5 s: killed"),
         ("killed main", 0, r"process 0 \(host \S+, pid \d+\), or the launcher that keeps the store, is gone"),
         ("killed while writing", 0, r"process 0 \(host \S+, pid \d+\), or the launcher"),
+        ("nccl lost", 2, r"process 2 \(host \S+, pid \d+\) has not been heard for 5 s: killed"),
         ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard for 10 s: killed, hung"),
         ("frozen main", 0, r"store .*: process 0 \(host \S+, pid \d+\), or the launcher .* is gone or hangs"),
     ],
@@ -127,10 +156,28 @@ def test_a_process_that_stands_still_is_named_with_its_place(found):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("case, failed", [("failed", 1), ("failed main", 0), ("failed alone", 1)])
+def test_a_process_that_others_wait_for_is_told_from_them(found):
+    for process in found["waiting"]:
+        assert process["code"] == 76 and process["seconds"] < LIMIT
+        assert "no process makes progress: process 1 (host " in process["said"]
+        assert "; processes 0, 2 waiting for others at step 1 for " in process["said"]
+
+
+@pytest.mark.subprocess
+def test_an_error_of_nccl_ends_the_job_where_all_processes_live(found):
+    for process in found["nccl"]:
+        assert process["code"] == 76 and process["seconds"] < LIMIT
+        assert "NCCL met an error, which it logs, in process 1 (host " in process["said"]
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    "case, failed", [("failed", 1), ("failed main", 0), ("failed alone", 1), ("failed main alone", 0)]
+)
 def test_a_process_that_fails_is_quoted_by_all_others(found, case, failed):
+    """The other processes notice it before they have done what they do alone."""
     for index, process in enumerate(found[case]):
-        assert process["code"] == 1, process
+        assert process["code"] == 1 and process["seconds"] < 30, process
         if index == failed:
             assert process["said"] == "ValueError: no numbers\n"
         else:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # registers the backend
 
+from losa.distributed.joining import Place
 from losa.errors import RecipeError
 from losa.recipe.reading import parse_recipe
 from losa.recipe.sections import DistributedConfig
@@ -61,7 +62,6 @@ def test_modes_and_copies():
 @pytest.fixture
 def two_processes(monkeypatch):
     """This process is the first of two, on a machine of its own."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
     yield
     dist.destroy_process_group()
@@ -77,7 +77,8 @@ def recipe(tmp_path):
 def test_a_model_that_fits_is_whole_in_every_process(two_processes, recipe, monkeypatch):
     monkeypatch.setattr(choice, "capacity", lambda device: {"host": 10**12})
     assert placement_of(recipe, "cpu") == Placement(2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**6))  # the machine's memory is for all of its processes
+    # The machine's memory is for all of its processes.
+    monkeypatch.setattr(choice, "launched", lambda: Place(0, 2, 0, 10**6, "a", 1))
     assert placement_of(recipe, "cpu") == Placement(2, 2)
     monkeypatch.setattr(choice, "capacity", lambda device: {})
     assert placement_of(recipe, "cpu") == Placement(2), "nothing is known"

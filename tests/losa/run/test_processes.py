@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[3]
 WORKER = """
 import json, os, sys
 from losa.algorithm.engine import Engine
-from losa.distributed.processes import launched_index
+from losa.distributed.processes import launched
 from losa.recipe import parse_recipe
-from losa.run import run_recipe
+from losa.run import inputs, run_recipe
 
-root, rank, seen = sys.argv[1], launched_index(), {}
+root, rank, seen = sys.argv[1], launched().index, {}
 recipe = json.load(open(f"{root}/recipe.json"))
 
 def attempt(name, function):
@@ -50,6 +50,14 @@ with open("text.txt", "w") as file:
     file.write("".join(f"{i} {rank}: the quick brown fox jumps.\\n" for i in range(60)))
 calibration = recipe["calibration"] | {"data": "text.txt"}
 attempt("other text", lambda: run_recipe(parse_recipe(recipe | {"calibration": calibration}), resume=True))
+# The length of a text decides whether its windows are looked at by forward passes, which processes with shards share.
+evaluation = {"data": "heldout.txt", "length": 16, "batch_size": 1}
+with open("heldout.txt", "w") as file:
+    file.write("the quick brown fox jumps. " * (40 if rank else 6))
+sharded = recipe | {"evaluate": evaluation, "distributed": {"mode": "fsdp", "timeout": 60}}
+look, inputs.warn_of_missing_start = inputs.warn_of_missing_start, lambda *arguments: seen.update(looked=True)
+attempt("other evaluation", lambda: run_recipe(parse_recipe(sharded), resume=True))
+inputs.warn_of_missing_start = look
 attempt("resumed", lambda: len(run_recipe(parse_recipe(recipe), resume=True).rounds))
 with open(f"{root}/{rank}.json", "w") as file:
     json.dump(seen, file)
@@ -89,6 +97,8 @@ def test_two_processes_are_interrupted_and_go_on(tmp_path):
         assert seen["first"].startswith("KeyboardInterrupt")
         assert seen["other recipe"].startswith("LosaError: recipe.seed: process 1 has 1, process 0 has 0; ")
         assert seen["other text"].startswith("OutputError: calibration tokens: process 0 has ")
+        assert seen["other evaluation"].startswith("OutputError: evaluation tokens: process 0 has ")
+        assert "looked" not in seen
         assert seen["resumed"] == 2
 
 
