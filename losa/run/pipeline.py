@@ -196,8 +196,9 @@ def _run_methods(
             if saved is not None:
                 results.append(saved)
                 continue
-        for linear_name, linear in originals.items():
-            blocks.model.set_submodule(linear_name, linear)
+        _put_back(blocks.model, originals)
+        if exported:
+            originals.clear()  # nobody restores after this method, and merged weights are to take their place
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         results.append(outcome.result)
@@ -205,6 +206,11 @@ def _run_methods(
             on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
         _log_result(console, outcome.result)
     return results, outcome
+
+
+def _put_back(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
 
 
 def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:
