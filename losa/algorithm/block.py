@@ -29,19 +29,19 @@ class WrappedBlock:
     Args:
         name: full name, for messages.
         module: the block.
-        updates_weight: whether pruning replaces weights. The weights given then serve as the dense model of later
-            rounds: references, not copies, until a weight is first replaced; then the original moves to host memory,
-            of a sharded weight each process's rows.
+        keeps_originals: whether weights that pruning replaces are needed later, as the dense model or to regrow from.
+            They are references, not copies, until a weight is first replaced; then the original moves to host memory,
+            of a sharded weight each process's rows. That frees the device's memory once nobody else holds it.
     """
 
-    def __init__(self, name: str, module: nn.Module, updates_weight: bool):
+    def __init__(self, name: str, module: nn.Module, keeps_originals: bool):
         self.name = name
         self.module = module
         self.linears: dict[str, MaskedLoRALinear] = {
             name: m for name, m in module.named_modules() if isinstance(m, MaskedLoRALinear)
         }
         self._originals: dict[str, Tensor] = {}
-        if updates_weight:
+        if keeps_originals:
             # A sharded weight is another parameter once it was replaced; a plain one has other data.
             self._originals = {
                 name: m.weight.data if sharding_of(m) is None else m.weight for name, m in self.linears.items()
@@ -205,7 +205,8 @@ class WrappedBlock:
     def _put(self, name: str, mask: Tensor, weight: Tensor | None) -> None:
         layer = self.linears[name]
         if weight is not None:
-            self._originals[name] = on_host(self._originals[name])
+            if name in self._originals:
+                self._originals[name] = on_host(self._originals[name])
             self._present.discard(name)
             layer.replace_weight(weight)
         layer.set_mask(mask)
@@ -234,6 +235,8 @@ class _WeightsToPrune(Mapping[str, Tensor]):
         self._how = originals, updates_weight, nested
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
         return self._block.dense_values(name, *self._how)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would form the weight

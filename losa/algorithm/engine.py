@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.importance import get_importance
@@ -25,7 +26,8 @@ from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
-from losa.distributed.sharding import whole
+from losa.distributed.processes import process_count
+from losa.distributed.sharding import gathered
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
@@ -54,8 +56,9 @@ class Engine:
         seed: for the Gaussian rows of growing adapters.
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
 
-    The engine never writes into a weight it was given: a pruner that updates weights gets new tensors, and the
-    originals serve as the dense model of later rounds (kept in host memory).
+    The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
+    serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
+    ``prune.regrow`` need them.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
     (``owners_of``); the model may be whole in each of them, or sharded.
@@ -63,7 +66,7 @@ class Engine:
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
         RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, or a pruner whose statistic is
-            unknown or needs gradients.
+            unknown, needs gradients, or has no ``total`` on several processes.
     """
 
     def __init__(
@@ -89,8 +92,9 @@ class Engine:
         self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"
         self.decoder = find_blocks(model)
+        keeps_originals = self.pruner.updates_weight and (self.needs_errors or prune.regrow)
         self.blocks = [
-            WrappedBlock(name, module, self.pruner.updates_weight)
+            WrappedBlock(name, module, keeps_originals)
             for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
         self._calls = {} if calls is None else calls
@@ -113,13 +117,19 @@ class Engine:
         return [block.sparsity() for block in self.blocks]
 
     def similarity(self) -> Tensor:
-        """CKA between block outputs of the model as it is now (Eq. 6): (L, L) fp64."""
+        """CKA between block outputs of the model as it is now (Eq. 6): (L, L) fp64.
+
+        Raises:
+            Stopped: between two blocks, if a signal asks for it.
+            NumericsError: outputs that are not finite or cannot be compared; names the block.
+        """
         ids = self.input_ids[: self.calibration.cka_samples]
         with torch.no_grad():
             stream = self._stream(ids)
             grams = []
             for index, block in enumerate(self.blocks):
                 progress(f"comparing {block.name}")
+                check()
                 with block.gathered():
                     together(partial(self._advance_merged, stream, index))
                 try:
@@ -135,7 +145,7 @@ class Engine:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
         Raises:
-            Stopped: between two blocks, if a signal asks for it.
+            Stopped: between two blocks that are compared or pruned, if a signal asks for it.
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
         watch = Stopwatch()
@@ -145,7 +155,10 @@ class Engine:
                 patterns = patterns_for(
                     this_round, importance, self.block_sparsity(), self.prune_config, self.allocation.delta
                 )
-            pruned = self._prune_blocks(patterns)
+            try:
+                pruned = self._prune_blocks(patterns)
+            finally:
+                free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
@@ -182,7 +195,9 @@ class Engine:
         if tuple(importance.shape) != (len(self.blocks),):
             name, found = self.allocation.rates, tuple(importance.shape)
             raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {found}")
-        return from_rank_zero(whole(importance).double()), similarity
+        if isinstance(importance, DTensor):  # made of a sharded model's parameters
+            importance = importance.full_tensor()
+        return from_rank_zero(importance.double()), similarity
 
     def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""
@@ -193,8 +208,8 @@ class Engine:
         errors: list[float] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
-            check()
             progress(f"calibrating {block.name}")
+            check()
             with ExitStack() as whole_block:
                 with watch.stage("forward"):
                     whole_block.enter_context(block.gathered())
@@ -211,7 +226,6 @@ class Engine:
                     together(partial(self._advance_merged, sparse, index))
                     if dense is not None:
                         errors.append(self._error(dense, sparse))
-        free_graphs()  # training needs the memory
         if dense is None:
             return _PrunedBlocks(None, damping, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
@@ -257,7 +271,8 @@ class Engine:
         for rank, block in zip(ranks, self.blocks, strict=True):
             if all(linear.rank == rank for linear in block.linears.values()):
                 continue
-            with block.gathered():
+            # Adapters alone: the weights are a thousand times as large.
+            with gathered(block.module, only=("lora_A", "lora_B")):
                 for linear in block.linears.values():
                     linear.set_rank(rank, generator=generator)
 
@@ -282,6 +297,11 @@ def _statistic_of(prune: PruneConfig, name: str | None) -> type[Statistic] | Non
         raise RecipeError(
             f"prune.pruner: {prune.pruner!r}: expected a statistic of forward passes, "
             f"got {name!r}, which needs gradients"
+        )
+    if process_count() > 1 and not isinstance(getattr(statistic(1, torch.device("cpu")), "total", None), Tensor):
+        raise RecipeError(
+            f"prune.pruner: {prune.pruner!r}: its statistic {name!r} makes no tensor `total` in __init__, "
+            "which several processes add up"
         )
     return statistic
 

@@ -15,15 +15,15 @@ from losa_kernels import gram
 def gram_of_all(features: Callable[[int, int], Tensor], rows: Sequence[int], columns: int, width: int) -> Tensor:
     """Centred Gram (samples, samples) fp32 of all processes' features, in every process.
 
-    A sum over columns: each process computes a part of it, from its share of the columns of all samples. No process
-    has all features of all samples.
+    The Gram is a sum over columns. Each process computes a part of it, from its share of the columns of all samples. No
+    process has all features of all samples. All processes call it together.
 
     Args:
         features: gives this process's features in the columns from the first number up to the second: (its samples,
             columns), on the device that computes.
         rows: the samples of each process.
         columns: features of a sample.
-        width: columns that processes exchange at a time.
+        width: columns that all processes together exchange at a time.
 
     Raises:
         ValueError: in every process, when features are not finite.

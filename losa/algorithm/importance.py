@@ -25,7 +25,8 @@ def register_importance(name: str, *, needs: Needs) -> Callable[[Importance], Im
 
     Args:
         needs: "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6); or "linears", for a list of L
-            dictionaries of ``MaskedLoRALinear`` by name within the block.
+            dictionaries of ``MaskedLoRALinear`` by name within the block. In a sharded model their parameters are
+            DTensors; an importance that is a DTensor too is made whole.
 
     Raises:
         ValueError: ``needs`` is something else, or the name belongs to another function.

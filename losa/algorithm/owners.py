@@ -31,22 +31,24 @@ def owners_of(
 def deal(
     groups: Sequence[Sequence[LinearShape]], pruner: Pruner, processes: int, index: int, on_gpu: bool
 ) -> list[int]:
-    """The owner of each group of a block's linears.
+    """The owner of each group of a block's linears, which share their input.
 
     The groups are dealt out by what they cost, the most expensive first, each to the process that has the least so
-    far. A pruner of whole blocks gets all linears in one process, another one for the next block.
+    far. A pruner of whole blocks gets all linears in one process. The next block begins with the next process: a block
+    has few groups, and their owners need memory.
     """
-    if type(pruner).prune_block is not Pruner.prune_block:
-        return [index % processes] * len(groups)
-    costs = [_cost(PruningShape(list(group), blocks=1, tokens=0, on_gpu=on_gpu), pruner) for group in groups]
-    loads = [0.0] * processes
     owners = [0] * len(groups)
-    for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
-        owners[number] = loads.index(min(loads))
-        loads[owners[number]] += costs[number]
-    return owners
+    if type(pruner).prune_block is Pruner.prune_block:
+        costs = [_cost(group, pruner, on_gpu) for group in groups]
+        loads = [0.0] * processes
+        for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
+            owners[number] = loads.index(min(loads))
+            loads[owners[number]] += costs[number]
+    return [(owner + index) % processes for owner in owners]
 
 
-def _cost(shape: PruningShape, pruner: Pruner) -> float:
-    """The pruner's operations but those of calibration, and one for each weight."""
-    return pruner.flops(shape) + sum(linear.numel for linear in shape.linears)
+def _cost(group: Sequence[LinearShape], pruner: Pruner, on_gpu: bool) -> float:
+    """The pruner's operations but those of calibration, and one for each weight. The linears of a group are one wide
+    linear here: what a pruner computes of their input, it computes once."""
+    one = LinearShape(group[0].inputs, sum(linear.outputs for linear in group))
+    return pruner.flops(PruningShape([one], blocks=1, tokens=0, on_gpu=on_gpu)) + one.numel

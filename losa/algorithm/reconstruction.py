@@ -12,7 +12,7 @@ class ErrorMeter:
     """Reconstruction error between a dense and a sparse block output, accumulated over batches.
 
     ``relative``: 1/H sum_c ||(D - S)_c||^2 / ||D_c||^2 over channels c, as the paper's code weighs it (E_l of Eq. 7).
-    ``frobenius``: ||D - S||_F, Eq. 1's own. Sums are taken on ``device``.
+    ``frobenius``: ||D - S||_F, Eq. 1's own. A process's sums over its batches are taken on ``device``.
     """
 
     def __init__(self, kind: str = "relative", device: torch.device | str = "cpu"):
@@ -22,6 +22,8 @@ class ErrorMeter:
         self._sums: Tensor | None = None
 
     def update(self, dense: Tensor, sparse: Tensor) -> None:
+        """Take a batch in: outputs (batch, length, hidden) of the dense and of the sparse block, floating point, on any
+        device."""
         dense, sparse = (x.to(self._device, non_blocking=True).flatten(0, -2).float() for x in (dense, sparse))
         if self._sums is None:
             self._sums = torch.zeros(2, dense.shape[1], dtype=torch.float64, device=dense.device)
@@ -29,7 +31,8 @@ class ErrorMeter:
         self._sums[1] += dense.square().sum(0)
 
     def result(self) -> float:
-        """Over the batches of all processes, added up in the order of the processes; some may have none."""
+        """The error over the batches of all processes, of which some may have none. All processes call it together;
+        sums are added up in the order of the processes."""
         sums = self._sums
         if process_count() > 1:
             sums = sum(part for part in from_everyone(None if sums is None else sums.cpu()) if part is not None)

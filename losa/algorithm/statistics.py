@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from losa.distributed.collectives import reduce_to_process
 from losa.distributed.processes import process_count, process_index
 from losa.distributed.together import together
-from losa.errors import ModelError, NumericsError, RecipeError
+from losa.errors import ModelError, NumericsError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.registry import Registry
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
@@ -30,12 +30,13 @@ class Statistic(ABC):
         in_features: columns of the inputs.
         device: of the inputs.
 
-    ``needs_backward``: whether it takes gradients. Calibration makes forward passes alone, so that the engine refuses
-    such a statistic.
+    ``needs_backward``: whether it takes gradients. Calibration makes forward passes alone, so the engine refuses such a
+    statistic.
 
     ``total``: the tensor that ``update`` changes, for runs on several processes. Each process sees some of the inputs.
-    Their totals become one, in place, before ``result`` is asked for: entry by entry the sum of all, or the largest
-    where ``reduction`` is "max".
+    The totals of all processes are reduced into one, in place, before ``result`` is asked for: entry by entry they are
+    summed, or the largest is taken where ``reduction`` is "max". So ``total`` is made in ``__init__``, is contiguous,
+    and has one shape and dtype whatever was seen.
     """
 
     needs_backward: bool = False
@@ -155,7 +156,6 @@ def collect(
     Raises:
         NumericsError: a statistic became non-finite; names block, linear and sample.
         ModelError: linears share their input in some batches only.
-        RecipeError: on several processes, a statistic without a ``total``.
     """
     inputs = _SharedInputs(statistic, where, current_sample)
 
@@ -262,10 +262,9 @@ class _SharedInputs:
         mine = owner == process_index()
         if group.leader is None:
             return self._statistic.flat(width, device) if mine else None
-        collected = self._collected.pop(group.leader, None) or self._statistic(width, device)
+        collected = self._collected.pop(group.leader, None)
+        if collected is None:
+            collected = self._statistic(width, device)
         if process_count() > 1:
-            if not isinstance(getattr(collected, "total", None), Tensor):
-                kind = self._statistic.__name__
-                raise RecipeError(f"prune.pruner: its statistic {kind} has no tensor `total`, which processes add up")
             reduce_to_process(collected.total, owner, self._statistic.reduction)
         return collected.result() if mine else None

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from losa.algorithm.grams import gram_of_all
 from losa.algorithm.stream_storage import StreamStorage
 from losa.distributed.collectives import share_of
-from losa.distributed.processes import from_everyone, process_count
+from losa.distributed.processes import from_everyone, process_count, process_index
 from losa.distributed.sharding import device_of, gathered, gathered_calls, sharding_of
+from losa.distributed.stop import check
 from losa.distributed.together import together
+from losa.distributed.watch import progress
 from losa.errors import LosaError, ModelError
 from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import Blocks
@@ -66,6 +68,7 @@ class BlockStream:
             forward passes first.
 
     Raises:
+        Stopped: between passes, or between blocks that are run by themselves, if a signal asks for it.
         ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
             depend on the tokens, or something else passes between blocks. Names the first such block.
     """
@@ -89,8 +92,8 @@ class BlockStream:
         self._shapes: list[tuple[int, int]] = []
         self._held: StreamStorage | None = None
         shares = [share_of(len(input_ids), batch_size, index) for index in range(process_count())]
-        self.samples = share_of(len(input_ids), batch_size)
-        # The samples of each process.
+        self.samples = shares[process_index()]
+        # How many samples each process has.
         self._counts = [len(share) for share in shares]
         with torch.no_grad(), gathered_calls(model, blocks):
             if not self._calls:
@@ -136,6 +139,8 @@ class BlockStream:
         self.hidden, self._shapes = [], []
 
     def _replay(self, index: int) -> None:
+        progress(f"running {self.names[index]} by itself")
+        check()
         with gathered(self.blocks[index]):
             together(partial(self._replay_alone, index))
 
@@ -177,7 +182,9 @@ class BlockStream:
 
     def _whole_pass(self, model: nn.Module, batch: Tensor, every: bool = False) -> tuple[list[Call], list[Tensor]]:
         """What each block is called with (a sliding-window model gives each block its own mask), and the output of the
-        last block, or of ``every`` block, on the device where hidden states wait."""
+        last block, or of ``every`` block, on the device where hidden states wait. All processes call it together."""
+        progress("a pass of the whole model over calibration tokens")
+        check()
         count = len(self.blocks)
         calls: dict[int, Call] = {}
         outputs: dict[int, Tensor] = {}
@@ -240,7 +247,8 @@ class BlockStream:
         return len(self.hidden)
 
     def run(self, index: int) -> Iterator[Tensor]:
-        """Yield block ``index``'s output for each batch, (batch, length, hidden), on the model's device."""
+        """Yield block ``index``'s output for each of this process's batches, (batch, length, hidden), on the model's
+        device. No collective call is made."""
         start = self.samples.start
         for hidden, shape in zip(self.hidden, self._shapes, strict=True):
             call = self._calls[shape][index]
@@ -250,16 +258,23 @@ class BlockStream:
             yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True, copy=True))
 
     def advance(self, index: int) -> None:
-        """Replace every hidden state by block ``index``'s output, batch by batch."""
+        """Replace every hidden state by block ``index``'s output, batch by batch, as ``run`` gives it."""
         first = 0
         for position, output in enumerate(self.run(index)):
             self.hidden[position] = self._stored(first, output)
             first += len(output)
 
     def gram(self, slice_features: int = 1 << 22) -> Tensor:
-        """Centred Gram (samples, samples) fp32 of the present hidden states, a sample's features being all its
-        positions and channels (Eq. 6). ``slice_features`` bounds the copy that brings all samples together, unless
-        they are in one piece already, and what a process sends to other processes at a time."""
+        """Centred Gram (samples, samples) fp32 of the present hidden states of all processes, a sample's features being
+        all its positions and channels (Eq. 6). All processes call it together.
+
+        Args:
+            slice_features: numbers that are brought together at a time: of all samples in one process, of the process
+                with most samples where there are several.
+
+        Raises:
+            ValueError: in every process, when hidden states are not finite.
+        """
         if process_count() > 1:
             return self._gram_of_all(slice_features)
         out: Tensor | None = None

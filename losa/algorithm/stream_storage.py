@@ -50,7 +50,7 @@ class StreamStorage:
         return self._whole.flatten(1)
 
     def columns(self, start: int, end: int) -> Tensor:
-        """One such slice, of the columns from ``start`` up to ``end``."""
+        """The features from ``start`` up to ``end`` of all samples held here: (samples, end - start), on the device."""
         flat = self._flat()
         if flat.device == self._device:
             return flat[:, start:end]

@@ -6,7 +6,7 @@ forward passes of the whole model. Both do nothing to a model that is not sharde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -152,7 +152,8 @@ def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(tensor, DTensor):
         return count(tensor)
     sharding = Sharding.of(tensor)
-    part = count(tensor.to_local()).to(sharding.device)
+    # Counting on the host takes minutes for the rows that wait there.
+    part = count(tensor.to_local().to(sharding.device))
     placements = [*[Replicate()] * (sharding.mesh.ndim - 1), Partial()]
     return DTensor.from_local(part, sharding.mesh, placements, run_check=False).full_tensor()
 
@@ -163,14 +164,15 @@ def shard_module(module: nn.Module, sharding: Sharding) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within the context all parameters of ``module`` are whole. All processes enter and leave it together.
+def gathered(module: nn.Module, only: Container[str] | None = None) -> Iterator[None]:
+    """Within the context all parameters of ``module`` are whole, or ``only`` those of these names in their modules. All
+    processes enter and leave it together.
 
     At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too. Rows
     are copied only of memory that is new, or that was written to by an operation that autograd counts (which excludes
     operations on a parameter's ``.data``).
     """
-    with _gathered(list(module.modules())):
+    with _gathered(list(module.modules()), only):
         yield
 
 
@@ -218,9 +220,12 @@ class _Whole:
 
 
 @contextmanager
-def _gathered(modules: list[nn.Module]) -> Iterator[None]:
+def _gathered(modules: list[nn.Module], only: Container[str] | None = None) -> Iterator[None]:
     found: list[tuple[nn.Module, str, Any]] = [
-        (m, name, p) for m in modules for name, p in m._parameters.items() if isinstance(p, DTensor)
+        (m, name, p)
+        for m in modules
+        for name, p in m._parameters.items()
+        if isinstance(p, DTensor) and (only is None or name in only)
     ]
     if not found:
         yield

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from losa.data.sequences import IGNORED
 from losa.distributed import watch
 from losa.distributed.collectives import share_of
-from losa.distributed.processes import is_main, process_count
+from losa.distributed.processes import from_everyone, is_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
@@ -28,7 +28,7 @@ logger = logging.getLogger("losa")
 
 # In nats. A model that does not need the first token loses a hundredth of this without one token of context.
 _START_MATTERS = 0.2
-# Batches of a process between two looks at whether a signal asks to stop.
+# Batches of a process that holds the whole model, between two looks at whether a signal asks to stop.
 _BETWEEN_CHECKS = 8
 
 
@@ -79,7 +79,8 @@ def perplexity(
 
     Each window predicts its tokens 2..length from the window alone, as in the code of SparseGPT and Wanda. All windows
     weigh the same, for all have the same number of predictions. The model computes in its own dtype, the loss in fp32.
-    Several processes share the batches out; every process returns the value that one process would.
+    Several processes share the batches out; every process returns the value that one process would, but for kernels
+    that processes choose by measurement, and that round differently.
 
     Windows have no beginning-of-text token of their own, so that values can be compared with the papers' values. Some
     models (Gemma) are far worse without such a token than they are in use. ``bos`` gives each window one; the values
@@ -129,11 +130,15 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
     """The summed loss of every batch of windows, in order. Each process runs its share of the batches."""
     batches = windows.split(batch_size)
     mine = share_of(len(batches))
-    # Processes that hold a model in shards make the same calls: some repeat a batch, whose loss does not count.
-    calls = len(mine) if sharding_of(model) is None else -(-len(batches) // process_count())
+    most, sharded = -(-len(batches) // process_count()), sharding_of(model) is not None
+    # Processes that hold a model in shards make the same calls: a process with a batch less repeats one, whose loss
+    # does not count.
+    calls = most if sharded else len(mine)
     device = device_of(model)
 
-    loss = everywhere(lambda: TokenLoss(model))
+    # A sharded model's forward pass is full of collective calls. An error there leaves this function at once, and the
+    # watch over the processes names it: who caught it here would wait for processes that wait in those calls.
+    loss = TokenLoss(model) if sharded else everywhere(lambda: TokenLoss(model))
     bar = tqdm(range(calls), desc="perplexity", leave=False, disable=None if progress and is_main() else True)
 
     def run(indices: range) -> list[float]:
@@ -147,9 +152,12 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
 
     sums: list[list[float]] = [[] for _ in range(process_count())]
     with bar:
-        for first in range(0, -(-len(batches) // process_count()), _BETWEEN_CHECKS):
+        # A pass of a sharded model takes far longer than a look.
+        step = 1 if sharded else _BETWEEN_CHECKS
+        for first in range(0, most, step):
             check()
-            parts = together(partial(run, range(first, min(first + _BETWEEN_CHECKS, calls))))
+            indices = range(first, min(first + step, calls))
+            parts = from_everyone(run(indices)) if sharded else together(partial(run, indices))
             for own, part in zip(sums, parts, strict=True):
                 own += part
     return [summed for own in sums for summed in own]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.distributed.sharding import gathered, shard_module, sharding_of, sum_over_rows
+from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.blocks import (
     Blocks,
@@ -134,12 +135,14 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 def replace_layers(model: nn.Module, made: Callable[[_Layer], nn.Module]) -> nn.Module:
     """Put ``made(layer)`` in the place of every wrapped layer. ``made`` sees whole parameters, one layer's at a time;
-    in a sharded model its result is sharded too."""
-    for name, layer in wrapped_linears(model).items():
+    in a sharded model its result is sharded too. A layer goes before the next one is replaced, so that the model never
+    has two sets of weights, unless the caller holds the layers."""
+    for name in list(wrapped_linears(model)):
+        progress(f"replacing {name}")
         # The new layer is in the module that is gathered, so that it is sharded at the end.
-        both = nn.ModuleList([layer])
+        both = nn.ModuleList([model.get_submodule(name)])
         with gathered(both):
-            both.append(made(cast(_Layer, layer)))
+            both.append(made(cast(_Layer, both[0])))
         model.set_submodule(name, both[1])
     return model
 

@@ -23,6 +23,9 @@ class MaskedLoRALinear(nn.Module):
     * ``mask`` packed uint8 (out, ceil(in/8)), frozen: bit b of byte j is column 8j+b, 1 = kept;
     * ``lora_A`` (rank, in) and ``lora_B`` (out, rank), fp32, trained.
 
+    In a sharded model the methods need whole parameters (``losa.distributed.sharding.gathered``); ``set_rank`` needs
+    the adapter alone.
+
     ``scaling`` (s) and ``dropout_p`` (for the adapter's input in training) are plain floats. With ``adapter_enabled``
     False the layer computes the dense linear that it wraps, without mask and adapter (see ``dense_mode``).
 
@@ -73,7 +76,7 @@ class MaskedLoRALinear(nn.Module):
         self.mask = nn.Parameter(packed, requires_grad=False)
         self._check_rank(rank)
         zeros = torch.zeros(self.out_features, rank, device=weight.device)
-        self._set_adapter(self._gaussian_rows(rank, generator), zeros)
+        self._set_adapter(self._gaussian_rows(rank, generator, weight.device), zeros)
         if mask is not None:
             self.set_mask(mask)
 
@@ -158,7 +161,7 @@ class MaskedLoRALinear(nn.Module):
         a, b = self.lora_A.detach(), self.lora_B.detach()
         if rank > self.rank:
             extra = rank - self.rank
-            rows = self._gaussian_rows(extra, generator).to(a.dtype)
+            rows = self._gaussian_rows(extra, generator, a.device).to(a.dtype)
             self._set_adapter(torch.cat([a, rows]), torch.cat([b, b.new_zeros(self.out_features, extra)], dim=1))
             return
         size = a.float().norm(dim=1) * b.float().norm(dim=0)
@@ -213,12 +216,11 @@ class MaskedLoRALinear(nn.Module):
             shape = (self.out_features, self.in_features)
             raise ValueError(f"rank: expected 1..{limit} for a weight of shape {shape}, got {rank}")
 
-    def _gaussian_rows(self, rows: int, generator: torch.Generator | None) -> Tensor:
+    def _gaussian_rows(self, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """(rows, in) fp32 with the variance of ``nn.Linear``'s own initialisation."""
-        device = self.weight.device
         if device.type == "meta":
             return torch.empty(rows, self.in_features, device=device)
-        # Numbers are drawn on the generator's device, by default the host, so that they do not depend on the weight's.
+        # Numbers are drawn on the generator's device, by default the host, so that they do not depend on ``device``.
         source = "cpu" if generator is None else generator.device
         gaussian = torch.randn(rows, self.in_features, generator=generator, device=source)
         return (gaussian / math.sqrt(3 * self.in_features)).to(device)

@@ -64,7 +64,8 @@ class Pruner:
     whether kept weights change, which takes memory for another set of weights.
 
     Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
-    block in one process.
+    block in one process. An object of that class then sees every N-th block only, and keeps no state from block to
+    block.
     """
 
     statistic: str | None = None

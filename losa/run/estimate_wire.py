@@ -16,7 +16,7 @@ from losa.run.cluster import Cluster, Traffic
 from losa.run.estimate_memory import highest_rank, largest_share
 from losa.run.estimate_sharded import adapters_of, block_parts, own_bytes, whole_bytes
 from losa.run.estimate_work import Stage, windows_of_one
-from losa.run.model_shape import ModelShape
+from losa.run.model_shape import ModelShape, Rows
 from losa.run.placement import Placement
 
 # Before the first stream of a run: two whole passes, and one block by block (``losa.algorithm.stream``).
@@ -44,12 +44,15 @@ class Wires:
         assert stage.method is not None
         dynamic = METHODS[stage.method].dynamic
         compares = dynamic and recipe.compares_samples
-        # To prune, to compare samples, and to change ranks.
-        passes = 1 + compares + dynamic
+        # To prune, and to compare samples.
+        passes = 1 + compares
         first = stage.method == next(iter(self.rounds))
         once = 1 + (CHECKS if first else 0)
         how = f"all blocks whole, one by one: {passes} times a round, {once} times in all"
         yield self.gathered("blocks", passes * rounds + once, how)
+        if dynamic:
+            adapters = adapters_of(shape.pruned, highest_rank(self.rounds))
+            yield self.gathered("adapters", rounds, "whole, block by block, to change ranks", adapters)
         if pruner.statistic is not None:
             flat = get_statistic(pruner.statistic).flat
             sizes = sum(flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
@@ -60,6 +63,10 @@ class Wires:
         if pruner.updates_weight:
             new = shape.dtype.itemsize * shape.prunable
             yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
+            dense = [Rows(w.outputs, shape.dtype.itemsize * w.inputs) for w in shape.pruned]
+            how = "whole again from the second round on, for the dense stream" + " and to regrow" * recipe.prune.regrow
+            again = (rounds - 1) * (dynamic + recipe.prune.regrow)
+            yield self.gathered("dense weights", again, how, dense, on_host=True)
         if compares:
             samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
             own = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)
@@ -91,17 +98,21 @@ class Wires:
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
-        how = f"all blocks whole, one by one, for each of {batches} batches"
-        yield self.gathered("blocks", batches * stage.times, how)
+        how = f"all blocks whole, one by one, for each of {batches} batches, and to see how logits are made"
+        yield self.gathered("blocks", (batches + 1) * stage.times, how)
 
-    def gathered(self, what: str, times: float, how: str) -> Traffic:
-        """Every block whole for a while, and whatever is outside of the blocks, so many times."""
+    def gathered(
+        self, what: str, times: float, how: str, rows: list[Rows] | None = None, on_host: bool = False
+    ) -> Traffic:
+        """Parameters of these ``rows`` whole for a while, so many times; None: every block, and whatever is outside of
+        the blocks. ``on_host``: the rows wait in host memory, as all rows do if the model is offloaded."""
         placement = self.placement
         if placement.shard_size is None:
             return Traffic(what, 0, 0, how)
-        parts = [self.shape.outside, *block_parts(self.shape, highest_rank(self.rounds))]
-        every = [rows for part in parts for rows in part]
-        found = self.cluster.all_gather(what, whole_bytes(every), placement.shard_size, how)
-        if placement.offload:
-            found = replace(found, from_host=own_bytes(every, placement.shard_size))
+        if rows is None:
+            parts = [self.shape.outside, *block_parts(self.shape, highest_rank(self.rounds))]
+            rows = [each for part in parts for each in part]
+        found = self.cluster.all_gather(what, whole_bytes(rows), placement.shard_size, how)
+        if placement.offload or on_host:
+            found = replace(found, from_host=own_bytes(rows, placement.shard_size))
         return found.times(times)

@@ -7,18 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.algorithm.engine import Engine
 from losa.data.sequences import PackedData
-from losa.distributed.sharding import device_of, gathered, sum_over_rows
+from losa.distributed.sharding import device_of
 from losa.distributed.stop import check
 from losa.errors import RecipeError
-from losa.model.blocks import find_blocks
-from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
+from losa.model.wrapping import count_kept, merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.methods import METHODS, MethodName
@@ -31,7 +29,6 @@ from losa.run.saving import Resumed, Saver
 from losa.run.states import CHECKPOINTS, Point, Stage
 from losa.training.position import AfterStep, TrainState
 from losa.training.trainer import Trainer
-from losa_kernels import unpack_mask
 
 
 @dataclass
@@ -80,7 +77,8 @@ class MethodRun:
             resume: go on with the newest state that was saved.
 
         Raises:
-            Stopped: a signal asks for it, at a training step, after saving; before a block is pruned; at a round's end.
+            Stopped: a signal asks for it, at a training step, after saving; before a block is compared or pruned;
+                between batches of an evaluation; at a round's end.
             LosaError: settings that do not fit the model, failed numerics, a file that cannot be written, or a resume
                 state of another recipe, model or data.
         """
@@ -92,10 +90,7 @@ class MethodRun:
         self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
         rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
-        layers = wrapped_linears(self.model)
-        masks = {name: _as_held(layer.mask.detach()) for name, layer in layers.items()}
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        kept = sum(_kept(layer) for layer in layers.values())
+        masks, sparsity = self._masks()
         if method.training == "rounds":
             trained = self._trained_parameters()
         merge_model(self.model)
@@ -104,7 +99,7 @@ class MethodRun:
         result = MethodResult(
             method=self.name,
             perplexity=perplexity,
-            sparsity=1 - kept / weights,
+            sparsity=sparsity,
             zeros=zeros,
             prunable=prunable,
             seconds=time.perf_counter() - start,
@@ -114,6 +109,15 @@ class MethodRun:
             parameters_trained=trained,
         )
         return Outcome(result, rounds, masks)
+
+    def _masks(self) -> tuple[dict[str, Tensor], float]:
+        """Packed masks by linear name, and the share of weights that they prune. The layers are not kept: merging would
+        hold their weights beside the merged ones."""
+        layers = wrapped_linears(self.model)
+        masks = {name: _as_held(layer.mask.detach()) for name, layer in layers.items()}
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        kept = sum(count_kept(layer) for layer in layers.values())
+        return masks, 1 - kept / weights
 
     def _engine(self) -> Engine:
         recipe = self.recipe
@@ -183,10 +187,7 @@ class MethodRun:
         outcome = self._trainer().train(
             self._data, round_index=1, stage_name="dense fine-tuning", after_step=lambda done: check()
         )
-        for block in find_blocks(self.model):
-            with gathered(block):
-                for name, layer in wrapped_linears(block).items():
-                    block.set_submodule(name, cast(LoRALinear, layer).merge_dense())
+        replace_layers(self.model, LoRALinear.merge_dense)
         return outcome.tokens, trained
 
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
@@ -245,11 +246,6 @@ class MethodRun:
 
 def _as_held(mask: Tensor) -> Tensor:
     return mask if isinstance(mask, DTensor) else mask.cpu()
-
-
-def _kept(layer: MaskedLoRALinear) -> int:
-    """How many weights the mask keeps."""
-    return int(sum_over_rows(layer.mask.detach(), lambda rows: unpack_mask(rows, layer.in_features).sum()))
 
 
 def _resume_line(method: str, point: Point, total: int) -> str:

@@ -3,24 +3,32 @@ model whole or in shards."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from losa.algorithm.engine import Engine
+from losa.algorithm.importance import register_importance
 from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import InputNorms, Statistic, collect, register_statistic
 from losa.algorithm.stream import BlockStream
+from losa.distributed import sharding
 from losa.distributed.processes import from_everyone, process_count, process_index
 from losa.distributed.sharding import gathered, make_sharding, shard_module, sharding_of, whole
+from losa.distributed.stop import heeding_signals
 from losa.errors import NumericsError
 from losa.evaluation.perplexity import perplexity
 from losa.model.blocks import find_blocks
-from losa.model.wrapping import merge_model, sparsity_of, wrap_model, wrapped_linears
+from losa.model.wrapping import merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
+from losa.modules.lora import LoRALinear
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners import Pruned, Pruner, register
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa_kernels import pack_mask, wanda_mask
@@ -102,14 +110,28 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     "one batch": ({"sparsity": 0.5}, {}, 4, 8),
     "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
 }
+# Cases that are no part of the comparison with one process.
+OTHERS: dict[str, tuple[dict, dict, int, int]] = {
+    "failing": ({"sparsity": 0.5, "pruner": "failing"}, {"rates": "uniform"}, 8, 1),
+    "unsummed": ({"sparsity": 0.5, "pruner": "unsummed"}, {"rates": "uniform"}, 8, 1),
+    "norms": ({"sparsity": 0.5}, {"rates": "norms"}, 8, 1),
+}
 
 
-def build(case: str, shard_size: int | None) -> tuple[nn.Module, Engine]:
-    prune, allocation, samples, batch_size = CASES[case]
+@register_importance("norms", needs="linears")
+def norms(linears):
+    """In a sharded model it is a DTensor, as its parameters are."""
+    return torch.stack([each["mlp.up_proj"].weight.norm() for each in linears])
+
+
+def build(
+    case: str, shard_size: int | None, layer: type[MaskedLoRALinear] = MaskedLoRALinear
+) -> tuple[nn.Module, Engine]:
+    prune, allocation, samples, batch_size = (CASES | OTHERS)[case]
     model = tiny_llama(layers=LAYERS).requires_grad_(False)
     if shard_size is not None:
         shard_module(model, make_sharding(torch.device("cpu"), shard_size))
-    wrap_model(model, rank=4, scaling=2.0)
+    wrap_model(model, layer=layer, rank=4, scaling=2.0)
     engine = Engine(
         model,
         IDS[:samples],
@@ -235,40 +257,117 @@ def not_finite(linears: dict[str, nn.Linear]) -> None:
 
 def failures(shard_size: int | None) -> dict[str, str]:
     """What each process says of failures in one of them."""
-    CASES["failing"] = ({"sparsity": 0.5, "pruner": "failing"}, {"rates": "uniform"}, 8, 1)
-    CASES["unsummed"] = ({"sparsity": 0.5, "pruner": "unsummed"}, {"rates": "uniform"}, 8, 1)
     found = {
         case: message_of(lambda case=case: build(case, shard_size)[1].run_round(Round(1, 0.5, 4, 0)))
         for case in ("failing", "unsummed")
     }
     model, engine = build("2:4", shard_size)
+    found["forward pass"] = message_of(lambda: perplexity(running_out_of_memory(model), TOKENS[:120], 20, 2))
+    model, engine = build("2:4", shard_size)
     with gathered(model):
         model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.clone()
         model.model.embed_tokens.weight.data[int(IDS[7, 19])] = float("nan")
     found["round"] = message_of(lambda: engine.run_round(Round(1, 0.5, 4, 0)))
+    found["stopped"] = stopped_by_one(shard_size)
     found["perplexity"] = message_of(lambda: perplexity(model, TOKENS[:120], 20, 2))
     found["disagreeing"] = message_of(lambda: linears_alone(disagreeing))
     found["not finite"] = message_of(lambda: linears_alone(not_finite))
     return found
 
 
-def grams_of() -> torch.Tensor:
-    """The Gram of five samples in narrow slices; on three processes one has no sample."""
+def running_out_of_memory(model: nn.Module) -> nn.Module:
+    """Every process says so of itself, after a batch has passed all blocks."""
+
+    def fail(module, args, output):
+        if output.shape[1] == 20:
+            raise RuntimeError(f"process {process_index()} has no memory left")
+
+    model.model.norm.register_forward_hook(fail)  # type: ignore[operator, union-attr]
+    return model
+
+
+def dense_adapters(shard_size: int) -> bool:
+    """Whether dense adapters beside pruned weights, and what is merged of them, are those of a whole model."""
+    found = []
+    for size in (None, shard_size):
+        model, engine = build("2:4", size, LoRALinear)
+        engine.run_round(Round(1, 0.5, 4, 0))
+        generator = torch.Generator().manual_seed(0)
+        with gathered(model), torch.no_grad():
+            for layer in wrapped_linears(model).values():
+                layer.lora_B.normal_(std=0.02, generator=generator)
+        replace_layers(model, LoRALinear.merge_dense)
+        assert (sharding_of(model) is None) == (size is None)
+        found.append({name: whole(parameter) for name, parameter in model.named_parameters()})
+    return found[0].keys() == found[1].keys() and all(torch.equal(p, found[1][n]) for n, p in found[0].items())
+
+
+def own_importance(shard_size: int) -> float:
+    """How far an importance that is made of sharded parameters is from that of whole ones."""
+    ours, plain = (build("norms", size)[1]._importance()[0] for size in (shard_size, None))
+    assert ours is not None and plain is not None and type(ours) is torch.Tensor
+    return float((ours / plain - 1).abs().max())
+
+
+def made_whole_for_ranks(shard_size: int) -> list[str]:
+    """Which parameters are gathered to change ranks, by the last component of their names."""
+    model, engine = build("2:4", shard_size)
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    seen: set[str] = set()
+
+    def wholes(tensors, real=sharding._wholes):
+        seen.update(names[id(tensor)] for tensor in tensors)
+        return real(tensors)
+
+    sharding._wholes, real = wholes, sharding._wholes
+    engine._set_ranks(Round(1, 0.5, 6, 0), [3, 9])
+    sharding._wholes = real
+    assert [layer.rank for layer in wrapped_linears(model).values()] == [3] * 7 + [9] * 7
+    assert all(sharding_of(layer) is not None for layer in wrapped_linears(model).values())
+    return sorted(seen)
+
+
+def grams_of() -> tuple[torch.Tensor, int]:
+    """The Gram of five samples in slices of 61 features; on three processes one has no sample. And how many features of
+    all samples a process is sent at a time."""
     model, _ = build("wanda", None)
     stream = BlockStream(model, find_blocks(model), IDS[:5], batch_size=3)
+    received = [0]
+
+    def exchange(found, *args, real=dist.all_to_all_single):
+        received.append(len(found) // 5)
+        return real(found, *args)
+
+    dist.all_to_all_single, real = exchange, dist.all_to_all_single
     with torch.no_grad():
-        return stream.gram(slice_features=5 * 37)
+        gram = stream.gram(slice_features=3 * 61)
+    dist.all_to_all_single = real
+    return gram, max(received)
 
 
-def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharded: str) -> dict[str, Any]:
-    """What several processes find: of all ``cases`` with the model whole, of the case ``sharded`` also in shards."""
+def stopped_by_one(shard_size: int | None) -> str:
+    """What each process says when the last one alone gets a signal while a block runs."""
+    model, engine = build("wanda", shard_size)
+    if process_index() == process_count() - 1:
+        engine.blocks[0].module.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    with heeding_signals():
+        return message_of(lambda: engine.run_round(Round(1, 0.5, 4, 0)))
+
+
+def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharded: Iterable[str]) -> dict[str, Any]:
+    """What several processes find: of all ``cases`` with the model whole, of the cases ``sharded`` also in shards."""
     outcomes = {case: prune_twice(case) for case in cases}
+    gram, received = grams_of()
     found: dict[str, Any] = {
         "cases": {case: compare(outcome, truth["cases"][case]) for case, outcome in outcomes.items()},
-        "sharded alike": alike(prune_twice(sharded, shard_size), outcomes[sharded]),
+        "sharded alike": {case: alike(prune_twice(case, shard_size), outcomes[case]) for case in sharded},
+        "dense adapters": dense_adapters(shard_size),
         "calls": block_calls(),
         "experts": linears_alone(experts),
-        "gram": float((grams_of() - truth["gram"]).abs().max() / truth["gram"].abs().max()),
+        "gram": float((gram - truth["gram"]).abs().max() / truth["gram"].abs().max()),
+        "received": received,
+        "own importance": own_importance(shard_size),
+        "made whole for ranks": made_whole_for_ranks(shard_size),
     }
     if process_count() < 4:
         found["failures"] = failures(shard_size if process_count() == 2 else None)
@@ -276,14 +375,14 @@ def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharde
 
 
 def one() -> dict[str, Any]:
-    return {"cases": {case: prune_twice(case) for case in CASES}, "calls": block_calls(), "gram": grams_of()}
+    return {"cases": {case: prune_twice(case) for case in CASES}, "calls": block_calls(), "gram": grams_of()[0]}
 
 
 # By number of processes: the cases, and how many processes hold the model together in which of them.
-PLANS: dict[int, tuple[list[str], int, str]] = {
-    2: (["regrow"], 2, "regrow"),
-    3: (list(CASES), 3, "sparsegpt"),
-    4: (["wanda"], 2, "wanda"),
+PLANS: dict[int, tuple[list[str], int, list[str]]] = {
+    2: (["regrow"], 2, ["regrow"]),
+    3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks"]),
+    4: (["wanda"], 2, ["wanda"]),
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from losa.algorithm.block import _WeightsToPrune
 from losa.algorithm.engine import Engine
@@ -180,6 +182,19 @@ def test_weights_are_formed_only_when_they_are_read(monkeypatch):
     assert "mlp.up_proj" in weights and "lm_head" not in weights and list(weights) == list(block.linears)
     assert len(weights) == 7 and not formed
     assert weights["mlp.up_proj"] is None and formed == ["mlp.up_proj"]
+    with pytest.raises(KeyError):
+        weights["lm_head"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_replaced_weights_are_kept_for_a_dense_stream_alone(kept):
+    ranks = {"ranks": "error" if kept else "uniform"}
+    model, engine = build({"pruner": "sparsegpt", "sparsity": 0.5}, ranks, measure_errors=False)
+    before = [StorageWeakRef(layer.weight.untyped_storage()) for layer in wrapped_linears(model).values()]
+    (record,) = run_all(engine, rounds=1)[1]
+    assert (record.errors is not None) == kept
+    gc.collect()
+    assert all(storage.expired() != kept for storage in before)
 
 
 def test_merged_model_equals_wrapped_model():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from losa.algorithm.stream import BlockStream
+from losa.distributed.stop import Stopped, heeding_signals
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks
 from losa_kernels import gram
@@ -47,6 +50,20 @@ def outputs_of_blocks(model, blocks, ids):
     for handle in handles:
         handle.remove()
     return seen
+
+
+def test_a_signal_stops_a_stream_before_its_next_pass():
+    model = tiny_llama()
+    passes = []
+
+    def stop(*_):
+        passes.append(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    model.model.norm.register_forward_hook(stop)
+    with heeding_signals(), pytest.raises(Stopped):
+        BlockStream(model, find_blocks(model), IDS, 3)
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2, tiny_opt])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.wrapping import merge_model, sparsity_of, unwrap_model, wrap_model, wrapped_linears
+from losa.model.wrapping import (
+    merge_model,
+    replace_layers,
+    sparsity_of,
+    unwrap_model,
+    wrap_model,
+    wrapped_linears,
+)
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from tests.helpers.decoders import COMMON, GATED, LAYERS, random_model
@@ -77,6 +85,20 @@ def test_wrap_merge_unwrap(name):
     assert unwrap_model(model) is model and not wrapped_linears(model)
     assert all(torch.equal(v, original.state_dict()[k]) for k, v in model.state_dict().items())
     assert torch.equal(logits(model), dense)
+
+
+def test_layers_are_replaced_one_by_one():
+    """A new set of weights never stands beside a whole old one."""
+    model = tiny_llama(layers=2)
+    layers = [weakref.ref(layer) for layer in wrap(model).values()]
+    held = []
+
+    def made(layer):
+        held.append(sum(each() is not None for each in layers))
+        return layer.merge()
+
+    replace_layers(model, made)
+    assert held == list(range(len(layers), 0, -1)) and not any(each() for each in layers)
 
 
 def test_tied_embeddings_stay_tied():

@@ -92,12 +92,15 @@ def test_shards_hold_rows_and_whole_blocks(directory):
     assert training["blocks"].network == pytest.approx(3 * 2 * model / 2 / 2), "a machine's two cards share a half"
     assert training["gradients"].received == pytest.approx(3 * 2 * ADAPTERS * 3 / 4)
     pruning = traffic(found, "losa: calibration and pruning")
-    # Two rounds of three passes, a check of three before them, a merge after them.
-    assert pruning["blocks"].received == pytest.approx((2 * 3 + 3 + 1) * model * 3 / 4)
+    # Two rounds of two passes, a check of three before them, a merge after them.
+    assert pruning["blocks"].received == pytest.approx((2 * 2 + 3 + 1) * model * 3 / 4)
+    assert pruning["adapters"].received == pytest.approx(2 * 2 * ADAPTERS * 3 / 4)
+    assert "dense weights" not in pruning
     assert pruning["statistics"].received == 2 * 2 * 4 * IN
     assert pruning["masks"].received == 2 * 2 * BLOCK / 8
     assert pruning["features for CKA"].received == pytest.approx(2 * 2 * (2 * 16 * 32 * 4) * 3 / 4)
-    assert traffic(found, "losa: evaluation")["blocks"].received == pytest.approx(3 * model * 3 / 4)
+    # A batch each, and two tokens more.
+    assert traffic(found, "losa: evaluation")["blocks"].received == pytest.approx(3 * 2 * model * 3 / 4)
 
 
 def test_settings_of_shards(directory):
@@ -135,7 +138,7 @@ def test_offloaded_rows_are_in_host_memory(directory):
         assert places[key] == "host"
     assert places["pruning", "one block, whole"] == places["training", "blocks, whole"] == "device"
     blocks = traffic(found, "losa: evaluation")["blocks"]
-    assert blocks.received == 0 and blocks.from_host == 3 * 3 * (2 * WHOLE + 4 * OUTSIDE)
+    assert blocks.received == 0 and blocks.from_host == 3 * (3 + 1) * (2 * WHOLE + 4 * OUTSIDE)
 
 
 def test_sparsegpt_sends_hessians_and_weights(directory):
@@ -145,6 +148,8 @@ def test_sparsegpt_sends_hessians_and_weights(directory):
     pruning = traffic(found, "losa: calibration and pruning")
     assert pruning["statistics"].received == 2 * 2 * 4 * (6 * 32**2 + 64**2)
     assert pruning["new weights"].received == 2 * 4 * 2 * BLOCK
+    dense = pruning["dense weights"]
+    assert dense.received == pytest.approx(4 * 2 * BLOCK * 3 / 4) and dense.from_host == 4 * 2 * BLOCK // 4
 
 
 def test_the_slowest_owner_counts(directory):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from losa.algorithm.stream import BlockStream
 from losa.errors import LosaError, NumericsError, OutputError
+from losa.model.blocks import block_linears
+from losa.model.wrapping import wrapped_linears
 from losa.recipe.reading import parse_recipe
+from losa.run import methods
 from losa.run.methods import MethodRun
 from losa.run.pipeline import run_recipe
 from tests.helpers.runs import settings
@@ -19,8 +24,30 @@ from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 METHODS = ["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
 
 
+@pytest.fixture
+def held_after_merging(monkeypatch) -> list[int]:
+    """How many of the dense linears and of the wrapped layers are still in memory after each merge."""
+    dense: list[weakref.ref] = []
+    found: list[int] = []
+
+    def wrapped(model, *args, real=methods.wrap_model, **kwargs):
+        dense.extend(map(weakref.ref, block_linears(model).values()))
+        return real(model, *args, **kwargs)
+
+    def merged(model, real=methods.merge_model):
+        before = [*dense, *map(weakref.ref, wrapped_linears(model).values())]
+        real(model)
+        gc.collect()
+        found.append(sum(each() is not None for each in before))
+        return model
+
+    monkeypatch.setattr(methods, "wrap_model", wrapped)
+    monkeypatch.setattr(methods, "merge_model", merged)
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_writes_a_sparse_checkpoint(workspace, tmp_path, method):
+def test_every_method_writes_a_sparse_checkpoint(workspace, tmp_path, method, held_after_merging):
     output = tmp_path / "out"
     record = run_recipe(parse_recipe(settings(workspace, output, method=method)))
     dense, result = record.results
@@ -36,6 +63,7 @@ def test_every_method_writes_a_sparse_checkpoint(workspace, tmp_path, method):
     saved = json.loads((output / "losa_config.json").read_text())
     assert saved["method"] == method and len(saved["masks"]) == 3 * 7
     assert not (tmp_path / "out.work").exists()
+    assert held_after_merging == [0], "a merged model would stand beside another set of weights"
 
 
 def test_training_recovers_what_pruning_lost(workspace, tmp_path):

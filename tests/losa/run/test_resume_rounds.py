@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from losa.algorithm.stream import BlockStream
 from losa.distributed.stop import Stopped, heeding_signals
 from losa.run.methods import Engine
 from losa.run.saving import Saver
@@ -122,6 +123,20 @@ def test_a_stop_while_pruning_leaves_the_newest_state(tmp_path):
     with ends(pruning=2, by=signal.SIGTERM):
         method_run(tmp_path).run()
     assert [path.name for path in state_paths(tmp_path / "losa" / "checkpoints")][-1] == "round-01"
+
+
+def test_a_stop_while_blocks_are_compared(tmp_path, monkeypatch):
+    compared = []
+
+    def gram(self, real=BlockStream.gram):
+        compared.append(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self)
+
+    monkeypatch.setattr(BlockStream, "gram", gram)
+    with heeding_signals(), pytest.raises(Stopped):
+        method_run(tmp_path).run()
+    assert len(compared) == 1, "the second block is not compared any more"
 
 
 def test_a_stop_in_dense_fine_tuning(tmp_path):
