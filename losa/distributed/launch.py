@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -92,6 +92,11 @@ def start_processes(device: str, config: DistributedConfig | None = None) -> str
         join(place or ALONE, kind, problem, _PATIENCE * timedelta(seconds=config.timeout))
     if PartialState(cpu=kind == "cpu").num_processes != process_count():
         raise LosaError("distributed: expected RANK and WORLD_SIZE of a launcher, found variables of MPI; use torchrun")
+    if kind == "cuda" and device.startswith("cuda:"):
+        # Rows that wait in host memory do not name a GPU: they become whole on the current one. A number that is not
+        # here is refused by name when the model is loaded.
+        with suppress(RuntimeError):
+            torch.cuda.set_device(device)
     return device
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from losa.distributed import processes
 from losa.distributed.joining import ALONE, Place, read_place
-from losa.distributed.launch import as_launched, check_config, check_launcher
+from losa.distributed.launch import as_launched, check_config, check_launcher, start_processes
 from losa.errors import LosaError, RecipeError
 from losa.recipe.sections import DistributedConfig
 from tests.helpers.cases import outcomes
@@ -223,6 +225,16 @@ def launched(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return launch
+
+
+def test_a_process_that_is_alone_works_on_the_gpu_it_names(launched, monkeypatch):
+    """Also with rows in host memory, which do not say where they become whole."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    assert start_processes("cuda:1") == "cuda:1" and start_processes("cuda") == "cuda"
+    assert taken == ["cuda:1"]
 
 
 def test_the_variables_of_a_launcher(launched):
