@@ -248,6 +248,9 @@ def plan(
     ] = None,
     memory: Annotated[float, typer.Option(min=0.001, help="Of each of --gpus, in GB.")] = 80,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Of --gpus, how many a machine has.")] = 8,
+    host_memory: Annotated[
+        float | None, typer.Option(min=0.001, help="Of each machine, in GB. Without it host memory is not judged.")
+    ] = None,
     tflops: Annotated[
         float, typer.Option(min=0.001, help="TFLOP/s that a GPU's products reach: 0.4 of an H100's data sheet.")
     ] = 395.6,
@@ -274,7 +277,8 @@ def plan(
         tables = estimate_tables(estimate(loaded, probe=probe))
     else:
         rates = {"memory": memory * 1e9, "rate": tflops * 1e12, "between": bandwidth * 1e9}
-        tables = cluster_tables(estimate_cluster(loaded, Cluster(gpus, gpus_per_node, **rates)))
+        host = None if host_memory is None else host_memory * 1e9
+        tables = cluster_tables(estimate_cluster(loaded, Cluster(gpus, gpus_per_node, **rates, host_memory=host)))
     console = Console()
     for table in tables:
         show_table(table, console)

@@ -51,12 +51,17 @@ class Sharding:
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     @property
+    def shards(self) -> int:
+        """Processes that hold one copy together."""
+        return self.mesh.size(self.mesh.ndim - 1)
+
+    @property
     def placements(self) -> list[Replicate | Shard]:
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
 
     def rows(self, count: int) -> range:
         """Which of ``count`` rows this process holds."""
-        chunk = -(-count // self.mesh.size(self.mesh.ndim - 1))
+        chunk = -(-count // self.shards)
         first = self.mesh.get_local_rank(self.mesh.ndim - 1) * chunk
         return range(min(first, count), min(first + chunk, count))
 
@@ -119,7 +124,7 @@ def whole(tensor: Tensor) -> Tensor:
 def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
     """``whole`` of tensors of one sharding, by one collective call: a decoder block has dozens of parameters."""
     sharding = Sharding.of(tensors[0])
-    shards = sharding.mesh.size(sharding.mesh.ndim - 1)
+    shards = sharding.shards
     # Bytes that each process sends of a tensor: as many as the first one holds.
     sizes = [-(-t.shape[0] // shards) * t.shape[1:].numel() * t.dtype.itemsize for t in tensors]
     places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))

@@ -183,6 +183,11 @@ def stacked_weights(module: nn.Module) -> list[str]:
     return [] if inside or any(p.ndim < 2 for p in own.values()) else stacked
 
 
+def expert_lists(block: nn.Module) -> list[nn.ModuleList]:
+    """A block's lists of experts, modules of one class with linears of their own: a token meets some of them."""
+    return [m for m in block.modules() if isinstance(m, nn.ModuleList) and _expert_count(m) is not None]
+
+
 def _expert_count(collection: nn.Module) -> int | None:
     """The number of experts in a list of modules of one class, or in stacked weights; None: it is neither."""
     if fused := stacked_weights(collection):

@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from losa.model.blocks import find_blocks, weight_count
+from losa.model.blocks import Blocks, expert_lists, find_blocks, stacked_weights, weight_count
+from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 
 
 @dataclass(frozen=True)
 class TokenWork:
-    """What the matrix products of a token depend on: ``linears``, weights of the blocks' linears; ``adapted`` of them
-    have an adapter; ``head``, weights of the output layer; ``attention``, widths of the attention heads of all blocks
-    together."""
+    """What the matrix products of a token depend on: ``linears``, weights of the blocks' linears and stacked experts;
+    ``masked`` of them have an adapter under the mask; ``head``, weights of the output layer; ``attention``, widths of
+    the attention heads of all blocks together; ``dropout``: whether the adapters drop inputs in training.
 
-    linears: int
-    adapted: int
+    Of a mixture of experts the share counts that a token is sent to. ``routed``: False where the configuration does not
+    say how many experts that is; then all of them count.
+    """
+
+    linears: float
+    masked: float
     head: int
     attention: int
+    dropout: bool = False
+    routed: bool = True
 
     @classmethod
     def of(cls, model: Any) -> TokenWork:
         """``model``: a causal LM of transformers, wrapped. Raises ModelError: the model has no blocks."""
-        blocks = find_blocks(model)
-        linears = blocks.linears().values()
+        linears = find_blocks(model).linears()
+        masked = {n for n, m in linears.items() if isinstance(m, MaskedLoRALinear) and not isinstance(m, LoRALinear)}
+        dropout = any(m.dropout_p > 0 for m in linears.values() if isinstance(m, MaskedLoRALinear))
+        return cls.with_adapters(model, masked, dropout)
+
+    @classmethod
+    def with_adapters(cls, model: Any, masked: Collection[str], dropout: bool) -> TokenWork:
+        """``model``: wrapped or not; ``masked``: names of linears that have an adapter under the mask."""
+        blocks, config = find_blocks(model), model.config.get_text_config()
         head = model.get_output_embeddings()
+        shares, routed = _shares(blocks, number_of(config, "num_experts_per_tok"))
+        weights = {name: shares.get(id(m), 1.0) * weight_count(m) for name, m in blocks.linears().items()}
+        stacked = sum(
+            shares[id(module)] * getattr(module, name).numel()
+            for block in blocks
+            for module in block.modules()
+            for name in stacked_weights(module)
+        )
         return cls(
-            linears=sum(weight_count(linear) for linear in linears),
-            adapted=sum(weight_count(linear) for linear in linears if isinstance(linear, MaskedLoRALinear)),
+            linears=sum(weights.values()) + stacked,
+            masked=sum(weights[name] for name in masked),
             head=0 if head is None else head.weight.numel(),
-            attention=attention_width(model.config.get_text_config(), blocks.modules, hidden_size(model)) * len(blocks),
+            attention=attention_width(config, blocks.modules, hidden_size(model)) * len(blocks),
+            dropout=dropout,
+            routed=routed,
         )
 
-    def forward(self, length: int) -> float:
+    def forward(self, length: int, training: bool = False) -> float:
         """FLOP a token of a forward pass through the blocks, in texts of ``length`` tokens."""
         # A causal token attends to half of the text on average: q k^T and p v.
-        return 2.0 * self.linears + 2.0 * length * self.attention
+        attention = 2.0 * length * self.attention
+        # Dropout is of the adapter's input alone, so that W and B A cannot be one product.
+        return 2.0 * (self.linears + self.masked * (training and self.dropout)) + attention
 
     def training(self, length: int) -> float:
-        """FLOP a token of forward and backward passes, without recomputation. Gradients are taken of the weights with
-        an adapter alone."""
-        per_token = 6.0 * self.adapted + 4.0 * (self.linears - self.adapted) + 4.0 * self.head
-        return per_token + 3 * (self.forward(length) - 2.0 * self.linears)
+        """FLOP a token of forward and backward passes, without recomputation. A linear's backward pass has the products
+        of its forward pass, and one more under the mask, dY^T x. Products with A or B of an adapter do not count."""
+        beside = 2.0 * length * self.attention + 4.0 * self.head
+        return 2 * self.forward(length, training=True) + 2.0 * self.masked + beside
+
+
+def _shares(blocks: Blocks, experts_of_a_token: int | None) -> tuple[dict[int, float], bool]:
+    """The share of a token's experts among all, by the ``id`` of each module in a list of experts or with stacked
+    weights; and whether all shares are known."""
+    shares: dict[int, float] = {}
+    known = True
+    for block in blocks:
+        counts: list[tuple[nn.Module, int]] = [(experts, len(experts)) for experts in expert_lists(block)]
+        counts += [(m, getattr(m, names[0]).shape[0]) for m in block.modules() if (names := stacked_weights(m))]
+        for experts, count in counts:
+            known &= experts_of_a_token is not None
+            share = min(1.0, (experts_of_a_token or count) / count)
+            shares |= {id(module): share for module in experts.modules()}
+    return shares, known
 
 
 def hidden_size(model: Any) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 
 from losa.distributed.launch import as_launched
@@ -11,12 +14,15 @@ from losa.run.machine import capacity
 from losa.run.placement import Placement, choose
 from losa.run.planned import Planned, planned_model
 
+logger = logging.getLogger("losa")
+
 
 def placement_of(recipe: Recipe, device: str) -> Placement:
     """The placement of this run, the same in every process. All processes call it together.
 
-    Mode "auto" takes whole models where they fit into what process 0 has, a fifth more than an estimate counts
-    (``losa.run.planned.MARGIN``); with ``accelerate launch --use_fsdp`` it takes shards.
+    Mode "auto" takes whole models where they fit into process 0's GPU and its machine's memory, a fifth more than an
+    estimate counts (``losa.run.planned.MARGIN``), and else shards, with a warning where shards do not fit either. With
+    ``accelerate launch --use_fsdp`` it takes shards.
 
     Args:
         device: what this process computes on.
@@ -27,17 +33,33 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
         LosaError: in the other processes, where process 0 fails.
     """
     config, per_machine = as_launched(recipe.distributed), on_main(lambda: launched().local_count)
-    return choose(
-        config, process_count(), per_machine, lambda found: on_main(lambda: _fits(recipe, device, found, per_machine))
+    planned = cache(lambda: _planned(recipe, device))
+    placement = choose(
+        config, process_count(), per_machine, lambda found: on_main(lambda: _fits(planned(), found, per_machine))
     )
+    if config.mode == "auto" and placement.sharded and not placement.offload:
+        on_main(lambda: _warn_unless_it_fits(planned(), placement, per_machine))
+    return placement
 
 
-def _fits(recipe: Recipe, device: str, placement: Placement, per_machine: int) -> bool:
+def _planned(recipe: Recipe, device: str) -> Planned:
     on = torch.device(device)
-    memory = capacity(on)
-    if "host" in memory:
-        memory["host"] //= per_machine
-    planned = Planned.of(recipe, planned_model(recipe), on, memory)
-    place = planned.shape.computes_on
-    # A device whose memory is not known is left to the user, who knows the settings.
-    return place not in memory or planned.needed(placement) <= memory[place]
+    return Planned.of(recipe, planned_model(recipe), on, capacity(on))
+
+
+def _fits(planned: Planned, placement: Placement, per_machine: int) -> bool:
+    """Whether a placement fits. Memory that is not known is left to the user, who knows the settings."""
+    memory = planned.capacity
+    if "device" in memory and planned.shape.on_gpu and planned.needed(placement) > memory["device"]:
+        return False
+    return "host" not in memory or planned.needed_by_machine(placement, per_machine) <= memory["host"]
+
+
+def _warn_unless_it_fits(planned: Planned, placement: Placement, per_machine: int) -> None:
+    if not _fits(planned, placement, per_machine):
+        logger.warning(
+            "distributed.mode: auto takes %s, but by an estimate the run needs more memory than there is; `losa plan "
+            "RECIPE --gpus %d` shows how much, and names settings that need less",
+            placement.mode,
+            placement.processes,
+        )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cluster:
-    """``gpus``, one process each, ``per_machine`` of them in a machine, with ``memory`` bytes each.
+    """``gpus``, one process each, ``per_machine`` of them in a machine, with ``memory`` bytes each. ``host_memory``:
+    bytes of a machine, None where it is not known.
 
     ``rate``: FLOP/s that a GPU's products reach. ``inside``, ``between``, ``host_link``: bytes/s that a GPU takes in
     from GPUs of its machine, from other machines, and from host memory. All of these are assumptions.
@@ -20,6 +21,12 @@ class Cluster:
     between: float = 50e9
     inside: float = 450e9
     host_link: float = 64e9
+    host_memory: float | None = None
+
+    @property
+    def fullest(self) -> int:
+        """GPUs of the machine that has most."""
+        return min(self.gpus, self.per_machine)
 
     @property
     def machines(self) -> int:

@@ -9,7 +9,7 @@ from rich.table import Table
 from losa.run.cluster import Cluster
 from losa.run.estimate_cluster import ClusterEstimate
 from losa.run.estimate_memory import PHASES
-from losa.run.estimate_tables import add_row, plain_frame, size_text, time_text
+from losa.run.estimate_tables import ALL_EXPERTS, add_row, plain_frame, size_text, time_text
 
 
 def cluster_tables(estimate: ClusterEstimate) -> list[Table]:
@@ -34,9 +34,11 @@ def _memory_table(estimate: ClusterEstimate) -> Table:
             where = "GPU" if holding.place == "device" else "host"
             add_row(table, phase, where, holding.what, size_text(holding.size), holding.how)
         if phase in device:
-            verdict = f"throughout + {phase}: {estimate.verdict(device[phase])}"
+            verdict = f"throughout + {phase}: {estimate.verdict(device[phase], cluster.memory)}"
             add_row(table, phase, "GPU", "all together", size_text(device[phase]), verdict)
-            processes = f"of {_count(min(cluster.gpus, cluster.per_machine), 'process', 'processes')}"
+            processes = f"of {_count(cluster.fullest, 'process', 'processes')}"
+            if cluster.host_memory is not None:
+                processes += f": {estimate.verdict(machine[phase], cluster.host_memory)}"
             if machine[phase]:
                 add_row(table, phase, "machine", "host memory", size_text(machine[phase]), processes)
     return table
@@ -55,9 +57,15 @@ def _held(estimate: ClusterEstimate) -> str:
 
 
 def _verdicts(estimate: ClusterEstimate) -> Iterator[str]:
-    memory = size_text(estimate.cluster.memory)
+    memory, host = size_text(estimate.cluster.memory), estimate.cluster.host_memory
     yield "An estimate of what losa itself holds, of the process that holds most. Nothing of it was measured."
     yield f'"fits": with a fifth more, for the allocator, CUDA and data, it is no more than {memory}.'
+    if host is None:
+        yield "Host memory is not judged: --host-memory says how much a machine has."
+    else:
+        yield f"A machine has {size_text(host)} of host memory."
+    if not estimate.planned.shape.work.routed:
+        yield ALL_EXPERTS
     if not estimate.fits:
         for change, need in estimate.remedies:
             yield f"It fits with {change} ({size_text(need)} with a fifth more)."

@@ -25,7 +25,8 @@ from losa.run.planned import Planned, phase_sums, planned_model
 class Estimate:
     """``parameters``: of the whole model, ``prunable``: of the linears that are pruned. ``rounds``: the main method's;
     their sequences are 0 where the recipe leaves the number open, and ``train_length`` is 0 without training.
-    ``rate``: measured FLOP/s, or None. ``capacity``: bytes of memory by place, where known."""
+    ``rate``: measured FLOP/s, or None. ``capacity``: bytes of memory by place, where known. ``routed``: whether it is
+    known how many experts of a mixture a token is sent to."""
 
     model: str
     parameters: int
@@ -39,6 +40,7 @@ class Estimate:
     stages: list[Stage]
     rate: float | None
     capacity: dict[str, int]
+    routed: bool
 
     def size(self, what: str) -> int:
         """Bytes of the holding of that name. Raises KeyError."""
@@ -90,6 +92,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         stages=list(stages(recipe, shape, planned.rounds)),
         rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
         capacity=memory,
+        routed=shape.work.routed,
     )
 
 

@@ -17,7 +17,7 @@ from losa.run.estimate_memory import Holding
 from losa.run.estimate_wire import Wires
 from losa.run.estimate_work import Stage, stages, steps_of
 from losa.run.placement import Placement, choose
-from losa.run.planned import MARGIN, Planned, phase_sums, planned_model
+from losa.run.planned import MARGIN, Planned, machine_sums, phase_sums, planned_model
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ class ClusterEstimate:
 
     def machine(self) -> dict[str, int]:
         """Bytes that the main process's machine holds in host memory in each phase."""
-        main = phase_sums(self.holdings, "host")
-        other = phase_sums([h for h in self.holdings if not h.main_only], "host")
-        others = min(self.cluster.gpus, self.cluster.per_machine) - 1
-        return {phase: size + others * other.get(phase, 0) for phase, size in main.items()}
+        return machine_sums(self.holdings, self.cluster.fullest)
 
     def seconds(self, stage: Stage, traffic: list[Traffic]) -> float:
         """The products and then the wire: nothing is taken to overlap."""
@@ -66,13 +63,13 @@ class ClusterEstimate:
 
     @property
     def fits(self) -> bool:
-        return MARGIN * max(self.device().values()) <= self.cluster.memory
+        return _fits(self.planned, self.placement, self.cluster)
 
-    def verdict(self, size: int) -> str:
-        """Whether so many bytes fit into a GPU."""
-        if MARGIN * size <= self.cluster.memory:
+    def verdict(self, size: int, memory: float) -> str:
+        """Whether so many bytes fit into ``memory``."""
+        if MARGIN * size <= memory:
             return "fits"
-        return "tight" if size <= self.cluster.memory else "does not fit"
+        return "tight" if size <= memory else "does not fit"
 
 
 def estimate_cluster(recipe: Recipe, cluster: Cluster) -> ClusterEstimate:
@@ -87,7 +84,6 @@ def estimate_cluster(recipe: Recipe, cluster: Cluster) -> ClusterEstimate:
     placement = _placement(planned, cluster)
     planned = planned.on(placement)
     wires = Wires(planned.recipe, planned.shape, planned.rounds, cluster, placement)
-    fits = planned.needed(placement) <= cluster.memory
     return ClusterEstimate(
         planned=planned,
         cluster=cluster,
@@ -95,38 +91,43 @@ def estimate_cluster(recipe: Recipe, cluster: Cluster) -> ClusterEstimate:
         parameters=sum(p.numel() for p in model.parameters()),
         holdings=planned.holdings(placement),
         stages=[(s, wires.of(s)) for s in stages(planned.recipe, planned.shape, planned.rounds, cluster.gpus)],
-        remedies=[] if fits else _remedies(planned, cluster),
+        remedies=[] if _fits(planned, placement, cluster) else _remedies(planned, cluster),
     )
 
 
 def _placement(planned: Planned, cluster: Cluster) -> Placement:
     return choose(
-        planned.recipe.distributed,
-        cluster.gpus,
-        min(cluster.gpus, cluster.per_machine),
-        lambda found: planned.needed(found) <= cluster.memory,
+        planned.recipe.distributed, cluster.gpus, cluster.fullest, lambda found: _fits(planned, found, cluster)
     )
+
+
+def _fits(planned: Planned, placement: Placement, cluster: Cluster) -> bool:
+    fits = planned.needed(placement) <= cluster.memory
+    if cluster.host_memory is None:
+        return fits
+    return fits and planned.needed_by_machine(placement, cluster.fullest) <= cluster.host_memory
 
 
 def _remedies(planned: Planned, cluster: Cluster) -> list[tuple[str, float]]:
     """Each change that is enough by itself, or the first few changes that are enough together."""
 
-    def needs(settings: dict[str, Any], cluster: Cluster = cluster) -> float:
+    def needs(settings: dict[str, Any], cluster: Cluster = cluster) -> float | None:
+        """Bytes of a GPU; None where it does not fit."""
         changed = planned.changed(settings)
-        return changed.needed(_placement(changed, cluster))
+        placement = _placement(changed, cluster)
+        return changed.needed(placement) if _fits(changed, placement, cluster) else None
 
     changes = _changes(planned.recipe, cluster)
-    alone = [(text, needs(settings)) for text, settings in changes.items()]
-    found = [(text, need) for text, need in alone if need <= cluster.memory]
+    found = [(text, need) for text, settings in changes.items() if (need := needs(settings)) is not None]
     together: dict[str, Any] = {}
     for count, settings in enumerate(changes.values() if not found else (), start=1):
         together |= settings
-        if (need := needs(together)) <= cluster.memory:
+        if (need := needs(together)) is not None:
             found = [(" and ".join(list(changes)[:count]), need)]
             break
     larger = [replace(cluster, gpus=cluster.gpus << power) for power in range(1, 5)]
     enough = ((c.gpus, needs(_SHARDED, c)) for c in larger)
-    more = next(((f"{gpus} GPUs, fsdp", need) for gpus, need in enough if need <= cluster.memory), None)
+    more = next(((f"{gpus} GPUs, fsdp", need) for gpus, need in enough if need is not None), None)
     return [*found, *([more] if more else [])]
 
 
@@ -137,8 +138,9 @@ def _changes(recipe: Recipe, cluster: Cluster) -> dict[str, dict[str, Any]]:
     """Settings that take less memory, by how a recipe says them; those that cost least come first."""
     found: dict[str, dict[str, Any]] = {}
     train, distributed = recipe.train, recipe.distributed
+    sharded = "distributed.mode: fsdp" + " and shard_size: null" * (distributed.shard_size is not None)
     if cluster.gpus > 1 and distributed.mode not in ("auto", "fsdp"):
-        found["distributed.mode: fsdp"] = _SHARDED
+        found[sharded] = _SHARDED
     if not distributed.reshard_after_forward:
         found["distributed.reshard_after_forward: true"] = {"distributed.reshard_after_forward": True}
     if train is not None and train.batch_size > 1:
@@ -147,7 +149,11 @@ def _changes(recipe: Recipe, cluster: Cluster) -> dict[str, dict[str, Any]]:
         found[f"train.batch_size: 1 with gradient_accumulation: {steps}"] = smaller
     if train is not None and not train.activation_checkpointing:
         wanted = {"train.activation_checkpointing": True, "distributed.activation_checkpointing": True}
-        found["train.activation_checkpointing: true"] = wanted
+        own = " and distributed.activation_checkpointing: true" * (distributed.activation_checkpointing is False)
+        found[f"train.activation_checkpointing: true{own}"] = wanted
     if not distributed.cpu_offload:
-        found["distributed.cpu_offload: true"] = {**_SHARDED, "distributed.cpu_offload": True}
+        text = "distributed.cpu_offload: true"
+        if distributed.mode not in ("auto", "fsdp"):
+            text = f"{sharded} and cpu_offload: true"
+        found[text] = {**_SHARDED, "distributed.cpu_offload": True}
     return found

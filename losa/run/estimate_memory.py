@@ -69,6 +69,11 @@ def largest_share(count: int, unit: int, processes: int) -> int:
     return min(count, -(-units // processes) * unit)
 
 
+def largest_pruned(shape: ModelShape) -> int:
+    """Bytes of the weights that are pruned of one block, the largest."""
+    return shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
+
+
 def _adapters(shape: ModelShape, rank: int) -> int:
     """Parameters of adapters of ``rank`` on every pruned linear."""
     return sum(rank * (w.inputs + w.outputs) for w in shape.pruned)
@@ -114,6 +119,8 @@ def pruning_work(
     if recipe.compares_samples:
         grams = 4 * shape.blocks * min(calibration.cka_samples, calibration.samples) ** 2
         yield Holding("pruning", place, "Grams", grams, "blocks x samples^2 x 4 bytes")
+    how = "M * (W + s B A), formed once for all batches"
+    yield Holding("pruning", place, "merged weights of a block", largest_pruned(shape), how)
     batch = min(calibration.batch_size, calibration.samples) * calibration.length
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     how = "3 x batch x length x widest side"
@@ -154,7 +161,7 @@ def loss_bytes(shape: ModelShape, tokens: int) -> int:
     chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
     rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
     logits = rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
-    return logits + (shape.head * size if shape.computed != shape.dtype else 0)
+    return logits + (shape.work.head * size if shape.computed != shape.dtype else 0)
 
 
 def _export(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:

@@ -6,23 +6,43 @@ Every figure is of the process that holds most: the first one of those that shar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from losa.algorithm.schedule import Round
 from losa.pruners import LinearShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import Recipe
-from losa.run.estimate_memory import Holding, highest_rank, loss_bytes, pruning_work, training_work
+from losa.run.estimate_memory import (
+    Holding,
+    highest_rank,
+    largest_pruned,
+    loss_bytes,
+    pruning_work,
+    training_work,
+)
 from losa.run.model_shape import ModelShape, Rows
 from losa.run.placement import Placement
 
 
-def own_bytes(parameters: Iterable[Rows], shard_size: int) -> int:
-    """Of the rows of one process: ``torch.chunk`` gives the first process as many as any other."""
-    return sum(-(-rows.count // shard_size) * rows.size for rows in parameters)
+def own_bytes(parameters: Iterable[Rows], shard_size: int, pinned: bool = False) -> int:
+    """Of the rows of one process: ``torch.chunk`` gives the first process as many as any other. ``pinned``: in
+    page-locked memory, of which torch takes a power of two for each tensor."""
+    sizes = (-(-rows.count // shard_size) * rows.size for rows in parameters)
+    return sum(1 << (size - 1).bit_length() if pinned and size else size for size in sizes)
 
 
 def whole_bytes(parameters: Iterable[Rows]) -> int:
     return own_bytes(parameters, 1)
+
+
+def sent_bytes(parameters: Iterable[Rows], shard_size: int) -> int:
+    """Of parameters on their way: every process sends as many rows as the first one has."""
+    return shard_size * own_bytes(parameters, shard_size)
+
+
+def weights_of(shape: ModelShape) -> list[Rows]:
+    """Of the linears that are pruned."""
+    return [Rows(w.outputs, w.inputs * shape.dtype.itemsize) for w in shape.pruned]
 
 
 def masks_of(linears: Iterable[LinearShape]) -> list[Rows]:
@@ -50,63 +70,76 @@ def sharded_holdings(
     placement: Placement,
 ) -> list[Holding]:
     """Everything that losa itself holds. Arguments: ``losa.run.estimate_memory.holdings``."""
-    rank, size = highest_rank(rounds), placement.shard_size or 1
-    place = "host" if placement.offload else shape.computes_on
-    held = list(_own_rows(recipe, shape, rank, size, place))
+    rank = highest_rank(rounds)
+    held = list(_own_rows(recipe, shape, rank, placement))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += _blocks_in_pruning(recipe, shape, rank)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
-        held += _training(recipe, shape, rank, size, place)
+        held += _training(recipe, shape, rank, placement)
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
         tokens = recipe.evaluate.batch_size * recipe.evaluate.length
-        held += _evaluation(shape, rank, tokens)
+        held += _evaluation(recipe, shape, rank, tokens, placement)
     return [*held, *_export(shape)]
 
 
-def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
-    share = f"1/{size} of the rows" if size > 1 else "all rows"
+def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+    size, (place, pinned, share) = placement.shard_size or 1, _waiting(shape, placement)
     weights = [rows for part in (shape.outside, *shape.inside) for rows in part]
-    new = own_bytes((Rows(w.outputs, w.inputs * shape.dtype.itemsize) for w in shape.pruned), size)
+    pruned = weights_of(shape)
     masks, adapters = masks_of(shape.pruned), adapters_of(shape.pruned, rank)
+    how = f"parameters x {shape.dtype.itemsize} bytes, {share}"
+    yield Holding("throughout", place, "weights", own_bytes(weights, size, pinned), how)
+    yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
     how = f"rank (in + out) x 4 bytes, mean rank {rank}; {share}"
-    yield Holding("throughout", place, "weights", own_bytes(weights, size), f"{share} x {shape.dtype.itemsize} bytes")
-    yield Holding("throughout", place, "masks", own_bytes(masks, size), f"1 bit a weight; {share}")
-    yield Holding("throughout", place, "adapters", own_bytes(adapters, size), how)
+    yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), how)
     if get_pruner(recipe.prune).updates_weight:
         how = f"the pruner changes weights; the dense ones stay; {share}"
-        yield Holding("throughout", place, "new weights", new, how)
-        if shape.on_gpu:
-            yield Holding("pruning", "host", "dense weights", new, f"for the dense stream of later rounds; {share}")
+        yield Holding("throughout", place, "new weights", own_bytes(pruned, size, pinned), how)
+        if shape.on_gpu and not placement.offload:
+            how = f"for the dense stream of later rounds; {share}, pinned: powers of two"
+            yield Holding("pruning", "host", "dense weights", own_bytes(pruned, size, pinned=True), how)
     if shape.on_gpu:
         largest = max(own_bytes([rows], size) for rows in weights)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
+
+
+def _waiting(shape: ModelShape, placement: Placement) -> tuple[Literal["device", "host"], bool, str]:
+    """Where a process's rows are, whether they are pinned there, and how they are counted."""
+    size, pinned = placement.shard_size or 1, placement.offload and shape.on_gpu
+    share = (f"1/{size} of the rows" if size > 1 else "all rows") + ", pinned: powers of two" * pinned
+    return "host" if placement.offload else shape.computes_on, pinned, share
 
 
 def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
     place = shape.computes_on
     how = "weights, masks and adapters of the largest block"
     yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, rank))), how)
-    merged = shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
-    yield Holding("pruning", place, "its merged weights", merged, "M * (W + s B A), formed once for all batches")
     if get_pruner(recipe.prune).updates_weight:
         how = "whole as well, next to the present ones"
-        yield Holding("pruning", place, "its dense and new weights", 2 * merged, how)
+        yield Holding("pruning", place, "new weights of a block", largest_pruned(shape), how)
 
 
-def _training(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: str) -> Iterator[Holding]:
-    own = own_bytes(adapters_of(shape.pruned, rank), size)
-    yield Holding("training", place, "gradients", own, "as the adapters")
+def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+    size, (place, pinned, _) = placement.shard_size or 1, _waiting(shape, placement)
+    adapters = adapters_of(shape.pruned, rank)
+    own = own_bytes(adapters, size)
+    yield Holding("training", place, "gradients", own_bytes(adapters, size, pinned), "as the adapters")
     yield Holding("training", place, "optimiser", 2 * own, "AdamW: two fp32 moments a parameter")
-    parts = sorted(map(whole_bytes, block_parts(shape, rank)), reverse=True)
-    kept, how = parts[:2], "the one that runs and the one that comes next"
+    blocks = sorted(block_parts(shape, rank), key=whole_bytes, reverse=True)
+    kept, how = whole_bytes(blocks[0]), "the one that runs"
     if not recipe.distributed.reshard_after_forward:
-        kept, how = parts, "reshard_after_forward: false keeps all of them until the backward pass"
-    yield Holding("training", shape.computes_on, "blocks, whole", sum(kept), how)
-    widest = max(whole_bytes(adapters_of(pruned, rank)) for pruned in shape.by_block)
+        kept, how = sum(map(whole_bytes, blocks)), "reshard_after_forward: false keeps all until the backward pass"
+    yield Holding("training", shape.computes_on, "blocks, whole", kept, how)
+    if size > 1:
+        on_the_way = sum(sent_bytes(block, size) for block in blocks[:2])
+        how = "the one that runs and the next one, as they come from the processes"
+        yield Holding("training", shape.computes_on, "blocks on their way", on_the_way, how)
+    each = [adapters_of(pruned, rank) for pruned in shape.by_block]
+    widest = max(whole_bytes(block) + sent_bytes(block, size) for block in each)
     how = "of whole adapters, and on their way: two blocks"
-    yield Holding("training", shape.computes_on, "gradients of blocks", 4 * widest, how)
+    yield Holding("training", shape.computes_on, "gradients of blocks", 2 * widest, how)
     if recipe.train is not None and recipe.train.gradient_accumulation > 1:
         every = whole_bytes(adapters_of(shape.pruned, rank))
         how = "of all whole adapters, until a step's last pass"
@@ -116,10 +149,16 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, size: int, place: st
     yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
-def _evaluation(shape: ModelShape, rank: int, tokens: int) -> Iterator[Holding]:
+def _evaluation(recipe: Recipe, shape: ModelShape, rank: int, tokens: int, placement: Placement) -> Iterator[Holding]:
     place, size = shape.computes_on, shape.dtype.itemsize
-    largest = max(map(whole_bytes, block_parts(shape, rank)))
-    yield Holding("evaluation", place, "one block, whole", largest, "the one that runs")
+    if not get_pruner(recipe.prune).updates_weight:  # else merged weights take the place of the new weights
+        waiting, pinned, share = _waiting(shape, placement)
+        merged = own_bytes(weights_of(shape), placement.shard_size or 1, pinned)
+        yield Holding("evaluation", waiting, "merged weights", merged, f"beside the dense ones; {share}")
+    largest = max(block_parts(shape, rank), key=whole_bytes)
+    yield Holding("evaluation", place, "one block, whole", whole_bytes(largest), "the one that runs")
+    sent = sent_bytes(largest, placement.shard_size or 1)
+    yield Holding("evaluation", place, "one block on its way", sent, "as it comes, before its rows are put together")
     yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     how = "3 x batch x length x widest side"

@@ -11,6 +11,8 @@ from rich.text import Text
 from losa.run.estimate import Estimate
 from losa.run.estimate_memory import PHASES
 
+ALL_EXPERTS = "It is not known how many experts a token is sent to: the work is of all of them."
+
 
 def estimate_tables(estimate: Estimate) -> list[Table]:
     """Memory by phase, rounds, and work."""
@@ -53,6 +55,8 @@ def _rounds_table(estimate: Estimate) -> Table:
 def _work_table(estimate: Estimate) -> Table:
     rate = "not measured" if estimate.rate is None else f"measured here: {estimate.rate / 1e12:.3g} TFLOP/s"
     caption = f"Matrix products alone, at the rate of plain ones ({rate}): a floor."
+    if not estimate.routed:
+        caption += f"\n{ALL_EXPERTS}"
     table = plain_frame("work", caption)
     for column in ("what", "FLOP", "time"):
         table.add_column(column, justify="left" if column == "what" else "right")

@@ -14,12 +14,13 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
 from losa.run.estimate_memory import highest_rank, largest_share
-from losa.run.estimate_sharded import adapters_of, block_parts, own_bytes, whole_bytes
-from losa.run.estimate_work import Stage, windows_of_one
+from losa.run.estimate_sharded import adapters_of, block_parts, masks_of, own_bytes, sent_bytes, weights_of, whole_bytes
+from losa.run.estimate_work import Stage, other_batches, windows_of_one
 from losa.run.model_shape import ModelShape, Rows
 from losa.run.placement import Placement
 
-# Before the first stream of a run: two whole passes, and one block by block (``losa.algorithm.stream``).
+# Before the first stream of a run: two whole passes, and one block by block (``losa.algorithm.stream``). A whole pass
+# for each size of a batch follows.
 CHECKS = 3
 
 
@@ -44,29 +45,32 @@ class Wires:
         assert stage.method is not None
         dynamic = METHODS[stage.method].dynamic
         compares = dynamic and recipe.compares_samples
-        # To prune, and to compare samples.
+        # To prune, and to compare samples; the merge at the end.
         passes = 1 + compares
+        # Sparse, dense and compared samples: each stream makes what is outside of the blocks whole.
+        streams = 1 + dynamic + compares
         first = stage.method == next(iter(self.rounds))
-        once = 1 + (CHECKS if first else 0)
-        how = f"all blocks whole, one by one: {passes} times a round, {once} times in all"
-        yield self.gathered("blocks", passes * rounds + once, how)
-        if dynamic:
+        once = 1 + (CHECKS + len(other_batches(recipe)) if first else 0)
+        how = f"one by one: {passes} times a round, {once} times in all"
+        yield from self.gathered(passes * rounds + once, streams * rounds + first, how)
+        if dynamic and self.placement.sharded:
             adapters = adapters_of(shape.pruned, highest_rank(self.rounds))
-            yield self.gathered("adapters", rounds, "whole, block by block, to change ranks", adapters)
+            yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
+        # Weights that a pruner changes wait in host memory as they were.
+        again = (rounds - 1) * (dynamic + recipe.prune.regrow)
+        if pruner.updates_weight and self.placement.sharded and again:
+            how = f"as they were, from round 2 on, {again} times"
+            yield self._made_whole("dense weights", weights_of(shape), how, on_host=True).times(again)
         if pruner.statistic is not None:
             flat = get_statistic(pruner.statistic).flat
             sizes = sum(flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
             how = f"{pruner.statistic}, to each linear's owner; at most: inputs are shared"
             yield self.cluster.broadcast("statistics", sizes, processes, how).times(rounds)
-        masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
+        masks = whole_bytes(masks_of(shape.pruned))
         yield self.cluster.broadcast("masks", masks, processes, "1 bit a weight, from the owners").times(rounds)
         if pruner.updates_weight:
             new = shape.dtype.itemsize * shape.prunable
             yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
-            dense = [Rows(w.outputs, shape.dtype.itemsize * w.inputs) for w in shape.pruned]
-            how = "whole again from the second round on, for the dense stream" + " and to regrow" * recipe.prune.regrow
-            again = (rounds - 1) * (dynamic + recipe.prune.regrow)
-            yield self.gathered("dense weights", again, how, dense, on_host=True)
         if compares:
             samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
             own = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)
@@ -83,13 +87,17 @@ class Wires:
             yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how).times(steps)
             return
         passes = 2 if recipe.distributed.reshard_after_forward else 1
-        blocks = "weights, masks and adapters, whole for the forward" + (" and for the backward pass" * (passes - 1))
-        yield self.gathered("blocks", recipe.train.gradient_accumulation * passes * steps, blocks)
-        own = self.cluster.all_gather("gradients", whole_bytes(adapters), placement.shard_size, how)
-        yield own.times(steps)
+        forward = recipe.train.gradient_accumulation * steps
+        rounds = sum(each.sequences > 0 for each in self.rounds[stage.method]) if stage.method is not None else 0
+        how = "for the forward" + (" and for the backward pass" * (passes - 1)) + ", and once before a round"
+        yield from self.gathered(forward * passes + rounds, forward + rounds, how)
+        how = "fp32 gradients of the adapters, once a step, with rows up to as many as the first process has"
+        sent = sent_bytes(adapters, placement.shard_size)
+        yield self.cluster.all_gather("gradients", sent, placement.shard_size, how).times(steps)
         if placement.copies > 1:
-            # The GPUs of a machine have rows of their own, and so each its own partners in other machines.
-            partners = replace(self.cluster, per_machine=1)
+            # Processes of a machine that hold the same rows, of several copies, are partners; all others of a copy have
+            # rows of their own, and so partners of their own in other machines.
+            partners = replace(self.cluster, per_machine=max(1, self.cluster.per_machine // placement.shard_size))
             rows = own_bytes(adapters, placement.shard_size)
             how = f"own rows of them, among {placement.copies} copies"
             yield partners.all_reduce("gradients of copies", rows, placement.copies, how).times(steps)
@@ -98,21 +106,21 @@ class Wires:
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
-        how = f"all blocks whole, one by one, for each of {batches} batches, and to see how logits are made"
-        yield self.gathered("blocks", (batches + 1) * stage.times, how)
+        how = f"one by one, for each of {batches} batches and once before them"
+        yield from self.gathered((batches + 1) * stage.times, stage.times, how)
 
-    def gathered(
-        self, what: str, times: float, how: str, rows: list[Rows] | None = None, on_host: bool = False
-    ) -> Traffic:
-        """Parameters of these ``rows`` whole for a while, so many times; None: every block, and whatever is outside of
-        the blocks. ``on_host``: the rows wait in host memory, as all rows do if the model is offloaded."""
-        placement = self.placement
-        if placement.shard_size is None:
-            return Traffic(what, 0, 0, how)
-        if rows is None:
-            parts = [self.shape.outside, *block_parts(self.shape, highest_rank(self.rounds))]
-            rows = [each for part in parts for each in part]
-        found = self.cluster.all_gather(what, whole_bytes(rows), placement.shard_size, how)
-        if placement.offload or on_host:
-            found = replace(found, from_host=own_bytes(rows, placement.shard_size))
-        return found.times(times)
+    def gathered(self, blocks: float, outside: float, how: str) -> Iterator[Traffic]:
+        """Every block made whole so many times, and whatever is outside of the blocks so many."""
+        if self.placement.sharded:
+            parts = block_parts(self.shape, highest_rank(self.rounds))
+            every = [rows for part in parts for rows in part]
+            yield self._made_whole("blocks", every, f"all blocks whole, {how}").times(blocks)
+            yield self._made_whole("outside of the blocks", self.shape.outside, "whole throughout a pass").times(
+                outside
+            )
+
+    def _made_whole(self, what: str, parameters: list[Rows], how: str, on_host: bool = False) -> Traffic:
+        """Parameters whole once. ``on_host``: their rows wait in host memory, as all do where the model is offloaded."""
+        size = self.placement.shard_size or 1
+        found = self.cluster.all_gather(what, sent_bytes(parameters, size), size, how)
+        return replace(found, from_host=own_bytes(parameters, size)) if on_host or self.placement.offload else found

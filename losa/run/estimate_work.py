@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from losa.algorithm.owners import deal
 from losa.algorithm.schedule import Round
-from losa.model.flops import TokenWork
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
@@ -38,10 +37,12 @@ def stages(
     windows = None
     if evaluation is not None and evaluation.max_windows is not None:
         tokens = windows_of_one(evaluation, processes) * evaluation.length
-        windows = tokens * (_forward(shape, evaluation.length) + 2.0 * shape.head)
+        windows = tokens * (shape.work.forward(evaluation.length) + 2.0 * shape.work.head)
         yield Stage("dense: evaluation", windows, True, None, "evaluation", 1)
     for name, own in rounds.items():
         work = len(own) * _pruning(recipe, shape, name, processes)
+        if name == next(iter(rounds)):
+            work += _checks(recipe, shape)
         yield Stage(f"{name}: calibration and pruning", work, True, name, "pruning", len(own))
         if METHODS[name].trains and recipe.train is not None:
             yield _training_stage(recipe.train, shape, name, own, processes)
@@ -61,7 +62,7 @@ def windows_of_one(evaluation: EvaluateConfig, processes: int) -> int:
 def _training_stage(
     train: TrainConfig, shape: ModelShape, name: MethodName, rounds: list[Round], processes: int
 ) -> Stage:
-    per_token, one = _training(train, shape), train.batch_size * train.gradient_accumulation
+    per_token, one = _training(train, shape, name), train.batch_size * train.gradient_accumulation
     tokens = sum(each.sequences for each in rounds) * train.length
     if not tokens:
         steps = 1e6 / (one * processes * train.length)
@@ -86,33 +87,36 @@ def _sequences_of_one(train: TrainConfig, sequences: int, processes: int) -> int
     return full * one + (largest_share(rest, size, processes) if rest else 0)
 
 
-def _work(shape: ModelShape) -> TokenWork:
-    linears = sum(w.numel for w in shape.linears)
-    return TokenWork(linears, shape.prunable, shape.head, shape.heads * shape.blocks)
-
-
-def _forward(shape: ModelShape, length: int) -> float:
-    """FLOP a token of a forward pass through the blocks."""
-    return _work(shape).forward(length)
-
-
 def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int) -> float:
     """FLOP of one round's calibration and pruning."""
     calibration, pruner = recipe.calibration, get_pruner(recipe.prune)
-    batch = min(calibration.batch_size, calibration.samples)
     own, compared = (
         largest_share(count, calibration.batch_size, processes)
         for count in (calibration.samples, min(calibration.cka_samples, calibration.samples))
     )
-    # Each stream records one whole forward pass of a batch before it starts.
-    stream = own + batch
-    samples = stream + (own if pruner.statistic is not None else 0)
+    # The sparse stream, which is read once more for statistics; the dense stream; the samples that are compared.
+    samples = own + (own if pruner.statistic is not None else 0)
     if METHODS[name].dynamic:
-        samples += stream
-        if recipe.compares_samples:
-            samples += compared + batch
-    work = samples * calibration.length * _forward(shape, calibration.length)
+        samples += own + (compared if recipe.compares_samples else 0)
+    work = samples * calibration.length * shape.work.forward(calibration.length)
     return work + _solving(pruner, recipe, shape, own, processes)
+
+
+def _checks(recipe: Recipe, shape: ModelShape) -> float:
+    """FLOP of every process before the first stream: two samples alone, each whole and block by block, and a whole pass
+    for each other size of a batch (``losa.algorithm.stream``)."""
+    calibration = recipe.calibration
+    samples = 2 * 2 + sum(other_batches(recipe))
+    return samples * calibration.length * shape.work.forward(calibration.length)
+
+
+def other_batches(recipe: Recipe) -> set[int]:
+    """Sizes of calibration's batches, but for a sample alone."""
+    calibration, counts = recipe.calibration, {recipe.calibration.samples}
+    if recipe.compares_samples:
+        counts.add(min(calibration.cka_samples, calibration.samples))
+    full = {min(count, calibration.batch_size) for count in counts}
+    return (full | {count % calibration.batch_size for count in counts}) - {0, 1}
 
 
 def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, processes: int) -> float:
@@ -134,7 +138,8 @@ def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, pr
     return statistics * samples / recipe.calibration.samples + solving
 
 
-def _training(train: TrainConfig, shape: ModelShape) -> float:
+def _training(train: TrainConfig, shape: ModelShape, name: MethodName) -> float:
     """FLOP a token of forward and backward passes, recomputation among them."""
-    recomputed = _forward(shape, train.length) if train.activation_checkpointing else 0
-    return _work(shape).training(train.length) + recomputed
+    work = shape.work if METHODS[name].adapter == "masked" else replace(shape.work, masked=0)
+    recomputed = work.forward(train.length, training=True) if train.activation_checkpointing else 0
+    return work.training(train.length) + recomputed

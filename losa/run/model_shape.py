@@ -11,7 +11,7 @@ from torch import nn
 
 from losa.errors import RecipeError
 from losa.model.blocks import find_blocks
-from losa.model.flops import attention_width, hidden_size, number_of
+from losa.model.flops import TokenWork, hidden_size, number_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.precision import autocast_dtype
@@ -27,16 +27,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """``heads``: width of all attention heads of a block together, 0 where there is no attention; ``head``: weights of
-    the output layer; ``computed``: dtype of training's products; ``linears``: of all blocks; ``by_block``: those that
-    are pruned; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
+    """``work``: with masked adapters; ``computed``: dtype of training's products; ``linears``: of all blocks;
+    ``by_block``: those that are pruned; ``inside``: all parameters of each block; ``outside``: parameters outside of
+    the blocks."""
 
     device: torch.device
     dtype: torch.dtype
     computed: torch.dtype
     hidden: int
-    heads: int
-    head: int
+    work: TokenWork
     vocabulary: int
     linears: list[LinearShape]
     by_block: list[list[LinearShape]]
@@ -47,16 +46,14 @@ class ModelShape:
     def of(cls, model: Any, recipe: Recipe, device: torch.device) -> ModelShape:
         """``model``: on the meta device. Raises ModelError: no blocks; RecipeError: targets that match no linear."""
         blocks = find_blocks(model)
-        config = model.config.get_text_config()
         every = [_shape_of(linear) for linear in blocks.linears().values()]
         by_block: list[list[LinearShape]] = [[] for _ in blocks]
-        for name, linear in blocks.linears(recipe.prune.targets).items():
+        pruned = blocks.linears(recipe.prune.targets)
+        for name, linear in pruned.items():
             by_block[cast(int, blocks.index_of(name))].append(_shape_of(linear))
         if not any(by_block):
             raise RecipeError(f"prune.targets: {recipe.prune.targets!r} matches no linear of {recipe.model!r}")
-        head = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight
-        hidden = hidden_size(model)
         counted: set[int] = set()
         inside = [_rows_of(block.parameters(), counted) for block in blocks]
         precision = recipe.train.precision if recipe.train is not None else "float32"
@@ -64,10 +61,9 @@ class ModelShape:
             device=device,
             dtype=model.dtype,
             computed=_training_dtype(precision, device) or model.dtype,
-            hidden=hidden,
-            heads=attention_width(config, blocks.modules, hidden),
-            head=0 if head is None else head.weight.numel(),
-            vocabulary=number_of(config, "vocab_size") or embedding.shape[0],
+            hidden=hidden_size(model),
+            work=TokenWork.with_adapters(model, pruned.keys(), recipe.lora.dropout > 0),
+            vocabulary=number_of(model.config.get_text_config(), "vocab_size") or embedding.shape[0],
             linears=every,
             by_block=by_block,
             inside=inside,

@@ -13,6 +13,7 @@ from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
 from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import PHASES, Holding, holdings
 from losa.run.estimate_sharded import sharded_holdings
@@ -68,14 +69,14 @@ class Planned:
         """Memory of one process where it computes, the margin included."""
         return MARGIN * max(phase_sums(self.holdings(placement), self.shape.computes_on).values())
 
+    def needed_by_machine(self, placement: Placement, processes: int) -> float:
+        """Host memory of a machine with so many processes, the margin included."""
+        return MARGIN * max(machine_sums(self.holdings(placement), processes).values())
+
     def changed(self, settings: Mapping[str, Any]) -> Planned:
-        """With other settings, by dotted name, that change neither the model nor the rounds."""
-        recipe = self.recipe
-        for key, value in settings.items():
-            section, _, name = key.partition(".")
-            part = getattr(recipe, section).model_copy(update={name: value})
-            recipe = recipe.model_copy(update={section: part})
-        return replace(self, recipe=recipe)
+        """With other settings, by dotted name, that change neither the model nor the rounds. Raises RecipeError: a
+        recipe cannot have them."""
+        return replace(self, recipe=parse_recipe(override(self.recipe.model_dump(), dict(settings)), "plan"))
 
 
 def planned_model(recipe: Recipe) -> nn.Module:
@@ -99,3 +100,10 @@ def phase_sums(held: list[Holding], place: str) -> dict[str, int]:
             sums[holding.phase] += holding.size
     always = sums.pop(PHASES[0])
     return {phase: always + size for phase, size in sums.items()}
+
+
+def machine_sums(held: list[Holding], processes: int) -> dict[str, int]:
+    """Bytes of host memory in each phase, of a machine with so many processes, the main process among them."""
+    main = phase_sums(held, "host")
+    other = phase_sums([h for h in held if not h.main_only], "host")
+    return {phase: size + (processes - 1) * other.get(phase, 0) for phase, size in main.items()}

@@ -26,7 +26,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     rows = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     rows = [r for r in rows if r.numel()]
     square = nn.utils.get_total_norm(rows).to(sharding.device, torch.float64).square()
-    copies = sharding.mesh.size() // sharding.mesh.size(sharding.mesh.ndim - 1)
+    copies = sharding.mesh.size() // sharding.shards
     norm = (sum_over_processes(square) / copies).sqrt().to(first.dtype)
     if rows:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)

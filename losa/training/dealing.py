@@ -37,10 +37,10 @@ class Batch:
 def deal(data: PackedData, step: range, batch_size: int, seed: tuple[int, ...]) -> list[Batch]:
     """This process's batches of one optimiser step.
 
-    The step's sequences are dealt out in order, in whole batches, and a process computes a batch in the same way
-    however many processes there are. Batches are smaller where there would be fewer than processes. All processes get
-    the same number of batches, because gradients are summed together: a process with too few gets a sequence without
-    labels.
+    The step's sequences are dealt out in order, in whole batches. Batches are smaller where there would be fewer than
+    processes; but for that a batch is computed in the same way however many processes there are. Dropout differs where
+    batches differ. All processes get the same number of batches, because gradients are summed together: a process with
+    too few gets a sequence without labels.
 
     Args:
         step: the step's sequences, at least one.

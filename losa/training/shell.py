@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from losa.distributed.sharding import sharding_of
 from losa.errors import LosaError
-from losa.model.blocks import find_blocks
+from losa.model.blocks import expert_lists, find_blocks
+
+# FSDPModule's, in torch after 2.11. An expert that no token of a process reaches gets no gradient there: without this
+# setting the processes would send gradients of different parameters, and add them up.
+_UNUSED = "set_reduce_scatter_unused_params"
 
 
 def make_shell(
@@ -35,11 +39,19 @@ def make_shell(
         the copy, and the copy of ``model`` in it.
 
     Raises:
-        LosaError: ``loss_module`` does not hold ``model``, or has trained parameters of its own.
+        LosaError: ``loss_module`` does not hold ``model``, or has trained parameters of its own; or several processes
+            share experts of a mixture, and torch is too old for it.
     """
     own = [n for n, p in loss_module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if own:
         raise LosaError(f"loss_factory: expected no trained parameters beside a sharded model's, got {own[0]}")
+    sharding = sharding_of(model)
+    assert sharding is not None, "the model is sharded"
+    if sharding.mesh.size() > 1 and not hasattr(FSDPModule, _UNUSED) and any(map(expert_lists, find_blocks(model))):
+        raise LosaError(
+            "model: a mixture with a module for each expert cannot be trained in shards by this version of torch, "
+            f"{torch.__version__}; take a newer one, or distributed.mode: ddp"
+        )
     # Parameters and buffers are not copied.
     copies: dict[int, Any] = {id(t): t for t in (*loss_module.parameters(), *loss_module.buffers())}
     shell: Any = copy.deepcopy(loss_module, copies)
@@ -50,20 +62,17 @@ def make_shell(
     groups = [list(block.modules()) for block in blocks]
     groups.append([module for module in shell.modules() if id(module) not in inside])
     held = [place for group in groups for place in _leave_stand_ins(group)]
-    sharding = sharding_of(model)
-    assert sharding is not None, "the model is sharded"
     offloading = CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
     for module in (*blocks, shell):
         fully_shard(
             module,
             mesh=sharding.mesh,
-            # What is outside of the blocks is needed again at once: the backward pass begins with it.
+            # FSDP2 would gather what is outside of the blocks again as soon as the backward pass begins.
             reshard_after_forward=reshard_after_forward and module is not shell,
             offload_policy=offloading if sharding.offload else OffloadPolicy(),
         )
-    if hasattr(shell, "set_reduce_scatter_unused_params"):  # newer than torch 2.11
-        # An expert that no token of a process reaches gets no gradient there; the processes' sums must match.
-        shell.set_reduce_scatter_unused_params(True)
+    if hasattr(shell, _UNUSED):
+        getattr(shell, _UNUSED)(True)
     # FSDP2 takes the parameters that it finds when the shell first runs.
     for place, name, parameter in held:
         place._parameters[name] = parameter

@@ -47,8 +47,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """``devices``: one a process. ``flops_a_token``: the model's own work in training, without recomputation; ``peak``:
-    FLOP/s of a device. Both are None where the peak is not known."""
+    """``devices``: one a process. ``flops_a_token``: what training has to compute, without recomputation; ``peak``:
+    FLOP/s of a device. Both are None where the peak is not known, or how many experts a token is sent to."""
 
     devices: int = 1
     flops_a_token: float | None = None
@@ -58,8 +58,10 @@ class Throughput:
     def of(cls, model: Any, length: int, device: torch.device, autocast: torch.dtype | None) -> Throughput:
         """Of ``model``, wrapped, on sequences of ``length`` tokens."""
         peak = peak_flops(device, autocast or _dtype_of(model))
-        work = None if peak is None else TokenWork.of(model).training(length)
-        return cls(process_count(), work, peak)
+        work = None if peak is None else TokenWork.of(model)
+        if work is None or not work.routed:
+            return cls(process_count())
+        return cls(process_count(), work.training(length), peak)
 
     def measures(self, tokens: int, seconds: float) -> dict[str, float]:
         """What metrics.jsonl says of a step: ``tokens_per_s`` of all processes, ``tokens_per_s_per_device``, and, where

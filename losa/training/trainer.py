@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from losa.distributed.launch import start_processes
 from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.distributed.watch import progress
-from losa.model.blocks import find_blocks
+from losa.model.blocks import expert_lists, find_blocks
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
@@ -44,6 +45,12 @@ LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 # stands idle until it gets more.
 STEPS_A_READING = 10
 
+# Newer versions of torch deprecate the setting's old name, and torch 2.11 lacks the new one.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
+
 
 @dataclass(frozen=True)
 class TrainOutcome:
@@ -60,11 +67,12 @@ class Trainer:
     """Trains the parameters that require a gradient (the adapters), round after round.
 
     Several processes share out the sequences of each optimiser step; ``batch_size`` counts the sequences of one
-    process. Every process has all of the data. A whole model is trained by DDP, a sharded model by FSDP2 (and by HSDP,
-    where it is sharded on a mesh of two dimensions).
+    process. Every process has all of the data, and the same model. A whole model is trained by DDP, a sharded model by
+    FSDP2 (and by HSDP, where it is sharded on a mesh of two dimensions).
 
     To go on after a resume state, set ``global_step``, the optimiser steps over all rounds, and ``sequences_per_step``.
-    With the sequences per step that a run began with, another number of processes takes the same steps.
+    With the sequences per step that a run began with, another number of processes takes the same steps, but for dropout
+    where there are more processes than batches of ``batch_size`` in a step.
 
     On a GPU the host waits for the numbers of ``steps_a_reading`` steps at a time; a step in between waits for nothing.
 
@@ -196,7 +204,15 @@ class Trainer:
         model.train()
         with _checkpointing(model, checkpoints):
             if model is self.model and self.processes > 1:
-                module = DistributedDataParallel(module, [self.device] if self.device.type == "cuda" else None)
+                module = DistributedDataParallel(
+                    module,
+                    [self.device] if self.device.type == "cuda" else None,
+                    # All processes have the same weights and buffers already: their digests were compared.
+                    init_sync=False,
+                    # Some experts of a mixture may be reached by no token of a process.
+                    find_unused_parameters=any(map(expert_lists, find_blocks(model))),
+                    **_OWN_BUFFERS,
+                )
             yield module
 
     def _round(
@@ -261,6 +277,10 @@ class Trainer:
                 (part * (self.processes / labels)).backward()
             summed = summed + part.detach()
         loss = sum_over_processes(cast(Tensor, summed))
+        for parameter in parameters:
+            if parameter.grad is None:
+                # An expert that no token reaches: FSDP2 has zeros there, with which AdamW takes a step too.
+                parameter.grad = torch.zeros_like(parameter)
         norm = clip_gradients(parameters, self.config.max_grad_norm)
         broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         if self.fused:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.model.wrapping import wrap_model, wrapped_linears
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.sections import TrainConfig
 from losa.training.trainer import Trainer
 from tests.helpers.tiny import tiny_llama
@@ -39,15 +42,37 @@ def wrapped_llama(dtype=torch.float32, dropout_p: float = 0.0, scale_b: float = 
     return model
 
 
-def odd_llama(dtype=torch.float64, dropout_p: float = 0.0):
+class Experts(nn.Module):
+    """A mixture of four experts, each a copy of ``mlp`` with other weights. A router sends each text to one of them."""
+
+    def __init__(self, mlp: nn.Module, hidden: int):
+        super().__init__()
+        self.experts = nn.ModuleList([copy.deepcopy(mlp) for _ in range(4)])
+        for index, expert in enumerate(self.experts):
+            for parameter in expert.parameters():
+                parameter.data *= 1 + index / 4
+        self.gate = nn.Linear(hidden, 4, bias=False)
+        # The expert of each text so far.
+        self.chosen: list[int] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = self.gate(hidden.mean(1)).argmax(-1).tolist()
+        self.chosen += chosen
+        return torch.cat([self.experts[index](text[None]) for index, text in zip(chosen, hidden, strict=True)])
+
+
+def odd_llama(dtype=torch.float64, dropout_p: float = 0.0, experts: bool = False, layer=MaskedLoRALinear):
     """A wrapped model of two blocks with sizes that few numbers divide, biases, and one tensor for both embeddings."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=53, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=3, head_dim=10, max_position_embeddings=64, attention_bias=True, tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().to(dtype)
-    wrap_model(model, rank=5, scaling=2.0, dropout_p=dropout_p)
+    model = LlamaForCausalLM(config).eval()
+    for block in model.model.layers if experts else ():
+        block.mlp = Experts(block.mlp, 36)
+    model.to(dtype)
+    wrap_model(model, layer=layer, rank=5, scaling=2.0, dropout_p=dropout_p)
     generator = torch.Generator().manual_seed(5)
     for layer in wrapped_linears(model).values():
         layer.lora_A.data = layer.lora_A.data.to(torch.promote_types(dtype, torch.float32))

@@ -69,20 +69,23 @@ def test_the_numbers_of_the_text_are_those_of_the_plan(plan):
     assert numbers["parameters, with two norms in each block"] == plan.parameters
     assert f"{shape.weight_bytes:,} bytes of weights" in " ".join(PAGE.split())
     wires = Wires(plan.planned.recipe, shape, plan.planned.rounds, plan.cluster, plan.placement)
-    once = wires.gathered("", 1, "")
-    assert once.received == numbers[f"taken in, of {gpus} GPUs"]
+    once = list(wires.gathered(1, 1, ""))
+    assert sum(t.received for t in once) == numbers[f"taken in, of {gpus} GPUs"]
     if gpus == 64:
-        assert once.network == numbers["by the network card of one of 64 GPUs, 8 in a machine"]
+        assert sum(t.network for t in once) == numbers["by the network card of one of 64 GPUs, 8 in a machine"]
+        (training,) = [traffic for stage, traffic in plan.stages if stage.kind == "training"]
+        (gradients,) = [t for t in training if t.what == "gradients"]
+        assert gradients.received == numbers["gradients of a step, of 64 GPUs"] * 35
     stages = {stage.kind: stage for stage, _ in plan.stages if stage.method == "losa"}
     per_token = numbers["training, 1,024 tokens a sequence"]
     tokens = stages["training"].flops / per_token
     # Sequences of five rounds, in steps of one a GPU.
     assert tokens == 1024 * sum(-(-sequences // gpus) for sequences in (195, 195, 195, 195, 1173))
     samples = 128 // gpus
-    # Two streams with a recorded sample each, statistics, and the compared samples with a recorded one.
-    passes = (samples + 1) + samples + (samples + 1) + (64 // gpus + 1)
+    # Two streams, statistics, and the compared samples; before them two samples, whole and block by block.
+    passes = 5 * (3 * samples + 64 // gpus) + 2 * 2
     calibration = numbers["calibration, 2,048 tokens a sample"]
-    assert stages["pruning"].flops == 5 * passes * 2048 * calibration
+    assert stages["pruning"].flops == passes * 2048 * calibration
 
 
 def test_the_page_is_made_of_what_its_commands_print():

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from losa.distributed.processes import is_main
 from losa.distributed.sharding import gathered, make_sharding, shard_module, whole
 from losa.errors import LosaError
+from losa.modules.lora import LoRALinear
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training import shell
 from losa.training.loss import TokenLoss
@@ -107,6 +108,12 @@ def first_gradients(model: nn.Module, **settings: Any) -> dict[str, list[float]]
     run = trainer(model, None, max_grad_norm=1e9, **settings)
     run.train(sequences(STEP, 3, highest=50), round_index=1)
     return listed(values(model, lambda p: p.grad))
+
+
+def round_of_experts(model: nn.Module, directory: Path) -> dict:
+    """A round in which some experts are reached by no token of a process, or of a step."""
+    trainer(model, directory).train(sequences(SEQUENCES, 1, highest=50), round_index=1)
+    return {"trained": listed(values(model, lambda p: p)), "steps": written(directory)}
 
 
 class Stop(Exception):
@@ -229,19 +236,28 @@ def every_case(directory: Path) -> dict[str, Any]:
     """The cases of this number of processes."""
     count = dist.get_world_size()
     modes: dict[str, Callable[..., nn.Module]] = {"ddp": odd_llama, "fsdp": sharded}
+    settings: dict[str, Any] = {}
     if count == 4:
         modes = {"hsdp": lambda **settings: sharded(2, **settings)}
+        settings["batch_size"] = 1  # two passes of a process in each step
     found: dict[str, Any] = {}
     for name, make in modes.items():
-        found[name] = two_rounds(make(), directory / name)
-        found[name]["gradients"] = first_gradients(make())
+        found[name] = two_rounds(make(), directory / name, **settings)
+        found[name]["gradients"] = first_gradients(make(), **settings)
+        if count == 2:
+            found[name]["experts"] = round_of_experts(make(experts=True), directory / f"{name} experts")
     if count == 2:
+        apart = odd_llama()
+        apart.model.norm.weight.data += dist.get_rank()
+        trainer(apart, None).train(sequences(STEP, 1, highest=50), round_index=1)
+        found["norm"] = apart.model.norm.weight.mean().item()
         found["checkpoints"] = two_rounds(
             sharded(),
             directory / "checkpoints",
             distributed={"activation_checkpointing": True, "reshard_after_forward": False},
             batch_size=4,
         )
+        found["dense adapters"] = two_rounds(sharded(layer=LoRALinear), directory / "dense adapters")
         found["bfloat16"] = two_rounds(sharded(dtype=torch.bfloat16), directory / "bfloat16")
         found["ddp goes on"] = going_on(lambda: odd_llama(dropout_p=0.3), directory / "ddp goes on")
         found["fsdp goes on"] = going_on(lambda: sharded(dropout_p=0.3), directory / "fsdp goes on")

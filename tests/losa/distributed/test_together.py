@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from losa.distributed import joining, launch, processes
 from losa.distributed.joining import ALONE, Place, read_place
-from losa.distributed.launch import as_launched, check_config, check_launcher
+from losa.distributed.launch import as_launched, check_config, check_launcher, start_processes
 from losa.errors import LosaError, RecipeError
 from losa.recipe.sections import DistributedConfig
 from tests.helpers.cases import outcomes
@@ -316,7 +316,7 @@ def test_processes_of_mpi_are_no_processes_of_ours(launched):
     "device, place, chosen", [("cuda:1", None, "cuda:1"), ("auto", Place(5, 8, 1, 4, "a", 1), "cuda:1")]
 )
 def test_a_process_works_on_its_gpu(monkeypatch, device, place, chosen):
-    """Also a process that is alone: what it shards goes to the current device."""
+    """Also a process that is alone: what it shards, or keeps in host memory, becomes whole on the current device."""
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)

@@ -59,6 +59,7 @@ def test_memory_parts_in_fp32_on_the_host(model_directory):
     assert found.size("adapters") == found.size("gradients") == adapters
     assert found.size("optimiser") == 2 * adapters
     assert found.size("hidden states") == 2 * 4 * 16 * 32 * 4
+    assert found.size("merged weights of a block") == 4 * BLOCK
     assert found.size("Grams") == 2 * 3 * 3 * 4
     assert found.size("activations") == 32 * 2 * IN_PLUS_OUT * 4
     assert found.size("loss") == 32 * 98 * 4 + 2 * 32 * 32 * 4
@@ -110,8 +111,8 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     assert not {"training"} & {holding.phase for holding in found.holdings}
     assert len(found.rounds) == 1 and found.rounds[0].mean_rank == 3
     (stage,) = found.stages
-    # The stream with a batch to record its calls, and Wanda's statistics.
-    assert stage.flops == (4 + 2 + 4) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
+    # The stream and Wanda's statistics; before them two samples, whole and block by block, and a batch, whole.
+    assert stage.flops == (4 + 4 + 2 * 2 + 2) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
 
 
 def test_rounds_and_work(model_directory):
@@ -123,9 +124,18 @@ def test_rounds_and_work(model_directory):
     attention = 2 * 32 * 2  # 2 x heads' width x blocks, for each token and position of its window
     forward = 2 * 2 * BLOCK
     training = 160 * (3 * forward + 4 * EMBEDDING + 3 * 16 * attention)
-    assert work["losa: training"] == work["lora: training"] == training
-    # Similarity (3), statistics (4), both streams (4), and a recorded batch (2) for each stream.
-    assert work["losa: calibration and pruning"] == 2 * (3 + 2 + 4 + 4 + 2 + 4 + 2) * 16 * (forward + 16 * attention)
+    assert work["losa: training"] == training
+    # A dense adapter takes no dY^T x of the weight's size.
+    assert work["lora: training"] == training - 160 * forward
+    # Similarity (3), statistics (4), both streams (4). The first method finds out what blocks are called with.
+    assert work["losa: calibration and pruning"] == 2 * (3 + 4 + 4 + 4) * 16 * (forward + 16 * attention)
+    assert work["lora: calibration and pruning"] == (4 + 4 + 2 * 2 + 2) * 16 * (forward + 16 * attention)
+    dropped = estimate(recipe(model_directory, **changes, lora={"dropout": 0.1}), probe=False)
+    again = {stage.what: stage.flops for stage in dropped.stages}
+    assert again["losa: training"] == training + 160 * 2 * forward and again["lora: training"] == work["lora: training"]
+    kept = {"train": {"activation_checkpointing": True}, "lora": {"dropout": 0.1}}
+    (recomputed,) = [s for s in estimate(recipe(model_directory, **kept), probe=False).stages if s.kind == "training"]
+    assert recomputed.flops == again["losa: training"] + 160 * (2 * forward + 16 * attention)
     evaluation = 64 * (forward + 32 * attention + 2 * EMBEDDING)
     assert work["dense: evaluation"] == evaluation
     assert work["losa: evaluation"] == 3 * evaluation and work["lora: evaluation"] == 2 * evaluation

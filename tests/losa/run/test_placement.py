@@ -74,14 +74,21 @@ def recipe(tmp_path):
     return parse_recipe(settings | {"train": {"data": "t.txt"}})
 
 
-def test_a_model_that_fits_is_whole_in_every_process(two_processes, recipe, monkeypatch):
+def test_a_model_that_fits_is_whole_in_every_process(two_processes, recipe, monkeypatch, caplog):
     monkeypatch.setattr(choice, "capacity", lambda device: {"host": 10**12})
     assert placement_of(recipe, "cpu") == Placement(2)
+    assert not caplog.text
     # The machine's memory is for all of its processes.
     monkeypatch.setattr(choice, "launched", lambda: Place(0, 2, 0, 10**6, "a", 1))
     assert placement_of(recipe, "cpu") == Placement(2, 2)
+    assert "auto takes fsdp, but by an estimate the run needs more memory than there is" in caplog.text
     monkeypatch.setattr(choice, "capacity", lambda device: {})
     assert placement_of(recipe, "cpu") == Placement(2), "nothing is known"
+
+
+def test_a_model_that_every_process_loads_into_its_machine_must_fit_there_too(two_processes, recipe, monkeypatch):
+    monkeypatch.setattr(choice, "capacity", lambda device: {"device": 10**12, "host": 0})
+    assert placement_of(recipe, "cuda") == Placement(2, 2)
 
 
 def test_a_launch_that_asks_for_fsdp_gets_it(two_processes, recipe, monkeypatch):

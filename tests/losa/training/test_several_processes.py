@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from losa.distributed.sharding import make_sharding, shard_module
+from losa.errors import LosaError
+from losa.modules.lora import LoRALinear
+from losa.training.shell import make_shell
 from tests.helpers.processes import run_groups
-from tests.helpers.training import odd_llama
+from tests.helpers.training import Experts, odd_llama
 from tests.helpers.workers import training
-from tests.helpers.workers.training import LEARNING_RATE, first_gradients, going_on, two_rounds
+from tests.helpers.workers.training import LEARNING_RATE, first_gradients, going_on, round_of_experts, two_rounds
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -63,6 +71,17 @@ def test_losses_norms_and_weights_are_one_processs(alone, several, processes, ca
 
 
 @pytest.mark.subprocess
+def test_dense_adapters_in_shards(several, tmp_path):
+    alone = two_rounds(odd_llama(layer=LoRALinear), tmp_path)
+    for found in (result["dense adapters"] for result in several[2]):
+        assert found["frozen"] and found["kinds"] and found["sharded"]
+        for name, values in alone["trained"].items():
+            assert found["trained"][name] == pytest.approx(values, abs=LEARNING_RATE / 100), name
+    for ours, expected in zip(several[2][0]["dense adapters"]["steps"], alone["steps"], strict=True):
+        assert ours == pytest.approx(expected, rel=16 * EPS)
+
+
+@pytest.mark.subprocess
 @pytest.mark.parametrize(("processes", "case"), [c for c in CASES if c[1] in ("ddp", "fsdp", "hsdp")])
 def test_gradients_are_one_processs(alone, several, processes, case):
     for each in several[processes]:
@@ -70,6 +89,42 @@ def test_gradients_are_one_processs(alone, several, processes, case):
             largest = max(map(abs, values))
             assert each[case]["gradients"][name] == pytest.approx(values, abs=16 * EPS * largest), name
             assert largest > 0
+
+
+@pytest.mark.subprocess
+def test_whole_models_are_not_sent_again(several):
+    """It would hide that processes differ."""
+    assert [result["norm"] for result in several[2]] == [1, 2]
+
+
+def test_old_versions_of_torch_do_not_share_experts(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params", raising=False)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        for model in (odd_llama(experts=True), odd_llama()):
+            shard_module(model, make_sharding(torch.device("cpu")))
+            if isinstance(model.model.layers[0].mlp, Experts):
+                with pytest.raises(LosaError, match="a module for each expert cannot be trained in shards"):
+                    make_shell(nn.Sequential(model), model)
+            else:
+                make_shell(nn.Sequential(model), model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_experts_that_a_process_does_not_reach(several, tmp_path, case):
+    model = odd_llama(experts=True)
+    alone = round_of_experts(model, tmp_path)
+    # After the two tokens that the loss asks about: of the first step one process has four texts, the other two.
+    first = model.model.layers[0].mlp.chosen[1:7]
+    assert set(first[:4]) != set(first[4:]) and len(set(first)) < 4
+    for found in (result[case]["experts"] for result in several[2]):
+        for name, values in alone["trained"].items():
+            assert found["trained"][name] == pytest.approx(values, abs=LEARNING_RATE / 100), name
+    for ours, expected in zip(several[2][0][case]["experts"]["steps"], alone["steps"], strict=True):
+        assert ours == pytest.approx(expected, rel=16 * EPS)
 
 
 @pytest.mark.subprocess

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from losa.model.flops import TokenWork
+from losa.modules.lora import LoRALinear
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.training import throughput
 from losa.training.throughput import Throughput, peak_flops
+from tests.helpers.families import family
 from tests.helpers.tiny import tiny_llama, wrap
+from tests.helpers.training import Experts
 
 GPU = torch.device("cuda", 0)
 
@@ -54,7 +59,7 @@ def test_of_a_model(monkeypatch):
     model = tiny_llama(layers=2)
     wrap(model, targets=["q_proj", "up_proj"])
     # Of each block: q, o 32 x 32; k, v 16 x 32; gate, up, down 64 x 32.
-    work = TokenWork(linears=2 * 9216, adapted=2 * 3072, head=98 * 32, attention=2 * 32)
+    work = TokenWork(linears=2 * 9216, masked=2 * 3072, head=98 * 32, attention=2 * 32)
     assert TokenWork.of(model) == work
     assert work.forward(10) == 2 * 18432 + 2 * 10 * 64
     assert work.training(10) == 6 * 6144 + 4 * (18432 - 6144) + 4 * 3136 + 3 * 2 * 10 * 64
@@ -64,3 +69,42 @@ def test_of_a_model(monkeypatch):
     assert Throughput.of(model, 10, GPU, torch.bfloat16) == Throughput(2, work.training(10), 756e12)
     assert Throughput.of(model.bfloat16(), 10, GPU, None).peak == 756e12
     assert Throughput.of(model.float(), 10, GPU, None).peak is None
+
+
+@pytest.mark.parametrize(("layer", "dropout_p"), [(MaskedLoRALinear, 0.0), (MaskedLoRALinear, 0.1), (LoRALinear, 0.1)])
+def test_a_tokens_products_are_those_that_a_layer_computes(monkeypatch, layer, dropout_p):
+    """The input needs a gradient, as that of a layer among others. Twice as many tokens: what is formed once does not
+    count."""
+    monkeypatch.setenv("LOSA_BACKEND", "reference")
+    wrapped = layer(torch.randn(24, 16), rank=2, dropout_p=dropout_p).train()
+    counted = []
+    for tokens in (64, 128):
+        with FlopCounterMode(display=False) as counter:
+            wrapped(torch.randn(tokens, 16, requires_grad=True)).sum().backward()
+        counted.append(counter.get_total_flops())
+    masked = 24 * 16 if layer is MaskedLoRALinear else 0
+    work = TokenWork(24 * 16, masked, head=0, attention=0, dropout=dropout_p > 0)
+    # A dense adapter's own products, of both of its sides.
+    adapter = 0 if masked else 6 * 2 * (24 + 16)
+    assert (counted[1] - counted[0]) / 64 == work.training(1) + adapter
+
+
+def test_a_token_meets_some_of_the_experts():
+    model = tiny_llama(layers=2)
+    model.config.num_experts_per_tok = 1
+    for block in model.model.layers:
+        block.mlp = Experts(block.mlp, 32)
+    wrap(model)
+    # Of four experts, each with gate, up and down 64 x 32, a token meets one; the router is no linear that counts.
+    work = TokenWork.of(model)
+    assert work.linears == work.masked == 2 * 9216 and work.routed
+    del model.config.num_experts_per_tok
+    assert TokenWork.of(model).linears == 2 * (9216 + 3 * 3 * 64 * 32) and not TokenWork.of(model).routed
+
+
+def test_stacked_experts_count_without_an_adapter():
+    model = family("Qwen3Moe")
+    wrapped = sum(layer.weight.numel() for layer in wrap(model).values())
+    work = TokenWork.of(model)
+    # Two of five experts in each of two blocks: gate and up 16 x 32, down 32 x 16.
+    assert work.masked == wrapped and work.linears == pytest.approx(wrapped + 2 * 2 * 3 * 16 * 32) and work.routed
