@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.processes import check_agreement
+from losa.distributed.processes import check_agreement, is_main
 from losa.distributed.sharding import Sharding
 from losa.distributed.together import together
-from losa.distributed.turns import everywhere
+from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
@@ -60,21 +60,25 @@ def load_sharded(
     Raises:
         ModelError: in every process, as ``losa.model.loading.load_model``; or a GGUF file, or weights in another
             format than safetensors.
-        OutputError: the processes do not find the same files.
+        OutputError: in every process; the processes do not read the same weights.
     """
     source = everywhere(partial(_locate, model, gguf_file, dtype))
     local = os.path.isdir(source)
     check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
     directory = Path(source) if local else fetch(source, trust_remote_code)
-    loaded, tokenizer = everywhere(partial(_empty, model, directory, dtype, trust_remote_code))
+    empty = partial(_empty, model, directory, dtype, trust_remote_code)
+    if trust_remote_code:
+        # transformers copies the model's Python files to where it imports them from. One process copies.
+        on_each_machine(empty)
+    loaded, tokenizer = everywhere(empty)
     with ExitStack() as stack:
         files = everywhere(lambda: stack.enter_context(checkpoint_tensors(directory)))
         naming, found = everywhere(partial(_names, model, directory, loaded, files))
-        shapes = repr([(name, files.stored[name]) for name in sorted(files.names)])
-        check_agreement(f"model {model!r}: shapes of the weights", hashlib.sha256(shapes.encode()).hexdigest()[:16])
+        check_agreement(f"model {model!r}: weights", everywhere(partial(_sample, files)))
         _tie(naming, files, sharding, found)
         everywhere(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
-    naming.warn_of_unused(directory)
+    if is_main():
+        naming.warn_of_unused(directory)
     naming.remember()
     return loaded.eval(), tokenizer
 
@@ -129,6 +133,16 @@ def _names(model: str, directory: Path, empty: nn.Module, files: TensorFiles) ->
     return naming, found
 
 
+def _sample(files: TensorFiles) -> str:
+    """A digest of names, types and shapes of all stored tensors, and of each tensor's first and last bytes: two models
+    of one architecture differ in it. To find every difference each machine would have to read all of the files."""
+    digest = hashlib.sha256()
+    for name, (dtype, shape) in sorted(files.stored.items()):
+        progress(f"comparing {name}")
+        digest.update(f"{name} {dtype} {shape} ".encode() + files.ends(name))
+    return digest.hexdigest()[:16]
+
+
 def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]) -> None:
     """Tie weights on meta, as transformers does: stored weights that differ stay apart, whatever the config says.
     A tied weight that is stored twice is left out of ``found`` once."""
@@ -144,7 +158,8 @@ def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]
             found.discard(target)
         else:
             del model.all_tied_weights_keys[target]
-            logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
+            if is_main():
+                logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
     model.tie_weights(missing_keys=naming.expected.keys() - found, recompute_mapping=False)
 
 

@@ -7,7 +7,6 @@ import platform
 import time
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,9 +19,10 @@ from losa import __version__
 from losa.algorithm.stream import BlockStream
 from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
-from losa.distributed.processes import check_agreement, is_main, on_main, process_count
+from losa.distributed.processes import check_agreement, is_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
+from losa.distributed.turns import by_main
 from losa.distributed.watch import others_wait, progress
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.loading import load_model, torch_device
@@ -87,7 +87,7 @@ def run_recipe(
             stack.enter_context(claimed(recipe.output))
             return workspace.open(recipe, resume=resume, overwrite=overwrite, force=force)
 
-        finished = on_main(open_workspace)
+        finished = by_main(open_workspace)
         if finished is not None:
             console.print(f"{recipe.output}: complete already; --overwrite makes it anew", markup=False)
             return finished
@@ -121,7 +121,7 @@ def _run(
         check_agreement(what, digest)
     check()
     if resume:
-        on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
+        by_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
     blocks = find_blocks(model)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
@@ -129,7 +129,7 @@ def _run(
     in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
     dense = _dense_result(model, inputs)
     _log_result(console, dense)
-    results, outcome = _run_methods(recipe, blocks, inputs, workspace.path, console, resume)
+    results, outcome = _run_methods(recipe, blocks, inputs, workspace, console, resume)
     record = RunRecord(
         losa_version=__version__,
         method=recipe.method,
@@ -146,7 +146,7 @@ def _run(
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 
     with console.status("exporting and checking"):
-        on_main(lambda: workspace.expect(record))
+        by_main(lambda: workspace.expect(record))
         export_together(
             model,
             tokenizer,
@@ -158,7 +158,7 @@ def _run(
             sample_ids=inputs.calibration[:1, :64],
             extra_files={f"metrics-{name}.jsonl": path for name, path in metrics.items() if path.exists()},
         )
-        on_main(workspace.close)
+        by_main(workspace.close)
     if is_main():
         show_table(results_table(record), console)
         console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
@@ -177,7 +177,7 @@ def _load(recipe: Recipe, device: str) -> tuple[nn.Module, object]:
 
 
 def _run_methods(
-    recipe: Recipe, blocks: Blocks, inputs: Inputs, work_dir: Path, console: Console, resume: bool
+    recipe: Recipe, blocks: Blocks, inputs: Inputs, workspace: Workspace, console: Console, resume: bool
 ) -> tuple[list[MethodResult], Outcome]:
     """Every method on the same dense weights, the exported one last.
 
@@ -187,6 +187,7 @@ def _run_methods(
     """
     # The linears themselves, references and not copies: to restore is to put these modules back.
     originals = blocks.linears()
+    work_dir, processes = workspace.path, by_main(workspace.processes)
     results: list[MethodResult] = []
     for name in recipe.methods:
         exported = name == recipe.method
@@ -198,11 +199,14 @@ def _run_methods(
                 continue
         for linear_name, linear in originals.items():
             blocks.model.set_submodule(linear_name, linear)
+        if exported:
+            originals.clear()  # weights that the pruner replaces are not kept twice
         torch.manual_seed(recipe.seed)
-        outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
+        method = MethodRun(name, blocks.model, recipe, inputs, work_dir, processes=processes, log=console.print)
+        outcome = method.run(resume=resume)
         results.append(outcome.result)
         if not exported:
-            on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
+            by_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
         _log_result(console, outcome.result)
     return results, outcome
 
