@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_sharded(
     """Load a causal language model, each process its rows of every parameter, and its tokenizer, in evaluation mode.
 
     All processes call it together. A process holds its rows and the tensor that it is reading, never the model. A
-    weight that transformers makes from several stored tensors is made whole first. Buffers are whole everywhere.
+    weight that transformers makes from several stored tensors is made whole first, unless it is a stack of experts.
+    Buffers are whole everywhere.
 
     Args:
         model: Hugging Face id or local directory, with safetensors files.
@@ -172,7 +174,7 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
     def rows_of(name: str) -> range | None:
         return sharding.rows(len(parameters[name])) if name in parameters else None
 
-    def put(name: str, rows: Tensor, whole: Tensor | str) -> None:
+    def put(name: str, rows: Tensor, whole: Callable[[], Tensor]) -> None:
         progress(f"loading {name}")
         if rows.is_floating_point():
             rows = rows.to(dtypes[name])
@@ -182,21 +184,34 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
             return
         if not is_finite(rows):
             # The whole tensor tells which row it is, and how many weights are wrong.
-            tensor = files.get(whole) if isinstance(whole, str) else whole
+            tensor = whole()
             check_finite(f"{where}: {name}", tensor)
             check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
         empty = parameters[name]
         sharded = sharding.from_rows(rows, empty.shape)
         held[id(empty)] = nn.Parameter(sharded, requires_grad=empty.requires_grad)
 
+    def make(target: str, sources: Iterable[str]) -> dict[str, Tensor]:
+        return naming.make(target, {source: files.get(source) for source in sources})
+
+    def made(target: str) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+        """The rows of each tensor that is made with ``target``, and how to get all of its rows."""
+        sources, stacked, mine = naming.made[target], naming.stacked(target), rows_of(target)
+        if stacked is None or mine is None:
+            for name, tensor in make(target, sources).items():
+                rows = rows_of(name)
+                yield name, tensor if rows is None else tensor[rows.start : rows.stop].clone(), lambda t=tensor: t
+            return
+        own = [source for row in mine for source in stacked[row]]
+        experts = make(target, own)[target] if own else torch.empty(0, *parameters[target].shape[1:])
+        yield target, experts, lambda: make(target, sources)[target]
+
     for source, target in naming.renamed.items():
         if target in found:
-            put(target, files.get(source, rows_of(target)), source)
-    for target, sources in naming.made.items():
-        for name, tensor in naming.make(target, {source: files.get(source) for source in sources}).items():
-            rows = rows_of(name)
-            mine = tensor if rows is None else tensor[rows.start : rows.stop].clone()
-            put(name, mine, tensor)
+            put(target, files.get(source, rows_of(target)), partial(files.get, source))
+    for target in naming.made:
+        for name, tensor, whole in made(target):
+            put(name, tensor, whole)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in held:

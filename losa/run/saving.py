@@ -98,6 +98,7 @@ class Saver:
         tensors = adapter_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
             tensors |= pruned_tensors(self.model)
+            assert not background  # later states name its checksum
         document = {
             **self.owner,
             "state": {
