@@ -199,8 +199,6 @@ def _run_methods(
                 continue
         for linear_name, linear in originals.items():
             blocks.model.set_submodule(linear_name, linear)
-        if exported:
-            originals.clear()  # weights that the pruner replaces are not kept twice
         torch.manual_seed(recipe.seed)
         method = MethodRun(name, blocks.model, recipe, inputs, work_dir, processes=processes, log=console.print)
         outcome = method.run(resume=resume)
