@@ -74,11 +74,11 @@ class Saver:
         """At the end of the context nothing is being written any more."""
         try:
             yield
+            self._writer.wait()
         except BaseException:
             with suppress(Exception):  # it would hide the first error
                 self._writer.wait()
             raise
-        self._writer.wait()
 
     def save(
         self, stage: Stage, records: list[RoundRecord], train: TrainState | None = None, background: bool = False

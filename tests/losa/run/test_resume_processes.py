@@ -31,7 +31,7 @@ def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
     sizes = sorted(file.stat().st_size for file in files)
     assert len(sizes) == 4 and sizes[-1] < 1.5 * sizes[0]
     for process in range(2):
-        assert found[2][process]["newest sound"] == "round-02-step-00000001"
+        assert found[2][process]["newest sound"] == "round-02-pruned"
         apart, others = found[2][process]["refusals"]
         assert "round-01-pruned: process 1 wrote a file of it that process 0 does not find; " in apart
         assert "round-02-step-00000003: process 1 does not find the state.json that process 0 has read; " in others
