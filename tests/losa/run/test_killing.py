@@ -37,4 +37,4 @@ def test_thirty_kills_change_no_bit(tmp_path):
 
 @pytest.mark.subprocess
 def test_kills_of_one_of_two_processes_change_no_bit(tmp_path):
-    killed(tmp_path, 2, 6)
+    killed(tmp_path, 2, 5)
