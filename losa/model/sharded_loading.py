@@ -200,7 +200,7 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
         if stacked is None or mine is None:
             for name, tensor in make(target, sources).items():
                 rows = rows_of(name)
-                yield name, tensor if rows is None else tensor[rows.start : rows.stop].clone(), lambda t=tensor: t
+                yield name, tensor if rows is None else tensor[rows.start : rows.stop].clone(), tensor.detach
             return
         own = [source for row in mine for source in stacked[row]]
         experts = make(target, own)[target] if own else torch.empty(0, *parameters[target].shape[1:])
