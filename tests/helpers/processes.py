@@ -20,6 +20,8 @@ OUTPUT = "LOSA_TEST_OUTPUT"
 def environment(**extra: str) -> dict[str, str]:
     """What a process of a test starts with: one thread, no GPU, this tree's packages."""
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    # glibc else keeps freed pieces of some megabytes, more or fewer as it happens, and peaks of memory count them.
+    fixed["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     return os.environ | fixed | extra
 
 
