@@ -96,7 +96,7 @@ def configured_model(
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
-        stored = config.get_text_config().dtype if gguf_file is None else None
+        stored = config.dtype or config.get_text_config().dtype if gguf_file is None else None
         chosen = getattr(torch, dtype) if dtype != "auto" else stored or torch.float32
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)

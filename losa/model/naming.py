@@ -115,13 +115,31 @@ class Naming:
         made = {source: target for target, sources in self.made.items() for source in sources}
         return self.renamed | made | self.unused
 
+    def stacked(self, target: str) -> list[tuple[str, ...]] | None:
+        """Of which stored tensors transformers makes each row of a tensor of ``made``, where a row is made of its own
+        ones alone: an expert of a stack. None for other tensors."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        sources: dict[str, list[str]] = {}
+        for source in self.made[target]:
+            sources.setdefault(self._patterns[source], []).append(source)
+        first, *more = self._converters[next(iter(sources))].operations
+        if not isinstance(first, MergeModulelist) or first.dim != 0:
+            return None
+        if not all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in more):
+            return None
+        if any(len(each) != len(self.expected[target]) for each in sources.values()):
+            return None
+        return list(zip(*sources.values(), strict=True))
+
     def make(self, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that transformers makes from the stored tensors of ``made[target]``, by name in the model.
+        """The tensors that transformers makes from the stored tensors of ``made[target]``, by name in the model. From
+        the stored tensors of some rows (``stacked``) it makes these rows.
 
         Raises:
             ModelError: they do not fit together; names the first.
         """
-        sources = self.made[target]
+        sources = [source for source in self.made[target] if source in tensors]
         converter: Any = deepcopy(self._converters[self._patterns[sources[0]]])
         for source in sources:
             converter.add_tensor(target, source, self._patterns[source], tensors[source])

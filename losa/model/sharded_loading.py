@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.processes import check_agreement
+from losa.distributed.processes import check_agreement, is_main
 from losa.distributed.sharding import Sharding
 from losa.distributed.together import together
-from losa.distributed.turns import everywhere
+from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
@@ -46,7 +47,8 @@ def load_sharded(
     """Load a causal language model, each process its rows of every parameter, and its tokenizer, in evaluation mode.
 
     All processes call it together. A process holds its rows and the tensor that it is reading, never the model. A
-    weight that transformers makes from several stored tensors is made whole first. Buffers are whole everywhere.
+    weight that transformers makes from several stored tensors is made whole first, unless it is a stack of experts.
+    Buffers are whole everywhere.
 
     Args:
         model: Hugging Face id or local directory, with safetensors files.
@@ -60,21 +62,25 @@ def load_sharded(
     Raises:
         ModelError: in every process, as ``losa.model.loading.load_model``; or a GGUF file, or weights in another
             format than safetensors.
-        OutputError: the processes do not find the same files.
+        OutputError: in every process; the processes do not read the same weights.
     """
     source = everywhere(partial(_locate, model, gguf_file, dtype))
     local = os.path.isdir(source)
     check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
     directory = Path(source) if local else fetch(source, trust_remote_code)
-    loaded, tokenizer = everywhere(partial(_empty, model, directory, dtype, trust_remote_code))
+    empty = partial(_empty, model, directory, dtype, trust_remote_code)
+    if trust_remote_code:
+        # transformers copies the model's Python files to where it imports them from. One process copies.
+        on_each_machine(empty)
+    loaded, tokenizer = everywhere(empty)
     with ExitStack() as stack:
         files = everywhere(lambda: stack.enter_context(checkpoint_tensors(directory)))
         naming, found = everywhere(partial(_names, model, directory, loaded, files))
-        shapes = repr([(name, files.stored[name]) for name in sorted(files.names)])
-        check_agreement(f"model {model!r}: shapes of the weights", hashlib.sha256(shapes.encode()).hexdigest()[:16])
+        check_agreement(f"model {model!r}: weights", everywhere(partial(_sample, files)))
         _tie(naming, files, sharding, found)
         everywhere(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
-    naming.warn_of_unused(directory)
+    if is_main():
+        naming.warn_of_unused(directory)
     naming.remember()
     return loaded.eval(), tokenizer
 
@@ -129,6 +135,16 @@ def _names(model: str, directory: Path, empty: nn.Module, files: TensorFiles) ->
     return naming, found
 
 
+def _sample(files: TensorFiles) -> str:
+    """A digest of names, types and shapes of all stored tensors, and of each tensor's first and last bytes: two models
+    of one architecture differ in it. To find every difference each machine would have to read all of the files."""
+    digest = hashlib.sha256()
+    for name, (dtype, shape) in sorted(files.stored.items()):
+        progress(f"comparing {name}")
+        digest.update(f"{name} {dtype} {shape} ".encode() + files.ends(name))
+    return digest.hexdigest()[:16]
+
+
 def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]) -> None:
     """Tie weights on meta, as transformers does: stored weights that differ stay apart, whatever the config says.
     A tied weight that is stored twice is left out of ``found`` once."""
@@ -144,7 +160,8 @@ def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]
             found.discard(target)
         else:
             del model.all_tied_weights_keys[target]
-            logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
+            if is_main():
+                logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
     model.tie_weights(missing_keys=naming.expected.keys() - found, recompute_mapping=False)
 
 
@@ -157,7 +174,7 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
     def rows_of(name: str) -> range | None:
         return sharding.rows(len(parameters[name])) if name in parameters else None
 
-    def put(name: str, rows: Tensor, whole: Tensor | str) -> None:
+    def put(name: str, rows: Tensor, whole: Callable[[], Tensor]) -> None:
         progress(f"loading {name}")
         if rows.is_floating_point():
             rows = rows.to(dtypes[name])
@@ -167,21 +184,34 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
             return
         if not is_finite(rows):
             # The whole tensor tells which row it is, and how many weights are wrong.
-            tensor = files.get(whole) if isinstance(whole, str) else whole
+            tensor = whole()
             check_finite(f"{where}: {name}", tensor)
             check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
         empty = parameters[name]
         sharded = sharding.from_rows(rows, empty.shape)
         held[id(empty)] = nn.Parameter(sharded, requires_grad=empty.requires_grad)
 
+    def make(target: str, sources: Iterable[str]) -> dict[str, Tensor]:
+        return naming.make(target, {source: files.get(source) for source in sources})
+
+    def made(target: str) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+        """The rows of each tensor that is made with ``target``, and how to get all of its rows."""
+        sources, stacked, mine = naming.made[target], naming.stacked(target), rows_of(target)
+        if stacked is None or mine is None:
+            for name, tensor in make(target, sources).items():
+                rows = rows_of(name)
+                yield name, tensor if rows is None else tensor[rows.start : rows.stop].clone(), tensor.detach
+            return
+        own = [source for row in mine for source in stacked[row]]
+        experts = make(target, own)[target] if own else torch.empty(0, *parameters[target].shape[1:])
+        yield target, experts, lambda: make(target, sources)[target]
+
     for source, target in naming.renamed.items():
         if target in found:
-            put(target, files.get(source, rows_of(target)), source)
-    for target, sources in naming.made.items():
-        for name, tensor in naming.make(target, {source: files.get(source) for source in sources}).items():
-            rows = rows_of(name)
-            mine = tensor if rows is None else tensor[rows.start : rows.stop].clone()
-            put(name, mine, tensor)
+            put(target, files.get(source, rows_of(target)), partial(files.get, source))
+    for target in naming.made:
+        for name, tensor, whole in made(target):
+            put(name, tensor, whole)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in held:

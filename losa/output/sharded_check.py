@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.processes import is_main, process_count, process_index
+from losa.distributed.processes import is_main, on_main, process_count, process_index
 from losa.distributed.sharding import device_of, gathered_calls, whole
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere
@@ -75,7 +75,7 @@ def check_sharded_export(
     zeros, prunable, kept_zeros = map(sum, zip(*counts, strict=True))
     check_zeros(record, zeros, prunable)
     if tokenizer is not None:
-        together(partial(_check_tokenizer, directory, tokenizer, ids, trust) if is_main() else _nothing)
+        on_main(partial(_check_tokenizer, directory, tokenizer, ids, trust))
     if kept_zeros and is_main():
         logger.info("export: %d kept weights are zero", kept_zeros)
     return kept_zeros
@@ -154,7 +154,7 @@ class _Comparison:
                 self._watch(index, block, stack)
             with gathered_calls(self.model, self.blocks):
                 logits = self.model(ids, use_cache=False).logits
-                everywhere(partial(self._check_rest, ids, logits) if is_main() else _nothing)
+                on_main(partial(self._check_rest, ids, logits))
 
     def _watch(self, index: int, block: nn.Module, stack: ExitStack) -> None:
         calls: list[tuple[Tensor, Call]] = []

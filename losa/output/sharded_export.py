@@ -25,6 +25,7 @@ from losa.output.sharded_check import check_sharded_export
 from losa.packed.shards import shard_name, write_index, write_shard
 from losa.record import RunRecord
 from losa.storage.files import WRITE_ERRORS, staged_directory
+from losa.storage.tensor_files import WHOLE
 
 
 def export_together(
@@ -80,6 +81,8 @@ def _write_rest(
     """Write everything but the weights."""
     with _named(output):
         save_model(model, tokenizer, staged, untied=untied, state_dict={})
+        # transformers may write a file without tensors, which would hide the files that the index names.
+        (staged / WHOLE).unlink(missing_ok=True)
         write_report(staged, record, extra_files)
 
 

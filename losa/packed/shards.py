@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,9 +50,11 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
-    """Write tensors into a file. Returns their bytes."""
+    """Write tensors into a file, which is then on the disk. Returns their bytes."""
     contiguous = {name: t.contiguous() for name, t in tensors.items()}
     save_file(contiguous, path, {"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return sum(t.nbytes for t in contiguous.values())
 
 

@@ -120,7 +120,7 @@ class Wires:
             )
 
     def _made_whole(self, what: str, parameters: list[Rows], how: str, on_host: bool = False) -> Traffic:
-        """Parameters whole once. ``on_host``: their rows wait in host memory, as all do where the model is offloaded."""
+        """Parameters whole once. ``on_host``: its rows wait in host memory, as all do where the model is offloaded."""
         size = self.placement.shard_size or 1
         found = self.cluster.all_gather(what, sent_bytes(parameters, size), size, how)
         return replace(found, from_host=own_bytes(parameters, size)) if on_host or self.placement.offload else found

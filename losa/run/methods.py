@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from losa.algorithm.engine import Engine
 from losa.data.sequences import PackedData
+from losa.distributed.processes import process_count
 from losa.distributed.sharding import device_of
 from losa.distributed.stop import check
 from losa.errors import RecipeError
@@ -50,6 +51,7 @@ class MethodRun:
         name: the method's.
         model: dense; merged and pruned in place.
         work_dir: takes metrics and resume states, in a directory of the method's name.
+        processes: with which the run began; default: that there are now. An optimiser step keeps its sequences.
         log: gets a line after each round.
     """
 
@@ -60,6 +62,7 @@ class MethodRun:
         recipe: Recipe,
         inputs: Inputs,
         work_dir: Path,
+        processes: int | None = None,
         log: Callable[[str], None] = print,
     ):
         self.name = name
@@ -68,7 +71,9 @@ class MethodRun:
         self.recipe = recipe
         self.inputs = inputs
         self.work_dir = work_dir / name
+        self.processes = processes or process_count()
         self.log = log
+        self._seconds_before = 0.0  # of earlier processes
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Prune, train and merge.
@@ -86,7 +91,8 @@ class MethodRun:
         method = self.method
         tokens = trained = 0
         if method.training == "before":
-            tokens, trained = self._finetune_dense()
+            tokens, trained = self._finetune_dense(resume)
+            resume = False  # no later state is kept
         self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
         rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
@@ -102,7 +108,7 @@ class MethodRun:
             sparsity=sparsity,
             zeros=zeros,
             prunable=prunable,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + self._seconds_before,
             mergeable=method.mergeable,
             perplexity_unmerged=unmerged,
             train_tokens=tokens + sum(r.train_tokens for r in rounds),
@@ -169,39 +175,61 @@ class MethodRun:
         return self.inputs.training
 
     def _trainer(self) -> Trainer:
-        assert self.recipe.train is not None
-        return Trainer(
+        train = self.recipe.train
+        assert train is not None
+        trainer = Trainer(
             self.model,
-            self.recipe.train,
+            train,
             seed=self.recipe.seed,
             output_dir=self.work_dir,
             total_sequences=len(self._data),
             device=device_of(self.model),
             distributed=self.recipe.distributed,
         )
+        trainer.sequences_per_step = train.batch_size * train.gradient_accumulation * self.processes
+        return trainer
 
-    def _finetune_dense(self) -> tuple[int, int]:
-        """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained)."""
+    def _saver(self, trainer: Trainer | None) -> Saver:
+        owner = belonging(self.recipe, self.name, self.inputs.fingerprint)
+        return Saver(self.name, self.work_dir / CHECKPOINTS, self.model, trainer, owner, self.recipe.checkpoint)
+
+    def _resume(self, saver: Saver, rounds: int) -> Resumed:
+        resumed = saver.resume()
+        self._seconds_before = resumed.seconds
+        if resumed.point is not None:
+            self.log(_resume_line(self.name, resumed.point, rounds))
+        return resumed
+
+    def _finetune_dense(self, resume: bool) -> tuple[int, int]:
+        """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained). It is saved
+        like a round."""
         self._wrap(LoRALinear)
         trained = self._trained_parameters()
-        outcome = self._trainer().train(
-            self._data, round_index=1, stage_name="dense fine-tuning", after_step=lambda done: check()
-        )
+        trainer = self._trainer()
+        saver = self._saver(trainer)
+        with saver.waiting():
+            resumed = self._resume(saver, 1) if resume else Resumed()
+            record = resumed.pruned or next(iter(resumed.done), RoundRecord(1, 0.0, None, [], []))
+            if resumed.point is None:
+                saver.save(Stage.PRUNED, [record])
+            if not resumed.done:
+                after_step = partial(saver.after_step, records=[record])
+                self._train(trainer, self._data, record, resumed.start, after_step, "dense fine-tuning")
+                saver.save(Stage.DONE, [record])
         replace_layers(self.model, LoRALinear.merge_dense)
-        return outcome.tokens, trained
+        return record.train_tokens, trained
 
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
         """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
         trainer = self._trainer() if self.method.training == "rounds" else None
-        owner = belonging(self.recipe, self.name, self.inputs.fingerprint)
-        states = self.work_dir / CHECKPOINTS
-        saver = Saver(self.name, states, self.model, trainer, owner, self.recipe.checkpoint)
+        saver = self._saver(trainer)
         with saver.waiting():
-            resumed = saver.resume() if resume else Resumed()
-            if resumed.point is not None:
-                self.log(_resume_line(self.name, resumed.point, len(rounds)))
+            resumed = self._resume(saver, len(rounds)) if resume else Resumed()
             done, pruned, start = resumed.done, resumed.pruned, resumed.start
+            del resumed  # it would keep AdamW's moments in memory
+            if self._measures(len(rounds)) and done and pruned is None and done[-1].perplexity is None:
+                self._end_round(done[-1], len(rounds))
             first = sum(each.sequences for each in rounds[: len(done)])
             for each in rounds[len(done) :]:
                 record = pruned or engine.run_round(each)
@@ -213,30 +241,44 @@ class MethodRun:
                     self._train(trainer, data, record, start, partial(saver.after_step, records=done))
                 pruned = start = None
                 first += each.sequences
-                if self.recipe.evaluate is not None and self.recipe.evaluate.each_round and len(rounds) > 1:
-                    began = time.perf_counter()
-                    record.perplexity = self.inputs.evaluate(self.model)
-                    record.seconds["evaluate"] = time.perf_counter() - began
-                self.log(_round_line(self.name, record, len(rounds)))
                 if self._keeps_states():
                     saver.save(Stage.DONE, done)
+                self._end_round(record, len(rounds))
                 check()
         return done
 
+    def _measures(self, rounds: int) -> bool:
+        return self.recipe.evaluate is not None and self.recipe.evaluate.each_round and rounds > 1
+
+    def _end_round(self, record: RoundRecord, rounds: int) -> None:
+        """The perplexity after a round, if it is wanted, and the round's line. The round's last state was saved before:
+        a run that ends here repeats the evaluation, and no training."""
+        if self._measures(rounds):
+            began = time.perf_counter()
+            record.perplexity = self.inputs.evaluate(self.model)
+            record.seconds["evaluate"] = time.perf_counter() - began
+        self.log(_round_line(self.name, record, rounds))
+
     def _keeps_states(self) -> bool:
         """Whether a round's end is saved. A method without training that is compared, or that trains before it prunes,
-        has one short round: its result's file follows, or all of it is repeated."""
+        has one short round: its result's file follows, or the round is repeated."""
         return self.method.training == "rounds" or (
             self.name == self.recipe.method and self.method.training != "before"
         )
 
     def _train(
-        self, trainer: Trainer, data: PackedData, record: RoundRecord, start: TrainState | None, after_step: AfterStep
+        self,
+        trainer: Trainer,
+        data: PackedData,
+        record: RoundRecord,
+        start: TrainState | None,
+        after_step: AfterStep,
+        stage_name: str | None = None,
     ) -> None:
         outcome = trainer.train(
             data,
             round_index=record.index,
-            stage_name=f"{self.name} round {record.index}",
+            stage_name=stage_name or f"{self.name} round {record.index}",
             start=start,
             after_step=after_step,
         )

@@ -8,7 +8,6 @@ import platform
 import time
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -132,7 +131,7 @@ def _run(
     in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
     dense = _dense_result(model, inputs)
     _log_result(console, dense)
-    results, outcome = _run_methods(recipe, blocks, inputs, workspace.path, console, resume)
+    results, outcome = _run_methods(recipe, blocks, inputs, workspace, console, resume)
     record = RunRecord(
         losa_version=__version__,
         method=recipe.method,
@@ -192,7 +191,7 @@ def _fetch(recipe: Recipe) -> None:
 
 
 def _run_methods(
-    recipe: Recipe, blocks: Blocks, inputs: Inputs, work_dir: Path, console: Console, resume: bool
+    recipe: Recipe, blocks: Blocks, inputs: Inputs, workspace: Workspace, console: Console, resume: bool
 ) -> tuple[list[MethodResult], Outcome]:
     """Every method on the same dense weights, the exported one last.
 
@@ -202,6 +201,7 @@ def _run_methods(
     """
     # The linears themselves, references and not copies: to restore is to put these modules back.
     originals = blocks.linears()
+    work_dir, processes = workspace.path, on_main(workspace.processes)
     results: list[MethodResult] = []
     for name in recipe.methods:
         exported = name == recipe.method
@@ -215,7 +215,8 @@ def _run_methods(
         if exported:
             originals.clear()  # nobody restores after this method, and merged weights are to take their place
         torch.manual_seed(recipe.seed)
-        outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
+        method = MethodRun(name, blocks.model, recipe, inputs, work_dir, processes=processes, log=console.print)
+        outcome = method.run(resume=resume)
         results.append(outcome.result)
         if not exported:
             on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))

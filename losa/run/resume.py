@@ -12,7 +12,7 @@ from losa.recipe.methods import MethodName
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult
 from losa.run.documents import DAMAGE, belonging, check_belonging, read_document, write_document
-from losa.run.states import CHECKPOINTS, read_state, state_paths
+from losa.run.states import CHECKPOINTS, readable_states
 
 logger = logging.getLogger("losa")
 
@@ -53,13 +53,8 @@ def check_saved(work: Path, recipe: Recipe, methods: Iterable[MethodName], input
     for method in methods:
         if method != recipe.method:
             load_result(work, method, recipe, inputs)
-        for path in reversed(state_paths(work / method / CHECKPOINTS)):
-            try:
-                state = read_state(path)
-            except DAMAGE:
-                continue
-            check_belonging(f"checkpoint {path}", state.document, belonging(recipe, method, inputs))
-            break
+        for state in readable_states(work / method / CHECKPOINTS)[0][:1]:
+            check_belonging(f"checkpoint {state.path}", state.document, belonging(recipe, method, inputs))
 
 
 def _result_file(work: Path, method: str) -> Path:

@@ -27,12 +27,13 @@ from losa.training.trainer import Trainer
 @dataclass
 class Resumed:
     """What an earlier process left: finished rounds; a round that is pruned; where its training stood. ``point``: when
-    the state was saved; None: there was none."""
+    the state was saved; None: there was none. ``seconds``: wall time of the method until then."""
 
     point: Point | None = None
     done: list[RoundRecord] = field(default_factory=list)
     pruned: RoundRecord | None = None
     start: TrainState | None = None
+    seconds: float = 0.0
 
 
 class Saver:
@@ -65,18 +66,19 @@ class Saver:
         self.config = config
         self._writer = StateWriter(directory, config.keep)
         self._base: tuple[int, dict] | None = None  # of which round, and how later states name it
-        self._saved = (time.monotonic(), 0)  # when, and at which step of all rounds
+        self._began = time.monotonic()
+        self._saved = (self._began, 0)  # when, and at which step of all rounds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """At the end of the context nothing is being written any more."""
         try:
             yield
+            self._writer.wait()
         except BaseException:
             with suppress(Exception):  # it would hide the first error
                 self._writer.wait()
             raise
-        self._writer.wait()
 
     def save(
         self, stage: Stage, records: list[RoundRecord], train: TrainState | None = None, background: bool = False
@@ -96,20 +98,21 @@ class Saver:
         tensors = adapter_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
             tensors |= pruned_tensors(self.model)
+            assert not background  # later states name its checksum
         document = {
             **self.owner,
             "state": {
                 "rounds": [asdict(record) for record in records],
                 "position": None if train is None else vars(train.position),
                 "global_step": self._global_step,
-                "sequences_per_step": None if self.trainer is None else self.trainer.sequences_per_step,
+                "seconds": time.monotonic() - self._began,
             },
             "random": random_state(),
             "base": base,
         }
         self._writer.write(point, tensors, document, background)
         if base is None:
-            # Only the main process, which writes the documents, knows the checksum and needs it.
+            # The main process alone knows the checksum: it writes the documents.
             self._base = point.round, {"name": point.name, "checksum": document.get("checksum")}
         self._saved = time.monotonic(), self._global_step
 
@@ -152,14 +155,14 @@ class Saver:
         Raises:
             OutputError: as ``newest_state`` and ``restore``, or another version of losa wrote the state.
         """
-        state = newest_state(self.directory, self.owner, self.method)
+        state = newest_state(self.directory, self.owner)
         if state is None:
             return Resumed()
         try:
             found = state.document["state"]
             records = [RoundRecord(**record) for record in found["rounds"]]
             position = None if found["position"] is None else Position(**found["position"])
-            step, sequences = found["global_step"], found["sequences_per_step"]
+            step, seconds = found["global_step"], found["seconds"]
         except (KeyError, TypeError) as error:
             message = "was written by another version of losa; go on with that one, or --overwrite"
             raise OutputError(f"checkpoints in {self.directory}: {message}") from error
@@ -167,10 +170,10 @@ class Saver:
         set_random_state(state.document["random"])
         if self.trainer is not None:
             self.trainer.global_step = step
-            self.trainer.sequences_per_step = sequences
         self._saved = time.monotonic(), step
+        self._began -= seconds
         self._base = state.point.round, state.as_base
         if state.point.stage is Stage.DONE:
-            return Resumed(state.point, records)
+            return Resumed(state.point, records, seconds=seconds)
         start = None if position is None else TrainState(position, moments)
-        return Resumed(state.point, records[:-1], records[-1], start)
+        return Resumed(state.point, records[:-1], records[-1], start, seconds)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from losa.distributed.joining import as_patient
 from losa.distributed.processes import is_main, joined
+from losa.distributed.watch import others_wait
 from losa.errors import OutputError
 from losa.run.documents import write_document
 from losa.run.states import METADATA, STATE, Point, file_digest, host_group, naming, remove_outdated
@@ -67,7 +68,7 @@ class StateWriter:
             # With a storage writer that copies, as DCP's does, the copies are made before this returns.
             self._future = dcp.async_save(tensors, storage_writer=files, process_group=self._group)  # type: ignore
             return
-        with self._cleaning(), naming(self._final):
+        with others_wait(), self._cleaning(), naming(self._final):
             dcp.save(tensors, storage_writer=files, process_group=host_group())
 
     @property
@@ -78,17 +79,22 @@ class StateWriter:
 
     def wait(self) -> None:
         """Wait until the state that is written in the background has its name. Raises OutputError as ``write``."""
-        future, self._future = self._future, None
+        future = self._future
         if future is not None:
-            with self._cleaning(), naming(self._final):
-                future.result()
+            with others_wait(), self._cleaning(), naming(self._final):
+                try:
+                    future.result()
+                finally:
+                    if future.done():
+                        self._future = None
 
     @contextmanager
     def _cleaning(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if is_main():
+            # After Ctrl-C a thread may still write here.
+            if is_main() and self._future is None:
                 shutil.rmtree(partial_name(self._final), ignore_errors=True)
             raise
 

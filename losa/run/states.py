@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +24,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from losa.distributed.processes import (
-    check_agreement,
     control_group,
     from_everyone,
     is_main,
     joined,
+    on_main,
     process_count,
     process_index,
 )
+from losa.distributed.watch import others_wait, progress
 from losa.errors import LosaError, OutputError, reason
 from losa.run.documents import DAMAGE, check_belonging, read_document
 from losa.storage.files import remove_directory
@@ -125,21 +127,11 @@ def read_state(path: Path) -> State:
     return State(path, base, document, files | {base / name: digest for name, digest in found["sha256"].items()})
 
 
-def newest_state(directory: Path, wanted: dict, what: str) -> State | None:
-    """The newest state that is sound, the same in all processes, which call it together and share out the hashing.
-
-    A damaged state is passed over, with a warning, for the one before it.
-
-    Args:
-        wanted: what it must belong to (``losa.run.documents.belonging``).
-        what: whose states, for messages.
-
-    Returns:
-        None where there is no state.
+def readable_states(directory: Path) -> tuple[list[State], list[str]]:
+    """The states whose documents are sound, newest first, and a sentence for each state whose documents are not.
 
     Raises:
-        OutputError: it belongs to another recipe, model or data; every state is damaged; an earlier version of losa
-            wrote it; or the processes find different files.
+        OutputError: an earlier version of losa wrote one.
     """
     readable: list[State] = []
     damage: list[str] = []
@@ -147,35 +139,80 @@ def newest_state(directory: Path, wanted: dict, what: str) -> State | None:
         try:
             readable.append(read_state(path))
         except DAMAGE as error:
-            _pass_over(path, reason(error), damage)
-    found = ", ".join(f"{state.path.name} ({state.document['checksum'][:16]})" for state in readable)
-    check_agreement(f"{what}: the newest checkpoint", found or "none")
+            damage.append(_damaged(path, reason(error)))
+    return readable, damage
+
+
+def newest_state(directory: Path, wanted: dict) -> State | None:
+    """The newest state that is sound, the same in all processes, which call it together and share out the hashing.
+
+    A damaged state is passed over, with a warning, for the one before it. The main process alone lists the directory:
+    on a network file system another machine may see the list of half a minute ago.
+
+    Args:
+        wanted: what it must belong to (``losa.run.documents.belonging``).
+
+    Returns:
+        None where there is no state.
+
+    Raises:
+        OutputError: in every process. It belongs to another recipe, model or data; every state is damaged; an earlier
+            version of losa wrote it; or a process does not find the files of the main process.
+    """
+    readable, damage = on_main(partial(readable_states, directory))
+    for sentence in damage:
+        _warn(sentence)
     for state in readable:
         check_belonging(f"checkpoint {state.path}", state.document, wanted)
+        _check_found(state.path / STATE)
         wrong = _damaged_file(state)
         if wrong is None:
             return state
-        _pass_over(state.path, wrong, damage)
+        damage.append(_damaged(state.path, wrong))
+        _warn(damage[-1])
     if damage:
         raise OutputError(f"{damage[0]}, and none before it can be read; --overwrite starts afresh")
     return None
 
 
-def _pass_over(path: Path, why: str, damage: list[str]) -> None:
-    damage.append(f"checkpoint {path}: damaged ({why})")
+def _damaged(path: Path, why: str) -> str:
+    return f"checkpoint {path}: damaged ({why})"
+
+
+def _warn(sentence: str) -> None:
     if is_main():
-        logger.warning(damage[-1])
+        logger.warning(sentence)
+
+
+def _check_found(path: Path) -> None:
+    """Raises OutputError, in every process, if one of them does not find a file that the main process has read."""
+    blind = [str(index) for index, found in enumerate(from_everyone(_opens(path))) if not found]
+    if blind:
+        raise OutputError(
+            f"checkpoint {path.parent}: process {', '.join(blind)} does not find the {path.name} that process 0 has "
+            "read; the output belongs on a file system that all processes share"
+        )
+
+
+def _opens(path: Path) -> bool:
+    try:
+        path.open("rb").close()  # to open a file asks the server of a network file system
+    except OSError:
+        return False
+    return True
 
 
 def _damaged_file(state: State) -> str | None:
     """What is wrong with the files of tensors, found by all processes together; None where nothing is."""
+    progress(f"checking {state.path.name}")
     wrong = None
-    for path, digest in list(state.files.items())[process_index() :: process_count()]:
-        try:
-            if file_digest(path) != digest:
-                wrong = f"{path.name} has another checksum than when it was written"
-        except OSError as error:
-            wrong = f"{path.name}: {reason(error)}"
+    with others_wait():
+        for path, digest in list(state.files.items())[process_index() :: process_count()]:
+            try:
+                if file_digest(path) != digest:
+                    wrong = f"{path.name} has another checksum than when it was written"
+            except OSError as error:
+                wrong = f"{path.name}: {reason(error)}"
     return next((one for one in from_everyone(wrong) if one is not None), None)
 
 
@@ -197,7 +234,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OutputError: the files cannot be read.
     """
-    with naming(path):
+    with others_wait(), naming(path):
         dcp.load({**tensors}, storage_reader=dcp.FileSystemReader(path), process_group=host_group())
 
 

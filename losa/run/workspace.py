@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from losa import __version__
+from losa.distributed.processes import process_count
 from losa.errors import OutputError, reason
 from losa.recipe.sections import Recipe, work_path
 from losa.record import RunRecord
@@ -66,11 +67,29 @@ class Workspace:
             raise OutputError(
                 f"output: unfinished work in {self.path}; continue it with --resume or discard with --overwrite"
             )
-        if exists and not (resume and self.worth_keeping()):
+        processes = process_count()
+        if exists and resume and self.worth_keeping():
+            processes = self.processes()
+        elif exists:
             remove_directory(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / MARKER, {"losa_version": __version__, "output": str(self.output)})
+        write_json(
+            self.path / MARKER, {"losa_version": __version__, "output": str(self.output), "processes": processes}
+        )
         return None
+
+    def processes(self) -> int:
+        """How many processes the run began with.
+
+        Raises:
+            OutputError: an earlier version of losa, which did not write it down, made the directory.
+        """
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads((self.path / MARKER).read_bytes())["processes"])
+        raise OutputError(
+            f"output: unfinished work in {self.path} was made by another version of losa; go on with that one, or "
+            "--overwrite"
+        )
 
     def worth_keeping(self) -> bool:
         """Whether there is a result of a method, or a state to go on from."""

@@ -168,7 +168,8 @@ def _swap(staged: Path, place: Path) -> None:
 
 def partial_name(final: Path) -> Path:
     """The temporary name of a directory that several processes write together: known to all of them, on whichever
-    machine they are. Only processes of one run, which has claimed its output, may write it."""
+    machine they are. Only processes of one run, which has claimed its output, may write it. 0 is no process's number:
+    ``recover`` removes a leftover for whoever has claimed the output."""
     return final.with_name(f".{final.name}.partial-0")
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -155,7 +156,7 @@ class TensorFiles:
     def names(self) -> list[str]:
         return list(self._places)
 
-    @property
+    @cached_property
     def stored(self) -> dict[str, Stored]:
         """Types and shapes, by name; no tensor is read."""
         return {name: Stored(place.dtype, place.shape) for name, place in self._places.items()}
@@ -168,23 +169,38 @@ class TensorFiles:
         """
         if name not in self._places:
             raise ModelError(f"{self._paths[0].parent}: tensors are missing: {name}")
-        path, dtype, shape, begin = self._places[name]
+        _, dtype, shape, _ = self._places[name]
+        skipped = 0
         if rows is not None:
-            begin += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            skipped = rows.start * math.prod(shape[1:]) * dtype.itemsize
             shape = (len(rows), *shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             values: Any = tensor.view(-1).view(torch.uint8).numpy()
-            target = memoryview(values)
-            file: Any = self._files[path]
-            try:
-                file.seek(begin)
-                complete = file.readinto(target) == len(target)
-            except OSError as error:
-                raise _unreadable(path, error.strerror) from error
-            if not complete:
-                raise _unreadable(path, f"it ends within {name}")
+            self._read(name, skipped, memoryview(values))
         return tensor
+
+    def ends(self, name: str, size: int = 4096) -> bytes:
+        """The first and the last bytes of a tensor, ``size`` of each. Raises ModelError as ``get``."""
+        _, dtype, shape, _ = self._places[name]
+        count = math.prod(shape) * dtype.itemsize
+        found = bytearray(2 * min(size, count))
+        middle = len(found) // 2
+        self._read(name, 0, memoryview(found)[:middle])
+        self._read(name, count - middle, memoryview(found)[middle:])
+        return bytes(found)
+
+    def _read(self, name: str, skipped: int, target: memoryview) -> None:
+        """Fill ``target`` with a tensor's bytes, of which so many come before."""
+        path, _, _, begin = self._places[name]
+        file = self._files[path]
+        try:
+            file.seek(begin + skipped)
+            complete = file.readinto(target) == len(target)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise _unreadable(path, error.strerror) from error
+        if not complete:
+            raise _unreadable(path, f"it ends within {name}")
 
 
 def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:

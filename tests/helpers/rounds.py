@@ -15,7 +15,12 @@ from tests.helpers.training import LENGTH, sequences
 
 
 def method_run(
-    directory: Path, method: str = "losa", dropout: float = 0.1, sequences_in_all: int = 18, **changes
+    directory: Path,
+    method: str = "losa",
+    dropout: float = 0.1,
+    sequences_in_all: int = 18,
+    processes: int | None = None,
+    **changes,
 ) -> MethodRun:
     """Two rounds of 3 and 6 steps, saved after each step. ``changes``: of the recipe's sections."""
     text = {"data": "text.txt"}
@@ -36,7 +41,8 @@ def method_run(
         settings[key] = settings[key] | value
     ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
     inputs = Inputs(ids, data, lambda model: float(logits(model).double().square().mean()))
-    return MethodRun(method, tiny_llama(layers=2), parse_recipe(settings), inputs, directory, log=lambda line: None)
+    model, recipe = tiny_llama(layers=2), parse_recipe(settings)
+    return MethodRun(method, model, recipe, inputs, directory, processes, log=lambda line: None)
 
 
 def result(run: MethodRun, outcome: Outcome) -> dict:

@@ -18,8 +18,10 @@ from losa.distributed.processes import is_main
 from losa.distributed.sharding import make_sharding, shard_module, whole
 from losa.distributed.stop import Stopped, heeding_signals
 from losa.errors import OutputError
+from losa.run.documents import read_document
 from losa.run.methods import MethodRun
 from losa.run.saving import Saver
+from losa.run.states import CHECKPOINTS, STATE, newest_state, state_paths
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.rounds import losses, method_run
 
@@ -28,8 +30,11 @@ WEIGHTS = "weights.pt"
 # stopped.
 Stretch = tuple[int, int, int | None]
 UNINTERRUPTED, WHOLE, SHARDED = "uninterrupted", "whole, whole, sharded", "sharded, one shard, 2 x 2 shards, whole"
+# As if two processes had been stopped in the first pruning, or in an earlier method, and one went on.
+BEGUN = "begun by two"
 CHAINS: dict[str, list[Stretch]] = {
     UNINTERRUPTED: [(2, 0, None)],
+    BEGUN: [(1, 0, None)],
     WHOLE: [(2, 0, 5), (1, 0, 7), (4, 4, None)],
     SHARDED: [(2, 2, 6), (1, 1, 7), (4, 2, 8), (4, 0, None)],
 }
@@ -41,6 +46,7 @@ def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRu
         directory,
         dropout=0.0,
         sequences_in_all=40,
+        processes=2,
         train={"round_share": 0.2},
         evaluate={"each_round": False},
         checkpoint={"every_steps": 3},
@@ -84,6 +90,18 @@ def refusals(directory: Path) -> list[str]:
     return found
 
 
+def newest_sound(checkpoints: Path, place: Path) -> str:
+    """The newest state without damage, where one process alone meets a damaged file."""
+    newest = state_paths(checkpoints)[-1]
+    if is_main():
+        shutil.copytree(checkpoints, place)
+        with (place / newest.name / "__1_0.distcp").open("ab") as file:
+            file.write(b"x")
+    dist.barrier()
+    state = newest_state(place, read_document(newest / STATE))
+    return "none" if state is None else state.path.name
+
+
 def main(directory: Path) -> None:
     start_worker()
     found: dict = {}
@@ -93,6 +111,7 @@ def main(directory: Path) -> None:
                 found[name] = losses(stretch(directory / name, shard_size, last_step).work_dir)
     if dist.get_world_size() == 2:
         found["refusals"] = refusals(directory / "apart")
+        found["newest sound"] = newest_sound(directory / WHOLE / "losa" / CHECKPOINTS, directory / "damaged")
     finish(found)
 
 

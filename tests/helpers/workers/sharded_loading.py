@@ -101,17 +101,20 @@ def errors(root: Path, sharding) -> dict:
     found["offline"] = [error(load_sharded, "some/model", sharding), error(load_model, "some/model")]
     own = root / ("llama" if process_index() == 1 else "tied")
     found["other files"] = [error(load_sharded, str(own), sharding), ""]
+    # The same names and shapes: on the disk of one machine lies a model that was trained further.
+    own = root / ("trained" if process_index() == 1 else "tied")
+    found["other weights"] = [error(load_sharded, str(own), sharding), ""]
     os.chdir(root / "damaged" if process_index() == 1 else root)
     found["one has none"] = [error(load_sharded, "llama", sharding), ""]
     os.chdir("/")
     return found
 
 
-def hub(root: Path, sharding) -> dict:
+def hub(root: Path, sharding, source: str, commit: str = "commit") -> dict:
     """Downloads by the first process of each of two machines: process 2 is the first of the second one."""
     calls = []
     os.environ["LOCAL_RANK"] = "0" if process_index() in (0, 2) else "1"
-    cache = root / f"cache-{process_index() // 2}" / "commit"
+    cache = root / f"cache-{process_index() // 2}" / source / commit
 
     def download(name, revision=None, allow_patterns=(), local_files_only=False):
         calls.append([revision, local_files_only])
@@ -123,13 +126,17 @@ def hub(root: Path, sharding) -> dict:
         return str(cache)
 
     real, huggingface_hub.snapshot_download = huggingface_hub.snapshot_download, download
-    fetched = hub_files.fetch("llama")
-    huggingface_hub.snapshot_download = real
+    try:
+        fetched = hub_files.fetch(source)
+    except LosaError as raised:
+        return {"error": str(raised)}
+    finally:
+        huggingface_hub.snapshot_download = real
     loaded, _ = load_sharded(str(fetched), sharding)
     return {
         "calls": calls,
         "files": sorted(file.name for file in fetched.iterdir()),
-        "difference": difference(loaded, load_model(str(root / "llama"), device="cpu")[0]),
+        "difference": difference(loaded, load_model(str(root / source), device="cpu")[0]),
     }
 
 
@@ -150,6 +157,8 @@ if __name__ == "__main__":
         found[name] = loads(root / name, sharding, "float16" if name == "OPT" else "auto")
     found["memory"] = memory(root / "large", sharding)  # after transformers has imported what it needs
     found["errors"] = errors(root, sharding)
-    found["hub"] = hub(root, sharding)
+    found["hub"] = hub(root, sharding, "llama")
+    found["hub, one file"] = hub(root, sharding, "tied")
+    found["hub, two revisions"] = hub(root, sharding, "tied", commit=f"commit-{process_index() // 2}")
     dist.barrier()
     finish(found)

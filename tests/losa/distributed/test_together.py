@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from losa.distributed import joining, launch, processes
 from losa.distributed.joining import ALONE, Place, read_place
-from losa.distributed.launch import as_launched, check_config, check_launcher, start_processes
+from losa.distributed.launch import as_launched, check_config, check_launcher
 from losa.errors import LosaError, RecipeError
 from losa.recipe.sections import DistributedConfig
 from tests.helpers.cases import outcomes

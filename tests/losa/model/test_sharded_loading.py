@@ -73,6 +73,8 @@ def results(tmp_path_factory) -> tuple[list[str], list[dict]]:
         shutil.copytree(root / "tied", root / name)
         edit(root / name, lambda t, by=factor: t | {"lm_head.weight": t["model.embed_tokens.weight"] * by})
     (root / "llama" / "llama.gguf").touch()
+    shutil.copytree(root / "tied", root / "trained")
+    edit(root / "trained", lambda t: t | {UP: t[UP] + 1})
     large = tiny_llama(layers=1, hidden=256, tie_word_embeddings=True)
     large.resize_token_embeddings(100_000)
     large.save_pretrained(root / "large")
@@ -90,7 +92,7 @@ def test_rows_of_all_processes_are_the_model(results):
             assert each["difference"] == [], name
             assert each["digest"] and each["sharding"] and each["device"] == "cpu", name
             assert each["tokens"] == tiny_tokenizer()("ab").input_ids
-        if name in ("llama", "tied", "Qwen2", "GPTNeoX"):
+        if name in ("llama", "tied", "Qwen2", "GPTNeoX", "Qwen3Moe"):
             # Every byte is read by one process.
             assert sum(each["read"] for each in found) == found[0]["whole"], name
             assert all(each["read"] == each["rows"] * 4 for each in found), name
@@ -121,10 +123,8 @@ def test_what_cannot_be_loaded_in_shards(results):
         assert "a GGUF file cannot be read in shards; load it in one process" in each["gguf"][0]
         assert each["dtype"][0].startswith("ModelError: dtype: expected one of auto,")
         assert each["offline"][0].startswith("ModelError: model 'some/model': not a local directory, and cannot be")
-        assert (
-            "shapes of the weights: process 0 has" in each["other files"][0]
-            or "process 0 has" in each["other files"][0]
-        )
+        for case in ("other files", "other weights"):
+            assert re.match("OutputError: model '.*': weights: process 0 has .*, process 1 has", each[case][0]), case
         assert "process 0 has a directory, process 1 has no directory of that name" in each["one has none"][0]
     assert errors[0]["offline"] == errors[1]["offline"]
 
@@ -132,8 +132,11 @@ def test_what_cannot_be_loaded_in_shards(results):
 @pytest.mark.subprocess
 def test_hub_files_are_downloaded_once_for_each_machine(results):
     for index, process in enumerate(results[1]):
-        found = process["hub"]
-        first = [[None, False], ["commit", False]] if index in (0, 2) else []
-        assert found["calls"] == [*first, [None, True], ["commit", True]]
-        assert found["difference"] == []
-        assert "config.json" in found["files"] and "llama.gguf" not in found["files"]
+        for case, revisions in (("hub", [None, "commit"]), ("hub, one file", [None])):
+            found = process[case]
+            first = [[revision, False] for revision in revisions] if index in (0, 2) else []
+            assert found["calls"] == [*first, *([revision, True] for revision in revisions)], case
+            assert found["difference"] == []
+            assert "config.json" in found["files"] and "llama.gguf" not in found["files"]
+        told = process["hub, two revisions"]["error"]
+        assert "model 'tied': revision: process 0 has commit-0, process 2 has commit-1; " in told

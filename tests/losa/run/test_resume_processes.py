@@ -10,7 +10,7 @@ import torch
 from tests.helpers.processes import run_groups
 from tests.helpers.tiny import EPS
 from tests.helpers.workers import resuming
-from tests.helpers.workers.resuming import SHARDED, UNINTERRUPTED, WEIGHTS, WHOLE
+from tests.helpers.workers.resuming import BEGUN, SHARDED, UNINTERRUPTED, WEIGHTS, WHOLE
 
 
 @pytest.mark.subprocess
@@ -19,8 +19,8 @@ def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
     expected = found[2][0][UNINTERRUPTED]
     assert [step for step, *_ in expected] == list(range(1, 11))
     weights, masks = torch.load(tmp_path / UNINTERRUPTED / WEIGHTS)
-    for name in (WHOLE, SHARDED):
-        assert_close(torch.tensor(found[4][0][name]), torch.tensor(expected))
+    for name, processes in ((WHOLE, 4), (SHARDED, 4), (BEGUN, 1)):
+        assert_close(torch.tensor(found[processes][0][name]), torch.tensor(expected))
         resumed, same_masks = torch.load(tmp_path / name / WEIGHTS)
         assert masks and all(torch.equal(same_masks[linear], mask) for linear, mask in masks.items())
         assert weights.keys() == resumed.keys()
@@ -31,10 +31,10 @@ def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
     sizes = sorted(file.stat().st_size for file in files)
     assert len(sizes) == 4 and sizes[-1] < 1.5 * sizes[0]
     for process in range(2):
+        assert found[2][process]["newest sound"] == "round-02-pruned"
         apart, others = found[2][process]["refusals"]
         assert "round-01-pruned: process 1 wrote a file of it that process 0 does not find; " in apart
-        assert "losa: the newest checkpoint: process 0 has round-02-step-00000003 (" in others
-        assert "process 1 has none; " in others and "all of them share" in others
+        assert "round-02-step-00000003: process 1 does not find the state.json that process 0 has read; " in others
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

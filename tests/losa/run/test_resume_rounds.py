@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -107,16 +109,16 @@ def test_a_run_that_ends_anywhere_goes_on_to_the_same_bits(tmp_path, name):
     last = run()
     outcome = last.run(resume=True)
     assert result(last, outcome) == expected
-    assert outcome.rounds[-1].seconds["train"] > 0
+    # Times of earlier processes count.
+    assert outcome.result.seconds > sum(record.seconds["train"] for record in outcome.rounds) > 0
     resumed = [line for line in lines if "resuming" in line]
     rounds = 1 if name == "dense adapters" else 2
     assert resumed[:2] == [
         f"{last.name}: resuming in round 1 of {rounds}, after its pruning",
         f"{last.name}: resuming in round 1 of {rounds}, after training step 2",
     ]
-    assert resumed[-1] == f"{last.name}: resuming " + (
-        "after round 1 of 1" if rounds == 1 else "in round 2 of 2, after training step 6"
-    )
+    # A round is saved before it is evaluated.
+    assert resumed[-1] == f"{last.name}: resuming after round {rounds} of {rounds}"
 
 
 def test_a_stop_while_pruning_leaves_the_newest_state(tmp_path):
@@ -139,14 +141,42 @@ def test_a_stop_while_blocks_are_compared(tmp_path, monkeypatch):
     assert len(compared) == 1, "the second block is not compared any more"
 
 
-def test_a_stop_in_dense_fine_tuning(tmp_path):
-    """It is no part of a state: the run begins again."""
-    with heeding_signals():
-        run = method_run(tmp_path, "finetune_then_prune")
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped, match="^stopped by SIGTERM; run again"):
-            run.run()
-    assert not (tmp_path / "finetune_then_prune" / "checkpoints").exists()
+def test_dense_fine_tuning_goes_on_to_the_same_bits(tmp_path):
+    whole = method_run(tmp_path / "whole", "finetune_then_prune")
+    expected = result(whole, whole.run())
+    parts = tmp_path / "parts"
+    with ends(step=2, by=signal.SIGTERM):
+        method_run(parts, "finetune_then_prune").run()
+    with ends(step=5, saved=False):
+        method_run(parts, "finetune_then_prune").run(resume=True)
+    with ends(pruning=1):
+        method_run(parts, "finetune_then_prune").run(resume=True)
+    last, lines = method_run(parts, "finetune_then_prune"), []
+    last.log = lines.append
+    assert result(last, last.run(resume=True)) == expected
+    assert lines[0] == "finetune_then_prune: resuming after round 1 of 1"
+
+
+def test_moments_of_a_resumed_round_do_not_outlive_it(tmp_path, monkeypatch):
+    with ends(step=2, saved=True):
+        method_run(tmp_path).run()
+    restored: list[weakref.ref] = []
+    alive = []
+
+    def resume(self, real=Saver.resume):
+        found = real(self)
+        restored.extend(map(weakref.ref, found.start.moments.values()))
+        return found
+
+    def run_round(self, plan, real=Engine.run_round):
+        gc.collect()
+        alive.append(sum(moment() is not None for moment in restored))
+        return real(self, plan)
+
+    monkeypatch.setattr(Saver, "resume", resume)
+    monkeypatch.setattr(Engine, "run_round", run_round)
+    method_run(tmp_path).run(resume=True)
+    assert restored and alive == [0]
 
 
 @pytest.mark.parametrize(

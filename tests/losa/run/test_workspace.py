@@ -154,6 +154,19 @@ def test_a_work_directory_that_may_not_be_read_is_named(inputs, tmp_path, monkey
     assert names(tmp_path) == ["out.work"]
 
 
+def test_work_keeps_the_number_of_processes_that_it_began_with(inputs, tmp_path, monkeypatch):
+    made, work = recipe(inputs, tmp_path / "out"), Workspace(tmp_path / "out")
+    for now, then in ((3, 3), (2, 3)):
+        monkeypatch.setattr(workspace, "process_count", lambda now=now: now)
+        work.open(made, resume=True, overwrite=False, force=False)
+        assert work.processes() == then
+        (work.path / "lora.json").write_text("{}")
+    assert work.open(made, resume=False, overwrite=True, force=False) is None and work.processes() == 2
+    (work.path / workspace.MARKER).write_text("{}")
+    with pytest.raises(OutputError, match=r"out\.work was made by another version of losa; .*--overwrite"):
+        work.processes()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: what cleans up in Python does not run where it is raised."""
 

@@ -55,6 +55,15 @@ def index(directory, places):
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
 
 
+def test_headers_and_the_ends_of_tensors(source):
+    tensors = load_file(source / WHOLE)
+    with checkpoint_tensors(source) as files:
+        assert files.stored is files.stored  # made once: a mixture of experts has tens of thousands of tensors
+        for name, tensor in tensors.items():
+            raw = tensor.numpy().tobytes()
+            assert files.ends(name, 20) == raw[:20] + raw[-20:] and files.ends(name, len(raw) + 1) == 2 * raw
+
+
 def test_the_index_or_the_whole_file_decides(made, source, tmp_path):
     model, _ = made
     tensors = load_file(source / WHOLE)
