@@ -28,8 +28,8 @@ UNEXPECTED = "unexpected error"
 RESUMABLE = ("run", "prune")
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "typer")
 MEMORY_HINTS = {
-    "run": "lower train.batch_size or train.length, or set train.activation_checkpointing: true; `losa plan` shows "
-    "where memory goes",
+    "run": "lower train.batch_size or train.length, set train.activation_checkpointing: true, or hold the model in "
+    "shards (distributed.mode: fsdp, distributed.cpu_offload: true); `losa plan` shows where memory goes",
     "prune": "lower --samples or --length, prune in --dtype bfloat16, or take --pruner wanda, which needs least",
     "eval": "lower --batch-size or --length, or load in --dtype bfloat16",
     "bench": "load in --dtype bfloat16",
@@ -43,8 +43,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
-    code 1; 75 for a run that was asked to stop), Ctrl-C into another sentence (130), and any other exception into a
-    report (1). With --debug every exception goes through that would end with 1."""
+    code 1, or the error's own), Ctrl-C into another sentence (130), and any other exception into a report (1). With
+    --debug every exception goes through that would end with 1."""
 
     def invoke(self, ctx):
         try:

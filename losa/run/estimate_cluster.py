@@ -146,7 +146,7 @@ def _changes(recipe: Recipe, cluster: Cluster) -> dict[str, dict[str, Any]]:
         smaller = {"train.batch_size": 1, "train.gradient_accumulation": steps}
         found[f"train.batch_size: 1 with gradient_accumulation: {steps}"] = smaller
     if train is not None and not train.activation_checkpointing:
-        wanted = {"train.activation_checkpointing": True, "distributed.activation_checkpointing": True}
+        wanted = {"train.activation_checkpointing": True, "distributed.activation_checkpointing": None}
         found["train.activation_checkpointing: true"] = wanted
     if not distributed.cpu_offload:
         found["distributed.cpu_offload: true"] = {**_SHARDED, "distributed.cpu_offload": True}
