@@ -134,8 +134,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 def replace_layers(model: nn.Module, made: Callable[[_Layer], nn.Module]) -> nn.Module:
     """Put ``made(layer)`` in the place of every wrapped layer. ``made`` sees whole parameters, one layer's at a time;
-    in a sharded model its result is sharded too."""
-    for name, layer in wrapped_linears(model).items():
+    in a sharded model its result is sharded too. A layer that is replaced is not kept: with it, all old weights would
+    stand beside all new ones."""
+    for name in list(wrapped_linears(model)):
+        layer = model.get_submodule(name)
         # The new layer is in the module that is gathered, so that it is sharded at the end.
         both = nn.ModuleList([layer])
         with gathered(both):

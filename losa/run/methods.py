@@ -98,6 +98,7 @@ class MethodRun:
         kept = sum(_kept(layer) for layer in layers.values())
         if method.training == "rounds":
             trained = self._trained_parameters()
+        del layers  # merged layers take their place, one after the other
         merge_model(self.model)
         perplexity = self.inputs.evaluate(self.model)
         zeros, prunable = sparsity_of(self.model)

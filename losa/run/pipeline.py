@@ -198,6 +198,8 @@ def _run_methods(
                 continue
         for linear_name, linear in originals.items():
             blocks.model.set_submodule(linear_name, linear)
+        if exported:  # the last method: its merged weights take the place of the dense ones
+            originals.clear()
         torch.manual_seed(recipe.seed)
         outcome = MethodRun(name, blocks.model, recipe, inputs, work_dir, log=console.print).run(resume=resume)
         results.append(outcome.result)

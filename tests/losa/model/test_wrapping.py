@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.wrapping import merge_model, sparsity_of, unwrap_model, wrap_model, wrapped_linears
+from losa.model.wrapping import (
+    merge_model,
+    replace_layers,
+    sparsity_of,
+    unwrap_model,
+    wrap_model,
+    wrapped_linears,
+)
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from tests.helpers.decoders import COMMON, GATED, LAYERS, random_model
@@ -122,6 +130,22 @@ def test_wrapping_shares_memory_with_the_original():
     model = tiny_llama(layers=2)
     weights = {n: m.weight.data_ptr() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert all(m.weight.data_ptr() == weights[n] for n, m in wrap(model).items())
+
+
+def test_layers_that_are_replaced_are_not_kept():
+    """Otherwise a model's old weights would all stand beside its new ones."""
+    model = tiny_llama(layers=2)
+    wrap(model)
+    old: list[weakref.ref] = []
+    alive = []
+
+    def merged(layer):
+        alive.append(sum(other() is not None for other in old))
+        old.append(weakref.ref(layer))
+        return layer.merge()
+
+    replace_layers(model, merged)
+    assert len(alive) == 14 and max(alive) <= 1
 
 
 def test_sparsity_counts_masks_and_zeros():
