@@ -74,7 +74,7 @@ def sky_schemas(monkeypatch) -> ModuleType:
     package = ModuleType("sky")
     package.__path__, package.__version__, package.__commit__ = [str(folder)], "0", ""
     monkeypatch.setitem(sys.modules, "sky", package)
-    for name in ("skylet.autostop_lib", "setup_files.dependencies", "server.daemons"):
+    for name in ("skylet.autostop_lib", "setup_files.dependencies", "server.daemons", "utils.volume"):
         monkeypatch.setitem(sys.modules, f"sky.{name}", MagicMock())
     yield importlib.import_module("sky.utils.schemas")
     for name in set(sys.modules) - before:
