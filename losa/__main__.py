@@ -1,4 +1,4 @@
-"""``python -m losa`` and ``accelerate launch -m losa``."""
+"""``python -m losa``."""
 
 from losa.cli.app import main
 

@@ -43,8 +43,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Commands(TyperGroup):
     """Turns every exception into a message on stderr: errors of losa's own and used-up memory into a sentence (exit
-    code 1; 75 for a run that was asked to stop, 76 for one that lost a process), Ctrl-C into another sentence (130),
-    and any other exception into a report (1). With --debug errors that end with 1 keep their traceback."""
+    code 1, or the error's own), Ctrl-C into another sentence (130), and any other exception into a report (1). With
+    --debug every exception goes through that would end with 1."""
 
     def invoke(self, ctx):
         try:

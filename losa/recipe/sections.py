@@ -214,7 +214,7 @@ class DistributedConfig(Section):
     shard_size: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="processes that hold one copy (hsdp); default: those of one machine"
     )
-    cpu_offload: bool = Field(False, description="shards wait in host memory (fsdp, hsdp)")
+    cpu_offload: bool = Field(False, description="shards wait in host memory (fsdp, hsdp; auto is then fsdp)")
     reshard_after_forward: bool = Field(
         True, description="drop a block's weights between its forward and backward pass (fsdp, hsdp)"
     )
@@ -227,18 +227,19 @@ class DistributedConfig(Section):
     def _settings_of_the_mode(self):
         if self.shard_size is not None and self.mode != "hsdp":
             raise ValueError(f"distributed.shard_size: expected mode hsdp, got {self.mode}, which has no shard size")
-        if self.cpu_offload and self.mode == "ddp":
-            raise ValueError("distributed.cpu_offload: expected mode fsdp or hsdp, got ddp, which has no shards")
+        for name in ("cpu_offload", "reshard_after_forward", "activation_checkpointing"):
+            if self.mode == "ddp" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"distributed.{name}: expected mode fsdp or hsdp, got ddp, which has no shards")
         return self
 
 
 class CheckpointConfig(Section):
-    """How often a run saves what it can go on from. The end of each round is always saved."""
+    """How often a run saves a state that it can go on from. The end of each round is always saved."""
 
-    every_steps: int | None = Field(None, ge=1, le=MAX_COUNT, description="training steps between saves")
-    every_minutes: float | None = Field(15, gt=0, description="minutes of training between saves; null: never")
-    keep: int = Field(2, ge=1, le=1000, description="how many saves are kept")
-    asynchronous: bool = Field(True, description="go on training while a save is written")
+    every_steps: int | None = Field(None, ge=1, le=MAX_COUNT, description="training steps between states")
+    every_minutes: float | None = Field(15, gt=0, description="minutes of training between states; null: never")
+    keep: int = Field(2, ge=1, le=1000, description="how many states are kept")
+    asynchronous: bool = Field(True, description="go on training while a state is written")
 
 
 class EvaluateConfig(Section):

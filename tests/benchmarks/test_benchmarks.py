@@ -24,6 +24,7 @@ from benchmarks import (
     decode,
     decoder_step,
     hessian,
+    interrupted,
     masked_lora,
     packing,
     prune,
@@ -53,6 +54,16 @@ def test_benchmarks_of_kernels_do_not_import_losa():
     found = {file.stem for file in folder.glob("*.py") if re.search(r"^ *(from|import) losa\b", file.read_text(), re.M)}
     own = {"decode", "interrupted", "prune", "quality", "training_step"}
     assert found == {"_loading", "_models", "_random_model", *own}
+
+
+def test_an_interrupted_run_that_is_not_as_claimed_fails():
+    kill = {"process": 0, "steps": 4, "exit codes of the others": [76], "they ended after s": 7.0}
+    found = {"same steps": True, "largest relative difference of a loss": 3e-6, "masks": 2, "equal masks": 2}
+    found |= {"zeros": [10, 10], "kills": [kill]}
+    assert interrupted.failures(found) == []
+    wrong = {"same steps": False, "largest relative difference of a loss": 2e-4, "equal masks": 1, "zeros": [10, 11]}
+    for key, value in (wrong | {"kills": [kill | {"exit codes of the others": [76, 1]}]}).items():
+        assert len(interrupted.failures(found | {key: value})) == 1, key
 
 
 def test_bitmask_rows(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
@@ -46,28 +45,55 @@ def test_each_task_knows_its_place(tmp_path, nodes, tasks, gpus):
 @pytest.mark.parametrize(
     "codes, ends, again",
     [
-        ((75, 75), 75, [JOB]),
-        ((0, 75), 75, [JOB]),
-        ((1, 1), 1, []),
-        # One process is gone, so that what was saved is not whole.
-        ((75, 137), 137, []),
+        ((75, 75), 75, True),
+        ((0, 75), 75, True),
+        ((1, 1), 1, False),
+        # Another process is gone: killed, or with its node. Those that are left say so with 76.
+        ((76, 76), 76, True),
+        ((75, 76), 76, True),
+        ((76, 137), 137, True),
+        ((143, 75), 143, True),
     ],
 )
-def test_a_job_that_saved_is_queued_again(tmp_path, codes, ends, again):
+def test_a_job_that_can_go_on_is_queued_again(tmp_path, codes, ends, again):
     slurm = Slurm(SCRIPT, tmp_path, FAKE_LOSA, nodes="2", ntasks_per_node="1", gres="none")
     for rank, code in enumerate(codes):
         (tmp_path / f"code.{rank}").write_text(str(code))
     # The processes of a run end a moment apart.
     (tmp_path / "seconds.1").write_text("0.3")
-    assert slurm.run("recipe.yaml") == (ends, "")
-    assert slurm.requeued() == again
+    log = f"losa.sbatch: exit code {ends} after 0 restarts: queued again\n" if again else ""
+    assert slurm.run("recipe.yaml") == (ends, log)
+    assert slurm.requeued() == [JOB] * again
+
+
+def test_restarts_have_a_limit(tmp_path, monkeypatch):
+    def job(folder: str, restarts: int) -> tuple[int, str, list[str]]:
+        slurm = Slurm(SCRIPT, tmp_path / folder, FAKE_LOSA, nodes="1", ntasks_per_node="1", gres="none")
+        (tmp_path / folder / "code.0").write_text("75")
+        slurm.runs = restarts
+        return (*slurm.run("recipe.yaml"), slurm.requeued())
+
+    assert job("last", 19) == (75, "losa.sbatch: exit code 75 after 19 restarts: queued again\n", [JOB])
+    refused = "losa.sbatch: exit code 75 after 20 restarts (MAX_RESTARTS): not queued again\n"
+    assert job("one too many", 20) == (75, refused, [])
+    monkeypatch.setenv("MAX_RESTARTS", "21")
+    assert job("allowed", 20) == (75, refused.replace(" (MAX_RESTARTS): not", ":"), [JOB])
+
+
+def test_a_job_that_lost_a_node_is_queued_again(tmp_path):
+    """The node's task never ends by itself. The other task says that it is lost, and ends."""
+    slurm = Slurm(SCRIPT, tmp_path, FAKE_LOSA, wait=0.3, nodes="2", ntasks_per_node="1", gres="none")
+    (tmp_path / "code.0").write_text("76")
+    (tmp_path / "hangs.1").touch()
+    assert slurm.run("recipe.yaml", timeout=60)[0] == 137
+    assert slurm.requeued() == [JOB]
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path):
     slurm = Slurm(SCRIPT, tmp_path, FAKE_LOSA, nodes="2", ntasks_per_node="1", gres="none")
     (tmp_path / "wait").touch()
     with slurm.running("recipe.yaml") as script:
-        wait_for(lambda: len(list(tmp_path.glob("ready.*"))) == 2 and bool(slurm.tasks()))
+        wait_for(lambda: len(list(tmp_path.glob("ready.*"))) == 2 and bool(slurm.processes()))
         slurm.cancel(script)
         assert script.wait(timeout=60) == 143
     assert slurm.requeued() == []
@@ -82,47 +108,35 @@ def test_what_the_script_asks_of_slurm(tmp_path):
     assert slurm.run("recipe.yaml") == (1, message)
     code, log = slurm.run()
     assert code != 0 and "usage: sbatch losa.sbatch RECIPE" in log
-    assert not slurm.tasks()
-
-
-def losses(output: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (output / "metrics-losa.jsonl").read_text().splitlines()]
-    return [(line["round"], line["step"], line["loss"]) for line in lines]
+    assert not slurm.processes()
 
 
 @pytest.mark.subprocess
 def test_a_job_of_two_nodes_is_warned_queued_again_and_completes(tmp_path):
-    """The result is that of a job that nobody warned, bit for bit."""
+    """What was trained before the warning stays, and the second run of the script goes on behind it."""
     tiny_llama(layers=2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("".join(f"{i}: the quick brown fox jumps over the dog.\n" for i in range(400)))
-    changes = {"length": 32, "batch_size": 1, "max_tokens": 32 * 64, "learning_rate": 5e-3}
-    for name in ("straight", "warned"):
-        recipe = settings(tmp_path, tmp_path / name)
-        recipe["train"] |= changes
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-
-    def job(name: str) -> Slurm:
-        options = {"nodes": "2", "ntasks_per_node": "1", "cpus_per_task": "1", "gres": "none"}
-        return Slurm(SCRIPT, tmp_path / f"slurm-{name}", REAL_LOSA, **options)
-
-    code, log = job("straight").run(str(tmp_path / "straight.yaml"))
-    assert code == 0, log
-    steps = losses(tmp_path / "straight")
-
-    slurm, recipe = job("warned"), str(tmp_path / "warned.yaml")
-    metrics = tmp_path / "warned.work/losa/metrics.jsonl"
-    with slurm.running(recipe) as script:
+    recipe = settings(tmp_path, tmp_path / "output")
+    # 64 sequences, two a step.
+    recipe["train"] |= {"batch_size": 1, "max_tokens": 32 * 64}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = {"nodes": "2", "ntasks_per_node": "1", "cpus_per_task": "1", "gres": "none"}
+    slurm, words = Slurm(SCRIPT, tmp_path / "slurm", REAL_LOSA, **options), str(tmp_path / "recipe.yaml")
+    metrics = tmp_path / "output.work/losa/metrics.jsonl"
+    with slurm.running(words) as script:
         wait_for(lambda: script.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 3))
         slurm.warn()
         log, _ = script.communicate(timeout=200)
     assert script.returncode == 75, log
     assert "stopped by SIGUSR1 after saving" in log and slurm.requeued() == [JOB]
-    assert not (tmp_path / "warned").exists() and 3 < metrics.read_text().count("\n") < len(steps)
+    before = metrics.read_text()
+    assert not (tmp_path / "output").exists() and before.count("\n") > 3
 
-    code, log = slurm.run(recipe)
+    code, log = slurm.run(words)
     assert code == 0, log
     assert slurm.requeued() == [JOB]
-    assert losses(tmp_path / "warned") == steps
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "warned")]
-    assert weights[0] == weights[1]
+    after = (tmp_path / "output/metrics-losa.jsonl").read_text()
+    assert after.startswith(before)
+    steps = [json.loads(line)["step"] for line in after.splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before.count("\n")

@@ -13,29 +13,36 @@ from pathlib import Path
 
 from tests.helpers.processes import environment
 
-# Starts the tasks of all nodes. As srun does, it ends with the highest code, a signal's being its number and 128, and
-# ends all tasks once one has failed, unless an option says to let them end by themselves.
+# Starts the tasks of all nodes. As srun does, it refuses options that it does not know, ends with the highest code, a
+# signal's being its number and 128, ends all tasks once one has failed, unless an option says to let them end by
+# themselves, and kills what still runs so many seconds (--wait) after the first task has ended.
 SRUN = """#!{python}
-import os, pathlib, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, time
 folder, words = pathlib.Path({folder!r}), sys.argv[1:]
-options = []
+options = {{}}
 while words[0].startswith("--"):
-    options.append(words.pop(0))
+    name, _, value = words.pop(0).partition("=")
+    if name not in ("--cpus-per-task", "--distribution", "--kill-on-bad-exit", "--wait"):
+        sys.exit(f"srun: unrecognized option '{{name}}'")
+    options[name] = value
 tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
 each = tasks // nodes
 started = []
+signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in started])
 for task in range(tasks):
     place = {{"SLURM_PROCID": task, "SLURM_LOCALID": task % each, "SLURM_NODEID": task // each}}
     started.append(subprocess.Popen(words, env=os.environ | {{key: str(value) for key, value in place.items()}}))
-(folder / "started").write_text(" ".join(str(task.pid) for task in started))
-(folder / "started").rename(folder / "tasks")
-while "--kill-on-bad-exit=0" not in options and None in [task.poll() for task in started]:
-    if any(task.poll() for task in started):
-        for task in started:
-            task.terminate()
-        break
+(folder / "started").write_text(" ".join(str(pid) for pid in (os.getpid(), *(task.pid for task in started))))
+(folder / "started").rename(folder / "processes")
+wait, ended = float(options.get("--wait", "inf")), None
+while None in (codes := [task.poll() for task in started]):
+    if ended is None and codes != [None] * tasks:
+        ended = time.monotonic()
+    if ended is not None and time.monotonic() - ended > min(wait, {wait}):
+        [task.kill() for task in started]
+    elif any(codes) and options.get("--kill-on-bad-exit") != "0":
+        [task.terminate() for task in started]
     time.sleep(0.01)
-codes = [task.wait() for task in started]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 SCONTROL = """#!/bin/bash
@@ -48,6 +55,9 @@ esac
 FAKE_LOSA = """#!/bin/bash
 env > "{folder}/environment.$RANK"
 printf '%s\\n' "$@" > "{folder}/words.$RANK"
+if [ -e "{folder}/hangs.$RANK" ]; then
+  exec sleep 1000
+fi
 if [ -e "{folder}/wait" ]; then
   trap 'exit 75' TERM
   touch "{folder}/ready.$RANK"
@@ -73,15 +83,19 @@ class Slurm:
         options: of sbatch, in place of the script's own #SBATCH lines. --gres=none: nodes without GPUs.
         losa: the program that tasks start, FAKE_LOSA or REAL_LOSA.
         host: the name of every node.
+        wait: seconds that stand for the seconds of srun's --wait, where that has more.
     """
 
-    def __init__(self, script: Path, folder: Path, losa: str, host: str = "localhost", **options: str):
+    def __init__(
+        self, script: Path, folder: Path, losa: str, host: str = "localhost", wait: float = 1000, **options: str
+    ):
         self.script, self.folder, self.runs = script, folder, 0
         asked = batch_options(script) | {f"--{key.replace('_', '-')}": value for key, value in options.items()}
         nodes, tasks = int(asked["--nodes"]), int(asked["--ntasks-per-node"])
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "losa": losa}.items():
-            (folder / name).write_text(text.format(python=sys.executable, folder=str(folder), host=host))
+            values = {"python": sys.executable, "folder": str(folder), "host": host, "wait": wait}
+            (folder / name).write_text(text.format(**values))
             (folder / name).chmod(0o755)
         self.environment = environment(
             PATH=f"{folder}:{os.environ['PATH']}",
@@ -98,7 +112,7 @@ class Slurm:
     def running(self, *arguments: str) -> Iterator[subprocess.Popen]:
         """The script, started as SLURM does each time that the job's turn comes. What still runs at the end of the
         context is killed."""
-        (self.folder / "tasks").unlink(missing_ok=True)
+        (self.folder / "processes").unlink(missing_ok=True)
         again = {"SLURM_RESTART_COUNT": str(self.runs)} if self.runs else {}
         self.runs += 1
         script = subprocess.Popen(
@@ -122,20 +136,20 @@ class Slurm:
             log, _ = script.communicate(timeout=timeout)
         return script.returncode, log
 
-    def tasks(self) -> list[int]:
-        """The processes of the tasks; empty before they are started."""
-        file = self.folder / "tasks"
+    def processes(self) -> list[int]:
+        """srun and the processes of the tasks; empty before they are started."""
+        file = self.folder / "processes"
         return [int(task) for task in file.read_text().split()] if file.exists() else []
 
     def warn(self) -> None:
         """What SLURM does some time before the time limit (--signal): all tasks get the signal, the script does not."""
         name, _, _ = batch_options(self.script)["--signal"].partition("@")
-        for task in self.tasks():
+        for task in self.processes()[1:]:
             os.kill(task, signal.Signals[f"SIG{name}"])
 
     def cancel(self, script: subprocess.Popen) -> None:
-        """What scancel does first: script and tasks get SIGTERM."""
-        for process in (script.pid, *self.tasks()):
+        """What scancel does first: the script, srun and the tasks get SIGTERM."""
+        for process in (script.pid, *self.processes()):
             os.kill(process, signal.SIGTERM)
 
     def requeued(self) -> list[str]:

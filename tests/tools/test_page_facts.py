@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import modules as benchmark_modules
+from losa.distributed.stop import Stopped
+from losa.distributed.watch import ProcessLost
+from losa.errors import LosaError
 from losa_kernels import settings
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +22,8 @@ PAGES = {name: (ROOT / name).read_text() for name in TOP}
 PAGES |= {str(page.relative_to(ROOT)): page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))}
 # The op that "Add an op" makes, and the folder that `make gpu` names after a card.
 MADE_UP = ("kept_counts", "/CARD")
+# Of the command line: wrong arguments, as typer ends; Ctrl-C, as losa.cli.errors says.
+USAGE, INTERRUPTED = 2, 130
 
 pages = pytest.mark.parametrize("page", PAGES)
 
@@ -34,7 +39,7 @@ def commands(page: str, program: str) -> list[list[str]]:
     fences = [text for kind, text in blocks if kind in ("", "bash")]
     lines = [line for text in fences for line in text.replace("\\\n", " ").splitlines()]
     # A launcher may stand before the program.
-    found = [re.search(rf"(?:^|-m ){program} (.*)", line) for line in (*lines, *code(page))]
+    found = [re.search(rf"(?:^|-m |--no.python ){program} (.*)", line) for line in (*lines, *code(page))]
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
@@ -103,8 +108,20 @@ def test_messages_that_the_clusters_page_explains_are_losas():
     assert messages
     for message in messages:
         # Numbers, one-letter names and dots stand for what differs.
-        for part in re.split(r"\.\.\.|\b[A-Z]\b|\d+", message):
-            assert part.strip() in sources, message
+        parts = re.split(r"\.\.\.|\b[A-Z]\b|\d+", message)
+        assert re.search(r'[^"\n]*'.join(map(re.escape, parts)), sources), message
+
+
+def test_exit_codes_are_those_of_losa():
+    """The table stands on one page."""
+    row = re.compile(r"^\| (\d+) \| ", re.MULTILINE)
+    assert [page for page in PAGES if "| exit code |" in PAGES[page]] == ["docs/guide/command-line.md"]
+    table = PAGES["docs/guide/command-line.md"].split("## Exit codes")[1]
+    errors = {LosaError.exit_code, Stopped.exit_code, ProcessLost.exit_code}
+    assert {int(code) for code in row.findall(table)} == {0, *errors, USAGE, INTERRUPTED}
+    script = (ROOT / "examples/slurm/losa.sbatch").read_text()
+    again = {int(code) for code in re.findall(r'"\$code" -eq (\d+)', script)}
+    assert again == errors - {LosaError.exit_code}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])

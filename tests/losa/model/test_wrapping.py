@@ -146,6 +146,22 @@ def test_wrapping_shares_memory_with_the_original():
     assert all(m.weight.data_ptr() == weights[n] for n, m in wrap(model).items())
 
 
+def test_layers_that_are_replaced_are_not_kept():
+    """Otherwise a model's old weights would all stand beside its new ones."""
+    model = tiny_llama(layers=2)
+    wrap(model)
+    old: list[weakref.ref] = []
+    alive = []
+
+    def merged(layer):
+        alive.append(sum(other() is not None for other in old))
+        old.append(weakref.ref(layer))
+        return layer.merge()
+
+    replace_layers(model, merged)
+    assert len(alive) == 14 and max(alive) <= 1
+
+
 def test_sparsity_counts_masks_and_zeros():
     model = tiny_llama(layers=2)
     layers = wrap(model, targets=["q_proj"])

@@ -133,6 +133,10 @@ def test_the_7b_example_has_the_papers_settings():
         ({"seed": -1}, "seed: .*got -1"),
         ({"model": ""}, "model"),
         ({"rounds": {"count": 0}}, "rounds.count"),
+        ({"distributed": {"mode": "ddp", "cpu_offload": True}}, "distributed.cpu_offload: expected mode fsdp or hsdp"),
+        ({"distributed": {"mode": "ddp", "reshard_after_forward": False}}, "reshard_after_forward: expected mode"),
+        ({"distributed": {"mode": "ddp", "activation_checkpointing": False}}, "checkpointing: expected mode fsdp"),
+        ({"distributed": {"shard_size": 2}}, "distributed.shard_size: expected mode hsdp, got auto"),
     ],
 )
 def test_refusals_name_the_key(change, message):
