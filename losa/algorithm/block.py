@@ -205,11 +205,17 @@ class WrappedBlock:
     def _put(self, name: str, mask: Tensor, weight: Tensor | None) -> None:
         layer = self.linears[name]
         if weight is not None:
-            if name in self._originals:
-                self._originals[name] = on_host(self._originals[name])
             self._present.discard(name)
             layer.replace_weight(weight)
+            self.move_originals()
         layer.set_mask(mask)
+
+    def move_originals(self) -> None:
+        """Move originals of weights that were replaced to host memory: after each one, and after a resume replaced
+        many."""
+        for name, original in self._originals.items():
+            if self.linears[name].weight_replaced:
+                self._originals[name] = on_host(original)
 
 
 @dataclass(frozen=True)

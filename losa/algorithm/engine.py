@@ -112,6 +112,11 @@ class Engine:
                 if linear.in_features % m:
                     raise RecipeError(f"prune.pattern: {index}.{name} has in_features that are no multiple of {m}")
 
+    def move_originals(self) -> None:
+        """Move originals of weights that a resumed run's state has replaced to host memory."""
+        for block in self.blocks:
+            block.move_originals()
+
     def block_sparsity(self) -> list[float]:
         """Share of pruned weights per block, counted from the masks."""
         return [block.sparsity() for block in self.blocks]

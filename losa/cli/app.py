@@ -3,18 +3,22 @@ command needs them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from losa.cli import info, sparse
-from losa.cli.errors import DEBUG, Commands, debugging, set_up_messages, told_to_all
+from losa.cli.errors import DEBUG, RESUMABLE, Commands, debugging, set_up_messages, told_to_all
 from losa.cli.options import Device, Dtype, Force, JsonFile
 from losa.cli.recipes import recipe_from
 from losa.errors import LosaError
+
+logger = logging.getLogger("losa")
 
 app = typer.Typer(
     cls=Commands,
@@ -30,18 +34,27 @@ def main() -> None:
     try:
         app(prog_name="losa")
     except SystemExit as end:
-        _leave_others(end.code)
+        if _has_joined():
+            _leave_others(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except BaseException:  # --debug lets everything through
+        if _has_joined():
+            traceback.print_exc()
+            _leave_others(1)
         raise
 
 
-def _leave_others(code: object) -> None:
+def _has_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _leave_others(code: int) -> None:
     """End a process that has joined others at once: threads of gloo that are torn down with the interpreter abort it
     now and then, which would replace its exit code."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _version(value: bool) -> None:
@@ -54,6 +67,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -65,6 +79,9 @@ def _options(
         # Progress bars, our libraries' too, are for terminals: log files would get a line each time they move.
         os.environ.setdefault("TQDM_DISABLE", "1")
     set_up_messages(debugging(debug))
+    processes = os.environ.get("WORLD_SIZE", "").strip()
+    if processes not in ("", "1") and context.invoked_subcommand not in RESUMABLE:
+        logger.warning("losa %s works in one process; each of %s does the same", context.invoked_subcommand, processes)
 
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see examples/.", metavar="RECIPE")]
@@ -238,6 +255,7 @@ def inspect(
 
 @app.command()
 def plan(
+    context: typer.Context,
     recipe: RecipeFile,
     set_: Settings = None,
     probe: Annotated[
@@ -274,6 +292,11 @@ def plan(
     from losa.run.estimate_tables import estimate_tables
 
     if gpus is None:
+        for name in ("memory", "gpus_per_node", "host_memory", "tflops", "bandwidth"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                option = f"--{name.replace('_', '-')}"
+                raise typer.BadParameter("describes a cluster, and needs --gpus", param_hint=option)
         tables = estimate_tables(estimate(loaded, probe=probe))
     else:
         rates = {"memory": memory * 1e9, "rate": tflops * 1e12, "between": bandwidth * 1e9}

@@ -46,14 +46,7 @@ def _memory_table(estimate: ClusterEstimate) -> Table:
 
 def _held(estimate: ClusterEstimate) -> str:
     placement, asked = estimate.placement, estimate.planned.recipe.distributed.mode
-    held = {
-        "whole": "it holds the model",
-        "ddp": "each holds the whole model",
-        "fsdp": "all hold one model together" if placement.processes > 1 else "it holds the model's rows",
-        "hsdp": f"{placement.shard_size} hold one model together, {placement.copies} times",
-    }[placement.mode]
-    chosen = f"auto: {placement.mode}" if asked == "auto" else placement.mode
-    return f"{held} ({chosen}{', rows in host memory' if placement.offload else ''})"
+    return f"{placement.text} ({f'auto: {placement.mode}' if asked == 'auto' else placement.mode})"
 
 
 def _verdicts(estimate: ClusterEstimate) -> Iterator[str]:

@@ -148,9 +148,11 @@ def _changes(recipe: Recipe, cluster: Cluster) -> dict[str, dict[str, Any]]:
         smaller = {"train.batch_size": 1, "train.gradient_accumulation": steps}
         found[f"train.batch_size: 1 with gradient_accumulation: {steps}"] = smaller
     if train is not None and not train.activation_checkpointing:
-        wanted = {"train.activation_checkpointing": True, "distributed.activation_checkpointing": True}
-        own = " and distributed.activation_checkpointing: true" * (distributed.activation_checkpointing is False)
-        found[f"train.activation_checkpointing: true{own}"] = wanted
+        text, wanted = "train.activation_checkpointing: true", {"train.activation_checkpointing": True}
+        if distributed.activation_checkpointing is False:
+            text += " and distributed.activation_checkpointing: true"
+            wanted["distributed.activation_checkpointing"] = True
+        found[text] = wanted
     if not distributed.cpu_offload:
         text = "distributed.cpu_offload: true"
         if distributed.mode not in ("auto", "fsdp"):

@@ -43,14 +43,14 @@ def holdings(
         capacity: bytes of memory by place, where known.
     """
     rank = highest_rank(rounds)
-    held = list(_throughout(recipe, shape, rank))
+    held = [*_throughout(shape, rank), *dense_weights(recipe, list(rounds), shape.computes_on, *2 * [_pruned(shape)])]
     # What is free on the device when the streams begin, as far as it is known.
-    free = capacity.get("device", 0) - sum(holding.size for holding in held if holding.place == "device")
+    free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += pruning_work(recipe, shape, list(rounds), free, processes)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
         held += _training(shape, rank, processes)
         held += training_work(recipe.train, shape)
-    return [*held, *_export(recipe, shape)]
+    return [*held, *_export(shape)]
 
 
 def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
@@ -74,25 +74,45 @@ def largest_pruned(shape: ModelShape) -> int:
     return shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
 
 
+def _pruned(shape: ModelShape) -> int:
+    """Bytes of the weights that are pruned."""
+    return shape.dtype.itemsize * shape.prunable
+
+
 def _adapters(shape: ModelShape, rank: int) -> int:
     """Parameters of adapters of ``rank`` on every pruned linear."""
     return sum(rank * (w.inputs + w.outputs) for w in shape.pruned)
 
 
-def _throughout(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
+def _throughout(shape: ModelShape, rank: int) -> Iterator[Holding]:
     place, size = shape.computes_on, shape.dtype.itemsize
     masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
     how = f"rank (in + out) x 4 bytes, mean rank {rank}"
     yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
     yield Holding("throughout", place, "masks", masks, "1 bit a weight")
     yield Holding("throughout", place, "adapters", 4 * _adapters(shape, rank), how)
-    if get_pruner(recipe.prune).updates_weight:
-        new = shape.prunable * size
-        yield Holding("throughout", place, "new weights", new, "the pruner changes weights; the dense ones stay")
-        if shape.on_gpu:
-            yield Holding("pruning", "host", "dense weights", new, "for the dense stream of later rounds")
     if shape.on_gpu:
         yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
+
+
+def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int, moved: int) -> Iterator[Holding]:
+    """Weights as they were, where something later needs them besides what pruning or merging makes of them.
+
+    Args:
+        names: of all methods.
+        place: of the weights that are present.
+        size: bytes of the linears' weights in that place.
+        moved: the same in host memory, to which they move from a device.
+    """
+    pruner = get_pruner(recipe.prune)
+    if len(names) > 1:
+        phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
+        yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
+    needed = recipe.prune.regrow or any(METHODS[name].dynamic for name in names)
+    if pruner.updates_weight and needed and (len(names) == 1 or place == "device"):
+        for phase in ("pruning", "training"):
+            how = "as they were, for the dense stream of later rounds"
+            yield Holding(phase, "host", "dense weights", moved if place == "device" else size, how)
 
 
 def pruning_work(
@@ -164,10 +184,7 @@ def loss_bytes(shape: ModelShape, tokens: int) -> int:
     return logits + (shape.work.head * size if shape.computed != shape.dtype else 0)
 
 
-def _export(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
-    if not get_pruner(recipe.prune).updates_weight:  # else the merged weights take the place of the new weights
-        merged = shape.prunable * shape.dtype.itemsize
-        yield Holding("export", shape.computes_on, "merged weights", merged, "beside the dense ones")
+def _export(shape: ModelShape) -> Iterator[Holding]:
     how = "to check it against the one in memory"
     yield Holding("export", "host", "written model, read back", shape.weight_bytes, how, main_only=True)
     if shape.on_gpu:

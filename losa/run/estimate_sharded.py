@@ -6,6 +6,7 @@ Every figure is of the process that holds most: the first one of those that shar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from losa.algorithm.schedule import Round
@@ -14,6 +15,7 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import (
     Holding,
+    dense_weights,
     highest_rank,
     largest_pruned,
     loss_bytes,
@@ -71,7 +73,11 @@ def sharded_holdings(
 ) -> list[Holding]:
     """Everything that losa itself holds. Arguments: ``losa.run.estimate_memory.holdings``."""
     rank = highest_rank(rounds)
-    held = list(_own_rows(recipe, shape, rank, placement))
+    size, (place, pinned, share) = placement.shard_size or 1, _waiting(shape, placement)
+    held = list(_own_rows(shape, rank, placement))
+    pruned = weights_of(shape)
+    dense = dense_weights(recipe, list(rounds), place, own_bytes(pruned, size, pinned), own_bytes(pruned, size))
+    held += (replace(each, how=f"{each.how}; {share}") for each in dense)
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += _blocks_in_pruning(recipe, shape, rank)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
@@ -80,26 +86,19 @@ def sharded_holdings(
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
         tokens = recipe.evaluate.batch_size * recipe.evaluate.length
-        held += _evaluation(recipe, shape, rank, tokens, placement)
+        held += _evaluation(shape, rank, tokens, placement)
     return [*held, *_export(shape)]
 
 
-def _own_rows(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+def _own_rows(shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
     size, (place, pinned, share) = placement.shard_size or 1, _waiting(shape, placement)
     weights = [rows for part in (shape.outside, *shape.inside) for rows in part]
-    pruned = weights_of(shape)
     masks, adapters = masks_of(shape.pruned), adapters_of(shape.pruned, rank)
     how = f"parameters x {shape.dtype.itemsize} bytes, {share}"
     yield Holding("throughout", place, "weights", own_bytes(weights, size, pinned), how)
     yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
     how = f"rank (in + out) x 4 bytes, mean rank {rank}; {share}"
     yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), how)
-    if get_pruner(recipe.prune).updates_weight:
-        how = f"the pruner changes weights; the dense ones stay; {share}"
-        yield Holding("throughout", place, "new weights", own_bytes(pruned, size, pinned), how)
-        if shape.on_gpu and not placement.offload:
-            how = f"for the dense stream of later rounds; {share}, pinned: powers of two"
-            yield Holding("pruning", "host", "dense weights", own_bytes(pruned, size, pinned=True), how)
     if shape.on_gpu:
         largest = max(own_bytes([rows], size) for rows in weights)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
@@ -149,12 +148,8 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement
     yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
-def _evaluation(recipe: Recipe, shape: ModelShape, rank: int, tokens: int, placement: Placement) -> Iterator[Holding]:
-    place, size = shape.computes_on, shape.dtype.itemsize
-    if not get_pruner(recipe.prune).updates_weight:  # else merged weights take the place of the new weights
-        waiting, pinned, share = _waiting(shape, placement)
-        merged = own_bytes(weights_of(shape), placement.shard_size or 1, pinned)
-        yield Holding("evaluation", waiting, "merged weights", merged, f"beside the dense ones; {share}")
+def _evaluation(shape: ModelShape, rank: int, tokens: int, placement: Placement) -> Iterator[Holding]:
+    place = shape.computes_on
     largest = max(block_parts(shape, rank), key=whole_bytes)
     yield Holding("evaluation", place, "one block, whole", whole_bytes(largest), "the one that runs")
     sent = sent_bytes(largest, placement.shard_size or 1)
@@ -162,7 +157,7 @@ def _evaluation(recipe: Recipe, shape: ModelShape, rank: int, tokens: int, place
     yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     how = "3 x batch x length x widest side"
-    yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * size, how)
+    yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * shape.dtype.itemsize, how)
     yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
 
 

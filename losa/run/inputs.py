@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from losa.algorithm.schedule import sequences_per_round
 from losa.data.sequences import PackedData
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
-from losa.distributed.processes import check_agreement, is_main
+from losa.distributed.processes import check_agreement, is_main, process_count
 from losa.distributed.watch import progress
 from losa.errors import DataError
 from losa.evaluation.perplexity import evaluation_windows, perplexity, warn_of_missing_start, window_start
@@ -120,7 +120,13 @@ def _more_than_there_is(recipe: Recipe, training: PackedData | None, windows: Te
     # Only a setting that the recipe states is worth a warning: nobody wished for a default.
     if recipe.compares_samples and "cka_samples" in c.model_fields_set and c.cka_samples > c.samples:
         yield f"calibration.cka_samples: {c.cka_samples}, but there are {c.samples} samples; all of them are compared"
-    if c.batch_size > c.samples:
+    batches, processes = -(-c.samples // c.batch_size), process_count()
+    if batches < processes:
+        yield (
+            f"calibration.batch_size: {c.batch_size} makes {batches} batches of {c.samples} samples; "
+            f"{processes - batches} of {processes} processes have none to run"
+        )
+    elif c.batch_size > c.samples:
         yield f"calibration.batch_size: {c.batch_size}, but there are {c.samples} samples; all are one batch"
     if training is not None and t is not None:
         count, step = len(training), t.batch_size * t.gradient_accumulation

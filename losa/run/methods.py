@@ -228,6 +228,7 @@ class MethodRun:
             resumed = self._resume(saver, len(rounds)) if resume else Resumed()
             done, pruned, start = resumed.done, resumed.pruned, resumed.start
             del resumed  # it would keep AdamW's moments in memory
+            engine.move_originals()
             if self._measures(len(rounds)) and done and pruned is None and done[-1].perplexity is None:
                 self._end_round(done[-1], len(rounds))
             first = sum(each.sequences for each in rounds[: len(done)])

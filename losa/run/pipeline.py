@@ -114,7 +114,7 @@ def _run(
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
-        model, tokenizer = _load(recipe, device)
+        model, tokenizer = _load(recipe, device, console)
         check()
         inputs = read_inputs(recipe, model, tokenizer)
         check()
@@ -167,11 +167,14 @@ def _run(
     return record
 
 
-def _load(recipe: Recipe, device: str) -> tuple[nn.Module, object]:
+def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, object]:
     """The recipe's model, whole or this process's rows of it, and its tokenizer."""
     if process_count() > 1:
         _fetch(recipe)
-    sharding = placement_of(recipe, device).sharding(torch_device(device))
+    placement = placement_of(recipe, device)
+    if placement.mode != "whole":
+        console.print(f"distributed: {placement.processes} processes, {placement.mode}: {placement.text}", markup=False)
+    sharding = placement.sharding(torch_device(device))
     how: dict[str, Any] = {"gguf_file": recipe.gguf_file, "dtype": recipe.dtype}
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:

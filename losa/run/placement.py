@@ -37,6 +37,17 @@ class Placement:
             return "whole" if self.processes == 1 else "ddp"
         return "fsdp" if self.shard_size == self.processes else "hsdp"
 
+    @property
+    def text(self) -> str:
+        """Who holds what, for people."""
+        held = {
+            "whole": "it holds the model",
+            "ddp": "each holds the whole model",
+            "fsdp": "all hold one model together" if self.processes > 1 else "it holds the model's rows",
+            "hsdp": f"{self.shard_size} hold one model together, {self.copies} times",
+        }[self.mode]
+        return held + ", rows in host memory" * self.offload
+
     def sharding(self, device: torch.device) -> Sharding | None:
         """What ``losa.distributed.sharding`` takes; None for whole models. All processes call it together.
 

@@ -164,7 +164,7 @@ def newest_state(directory: Path, wanted: dict) -> State | None:
         _warn(sentence)
     for state in readable:
         check_belonging(f"checkpoint {state.path}", state.document, wanted)
-        _check_found(state.path / STATE)
+        _check_found(directory / state.path.name / STATE)
         wrong = _damaged_file(state)
         if wrong is None:
             return state

@@ -40,9 +40,9 @@ CHAINS: dict[str, list[Stretch]] = {
 }
 
 
-def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRun:
-    """Go on with rounds of 2 and 8 steps, until the last process is asked to stop after ``last_step``."""
-    run = method_run(
+def rounds(directory: Path) -> MethodRun:
+    """Rounds of 2 and 8 steps."""
+    return method_run(
         directory,
         dropout=0.0,
         sequences_in_all=40,
@@ -51,6 +51,11 @@ def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRu
         evaluate={"each_round": False},
         checkpoint={"every_steps": 3},
     )
+
+
+def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRun:
+    """Go on, until the last process is asked to stop after ``last_step``."""
+    run = rounds(directory)
     run.inputs.evaluate = lambda model: None
     if shard_size:
         shard_module(run.model, make_sharding(torch.device("cpu"), shard_size))
@@ -84,7 +89,7 @@ def refusals(directory: Path) -> list[str]:
         if resume and is_main():
             shutil.copytree(directory.with_name(WHOLE), own)
         try:
-            method_run(own).run(resume=resume)
+            rounds(own).run(resume=resume)
         except OutputError as error:
             found.append(str(error))
     return found

@@ -102,6 +102,18 @@ def test_plan(workspace):
     out = succeed("plan", workspace / "recipe.yaml", "--no-probe", "--set", "prune.sparsity=0.25")
     assert "24,864 parameters (float32), 18,432 prunable in 2 blocks" in out
     assert "25.0 %" in out and "losa: training" in out and "not measured" in out
+    for option in ("--memory", "--gpus-per-node", "--host-memory", "--tflops", "--bandwidth"):
+        result = invoke("plan", workspace / "recipe.yaml", option, 8)
+        assert result.exit_code == 2 and "needs --gpus" in result.output
+
+
+def test_other_commands_say_that_processes_do_the_same(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    fail("inspect", "/nowhere")
+    assert not caplog.text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fail("inspect", "/nowhere")
+    assert "losa inspect works in one process; each of 2 does the same" in caplog.text
 
 
 def test_arguments_reach_the_run(workspace, passed):

@@ -74,7 +74,7 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     changes = {"prune": {"pruner": "sparsegpt"}, "dtype": "bfloat16", "device": "cuda"}
     found = estimate(recipe(model_directory, train={"activation_checkpointing": True}, **changes), probe=False)
     assert found.size("weights") == 2 * PARAMETERS
-    assert found.size("new weights") == found.size("dense weights") == 2 * 2 * BLOCK
+    assert found.size("dense weights") == 2 * 2 * BLOCK
     assert found.size("Hessians of a block") == 4 * (6 * 32**2 + 64**2)
     assert found.size("factors of a block") == 4 * (6 * 32**2 + 64**2)
     assert found.size("factorising") == 5 * 4 * (6 * 32**2 + 64**2)
@@ -84,6 +84,30 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     assert places["dense weights"] == places["hidden states"] == "host"
     assert places["weights"] == places["Hessians of a block"] == "device"
     assert found.peak("host") == (4 * PARAMETERS, "export")
+
+
+@pytest.mark.parametrize(
+    "pruner, compare, on_cpu, on_gpu",
+    [
+        ("wanda", [], set(), set()),
+        # Of each method the merged weights take the place of masks over dense ones.
+        ("wanda", ["prune_only"], {("evaluation", "host")}, {("evaluation", "device")}),
+        ("sparsegpt", [], {("pruning", "host"), ("training", "host")}, {("pruning", "host"), ("training", "host")}),
+        # Dense linears wait for the next method, where new weights are; a copy is in host memory.
+        (
+            "sparsegpt",
+            ["prune_only"],
+            {("throughout", "host")},
+            {("throughout", "device"), ("pruning", "host"), ("training", "host")},
+        ),
+    ],
+)
+def test_where_dense_weights_wait(model_directory, pruner, compare, on_cpu, on_gpu):
+    for device, places in (("cpu", on_cpu), ("cuda", on_gpu)):
+        given = recipe(model_directory, prune={"pruner": pruner}, compare=compare, device=device)
+        held = [h for h in estimate(given, probe=False).holdings if h.what == "dense weights"]
+        assert {(h.phase, h.place) for h in held} == places
+        assert all(h.size == 4 * 2 * BLOCK for h in held)
 
 
 @pytest.mark.parametrize(("missing", "place"), [(1, "host"), (0, "device")])

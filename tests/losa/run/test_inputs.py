@@ -81,3 +81,12 @@ def test_sizes_beyond_the_data_are_said(changes, said, caplog):
         check_inputs(tiny_llama(layers=1), recipe(**changes), IDS[:4], PackedData(IDS, IDS), IDS[:3])
     assert len(caplog.records) == 1
     assert re.search(said, caplog.text)
+
+
+def test_processes_without_samples_are_said(monkeypatch, caplog):
+    monkeypatch.setattr("losa.run.inputs.process_count", lambda: 4)
+    with caplog.at_level(logging.WARNING, "losa"):
+        check_inputs(tiny_llama(layers=1), recipe(), IDS[:4], None, None)
+        assert not caplog.records
+        check_inputs(tiny_llama(layers=1), recipe(calibration={"batch_size": 3}), IDS[:4], None, None)
+    assert "batch_size: 3 makes 2 batches of 4 samples; 2 of 4 processes have none to run" in caplog.text

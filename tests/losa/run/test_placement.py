@@ -55,6 +55,8 @@ def test_modes_and_copies():
         "hsdp",
         "fsdp",
     ]
+    assert Placement(4, 2).text == "2 hold one model together, 2 times"
+    assert Placement(4, 4, True).text == "all hold one model together, rows in host memory"
     assert [Placement(*each).copies for each in ((4,), (4, 4), (4, 2))] == [4, 1, 2]
     assert Placement(4).sharding(torch.device("cpu")) is None
 

@@ -12,6 +12,7 @@ import pytest
 
 from losa.algorithm.stream import BlockStream
 from losa.distributed.stop import Stopped, heeding_signals
+from losa.model.wrapping import wrapped_linears
 from losa.run.methods import Engine
 from losa.run.saving import Saver
 from losa.run.states import state_paths
@@ -177,6 +178,18 @@ def test_moments_of_a_resumed_round_do_not_outlive_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "run_round", run_round)
     method_run(tmp_path).run(resume=True)
     assert restored and alive == [0]
+
+
+def test_originals_of_a_resumed_round_move_before_it_trains(tmp_path, monkeypatch):
+    settings = {"prune": {"pruner": "sparsegpt"}}
+    with ends(step=2):
+        method_run(tmp_path, **settings).run()
+    moved = []
+    monkeypatch.setattr("losa.algorithm.block.on_host", lambda weight: moved.append(weight) or weight)
+    resumed = method_run(tmp_path, **settings)
+    with ends(step=3):
+        resumed.run(resume=True)
+    assert len(moved) == len(wrapped_linears(resumed.model)), "each once, and no step of pruning ran"
 
 
 @pytest.mark.parametrize(

@@ -304,9 +304,9 @@ def test_the_watch_waits_for_files(tmp_path, monkeypatch):
     def noted(name, real):
         def notes(*arguments):
             deadline = time.monotonic() + 10
-            while not watch._position.waits and time.monotonic() < deadline:
+            while not watch._position.awaited and time.monotonic() < deadline:
                 time.sleep(0.001)
-            seen.append((name, watch._position.waits))
+            seen.append((name, watch._position.awaited))
             return real(*arguments)
 
         return notes
@@ -322,7 +322,7 @@ def test_the_watch_waits_for_files(tmp_path, monkeypatch):
         writing.save(Stage.TRAINING, records(1), at_step(model, 1), background=True)
     saver(tmp_path, model).resume()
     assert {name for name, _ in seen} == {"write_data", "finish", "read_data", "file_digest"}
-    assert all(waits for _, waits in seen) and not watch._position.waits
+    assert all(awaited for _, awaited in seen) and not watch._position.awaited
 
 
 def test_an_interrupt_lets_a_save_in_the_background_end(tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_an_interrupt_lets_a_save_in_the_background_end(tmp_path, monkeypatch):
     monkeypatch.setattr(state_writing, "file_digest", lambda path: go.wait(30) and digest(path))
 
     def interrupt():
-        while not watch._position.waits:
+        while not watch._position.awaited:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
