@@ -10,16 +10,18 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.forks import fork, free_port, place
+from tests.helpers.processes import ROOT
+
 # Seconds. Every limit of a case is much shorter.
 HANGS = 120
 
@@ -42,11 +44,10 @@ def run_cases(cases: dict[str, Case]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         began, running = time.monotonic(), {}
         for name, case in cases.items():
-            port = str(free_port())
+            port = free_port()
             for index in range(case.count):
-                pid = os.fork()
-                if pid == 0:
-                    _work(case, index, port, Path(folder) / f"{name}-{index}")
+                variables = place(index, case.count, port) | case.variables(index)
+                pid = fork(partial(_work, case, index), variables, Path(folder) / f"{name}-{index}")
                 running[pid] = (name, index)
         while running:
             for pid, (name, index) in list(running.items()):
@@ -62,34 +63,16 @@ def run_cases(cases: dict[str, Case]) -> None:
     print(json.dumps(found))
 
 
-def _work(case: Case, index: int, port: str, output: Path) -> None:
-    """In the new process, which ends here."""
-    code = 1
+def _work(case: Case, index: int) -> int:
+    """In the new process: its exit code."""
+    # A process that hangs says where, and ends.
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     try:
-        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(case.count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in case.variables(index).items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        with output.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        # A process that hangs says where, and ends.
-        faulthandler.dump_traceback_later(HANGS, exit=True)
         print("returned", case.work(index), flush=True)
-        code = 0
+        return 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        code = getattr(error, "exit_code", 1)
-    finally:
-        os._exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        return getattr(error, "exit_code", 1)
 
 
 def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[dict]]:

@@ -1,6 +1,6 @@
-"""Several processes for a test: a worker is a Python file that runs many cases in one go.
+"""Several processes for a test: a worker, a module of ``tests.helpers.workers``, runs many cases in one go.
 
-A worker ends with ``finish(results)``; the test gets what every process found.
+Its ``main`` begins with ``start_worker()`` and ends with ``finish(results)``; the test gets what every process found.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, *arguments]
 
 
-def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, timeout: float = 200) -> list[Any]:
+def run_workers(worker: str, processes: int, directory: Path, *arguments: str, timeout: float = 200) -> list[Any]:
     """Run a worker in so many processes.
 
     Args:
+        worker: the module's name.
         directory: takes the results.
-        arguments: of the worker.
+        arguments: of the worker's ``main``.
         timeout: in seconds. A worker that waits for ever shows where shortly before.
 
     Returns:
@@ -46,14 +47,14 @@ def run_workers(worker: Path, processes: int, directory: Path, *arguments: str, 
 
 
 def run_groups(
-    worker: Path, sizes: list[int], directory: Path, *arguments: str, timeout: float = 200
+    worker: str, sizes: list[int], directory: Path, *arguments: str, timeout: float = 200
 ) -> dict[int, list[Any]]:
     """``run_workers`` for one number of processes after the other, which is faster than to call it for each: the
     results by the number of processes. ``timeout``: of each group."""
     for size in sizes:
         (directory / str(size)).mkdir(parents=True)
     extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
-    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), str(worker), *arguments]
+    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), worker, *arguments]
     done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout * len(sizes))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {n: [json.loads((directory / f"{n}/{i}.json").read_text()) for i in range(n)] for n in sizes}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from losa.distributed.sharding import gathered_calls, whole
+from losa.model.blocks import find_blocks
 from losa.recipe.reading import parse_recipe
 from losa.run.fingerprint import tensor_digest
 from losa.run.inputs import Inputs
@@ -40,16 +42,23 @@ def method_run(
     for key, value in changes.items():
         settings[key] = settings[key] | value
     ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
-    inputs = Inputs(ids, data, lambda model: float(logits(model).double().square().mean()))
+    inputs = Inputs(ids, data, evaluate)
     model, recipe = tiny_llama(layers=2), parse_recipe(settings)
     return MethodRun(method, model, recipe, inputs, directory, processes, log=lambda line: None)
 
 
-def result(run: MethodRun, outcome: Outcome) -> dict:
-    """Weights and masks to the bit, and all that was measured but times, as JSON."""
+def evaluate(model) -> float:
+    """Stands for a perplexity."""
+    with gathered_calls(model, find_blocks(model)):
+        return float(logits(model).double().square().mean())
+
+
+def result(run: MethodRun, outcome: Outcome) -> list:
+    """Weights and masks to the bit, and all that was measured but times, as JSON. Processes that hold the model
+    together call it together."""
     rounds = [vars(record) | {"seconds": sorted(record.seconds)} for record in outcome.rounds]
-    digest = {name: tensor_digest(tensor) for name, tensor in run.model.state_dict().items()}
-    masks = {name: tensor_digest(mask) for name, mask in outcome.masks.items()}
+    digest = {name: tensor_digest(whole(tensor)) for name, tensor in run.model.state_dict().items()}
+    masks = {name: tensor_digest(whole(mask)) for name, mask in outcome.masks.items()}
     measured = vars(outcome.result) | {"seconds": None}
     return json.loads(json.dumps([digest, masks, rounds, measured, losses(run.work_dir)]))
 

@@ -9,66 +9,79 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
+from losa.distributed import joining, processes
+from losa.distributed.joining import join, read_place
 from losa.distributed.processes import is_main, on_main
+from losa.distributed.sharding import make_sharding, shard_module, sharding_of
 from losa.distributed.watch import LOST_EXIT_CODE, Limits, watched
 from losa.errors import LosaError
 from losa.storage.files import recover_all, write_json
+from tests.helpers.forks import fork, free_port, place, prepare
 from tests.helpers.rounds import method_run, result
 
 RESULT = "result.json"
-LIMITS = Limits(progress=60, period=0.2, silent=5, broken=1, grace=0.5)
+LIMITS = Limits(progress=60, period=0.05, silent=10, broken=0.5, grace=0.5)
+# How many processes, and how many of their attempts are killed.
+PLAN = {2: 20, 1: 10}
 
 
-def run(directory: Path, rank: int, processes: int, port: int) -> None:
-    """Go on with the run in this directory, as ``losa run --resume`` does, and write down its result."""
-    if processes > 1:
-        where = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": processes}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60), **where)
+def go_on(directory: Path) -> None:
+    """Go on with the run in this directory, as ``losa run --resume`` does, and write down its result. Several processes
+    hold the model together."""
+    where = read_place()
+    assert where is not None
+    if where.count > 1:
+        join(where, "cpu", None, timedelta(seconds=60))
     with watched(LIMITS):
-        (directory / f"joined-{rank}").touch()
+        (directory / f"joined-{where.index}").touch()
         on_main(lambda: recover_all(directory))
-        one = method_run(directory, sequences_in_all=10 * processes, train={"round_share": 0.4})
-        found = result(one, one.run(resume=True))
+        run = method_run(directory, sequences_in_all=10 * where.count, train={"round_share": 0.4})
+        if where.count > 1:
+            shard_module(run.model, make_sharding(torch.device("cpu")))
+        outcome = run.run(resume=True)
+        assert (sharding_of(run.model) is None) == (where.count == 1)
+        found = result(run, outcome)
         if is_main():
             write_json(directory / RESULT, found)
 
 
-def start(directory: Path, processes: int) -> set[int]:
-    """The numbers of new processes, which do ``run``; they have joined."""
+def exit_code(directory: Path) -> int:
+    """Of a process that goes on."""
+    # The polls of a job of hours would be most of a run of a second.
+    joining._POLL = processes._POLL = 0.005
+    try:
+        go_on(directory)
+    except LosaError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def said(directory: Path, rank: int) -> Path:
+    return directory / f"said-{rank}"
+
+
+def start(directory: Path, count: int) -> list[int]:
+    """The numbers of new processes, in their order, which go on and have joined."""
     directory.mkdir(parents=True, exist_ok=True)
-    signs = [directory / f"joined-{rank}" for rank in range(processes)]
+    signs = [directory / f"joined-{rank}" for rank in range(count)]
     for sign in signs:
         sign.unlink(missing_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = {fork(directory, rank, processes, port) for rank in range(processes)}
+    port, work = free_port(), partial(exit_code, directory)
+    children = [fork(work, place(rank, count, port), said(directory, rank)) for rank in range(count)]
     deadline = time.monotonic() + 60
     while not all(sign.exists() for sign in signs):
         if time.monotonic() > deadline:
             raise RuntimeError("the processes do not join")
         time.sleep(0.001)
     return children
-
-
-def fork(directory: Path, *where: int) -> int:
-    if child := os.fork():
-        return child
-    try:
-        run(directory, *where)
-        os._exit(0)
-    except LosaError as error:
-        print(error, file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(1)
 
 
 def ended(children: set[int], seconds: float) -> dict[int, int]:
@@ -84,35 +97,52 @@ def ended(children: set[int], seconds: float) -> dict[int, int]:
     return codes
 
 
-def main(directory: Path, processes: int, kills: int, seed: int) -> dict:
-    # A fork has one thread: what another thread held locked would stay locked in it.
-    assert len(os.listdir("/proc/self/task")) == 1
-    children, began = start(directory / "whole", processes), time.monotonic()
-    assert set(ended(children, 100).values()) == {0}
+def kill(directory: Path, children: list[int], victim: int, living: set[int]) -> dict[str, int]:
+    """Kill one of the processes that run: whether it was while a state was written, and how many others named it."""
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+    writing = any(directory.rglob(".*.partial-*"))
+    others = living - {victim}
+    codes = ended(others, 60)
+    # With 0: it had nothing left to do with the other process.
+    if len(codes) < len(others) or not {*codes.values()} <= {0, LOST_EXIT_CODE}:
+        raise RuntimeError(f"beside a process that was killed the others ended with {codes}")
+    name = f"process {children.index(victim)} (host {socket.gethostname()}, pid {victim})"
+    told = [said(directory, children.index(child)).read_text() for child, code in codes.items() if code]
+    if not all(name in text for text in told):
+        raise RuntimeError(f"{name} was killed, and others say: {told}")
+    return {"kills": 1, "while writing": writing, "named": len(told)}
+
+
+def runs(directory: Path, count: int, kills: int, moments: random.Random) -> dict[str, float]:
+    """Runs of ``count`` processes, in directories 0, 1, ... The run in "whole" is not killed, and the last one is left
+    to end."""
+    children, began = start(directory / "whole", count), time.monotonic()
+    if set(ended(set(children), 100).values()) != {0}:
+        raise RuntimeError([said(directory / "whole", rank).read_text() for rank in range(count)])
     needed = time.monotonic() - began
-    moments = random.Random(seed)
-    found = {"kills": 0, "while writing": 0, "runs": 0}
+    found = Counter(runs=0)
     while True:
-        place = directory / str(found["runs"])
-        children = start(place, processes)
-        codes = ended(children, moments.uniform(0, needed) if found["kills"] < kills else 100)
+        own = directory / str(found["runs"])
+        children = start(own, count)
+        codes = ended(set(children), moments.uniform(0, needed) if found["kills"] < kills else 100)
         if any(codes.values()):
-            raise RuntimeError(f"a run ended with {codes}")
-        if len(codes) == processes:
-            found["runs"] += 1
-            if found["kills"] == kills:
-                return found
+            raise RuntimeError(f"a run ended with {codes}: {[said(own, rank).read_text() for rank in range(count)]}")
+        living = set(children) - codes.keys()
+        if living:
+            found.update(kill(own, children, moments.choice(sorted(living)), living))
             continue
-        victim = moments.choice(sorted(children - codes.keys()))
-        os.kill(victim, signal.SIGKILL)
-        os.waitpid(victim, 0)
-        found["kills"] += 1
-        found["while writing"] += any(place.rglob(".*.partial-*"))
-        others = children - codes.keys() - {victim}
-        codes = ended(others, 60)
-        if len(codes) < len(others) or not {*codes.values()} <= {0, LOST_EXIT_CODE}:
-            raise RuntimeError(f"beside a process that was killed the others ended with {codes}")
+        found["runs"] += 1
+        if found["kills"] == kills:
+            return {**found, "seconds": needed}
+
+
+def main(directory: Path, seed: int) -> dict[int, dict[str, float]]:
+    prepare()
+    moments = random.Random(seed)
+    return {count: runs(directory / str(count), count, kills, moments) for count, kills in PLAN.items()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))), flush=True)
+    os._exit(0)  # nanobind would list all that is frozen

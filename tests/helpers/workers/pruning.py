@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,7 @@ OTHERS: dict[str, tuple[dict, dict, int, int]] = {
     "failing": ({"sparsity": 0.5, "pruner": "failing"}, {"rates": "uniform"}, 8, 1),
     "unsummed": ({"sparsity": 0.5, "pruner": "unsummed"}, {"rates": "uniform"}, 8, 1),
     "norms": ({"sparsity": 0.5}, {"rates": "norms"}, 8, 1),
+    "single samples": ({"sparsity": 0.5}, {}, 8, 1),
 }
 
 
@@ -213,14 +213,25 @@ def message_of(work: Callable[[], object]) -> str:
     return "nothing"
 
 
-def block_calls() -> int:
-    """How often this process runs the last block in one round."""
-    model, engine = build("2:4", None)
+def costs() -> dict[str, int]:
+    """Of one round, a sample at a time: how often this process runs the last block; the bytes that it gives to all
+    processes or is given by one, of masks and of all else; and how many weights have masks."""
+    model, engine = build("single samples", None)
     engine._calls.update(engine._stream(engine.input_ids)._calls)  # what is found out once does not count
-    calls: list[int] = []
-    engine.blocks[-1].module.register_forward_hook(lambda *_: calls.append(1))
+    counts = dict.fromkeys(("calls", "masks", "else"), 0)
+
+    def called(*_):
+        counts["calls"] += 1
+
+    def broadcast(tensor, *args, real=dist.broadcast):
+        counts["masks" if tensor.dtype == torch.uint8 else "else"] += tensor.nbytes
+        return real(tensor, *args)
+
+    engine.blocks[-1].module.register_forward_hook(called)
+    dist.broadcast, real = broadcast, dist.broadcast
     engine.run_round(Round(1, 0.5, 4, 0))
-    return len(calls)
+    dist.broadcast = real
+    return counts | {"weights": sum(layer.weight.numel() for layer in wrapped_linears(model).values())}
 
 
 def linears_alone(fed: Callable[[dict[str, nn.Linear]], object]) -> dict[str, list[float]]:
@@ -362,7 +373,7 @@ def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharde
         "cases": {case: compare(outcome, truth["cases"][case]) for case, outcome in outcomes.items()},
         "sharded alike": {case: alike(prune_twice(case, shard_size), outcomes[case]) for case in sharded},
         "dense adapters": dense_adapters(shard_size),
-        "calls": block_calls(),
+        "costs": costs(),
         "experts": linears_alone(experts),
         "gram": float((gram - truth["gram"]).abs().max() / truth["gram"].abs().max()),
         "received": received,
@@ -375,22 +386,22 @@ def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharde
 
 
 def one() -> dict[str, Any]:
-    return {"cases": {case: prune_twice(case) for case in CASES}, "calls": block_calls(), "gram": grams_of()[0]}
+    return {"cases": {case: prune_twice(case) for case in CASES}, "costs": costs(), "gram": grams_of()[0]}
 
 
 # By number of processes: the cases, and how many processes hold the model together in which of them.
 PLANS: dict[int, tuple[list[str], int, list[str]]] = {
-    2: (["regrow"], 2, ["regrow"]),
+    2: (["wanda", "regrow"], 2, ["wanda", "regrow"]),
     3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks"]),
     4: (["wanda"], 2, ["wanda"]),
 }
 
 
-if __name__ == "__main__":
+def main(directory: str) -> None:
     start_worker()
-    alone = Path(sys.argv[1]) / "alone.pt"
+    alone = Path(directory) / "alone.pt"
     if process_count() == 1:
         results = one()
         torch.save(results, alone)
-        finish({"calls": results["calls"]})
+        finish(results["costs"])
     finish(several(torch.load(alone, weights_only=False), *PLANS[process_count()]))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,14 +81,16 @@ def stretch(directory: Path, shard_size: int, last_step: int | None) -> MethodRu
 
 
 def refusals(directory: Path) -> list[str]:
-    """What a process says whose disk no other process sees, when states are written, and when there are some."""
+    """What a process says whose disk no other process sees, when states are written, and when there are some; and where
+    an earlier version of losa wrote a state."""
     found = []
-    for resume in (False, True):
-        own = directory / f"{dist.get_rank()}-{resume}"
+    for case, resume in ((f"{dist.get_rank()}-new", False), (f"{dist.get_rank()}-begun", True), ("earlier", True)):
         if resume and is_main():
-            shutil.copytree(directory.with_name(WHOLE), own)
+            shutil.copytree(directory.with_name(WHOLE), directory / case)
+            if case == "earlier":
+                (state_paths(directory / case / "losa" / CHECKPOINTS)[-1] / "layers.safetensors").touch()
         try:
-            rounds(own).run(resume=resume)
+            rounds(directory / case).run(resume=resume)
         except OutputError as error:
             found.append(str(error))
     return found
@@ -107,8 +108,9 @@ def newest_sound(checkpoints: Path, place: Path) -> str:
     return "none" if state is None else state.path.name
 
 
-def main(directory: Path) -> None:
+def main(place: str) -> None:
     start_worker()
+    directory = Path(place)
     found: dict = {}
     for name, stretches in CHAINS.items():
         for processes, shard_size, last_step in stretches:
@@ -118,7 +120,3 @@ def main(directory: Path) -> None:
         found["refusals"] = refusals(directory / "apart")
         found["newest sound"] = newest_sound(directory / WHOLE / "losa" / CHECKPOINTS, directory / "damaged")
     finish(found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

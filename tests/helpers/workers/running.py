@@ -1,23 +1,27 @@
-"""For ``tests/losa/test_distributed.py``: whole runs of a recipe, by one process and by two."""
+"""For ``tests/losa/test_distributed.py``: whole runs of a recipe, by one process and by several."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
+from losa.model.sharded_loading import load_sharded
 from losa.recipe.reading import parse_recipe
-from losa.run.pipeline import run_recipe
+from losa.run import pipeline
 from tests.helpers.processes import finish, start_worker
 
 TEXT = "The quick brown fox jumps over the lazy dog and back again.\n"
-# By number of processes: what they run, and in which batches. An optimiser step has 4 sequences.
-CASES = {1: {"one": ("auto", 4)}, 2: {"ddp": ("ddp", 2), "fsdp": ("fsdp", 2)}}
+# By number of processes: how they hold the model in each run.
+CASES: dict[int, dict[str, dict]] = {
+    1: {"one": {}, "one in shards": {"mode": "fsdp", "cpu_offload": True}},
+    2: {"ddp": {"mode": "ddp"}, "fsdp": {"mode": "fsdp"}},
+    4: {"hsdp": {"mode": "hsdp", "shard_size": 2}},
+}
 
 
-def recipe(directory: Path, name: str, mode: str, batch_size: int) -> dict:
-    """Of a model and a text in ``directory``."""
+def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dict:
+    """Of a model and a text in ``directory``. An optimiser step has 4 sequences."""
     text = {"data": str(directory / "text.txt")}
     return {
         "model": str(directory / "model"),
@@ -28,18 +32,22 @@ def recipe(directory: Path, name: str, mode: str, batch_size: int) -> dict:
         "allocation": {"mean_rank": 2, "rank_max": 4},
         "lora": {"rank": 2},
         "calibration": text | {"samples": 4, "length": 16, "cka_samples": 4},
-        "train": text | {"length": 16, "batch_size": batch_size, "max_tokens": 16 * 24, "learning_rate": 5e-3},
+        "train": text | {"length": 16, "batch_size": 4 // processes, "max_tokens": 16 * 24, "learning_rate": 5e-3},
         "evaluate": text | {"length": 32, "max_windows": 4},
-        "distributed": {"mode": mode},
+        "distributed": distributed,
     }
 
 
-def main(directory: Path) -> None:
+def main(directory: str) -> None:
     start_worker()
-    for name, (mode, batch_size) in CASES[dist.get_world_size()].items():
-        run_recipe(parse_recipe(recipe(directory, name, mode, batch_size)))
-    finish(None)
+    processes = dist.get_world_size()
+    held: dict[str, list] = {name: [] for name in CASES[processes]}
+    for name, distributed in CASES[processes].items():
 
+        def load(model, sharding, name=name, real=load_sharded, **how):
+            held[name] += [list(sharding.mesh.shape), sharding.offload]
+            return real(model, sharding, **how)
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        pipeline.load_sharded = load
+        pipeline.run_recipe(parse_recipe(recipe(Path(directory), name, distributed, processes)))
+    finish(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,21 +13,28 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
+from losa.algorithm.engine import Engine
+from losa.algorithm.schedule import Round
 from losa.distributed.processes import is_main, process_index
 from losa.distributed.sharding import Sharding, make_sharding, shard_module
 from losa.errors import LosaError
+from losa.evaluation.perplexity import perplexity
 from losa.model.loading import load_model
 from losa.model.sharded_loading import load_sharded
+from losa.model.wrapping import merge_model, wrap_model
 from losa.output import export, sharded_export
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, TrainConfig
 from losa.record import RunRecord
 from losa.storage.json_files import read_json
+from losa.training.trainer import Trainer
 from losa_kernels import unpack_mask
 from tests.helpers.exports import prune, pruned
 from tests.helpers.memory import peak
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.training import LENGTH, sequences
 
 IDS = torch.randint(0, 90, (2, 20), generator=torch.Generator().manual_seed(1))
 NAME = "model.layers.1.self_attn.q_proj"
@@ -43,7 +50,7 @@ def _nothing(*_):
     pass
 
 
-def exports(root: Path, sharding, names: list[str]) -> dict:
+def exports(root: Path, sharding, names: Iterable[str]) -> dict:
     """Each model is exported by one process, then by all."""
     found = {}
     models = {name: load_model(str(root / name), device="cpu")[0] for name in names}
@@ -181,21 +188,44 @@ def other_tokenizer(sharding):
     return model, tiny_tokenizer("other"), record, sharded(model, masks, sharding)
 
 
-def memory(root: Path, sharding) -> list[int]:
+def memory(root: Path, sharding) -> dict[str, int]:
+    """What each step of a run takes for a while beyond what it had, and the size of the model, in bytes."""
     model, tokenizer = load_sharded(str(root / "deep"), sharding)
+    found = {"model": sum(p.nbytes for p in model.parameters())}
     record = RunRecord.from_dict(read_json(root / "out" / "bfloat16" / "losa_config.json"))
     record.masks, record.results = {}, []
-    peak()
-    before = peak()
-    export_together(model, tokenizer, root / "out" / "deep", record, {})
-    return [peak() - before, sum(p.nbytes for p in model.parameters())]
+    train = TrainConfig(data="unused", length=LENGTH, batch_size=2)
+
+    def prune_round() -> None:
+        allocation, calibration = AllocationConfig(mean_rank=2, rank_max=4), CalibrationConfig(data="unused")
+        Engine(model, IDS, PruneConfig(sparsity=0.5), allocation, calibration).run_round(Round(1, 0.5, 2, 0))
+
+    def train_step() -> None:
+        Trainer(model, train, seed=0, output_dir=None, total_sequences=4, device="cpu").train(
+            sequences(4), round_index=1
+        )
+
+    steps: dict[str, Callable[[], object]] = {
+        "wrap": lambda: wrap_model(model, rank=2, scaling=2.0),
+        "prune": prune_round,
+        "train": train_step,
+        "evaluate": lambda: perplexity(model, IDS.flatten(), 20),
+        "merge": lambda: merge_model(model),
+        "export": lambda: export_together(model, tokenizer, root / "out" / "deep", record, {}),
+    }
+    for name, step in steps.items():
+        peak()
+        before = peak()
+        step()
+        found[name] = peak() - before
+    return found
 
 
-if __name__ == "__main__":
+def main(directory: str, *names: str) -> None:
     start_worker()
-    root = Path(sys.argv[1])
+    root = Path(directory)
     sharding = make_sharding(torch.device("cpu"))
-    found: dict = {"exports": exports(root, sharding, sys.argv[2:])}
+    found: dict = {"exports": exports(root, sharding, names)}
     found["damages"] = damages(root, sharding)
     found["memory"] = memory(root, sharding)
     dist.barrier()

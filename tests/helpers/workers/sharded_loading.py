@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -147,13 +146,13 @@ def memory(directory: Path, sharding) -> list[int]:
     return [peak() - before, sum(p.nbytes for p in loaded.parameters())]
 
 
-if __name__ == "__main__":
+def main(directory: str, *names: str) -> None:
     start_worker()
     TensorFiles.get = counted  # type: ignore[method-assign]
-    root = Path(sys.argv[1])
+    root = Path(directory)
     sharding = make_sharding(torch.device("cpu"))
     found: dict = {}
-    for name in sys.argv[2:]:
+    for name in names:
         found[name] = loads(root / name, sharding, "float16" if name == "OPT" else "auto")
     found["memory"] = memory(root / "large", sharding)  # after transformers has imported what it needs
     found["errors"] = errors(root, sharding)

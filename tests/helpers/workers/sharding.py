@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 
 import torch
@@ -141,7 +140,7 @@ def collectives() -> dict:
     }
 
 
-if __name__ == "__main__":
+def main(*shard_sizes: str) -> None:
     start_worker()
-    sizes = [int(size) or None for size in sys.argv[1:]]
+    sizes = [int(size) or None for size in shard_sizes]
     finish({"sharded": [sharded(size) for size in sizes], "collectives": collectives(), "mixed": mixed()})

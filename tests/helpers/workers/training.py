@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +269,6 @@ def every_case(directory: Path) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def main(directory: str) -> None:
     start_worker()
-    finish(every_case(Path(sys.argv[1]) / str(dist.get_world_size())))
+    finish(every_case(Path(directory) / str(dist.get_world_size())))

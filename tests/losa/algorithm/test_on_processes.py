@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT, run_groups
+from tests.helpers.processes import run_groups
 
 pytestmark = pytest.mark.subprocess
 EPS = torch.finfo(torch.float32).eps
 SEVERAL = (2, 3, 4)
-WORKER = ROOT / "tests" / "helpers" / "workers" / "pruning.py"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[int, list[dict]]:
     """What each process found, by how many there were."""
     directory = tmp_path_factory.mktemp("pruning")
-    return run_groups(WORKER, [1, *SEVERAL], directory, str(directory))
+    return run_groups("pruning", [1, *SEVERAL], directory, str(directory))
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +24,9 @@ def cases(found) -> list[tuple[str, dict]]:
     return [(case, one) for processes in SEVERAL for each in found[processes] for case, one in each["cases"].items()]
 
 
-def test_masks_and_decisions_are_one_process_s(cases):
+def test_masks_and_decisions_are_one_process_s(found, cases):
     assert {case for case, _ in cases} >= {"wanda", "2:4", "sparsegpt", "regrow", "one batch", "whole blocks"}
+    assert all("wanda" in each["cases"] for processes in SEVERAL for each in found[processes])
     for case, one in cases:
         assert all(one["counts"]) and all(one["ranks"]) and all(one["damping"]), case
         if case not in ("sparsegpt", "regrow"):
@@ -65,10 +65,18 @@ def test_what_is_made_of_shards_and_what_is_made_whole(found, processes):
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_a_process_runs_its_share_of_the_forward_passes(found, processes):
     (alone,) = found[1]
-    calls = [each["calls"] for each in found[processes]]
-    # Eight batches go through a block three times in a round: dense, for the statistics, and sparse.
-    assert alone["calls"] == 24 == sum(calls)
-    assert max(calls) == 3 * -(-8 // processes)
+    calls = [each["costs"]["calls"] for each in found[processes]]
+    # Five samples go through a block to compare blocks; eight three times: dense, for the statistics, and sparse.
+    assert alone["calls"] == 5 + 3 * 8 == sum(calls)
+    assert max(calls) == -(-5 // processes) + 3 * -(-8 // processes)
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_mask_goes_to_all_as_a_bit_a_weight(found, processes):
+    for costs in (each["costs"] for each in found[processes]):
+        assert 8 * costs["masks"] == costs["weights"]
+        # Rates and errors, a few numbers a block.
+        assert costs["else"] < 200
 
 
 @pytest.mark.parametrize("processes", SEVERAL)

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, run_workers
-
-WORKER = ROOT / "tests" / "helpers" / "workers" / "sharding.py"
+from tests.helpers.processes import run_workers
 
 
 def check(found: dict, processes: int) -> None:
@@ -26,7 +24,7 @@ def check(found: dict, processes: int) -> None:
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("processes", "shard_sizes"), [(3, [0]), (4, [2, 4])])
 def test_a_sharded_model(tmp_path: Path, processes: int, shard_sizes: list[int]):
-    results = run_workers(WORKER, processes, tmp_path, *map(str, shard_sizes))
+    results = run_workers("sharding", processes, tmp_path, *map(str, shard_sizes))
     for size, *found in zip(shard_sizes, *(result["sharded"] for result in results), strict=True):
         for each in found:
             check(each, size or processes)

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.families import save_families
-from tests.helpers.processes import ROOT, run_workers
+from tests.helpers.processes import run_workers
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
-WORKER = ROOT / "tests" / "helpers" / "workers" / "sharded_loading.py"
 PROCESSES = 3
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -80,7 +79,7 @@ def results(tmp_path_factory) -> tuple[list[str], list[dict]]:
     large.save_pretrained(root / "large")
     tiny_tokenizer().save_pretrained(root / "large")
     names += ["twice", "untied"]
-    return names, run_workers(WORKER, PROCESSES, root / "results", str(root), *names)
+    return names, run_workers("sharded_loading", PROCESSES, root / "results", str(root), *names)
 
 
 @pytest.mark.subprocess

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import re
 import pytest
 import torch
 
 from tests.helpers.processes import run_groups
 from tests.helpers.tiny import EPS
-from tests.helpers.workers import resuming
 from tests.helpers.workers.resuming import BEGUN, SHARDED, UNINTERRUPTED, WEIGHTS, WHOLE
 
 
 @pytest.mark.subprocess
 def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
-    found = run_groups(Path(resuming.__file__), [2, 1, 4], tmp_path / "found", str(tmp_path))
+    found = run_groups("resuming", [2, 1, 4], tmp_path / "found", str(tmp_path))
     expected = found[2][0][UNINTERRUPTED]
     assert [step for step, *_ in expected] == list(range(1, 11))
     weights, masks = torch.load(tmp_path / UNINTERRUPTED / WEIGHTS)
@@ -32,9 +30,10 @@ def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
     assert len(sizes) == 4 and sizes[-1] < 1.5 * sizes[0]
     for process in range(2):
         assert found[2][process]["newest sound"] == "round-02-pruned"
-        apart, others = found[2][process]["refusals"]
+        apart, others, earlier = found[2][process]["refusals"]
         assert "round-01-pruned: process 1 wrote a file of it that process 0 does not find; " in apart
         assert "round-02-step-00000003: process 1 does not find the state.json that process 0 has read; " in others
+        assert re.search(r"round-02-\S+: was written by an earlier version of losa; go on with that one", earlier)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

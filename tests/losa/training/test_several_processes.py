@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,7 +32,7 @@ def alone(tmp_path_factory):
 def several(tmp_path_factory):
     """By number of processes, what each finds."""
     directory = tmp_path_factory.mktemp("several")
-    return run_groups(Path(training.__file__), [2, 3, 4], directory, str(directory / "runs"))
+    return run_groups("training", [2, 3, 4], directory, str(directory / "runs"))
 
 
 CASES = [
