@@ -13,86 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import tests.helpers.own_pruners  # noqa: F401  registers what the cases name
 from losa.algorithm.engine import Engine
-from losa.algorithm.importance import register_importance
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import InputNorms, Statistic, collect, register_statistic
+from losa.algorithm.statistics import InputNorms, collect
 from losa.algorithm.stream import BlockStream
 from losa.distributed import sharding
 from losa.distributed.processes import from_everyone, process_count, process_index
 from losa.distributed.sharding import gathered, make_sharding, shard_module, sharding_of, whole
 from losa.distributed.stop import heeding_signals
-from losa.errors import NumericsError
 from losa.evaluation.perplexity import perplexity
 from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.pruners import Pruned, Pruner, register
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
-from losa_kernels import pack_mask, wanda_mask
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.tiny import tiny_llama
 
 IDS = torch.arange(8 * 20).reshape(8, 20).mul(7).remainder(89)
 TOKENS = torch.arange(203).mul(31).remainder(89)
 LAYERS = 2
-
-
-@register_statistic("input_maxima")
-class InputMaxima(Statistic):
-    reduction = "max"
-
-    def __init__(self, in_features, device):
-        self.total = torch.zeros(in_features, device=device)
-
-    def update(self, x):
-        self.total = torch.maximum(self.total, x.abs().amax(0))
-        return self.total
-
-    def result(self):
-        return self.total
-
-    @staticmethod
-    def flat(in_features, device):
-        return torch.ones(in_features, device=device)
-
-
-@register("by-maxima")
-class ByMaxima(Pruner):
-    """Of whole blocks, in an order of its own."""
-
-    statistic = "input_maxima"
-
-    def prune_block(self, weights, statistics, pattern, masks):
-        for name in reversed(list(weights)):
-            yield name, Pruned(wanda_mask(weights[name], statistics[name], mask=masks[name], **pattern.as_kwargs()))
-
-
-@register("failing")
-class Failing(Pruner):
-    def prune(self, weight, statistic, pattern, mask):
-        if weight.shape == (64, 32):
-            raise NumericsError("too wide")
-        return Pruned(pack_mask(torch.ones(weight.shape, dtype=torch.bool)))
-
-
-@register("unsummed")
-class Unsummed(Pruner):
-    statistic = "unsummed"
-
-    def prune(self, weight, statistic, pattern, mask):
-        raise AssertionError
-
-
-@register_statistic("unsummed")
-class WithoutTotal(InputMaxima):
-    def __init__(self, in_features, device):
-        super().__init__(in_features, device)
-        self.largest = self.__dict__.pop("total")
-
-    def update(self, x):
-        return x
 
 
 # By name: settings of prune, of allocation, and samples and batch size.
@@ -116,12 +57,6 @@ OTHERS: dict[str, tuple[dict, dict, int, int]] = {
     "norms": ({"sparsity": 0.5}, {"rates": "norms"}, 8, 1),
     "single samples": ({"sparsity": 0.5}, {}, 8, 1),
 }
-
-
-@register_importance("norms", needs="linears")
-def norms(linears):
-    """In a sharded model it is a DTensor, as its parameters are."""
-    return torch.stack([each["mlp.up_proj"].weight.norm() for each in linears])
 
 
 def build(

@@ -7,7 +7,9 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from losa.distributed.collectives import columns_of_all, from_process, reduce_to_process, share_of
 from losa.distributed.sharding import (
@@ -21,8 +23,13 @@ from losa.distributed.sharding import (
     whole,
 )
 from losa.model.blocks import find_blocks
+from losa.modules.masked_lora import MaskedLoRALinear
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.tiny import logits, randomise, tiny_llama, wrap
+
+# By number of processes: how many of them hold a model together.
+SHARD_SIZES = {3: [3], 4: [2, 4]}
+WIDTH = 24
 
 
 def equal(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
@@ -33,7 +40,7 @@ def equal(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
 
 
 @torch.no_grad()
-def sharded(shard_size: int | None) -> dict:
+def sharded(shard_size: int) -> dict:
     found: dict = {}
     model = tiny_llama(layers=2, tie_word_embeddings=True)
     randomise(wrap(model, rank=3))
@@ -140,7 +147,44 @@ def collectives() -> dict:
     }
 
 
-def main(*shard_sizes: str) -> None:
+def two_layers() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for _ in range(2):
+        weight, bias = torch.randn(WIDTH, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+        kept = torch.rand(WIDTH, WIDTH, generator=generator) < 0.5
+        layers.append(MaskedLoRALinear(weight, bias, 4, mask=kept, generator=generator))
+        nn.init.normal_(layers[-1].lora_B, generator=generator)
+    return nn.Sequential(*layers)
+
+
+def batch(processes: int) -> torch.Tensor:
+    """An input for each process."""
+    return torch.randn(processes, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def layers_under_fsdp(checkpointing: bool) -> dict:
+    """Output and gradients of two layers, without a model around them, that FSDP2 shards."""
+    model = two_layers()
+    for layer in model:
+        fully_shard(layer, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    x = batch(dist.get_world_size())[dist.get_rank()].requires_grad_()
+    y = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+    y.square().mean().backward()
+    gradients = {name: whole(p.grad).tolist() for name, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"output": y.tolist(), "input": x.grad.tolist(), "gradients": gradients}
+
+
+def main() -> None:
     start_worker()
-    sizes = [int(size) or None for size in shard_sizes]
-    finish({"sharded": [sharded(size) for size in sizes], "collectives": collectives(), "mixed": mixed()})
+    finish(
+        {
+            "sharded": {size: sharded(size) for size in SHARD_SIZES[dist.get_world_size()]},
+            "collectives": collectives(),
+            "mixed": mixed(),
+            "layers": [layers_under_fsdp(checkpointing) for checkpointing in (False, True)],
+        }
+    )
