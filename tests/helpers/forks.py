@@ -1,33 +1,25 @@
 """Processes that cost a test milliseconds: forks of one that has imported what they need.
 
-``python -m tests.helpers.forks PROCESSES WORKER ARGUMENTS`` calls ``main(*ARGUMENTS)`` of a module of
-``tests.helpers.workers`` in several processes. PROCESSES like "2,3" calls it in two processes, then in three.
+``python -m tests.helpers.forks`` reads requests, a line of JSON each, until nobody can write one any more. It calls
+``main`` of a module of ``tests.helpers.workers`` in several processes and writes a line with 0 where all ended well.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-# What is else imported at its first use, in each process anew.
-PRELOADED = ("torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.llama", "losa.run.pipeline")
-
-
-def prepare() -> None:
-    """Import, before the first fork, what takes long."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    # A fork has one thread: what another thread held locked would stay locked in it.
-    assert len(os.listdir("/proc/self/task")) == 1
-    # Garbage collections of the processes leave out what was imported.
-    gc.freeze()
+# What workers import, and what is else imported at its first use, in each process anew.
+PRELOADED = ("torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "losa.run.pipeline")
 
 
 def free_port() -> int:
@@ -88,18 +80,31 @@ def run_group(processes: int, work: Callable[[], int]) -> bool:
     return not failed
 
 
-def main() -> None:
-    sizes, name, *arguments = sys.argv[1:]
-    worker = importlib.import_module(f"tests.helpers.workers.{name}")
-    prepare()
+def run(worker: str, sizes: list[int], arguments: list[str]) -> int:
+    """0 where all processes ended well, of one group after the other; ``sizes``: how many each group has."""
+    module = importlib.import_module(f"tests.helpers.workers.{worker}")
+    # Garbage collections of the processes leave out what was imported.
+    gc.freeze()
 
     def work() -> int:
-        worker.main(*arguments)
+        module.main(*arguments)
         return 1  # a worker ends by itself
 
-    ended = all(run_group(int(size), work) for size in sizes.split(","))
-    sys.stderr.flush()
-    os._exit(not ended)  # nanobind would list all that is frozen
+    return int(not all(run_group(size, work) for size in sizes))
+
+
+def main() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    # A fork has one thread: what another thread held locked would stay locked in it.
+    assert len(os.listdir("/proc/self/task")) == 1
+    for line in sys.stdin:
+        request = json.loads(line)
+        variables = dict.fromkeys(os.environ) | request["environment"]
+        work = partial(run, request["worker"], request["sizes"], request["arguments"])
+        _, status = os.waitpid(fork(work, variables, Path(request["output"])), 0)
+        print(status, flush=True)
+    os._exit(0)  # nanobind would list all that is left
 
 
 if __name__ == "__main__":

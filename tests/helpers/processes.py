@@ -8,6 +8,8 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,11 +55,34 @@ def run_groups(
     results by the number of processes. ``timeout``: of each group."""
     for size in sizes:
         (directory / str(size)).mkdir(parents=True)
+    output = directory / "said"
+    output.touch()
     extra = environment(**{OUTPUT: str(directory), "LOSA_TEST_TIMEOUT": str(timeout - 10)})
-    command = [sys.executable, "-m", "tests.helpers.forks", ",".join(map(str, sizes)), worker, *arguments]
-    done = subprocess.run(command, env=extra, cwd=ROOT, capture_output=True, text=True, timeout=timeout * len(sizes))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    request = {"worker": worker, "sizes": sizes, "arguments": arguments, "environment": extra, "output": str(output)}
+    well = _ask(json.dumps(request), timeout * len(sizes))
+    assert well, output.read_text()[-8000:]
     return {n: [json.loads((directory / f"{n}/{i}.json").read_text()) for i in range(n)] for n in sizes}
+
+
+# The process that forks, for all tests of this process: to import torch, transformers and losa takes seconds.
+_forking: list[subprocess.Popen] = []
+
+
+def _ask(request: str, timeout: float) -> bool:
+    """Whether all processes that the request asks for end well, in so many seconds."""
+    if not _forking:
+        command = [sys.executable, "-m", "tests.helpers.forks"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        _forking.append(subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, process_group=0, **pipes))
+    server = _forking[0]
+    server.stdin.write(request + "\n")
+    server.stdin.flush()
+    answered, _, _ = select.select([server.stdout], [], [], timeout)
+    if answered:
+        return server.stdout.readline() == "0\n"
+    os.killpg(server.pid, signal.SIGKILL)
+    _forking.clear()
+    return False
 
 
 def start_worker() -> None:
@@ -72,8 +97,9 @@ def finish(results: Any) -> None:
     """The last call of a worker: hands ``results`` (JSON-able) to the test and ends the process."""
     import torch.distributed as dist
 
-    path = Path(os.environ[OUTPUT]) / f"{dist.get_world_size()}/{dist.get_rank()}.json"
+    path = Path(os.environ[OUTPUT]) / os.environ["WORLD_SIZE"] / f"{os.environ['RANK']}.json"
     path.write_text(json.dumps(results))
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     # gloo's threads, torn down with the interpreter, abort one run in some thirty.
     os._exit(0)

@@ -1,8 +1,7 @@
-"""For ``tests/losa/run/test_killing.py``: runs that are killed, in forks of a process that has imported everything."""
+"""For ``tests/losa/run/test_killing.py``: runs that are killed at random moments."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -23,7 +22,8 @@ from losa.distributed.sharding import make_sharding, shard_module, sharding_of
 from losa.distributed.watch import LOST_EXIT_CODE, Limits, watched
 from losa.errors import LosaError
 from losa.storage.files import recover_all, write_json
-from tests.helpers.forks import fork, free_port, place, prepare
+from tests.helpers.forks import fork, free_port, place
+from tests.helpers.processes import finish
 from tests.helpers.rounds import method_run, result
 
 RESULT = "result.json"
@@ -137,12 +137,7 @@ def runs(directory: Path, count: int, kills: int, moments: random.Random) -> dic
             return {**found, "seconds": needed}
 
 
-def main(directory: Path, seed: int) -> dict[int, dict[str, float]]:
-    prepare()
-    moments = random.Random(seed)
-    return {count: runs(directory / str(count), count, kills, moments) for count, kills in PLAN.items()}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))), flush=True)
-    os._exit(0)  # nanobind would list all that is frozen
+def main(directory: str, seed: str) -> None:
+    """In one process, which computes nothing and forks."""
+    moments = random.Random(int(seed))
+    finish({count: runs(Path(directory) / str(count), count, kills, moments) for count, kills in PLAN.items()})

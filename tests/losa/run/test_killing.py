@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import run_workers
 from tests.helpers.workers.killing import PLAN, RESULT
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> tuple[Path, dict[int, dict]]:
-    """One process imports everything and computes nothing. For each attempt it forks processes that go on with the
-    run, and kills one of them at a moment that is drawn from the time that an uninterrupted run takes; the watch must
-    end the others, and each says which process was lost. A run that gets through is compared, and the next one begins,
-    until there were so many kills; the last run is left to end. A state is written after each of the five steps, in
-    the background, so that many kills fall into the writing."""
+    """For each attempt a process forks others that go on with the run, and kills one of them at a moment that is drawn
+    from the time that an uninterrupted run takes; the watch must end the others, and each says which process was lost.
+    A run that gets through is compared, and the next one begins, until there were so many kills; the last run is left
+    to end. A state is written after each of the five steps, in the background, so that many kills fall into the
+    writing."""
     directory = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.helpers.workers.killing", str(directory), "0"]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return directory, {int(count): found for count, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    (found,) = run_workers("killing", 1, directory / "found", str(directory), "0", timeout=290)
+    return directory, {int(count): each for count, each in found.items()}
 
 
 @pytest.mark.subprocess
