@@ -22,6 +22,7 @@ def method_run(
     dropout: float = 0.1,
     sequences_in_all: int = 18,
     processes: int | None = None,
+    layers: int = 2,
     **changes,
 ) -> MethodRun:
     """Two rounds of 3 and 6 steps, saved after each step. ``changes``: of the recipe's sections."""
@@ -43,7 +44,7 @@ def method_run(
         settings[key] = settings[key] | value
     ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
     inputs = Inputs(ids, data, evaluate)
-    model, recipe = tiny_llama(layers=2), parse_recipe(settings)
+    model, recipe = tiny_llama(layers=layers), parse_recipe(settings)
     return MethodRun(method, model, recipe, inputs, directory, processes, log=lambda line: None)
 
 

@@ -42,7 +42,7 @@ def go_on(directory: Path) -> None:
     with watched(LIMITS):
         (directory / f"joined-{where.index}").touch()
         on_main(lambda: recover_all(directory))
-        run = method_run(directory, sequences_in_all=10 * where.count, train={"round_share": 0.4})
+        run = method_run(directory, sequences_in_all=10 * where.count, layers=1, train={"round_share": 0.4})
         if where.count > 1:
             shard_module(run.model, make_sharding(torch.device("cpu")))
         outcome = run.run(resume=True)
