@@ -242,7 +242,8 @@ def every_case(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in modes.items():
         found[name] = two_rounds(make(), directory / name, **settings)
-        found[name]["gradients"] = first_gradients(make(), **settings)
+        if count != 3:
+            found[name]["gradients"] = first_gradients(make(), **settings)
         if count == 2:
             found[name]["experts"] = round_of_experts(make(experts=True), directory / f"{name} experts")
     if count == 2:
