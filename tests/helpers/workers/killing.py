@@ -30,6 +30,8 @@ RESULT = "result.json"
 LIMITS = Limits(progress=60, period=0.05, silent=10, broken=0.5, grace=0.5)
 # How many processes, and how many of their attempts are killed.
 PLAN = {2: 20, 1: 10}
+# Each linear costs a run time.
+PRUNE = {"targets": ["q_proj", "down_proj"]}
 
 
 def go_on(directory: Path) -> None:
@@ -42,7 +44,9 @@ def go_on(directory: Path) -> None:
     with watched(LIMITS):
         (directory / f"joined-{where.index}").touch()
         on_main(lambda: recover_all(directory))
-        run = method_run(directory, sequences_in_all=10 * where.count, layers=1, train={"round_share": 0.4})
+        run = method_run(
+            directory, sequences_in_all=10 * where.count, layers=1, prune=PRUNE, train={"round_share": 0.4}
+        )
         if where.count > 1:
             shard_module(run.model, make_sharding(torch.device("cpu")))
         outcome = run.run(resume=True)

@@ -100,5 +100,6 @@ def test_no_process_holds_the_model(exported):
         size = each["memory"].pop("model")
         assert size > 100e6 and len(each["memory"]) == 6
         for step, most in each["memory"].items():
-            # A few copies of a block, a twelfth of it.
-            assert most < 0.5 * size, step
+            # A few copies of a block, a twelfth of it; FSDP2 gathers a block ahead. Who holds the model, or its own
+            # half twice, takes as much as the model beside a block's copies.
+            assert most < (0.7 if step == "train" else 0.5) * size, step
