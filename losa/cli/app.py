@@ -155,7 +155,8 @@ def prune(
     }
     if eval_data is not None:
         settings["evaluate"] = {"data": eval_data, "length": eval_length}
-    recipe = parse_recipe(settings, where="prune")
+    with told_to_all():
+        recipe = parse_recipe(settings, where="prune")
     from losa.run.pipeline import run_recipe
 
     run_recipe(recipe, resume=resume, overwrite=overwrite, force=force)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,14 +40,14 @@ def run_cases(cases: dict[str, Case]) -> None:
     """Run all cases at the same time. Prints JSON: for each case a list of each process's exit code, output (what it
     said, and what ``work`` returned) and seconds."""
     found = {name: [{} for _ in range(case.count)] for name, case in cases.items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        ports = {name: str(held.enter_context(reserved()).getsockname()[1]) for name in cases}
         began, running = time.monotonic(), {}
         for name, case in cases.items():
-            port = str(free_port())
             for index in range(case.count):
                 pid = os.fork()
                 if pid == 0:
-                    _work(case, index, port, Path(folder) / f"{name}-{index}")
+                    _work(case, index, ports[name], Path(folder) / f"{name}-{index}")
                 running[pid] = (name, index)
         while running:
             for pid, (name, index) in list(running.items()):
@@ -86,10 +87,12 @@ def _work(case: Case, index: int, port: str, output: Path) -> None:
         os._exit(code)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def reserved() -> socket.socket:
+    """Holds a free port, on which a store may still listen: no other case is given the port meanwhile."""
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind(("127.0.0.1", 0))
+    return found
 
 
 def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[dict]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from threading import Thread
+from datetime import timedelta
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from tests.helpers.cases import outcomes
 LIMIT = 60
 
 WORKER = """
-import os, socket, time
+import os, socket, sys, time
 import accelerate, torch
 import torch.distributed as dist
+from losa.cli.app import main
 from losa.distributed import agreement
 from losa.distributed.agreement import check_shared
 from losa.distributed.collectives import from_process, from_rank_zero, share_of, sum_over_processes
@@ -32,8 +34,10 @@ from losa.distributed.launch import end_together, start_processes, working_toget
 from losa.distributed.processes import (
     check_agreement, control_group, from_everyone, is_main, joined, on_main, process_count, process_index
 )
+from losa.distributed.stop import Stopped
 from losa.distributed.turns import on_each_machine
 from losa.errors import ModelError, OutputError
+from losa.recipe import reading
 from losa.recipe.sections import DistributedConfig
 from pathlib import Path
 from tests.helpers.cases import Case, run_cases
@@ -55,6 +59,9 @@ def group_timeouts(index):
     backends = [group._get_backend(torch.device("cpu")) for group in groups]
     return [backend.options._timeout.total_seconds() for backend in backends], groups[0] is dist.group.WORLD
 
+def nccl():
+    return os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
 def alone(index):
     mine = torch.ones(2)
     same = from_process(mine, 0) is mine, sum_over_processes(mine).tolist(), list(share_of(3)), from_everyone(7)
@@ -69,15 +76,18 @@ def really_shared(index):
     Path("both").mkdir(exist_ok=True)
     return check_shared(Path("both")), sorted(Path("both").iterdir())
 
-def fail_in_words():
-    raise OutputError("no space")
+def raising(error):
+    def work():
+        raise error
+    return work
 
 def fails(index):
-    try:
-        on_main(fail_in_words)
-    except OutputError as error:
-        print(error)
-    on_main(lambda: 1 / 0)
+    works = raising(OutputError("no space")), raising(Stopped("SIGTERM")), lambda: time.sleep, lambda: sys
+    for work in (*works, lambda: 1 / 0):
+        try:
+            print(on_main(work).__name__)
+        except Exception as error:
+            print(type(error).__name__, str(error).partition(";")[0])
 
 def no_network(index):
     def work():
@@ -89,8 +99,18 @@ def same_gpu(index):
     agreement._gpu = lambda: ("node1", "GPU-7")
     return together()(index)
 
-def no_recipe(index):
-    return end_together("no recipe") if index == 1 else together()(index)
+def no_recipe(number):
+    def work(index):
+        time.sleep(index)
+        return end_together("no recipe") if index == number else together()(index)
+    return work
+
+def losa(*words):
+    def work(index):
+        time.sleep(index)
+        sys.argv = ["losa", *words]
+        main()
+    return work
 
 def slowly():
     time.sleep(0.3)
@@ -107,6 +127,8 @@ soon = {"LOSA_JOIN_TIMEOUT": "12"}
 nobody = {"RANK": None, "LOCAL_RANK": None, "WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None}
 hsdp = DistributedConfig(mode="hsdp", shard_size=2)
 recipes = lambda index: {"recipe": {"train": {"learning_rate": 0.2 - 0.1 * index}, "seed": 0}}
+Path("recipe.yaml").write_text("output: out")
+Path("text.txt").write_text("one line")
 run_cases({
     "well": Case(together(inside=group_timeouts)),
     "launched alone": Case(together(inside=alone), 1),
@@ -134,7 +156,13 @@ run_cases({
     "machines": Case(together(inside=no_network), 2, lambda index: {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}),
     "gpu": Case(same_gpu),
     "kernels": Case(together(), 2, on_one(1, LOSA_BACKEND="reference")),
-    "no recipe": Case(no_recipe),
+    "no recipe": Case(no_recipe(1)),
+    "no recipe in the first": Case(no_recipe(0)),
+    "typo": Case(losa("run", "no-recipe.yaml")),
+    "bad option": Case(losa("prune", "model", "--output", "out", "--data", "text.txt", "--sparsity", "2")),
+    "text to split": Case(losa("run", "recipe.yaml", "--data", "text.txt")),
+    "watched": Case(together(inside=lambda index: nccl())),
+    "not watched": Case(lambda index: (start_processes("auto"), nccl())),
     "agrees": Case(together(inside=lambda index: check_agreement("the seed", "7"))),
     "differs": Case(together(inside=lambda index: check_agreement("the seed", str(index)))),
 })
@@ -187,6 +215,7 @@ def test_a_process_that_is_alone_is_treated_so(found, case, grouped):
         ("gpu", r"LosaError: processes 0 and 1 \(host node1\) have the same GPU; "),
         ("kernels", r"LosaError: LOSA_BACKEND: process 1 has 'reference', process 0 has ''; set the same in every"),
         ("no recipe", r"LosaError: process 1 \(host \S+, pid \d+\): no recipe$"),
+        ("no recipe in the first", r"LosaError: process 0 \(host \S+, pid \d+\): no recipe$"),
         ("version", r"LosaError: losa: process 1 has '0.0.1', process 0 has '\S+'; install the same on every"),
         (
             "disks",
@@ -206,44 +235,99 @@ def test_processes_wait_agree_and_exchange(found):
     assert returned(found["tensor"]) == [f"returned ('auto', 2, ([0, 0], [{i}, {i}]))" for i in range(2)]
     assert returned(found["everyone"]) == ["returned ('auto', 2, ['0', '1'])"] * 2
     assert returned(found["agrees"]) == ["returned ('auto', 2, None)"] * 2
-    assert [process["said"] for process in found["fails"]] == [
-        "no space\nZeroDivisionError: division by zero\n",
-        "no space\nLosaError: the main process failed; its own message says why\n",
-    ]
+    first, second = (process["said"].splitlines() for process in found["fails"])
+    assert first[:3] == ["OutputError no space", "Stopped stopped by SIGTERM", "sleep"]
+    assert "pickle" in first[3] and first[4] == "ZeroDivisionError division by zero"
+    failed = ["LosaError the main process failed"]
+    assert second[:5] == ["OutputError no space", *failed, "sleep", *failed, *failed]
     for process in found["differs"]:
         assert process["said"].startswith("OutputError: the seed: process 0 has 0, process 1 has 1; ")
 
 
-class Slow:
-    """A key-value store of a process that is slow to say more than that it has come."""
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("typo", r"recipe 'no-recipe.yaml': cannot be read \(No such file or directory\)"),
+        ("bad option", r"prune: prune.sparsity: .*"),
+        ("text to split", r"--data text.txt: expected a directory with .* 2 processes do not split text; .*"),
+    ],
+)
+def test_a_command_that_cannot_start_says_so_in_all_processes(found, case, message):
+    """The first process, which keeps the store, waits for the second one, which comes a second later."""
+    said = [process["said"].splitlines()[0] for process in found[case]]
+    assert said[0] == said[1] and re.fullmatch(rf"losa: process 0 \(host \S+, pid \d+\): {message}", said[0]), said
+    assert all(process["code"] == 1 and process["seconds"] < 30 for process in found[case])
 
-    def __init__(self, store):
-        self.store = store
 
-    def compare_set(self, key, *values):
-        found = self.store.compare_set(key, *values)
-        time.sleep(0.5 * key.startswith("losa/place"))
-        return found
+@pytest.mark.subprocess
+def test_the_watchdog_of_nccl_is_off_only_where_processes_watch_each_other(found):
+    assert returned(found["watched"]) == ["returned ('auto', 2, '0')"] * 2
+    assert returned(found["not watched"]) == ["returned ('auto', None)"] * 2
+
+
+class Paused:
+    """A key-value store whose process waits before its call number ``call`` until ``resume`` is set."""
+
+    def __init__(self, store, call, resume):
+        self.store, self.call, self.resume = store, call, resume
 
     def __getattr__(self, name):
+        self.call -= 1
+        if self.call == 0:
+            assert self.resume.wait(20)
         return getattr(self.store, name)
 
 
-def test_no_process_goes_on_where_another_one_has_a_problem():
-    store, said = dist.HashStore(), {}
+class Counting(Paused):
+    """A key-value store that sets ``resume`` at its process's call number ``call``."""
 
-    def meet(index, store, problem):
+    def __getattr__(self, name):
+        self.call -= 1
+        if self.call == 0:
+            self.resume.set()
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize(
+    "counts, problem, message",
+    [
+        ((2, 3), None, r"WORLD_SIZE: process \d has \d, process \d has \d"),
+        ((2, 2), "no GPU", r"process 1 \(.*\): no GPU"),
+    ],
+)
+@pytest.mark.parametrize("paused", [0, 1])
+def test_whatever_the_order_no_process_goes_on_where_another_one_has_a_problem(
+    monkeypatch, paused, counts, problem, message
+):
+    """One process stops before each of its calls of the store, the first and the last, until the other one has done all
+    that it can do alone."""
+    monkeypatch.setattr(joining, "_POLL", 0.001)
+
+    def meet(index, store, resume):
         try:
-            joining._meet(store, Place(index, 2, index, 2, "localhost", 1), "cpu", problem, 20)
+            place = Place(index, counts[index], index, 2, "localhost", 1)
+            joining._meet(store, place, "cpu", problem if index == 1 else None, 20, time.monotonic())
+            said[index] = "went on"
         except LosaError as error:
             said[index] = str(error)
+        resume.set()
 
-    threads = [Thread(target=meet, args=case) for case in ((0, store, None), (1, Slow(store), "no GPU"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert said[0] == said[1] and said[0].endswith("): no GPU")
+    for call in range(1, 10):
+        store, said, resume = dist.HashStore(), {}, Event()
+        stores = {paused: Paused(store, call, resume), 1 - paused: Counting(store, 30, resume)}
+        threads = [Thread(target=meet, args=(index, stores[index], resume)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert said[0] == said[1] and re.fullmatch(message, said[0]), (call, said)
+
+
+def test_the_store_goes_with_a_process_that_is_killed(monkeypatch):
+    monkeypatch.setattr(joining, "_connect", lambda *_: Store(1))
+    with pytest.raises(LosaError, match="process 1: the processes' store at node7:1 .* is gone: Connection reset"):
+        joining.join(Place(1, 2, 1, 2, "node7", 1), "cpu", None, timedelta(), 5)
 
 
 class Store:
@@ -253,6 +337,9 @@ class Store:
         self.questions = questions
 
     def check(self, keys):
+        return self.compare_set()
+
+    def compare_set(self, *key_and_values):
         self.questions -= 1
         if not self.questions:
             raise dist.DistNetworkError("Connection reset by peer")
