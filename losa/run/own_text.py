@@ -33,8 +33,8 @@ def own_text(recipe: dict, data: Path, output: Path, log: Callable[[str], None])
     if not parts:
         if (processes := launched().count) > 1:
             raise DataError(
-                f"--data {data}: expected a directory with calibration.*, train.* and heldout: {processes} processes do "
-                "not split text; a run in one process leaves such a directory, OUTPUT.data"
+                f"--data {data}: expected a directory with calibration.*, train.* and heldout.*: {processes} processes "
+                "do not split text; a run in one process leaves such a directory, OUTPUT.data"
             )
         parts, message = split(data, output.with_name(f"{output.name}.data"))
         log(message)
