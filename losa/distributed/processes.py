@@ -89,7 +89,7 @@ def on_main(work: Callable[[], _T]) -> _T:
     return result
 
 
-def told_error(error: BaseException) -> tuple[type[Exception] | None, str]:
+def told_error(error: Exception) -> tuple[type[Exception] | None, str]:
     """What other processes are told of an error: the type that they raise with the message; None for a type that they
     do not raise, whose name is in the message."""
     if type(error) in _KINDS:
