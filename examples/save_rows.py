@@ -10,6 +10,7 @@ from pathlib import Path
 
 from losa.data.sources import read_rows
 from losa.recipe.reading import load_recipe
+from losa.storage.files import write_text
 
 
 def save_rows(recipe: Path, directory: Path) -> None:
@@ -21,7 +22,7 @@ def save_rows(recipe: Path, directory: Path) -> None:
         if section is not None:
             sources = section.data if isinstance(section.data, list) else [section.data]
             lines = [json.dumps(row, default=str) + "\n" for source in sources for row in read_rows(source)]
-            (directory / f"{part}.jsonl").write_text("".join(lines))
+            write_text(directory / f"{part}.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":
