@@ -17,7 +17,7 @@ from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import Holding
 from losa.run.estimate_work import Stage, stages
 from losa.run.machine import capacity, product_rate
-from losa.run.placement import Placement
+from losa.run.placement import choose
 from losa.run.planned import Planned, phase_sums, planned_model
 
 
@@ -69,7 +69,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         probe: measure the device's rate by about a second of matrix products.
 
     Raises:
-        RecipeError: an unknown pruner or device.
+        RecipeError: an unknown pruner or device, or ``distributed`` settings that one process cannot have.
         ModelError: the configuration cannot be had, or the model has no blocks.
     """
     device = _device(recipe.device)
@@ -88,7 +88,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         device=str(device),
         rounds=planned.rounds[recipe.method],
         train_length=planned.train_length,
-        holdings=planned.holdings(Placement()),
+        holdings=planned.holdings(choose(recipe.distributed, 1, 1, lambda _: True)),
         stages=list(stages(recipe, shape, planned.rounds)),
         rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
         capacity=memory,
