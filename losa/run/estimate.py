@@ -17,7 +17,7 @@ from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import Holding
 from losa.run.estimate_work import Stage, stages
 from losa.run.machine import capacity, product_rate
-from losa.run.placement import choose
+from losa.run.placement import Placement
 from losa.run.planned import Planned, phase_sums, planned_model
 
 
@@ -63,13 +63,14 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
-    """Estimate a recipe on one process, without loading weights.
+    """Estimate a recipe on one process, without loading weights. The process holds the model's rows in host memory
+    where the recipe has ``distributed.cpu_offload``, and else the whole model, as it would.
 
     Args:
         probe: measure the device's rate by about a second of matrix products.
 
     Raises:
-        RecipeError: an unknown pruner or device, or ``distributed`` settings that one process cannot have.
+        RecipeError: an unknown pruner or device.
         ModelError: the configuration cannot be had, or the model has no blocks.
     """
     device = _device(recipe.device)
@@ -77,6 +78,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
     available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     memory = capacity(device if available else None)
     planned = Planned.of(recipe, model, device, memory)
+    placement = Placement(1, 1, offload=True) if recipe.distributed.cpu_offload else Placement()
     shape = planned.shape
     largest = max(shape.pruned, key=lambda w: w.numel)
     return Estimate(
@@ -88,7 +90,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         device=str(device),
         rounds=planned.rounds[recipe.method],
         train_length=planned.train_length,
-        holdings=planned.holdings(choose(recipe.distributed, 1, 1, lambda _: True)),
+        holdings=planned.holdings(placement),
         stages=list(stages(recipe, shape, planned.rounds)),
         rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
         capacity=memory,
