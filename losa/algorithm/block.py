@@ -207,15 +207,18 @@ class WrappedBlock:
         if weight is not None:
             self._present.discard(name)
             layer.replace_weight(weight)
-            self.move_originals()
+            self._move_original(name)
         layer.set_mask(mask)
 
     def move_originals(self) -> None:
-        """Move originals of weights that were replaced to host memory: after each one, and after a resume replaced
-        many."""
-        for name, original in self._originals.items():
-            if self.linears[name].weight_replaced:
-                self._originals[name] = on_host(original)
+        """Move the originals of weights that were replaced to host memory."""
+        for name, layer in self.linears.items():
+            if layer.weight_replaced:
+                self._move_original(name)
+
+    def _move_original(self, name: str) -> None:
+        if name in self._originals:
+            self._originals[name] = on_host(self._originals[name])
 
 
 @dataclass(frozen=True)

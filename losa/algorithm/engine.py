@@ -35,7 +35,7 @@ from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.pruners import get_pruner
-from losa.pruners.base import Pattern
+from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import compares_samples
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
@@ -92,10 +92,9 @@ class Engine:
         self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"
         self.decoder = find_blocks(model)
-        keeps_originals = self.pruner.updates_weight and (self.needs_errors or prune.regrow)
+        kept = keeps_originals(prune, self.pruner, self.needs_errors)
         self.blocks = [
-            WrappedBlock(name, module, keeps_originals)
-            for name, module in zip(self.decoder.names, self.decoder, strict=True)
+            WrappedBlock(name, module, kept) for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
         self._calls = {} if calls is None else calls
         self._check_blocks()
@@ -280,6 +279,11 @@ class Engine:
             with gathered(block.module, only=("lora_A", "lora_B")):
                 for linear in block.linears.values():
                     linear.set_rank(rank, generator=generator)
+
+
+def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:
+    """Whether weights that a pruner replaces are needed later: as the dense model, or to regrow from."""
+    return pruner.updates_weight and (needs_errors or prune.regrow)
 
 
 @dataclass(frozen=True)

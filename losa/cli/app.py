@@ -80,8 +80,10 @@ def _options(
         os.environ.setdefault("TQDM_DISABLE", "1")
     set_up_messages(debugging(debug))
     processes = os.environ.get("WORLD_SIZE", "").strip()
-    if processes not in ("", "1") and context.invoked_subcommand not in RESUMABLE:
-        logger.warning("losa %s works in one process; each of %s does the same", context.invoked_subcommand, processes)
+    first = os.environ.get("RANK", "0").strip() == "0"
+    if processes not in ("", "1") and first and context.invoked_subcommand not in RESUMABLE:
+        message = "losa %s works in one process; it was started %s times, and each does all of it"
+        logger.warning(message, context.invoked_subcommand, processes)
 
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see examples/.", metavar="RECIPE")]
@@ -90,7 +92,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as prune.sparsity=0.5; may be repeated."),
 ]
 Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, .gguf file or package:NAME.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with unfinished work.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with unfinished work; begin where there is none.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output that losa wrote; drop unfinished work.")
 ]
@@ -155,7 +157,8 @@ def prune(
     }
     if eval_data is not None:
         settings["evaluate"] = {"data": eval_data, "length": eval_length}
-    recipe = parse_recipe(settings, where="prune")
+    with told_to_all():
+        recipe = parse_recipe(settings, where="prune")
     from losa.run.pipeline import run_recipe
 
     run_recipe(recipe, resume=resume, overwrite=overwrite, force=force)
@@ -183,8 +186,8 @@ def evaluate(
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and its sparsity where it is told
-    (blocks of nn.Linear)."""
+    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and the share of zeros, where the
+    blocks are made of nn.Linear."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
     from losa.evaluation.measure import count_zeros, text_perplexity
@@ -259,27 +262,37 @@ def plan(
     recipe: RecipeFile,
     set_: Settings = None,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Time matrix products on this machine, for about a second.")
+        bool,
+        typer.Option(
+            "--probe/--no-probe", help="Without --gpus: time matrix products on this machine, for about a second."
+        ),
     ] = True,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Plan for so many GPUs, a process each, none of which need to be here.")
+        int | None,
+        typer.Option(min=1, help="Plan for this many GPUs, with one process each. No GPU needs to be here."),
     ] = None,
-    memory: Annotated[float, typer.Option(min=0.001, help="Of each of --gpus, in GB.")] = 80,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Of --gpus, how many a machine has.")] = 8,
+    memory: Annotated[float, typer.Option(min=0.001, help="Memory of each GPU, in GB of 10^9 bytes.")] = 80,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
     host_memory: Annotated[
-        float | None, typer.Option(min=0.001, help="Of each machine, in GB. Without it host memory is not judged.")
+        float | None,
+        typer.Option(min=0.001, help="Memory of each machine, in GB. Without it host memory is not judged."),
     ] = None,
     tflops: Annotated[
-        float, typer.Option(min=0.001, help="TFLOP/s that a GPU's products reach: 0.4 of an H100's data sheet.")
+        float,
+        typer.Option(
+            min=0.001, help="TFLOP/s that a GPU's products reach. The default is 0.4 of an H100's data sheet."
+        ),
     ] = 395.6,
     bandwidth: Annotated[
-        float, typer.Option(min=0.001, help="GB/s that a GPU takes in from other machines: a card of 400 Gb/s.")
+        float,
+        typer.Option(min=0.001, help="GB/s that a GPU takes in from other machines. The default is a 400 Gb/s card."),
     ] = 50,
 ) -> None:
     """Estimate a recipe's memory and time from the model's configuration, without loading weights.
 
-    For one process on this machine (for a GPU that it lacks: --set device=cuda --no-probe), or with --gpus for a
-    cluster: what each GPU holds, computes and sends, at the rates that the options assume.
+    Without --gpus: one process on this machine (for a GPU that it lacks: --set device=cuda --no-probe). With --gpus,
+    also --gpus 1: what each GPU holds, computes and takes in, at the rates that the options assume; nothing is timed
+    here.
     """
     loaded = recipe_from(recipe, set_)
     from rich.console import Console

@@ -11,9 +11,10 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,7 +22,7 @@ from losa.errors import LosaError, reason
 from losa_kernels import settings
 
 _POLL = 0.1
-# Seconds that the process with the store waits for the others to read why the job ends.
+# Seconds that process 0, which may keep the store, leaves to the others at least to read why the job ends.
 _GRACE = 5.0
 _HOW = "start the processes with torchrun, or with srun as examples/slurm does"
 # How the store says that all may go on.
@@ -96,19 +97,22 @@ def join(place: Place, device: str, problem: str | None, timeout: timedelta, lim
         device: "cpu" or "cuda", the same in every process.
         problem: why this process cannot go on.
         timeout: after which a collective gives up.
-        limit: seconds that this process waits for the others; default: LOSA_JOIN_TIMEOUT.
+        limit: seconds from now in which this process waits for the others; default: LOSA_JOIN_TIMEOUT.
 
     Raises:
         LosaError: in every process: a process cannot go on, is missing, has another one's number or expects another
-            number of processes; or the store cannot be reached.
+            number of processes; or the store cannot be reached. Process 0 raises it once every process knows why, or
+            after ``limit``.
     """
-    if device == "cuda":
-        # Where a connection breaks, NCCL's own watchdog would abort the process. The watch over the processes ends it
-        # instead, once it knows which process is lost. torchrun sets the variable.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     limit = limit or settings.JOIN_TIMEOUT()
+    began = time.monotonic()
     store: Any = _connect(place, limit) if place.count > 1 else dist.HashStore()
-    _meet(store, place, device, problem, limit)
+    try:
+        _meet(store, place, device, problem, limit, began)
+    except RuntimeError as error:
+        raise LosaError(
+            f"process {place.index}: the processes' store at {place.store} is gone: {reason(error)}"
+        ) from error
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     group_timeout = timedelta(seconds=limit)
     try:
@@ -179,11 +183,9 @@ def _await_listener(place: Place, limit: float) -> None:
             time.sleep(_POLL)
 
 
-def _meet(store: Any, place: Place, device: str, problem: str | None, limit: float) -> None:
-    """Wait until every process has come and none has a problem."""
+def _meet(store: Any, place: Place, device: str, problem: str | None, limit: float, began: float) -> None:
+    """Wait until every process has come and none has a problem, for ``limit`` seconds since ``began``."""
     me = f"host {socket.gethostname()}, pid {os.getpid()}"
-    began = time.monotonic()
-    store.add("losa/came", 1)
     found = store.compare_set(f"losa/place/{place.index}", "", me).decode()
     if problem is not None:
         problem = f"process {place.index} ({me}): {problem}"
@@ -192,6 +194,7 @@ def _meet(store: Any, place: Place, device: str, problem: str | None, limit: flo
     else:
         problem = _differs(store, place, "WORLD_SIZE", str(place.count)) or _differs(store, place, "device", device)
     if problem is None:
+        # Only now, when this process is known to expect what the first one expects: process 0 goes on by these keys.
         store.set(f"losa/fine/{place.index}", "")
     fine = [f"losa/fine/{index}" for index in range(place.count)]
     while True:
@@ -207,7 +210,8 @@ def _meet(store: Any, place: Place, device: str, problem: str | None, limit: flo
         if store.check(["losa/outcome"]):
             outcome = store.get("losa/outcome").decode()
             if outcome != _GO or problem is not None:
-                _end(store, place, problem if outcome == _GO else outcome)
+                _leave(store, place, began + limit)
+                raise LosaError(problem if outcome == _GO else outcome)
             return
         time.sleep(_POLL)
 
@@ -218,12 +222,11 @@ def _differs(store: Any, place: Place, what: str, value: str) -> str | None:
     return None if found == value else f"{what}: process {place.index} has {value}, process {first} has {found}"
 
 
-def _end(store: Any, place: Place, problem: str | None) -> NoReturn:
-    """Leave, process 0 after the others have read why."""
-    store.add("losa/told", 1)
-    began = time.monotonic()
-    while place.index == 0 and time.monotonic() - began < _GRACE:
-        if store.add("losa/told", 0) >= store.add("losa/came", 0):
-            break
-        time.sleep(_POLL)
-    raise LosaError(problem)
+def _leave(store: Any, place: Place, until: float) -> None:
+    """Note that this process knows why the job ends. Process 0 waits for the others, for the store may go with it: a
+    process that comes later than another one, by what its imports take, reads the reason all the same."""
+    with suppress(RuntimeError):  # process 0 has waited long enough
+        store.add("losa/told", 1)
+        until = max(until, time.monotonic() + _GRACE)
+        while place.index == 0 and store.add("losa/told", 0) < place.count and time.monotonic() < until:
+            time.sleep(_POLL)

@@ -53,6 +53,9 @@ def working_together(device: str, config: DistributedConfig, settings: Mapping[s
         LosaError: in every process; names what is wrong, and with which process.
         Stopped, ProcessLost: from the work within.
     """
+    # Where a connection breaks, NCCL's own watchdog would abort the process. The watch over the processes ends it
+    # instead, once it knows which process is lost. torchrun sets the variable.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     with heeding_signals():
         own_device = start_processes(device, config)
         with watched(Limits(progress=config.timeout)):
@@ -94,7 +97,7 @@ def start_processes(device: str, config: DistributedConfig | None = None) -> str
 
 
 def end_together(problem: str) -> None:
-    """Tell the other processes, which are about to join, why this one cannot go on.
+    """Tell the other processes, which are about to join, why this one cannot go on. Process 0 waits for them.
 
     Raises:
         LosaError: in every process, with ``problem``; none where the others cannot be told.

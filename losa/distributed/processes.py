@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+import losa.errors
 from losa.distributed.joining import ALONE, Place, as_patient, read_place
 from losa.distributed.watch import others_wait, waiting
 from losa.errors import LosaError, OutputError
@@ -20,6 +21,10 @@ _POLL = 0.05
 
 _T = TypeVar("_T")
 _calls = itertools.count()
+
+# Errors that other processes raise as what they are; each is made of its message, which Stopped and ProcessLost are
+# not: work does not look for signals.
+_KINDS = (ValueError, *(kind for kind in vars(losa.errors).values() if isinstance(kind, type)))
 
 
 def joined() -> bool:
@@ -62,7 +67,7 @@ def on_main(work: Callable[[], _T]) -> _T:
 
     Raises:
         LosaError: in every process, where ``work`` raises one in the main process. Of another error, which the main
-            process raises, the other processes say only that there was one.
+            process raises, such as of a result that cannot be pickled, the other processes say only that there was one.
     """
     if process_count() == 1:
         return work()
@@ -75,12 +80,21 @@ def on_main(work: Callable[[], _T]) -> _T:
     try:
         with others_wait():
             result = work()
+        told = pickle.dumps((None, result))
     except BaseException as error:
-        told = error if isinstance(error, LosaError) else LosaError("the main process failed; its own message says why")
-        store.set(key, pickle.dumps((told, None)))
+        failed = told_error(error) if isinstance(error, LosaError) else (None, "its own message says why")
+        store.set(key, pickle.dumps((failed, None)))
         raise
-    store.set(key, pickle.dumps((None, result)))
+    store.set(key, told)
     return result
+
+
+def told_error(error: Exception) -> tuple[type[Exception] | None, str]:
+    """What other processes are told of an error: the type that they raise with the message; None for a type that they
+    do not raise, whose name is in the message."""
+    if type(error) in _KINDS:
+        return type(error), str(error)
+    return None, f"{type(error).__name__}: {error}"
 
 
 def _name(work: Any) -> str:
@@ -93,11 +107,12 @@ def _wait(store, key: str):
     try:
         while not store.check([key]):
             time.sleep(_POLL)
-        error, result = pickle.loads(store.get(key))
+        failed, result = pickle.loads(store.get(key))
     except RuntimeError as error:  # the store went with the process that held it
         raise LosaError("the main process ended before its work was done; its own message says why") from error
-    if error is not None:
-        raise error
+    if failed is not None:
+        kind, message = failed
+        raise LosaError(f"the main process failed; {message}") if kind is None else kind(message)
     return result
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import losa.errors
-from losa.distributed.processes import from_everyone, process_count, process_index
+from losa.distributed.processes import from_everyone, process_count, process_index, told_error
 from losa.errors import LosaError
 
 _T = TypeVar("_T")
-# Errors that other processes raise as what they are; each is made of its message, which Stopped and ProcessLost are
-# not: work does not look for signals.
-_KINDS = (ValueError, *(kind for kind in vars(losa.errors).values() if isinstance(kind, type)))
 
 
 def together(work: Callable[[], _T]) -> list[_T]:
@@ -37,7 +33,7 @@ def together(work: Callable[[], _T]) -> list[_T]:
         result = work()
     except Exception as raised:
         error = raised
-    told = None if error is None else (type(error) if type(error) in _KINDS else None, _message(error))
+    told = None if error is None else told_error(error)
     everyone = from_everyone((result, told))
     first = next((index for index, (_, told) in enumerate(everyone) if told is not None), None)
     if first is None:
@@ -48,8 +44,3 @@ def together(work: Callable[[], _T]) -> list[_T]:
     if kind is not None:
         raise kind(message) from error
     raise LosaError(f"process {first}: {message}") from error
-
-
-def _message(error: Exception) -> str:
-    text = str(error)
-    return text if type(error) in _KINDS else f"{type(error).__name__}: {text}"

@@ -166,7 +166,8 @@ class _Watch:
         self.broken_since: float | None = None
         self.answered = time.monotonic()
         self.done = threading.Event()
-        self._report()
+        # Also finds out here, where it can be told, whether this torch can be asked.
+        self._report(_nccl_is_broken())
         if self.me.index:
             self.store.wait(["0"])
             self._read(self.store, range(1))
@@ -174,11 +175,11 @@ class _Watch:
         for thread in self.threads:
             thread.start()
 
-    def _report(self) -> None:
+    def _report(self, broken: bool) -> None:
         me, position = self.me, _position
         me.beat += 1
         me.where, me.waits, me.awaited = position.where, position.waits, position.awaited
-        me.age, me.broken = time.monotonic() - position.since, _nccl_is_broken()
+        me.age, me.broken = time.monotonic() - position.since, broken
         me.since = time.time() - me.age
         self.store.set(str(me.index), json.dumps(asdict(me)))
 
@@ -221,7 +222,12 @@ class _Watch:
         """Report, read, judge or obey. A thread."""
         while not self.done.wait(self.limits.period):
             try:
-                self._report()
+                broken = _nccl_is_broken()
+            except Exception as error:
+                self._end(1, f"NCCL cannot be asked for errors ({type(error).__name__}: {reason(error)})")
+                return
+            try:
+                self._report(broken)
                 self._read(self.store, range(self.count if self.me.index == 0 else 1))
                 self.answered = time.monotonic()
                 if self.me.index == 0:

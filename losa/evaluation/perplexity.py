@@ -150,17 +150,17 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
             bar.update()
         return found[: max(len(mine) - indices.start, 0)]
 
-    sums: list[list[float]] = [[] for _ in range(process_count())]
+    found: list[list[list[float]]] = []  # by look, by process
     with bar:
         # A pass of a sharded model takes far longer than a look.
         step = 1 if sharded else _BETWEEN_CHECKS
         for first in range(0, most, step):
             check()
-            indices = range(first, min(first + step, calls))
-            parts = from_everyone(run(indices)) if sharded else together(partial(run, indices))
-            for own, part in zip(sums, parts, strict=True):
-                own += part
-    return [summed for own in sums for summed in own]
+            part = partial(run, range(first, min(first + step, calls)))
+            found.append([part()] if sharded else together(part))
+    if sharded:
+        found = [from_everyone([summed for (own,) in found for summed in own])]
+    return [summed for process in zip(*found, strict=True) for own in process for summed in own]
 
 
 def _summed(loss: TokenLoss, ids: Tensor, labels: Tensor, device: torch.device) -> float:

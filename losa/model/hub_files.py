@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ from losa.storage.tensor_files import INDEX, WHOLE
 
 # Configurations and tokenizers of every kind; weights in several files come by name.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def local_directory(model: str, source: str, trust_remote_code: bool = False) -> Path:
+    """The directory of a model, fetched from the hub if need be. All processes call it.
+
+    Args:
+        model: what the user gave, for messages.
+        source: what ``losa.model.loading.locate_model`` returned here.
+
+    Raises:
+        ModelError, OutputError: in every process, as ``fetch``; or some processes see a directory and others none.
+    """
+    local = os.path.isdir(source)
+    check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
+    return Path(source) if local else fetch(source, trust_remote_code)
 
 
 def fetch(name: str, trust_remote_code: bool = False) -> Path:

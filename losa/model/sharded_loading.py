@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,7 @@ from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
-from losa.model.hub_files import fetch
+from losa.model.hub_files import local_directory
 from losa.model.loading import (
     DTYPES,
     check_complete,
@@ -65,9 +64,7 @@ def load_sharded(
         OutputError: in every process; the processes do not read the same weights.
     """
     source = everywhere(partial(_locate, model, gguf_file, dtype))
-    local = os.path.isdir(source)
-    check_agreement(f"model {model!r}", "a directory" if local else "no directory of that name")
-    directory = Path(source) if local else fetch(source, trust_remote_code)
+    directory = local_directory(model, source, trust_remote_code)
     empty = partial(_empty, model, directory, dtype, trust_remote_code)
     if trust_remote_code:
         # transformers copies the model's Python files to where it imports them from. One process copies.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from losa.distributed.processes import is_main, on_main, process_count, process_index
 from losa.distributed.sharding import device_of, gathered_calls, whole
+from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere
 from losa.distributed.watch import progress
@@ -58,6 +59,7 @@ def check_sharded_export(
         the number of kept weights that are zero.
 
     Raises:
+        Stopped: between blocks, if a signal asks for it.
         OutputError: in every process; says which check fails, and where.
     """
     check_masked_names(record, masks)
@@ -165,6 +167,7 @@ class _Comparison:
 
         def after(_module, _args, output):
             progress(f"checking {self.blocks.names[index]}")
+            check()
             seen = _Pass(*calls.pop(), output)
             masks = {n: whole(mask) for n, mask in self.masks.items() if self.blocks.index_of(n) == index}
             mine = index % process_count() == process_index()

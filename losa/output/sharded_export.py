@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from losa.distributed.agreement import check_shared
 from losa.distributed.processes import on_main, process_count, process_index
 from losa.distributed.sharding import gathered, gathered_calls, sharding_of
+from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import OutputError, reason
@@ -49,6 +50,7 @@ def export_together(
         masks: packed, whole or in shards.
 
     Raises:
+        Stopped: between files of a model in shards, if a signal asks for it. The output is not there then.
         OutputError: in every process, as ``export_model``.
         ValueError: the model still has adapters.
     """
@@ -112,6 +114,7 @@ def _write_weights(model: nn.Module, staged: Path, output: Path) -> None:
         if number == last or (number + 1) % process_count() == 0:
             for written in together(write):
                 places |= written
+            check()
 
     def write_places() -> None:
         with _named(output):

@@ -234,10 +234,10 @@ class DistributedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How often a run saves a state that it can go on from. The end of each round is always saved."""
+    """How often a run saves a state that it can go on from. The end of each round that trains is always saved."""
 
     every_steps: int | None = Field(None, ge=1, le=MAX_COUNT, description="training steps between states")
-    every_minutes: float | None = Field(15, gt=0, description="minutes of training between states; null: never")
+    every_minutes: float | None = Field(15, gt=0, description="minutes of training between states; null: not by time")
     keep: int = Field(2, ge=1, le=1000, description="how many states are kept")
     asynchronous: bool = Field(True, description="go on training while a state is written")
 

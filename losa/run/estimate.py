@@ -63,7 +63,8 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
-    """Estimate a recipe on one process, without loading weights.
+    """Estimate a recipe on one process, without loading weights. The process holds the model's rows in host memory
+    where the recipe has ``distributed.cpu_offload``, and else the whole model, as it would.
 
     Args:
         probe: measure the device's rate by about a second of matrix products.
@@ -77,6 +78,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
     available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     memory = capacity(device if available else None)
     planned = Planned.of(recipe, model, device, memory)
+    placement = Placement(1, 1, offload=True) if recipe.distributed.cpu_offload else Placement()
     shape = planned.shape
     largest = max(shape.pruned, key=lambda w: w.numel)
     return Estimate(
@@ -88,7 +90,7 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
         device=str(device),
         rounds=planned.rounds[recipe.method],
         train_length=planned.train_length,
-        holdings=planned.holdings(Placement()),
+        holdings=planned.holdings(placement),
         stages=list(stages(recipe, shape, planned.rounds)),
         rate=product_rate(device, shape.computed, largest.inputs, largest.outputs) if probe and available else None,
         capacity=memory,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from losa.algorithm.engine import keeps_originals
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.sections import Recipe, TrainConfig
+from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
 from losa.training.loss import CHUNK_BYTES
 
@@ -50,6 +51,8 @@ def holdings(
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
         held += _training(shape, rank, processes)
         held += training_work(recipe.train, shape)
+    if recipe.evaluate is not None:
+        held += evaluation_work(recipe.evaluate, shape)
     return [*held, *_export(shape)]
 
 
@@ -108,9 +111,9 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
     if len(names) > 1:
         phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
         yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
-    needed = recipe.prune.regrow or any(METHODS[name].dynamic for name in names)
-    if pruner.updates_weight and needed and (len(names) == 1 or place == "device"):
-        for phase in ("pruning", "training"):
+    kept = any(keeps_originals(recipe.prune, pruner, METHODS[name].dynamic) for name in names)
+    if kept and (len(names) == 1 or place == "device"):
+        for phase in ("pruning", "training", "evaluation"):
             how = "as they were, for the dense stream of later rounds"
             yield Holding(phase, "host", "dense weights", moved if place == "device" else size, how)
 
@@ -173,6 +176,15 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
     yield Holding("training", place, "loss", loss_bytes(shape, tokens), how)
     how = "M (W + s B A) and dY^T x of the largest"
     yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+
+
+def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Holding]:
+    """What a forward pass without gradients takes next to the model."""
+    place, tokens = shape.computes_on, evaluate.batch_size * evaluate.length
+    widest = max(max(w.inputs, w.outputs) for w in shape.linears)
+    how = "3 x batch x length x widest side"
+    yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * shape.dtype.itemsize, how)
+    yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:

@@ -16,9 +16,9 @@ from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import (
     Holding,
     dense_weights,
+    evaluation_work,
     highest_rank,
     largest_pruned,
-    loss_bytes,
     pruning_work,
     training_work,
 )
@@ -85,8 +85,8 @@ def sharded_holdings(
         held += _training(recipe, shape, rank, placement)
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
-        tokens = recipe.evaluate.batch_size * recipe.evaluate.length
-        held += _evaluation(shape, rank, tokens, placement)
+        held += _evaluation(shape, rank, placement)
+        held += evaluation_work(recipe.evaluate, shape)
     return [*held, *_export(shape)]
 
 
@@ -148,17 +148,13 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement
     yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
-def _evaluation(shape: ModelShape, rank: int, tokens: int, placement: Placement) -> Iterator[Holding]:
+def _evaluation(shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
     place = shape.computes_on
     largest = max(block_parts(shape, rank), key=whole_bytes)
     yield Holding("evaluation", place, "one block, whole", whole_bytes(largest), "the one that runs")
     sent = sent_bytes(largest, placement.shard_size or 1)
     yield Holding("evaluation", place, "one block on its way", sent, "as it comes, before its rows are put together")
     yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
-    widest = max(max(w.inputs, w.outputs) for w in shape.linears)
-    how = "3 x batch x length x widest side"
-    yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * shape.dtype.itemsize, how)
-    yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
 
 
 def _export(shape: ModelShape) -> Iterator[Holding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from losa.data.splitting import named_parts, split
 from losa.distributed.processes import launched
-from losa.errors import RecipeError
+from losa.errors import DataError, RecipeError
 
 # The sections of a recipe that read text, by the part of the user's text that they get.
 SECTIONS = {"calibration": "calibration", "train": "train", "heldout": "evaluate"}
@@ -19,21 +19,25 @@ def own_text(recipe: dict, data: Path, output: Path, log: Callable[[str], None])
     Args:
         recipe: settings, not validated yet.
         data: a directory with the parts by name; anything else is split into ``OUTPUT.data``.
-        log: gets a sentence about the split, in the first process.
+        log: gets a sentence about the split.
 
     Returns:
         values by dotted name, for ``losa.recipe.override``.
 
     Raises:
         RecipeError: a part that a section needs is missing.
-        DataError, OutputError: as ``losa.data.splitting``.
+        DataError, OutputError: as ``losa.data.splitting``; or several processes would split, each for itself.
     """
     wanted = [part for part, section in SECTIONS.items() if part == "calibration" or recipe.get(section) is not None]
     parts = named_parts(data)
     if not parts:
+        if (processes := launched().count) > 1:
+            raise DataError(
+                f"--data {data}: expected a directory with calibration.*, train.* and heldout.*: {processes} processes "
+                "do not split text; a run in one process leaves such a directory, OUTPUT.data"
+            )
         parts, message = split(data, output.with_name(f"{output.name}.data"))
-        if launched().index == 0:
-            log(message)
+        log(message)
     if missing := [part for part in wanted if part not in parts]:
         there = ", ".join(path.name for path in parts.values())
         raise RecipeError(f"--data {data}: {' and '.join(missing)} text is missing (files or directories); has {there}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from losa.distributed.stop import check
 from losa.distributed.turns import everywhere
 from losa.distributed.watch import progress
 from losa.model.blocks import Blocks, find_blocks
-from losa.model.hub_files import fetch
+from losa.model.hub_files import local_directory
 from losa.model.loading import load_model, locate_model, torch_device
 from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import sparsity_of
@@ -169,8 +168,7 @@ def _run(
 
 def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, object]:
     """The recipe's model, whole or this process's rows of it, and its tokenizer."""
-    if process_count() > 1:
-        _fetch(recipe)
+    source = _fetch(recipe) if process_count() > 1 else recipe.model
     placement = placement_of(recipe, device)
     if placement.mode != "whole":
         console.print(f"distributed: {placement.processes} processes, {placement.mode}: {placement.text}", markup=False)
@@ -179,18 +177,19 @@ def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, obj
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:
         progress(f"loading {recipe.model}")
-        return load_model(recipe.model, device=device, **how)
-    return load_sharded(recipe.model, sharding, **how)
+        return load_model(source, device=device, **how)
+    return load_sharded(source, sharding, **how)
 
 
-def _fetch(recipe: Recipe) -> None:
-    """Download a model of the hub once for all processes of a machine. They wait for that however long it takes, as
-    they would not for a download by each process."""
+def _fetch(recipe: Recipe) -> str:
+    """What all processes load: the directory of one revision. A model of the hub is downloaded once for all processes
+    of a machine. They wait for that however long it takes, as they would not for a download by each process."""
     source, file = everywhere(partial(locate_model, recipe.model, recipe.gguf_file))
-    local = os.path.isdir(source)
-    check_agreement(f"model {recipe.model!r}", "a directory" if local else "no directory of that name")
-    if not local and file is None:
-        fetch(source, recipe.trust_remote_code)
+    if file is not None:
+        return recipe.model
+    directory = local_directory(recipe.model, source, recipe.trust_remote_code)
+    # Weights in other formats were not fetched: transformers gets them, by the hub's name.
+    return str(directory) if any(directory.glob("*.safetensors")) else recipe.model
 
 
 def _run_methods(

@@ -16,12 +16,11 @@ import torch.futures
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
-from losa.distributed.joining import as_patient
 from losa.distributed.processes import is_main, joined
 from losa.distributed.watch import others_wait
 from losa.errors import OutputError
 from losa.run.documents import write_document
-from losa.run.states import METADATA, STATE, Point, file_digest, host_group, naming, remove_outdated
+from losa.run.states import FOR_FILES, METADATA, STATE, Point, file_digest, naming, remove_outdated, unhurried
 from losa.storage.files import partial_name, publish
 
 # A process that is alone is not told at each save that it is alone.
@@ -64,12 +63,12 @@ class StateWriter:
         if background:
             # The group is this thread's own: messages of training and of a save must not meet.
             if self._group is None and joined():
-                self._group = as_patient(dist.new_group(backend="gloo"))
+                self._group = dist.new_group(backend="gloo", timeout=FOR_FILES)
             # With a storage writer that copies, as DCP's does, the copies are made before this returns.
             self._future = dcp.async_save(tensors, storage_writer=files, process_group=self._group)  # type: ignore
             return
-        with others_wait(), self._cleaning(), naming(self._final):
-            dcp.save(tensors, storage_writer=files, process_group=host_group())
+        with others_wait(), self._cleaning(), naming(self._final), unhurried() as group:
+            dcp.save(tensors, storage_writer=files, process_group=group)
 
     @property
     def failed(self) -> bool:

@@ -14,15 +14,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from losa.distributed.joining import as_patient
 from losa.distributed.processes import (
     control_group,
     from_everyone,
@@ -42,6 +45,8 @@ logger = logging.getLogger("losa")
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 METADATA = ".metadata"  # where DCP writes which tensors there are
 _NAME = re.compile(r"round-(\d+)(?:-(pruned)|-step-(\d+))?")
+# How long a process may write and read files while others wait for it.
+FOR_FILES = timedelta(days=1)
 _EARLIER = "layers.safetensors"  # the tensors of a state before DCP
 
 
@@ -213,7 +218,8 @@ def _damaged_file(state: State) -> str | None:
                     wrong = f"{path.name} has another checksum than when it was written"
             except OSError as error:
                 wrong = f"{path.name}: {reason(error)}"
-    return next((one for one in from_everyone(wrong) if one is not None), None)
+    with unhurried():
+        return next((one for one in from_everyone(wrong) if one is not None), None)
 
 
 def file_digest(path: Path) -> str:
@@ -234,13 +240,23 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OutputError: the files cannot be read.
     """
-    with others_wait(), naming(path):
-        dcp.load({**tensors}, storage_reader=dcp.FileSystemReader(path), process_group=host_group())
+    with others_wait(), naming(path), unhurried() as group:
+        dcp.load({**tensors}, storage_reader=dcp.FileSystemReader(path), process_group=group)
 
 
-def host_group() -> Any:
-    """What DCP's plans go through; None for a process that is alone."""
-    return control_group() if joined() else None
+@contextmanager
+def unhurried() -> Iterator[Any]:
+    """The group that files' messages go through, None for a process that is alone. Within the context a process waits
+    for the slowest one however long its files take; the watch over the processes tells who is lost."""
+    if not joined():
+        yield None
+        return
+    group = control_group()
+    dist.distributed_c10d._set_pg_timeout(FOR_FILES, group)
+    try:
+        yield group
+    finally:
+        as_patient(group)
 
 
 @contextmanager

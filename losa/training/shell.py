@@ -29,6 +29,9 @@ def make_shell(
     FSDP2's hooks stay with the modules that it takes over, while pruning needs modules without them; so the copy gets
     the hooks. Each decoder block is gathered by itself, everything outside of the blocks together.
 
+    FSDP2 is called directly, not through ``accelerate.Accelerator.prepare``, which shards a whole module in place:
+    before each round a process would have to hold the whole model, and FSDP2's hooks would stay in it.
+
     Args:
         loss_module: holds ``model``. Frozen parameters of its own, which every process has whole, are sharded in the
             copy alone.

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from losa.data.sequences import IGNORED, PackedData
-from losa.distributed.collectives import sum_over_processes
+from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.launch import start_processes
 from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
@@ -113,7 +113,8 @@ class Trainer:
             start_processes(self.device.type)
         self.processes = process_count()
         self.autocast = autocast_dtype(config.precision, self.device)
-        self.fused = self.device.type in ("cpu", "cuda")
+        # The CPU's fused step rounds the last numbers of a tensor differently, and so those of each process's rows.
+        self.fused = self.device.type == "cuda"
         self.steps_a_reading = STEPS_A_READING if self.device.type == "cuda" else 1
         self.global_step = 0
         self.sequences_per_step = config.batch_size * config.gradient_accumulation * self.processes
@@ -204,10 +205,14 @@ class Trainer:
         model.train()
         with _checkpointing(model, checkpoints):
             if model is self.model and self.processes > 1:
+                # Adapters begin as random numbers, and GPUs of two kinds round differently.
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data.copy_(from_rank_zero(parameter.data))
                 module = DistributedDataParallel(
                     module,
                     [self.device] if self.device.type == "cuda" else None,
-                    # All processes have the same weights and buffers already: their digests were compared.
+                    # It would send the frozen weights too, which all processes have read.
                     init_sync=False,
                     # Some experts of a mixture may be reached by no token of a process.
                     find_unused_parameters=any(map(expert_lists, find_blocks(model))),

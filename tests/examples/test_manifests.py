@@ -56,6 +56,8 @@ def test_the_pods_of_the_job_find_each_other():
     assert int(launch.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
     claims = [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]]
     assert JOB["PersistentVolumeClaim"]["metadata"]["name"] in claims
+    # The default class is mostly of disks that one node mounts.
+    assert JOB["PersistentVolumeClaim"]["spec"]["storageClassName"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     given = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 import yaml
 
+from losa.distributed.watch import Limits
+from losa_kernels.settings import JOIN_TIMEOUT
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import settings
 from tests.helpers.slurm import FAKE_LOSA, REAL_LOSA, Slurm, batch_options
@@ -40,6 +42,18 @@ def test_each_task_knows_its_place(tmp_path, nodes, tasks, gpus):
         assert (seen["MASTER_ADDR"], seen["MASTER_PORT"]) == ("node-a", "22345")
         assert seen["OMP_NUM_THREADS"] == "8"
     assert slurm.requeued() == []
+
+
+@pytest.mark.parametrize("seconds", [None, "45"])
+def test_tasks_that_wait_for_a_missing_one_are_left_the_time_to_say_so(tmp_path, monkeypatch, seconds):
+    monkeypatch.delenv("LOSA_JOIN_TIMEOUT", raising=False)
+    if seconds is not None:
+        monkeypatch.setenv("LOSA_JOIN_TIMEOUT", seconds)
+    slurm = Slurm(SCRIPT, tmp_path, FAKE_LOSA, nodes="1", ntasks_per_node="1", gres="none")
+    assert slurm.run("recipe.yaml") == (0, "")
+    assert f"LOSA_JOIN_TIMEOUT={JOIN_TIMEOUT():g}\n" in (tmp_path / "environment.0").read_text()
+    # The watch's own limit comes on top, for a task that has just joined.
+    assert slurm.waited() >= JOIN_TIMEOUT() + Limits(progress=1800).silent
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.helpers.forks import fork, free_port, place
+from tests.helpers.forks import fork, place, reserved
 from tests.helpers.processes import ROOT
 
 # Seconds. Every limit of a case is much shorter.
@@ -41,12 +42,12 @@ def run_cases(cases: dict[str, Case]) -> None:
     """Run all cases at the same time. Prints JSON: for each case a list of each process's exit code, output (what it
     said, and what ``work`` returned) and seconds."""
     found = {name: [{} for _ in range(case.count)] for name, case in cases.items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        ports = {name: held.enter_context(reserved()).getsockname()[1] for name in cases}
         began, running = time.monotonic(), {}
         for name, case in cases.items():
-            port = free_port()
             for index in range(case.count):
-                variables = place(index, case.count, port) | case.variables(index)
+                variables = place(index, case.count, ports[name]) | case.variables(index)
                 pid = fork(partial(_work, case, index), variables, Path(folder) / f"{name}-{index}")
                 running[pid] = (name, index)
         while running:

@@ -22,10 +22,12 @@ from pathlib import Path
 PRELOADED = ("torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "losa.run.pipeline")
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def reserved() -> socket.socket:
+    """Holds a free port, on which a store may still listen: nobody else is given the port meanwhile."""
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind(("127.0.0.1", 0))
+    return found
 
 
 def place(rank: int, processes: int, port: int) -> dict[str, str | None]:
@@ -67,16 +69,17 @@ def fork(work: Callable[[], int], variables: Mapping[str, str | None], output: P
 
 def run_group(processes: int, work: Callable[[], int]) -> bool:
     """Whether all processes ended well. When one fails, all are ended."""
-    port = free_port()
-    children = {fork(work, place(rank, processes, port)) for rank in range(processes)}
     failed = False
-    while children:
-        child, status = os.wait()
-        children.discard(child)
-        if status and not failed:
-            failed = True
-            for other in children:
-                os.kill(other, signal.SIGKILL)
+    with reserved() as held:
+        port = held.getsockname()[1]
+        children = {fork(work, place(rank, processes, port)) for rank in range(processes)}
+        while children:
+            child, status = os.wait()
+            children.discard(child)
+            if status and not failed:
+                failed = True
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
     return not failed
 
 

@@ -26,6 +26,7 @@ while words[0].startswith("--"):
         sys.exit(f"srun: unrecognized option '{{name}}'")
     options[name] = value
 tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
+(folder / "waited").write_text(options["--wait"])
 each = tasks // nodes
 started = []
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in started])
@@ -140,6 +141,10 @@ class Slurm:
         """srun and the processes of the tasks; empty before they are started."""
         file = self.folder / "processes"
         return [int(task) for task in file.read_text().split()] if file.exists() else []
+
+    def waited(self) -> float:
+        """Seconds for which srun lets other tasks go on after the first one has ended."""
+        return float((self.folder / "waited").read_text())
 
     def warn(self) -> None:
         """What SLURM does some time before the time limit (--signal): all tasks get the signal, the script does not."""

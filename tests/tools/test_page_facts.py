@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import modules as benchmark_modules
-from losa.distributed.stop import Stopped
-from losa.distributed.watch import ProcessLost
+from losa.distributed.launch import _PATIENCE
+from losa.distributed.stop import _ONE_REQUEST, Stopped
+from losa.distributed.watch import Limits, ProcessLost
 from losa.errors import LosaError
+from losa.recipe.sections import DistributedConfig
 from losa_kernels import settings
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,20 @@ def test_messages_that_the_clusters_page_explains_are_losas():
         # Numbers, one-letter names and dots stand for what differs.
         parts = re.split(r"\.\.\.|\b[A-Z]\b|\d+", message)
         assert re.search(r'[^"\n]*'.join(map(re.escape, parts)), sources), message
+
+
+def test_the_clusters_page_has_the_seconds_of_the_code():
+    page = " ".join(PAGES["docs/guide/clusters.md"].split())
+    limits = Limits(DistributedConfig().timeout)
+    table = page.split("| what happened | noticed after |")[1].split("The clock of the last row")[0]
+    noticed = [float(seconds) for seconds in re.findall(r"(\d+) s\b", table)]
+    assert noticed == [limits.broken, limits.silent, limits.broken + limits.grace, limits.progress]
+    assert f"reports every {limits.period:g} s" in page
+    assert f"`has not been heard for {limits.silent:g} s` ({limits.broken:g} s where a connection broke)" in page
+    assert f"wait {settings.JOIN_TIMEOUT.default:g} s for each other" in page
+    assert {2: "gives up after twice `distributed.timeout`"}[_PATIENCE] in page
+    for other in (page, " ".join(PAGES["docs/guide/runs.md"].split())):
+        assert f"second SIGTERM, more than {_ONE_REQUEST:g} s after the first" in other
 
 
 def test_exit_codes_are_those_of_losa():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 from losa.cli.recipes import recipe_from
 from losa.run.cluster import Cluster
+from losa.run.estimate import estimate
 from losa.run.estimate_cluster import ClusterEstimate, estimate_cluster
 from losa.run.estimate_wire import Wires
-from tests.helpers.llama70b import configuration
+from tests.helpers.llama import configuration
 from tests.helpers.tools import ROOT, tool
 
 PAGE = (ROOT / "docs/guide/planning.md").read_text()
@@ -86,6 +88,47 @@ def test_the_numbers_of_the_text_are_those_of_the_plan(plan):
     passes = 5 * (3 * samples + 64 // gpus) + 2 * 2
     calibration = numbers["calibration, 2,048 tokens a sample"]
     assert stages["pruning"].flops == passes * 2048 * calibration
+
+
+def hardware(page: str) -> dict[str, Cluster]:
+    """What each recipe of a page's table needs by that table, by the recipe's name."""
+    row = r"^\|[^|\n]*?([\w-]+)(?:\.yaml)?[`\]].*\| (one|eight) (\d+) GB GPUs?\b(?:(?: and|,) (\d+) GB of host memory)?"
+    found = re.findall(row, (ROOT / page).read_text(), re.MULTILINE)
+    counts = {"one": 1, "eight": 8}
+    return {
+        name: Cluster(counts[count], memory=1e9 * int(memory), host_memory=1e9 * int(host) if host else None)
+        for name, count, memory, host in found
+    }
+
+
+CLUSTERS = hardware("docs/guide/clusters.md")
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_recipes_fit_the_hardware_that_the_pages_name(name, tmp_path):
+    cluster = CLUSTERS[name]
+    assert hardware("examples/README.md")[name] == cluster
+    recipe = recipe_from(ROOT / f"examples/{name}.yaml", None)
+    recipe = recipe.model_copy(update={"model": str(configuration(tmp_path, recipe.model))})
+    plan = estimate_cluster(recipe, cluster)
+    assert plan.fits, plan.remedies
+    # The verdict can fail: of a quarter of what is scarce.
+    less = {"memory": cluster.memory / 4} if cluster.host_memory is None else {"host_memory": cluster.host_memory / 4}
+    assert not estimate_cluster(recipe, replace(cluster, **less)).fits
+
+
+def test_every_recipe_for_clusters_has_its_row():
+    assert len(CLUSTERS) == 3
+
+
+def test_a_plan_of_one_process_leaves_offloaded_rows_in_host_memory(tmp_path):
+    recipe = recipe_from(ROOT / "examples/llama2-70b-prune-one-gpu.yaml", ["device=cuda"])
+    recipe = recipe.model_copy(update={"model": str(configuration(tmp_path, recipe.model))})
+    alone, plan = estimate(recipe, probe=False), estimate_cluster(recipe, Cluster(1))
+    held = [h for h in alone.holdings if h.phase == "throughout"]
+    assert held == [h for h in plan.holdings if h.phase == "throughout"]
+    assert {h.what for h in held if h.place == "host"} >= {"weights", "masks"}
+    assert alone.peak("device")[0] < 80e9
 
 
 def test_the_page_is_made_of_what_its_commands_print():

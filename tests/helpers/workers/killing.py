@@ -22,7 +22,7 @@ from losa.distributed.sharding import make_sharding, shard_module, sharding_of
 from losa.distributed.watch import LOST_EXIT_CODE, Limits, watched
 from losa.errors import LosaError
 from losa.storage.files import recover_all, write_json
-from tests.helpers.forks import fork, free_port, place
+from tests.helpers.forks import fork, place, reserved
 from tests.helpers.processes import finish
 from tests.helpers.rounds import method_run, result
 
@@ -78,13 +78,14 @@ def start(directory: Path, count: int) -> list[int]:
     signs = [directory / f"joined-{rank}" for rank in range(count)]
     for sign in signs:
         sign.unlink(missing_ok=True)
-    port, work = free_port(), partial(exit_code, directory)
-    children = [fork(work, place(rank, count, port), said(directory, rank)) for rank in range(count)]
-    deadline = time.monotonic() + 60
-    while not all(sign.exists() for sign in signs):
-        if time.monotonic() > deadline:
-            raise RuntimeError("the processes do not join")
-        time.sleep(0.001)
+    with reserved() as held:
+        port, work = held.getsockname()[1], partial(exit_code, directory)
+        children = [fork(work, place(rank, count, port), said(directory, rank)) for rank in range(count)]
+        deadline = time.monotonic() + 60
+        while not all(sign.exists() for sign in signs):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the processes do not join")
+            time.sleep(0.001)
     return children
 
 
@@ -129,7 +130,7 @@ def runs(directory: Path, count: int, kills: int, moments: random.Random) -> dic
     while True:
         own = directory / str(found["runs"])
         children = start(own, count)
-        codes = ended(set(children), moments.uniform(0, needed) if found["kills"] < kills else 100)
+        codes = ended(set(children), moments.uniform(0, 0.7 * needed) if found["kills"] < kills else 100)
         if any(codes.values()):
             raise RuntimeError(f"a run ended with {codes}: {[said(own, rank).read_text() for rank in range(count)]}")
         living = set(children) - codes.keys()

@@ -113,7 +113,11 @@ def test_other_commands_say_that_processes_do_the_same(monkeypatch, caplog):
     assert not caplog.text
     monkeypatch.setenv("WORLD_SIZE", "2")
     fail("inspect", "/nowhere")
-    assert "losa inspect works in one process; each of 2 does the same" in caplog.text
+    assert "losa inspect works in one process; it was started 2 times, and each does all of it" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    fail("inspect", "/nowhere")
+    assert not caplog.text
 
 
 def test_arguments_reach_the_run(workspace, passed):

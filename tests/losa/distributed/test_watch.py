@@ -75,6 +75,11 @@ def nccl_breaks(lost):
         time.sleep(50)
     return work
 
+def nccl_cannot_be_asked(index):
+    if index == 1:
+        watch._nccl_is_broken = lambda: int("no backend")
+    time.sleep(50)
+
 launchers_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 kept_by_launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(launchers_store.port)}
 
@@ -104,6 +109,7 @@ run_cases({
     "waiting": Case(watch_over(one_hangs_where_the_others_wait, standing), 3),
     "nccl": Case(watch_over(nccl_breaks(lost=None), patient), 3),
     "nccl lost": Case(watch_over(nccl_breaks(lost=2), patient), 3),
+    "nccl unknown": Case(watch_over(nccl_cannot_be_asked, moving)),
     "failed alike": Case(watch_over(fail_alike), 3),
     "asked to stop": Case(watch_over(asked), 3),
 })
@@ -168,6 +174,13 @@ def test_an_error_of_nccl_ends_the_job_where_all_processes_live(found):
     for process in found["nccl"]:
         assert process["code"] == 76 and process["seconds"] < LIMIT
         assert "NCCL met an error, which it logs, in process 1 (host " in process["said"]
+
+
+@pytest.mark.subprocess
+def test_a_process_that_cannot_ask_nccl_says_so(found):
+    first, second = found["nccl unknown"]
+    assert first["code"] == 76 and "process 1 (host " in first["said"], first
+    assert second["code"] == 1 and "losa: NCCL cannot be asked for errors (ValueError: " in second["said"], second
 
 
 @pytest.mark.subprocess

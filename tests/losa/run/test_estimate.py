@@ -86,20 +86,18 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     assert found.peak("host") == (4 * PARAMETERS, "export")
 
 
+IN_HOST_MEMORY = {(phase, "host") for phase in ("pruning", "training", "evaluation")}
+
+
 @pytest.mark.parametrize(
     "pruner, compare, on_cpu, on_gpu",
     [
         ("wanda", [], set(), set()),
         # Of each method the merged weights take the place of masks over dense ones.
         ("wanda", ["prune_only"], {("evaluation", "host")}, {("evaluation", "device")}),
-        ("sparsegpt", [], {("pruning", "host"), ("training", "host")}, {("pruning", "host"), ("training", "host")}),
+        ("sparsegpt", [], IN_HOST_MEMORY, IN_HOST_MEMORY),
         # Dense linears wait for the next method, where new weights are; a copy is in host memory.
-        (
-            "sparsegpt",
-            ["prune_only"],
-            {("throughout", "host")},
-            {("throughout", "device"), ("pruning", "host"), ("training", "host")},
-        ),
+        ("sparsegpt", ["prune_only"], {("throughout", "host")}, {("throughout", "device")} | IN_HOST_MEMORY),
     ],
 )
 def test_where_dense_weights_wait(model_directory, pruner, compare, on_cpu, on_gpu):

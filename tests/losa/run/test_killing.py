@@ -13,9 +13,9 @@ from tests.helpers.workers.killing import PLAN, RESULT
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> tuple[Path, dict[int, dict]]:
     """For each attempt a process forks others that go on with the run, and kills one of them at a moment that is drawn
-    from the time that an uninterrupted run takes; the watch must end the others, and each says which process was lost.
-    A run that gets through is compared, and the next one begins, until there were so many kills; the last run is left
-    to end. A state is written after each of the five steps, in the background, so that many kills fall into the
+    from most of the time that an uninterrupted run takes; the watch must end the others, and each says which process
+    was lost. A run that gets through is compared, and the next one begins, until there were so many kills; the last run
+    is left to end. A state is written after each of the five steps, in the background, so that many kills fall into the
     writing."""
     directory = tmp_path_factory.mktemp("killed")
     (found,) = run_workers("killing", 1, directory / "found", str(directory), "0", timeout=290)

@@ -24,7 +24,7 @@ from losa.recipe.reading import override, parse_recipe, read_settings
 from losa.run.cluster import Cluster
 from losa.run.estimate_cluster import ClusterEstimate, estimate_cluster
 from losa.training.shell import make_shell
-from tests.helpers.llama70b import RECIPE, configuration
+from tests.helpers.llama import RECIPE, configuration
 from tests.helpers.tiny import tiny_llama
 
 KINDS = {"weights": ("weight", "bias"), "masks": ("mask",), "adapters": ("lora_A", "lora_B")}

@@ -72,7 +72,7 @@ def train(monkeypatch, directory, steps_a_reading: int, **settings):
     monkeypatch.setattr(Trainer, "_step", watched)
     model = wrapped_llama()
     run = trainer(model, directory, total=24, batch_size=2, learning_rate=1e-2, max_grad_norm=0.5, **settings)
-    run.steps_a_reading = steps_a_reading
+    run.fused, run.steps_a_reading = True, steps_a_reading  # as on a GPU
     return waits, run.train(sequences(24), round_index=1), model
 
 
@@ -204,7 +204,7 @@ def test_steps_that_are_read_together_have_a_time_each(monkeypatch, tmp_path):
 def test_steps_before_an_error_are_written_down(monkeypatch, tmp_path, error):
     step = Trainer._step
     run = trainer(wrapped_llama(), tmp_path, total=24, batch_size=2)
-    run.steps_a_reading = 10
+    run.fused, run.steps_a_reading = True, 10  # as on a GPU
 
     def fails(*arguments):
         if run.global_step == 4:
@@ -243,7 +243,7 @@ def test_a_broken_step_changes_nothing_though_it_is_read_later(tmp_path, broken)
     model = wrapped_llama()
     break_training(model, data, broken, row=6, backward=4)
     run = trainer(model, tmp_path, total=16, batch_size=2, lr_schedule="global")
-    run.steps_a_reading = 6
+    run.fused, run.steps_a_reading = True, 6  # as on a GPU
     with pytest.raises(NumericsError, match=rf"the {broken} is (nan|inf) in round 1, step 4 of 8; lower train"):
         run.train(data, round_index=1)
     assert run.global_step == 6 and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -259,7 +259,7 @@ def test_no_state_is_made_of_a_broken_step(tmp_path):
     model = wrapped_llama()
     break_training(model, data, "loss", row=6, backward=4)
     run = trainer(model, tmp_path, total=16, batch_size=2)
-    run.steps_a_reading = 10
+    run.fused, run.steps_a_reading = True, 10  # as on a GPU
     positions = []
     with pytest.raises(NumericsError, match="round 1, step 4 of 8"):
         run.train(data, round_index=1, after_step=lambda done: positions.append(done.state().position))
@@ -271,7 +271,7 @@ def test_steps_without_labels_at_the_end_do_not_lose_the_numbers_before(tmp_path
     data = sequences(12)
     data.labels[8:] = IGNORED
     run = trainer(wrapped_llama(), tmp_path)
-    run.steps_a_reading = 3
+    run.fused, run.steps_a_reading = True, 3  # as on a GPU
     outcome = run.train(data, round_index=1)
     assert outcome.steps == 2 and [line["step"] for line in lines(tmp_path)] == [1, 2]
 
