@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round
 from losa.distributed.processes import is_main, process_index
 from losa.distributed.sharding import Sharding, make_sharding, shard_module
+from losa.distributed.stop import heeding_signals
 from losa.errors import LosaError
 from losa.evaluation.perplexity import perplexity
 from losa.model.loading import load_model
@@ -175,6 +177,15 @@ def damages(root: Path, sharding) -> dict:
     rows = sharded(model, masks, sharding)
     sharded_export.write_shard = full
     found["full disk"] = error(export_together, model, None, root / "bad", record, rows)
+
+    def asked(path, tensors):
+        if process_index() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return write(path, tensors)
+
+    sharded_export.write_shard = asked
+    with heeding_signals():
+        found["asked to stop"] = error(export_together, model, None, root / "bad", record, rows)
     sharded_export.write_shard = write
     found["exists"] = error(export_together, model, None, root / "llama", record, rows)
     found["other tokenizer"] = error(

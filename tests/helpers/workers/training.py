@@ -115,6 +115,18 @@ def round_of_experts(model: nn.Module, directory: Path) -> dict:
     return {"trained": listed(values(model, lambda p: p)), "steps": written(directory)}
 
 
+def clipped_round(model: nn.Module) -> dict[str, list[float]]:
+    """Five clipped steps in fp32, of two batches, the last of one sequence. All processes begin with the adapters of
+    the first, whatever the others have."""
+    if not isinstance(next(model.parameters()), DTensor) and not is_main():
+        for parameter in model.parameters():
+            parameter.data += parameter.requires_grad
+    run = trainer(model, None, max_grad_norm=0.1)
+    run.sequences_per_step = 4
+    run.train(sequences(17, 1, highest=50), round_index=1)
+    return listed(values(model, lambda p: p))
+
+
 class Stop(Exception):
     pass
 
@@ -246,6 +258,7 @@ def every_case(directory: Path) -> dict[str, Any]:
             found[name]["gradients"] = first_gradients(make(), **settings)
         if count == 2:
             found[name]["experts"] = round_of_experts(make(experts=True), directory / f"{name} experts")
+            found[name]["clipped"] = clipped_round(make(dtype=torch.float32))
     if count == 2:
         apart = odd_llama()
         apart.model.norm.weight.data += dist.get_rank()

@@ -29,6 +29,7 @@ ERRORS = {
     "other_positions": "logits differ from those in memory, before model.layers.0",
     "missing_tensor": "cannot be loaded.*model.norm.weight",
     "full disk": "bad: No space left on device",
+    "asked to stop": "Stopped: stopped by SIGUSR1",
     "exists": "llama: exists; give another directory",
     "other tokenizer": "another chat template",
 }

@@ -16,7 +16,14 @@ from losa.training.shell import make_shell
 from tests.helpers.processes import run_groups
 from tests.helpers.training import Experts, odd_llama
 from tests.helpers.workers import training
-from tests.helpers.workers.training import LEARNING_RATE, first_gradients, going_on, round_of_experts, two_rounds
+from tests.helpers.workers.training import (
+    LEARNING_RATE,
+    clipped_round,
+    first_gradients,
+    going_on,
+    round_of_experts,
+    two_rounds,
+)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -87,6 +94,14 @@ def test_gradients_are_one_processs(alone, several, processes, case):
             largest = max(map(abs, values))
             assert each[case]["gradients"][name] == pytest.approx(values, abs=16 * EPS * largest), name
             assert largest > 0
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_two_processes_train_to_the_bits_of_one(several, case):
+    """Of two batches a step two processes add up the gradients that one process adds up."""
+    expected = clipped_round(odd_llama(torch.float32))
+    assert [result[case]["clipped"] for result in several[2]] == [expected] * 2
 
 
 @pytest.mark.subprocess
