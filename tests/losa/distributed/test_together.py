@@ -244,9 +244,10 @@ def test_processes_wait_agree_and_exchange(found):
     ],
 )
 def test_a_command_that_cannot_start_says_so_in_all_processes(found, case, message):
-    """The first process, which keeps the store, waits for the second one, which comes a second later."""
+    """The first process, which keeps the store, waits for the second one, which comes a second later. Where both have
+    the problem, on a busy machine either may be the one that is quoted."""
     said = [process["said"] for process in found[case]]
-    assert said[0] == said[1] and re.match(rf"losa: process 0 \(host \S+, pid \d+\): {message}", said[0]), said
+    assert said[0] == said[1] and re.match(rf"losa: process [01] \(host \S+, pid \d+\): {message}", said[0]), said
     assert all(process["code"] == 1 and process["seconds"] < 30 for process in found[case])
 
 
