@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from benchmarks._machine import machine, origin
@@ -35,6 +36,8 @@ METHOD = "losa"
 SETTINGS = {"compare": [], "rounds.count": 3, "train.max_tokens": 6144, "checkpoint.every_steps": 3}
 TOLERANCE = 1e-4  # of a loss, relative
 ENDED_WITHIN = 120.0  # seconds that the other processes may take to end
+# How the lines of a stack trace of torch's begin.
+_TRACE = ("frame #", "Exception raised from ", "<omitting python frames>")
 LIMIT = 3600.0  # seconds that processes may take from their start to a step, or to their end
 
 
@@ -149,7 +152,14 @@ class Runs:
                 process.wait()
             self.log.append(f"== {what}\n")
             for rank, (process, file) in enumerate(zip(processes, files, strict=False)):
-                self.log.append(f"-- process {rank}, exit code {process.returncode}\n{file.read_text()}")
+                text = _readable(file.read_text().replace(str(self.directory), "DIRECTORY"))
+                self.log.append(f"-- process {rank}, exit code {process.returncode}\n{text}")
+
+
+def _readable(text: str) -> str:
+    """What a process printed, without torch's C++ stack traces, and each line that follows itself once."""
+    lines = [line for line in text.splitlines() if not line.startswith(_TRACE)]
+    return "".join(f"{line}\n" for line, _ in groupby(lines))
 
 
 def _wait(condition: Callable[[], bool], processes: list[subprocess.Popen], seconds: float) -> None:

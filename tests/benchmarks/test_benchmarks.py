@@ -70,6 +70,11 @@ def test_an_interrupted_run_that_is_not_as_claimed_fails():
         assert len(interrupted.failures(found | change)) == 1, change
 
 
+def test_what_processes_printed_is_readable():
+    text = "a\nframe #0: f + 0x9d\n<omitting python frames>\na\nb\nframe 1\n"
+    assert interrupted._readable(text) == "a\nb\nframe 1\n"
+
+
 def test_weights_that_are_zero_in_one_model_alone(tmp_path):
     weight = torch.tensor([[0.0, 1.0, 2.0, 0.0], [0.0, 3.0, 0.0, 4.0]])
     for name, other in (("one", weight), ("many", weight.flip(0))):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import interrupted
 from benchmarks.__main__ import modules as benchmark_modules
 from losa.distributed.launch import _PATIENCE
 from losa.distributed.stop import _ONE_REQUEST, Stopped
-from losa.distributed.watch import Limits, ProcessLost
+from losa.distributed.watch import LOST_EXIT_CODE, Limits, ProcessLost
 from losa.errors import LosaError
 from losa.recipe.sections import DistributedConfig
 from losa_kernels import settings
@@ -157,3 +158,17 @@ def test_the_demonstration_is_as_measured(page):
             + (f" |{mergeable} |")
             in PAGES[page]
         )
+
+
+def test_the_interrupted_run_is_as_measured():
+    found = json.loads((ROOT / "benchmarks/results/interrupted-smollm2.json").read_text())
+    assert interrupted.failures(found) == []
+    page = PAGES["docs/results.md"]
+    assert f"| steps | {found['steps']} | {found['steps']} |" in page
+    assert f"of a step's loss | | {found['largest relative difference of a loss']:.1e} |" in page
+    assert "| zeros | {:,} | {:,} |".format(*found["zeros"]) in page
+    assert f"in one of the models alone | | {found['weights that are zero in one alone']} |" in page
+    assert "| perplexity | {:.2f} | {:.2f} |".format(*found["perplexity"]) in page
+    after = [f"{kill['they ended after s']:.1f} s" for kill in found["kills"]]
+    steps = [f"after {kill['steps']}" for kill in found["kills"]]
+    assert all(text in page for text in (*after, *steps, f"exit code {LOST_EXIT_CODE}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -46,6 +47,17 @@ def sharded(model, masks, sharding):
     """The model in shards, and its masks too."""
     shard_module(model, sharding)
     return {name: sharding.shard(mask) for name, mask in masks.items()}
+
+
+class Logs(logging.Handler):
+    """Keeps what is logged from now on."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record) -> None:
+        self.messages.append(record.getMessage())
 
 
 def _nothing(*_):
@@ -236,7 +248,9 @@ def main(directory: str, *names: str) -> None:
     start_worker()
     root = Path(directory)
     sharding = make_sharding(torch.device("cpu"))
-    found: dict = {"exports": exports(root, sharding, names)}
+    logs = Logs()
+    logging.getLogger("transformers").addHandler(logs)
+    found: dict = {"exports": exports(root, sharding, names), "said": logs.messages}
     found["damages"] = damages(root, sharding)
     found["memory"] = memory(root, sharding)
     dist.barrier()
