@@ -199,7 +199,6 @@ def compare(one: Path, many: Path) -> dict:
         "prunable": results[0]["prunable"],
         "zeros": [result["zeros"] for result in results],
         "perplexity": [result["perplexity"] for result in results],
-        "seconds": [record["seconds"] for record in records],
     }
 
 

@@ -13,16 +13,24 @@ from losa.recipe.reading import load_recipe
 from losa.storage.files import write_text
 
 
+def as_read(row: dict, source) -> dict:
+    """The fields of a row that `losa run --data`, which goes by the fields, reads as the recipe's source does."""
+    conversation = "messages" in row or {"instruction", "output"} <= row.keys()
+    if source.format == "text" or (source.format == "auto" and not conversation):
+        return {"text": row.get(source.text_field)}
+    return {name: value for name, value in row.items() if source.format != "alpaca" or name != "messages"}
+
+
 def save_rows(recipe: Path, directory: Path) -> None:
-    """Write calibration.jsonl, train.jsonl and heldout.jsonl, those that the recipe needs. Rows keep their fields."""
+    """Write calibration.jsonl, train.jsonl and heldout.jsonl, those that the recipe needs."""
     loaded = load_recipe(recipe)
     directory.mkdir(parents=True, exist_ok=True)
     sections = {"calibration": loaded.calibration, "train": loaded.train, "heldout": loaded.evaluate}
     for part, section in sections.items():
         if section is not None:
             sources = section.data if isinstance(section.data, list) else [section.data]
-            lines = [json.dumps(row, default=str) + "\n" for source in sources for row in read_rows(source)]
-            write_text(directory / f"{part}.jsonl", "".join(lines))
+            rows = (as_read(dict(row), source) for source in sources for row in read_rows(source))
+            write_text(directory / f"{part}.jsonl", "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

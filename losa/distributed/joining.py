@@ -134,6 +134,11 @@ def as_patient(group: Any) -> Any:
     return group
 
 
+def patience() -> timedelta | None:
+    """How long collective calls wait; None where another program has joined the processes."""
+    return _patience[0] if _patience else None
+
+
 def kept_by_launcher() -> bool:
     """Whether torchrun keeps the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

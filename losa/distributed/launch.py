@@ -55,7 +55,8 @@ def working_together(device: str, config: DistributedConfig, settings: Mapping[s
     """
     # Where a connection breaks, NCCL's own watchdog would abort the process. The watch over the processes ends it
     # instead, once it knows which process is lost. torchrun sets the variable.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    if os.environ.get("WORLD_SIZE", "1").strip() != "1":
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     with heeding_signals():
         own_device = start_processes(device, config)
         with watched(Limits(progress=config.timeout)):

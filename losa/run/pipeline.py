@@ -22,11 +22,11 @@ from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
-from losa.distributed.turns import everywhere
+from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.hub_files import local_directory
-from losa.model.loading import load_model, locate_model, torch_device
+from losa.model.loading import configured_model, load_model, locate_model, torch_device
 from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import sparsity_of
 from losa.output.checks import mask_records
@@ -43,6 +43,7 @@ from losa.run.random_state import seed_generators
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.workspace import Workspace
 from losa.storage.lock import claimed
+from losa.storage.tensor_files import INDEX, WHOLE
 from losa.training.metrics import METRICS
 
 
@@ -177,6 +178,10 @@ def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, obj
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:
         progress(f"loading {recipe.model}")
+        if recipe.trust_remote_code:
+            # transformers copies the model's Python files to where it imports them from. One process copies.
+            empty = partial(configured_model, source, recipe.gguf_file, trust_remote_code=True)
+            on_each_machine(empty)
         return load_model(source, device=device, **how)
     return load_sharded(source, sharding, **how)
 
@@ -189,7 +194,8 @@ def _fetch(recipe: Recipe) -> str:
         return recipe.model
     directory = local_directory(recipe.model, source, recipe.trust_remote_code)
     # Weights in other formats were not fetched: transformers gets them, by the hub's name.
-    return str(directory) if any(directory.glob("*.safetensors")) else recipe.model
+    found = any((directory / name).is_file() for name in (WHOLE, INDEX))
+    return str(directory) if found else recipe.model
 
 
 def _run_methods(

@@ -7,8 +7,11 @@ import runpy
 import pytest
 
 from losa.cli.recipes import recipe_from
+from losa.data.row_files import Row
+from losa.data.row_formats import row_format
 from losa.data.sources import read_rows
 from losa.recipe.reading import load_recipe
+from losa.recipe.sections import DataSource
 from tests.helpers.processes import ROOT
 
 TRAINING = "train: {data: [{path: train.txt}, {path: more.jsonl, limit: 1}]}\n"
@@ -34,3 +37,26 @@ def test_a_run_reads_what_was_saved(tmp_path, monkeypatch, training):
     for stated, saved in sections:
         assert all("saved" in source.path for source in saved)
         assert [row for s in saved for row in read_rows(s)] == [row for s in stated for row in read_rows(s)]
+
+
+@pytest.mark.parametrize(
+    "source, row, saved",
+    [
+        ({}, {"text": "t", "url": "u"}, {"text": "t"}),
+        ({"text_field": "content"}, {"content": "t"}, {"text": "t"}),
+        ({"format": "text"}, {"text": "t", "instruction": "i", "output": "o"}, {"text": "t"}),
+        ({}, {"instruction": "i", "output": "o"}, {"instruction": "i", "output": "o"}),
+        (
+            {"format": "alpaca"},
+            {"messages": [], "instruction": "i", "output": "o"},
+            {"instruction": "i", "output": "o"},
+        ),
+        ({"format": "messages"}, {"messages": [], "text": "t"}, {"messages": [], "text": "t"}),
+    ],
+)
+def test_rows_are_read_as_the_source_says(source, row, saved):
+    as_read = runpy.run_path(str(ROOT / "examples/save_rows.py"))["as_read"]
+    stated = DataSource(path="rows.jsonl", **source)
+    assert as_read(row, stated) == saved
+    # Without the recipe's format and field.
+    assert row_format(Row("line 1", saved), DataSource(path="saved.jsonl")) == row_format(Row("line 1", row), stated)

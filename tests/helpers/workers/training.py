@@ -35,9 +35,10 @@ def trainer(
     directory: Path | None,
     distributed: dict | None = None,
     loss_factory: Callable = TokenLoss,
+    fused: bool = False,
     **settings: Any,
 ) -> Trainer:
-    """A trainer that takes 6 sequences a step, whatever the number of processes."""
+    """A trainer that takes 6 sequences a step, whatever the number of processes. ``fused``: as on a GPU."""
     config = {"data": "unused", "length": LENGTH, "batch_size": 2, "warmup": 0.0, "learning_rate": LEARNING_RATE}
     made = Trainer(
         model,
@@ -50,6 +51,7 @@ def trainer(
         distributed=DistributedConfig(**(distributed or {})),
     )
     made.sequences_per_step = STEP
+    made.fused = fused
     return made
 
 
@@ -250,7 +252,7 @@ def every_case(directory: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if count == 4:
         modes = {"hsdp": lambda **settings: sharded(2, **settings)}
-        settings["batch_size"] = 1  # two passes of a process in each step
+        settings |= {"batch_size": 1, "fused": True}  # two passes of a process in each step
     found: dict[str, Any] = {}
     for name, make in modes.items():
         found[name] = two_rounds(make(), directory / name, **settings)
@@ -269,6 +271,7 @@ def every_case(directory: Path) -> dict[str, Any]:
             directory / "checkpoints",
             distributed={"activation_checkpointing": True, "reshard_after_forward": False},
             batch_size=4,
+            fused=True,
         )
         found["dense adapters"] = two_rounds(sharded(layer=LoRALinear), directory / "dense adapters")
         found["bfloat16"] = two_rounds(sharded(dtype=torch.bfloat16), directory / "bfloat16")
