@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,11 @@ def _ask(request: str, timeout: float) -> bool:
     server.stdin.write(request + "\n")
     server.stdin.flush()
     answered, _, _ = select.select([server.stdout], [], [], timeout)
-    if answered:
-        return server.stdout.readline() == "0\n"
-    os.killpg(server.pid, signal.SIGKILL)
+    if answered and (status := server.stdout.readline()):
+        return status == "0\n"
+    # It hangs, or has ended.
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
     _forking.clear()
     return False
 
