@@ -79,7 +79,7 @@ def _work(case: Case, index: int) -> int:
 def outcomes(worker: str, folder: Path, timeout: float = 300) -> dict[str, list[dict]]:
     """What ``run_cases`` of a worker's text found."""
     (folder / "worker.py").write_text(worker)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "LOSA_JOIN"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "LOSA_JOIN", "TORCH_NCCL"))}
     # Warnings of torch, such as of a host name that cannot be found, would stand among what is compared.
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "FATAL"}
     environment["PYTHONPATH"] = str(ROOT)
