@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.processes import check_agreement, is_main
+from losa.distributed.processes import check_agreement, is_main, process_count
 from losa.distributed.sharding import Sharding
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere, on_each_machine
@@ -66,7 +66,7 @@ def load_sharded(
     source = everywhere(partial(_locate, model, gguf_file, dtype))
     directory = local_directory(model, source, trust_remote_code)
     empty = partial(_empty, model, directory, dtype, trust_remote_code)
-    if trust_remote_code:
+    if trust_remote_code and process_count() > 1:
         # transformers copies the model's Python files to where it imports them from. One process copies.
         on_each_machine(empty)
     loaded, tokenizer = everywhere(empty)

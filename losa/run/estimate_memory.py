@@ -44,7 +44,8 @@ def holdings(
         capacity: bytes of memory by place, where known.
     """
     rank = highest_rank(rounds)
-    held = [*_throughout(shape, rank), *dense_weights(recipe, list(rounds), shape.computes_on, *2 * [_pruned(shape)])]
+    pruned = shape.dtype.itemsize * shape.prunable
+    held = [*_throughout(shape, rank), *dense_weights(recipe, list(rounds), shape.computes_on, pruned, pruned)]
     # What is free on the device when the streams begin, as far as it is known.
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += pruning_work(recipe, shape, list(rounds), free, processes)
@@ -75,11 +76,6 @@ def largest_share(count: int, unit: int, processes: int) -> int:
 def largest_pruned(shape: ModelShape) -> int:
     """Bytes of the weights that are pruned of one block, the largest."""
     return shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
-
-
-def _pruned(shape: ModelShape) -> int:
-    """Bytes of the weights that are pruned."""
-    return shape.dtype.itemsize * shape.prunable
 
 
 def _adapters(shape: ModelShape, rank: int) -> int:

@@ -178,10 +178,9 @@ def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, obj
     how["trust_remote_code"] = recipe.trust_remote_code
     if sharding is None:
         progress(f"loading {recipe.model}")
-        if recipe.trust_remote_code:
+        if recipe.trust_remote_code and process_count() > 1:
             # transformers copies the model's Python files to where it imports them from. One process copies.
-            empty = partial(configured_model, source, recipe.gguf_file, trust_remote_code=True)
-            on_each_machine(empty)
+            on_each_machine(partial(configured_model, source, recipe.gguf_file, trust_remote_code=True))
         return load_model(source, device=device, **how)
     return load_sharded(source, sharding, **how)
 

@@ -248,11 +248,8 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def unhurried() -> Iterator[Any]:
     """The group that files' messages go through, None for a process that is alone. Within the context a process waits
     for the slowest one however long its files take; the watch over the processes tells who is lost."""
-    if not joined():
-        yield None
-        return
-    group = control_group()
-    if patience() is None:
+    group = control_group() if joined() else None
+    if group is None or patience() is None:
         yield group
         return
     dist.distributed_c10d._set_pg_timeout(FOR_FILES, group)
