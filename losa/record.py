@@ -12,8 +12,8 @@ from losa.recipe.methods import find_method
 @dataclass
 class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
-    None where the Hessian stayed singular and Wanda's mask was taken; ``train_loss`` is in nats a token; ``seconds`` is
-    wall time by stage."""
+    None where the Hessian stayed singular and Wanda's mask was taken; ``delta`` is the half width of the rates' box,
+    where losses chose it; ``train_loss`` is in nats a token; ``seconds`` is wall time by stage."""
 
     index: int
     target_sparsity: float
@@ -24,6 +24,7 @@ class RoundRecord:
     keep_n: list[int] | None = None
     m: int | None = None
     importance: list[float] | None = None
+    delta: float | None = None
     similarity: list[list[float]] | None = None
     damping: dict[str, float | None] = field(default_factory=dict)
     train_steps: int = 0

@@ -6,7 +6,7 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.importance import get_importance
+from losa.algorithm.measures import MEASURES, Measured
 from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
@@ -25,21 +26,21 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
+from losa.algorithm.widths import best_width
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
 from losa.distributed.sharding import gathered
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
-from losa.errors import ModelError, NumericsError, RecipeError
+from losa.errors import ModelError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
-from losa.recipe.rates import compares_samples
+from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.record import RoundRecord
-from losa_kernels import cka_similarity
 from losa_kernels.pruning import free_graphs
 
 
@@ -65,8 +66,8 @@ class Engine:
 
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
-        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, or a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes.
+        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
+            unknown, needs gradients, or has no ``total`` on several processes, or rates whose width needs a ``loss``.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Engine:
         measure_errors: bool = True,
         seed: int = 0,
         calls: dict[tuple[int, int], list[Call]] | None = None,
+        loss: Callable[[Tensor], float] | None = None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -96,6 +98,12 @@ class Engine:
         self.blocks = [
             WrappedBlock(name, module, kept) for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
+        self.loss = loss
+        if loss is None and tries_widths(allocation.rates, allocation.delta):
+            raise RecipeError(
+                f"allocation.rates: {allocation.rates!r} chooses its width by a loss: expected allocation.delta, or an "
+                "engine with a loss"
+            )
         self._calls = {} if calls is None else calls
         self._check_blocks()
 
@@ -120,31 +128,6 @@ class Engine:
         """Share of pruned weights per block, counted from the masks."""
         return [block.sparsity() for block in self.blocks]
 
-    def similarity(self) -> Tensor:
-        """CKA between block outputs of the model as it is now (Eq. 6): (L, L) fp64.
-
-        Raises:
-            Stopped: between two blocks, if a signal asks for it.
-            NumericsError: outputs that are not finite or cannot be compared; names the block.
-        """
-        ids = self.input_ids[: self.calibration.cka_samples]
-        with torch.no_grad():
-            stream = self._stream(ids)
-            grams = []
-            for index, block in enumerate(self.blocks):
-                progress(f"comparing {block.name}")
-                check()
-                with block.gathered():
-                    together(partial(self._advance_merged, stream, index))
-                try:
-                    grams.append(stream.gram())
-                except ValueError as error:
-                    raise NumericsError(f"calibration: output of {block.name}: {error}") from error
-        try:
-            return from_rank_zero(cka_similarity(torch.stack(grams)).double())
-        except ValueError as error:
-            raise NumericsError(f"calibration: blocks of {self.decoder.prefix} cannot be compared: {error}") from error
-
     def run_round(self, this_round: Round) -> RoundRecord:
         """Rates, masks, errors and ranks of one round; the adapters are then ready to be trained.
 
@@ -156,9 +139,7 @@ class Engine:
         with _evaluating(self.model), torch.no_grad():
             with watch.stage("rates"):
                 importance, similarity = self._importance()
-                patterns = patterns_for(
-                    this_round, importance, self.block_sparsity(), self.prune_config, self.allocation.delta
-                )
+                patterns, width = self._patterns(this_round, importance)
             try:
                 pruned = self._prune_blocks(patterns)
             finally:
@@ -178,6 +159,7 @@ class Engine:
             keep_n=[pattern.keep_n for pattern in patterns if pattern.keep_n is not None] or None,
             m=patterns[0].m,
             importance=None if importance is None else importance.tolist(),
+            delta=width,
             similarity=None if similarity is None else similarity.tolist(),
             damping=pruned.damping,
             seconds=watch.seconds,
@@ -191,17 +173,44 @@ class Engine:
         """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
         if len(self.blocks) == 1:
             return None, None
-        similarity = self.similarity() if compares_samples(self.allocation.rates) else None
-        linears = [block.linears for block in self.blocks]
-        importance = self.importance(linears if similarity is None else similarity)
+        name = self.allocation.rates
+        found = MEASURES[RATES[name].needs](self._measured)
+        similarity = found if compares_samples(name) else None
+        importance = self.importance(found)
         if importance is None:
             return None, similarity
         if tuple(importance.shape) != (len(self.blocks),):
-            name, found = self.allocation.rates, tuple(importance.shape)
-            raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {found}")
+            shape = tuple(importance.shape)
+            raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {shape}")
         if isinstance(importance, DTensor):  # made of a sharded model's parameters
             importance = importance.full_tensor()
         return from_rank_zero(importance.double()), similarity
+
+    def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
+        """Patterns of all blocks; and the half width of their box, where losses chose it."""
+        row, config, reached = RATES[self.allocation.rates], self.allocation, self.block_sparsity()
+        fill = config.fill or row.fill
+
+        def within(delta: float | None) -> list[Pattern]:
+            return patterns_for(this_round, importance, reached, self.prune_config, delta, fill)
+
+        if importance is None or not tries_widths(config.rates, config.delta):
+            default = row.delta if isinstance(row.delta, float) else None
+            return within(default if config.delta is None else config.delta), None
+        loss, ids = self.loss, self._ids_for_rates
+        assert loss is not None, "the constructor saw to it"
+        widest = min(this_round.sparsity, 1 - this_round.sparsity)
+        tried = {share * widest: within(share * widest) for share in TRIED_WIDTHS}
+        width = best_width(self._measured, tried, not self.prune_config.regrow, lambda: loss(ids))
+        return tried[width], width
+
+    @property
+    def _ids_for_rates(self) -> Tensor:
+        return self.input_ids[: self.calibration.cka_samples]
+
+    @property
+    def _measured(self) -> Measured:
+        return Measured(self.blocks, self.decoder.prefix, lambda: self._stream(self._ids_for_rates))
 
     def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""

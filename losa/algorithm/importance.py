@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from losa.recipe.rates import RATES, Needs
+from losa.recipe.rates import RATES, Fill, Needs, Rates
 from losa.registry import Registry
 
 # See ``register_importance``. What each function needs is in ``losa.recipe.rates.RATES``.
@@ -17,25 +17,36 @@ Importance = Callable[[Any], Tensor | None]
 _REGISTRY: Registry[Importance] = Registry("importance")
 
 
-def register_importance(name: str, *, needs: Needs) -> Callable[[Importance], Importance]:
+def register_importance(
+    name: str, *, needs: Needs, fill: Fill = "lp", delta: float | Literal["rule", "loss"] = "rule"
+) -> Callable[[Importance], Importance]:
     """Let recipes name a function as ``allocation.rates: name``: a decorator of the function.
 
     The function takes what it needs and returns the importance of every block, (L,) floating point, finite; or None,
     where all blocks get the same rate.
 
     Args:
-        needs: "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6); or "linears", for a list of L
-            dictionaries of ``MaskedLoRALinear`` by name within the block. In a sharded model their parameters are
-            DTensors; an importance that is a DTensor too is made whole.
+        needs: "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6); "normalised similarity", for the
+            same of features without massive activations; "scores", for an iterator over the blocks that gives lists of
+            Wanda's scores |W| ||X||, (out, in) fp32 of each linear; "cosines", for (L,) fp64, the mean cosine between
+            tokens' hidden states before and after each block; "position", for (L,) fp64 0 to L - 1; or "linears", for a
+            list of L dictionaries of ``MaskedLoRALinear`` by name within the block. In a sharded model their parameters
+            are DTensors; an importance that is a DTensor too is made whole.
+        fill: "lp", Eq. 5's linear programme, which takes the order of importances alone; or "smooth", rates that are
+            affine in the importance.
+        delta: half width of the box where a recipe gives none; "rule": ``default_delta``'s.
 
     Raises:
-        ValueError: ``needs`` is something else, or the name belongs to another function.
+        ValueError: ``needs`` or ``fill`` is something else, or the name belongs to another function.
     """
-    if needs not in get_args(Needs):
-        raise ValueError(f"importance {name!r}: needs: expected {' or '.join(get_args(Needs))}, got {needs!r}")
+    for what, value, kind in (("needs", needs, Needs), ("fill", fill, Fill)):
+        if value not in get_args(kind):
+            *most, last = get_args(kind)
+            raise ValueError(f"importance {name!r}: {what}: expected {', '.join(most)} or {last}, got {value!r}")
+    row = Rates(needs, fill, delta)
 
     def add(importance: Importance) -> Importance:
-        RATES.register(name, needs)
+        RATES.register(name, row)
         _REGISTRY.register(name, importance)
         return importance
 
@@ -76,5 +87,56 @@ def uniform_importance(linears: object) -> None:
     """The ablation without layer-wise rates."""
 
 
+def owl_importance(scores: Iterable[Sequence[Tensor]], multiple: float = 5.0) -> Tensor:
+    """Share of a block's Wanda scores that are above ``multiple`` times their mean over the block: a block with many
+    outliers matters more (OWL, Yin et al. 2024).
+
+    Args:
+        scores: of each block, of each of its linears: (out, in).
+
+    Returns:
+        (L,) fp64.
+    """
+    shares = []
+    for block in scores:
+        count = sum(each.numel() for each in block)
+        mean = sum(each.sum(dtype=torch.float64) for each in block) / count
+        shares.append(sum((each > multiple * mean).sum() for each in block) / count)
+    return _on_host(shares)
+
+
+def dlp_importance(scores: Iterable[Sequence[Tensor]]) -> Tensor:
+    """1 - m_l / sum_k m_k with m_l the median of block l's Wanda scores (DLP, Chen et al. 2025): where most scores are
+    large, few of them stand out, and the block matters less. Of an even number of scores the lower median counts.
+
+    Args, returns:
+        as ``owl_importance``.
+    """
+    medians = _on_host([torch.cat([each.flatten() for each in block]).median() for block in scores])
+    total = medians.sum()
+    return 1 - medians / total if total > 0 else torch.ones_like(medians)
+
+
+def update_importance(cosines: Tensor) -> Tensor:
+    """1 - the mean cosine between a block's input and its output, (L,): a block that hardly turns its hidden states
+    adds little (block influence, Men et al. 2024)."""
+    return 1 - cosines
+
+
+def atp_importance(position: Tensor) -> Tensor:
+    """-l: rates then rise from block to block by one and the same step, an arithmetic progression (ATP, Huang et al.
+    2025)."""
+    return -position
+
+
+def _on_host(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.double() for value in values]).cpu()
+
+
 _REGISTRY.register("cka", cka_importance)
 _REGISTRY.register("uniform", uniform_importance)
+_REGISTRY.register("cka_normalised", cka_importance)
+_REGISTRY.register("owl", owl_importance)
+_REGISTRY.register("dlp", dlp_importance)
+_REGISTRY.register("update", update_importance)
+_REGISTRY.register("atp", atp_importance)

@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from losa.algorithm.keep_counts import allocate_keep_n
-from losa.algorithm.rates import rates_for, uniform_rates
+from losa.algorithm.rates import FILLS, uniform_rates
 from losa.algorithm.schedule import Round
 from losa.pruners.base import Pattern
+from losa.recipe.rates import Fill
 from losa.recipe.sections import PruneConfig
 
 
 def patterns_for(
-    this_round: Round, importance: Tensor | None, reached: list[float], prune: PruneConfig, delta: float | None
+    this_round: Round,
+    importance: Tensor | None,
+    reached: list[float],
+    prune: PruneConfig,
+    delta: float | None,
+    fill: Fill = "lp",
 ) -> list[Pattern]:
     """Patterns of all blocks, whose mean sparsity is the round's.
 
@@ -21,7 +27,8 @@ def patterns_for(
         this_round: its target sparsity.
         importance: (L,), or None where all blocks are pruned alike.
         reached: each block's sparsity before the round; masks that are nested never go below it.
-        delta: half width of Eq. 5's box, None for the rule.
+        delta: half width of the box, None for the rule.
+        fill: how rates follow from importance. Keep counts of N:M follow its order whatever the fill.
 
     Raises:
         ValueError: what is reached leaves no solution.
@@ -32,7 +39,7 @@ def patterns_for(
     if importance is None:
         rates = uniform_rates(len(reached), this_round.sparsity)
     else:
-        rates = rates_for(importance, this_round.sparsity, delta, None if prune.regrow else sparsity)
+        rates = FILLS[fill](importance, this_round.sparsity, delta, None if prune.regrow else sparsity)
     return [Pattern(sparsity=rate) for rate in rates.tolist()]
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from losa.recipe.rates import Fill
 
 MAX_RATE = 0.99
 # Targets come from arithmetic such as 1 - keep_n / m, which rounds.
@@ -51,31 +56,90 @@ def rates_for(importance: Tensor, target: float, delta: float | None = None, flo
     Raises:
         ValueError: bad shapes or values, or floors that leave no solution.
     """
-    if importance.dim() != 1 or len(importance) == 0 or not torch.isfinite(importance).all():
-        raise ValueError(f"importance: expected finite (L,), got {tuple(importance.shape)}")
-    count = len(importance)
-    if not 0 <= target <= MAX_RATE:
-        raise ValueError(f"target: expected 0 <= target <= {MAX_RATE}, got {target}")
+    _check(importance, target)
     delta = default_delta(target) if delta is None else delta
     if delta < 0:
         raise ValueError(f"delta: expected >= 0, got {delta}")
-    lower = uniform_rates(count, max(target - delta, 0.0))
-    upper = uniform_rates(count, min(target + delta, MAX_RATE))
-    if floor is not None:
-        if tuple(floor.shape) != (count,):
-            raise ValueError(f"floor: expected ({count},), got {tuple(floor.shape)}")
-        if not bool(((floor >= 0) & (floor <= 1)).all()):
-            raise ValueError(f"floor: expected rates in [0, 1], got {floor.tolist()}")
-        lower = torch.maximum(lower, floor.to(lower))
-        upper = torch.maximum(upper, lower)
-    budget = target * count - lower.sum().item()
-    if budget < -FLOOR_OVERSHOOT * count:
-        raise ValueError(
-            f"floor: no rates with mean {target:.4f} exist; floors and box start at mean {lower.mean().item():.4f}"
-        )
+    lower, upper = _bounds(len(importance), max(target - delta, 0.0), min(target + delta, MAX_RATE), floor)
+    budget = _budget(target, lower)
     rates = lower.clone()
     for index in importance.argsort(stable=True).tolist():
         step = min(max(budget, 0.0), (upper - lower)[index].item())
         rates[index] += step
         budget -= step
     return rates
+
+
+def smooth_rates(importance: Tensor, target: float, delta: float | None = None, floor: Tensor | None = None) -> Tensor:
+    """Sparsity rate per block, affine in its importance: s_l = target - 2 delta (z_l - mean z), with z the importances
+    brought to [0, 1]. OWL (Yin et al. 2024) and DLP (Chen et al. 2025) spread their densities so.
+
+    The most and the least important block are 2 delta apart, and the mean is the target. A rate is further than delta
+    from the target where importances lie to one side. Where rates leave [0, 0.99] or fall below their floors, all
+    rates move by one amount before they are cut, which keeps the mean.
+
+    Args:
+        importance: (L,), finite; equal importances give equal rates.
+        target: theta_t, the mean rate, at most 0.99.
+        delta: half of the rates' span; default ``default_delta(target)``.
+        floor: (L,) rates already reached, below which nested masks cannot go.
+
+    Returns:
+        (L,) fp64 with mean ``target`` to rounding. Floors that overshoot it: as in ``rates_for``.
+
+    Raises:
+        ValueError: bad shapes or values, or floors that leave no solution.
+    """
+    _check(importance, target)
+    delta = default_delta(target) if delta is None else delta
+    if delta < 0:
+        raise ValueError(f"delta: expected >= 0, got {delta}")
+    lower, upper = _bounds(len(importance), 0.0, MAX_RATE, floor)
+    if _budget(target, lower) <= 0:
+        return lower
+    place = importance.double() - importance.double().min()
+    place = place / place.max() if place.max() > 0 else place
+    wished = target - 2 * delta * (place - place.mean())
+    if bool(((wished >= lower) & (wished <= upper)).all()):
+        return wished
+    # The sum of the cut rates is piecewise linear in the amount, with kinks where a rate meets a bound.
+    amounts = torch.cat([lower - wished, upper - wished]).sort().values
+    sums = torch.maximum(torch.minimum(wished + amounts[:, None], upper), lower).sum(1)
+    amount = float(np.interp(target * len(importance), sums.numpy(), amounts.numpy()))
+    return torch.maximum(torch.minimum(wished + amount, upper), lower)
+
+
+FILLS: dict[Fill, Callable[[Tensor, float, float | None, Tensor | None], Tensor]] = {
+    "lp": rates_for,
+    "smooth": smooth_rates,
+}
+
+
+def _check(importance: Tensor, target: float) -> None:
+    if importance.dim() != 1 or len(importance) == 0 or not torch.isfinite(importance).all():
+        raise ValueError(f"importance: expected finite (L,), got {tuple(importance.shape)}")
+    if not 0 <= target <= MAX_RATE:
+        raise ValueError(f"target: expected 0 <= target <= {MAX_RATE}, got {target}")
+
+
+def _bounds(count: int, lower: float, upper: float, floor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lowest and highest rate of each block, (L,) fp64."""
+    low, high = uniform_rates(count, lower), uniform_rates(count, upper)
+    if floor is not None:
+        if tuple(floor.shape) != (count,):
+            raise ValueError(f"floor: expected ({count},), got {tuple(floor.shape)}")
+        if not bool(((floor >= 0) & (floor <= 1)).all()):
+            raise ValueError(f"floor: expected rates in [0, 1], got {floor.tolist()}")
+        low = torch.maximum(low, floor.to(low))
+        high = torch.maximum(high, low)
+    return low, high
+
+
+def _budget(target: float, lower: Tensor) -> float:
+    """What the rates have left to rise from ``lower``, in sum; slightly negative where counted floors overshoot."""
+    budget = target * len(lower) - lower.sum().item()
+    if budget < -FLOOR_OVERSHOOT * len(lower):
+        raise ValueError(
+            f"floor: no rates with mean {target:.4f} exist; floors and box start at mean {lower.mean().item():.4f}"
+        )
+    return budget

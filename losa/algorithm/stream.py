@@ -9,7 +9,7 @@ Statistics live for one block; Grams take L n^2 floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
@@ -257,53 +257,71 @@ class BlockStream:
             # A copy always: a block may work in its input's memory, and a stream is read more than once.
             yield call.run(self.blocks[index], hidden.to(self.device, non_blocking=True, copy=True))
 
-    def advance(self, index: int) -> None:
-        """Replace every hidden state by block ``index``'s output, batch by batch, as ``run`` gives it."""
+    def advance(self, index: int, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Replace every hidden state by block ``index``'s output, batch by batch, as ``run`` gives it. Before that,
+        ``see`` gets a batch's hidden states, where they wait, and the output."""
         first = 0
         for position, output in enumerate(self.run(index)):
+            if see is not None:
+                see(self.hidden[position], output)
             self.hidden[position] = self._stored(first, output)
             first += len(output)
 
-    def gram(self, slice_features: int = 1 << 22) -> Tensor:
+    def gram(self, slice_features: int = 1 << 22, normalise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states of all processes, a sample's features being
         all its positions and channels (Eq. 6). All processes call it together.
 
         Args:
             slice_features: numbers that are brought together at a time: of all samples in one process, of the process
                 with most samples where there are several.
+            normalise: changes the features of whole tokens, (samples, tokens, hidden), before they are compared.
 
         Raises:
             ValueError: in every process, when hidden states are not finite.
         """
         if process_count() > 1:
-            return self._gram_of_all(slice_features)
+            return self._gram_of_all(slice_features, normalise)
         out: Tensor | None = None
-        if self._held is not None:
+        if self._held is not None and normalise is None:
             for features in self._held.features():
                 out = gram(features, out=out)
             assert out is not None
             return out
         columns, samples = self.hidden[0][0].numel(), self._counts[0]
-        width = max(1, slice_features // samples)
+        width = _width(slice_features // samples, self.hidden[0].shape[-1], normalise)
         for start in range(0, columns, width):
-            out = gram(self._features(start, start + width), out=out)
+            out = gram(self._features(start, min(start + width, columns), normalise), out=out)
         assert out is not None
         return out
 
-    def _gram_of_all(self, slice_features: int) -> Tensor:
-        own = (self.hidden[0][0].numel(), self.hidden[0].dtype) if self.hidden else None
-        columns, dtype = next(found for found in from_everyone(own) if found is not None)
+    def _gram_of_all(self, slice_features: int, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
+        own = (self.hidden[0].shape[1:], self.hidden[0].dtype) if self.hidden else None
+        shape, dtype = next(found for found in from_everyone(own) if found is not None)
+        if normalise is not None:
+            dtype = normalise(torch.ones(1, 1, shape[-1], dtype=dtype)).dtype
 
         def features(start: int, end: int) -> Tensor:
             if not self.hidden:
                 return torch.empty(0, end - start, dtype=dtype, device=self.device)
-            return self._features(start, end) if self._held is None else self._held.columns(start, end)
+            return self._features(start, end, normalise)
 
-        return gram_of_all(features, self._counts, columns, max(1, slice_features // max(self._counts)))
+        width = _width(slice_features // max(self._counts), shape[-1], normalise)
+        return gram_of_all(features, self._counts, shape.numel(), width)
 
-    def _features(self, start: int, end: int) -> Tensor:
+    def _features(self, start: int, end: int, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Columns of the features of this process's samples, brought together on the device."""
-        return torch.cat([h.flatten(1)[:, start:end] for h in self.hidden]).to(self.device)
+        if self._held is not None:
+            features = self._held.columns(start, end)
+        else:
+            features = torch.cat([h.flatten(1)[:, start:end] for h in self.hidden]).to(self.device)
+        if normalise is None:
+            return features
+        return normalise(features.unflatten(1, (-1, self.hidden[0].shape[-1]))).flatten(1)
+
+
+def _width(features: int, hidden: int, normalise: Callable[[Tensor], Tensor] | None) -> int:
+    """How many features of a sample are taken at a time: of whole tokens where these are normalised."""
+    return max(1, features) if normalise is None else max(1, features // hidden) * hidden
 
 
 def _shape(batch: Tensor) -> tuple[int, int]:

@@ -1,25 +1,59 @@
-"""The names that ``allocation.rates`` may give, and what the importance of each name is computed from."""
+"""The names that ``allocation.rates`` may give: what each importance is computed from, and how rates follow from it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from losa.errors import shown
 from losa.registry import Registry
 
-# "similarity": CKA between the outputs of blocks, from calibration samples. "linears": the wrapped linears themselves.
-Needs = Literal["similarity", "linears"]
+# What a function of importance is given; ``losa.algorithm.measures`` takes it.
+Needs = Literal["similarity", "normalised similarity", "scores", "cosines", "position", "linears"]
+# How rates follow from importance: Eq. 5's linear programme, or rates that are affine in the importance.
+Fill = Literal["lp", "smooth"]
+# Widths that are tried where the loss on calibration text chooses: shares of min(theta, 1 - theta), the widest box
+# whose rates stay within 0 and 1.
+TRIED_WIDTHS = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One name. ``delta``: the half width that it has by default, by ``default_delta``'s rule, or by the loss on
+    calibration text (one of ``TRIED_WIDTHS``)."""
+
+    needs: Needs
+    fill: Fill = "lp"
+    delta: float | Literal["rule", "loss"] = "rule"
+
 
 # Recipes are checked without torch, so the functions are elsewhere: in losa.algorithm.importance, whose
 # ``register_importance`` adds names to this table.
-RATES: Registry[Needs] = Registry("importance")
-RATES.register("cka", "similarity")
-RATES.register("uniform", "linears")
+RATES: Registry[Rates] = Registry("importance")
+RATES.register("cka", Rates("similarity"))
+RATES.register("uniform", Rates("linears"))
+RATES.register("cka_normalised", Rates("normalised similarity"))
+# The papers' widths at 70 %: OWL's lambda, DLP's alpha.
+RATES.register("owl", Rates("scores", "smooth", 0.08))
+RATES.register("dlp", Rates("scores", "smooth", 0.15))
+RATES.register("update", Rates("cosines", "smooth", 0.15))
+RATES.register("atp", Rates("position", "smooth", "loss"))
 
 
 def compares_samples(rates: str) -> bool:
     """Whether calibration samples are compared with each other, so that it takes two that differ."""
-    return RATES[rates] == "similarity"
+    return RATES[rates].needs in ("similarity", "normalised similarity")
+
+
+def tries_widths(rates: str, delta: float | None) -> bool:
+    """Whether the width of the box is chosen by loss: a width that the recipe gives is taken as it is."""
+    return delta is None and RATES[rates].delta == "loss"
+
+
+def passes(rates: str, delta: float | None) -> int:
+    """Forward passes of a round over the samples that serve rates."""
+    measured = RATES[rates].needs not in ("linears", "position")
+    return measured + (1 + len(TRIED_WIDTHS) if tries_widths(rates, delta) else 0)
 
 
 def check_rates(value: object) -> object:

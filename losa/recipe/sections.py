@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from losa.errors import shown
 from losa.recipe.methods import METHODS, Method, MethodName
-from losa.recipe.rates import check_rates, compares_samples
+from losa.recipe.rates import check_rates, compares_samples, passes
 
 MAX_SPARSITY = 0.95
 MAX_COUNT = 2**31 - 1
@@ -134,9 +134,12 @@ class AllocationConfig(Section):
     """Layer-wise rates (Eq. 4-5) and ranks (Eq. 7, 9)."""
 
     rates: Annotated[str, BeforeValidator(check_rates)] = Field(
-        "cka", description="sparsity of each block: by importance, or the same for all"
+        "cka",
+        description="sparsity of each block: cka, cka_normalised, owl, dlp, atp, update, or uniform",
     )
-    delta: float | None = Field(None, ge=0, lt=0.5, description="half width of the box around theta_t; default: rule")
+    delta: float | None = Field(
+        None, ge=0, lt=0.5, description="half width of the box around theta_t; default: that of the rates"
+    )
     ranks: Literal["error", "uniform", "sparsity"] = Field(
         "error", description="rank of each block: by reconstruction error, by sparsity, or the same for all"
     )
@@ -145,6 +148,9 @@ class AllocationConfig(Section):
     rank_growth: int = Field(1, ge=0, le=128, description="what the mean rank gains each round")
     rank_min: int = Field(1, ge=1, description="smallest rank of a block")
     rank_max: int = Field(16, ge=1, le=128, description="largest rank of a block, and of the mean")
+    fill: Literal["lp", "smooth"] | None = Field(
+        None, description="lp: Eq. 5's two plateaus; smooth: affine in importance; default: that of the rates"
+    )
 
     @model_validator(mode="after")
     def _bounds(self):
@@ -171,7 +177,7 @@ class CalibrationConfig(Section):
     data: Sources = Field(description="text that statistics are taken from")
     samples: int = Field(128, ge=1, le=MAX_COUNT, description="number of samples")
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a sample")
-    cka_samples: int = Field(64, ge=2, le=256, description="how many of the samples serve CKA")
+    cka_samples: int = Field(64, ge=2, le=256, description="how many of the samples serve CKA and other rates")
     batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="samples of a forward pass")
 
 
@@ -328,6 +334,11 @@ class Recipe(Section):
     def compares_samples(self) -> bool:
         """Whether a method compares calibration samples with each other."""
         return any(method.dynamic for method in self.methods.values()) and compares_samples(self.allocation.rates)
+
+    @property
+    def passes_for_rates(self) -> int:
+        """Forward passes of a round over the samples that serve rates, of a dynamic method."""
+        return passes(self.allocation.rates, self.allocation.delta)
 
     @model_validator(mode="after")
     def _needs_training_data(self):

@@ -17,6 +17,7 @@ from losa.distributed.processes import process_count
 from losa.distributed.sharding import device_of
 from losa.distributed.stop import check
 from losa.errors import RecipeError
+from losa.evaluation.perplexity import perplexity
 from losa.model.wrapping import count_kept, merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -136,12 +137,13 @@ class MethodRun:
             measure_errors=self.method.dynamic,
             seed=recipe.seed,
             calls=self.inputs.calls,
+            loss=lambda ids: perplexity(self.model, ids.flatten(), ids.shape[1], recipe.calibration.batch_size).nll,
         )
 
     def _allocation(self) -> AllocationConfig:
         if self.method.dynamic:
             return self.recipe.allocation
-        return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform"})
+        return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform", "delta": None})
 
     def _wrap(self, layer: type[MaskedLoRALinear]) -> None:
         recipe = self.recipe
