@@ -195,7 +195,7 @@ class Engine:
             return patterns_for(this_round, importance, reached, self.prune_config, delta, fill)
 
         if importance is None or not tries_widths(config.rates, config.delta):
-            default = row.delta if isinstance(row.delta, float) else None
+            default = None if isinstance(row.delta, str) else row.delta
             return within(default if config.delta is None else config.delta), None
         loss, ids = self.loss, self._ids_for_rates
         assert loss is not None, "the constructor saw to it"

@@ -22,9 +22,6 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.rates import Needs
 from losa_kernels import cka_similarity
 
-# Normalised features are cut here, in units of a token's root mean square.
-CLIP = 3.0
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -69,11 +66,11 @@ def position(measured: Measured) -> Tensor:
     return torch.arange(len(measured.blocks), dtype=torch.float64)
 
 
-def similarity(measured: Measured, normalise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """CKA between block outputs (Eq. 6): (L, L) fp64.
+def similarity(measured: Measured, gram_of: Callable[[BlockStream], Tensor] = BlockStream.gram) -> Tensor:
+    """CKA between block outputs: (L, L) fp64.
 
     Args:
-        normalise: changes the features of tokens (samples, tokens, hidden) before they are compared.
+        gram_of: the centred Gram of a block's output, by default of samples (Eq. 6).
 
     Raises:
         Stopped: between two blocks, if a signal asks for it.
@@ -82,7 +79,7 @@ def similarity(measured: Measured, normalise: Callable[[Tensor], Tensor] | None 
     grams = []
     for block, stream in zip(measured.blocks, measured.passed(measured.advance), strict=True):
         try:
-            grams.append(stream.gram(normalise=normalise))
+            grams.append(gram_of(stream))
         except ValueError as error:
             raise NumericsError(f"calibration: output of {block.name}: {error}") from error
     try:
@@ -91,12 +88,10 @@ def similarity(measured: Measured, normalise: Callable[[Tensor], Tensor] | None 
         raise NumericsError(f"calibration: blocks of {measured.prefix} cannot be compared: {error}") from error
 
 
-def without_massive_activations(hidden: Tensor) -> Tensor:
-    """Each token's features (..., hidden) divided by their root mean square and cut at ``CLIP``, in fp32: channels that
-    are a hundred times as large as the others otherwise decide every product of features."""
-    hidden = hidden.float()
-    size = hidden.square().mean(-1, keepdim=True).sqrt()
-    return (hidden / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp(-CLIP, CLIP)
+def normalised_similarity(measured: Measured) -> Tensor:
+    """``similarity`` between tokens of one size, (L, L) fp64. Between whole samples the few tokens with massive
+    activations decide; and where samples are few against their features, any two blocks seem alike."""
+    return similarity(measured, BlockStream.gram_of_tokens)
 
 
 def input_norms(measured: Measured) -> Iterator[dict[str, Tensor]]:
@@ -159,7 +154,7 @@ MEASURES: dict[Needs, Callable[[Measured], Any]] = {
     "linears": linears,
     "position": position,
     "similarity": similarity,
-    "normalised similarity": partial(similarity, normalise=without_massive_activations),
+    "normalised similarity": normalised_similarity,
     "scores": scores,
     "cosines": cosines,
 }

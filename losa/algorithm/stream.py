@@ -29,6 +29,9 @@ from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import Blocks
 from losa_kernels import gram
 
+# Tokens that ``gram_of_tokens`` takes.
+COMPARED_TOKENS = 256
+
 
 class _Stop(Exception):
     """Ends a forward pass once the first block's input is known."""
@@ -267,61 +270,68 @@ class BlockStream:
             self.hidden[position] = self._stored(first, output)
             first += len(output)
 
-    def gram(self, slice_features: int = 1 << 22, normalise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def gram(self, slice_features: int = 1 << 22) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states of all processes, a sample's features being
         all its positions and channels (Eq. 6). All processes call it together.
 
         Args:
             slice_features: numbers that are brought together at a time: of all samples in one process, of the process
                 with most samples where there are several.
-            normalise: changes the features of whole tokens, (samples, tokens, hidden), before they are compared.
 
         Raises:
             ValueError: in every process, when hidden states are not finite.
         """
         if process_count() > 1:
-            return self._gram_of_all(slice_features, normalise)
+            return self._gram_of_all(slice_features)
         out: Tensor | None = None
-        if self._held is not None and normalise is None:
+        if self._held is not None:
             for features in self._held.features():
                 out = gram(features, out=out)
             assert out is not None
             return out
         columns, samples = self.hidden[0][0].numel(), self._counts[0]
-        width = _width(slice_features // samples, self.hidden[0].shape[-1], normalise)
+        width = max(1, slice_features // samples)
         for start in range(0, columns, width):
-            out = gram(self._features(start, min(start + width, columns), normalise), out=out)
+            out = gram(self._features(start, start + width), out=out)
         assert out is not None
         return out
 
-    def _gram_of_all(self, slice_features: int, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
-        own = (self.hidden[0].shape[1:], self.hidden[0].dtype) if self.hidden else None
-        shape, dtype = next(found for found in from_everyone(own) if found is not None)
-        if normalise is not None:
-            dtype = normalise(torch.ones(1, 1, shape[-1], dtype=dtype)).dtype
+    def _gram_of_all(self, slice_features: int) -> Tensor:
+        own = (self.hidden[0][0].numel(), self.hidden[0].dtype) if self.hidden else None
+        columns, dtype = next(found for found in from_everyone(own) if found is not None)
 
         def features(start: int, end: int) -> Tensor:
             if not self.hidden:
                 return torch.empty(0, end - start, dtype=dtype, device=self.device)
-            return self._features(start, end, normalise)
+            return self._features(start, end) if self._held is None else self._held.columns(start, end)
 
-        width = _width(slice_features // max(self._counts), shape[-1], normalise)
-        return gram_of_all(features, self._counts, shape.numel(), width)
+        return gram_of_all(features, self._counts, columns, max(1, slice_features // max(self._counts)))
 
-    def _features(self, start: int, end: int, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def gram_of_tokens(self, most: int = COMPARED_TOKENS) -> Tensor:
+        """Centred Gram (tokens, tokens) fp32 of the present hidden states of single tokens, each divided by its root
+        mean square. The tokens lie evenly in the samples of all processes, which call it together.
+
+        Args:
+            most: how many tokens there are at most; no fewer than the samples.
+
+        Raises:
+            ValueError: in every process, when hidden states are not finite.
+        """
+        own = self.hidden[0].shape[1:] if self.hidden else None
+        length, hidden = next(shape for shape in from_everyone(own) if shape is not None)
+        each = min(length, most // sum(self._counts))
+        # The middles of equal parts: the first token often has a size of its own.
+        positions = (2 * torch.arange(each) + 1) * length // (2 * each)
+        tokens = [h[:, positions.to(h.device)].flatten(0, 1).to(self.device).float() for h in self.hidden]
+        mine = torch.cat(tokens) if tokens else torch.empty(0, hidden, device=self.device)
+        size = mine.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(mine.dtype).tiny)
+        mine = mine / size
+        rows = [each * count for count in self._counts]
+        return gram_of_all(lambda start, end: mine[:, start:end], rows, hidden, hidden)
+
+    def _features(self, start: int, end: int) -> Tensor:
         """Columns of the features of this process's samples, brought together on the device."""
-        if self._held is not None:
-            features = self._held.columns(start, end)
-        else:
-            features = torch.cat([h.flatten(1)[:, start:end] for h in self.hidden]).to(self.device)
-        if normalise is None:
-            return features
-        return normalise(features.unflatten(1, (-1, self.hidden[0].shape[-1]))).flatten(1)
-
-
-def _width(features: int, hidden: int, normalise: Callable[[Tensor], Tensor] | None) -> int:
-    """How many features of a sample are taken at a time: of whole tokens where these are normalised."""
-    return max(1, features) if normalise is None else max(1, features // hidden) * hidden
+        return torch.cat([h.flatten(1)[:, start:end] for h in self.hidden]).to(self.device)
 
 
 def _shape(batch: Tensor) -> tuple[int, int]:

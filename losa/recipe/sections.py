@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from losa.errors import shown
 from losa.recipe.methods import METHODS, Method, MethodName
-from losa.recipe.rates import check_rates, compares_samples, passes
+from losa.recipe.rates import TRIED_WIDTHS, check_rates, compares_samples, passes, tries_widths
 
 MAX_SPARSITY = 0.95
 MAX_COUNT = 2**31 - 1
@@ -337,8 +337,15 @@ class Recipe(Section):
 
     @property
     def passes_for_rates(self) -> int:
-        """Forward passes of a round over the samples that serve rates, of a dynamic method."""
-        return passes(self.allocation.rates, self.allocation.delta)
+        """Forward passes over the samples that serve rates, in each round of a dynamic method."""
+        dynamic = any(method.dynamic for method in self.methods.values())
+        return passes(self.allocation.rates, self.allocation.delta) if dynamic else 0
+
+    @property
+    def selections_for_rates(self) -> int:
+        """How often masks of the whole model are chosen for rates alone, in each round of a dynamic method."""
+        tries = self.passes_for_rates and tries_widths(self.allocation.rates, self.allocation.delta)
+        return len(TRIED_WIDTHS) if tries else 0
 
     @model_validator(mode="after")
     def _needs_training_data(self):

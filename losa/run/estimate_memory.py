@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from losa.algorithm.engine import keeps_originals
 from losa.algorithm.schedule import Round
+from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.rates import RATES
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
 from losa.training.loss import CHUNK_BYTES
@@ -135,9 +137,8 @@ def pruning_work(
     # Pinned memory comes in powers of two.
     held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
     yield Holding("pruning", waits, "hidden states", streams * held, how)
-    if recipe.compares_samples:
-        grams = 4 * shape.blocks * min(calibration.cka_samples, calibration.samples) ** 2
-        yield Holding("pruning", place, "Grams", grams, "blocks x samples^2 x 4 bytes")
+    if recipe.passes_for_rates:
+        yield from _for_rates(recipe, shape)
     how = "M * (W + s B A), formed once for all batches"
     yield Holding("pruning", place, "merged weights of a block", largest_pruned(shape), how)
     batch = min(calibration.batch_size, calibration.samples) * calibration.length
@@ -146,6 +147,25 @@ def pruning_work(
     yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
     for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
         yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
+
+
+def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
+    calibration, place = recipe.calibration, shape.computes_on
+    compared = min(calibration.cka_samples, calibration.samples)
+    match RATES[recipe.allocation.rates].needs:
+        case "similarity":
+            size, how = 4 * shape.blocks * compared**2, "blocks x samples^2 x 4 bytes"
+            yield Holding("pruning", place, "Grams", size, how)
+        case "normalised similarity":
+            size, how = 4 * shape.blocks * COMPARED_TOKENS**2, "blocks x tokens^2 x 4 bytes"
+            yield Holding("pruning", place, "Grams", size, how)
+        case "scores":
+            widest = max(sum(w.numel for w in pruned) for pruned in shape.by_block)
+            yield Holding("pruning", place, "scores of a block", 2 * 4 * widest, "2 x 4 bytes a weight")
+    if recipe.selections_for_rates:
+        tokens = min(calibration.batch_size, compared) * calibration.length
+        how = "a chunk of logits, hidden states, to try rates"
+        yield Holding("pruning", place, "loss", loss_bytes(shape, tokens), how)
 
 
 def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:

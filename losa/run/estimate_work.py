@@ -94,11 +94,13 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
         largest_share(count, calibration.batch_size, processes)
         for count in (calibration.samples, min(calibration.cka_samples, calibration.samples))
     )
-    # The sparse stream, which is read once more for statistics; the dense stream; the samples that are compared.
-    samples = own + (own if pruner.statistic is not None else 0)
+    # The sparse stream, which is read once more for statistics; the dense stream; the samples that serve rates.
+    samples, predicted = own + (own if pruner.statistic is not None else 0), 0
     if METHODS[name].dynamic:
-        samples += own + (compared if recipe.compares_samples else 0)
+        samples += own + compared * recipe.passes_for_rates
+        predicted = compared * recipe.selections_for_rates
     work = samples * calibration.length * shape.work.forward(calibration.length)
+    work += predicted * calibration.length * 2.0 * shape.work.head
     return work + _solving(pruner, recipe, shape, own, processes)
 
 
@@ -113,7 +115,7 @@ def _checks(recipe: Recipe, shape: ModelShape) -> float:
 def other_batches(recipe: Recipe) -> set[int]:
     """Sizes of calibration's batches, but for a sample alone."""
     calibration, counts = recipe.calibration, {recipe.calibration.samples}
-    if recipe.compares_samples:
+    if recipe.passes_for_rates:
         counts.add(min(calibration.cka_samples, calibration.samples))
     full = {min(count, calibration.batch_size) for count in counts}
     return (full | {count % calibration.batch_size for count in counts}) - {0, 1}
