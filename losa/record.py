@@ -13,7 +13,8 @@ from losa.recipe.methods import find_method
 class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
     None where the Hessian stayed singular and Wanda's mask was taken; ``delta`` is the half width of the rates' box,
-    where losses chose it; ``train_loss`` is in nats a token; ``seconds`` is wall time by stage."""
+    where losses chose it; ``linear_sparsity`` and ``linear_ranks`` are those of linears by full name, where the linears
+    of a block differ, and the block's are then their mean; ``train_loss`` is in nats a token; ``seconds`` is wall time by stage."""
 
     index: int
     target_sparsity: float
@@ -25,6 +26,8 @@ class RoundRecord:
     m: int | None = None
     importance: list[float] | None = None
     delta: float | None = None
+    linear_sparsity: dict[str, float] | None = None
+    linear_ranks: dict[str, int] | None = None
     similarity: list[list[float]] | None = None
     damping: dict[str, float | None] = field(default_factory=dict)
     train_steps: int = 0

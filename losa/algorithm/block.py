@@ -105,7 +105,7 @@ class WrappedBlock:
         self,
         pruner: Pruner,
         statistics: Mapping[str, Tensor | None],
-        pattern: Pattern,
+        pattern: Pattern | Mapping[str, Pattern],
         nested: bool,
         owners: Mapping[str, int],
     ) -> dict[str, float | None]:
@@ -113,6 +113,7 @@ class WrappedBlock:
 
         Args:
             statistics: of the linears that this process owns.
+            pattern: of the block, or of each linear by name. With the latter a pruner gets one linear at a time.
             nested: what is pruned already stays pruned.
             owners: the process that owns each linear.
 
@@ -145,7 +146,7 @@ class WrappedBlock:
         pruner: Pruner,
         weights: _WeightsToPrune,
         statistics: Mapping[str, Tensor | None],
-        pattern: Pattern,
+        pattern: Pattern | Mapping[str, Pattern],
         nested: bool,
     ) -> dict[str, _Outcome]:
         """What the pruner says of the linears whose ``weights`` it is given; it goes into their layers at once."""
@@ -167,10 +168,23 @@ class WrappedBlock:
             raise ValueError(f"{kind}.prune_block: expected outcomes for {', '.join(weights)}; got {names}")
         return outcomes
 
-    def _outcomes(self, pruner: Pruner, *args) -> Iterator[tuple[str, Pruned]]:
+    def _outcomes(
+        self,
+        pruner: Pruner,
+        weights: _WeightsToPrune,
+        statistics: Mapping[str, Tensor | None],
+        pattern: Pattern | Mapping[str, Pattern],
+        masks: Mapping[str, Tensor | None],
+    ) -> Iterator[tuple[str, Pruned]]:
         """``prune_block``, whose errors get the block's name."""
         try:
-            yield from pruner.prune_block(*args)
+            if isinstance(pattern, Pattern):
+                yield from pruner.prune_block(weights, statistics, pattern, masks)
+                return
+            pruner.prepare(statistics.values())
+            for name in weights:
+                own = weights.only(name), {name: statistics[name]}, pattern[name], {name: masks[name]}
+                yield from pruner.prune_block(*own)
         except (NumericsError, ValueError) as error:
             linear = str(error).partition(":")[0]
             raise NumericsError(f"{self.name}{'.' if linear in self.linears else ': '}{error}") from error
@@ -242,6 +256,9 @@ class _WeightsToPrune(Mapping[str, Tensor]):
     ):
         self._block, self._names = block, list(names)
         self._how = originals, updates_weight, nested
+
+    def only(self, name: str) -> _WeightsToPrune:
+        return _WeightsToPrune(self._block, [name], *self._how)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

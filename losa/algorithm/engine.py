@@ -6,10 +6,11 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.importance import get_importance
+from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
 from losa.algorithm.measures import MEASURES, Measured
 from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
@@ -36,6 +38,7 @@ from losa.distributed.watch import progress
 from losa.errors import ModelError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
+from losa.model.wrapping import count_kept
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
@@ -67,7 +70,8 @@ class Engine:
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
         RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes, or rates whose width needs a ``loss``.
+            unknown, needs gradients, or has no ``total`` on several processes, a pruner
+            that gives the linears of a block no rates of their own, or rates whose width needs a ``loss``.
     """
 
     def __init__(
@@ -93,6 +97,8 @@ class Engine:
         self.importance = get_importance(allocation.rates)
         self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"
+        if allocation.per == "linear":
+            check_linear(prune, self.pruner)
         self.decoder = find_blocks(model)
         kept = keeps_originals(prune, self.pruner, self.needs_errors)
         self.blocks = [
@@ -148,7 +154,7 @@ class Engine:
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
                 ranks = self._ranks(this_round, pruned.errors, sparsity)
-                self._set_ranks(this_round, ranks)
+                self._set_ranks(this_round, ranks, pruned.linears)
         return RoundRecord(
             index=this_round.index,
             target_sparsity=this_round.sparsity,
@@ -160,10 +166,23 @@ class Engine:
             m=patterns[0].m,
             importance=None if importance is None else importance.tolist(),
             delta=width,
+            **self._of_linears(),
             similarity=None if similarity is None else similarity.tolist(),
             damping=pruned.damping,
             seconds=watch.seconds,
         )
+
+    def _of_linears(self) -> dict[str, Any]:
+        """Fields of the record where the linears of a block differ."""
+        if self.allocation.per == "block":
+            return {}
+        linears = {f"{block.name}.{name}": linear for block in self.blocks for name, linear in block.linears.items()}
+        return {
+            "linear_sparsity": {
+                name: 1 - count_kept(linear) / linear.weight.numel() for name, linear in linears.items()
+            },
+            "linear_ranks": {name: linear.rank for name, linear in linears.items()},
+        }
 
     def _stream(self, input_ids: Tensor) -> BlockStream:
         batch_size = self.calibration.batch_size
@@ -219,6 +238,7 @@ class Engine:
             sparse = self._stream(self.input_ids)
             dense = self._stream(self.input_ids) if self.needs_errors else None
         errors: list[float] = []
+        linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
             progress(f"calibrating {block.name}")
@@ -233,16 +253,21 @@ class Engine:
                 with watch.stage("prune"):
                     progress(f"pruning {block.name}")
                     nested = not self.prune_config.regrow
-                    damping |= block.prune(self.pruner, statistics, pattern, nested, owners)
+                    own: Pattern | dict[str, Pattern] = pattern
+                    if self.allocation.per == "linear":
+                        assert pattern.sparsity is not None, "the recipe's checks saw to it"
+                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, nested))
+                        own = linears[-1].patterns
+                    damping |= block.prune(self.pruner, statistics, own, nested, owners)
                 del statistics
                 with watch.stage("forward"):
                     together(partial(self._advance_merged, sparse, index))
                     if dense is not None:
                         errors.append(self._error(dense, sparse))
         if dense is None:
-            return _PrunedBlocks(None, damping, watch.seconds)
+            return _PrunedBlocks(None, damping, linears, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
-        return _PrunedBlocks(decided, damping, watch.seconds)
+        return _PrunedBlocks(decided, damping, linears, watch.seconds)
 
     def _advance_merged(self, stream: BlockStream, index: int) -> None:
         with self.blocks[index].merged():
@@ -279,15 +304,16 @@ class Engine:
             ranks = uniform_ranks(len(self.blocks), this_round.mean_rank)
         return ranks.tolist()
 
-    def _set_ranks(self, this_round: Round, ranks: list[int]) -> None:
+    def _set_ranks(self, this_round: Round, ranks: list[int], linears: Sequence[LinearRates] = ()) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
-        for rank, block in zip(ranks, self.blocks, strict=True):
-            if all(linear.rank == rank for linear in block.linears.values()):
+        for index, (rank, block) in enumerate(zip(ranks, self.blocks, strict=True)):
+            own = ranks_within(linears[index], rank, self.allocation) if linears else [rank] * len(block.linears)
+            if all(linear.rank == wanted for linear, wanted in zip(block.linears.values(), own, strict=True)):
                 continue
             # Adapters alone: the weights are a thousand times as large.
             with gathered(block.module, only=("lora_A", "lora_B")):
-                for linear in block.linears.values():
-                    linear.set_rank(rank, generator=generator)
+                for linear, wanted in zip(block.linears.values(), own, strict=True):
+                    linear.set_rank(wanted, generator=generator)
 
 
 def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:
@@ -297,10 +323,12 @@ def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> b
 
 @dataclass(frozen=True)
 class _PrunedBlocks:
-    """What one pass over the blocks found: reconstruction errors by block, damping by linear, seconds by stage."""
+    """What one pass over the blocks found: reconstruction errors by block, damping by linear, rates of linears by block
+    (none where a block has one rate), seconds by stage."""
 
     errors: list[float] | None
     damping: dict[str, float | None]
+    linears: list[LinearRates]
     seconds: dict[str, float]
 
 

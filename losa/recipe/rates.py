@@ -50,10 +50,16 @@ def tries_widths(rates: str, delta: float | None) -> bool:
     return delta is None and RATES[rates].delta == "loss"
 
 
-def passes(rates: str, delta: float | None) -> int:
-    """Forward passes of a round over the samples that serve rates."""
-    measured = RATES[rates].needs not in ("linears", "position")
-    return measured + (1 + len(TRIED_WIDTHS) if tries_widths(rates, delta) else 0)
+def passes_for(rates: str, delta: float | None) -> int:
+    """Forward passes over the samples that serve rates, in each round of a dynamic method."""
+    selections = selections_for(rates, delta)
+    return (RATES[rates].needs not in ("linears", "position")) + (1 + selections if selections else 0)
+
+
+def selections_for(rates: str, delta: float | None) -> int:
+    """How often masks of the whole model are chosen for rates alone, in each round of a dynamic method; a loss is taken
+    with each of them."""
+    return len(TRIED_WIDTHS) if tries_widths(rates, delta) else 0
 
 
 def check_rates(value: object) -> object:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from losa.errors import shown
 from losa.recipe.methods import METHODS, Method, MethodName
-from losa.recipe.rates import TRIED_WIDTHS, check_rates, compares_samples, passes, tries_widths
+from losa.recipe.rates import check_rates, compares_samples
 
 MAX_SPARSITY = 0.95
 MAX_COUNT = 2**31 - 1
@@ -150,6 +150,9 @@ class AllocationConfig(Section):
     rank_max: int = Field(16, ge=1, le=128, description="largest rank of a block, and of the mean")
     fill: Literal["lp", "smooth"] | None = Field(
         None, description="lp: Eq. 5's two plateaus; smooth: affine in importance; default: that of the rates"
+    )
+    per: Literal["block", "linear"] = Field(
+        "block", description="linear: rates and ranks of a block's linears differ, within the block's"
     )
 
     @model_validator(mode="after")
@@ -331,27 +334,29 @@ class Recipe(Section):
         return {name: METHODS[name] for name in [*names, self.method]}
 
     @property
+    def dynamic(self) -> bool:
+        """Whether a method has rates and ranks."""
+        return any(method.dynamic for method in self.methods.values())
+
+    @property
     def compares_samples(self) -> bool:
         """Whether a method compares calibration samples with each other."""
-        return any(method.dynamic for method in self.methods.values()) and compares_samples(self.allocation.rates)
-
-    @property
-    def passes_for_rates(self) -> int:
-        """Forward passes over the samples that serve rates, in each round of a dynamic method."""
-        dynamic = any(method.dynamic for method in self.methods.values())
-        return passes(self.allocation.rates, self.allocation.delta) if dynamic else 0
-
-    @property
-    def selections_for_rates(self) -> int:
-        """How often masks of the whole model are chosen for rates alone, in each round of a dynamic method."""
-        tries = self.passes_for_rates and tries_widths(self.allocation.rates, self.allocation.delta)
-        return len(TRIED_WIDTHS) if tries else 0
+        return self.dynamic and compares_samples(self.allocation.rates)
 
     @model_validator(mode="after")
     def _needs_training_data(self):
         trains = [name for name in (self.method, *self.compare) if METHODS[name].trains]
         if trains and self.train is None:
             raise ValueError(f"train: method {trains[0]!r} needs a train section with data")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_for_linears(self):
+        if self.allocation.per == "linear" and self.prune.sparsity is None:
+            raise ValueError(
+                f"allocation.per: linear needs prune.sparsity, got prune.pattern {self.prune.pattern!r}, which gives "
+                "all linears one keep count"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.rates import RATES
+from losa.recipe.rates import RATES, tries_widths
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
 from losa.training.loss import CHUNK_BYTES
@@ -137,7 +137,7 @@ def pruning_work(
     # Pinned memory comes in powers of two.
     held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
     yield Holding("pruning", waits, "hidden states", streams * held, how)
-    if recipe.passes_for_rates:
+    if recipe.dynamic:
         yield from _for_rates(recipe, shape)
     how = "M * (W + s B A), formed once for all batches"
     yield Holding("pruning", place, "merged weights of a block", largest_pruned(shape), how)
@@ -162,7 +162,7 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
         case "scores":
             widest = max(sum(w.numel for w in pruned) for pruned in shape.by_block)
             yield Holding("pruning", place, "scores of a block", 2 * 4 * widest, "2 x 4 bytes a weight")
-    if recipe.selections_for_rates:
+    if tries_widths(recipe.allocation.rates, recipe.allocation.delta):
         tokens = min(calibration.batch_size, compared) * calibration.length
         how = "a chunk of logits, hidden states, to try rates"
         yield Holding("pruning", place, "loss", loss_bytes(shape, tokens), how)

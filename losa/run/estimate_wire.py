@@ -11,7 +11,7 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import get_statistic
 from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.rates import RATES
+from losa.recipe.rates import RATES, passes_for, selections_for
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
 from losa.run.estimate_memory import highest_rank, largest_share
@@ -46,9 +46,10 @@ class Wires:
         assert stage.method is not None
         dynamic = METHODS[stage.method].dynamic
         compares = dynamic and RATES[recipe.allocation.rates].needs == "similarity"
-        for_rates = recipe.passes_for_rates if dynamic else 0
+        rates = recipe.allocation.rates, recipe.allocation.delta
+        for_rates = passes_for(*rates) if dynamic else 0
         # To prune, to measure what rates need, and to try rates; the merge at the end.
-        passes = 1 + for_rates + (recipe.selections_for_rates if dynamic else 0)
+        passes = 1 + for_rates + (selections_for(*rates) if dynamic else 0)
         # Sparse and dense stream, and passes for rates: each makes what is outside of the blocks whole.
         streams = 1 + dynamic + for_rates
         first = stage.method == next(iter(self.rounds))

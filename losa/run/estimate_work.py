@@ -10,6 +10,7 @@ from losa.algorithm.schedule import Round
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.rates import passes_for, selections_for
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.estimate_memory import largest_share, pruning_shape
 from losa.run.model_shape import ModelShape
@@ -95,10 +96,11 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
         for count in (calibration.samples, min(calibration.cka_samples, calibration.samples))
     )
     # The sparse stream, which is read once more for statistics; the dense stream; the samples that serve rates.
+    rates = recipe.allocation.rates, recipe.allocation.delta
     samples, predicted = own + (own if pruner.statistic is not None else 0), 0
     if METHODS[name].dynamic:
-        samples += own + compared * recipe.passes_for_rates
-        predicted = compared * recipe.selections_for_rates
+        samples += own + compared * passes_for(*rates)
+        predicted = compared * selections_for(*rates)
     work = samples * calibration.length * shape.work.forward(calibration.length)
     work += predicted * calibration.length * 2.0 * shape.work.head
     return work + _solving(pruner, recipe, shape, own, processes)
@@ -115,7 +117,7 @@ def _checks(recipe: Recipe, shape: ModelShape) -> float:
 def other_batches(recipe: Recipe) -> set[int]:
     """Sizes of calibration's batches, but for a sample alone."""
     calibration, counts = recipe.calibration, {recipe.calibration.samples}
-    if recipe.passes_for_rates:
+    if recipe.dynamic and passes_for(recipe.allocation.rates, recipe.allocation.delta):
         counts.add(min(calibration.cka_samples, calibration.samples))
     full = {min(count, calibration.batch_size) for count in counts}
     return (full | {count % calibration.batch_size for count in counts}) - {0, 1}

@@ -143,7 +143,7 @@ class MethodRun:
     def _allocation(self) -> AllocationConfig:
         if self.method.dynamic:
             return self.recipe.allocation
-        return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform"})
+        return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform", "per": "block"})
 
     def _wrap(self, layer: type[MaskedLoRALinear]) -> None:
         recipe = self.recipe

@@ -1,0 +1,153 @@
+"""Each linear's sparsity rate within the count of its block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losa.algorithm.block import WrappedBlock
+from losa.algorithm.ranks import allocate_ranks
+from losa.algorithm.rates import MAX_RATE
+from losa.distributed.processes import process_index
+from losa.distributed.together import together
+from losa.errors import RecipeError
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.pruners.base import Pattern, Pruner
+from losa.recipe.sections import AllocationConfig, PruneConfig
+
+# Statistics of a pruner that hold the norms of a linear's inputs; without any, scores are magnitudes.
+WITH_NORMS = (None, "input_norms", "hessian")
+# Half width of the box around the block's rate.
+LINEAR_DELTA = 0.1
+# Rows of a weight that its curve is taken from, evenly spaced.
+CURVE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LinearRates:
+    """By linear's name: what is kept, and the share of the linear's squared scores that is pruned."""
+
+    patterns: dict[str, Pattern]
+    removed: dict[str, float]
+
+
+def rates_within(
+    block: WrappedBlock,
+    statistics: Mapping[str, Tensor | None],
+    owners: Mapping[str, int],
+    sparsity: float,
+    nested: bool,
+) -> LinearRates:
+    """Rates of a block's linears, of which together as many weights go as with one rate ``sparsity``.
+
+    Least is the sum over the linears of the share of squared scores (W + s B A)_ij^2 ||X_j||^2 that goes
+    (``counts_within``). Several processes call this together, within ``block.gathered``.
+
+    Args:
+        statistics, owners: as ``WrappedBlock.prune`` takes them; of a pruner whose statistic is one of ``WITH_NORMS``.
+        nested: what is pruned already stays pruned.
+    """
+    mine = [name for name in block.linears if owners[name] == process_index()]
+    found = together(lambda: {name: removed_curve(block.linears[name], statistics[name], nested) for name in mine})
+    curves = {name: found[owners[name]][name] for name in block.linears}
+    rows = {name: linear.out_features for name, linear in block.linears.items()}
+    counts = counts_within(curves, rows, sparsity, LINEAR_DELTA)
+    return LinearRates(
+        {name: Pattern(sparsity=count / block.linears[name].in_features) for name, count in counts.items()},
+        {name: float(curves[name][count]) for name, count in counts.items()},
+    )
+
+
+def check_linear(prune: PruneConfig, pruner: Pruner) -> None:
+    """Raises RecipeError for a pruner whose linears cannot have rates of their own."""
+    if type(pruner).prune_block is not Pruner.prune_block:
+        found = "which decides about whole blocks"
+    elif pruner.statistic not in WITH_NORMS:
+        found = f"whose statistic {pruner.statistic!r} has no norms of inputs"
+    else:
+        return
+    raise RecipeError(
+        f"allocation.per: linear: expected a pruner of single linears that scores weights by their inputs, got "
+        f"{prune.pruner!r}, {found}"
+    )
+
+
+def ranks_within(rates: LinearRates, rank: int, config: AllocationConfig) -> list[int]:
+    """Ranks of a block's linears in their order, whose mean is the block's ``rank``: by the share of squared scores that
+    is pruned, by sparsity, or one for all, as ``config.ranks`` says of blocks."""
+    if config.ranks == "uniform":
+        return [rank] * len(rates.removed)
+    by_sparsity = {name: pattern.target for name, pattern in rates.patterns.items()}
+    shares = rates.removed if config.ranks == "error" else by_sparsity
+    errors = torch.tensor([shares[name] for name in rates.patterns], dtype=torch.float64)
+    return allocate_ranks(errors, rank, config.rank_min, config.rank_max).tolist()
+
+
+def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bool) -> Tensor:
+    """Share of a linear's squared scores that goes with the k lowest of each row, k = 0 to in: (in + 1,) fp64 on the
+    host. It is infinite below what a nested mask has pruned of the average row.
+
+    Args:
+        statistic: norms of the inputs (in,), or their Hessian (in, in); None: ones.
+    """
+    step = -(-linear.out_features // CURVE_ROWS)
+    squares = linear.dense_weight()[::step].square_()
+    if statistic is not None:
+        squares *= statistic.square() if statistic.dim() == 1 else statistic.diagonal().clamp_min(0)
+    total = squares.sum(dtype=torch.float64)
+    lost, first = squares.new_zeros((), dtype=torch.float64), 0
+    if nested:
+        kept = linear.mask_bool()
+        first = math.ceil((1 - float(kept.sum()) / kept.numel()) * linear.in_features - 1e-6)
+        lost = total - squares.mul_(kept[::step]).sum(dtype=torch.float64)
+    going = squares.sort(1).values.sum(0, dtype=torch.float64).cumsum(0)
+    curve = (torch.cat([going.new_zeros(1), going]) + lost) / total.clamp_min(torch.finfo(torch.float64).tiny)
+    curve[:first] = math.inf
+    return curve.cpu()
+
+
+def counts_within(
+    curves: Mapping[str, Tensor], rows: Mapping[str, int], sparsity: float, delta: float
+) -> dict[str, int]:
+    """How many weights go from each row of each linear: min sum_l curve_l(k_l) with sum_l rows_l k_l the count that one
+    rate for all linears gives, and k_l within ``delta`` of that rate.
+
+    The curves are convex, so the optimum takes single steps k -> k + 1 in the order of what a weight of the step costs.
+    Where the next step would be too large for what the count has left, its linear takes no more; a linear with fewer
+    rows may then leave its box to meet the count. The count is met exactly where all numbers of rows are multiples of
+    the smallest.
+
+    Args:
+        curves: (in + 1,) fp64 each, of ``removed_curve``; infinite below the least count.
+        rows: of each linear.
+        sparsity: of the block, below 1.
+
+    Returns:
+        by name; the least counts where they exceed the count together.
+    """
+    counts, high, left = {}, {}, 0
+    for name, curve in curves.items():
+        width, floor = len(curve) - 1, int(torch.isinf(curve).sum())
+        counts[name] = max(floor, math.floor(max(sparsity - delta, 0.0) * width))
+        high[name] = max(counts[name], math.floor(min(sparsity + delta, MAX_RATE) * width + 1e-6))
+        left += rows[name] * (math.floor(sparsity * width + 1e-6) - counts[name])
+    steps = []
+    for name, curve in curves.items():
+        costs = curve.diff() / rows[name]
+        steps += [(cost, name) for cost in costs[counts[name] : high[name]].tolist()]
+    full = set()
+    for _, name in sorted(steps, key=lambda step: step[0]):
+        if rows[name] > left:
+            full.add(name)
+        if name not in full:
+            counts[name] += 1
+            left -= rows[name]
+    while fits := [n for n, curve in curves.items() if rows[n] <= left and counts[n] < MAX_RATE * (len(curve) - 1) - 1]:
+        name = min(fits, key=lambda n: float(curves[n][counts[n] + 1] - curves[n][counts[n]]) / rows[n])
+        counts[name] += 1
+        left -= rows[name]
+    return counts
