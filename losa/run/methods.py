@@ -136,6 +136,7 @@ class MethodRun:
             measure_errors=self.method.dynamic,
             seed=recipe.seed,
             calls=self.inputs.calls,
+            reconstruct=recipe.reconstruct if self.method.reconstructs else None,
         )
 
     def _allocation(self) -> AllocationConfig:
