@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     ),
     "one batch": ({"sparsity": 0.5}, {}, 4, 8),
     "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
-    # Of three processes one has no sample; a step takes one sample by itself, and two together where one process has both.
+    # Of three processes one has no sample. A step takes three: two together and one by itself, where one process can.
     "reconstructed": ({"sparsity": 0.5}, {"rates": "uniform"}, 4, 2),
 }
 # Cases that are no part of the comparison with one process.
