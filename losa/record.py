@@ -14,7 +14,9 @@ class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
     None where the Hessian stayed singular and Wanda's mask was taken; ``delta`` is the half width of the rates' box,
     where losses chose it; ``linear_sparsity`` and ``linear_ranks`` are those of linears by full name, where the linears
-    of a block differ, and the block's are then their mean; ``train_loss`` is in nats a token; ``seconds`` is wall time by stage."""
+    of a block differ, and the block's are then their mean; ``train_loss`` is in nats a token; ``seconds`` is wall time
+    by stage. ``loss_pruned`` and ``loss_reconstructed``: the relative reconstruction error of some samples before and
+    after a block's reconstruction, None where blocks are not reconstructed."""
 
     index: int
     target_sparsity: float
@@ -35,6 +37,12 @@ class RoundRecord:
     train_loss: float | None = None
     perplexity: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    loss_pruned: list[float] | None = None
+    loss_reconstructed: list[float] | None = None
+
+
+# Lists of a round with a value for each block, which the record may lack but for the first one.
+_PER_BLOCK = ("sparsity", "errors", "keep_n", "importance", "similarity", "loss_pruned", "loss_reconstructed")
 
 
 @dataclass
@@ -102,7 +110,7 @@ class RunRecord:
             raise ValueError("blocks: expected the names of the blocks, found none")
         for r in record.rounds:
             where = f"round {r.index}"
-            lists = {name: getattr(r, name) for name in ("sparsity", "errors", "keep_n", "importance", "similarity")}
+            lists = {name: getattr(r, name) for name in _PER_BLOCK}
             lists |= {f"similarity, row {i}": row for i, row in enumerate(r.similarity or [])}
             if r.ranks or record.ranked:
                 lists["ranks"] = r.ranks

@@ -6,7 +6,7 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.importance import get_importance
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
 from losa.algorithm.measures import MEASURES, Measured
@@ -42,7 +43,7 @@ from losa.model.wrapping import count_kept
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
 
@@ -57,8 +58,10 @@ class Engine:
         allocation: rates and ranks.
         calibration: how many samples are read at a time, and how many serve CKA.
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
-        seed: for the Gaussian rows of growing adapters.
+        seed: for the Gaussian rows of growing adapters, and the order of samples in reconstruction.
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
+        reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it reconstruction errors are
+            taken, of the blocks as they are reconstructed.
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
@@ -86,6 +89,7 @@ class Engine:
         seed: int = 0,
         calls: dict[tuple[int, int], list[Call]] | None = None,
         loss: Callable[[Tensor], float] | None = None,
+        reconstruct: ReconstructConfig | None = None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -96,7 +100,11 @@ class Engine:
         self.pruner = get_pruner(prune)
         self.importance = get_importance(allocation.rates)
         self.statistic = _statistic_of(prune, self.pruner.statistic)
-        self.needs_errors = measure_errors or allocation.ranks == "error"
+        self.reconstruction: BlockReconstruction | None = None
+        if reconstruct is not None:
+            shape = (len(input_ids), input_ids.shape[1])
+            self.reconstruction = BlockReconstruction(reconstruct, shape, calibration.batch_size)
+        self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
         if allocation.per == "linear":
             check_linear(prune, self.pruner)
         self.decoder = find_blocks(model)
@@ -147,7 +155,7 @@ class Engine:
                 importance, similarity = self._importance()
                 patterns, width = self._patterns(this_round, importance)
             try:
-                pruned = self._prune_blocks(patterns)
+                pruned = self._prune_blocks(patterns, this_round)
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
@@ -170,6 +178,8 @@ class Engine:
             similarity=None if similarity is None else similarity.tolist(),
             damping=pruned.damping,
             seconds=watch.seconds,
+            loss_pruned=None if pruned.fits is None else [fit.before for fit in pruned.fits],
+            loss_reconstructed=None if pruned.fits is None else [fit.after for fit in pruned.fits],
         )
 
     def _of_linears(self) -> dict[str, Any]:
@@ -184,9 +194,9 @@ class Engine:
             "linear_ranks": {name: linear.rank for name, linear in linears.items()},
         }
 
-    def _stream(self, input_ids: Tensor) -> BlockStream:
+    def _stream(self, input_ids: Tensor, other_sizes: Collection[int] = ()) -> BlockStream:
         batch_size = self.calibration.batch_size
-        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls)
+        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
 
     def _importance(self) -> tuple[Tensor | None, Tensor | None]:
         """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
@@ -231,15 +241,17 @@ class Engine:
     def _measured(self) -> Measured:
         return Measured(self.blocks, self.decoder.prefix, lambda: self._stream(self._ids_for_rates))
 
-    def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
-        """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""
-        watch = Stopwatch()
+    def _prune_blocks(self, patterns: list[Pattern], this_round: Round) -> _PrunedBlocks:
+        """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input, and
+        reconstructs it where that is asked for."""
+        watch, reconstruction = Stopwatch(), self.reconstruction
         with watch.stage("forward"):
-            sparse = self._stream(self.input_ids)
+            sparse = self._stream(self.input_ids, () if reconstruction is None else reconstruction.sizes)
             dense = self._stream(self.input_ids) if self.needs_errors else None
         errors: list[float] = []
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}
+        fits: list[Fit] = []
         for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
             progress(f"calibrating {block.name}")
             check()
@@ -260,14 +272,18 @@ class Engine:
                         own = linears[-1].patterns
                     damping |= block.prune(self.pruner, statistics, own, nested, owners)
                 del statistics
+                if reconstruction is not None and dense is not None:
+                    with watch.stage("reconstruct"):
+                        seed = (self.seed * 1000 + this_round.index) * 1000 + index
+                        fits.append(reconstruction.fit(block.name, index, sparse, dense, seed))
                 with watch.stage("forward"):
                     together(partial(self._advance_merged, sparse, index))
                     if dense is not None:
                         errors.append(self._error(dense, sparse))
         if dense is None:
-            return _PrunedBlocks(None, damping, linears, watch.seconds)
+            return _PrunedBlocks(None, damping, linears, None, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
-        return _PrunedBlocks(decided, damping, linears, watch.seconds)
+        return _PrunedBlocks(decided, damping, linears, fits or None, watch.seconds)
 
     def _advance_merged(self, stream: BlockStream, index: int) -> None:
         with self.blocks[index].merged():
@@ -324,11 +340,12 @@ def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> b
 @dataclass(frozen=True)
 class _PrunedBlocks:
     """What one pass over the blocks found: reconstruction errors by block, damping by linear, rates of linears by block
-    (none where a block has one rate), seconds by stage."""
+    (none where a block has one rate), losses of reconstruction by block, seconds by stage."""
 
     errors: list[float] | None
     damping: dict[str, float | None]
     linears: list[LinearRates]
+    fits: list[Fit] | None
     seconds: dict[str, float]
 
 

@@ -33,12 +33,18 @@ class ErrorMeter:
     def result(self) -> float:
         """The error over the batches of all processes, of which some may have none. All processes call it together;
         sums are added up in the order of the processes."""
-        sums = self._sums
-        if process_count() > 1:
-            sums = sum(part for part in from_everyone(None if sums is None else sums.cpu()) if part is not None)
-        assert isinstance(sums, Tensor), "no process had a batch"
+        sums = sum_of_all(self._sums)
         difference, reference = sums
         if self.kind == "frobenius":
             return difference.sum().sqrt().item()
         alive = reference > 0
         return (difference[alive] / reference[alive]).sum().item() / len(reference)
+
+
+def sum_of_all(sums: Tensor | None) -> Tensor:
+    """The sum of all processes' tensors, added up in the order of the processes, on the host where there are several;
+    None from a process that had no batch. All processes call it together."""
+    if process_count() > 1:
+        sums = sum(part for part in from_everyone(None if sums is None else sums.cpu()) if part is not None)
+    assert isinstance(sums, Tensor), "no process had a batch"
+    return sums

@@ -9,7 +9,7 @@ Statistics live for one block; Grams take L n^2 floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -69,6 +69,7 @@ class BlockStream:
         calls: what blocks are called with, by batch shape. It takes a whole forward pass to find out, so the caller
             keeps it between streams of one model. While it is empty, a stream of two batches is compared with whole
             forward passes first.
+        other_sizes: further batch sizes that ``run_on`` is to take, each of them at most the number of samples.
 
     Raises:
         Stopped: between passes, or between blocks that are run by themselves, if a signal asks for it.
@@ -84,6 +85,7 @@ class BlockStream:
         batch_size: int = 1,
         storage: torch.device | str | None = None,
         calls: dict[tuple[int, int], list[Call]] | None = None,
+        other_sizes: Collection[int] = (),
     ):
         self.blocks = blocks.modules
         self.names = blocks.names
@@ -91,6 +93,7 @@ class BlockStream:
         self.storage = torch.device("cpu" if storage is None else storage)
         self.hidden: list[Tensor] = []
         self.position = ""
+        self._batch_size = batch_size
         self._calls = {} if calls is None else calls
         self._shapes: list[tuple[int, int]] = []
         self._held: StreamStorage | None = None
@@ -102,7 +105,7 @@ class BlockStream:
             if not self._calls:
                 self._check_replay(model, input_ids[:batch_size])
             # Of all processes' batches: a whole pass through a sharded model takes all processes.
-            for batch in input_ids.split(batch_size):
+            for batch in (*input_ids.split(batch_size), *(input_ids[:size] for size in other_sizes)):
                 if _shape(batch) not in self._calls:
                     self._calls[_shape(batch)] = self._whole_pass(model, batch)[0]
             if storage is None and _keeps_streams(self.device):
@@ -269,6 +272,19 @@ class BlockStream:
                 see(self.hidden[position], output)
             self.hidden[position] = self._stored(first, output)
             first += len(output)
+
+    def take(self, samples: Sequence[int]) -> Tensor:
+        """Present hidden states of some of this process's samples, by their numbers among all samples: a new tensor
+        (batch, length, hidden) on the model's device."""
+        places = (divmod(sample - self.samples.start, self._batch_size) for sample in samples)
+        rows = [self.hidden[batch][row].to(self.device, non_blocking=True) for batch, row in places]
+        return torch.stack(rows)
+
+    def run_on(self, index: int, hidden: Tensor) -> Tensor:
+        """Block ``index``'s output for hidden states (batch, length, hidden) on the model's device, in whose memory the
+        block may work. ``batch``: the stream's own batch size, or one of ``other_sizes``. Gradients are taken where the
+        caller enables them. No collective call is made."""
+        return self._calls[_shape(hidden)][index].run(self.blocks[index], hidden)
 
     def gram(self, slice_features: int = 1 << 22) -> Tensor:
         """Centred Gram (samples, samples) fp32 of the present hidden states of all processes, a sample's features being

@@ -38,6 +38,12 @@ class Method:
         """Whether the rounds' ranks are ranks of trained adapters."""
         return self.training == "rounds"
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether a block that is pruned can be reconstructed: there is something to train, and the block that is
+        trained is the block that merging gives."""
+        return self.training == "rounds" and self.mergeable
+
 
 METHODS: dict[MethodName, Method] = {
     "losa": Method(

@@ -251,6 +251,15 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="go on training while a state is written")
 
 
+class ReconstructConfig(Section):
+    """Block-wise reconstruction in each round: once a block is pruned, its adapters are trained by themselves until its
+    output comes near the dense model's. ``calibration.batch_size`` bounds the samples of a forward pass."""
+
+    steps: int = Field(20, ge=1, le=MAX_COUNT, description="AdamW steps of each block")
+    learning_rate: float = Field(2e-3, gt=0, description="largest learning rate; a tenth of the steps is warm-up")
+    batch_size: int = Field(4, ge=1, le=MAX_COUNT, description="calibration samples of a step, over all processes")
+
+
 class EvaluateConfig(Section):
     """Perplexity on held-out text, in windows that do not overlap."""
 
@@ -326,6 +335,7 @@ class Recipe(Section):
     evaluate: EvaluateConfig | None = None
     distributed: DistributedConfig = DistributedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    reconstruct: ReconstructConfig | None = None
 
     @property
     def methods(self) -> dict[MethodName, Method]:
@@ -342,6 +352,24 @@ class Recipe(Section):
     def compares_samples(self) -> bool:
         """Whether a method compares calibration samples with each other."""
         return self.dynamic and compares_samples(self.allocation.rates)
+
+    def reconstructs(self, name: MethodName) -> bool:
+        """Whether a method's rounds reconstruct the blocks that they prune."""
+        return self.reconstruct is not None and METHODS[name].reconstructs
+
+    def streams_dense(self, name: MethodName) -> bool:
+        """Whether a method's rounds compare pruned blocks with the dense model's blocks."""
+        return METHODS[name].dynamic or self.reconstructs(name)
+
+    @model_validator(mode="after")
+    def _reconstructs_something(self):
+        if self.reconstruct is not None and not any(map(self.reconstructs, self.methods)):
+            able = ", ".join(name for name, method in METHODS.items() if method.reconstructs)
+            raise ValueError(
+                f"reconstruct: expected a method whose adapters are trained in rounds and can be merged ({able}), "
+                f"got {', '.join(self.methods)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _needs_training_data(self):

@@ -30,6 +30,8 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
         left["lora"] = {"rank"}
     else:
         left |= {"rounds": True, "allocation": True, "calibration": {"cka_samples"}}
+    if not METHODS[method].reconstructs:
+        left["reconstruct"] = True
     if not METHODS[method].trains:
         left |= {"train": True, "lora": True}
         inputs = {what: digest for what, digest in inputs.items() if what != TRAINING}

@@ -51,6 +51,7 @@ def holdings(
     # What is free on the device when the streams begin, as far as it is known.
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += pruning_work(recipe, shape, list(rounds), free, processes)
+    held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
         held += _training(shape, rank, processes)
         held += training_work(recipe.train, shape)
@@ -109,7 +110,7 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
     if len(names) > 1:
         phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
         yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
-    kept = any(keeps_originals(recipe.prune, pruner, METHODS[name].dynamic) for name in names)
+    kept = any(keeps_originals(recipe.prune, pruner, recipe.streams_dense(name)) for name in names)
     if kept and (len(names) == 1 or place == "device"):
         for phase in ("pruning", "training", "evaluation"):
             how = "as they were, for the dense stream of later rounds"
@@ -127,7 +128,7 @@ def pruning_work(
     """
     calibration, place, size = recipe.calibration, shape.computes_on, shape.dtype.itemsize
     # Hidden states of all samples wait between two blocks, on the device if they fit there.
-    streams = 2 if any(METHODS[name].dynamic for name in names) else 1
+    streams = 2 if any(map(recipe.streams_dense, names)) else 1
     samples = largest_share(calibration.samples, calibration.batch_size, processes)
     hidden = samples * calibration.length * shape.hidden * size
     how = "samples x length x hidden" + (", the dense and the sparse stream" if streams == 2 else "")
@@ -166,6 +167,22 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
         tokens = min(calibration.batch_size, compared) * calibration.length
         how = "a chunk of logits, hidden states, to try rates"
         yield Holding("pruning", place, "loss", loss_bytes(shape, tokens), how)
+
+
+def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Holding]:
+    """What the reconstruction of a block takes next to calibration and pruning."""
+    config, calibration = recipe.reconstruct, recipe.calibration
+    if config is None:
+        return
+    size, rank = shape.dtype.itemsize, highest_rank(rounds)
+    tokens = min(config.batch_size, calibration.batch_size, calibration.samples) * calibration.length
+    sides = sum(w.inputs + w.outputs for w in shape.linears) / shape.blocks
+    activations = tokens * (sides * size + 2 * 4 * shape.hidden)
+    adapters = max(sum(rank * (w.inputs + w.outputs) for w in pruned) for pruned in shape.by_block)
+    # Gradients twice, when they are summed; two moments; and of the largest linear M (W + s B A) and dY^T x.
+    states = 4 * 4 * adapters + 2 * 4 * shape.widest
+    how = "tokens x (in + out) of its linears, gradients and moments of its adapters, one linear's product"
+    yield Holding("pruning", shape.computes_on, "reconstruction of a block", int(activations + states), how)
 
 
 def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:

@@ -20,6 +20,7 @@ from losa.run.estimate_memory import (
     highest_rank,
     largest_pruned,
     pruning_work,
+    reconstruction_work,
     training_work,
 )
 from losa.run.model_shape import ModelShape, Rows
@@ -81,6 +82,7 @@ def sharded_holdings(
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += _blocks_in_pruning(recipe, shape, rank)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
+    held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
         held += _training(recipe, shape, rank, placement)
         held += training_work(recipe.train, shape)

@@ -44,14 +44,14 @@ class Wires:
         recipe, shape, processes = self.recipe, self.shape, self.placement.processes
         pruner, rounds = get_pruner(recipe.prune), stage.times
         assert stage.method is not None
-        dynamic = METHODS[stage.method].dynamic
+        dynamic, dense = METHODS[stage.method].dynamic, recipe.streams_dense(stage.method)
         compares = dynamic and RATES[recipe.allocation.rates].needs == "similarity"
         rates = recipe.allocation.rates, recipe.allocation.delta
         for_rates = passes_for(*rates) if dynamic else 0
         # To prune, to measure what rates need, and to try rates; the merge at the end.
         passes = 1 + for_rates + (selections_for(*rates) if dynamic else 0)
         # Sparse and dense stream, and passes for rates: each makes what is outside of the blocks whole.
-        streams = 1 + dynamic + for_rates
+        streams = 1 + dense + for_rates
         first = stage.method == next(iter(self.rounds))
         once = 1 + (CHECKS + len(other_batches(recipe)) if first else 0)
         how = f"one by one: {passes} times a round, {once} times in all"
@@ -60,7 +60,7 @@ class Wires:
             adapters = adapters_of(shape.pruned, highest_rank(self.rounds))
             yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
         # Weights that a pruner changes wait in host memory as they were.
-        again = (rounds - 1) * (dynamic + recipe.prune.regrow)
+        again = (rounds - 1) * (dense + recipe.prune.regrow)
         if pruner.updates_weight and self.placement.sharded and again:
             how = f"as they were, from round 2 on, {again} times"
             yield self._made_whole("dense weights", weights_of(shape), how, on_host=True).times(again)
@@ -74,6 +74,11 @@ class Wires:
         if pruner.updates_weight:
             new = shape.dtype.itemsize * shape.prunable
             yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
+        if recipe.reconstruct is not None and recipe.reconstructs(stage.method):
+            adapters = whole_bytes(adapters_of(shape.pruned, highest_rank(self.rounds)))
+            how = "fp32 gradients of a block's adapters, once a step of its reconstruction"
+            every = self.cluster.all_reduce("gradients of blocks", adapters, processes, how)
+            yield every.times(rounds * recipe.reconstruct.steps)
         if compares:
             samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
             own = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)

@@ -98,12 +98,24 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
     # The sparse stream, which is read once more for statistics; the dense stream; the samples that serve rates.
     rates = recipe.allocation.rates, recipe.allocation.delta
     samples, predicted = own + (own if pruner.statistic is not None else 0), 0
+    samples += own if recipe.streams_dense(name) else 0
     if METHODS[name].dynamic:
-        samples += own + compared * passes_for(*rates)
+        samples += compared * passes_for(*rates)
         predicted = compared * selections_for(*rates)
     work = samples * calibration.length * shape.work.forward(calibration.length)
     work += predicted * calibration.length * 2.0 * shape.work.head
+    work += _reconstructing(recipe, shape, processes) if recipe.reconstructs(name) else 0
     return work + _solving(pruner, recipe, shape, own, processes)
+
+
+def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
+    """FLOP of the steps on all blocks in one round, and of the loss after them. Samples are drawn at random: this is a
+    process's part on average."""
+    config, calibration = recipe.reconstruct, recipe.calibration
+    assert config is not None
+    tokens = min(config.batch_size, calibration.samples) * calibration.length / processes
+    blocks = replace(shape.work, head=0, dropout=False)
+    return tokens * (config.steps * blocks.training(calibration.length) + blocks.forward(calibration.length))
 
 
 def _checks(recipe: Recipe, shape: ModelShape) -> float:
@@ -115,11 +127,13 @@ def _checks(recipe: Recipe, shape: ModelShape) -> float:
 
 
 def other_batches(recipe: Recipe) -> set[int]:
-    """Sizes of calibration's batches, but for a sample alone."""
+    """Sizes of the batches that blocks are called with by themselves, but for a sample alone."""
     calibration, counts = recipe.calibration, {recipe.calibration.samples}
     if recipe.dynamic and passes_for(recipe.allocation.rates, recipe.allocation.delta):
         counts.add(min(calibration.cka_samples, calibration.samples))
     full = {min(count, calibration.batch_size) for count in counts}
+    if recipe.reconstruct is not None:
+        full.add(min(calibration.samples, calibration.batch_size, recipe.reconstruct.batch_size))
     return (full | {count % calibration.batch_size for count in counts}) - {0, 1}
 
 

@@ -138,6 +138,7 @@ class MethodRun:
             seed=recipe.seed,
             calls=self.inputs.calls,
             loss=lambda ids: perplexity(self.model, ids.flatten(), ids.shape[1], recipe.calibration.batch_size).nll,
+            reconstruct=recipe.reconstruct if self.method.reconstructs else None,
         )
 
     def _allocation(self) -> AllocationConfig:

@@ -25,6 +25,7 @@ from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.distributed.watch import progress
 from losa.model.blocks import expert_lists, find_blocks
+from losa.recipe.learning_rate import lr_factor
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
@@ -317,18 +318,6 @@ def _summing(loss_module: nn.Module, last: bool) -> AbstractContextManager:
     if isinstance(loss_module, DistributedDataParallel) and not last:
         return loss_module.no_sync()
     return nullcontext()
-
-
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Share of the full learning rate in ``step`` (from 0) of ``steps``.
-
-    Linear warm-up over the first round(warmup * steps) steps, the full rate at the next step, then linear decay that
-    would reach zero one step after the last: no step is wasted on a rate of zero.
-    """
-    warm = min(round(warmup * steps), steps - 1)
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return (steps - step) / (steps - warm)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def method_run(
         "checkpoint": {"every_steps": 1},
     }
     for key, value in changes.items():
-        settings[key] = settings[key] | value
+        settings[key] = settings.get(key, {}) | value
     ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
     inputs = Inputs(ids, data, evaluate)
     model, recipe = tiny_llama(layers=layers), parse_recipe(settings)

@@ -47,6 +47,7 @@ WRONG_RECORDS = {
     "ranks of text": at(["rounds", 1, "ranks"], ["8"] * BLOCKS),
     "ranks of fractions": at(["rounds", 1, "ranks"], [8.5] * BLOCKS),
     "errors": at(["rounds", 2, "errors"], [0.1]),
+    "losses": at(["rounds", 2, "loss_reconstructed"], [0.1]),
     "keep_n": at(["rounds", 2, "keep_n"], [2]),
     "keep_n without m": at(["rounds", 2, "keep_n"], [2] * BLOCKS),
     "similarity": at(["rounds", 0, "similarity"], "high"),

@@ -27,7 +27,7 @@ from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.tiny import tiny_llama
 
@@ -49,6 +49,8 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     ),
     "one batch": ({"sparsity": 0.5}, {}, 4, 8),
     "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
+    # Of three processes one has no sample. A step takes three: two together and one by itself, where one process can.
+    "reconstructed": ({"sparsity": 0.5}, {"rates": "uniform"}, 4, 2),
 }
 # Cases that are no part of the comparison with one process.
 OTHERS: dict[str, tuple[dict, dict, int, int]] = {
@@ -73,6 +75,7 @@ def build(
         PruneConfig(**prune),
         AllocationConfig(**({"mean_rank": 4, "rank_max": 12} | allocation)),
         CalibrationConfig(data="unused", samples=samples, length=20, cka_samples=5, batch_size=batch_size),
+        reconstruct=ReconstructConfig(steps=4, batch_size=3) if case == "reconstructed" else None,
     )
     return model, engine
 
@@ -113,7 +116,7 @@ def compare(ours: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
     masks = [(ours["state"][n] ^ m, m) for n, m in truth["state"].items() if n.endswith("mask")]
     flipped = sum(bin(byte).count("1") for changed, _ in masks for byte in changed.flatten().tolist())
     weights = [(ours["merged"][n], w) for n, w in truth["merged"].items()]
-    numbers = ("errors", "importance", "sparsity")
+    numbers = ("errors", "importance", "sparsity", "loss_pruned", "loss_reconstructed")
     return {
         "exact": all(torch.equal(ours["state"][n], p) for n, p in truth["state"].items()),
         "flipped": flipped / sum(mask.numel() * 8 for _, mask in masks),
@@ -327,7 +330,7 @@ def one() -> dict[str, Any]:
 # By number of processes: the cases, and how many processes hold the model together in which of them.
 PLANS: dict[int, tuple[list[str], int, list[str]]] = {
     2: (["wanda", "regrow"], 2, ["wanda", "regrow"]),
-    3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks"]),
+    3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks", "reconstructed"]),
     4: (["wanda"], 2, ["wanda"]),
 }
 

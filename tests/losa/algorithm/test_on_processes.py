@@ -10,6 +10,8 @@ from tests.helpers.processes import run_groups
 pytestmark = pytest.mark.subprocess
 EPS = torch.finfo(torch.float32).eps
 SEVERAL = (2, 3, 4)
+# Cases whose fp32 sums are made in another order by several processes: Hessians, and gradients of reconstruction.
+ROUNDED = ("sparsegpt", "regrow", "reconstructed")
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +27,19 @@ def cases(found) -> list[tuple[str, dict]]:
 
 
 def test_masks_and_decisions_are_one_process_s(found, cases):
-    assert {case for case, _ in cases} >= {"wanda", "2:4", "sparsegpt", "regrow", "one batch", "whole blocks"}
+    assert {case for case, _ in cases} >= {
+        "wanda",
+        "2:4",
+        "sparsegpt",
+        "regrow",
+        "one batch",
+        "whole blocks",
+        "reconstructed",
+    }
     assert all("wanda" in each["cases"] for processes in SEVERAL for each in found[processes])
     for case, one in cases:
         assert all(one["counts"]) and all(one["ranks"]) and all(one["damping"]), case
-        if case not in ("sparsegpt", "regrow"):
+        if case not in ROUNDED:
             # Whole batches are computed alike, and their sums are fp64: masks and weights are the same to the bit.
             assert one["exact"], case
         # Hessians are fp32 sums in another order. A Hessian of n columns and condition number c gives weights within
@@ -41,11 +51,11 @@ def test_masks_and_decisions_are_one_process_s(found, cases):
 
 def test_errors_and_importance_are_one_process_s(cases):
     for case, one in cases:
-        hessian = case in ("sparsegpt", "regrow")
+        rounded = 64 * 1e3 * EPS if case in ROUNDED else 1e-13
         # Wanda's errors are sums of the same fp32 numbers in fp64; a Gram is an fp32 sum over 640 features.
-        bound = {"errors": 64 * 1e3 * EPS if hessian else 1e-13, "importance": 640 * EPS, "sparsity": 0}
+        bound = {"errors": rounded, "importance": 640 * EPS, "sparsity": 0}
         for key, value in one["numbers"].items():
-            assert value <= bound[key], (case, key)
+            assert value <= bound.get(key, rounded), (case, key)
 
 
 @pytest.mark.parametrize("processes", SEVERAL)

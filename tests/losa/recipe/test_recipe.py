@@ -137,6 +137,8 @@ def test_the_7b_example_has_the_papers_settings():
         ({"distributed": {"mode": "ddp", "reshard_after_forward": False}}, "reshard_after_forward: expected mode"),
         ({"distributed": {"mode": "ddp", "activation_checkpointing": False}}, "checkpointing: expected mode fsdp"),
         ({"distributed": {"shard_size": 2}}, "distributed.shard_size: expected mode hsdp, got auto"),
+        ({"method": "lora", "reconstruct": {}}, r"reconstruct: expected a method .*\(losa, sparse_lora\), got lora"),
+        ({"reconstruct": {"steps": 0}}, "reconstruct.steps: .*greater than or equal to 1, got 0"),
     ],
 )
 def test_refusals_name_the_key(change, message):

@@ -164,6 +164,27 @@ def test_rounds_and_work(model_directory):
     assert found.flops == sum(work.values()) and found.seconds is None
 
 
+@pytest.mark.parametrize("method, rounds, streamed", [("losa", 2, 0), ("sparse_lora", 1, 4)])
+def test_reconstruction_of_blocks(model_directory, method, rounds, streamed):
+    """Steps on three samples in passes of two; ``streamed``: samples of a dense stream that there was not before."""
+    settings = {"method": method, "compare": ["prune_only"], "prune": {"pruner": "sparsegpt"}, "device": "cuda"}
+    steps = {"reconstruct": {"steps": 5, "batch_size": 3}}
+    plain, ours = (estimate(recipe(model_directory, **settings, **more), probe=False) for more in ({}, steps))
+    before, after = ({stage.what: stage.flops for stage in found.stages} for found in (plain, ours))
+    forward = 2 * 2 * BLOCK + 16 * 2 * 32 * 2
+    work = 3 * 16 * (5 * 3 * forward + forward) + streamed * 16 * forward
+    key = f"{method}: calibration and pruning"
+    assert after.pop(key) - before.pop(key) == rounds * work
+    assert after == before
+    rank = 3
+    held = 2 * 16 * (4 * IN_PLUS_OUT + 8 * 32) + 4 * 4 * rank * IN_PLUS_OUT + 2 * 4 * 2048
+    assert ours.size("reconstruction of a block") == held
+    assert ours.size("hidden states") == 2 * 4 * 16 * 32 * 4
+    assert ours.size("dense weights") == 4 * 2 * BLOCK
+    with pytest.raises(KeyError):
+        plain.size("reconstruction of a block")
+
+
 def test_open_amount_of_data_is_a_rate(model_directory):
     found = estimate(recipe(model_directory, train={"max_tokens": None}), probe=False)
     (stage,) = [stage for stage in found.stages if "training" in stage.what]

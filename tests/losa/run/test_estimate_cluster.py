@@ -254,6 +254,13 @@ def test_sparsegpt_sends_hessians_and_weights(directory):
     assert dense.from_host == 4 * 2 * BLOCK // 4
 
 
+def test_reconstruction_sends_gradients_each_step(directory):
+    found = plan(directory, reconstruct={"steps": 7})
+    sent = traffic(found, "losa: calibration and pruning")["gradients of blocks"]
+    assert sent.received == pytest.approx(2 * 7 * 2 * (2 * ADAPTERS) * 3 / 4), "two rounds, two blocks"
+    assert found.size("pruning", "reconstruction of a block") > 4 * ADAPTERS
+
+
 def test_the_slowest_owner_counts(directory):
     """A block's linears cost 4/3 in^3 + in^2 out: down the most, and with two processes alone against all others."""
     with_gpus = {}

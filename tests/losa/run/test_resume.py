@@ -183,6 +183,7 @@ def test_what_a_result_depends_on(tmp_path):
         {"lora": {"rank": 3}},
         {"train": {"learning_rate": 1.0}},
         {"method": "lora"},
+        {"reconstruct": {}},
     ):
         same = recipe(tmp_path, **changes)
         assert load_result(tmp_path, "prune_only", same, digests | {"training tokens": "c"}) == result

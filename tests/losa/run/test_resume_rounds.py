@@ -74,8 +74,9 @@ def ends(step=0, saved=True, pruning=0, evaluating=0, by=None):
 
 SETTINGS = {
     "wanda": {},
-    "sparsegpt, waiting for saves": {
+    "sparsegpt and reconstruction, waiting for saves": {
         "prune": {"pruner": "sparsegpt"},
+        "reconstruct": {"steps": 2},
         "checkpoint": {"asynchronous": False},
         "train": {"lr_schedule": "global"},
     },

@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from losa.data.sequences import IGNORED, PackedData
 from losa.errors import LosaError, NumericsError
 from losa.model.wrapping import wrap_model
-from losa.training.trainer import lr_factor
+from losa.recipe.learning_rate import lr_factor
 from tests.helpers.training import (
     LENGTH,
     TIMES,
@@ -87,18 +87,6 @@ def test_last_smaller_batch_is_used(tmp_path):
     labels = [int((data.labels[s, 1:] != IGNORED).sum()) for s in (slice(0, 8), slice(8, 11))]
     mean = sum(n * line["loss"] for n, line in zip(labels, written, strict=True)) / sum(labels)
     assert outcome.loss == pytest.approx(mean, rel=1e-12)
-
-
-def test_lr_factor():
-    assert [lr_factor(k, 4, 0.0) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert [lr_factor(k, 6, 0.5) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 2 / 3, 1 / 3]
-    for steps in range(1, 30):
-        for warmup in (0.0, 0.3, 0.99):
-            factors = [lr_factor(k, steps, warmup) for k in range(steps)]
-            assert max(factors) == 1.0 and min(factors) > 0
-            peak = factors.index(1.0)
-            assert factors[: peak + 1] == sorted(factors[: peak + 1])
-            assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
 @pytest.mark.parametrize("schedule", ["per_round", "global"])

@@ -1,0 +1,166 @@
+"""Block-wise reconstruction: a pruned block is trained by itself towards what the dense model's block puts out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from losa.algorithm.reconstruction import sum_of_all
+from losa.algorithm.stream import BlockStream
+from losa.distributed.collectives import sum_over_processes
+from losa.distributed.together import together
+from losa.distributed.watch import progress
+from losa.errors import NumericsError
+from losa.recipe.learning_rate import lr_factor
+from losa.recipe.sections import ReconstructConfig
+
+# Share of the steps in which the learning rate rises.
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The loss of the first step's samples, ``before`` the first step and ``after`` the last one."""
+
+    before: float
+    after: float
+
+
+class BlockReconstruction:
+    """Trains the parameters of a block that require a gradient, so that the block turns the sparse stream's input into
+    the dense stream's output.
+
+    The loss of a batch is its relative reconstruction error, E_l of Eq. 7 as ``ErrorMeter`` weighs it:
+
+        1/H sum over channels c of  mean((S - D)_c^2) / mean(D_c^2)
+
+    with S the block's output (tokens, H) for the sparse stream's input, and D the dense stream's output. The first mean
+    is over the batch's tokens, the second one over all calibration tokens. A channel that is zero in all of D does not
+    count. The optimiser is AdamW with warm-up and linear decay, without weight decay. Adapters drop no inputs.
+
+    Source: block-wise tuning after pruning (arXiv 2510.14444).
+
+    Several processes take the steps that one process would take: a step's samples are drawn from the samples of all
+    processes, each process computes its own ones, and gradients are summed.
+
+    Args:
+        config: the recipe's section.
+        shape: of the calibration tokens of all processes, (samples, length).
+        batch_size: most samples of a forward pass.
+    """
+
+    def __init__(self, config: ReconstructConfig, shape: tuple[int, int], batch_size: int):
+        self._config = config
+        self._samples, self._length = shape
+        self._batch = min(config.batch_size, self._samples)
+        self._piece = min(self._batch, batch_size)
+
+    @property
+    def sizes(self) -> set[int]:
+        """Sizes of the batches that a block is called with."""
+        return {1, self._piece}
+
+    def fit(self, name: str, index: int, sparse: BlockStream, dense: BlockStream, seed: int) -> Fit:
+        """Train block ``index`` in place. All processes call it together, with the block whole in each.
+
+        Args:
+            name: the block's, for messages.
+            sparse: stands before the block; its ``other_sizes`` are ``sizes``.
+            dense: stands behind the block.
+            seed: of the order of samples.
+
+        Raises:
+            NumericsError: the loss became non-finite; names the block.
+        """
+        steps = self._config.steps
+        parameters = [p for p in sparse.blocks[index].parameters() if p.requires_grad]
+        loss = _Loss(index, sparse, dense, self._channel_weights(dense))
+        # `gathered` keeps what autograd counts as written. Autograd does not count a fused step.
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, foreach=True)
+        batches = list(islice(self._batches(seed), steps))
+        values = []
+        for step, batch in enumerate(batches):
+            progress(f"reconstructing {name}, step {step + 1} of {steps}")
+            with torch.enable_grad():
+                values.append(self._evaluate(loss, batch, parameters))
+            optimizer.param_groups[0]["lr"] = lr_factor(step, steps, WARMUP) * self._config.learning_rate
+            optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            values.append(self._evaluate(loss, batches[0], []))
+        fit = Fit(values[0].item(), values[-1].item())
+        if not math.isfinite(fit.after):
+            raise NumericsError(
+                f"{name}: reconstruction: its loss went from {fit.before:.3g} to {fit.after}; expected a finite one, "
+                "which a smaller reconstruct.learning_rate may give"
+            )
+        return fit
+
+    def _batches(self, seed: int) -> Iterator[list[int]]:
+        """The samples of each step by their numbers, without end. Each random order of all samples is cut into full
+        batches."""
+        generator = torch.Generator().manual_seed(seed)
+        full = self._samples // self._batch * self._batch
+        while True:
+            for batch in torch.randperm(self._samples, generator=generator)[:full].split(self._batch):
+                yield batch.tolist()
+
+    def _channel_weights(self, dense: BlockStream) -> Tensor:
+        """What the squares of a channel's differences count, 1 / (H mean(D_c^2)): (H,) fp64."""
+        sums = None
+        for hidden in dense.hidden:
+            squares = _wide(hidden.to(dense.device, non_blocking=True)).square().sum((0, 1)).double()
+            sums = squares if sums is None else sums + squares
+        mean = sum_of_all(sums).to(dense.device) / (self._samples * self._length)
+        return torch.where(mean > torch.finfo(torch.float32).tiny, 1 / (len(mean) * mean), 0.0)
+
+    def _evaluate(self, loss: _Loss, batch: list[int], parameters: list[nn.Parameter]) -> Tensor:
+        """The loss of a batch, (1,) on the device. Where gradients are enabled, ``parameters`` get their gradients. All
+        processes call it together."""
+        mine = [sample for sample in batch if sample in loss.sparse.samples]
+        full = len(mine) // self._piece * self._piece
+        pieces = [mine[i : i + self._piece] for i in range(0, full, self._piece)] + [[sample] for sample in mine[full:]]
+        total = torch.zeros(1, device=loss.sparse.device)
+        for parameter in parameters:
+            parameter.grad = None
+        together(partial(loss.add_up, pieces, total))
+        # What no token of any process reaches, such as an expert, has a gradient of zero.
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        found = torch.cat([total, *(gradient.flatten() for gradient in own)])
+        mean = sum_over_processes(found) / (len(batch) * self._length)
+        value, *gradients = mean.split([1, *(p.numel() for p in parameters)])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        return value
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of block ``index``, summed over tokens. ``weights`` (H,) fp64: of the channels' squares."""
+
+    index: int
+    sparse: BlockStream
+    dense: BlockStream
+    weights: Tensor
+
+    def add_up(self, pieces: Sequence[list[int]], total: Tensor) -> None:
+        """Add the loss of samples of this process to ``total`` (1,), and where gradients are enabled its gradient to
+        the block's parameters. Each piece is one forward pass."""
+        for samples in pieces:
+            output = _wide(self.sparse.run_on(self.index, self.sparse.take(samples)))
+            squares = (output - self.dense.take(samples)).square()
+            part = (squares @ self.weights.to(squares.dtype)).sum()
+            if part.requires_grad:
+                part.backward()
+            total += part.detach()
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The same numbers in fp32, or in fp64 if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
