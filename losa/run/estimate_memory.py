@@ -12,7 +12,7 @@ from losa.pruners import PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
-from losa.training.loss import CHUNK_BYTES
+from losa.training.loss import chunk_rows
 
 PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
 
@@ -186,8 +186,7 @@ def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Hol
 def loss_bytes(shape: ModelShape, tokens: int) -> int:
     """Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type."""
     size = shape.computed.itemsize
-    chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
-    rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
+    rows = min(tokens, chunk_rows(shape.device.type, shape.vocabulary))
     logits = rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
     return logits + (shape.work.head * size if shape.computed != shape.dtype else 0)
 

@@ -185,7 +185,7 @@ def test_originals_of_a_resumed_round_move_before_it_trains(tmp_path, monkeypatc
     with ends(step=2):
         method_run(tmp_path, **settings).run()
     moved = []
-    monkeypatch.setattr("losa.algorithm.block.on_host", lambda weight: moved.append(weight) or weight)
+    monkeypatch.setattr("losa.model.originals.on_host", lambda weight: moved.append(weight) or weight)
     resumed = method_run(tmp_path, **settings)
     with ends(step=3):
         resumed.run(resume=True)
