@@ -177,7 +177,8 @@ class Trainer:
             with self._loss_module() as loss_module, self._metrics.open(self.global_step):
                 hidden = None if is_main() else True
                 bar = tqdm(range(first, count), stage_name, count, initial=first, leave=False, disable=hidden)
-                throughput = Throughput.of(self.model, data.input_ids.shape[1], self.device, self.autocast)
+                distills = self.config.distill is not None
+                throughput = Throughput.of(self.model, data.input_ids.shape[1], self.device, self.autocast, distills)
                 with StepLog(round_index, self._metrics, bar, self.steps_a_reading, throughput) as log:
                     if start is not None:
                         log.go_on(start.position)

@@ -79,6 +79,10 @@ SETTINGS = {
         "checkpoint": {"asynchronous": False},
         "train": {"lr_schedule": "global"},
     },
+    "distilled": {
+        "prune": {"pruner": "sparsegpt"},
+        "train": {"distill": {"weight": 0.5, "hidden": 0.1}, "norms": True, "lora_plus": 4.0},
+    },
     "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
 }
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from losa.algorithm.block import WrappedBlock
 from losa.data.sequences import IGNORED
 from losa.model.blocks import find_blocks
 from losa.model.norms import train_norms, trained_norms
@@ -20,6 +19,7 @@ from losa.training.distillation import DistillationLoss
 from losa.training.loss import TokenLoss, label_positions
 from tests.helpers.causal_models import MODELS, VOCABULARY
 from tests.helpers.tiny import randomise, wrap
+from tests.helpers.training import adapters, distillation, sequences, trainer, wrapped_llama
 
 IDS = torch.randint(0, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(2))
 LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) >= 0.4, IGNORED)
@@ -27,21 +27,16 @@ LABELS[0] = IGNORED  # a prompt alone
 SHARE = 0.3
 
 
-def changed(name="llama", layer=MaskedLoRALinear, dtype=torch.float64, seed=4):
+def changed(name="llama", layer=MaskedLoRALinear, dtype=torch.float64):
     """The dense model; the same wrapped, pruned, with new weights and trained norms; and the dense model's weights."""
     dense = MODELS[name]().to(dtype)
     model = MODELS[name]().to(dtype)
     wrap(model, layer=layer)
-    train_norms(model)
-    blocks = find_blocks(model)
-    made = [WrappedBlock(n, block, True, True) for n, block in zip(blocks.names, blocks, strict=True)]
-    originals = {block.name: block.originals for block in made}
+    originals = distillation(model, {}, scale=1.3).keywords["originals"]
     layers = wrapped_linears(model)
-    generator = torch.Generator().manual_seed(seed)
-    for index, each in enumerate(layers.values()):
+    generator = torch.Generator().manual_seed(4)
+    for each in layers.values():
         each.lora_A.data, each.lora_B.data = (t.data.to(dtype) for t in (each.lora_A, each.lora_B))
-        if index % 2 == 0:
-            each.replace_weight(each.weight + 0.1 * torch.randn(each.weight.shape, generator=generator))
     randomise(layers)
     for norm in trained_norms(model).values():
         norm.weight.data += 0.2 * torch.randn(norm.weight.shape, generator=generator)
@@ -84,8 +79,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("name", ["bias", "softcapping"])
+@pytest.mark.parametrize(
+    ("name", "config"), [*(("bias", config) for config in CONFIGS), ("softcapping", CONFIGS[2])], ids=str
+)
 def test_loss_and_gradient_are_the_formulas(name, config, monkeypatch):
     """With an output layer in chunks, and with a model that does more to its logits."""
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 2 * 7 * VOCABULARY * 4)
@@ -152,3 +148,37 @@ def test_under_autocast_it_is_as_good_as_plain_autocast():
     ours = DistillationLoss(model, torch.bfloat16, config=config, originals=originals)
     value = ours(IDS, *label_positions(LABELS), SHARE).item()
     assert abs(value - exact) <= 2 * abs(plain - exact) + torch.finfo(torch.bfloat16).eps * abs(exact)
+
+
+def test_a_step_weighs_every_token_alike():
+    """However many batches it has. Divergence counts per token, the label loss per label."""
+    config, data = {"weight": 0.7, "temperature": 2.0, "hidden": 0.2}, sequences(8)
+    found = []
+    for settings in ({"batch_size": 8}, {"batch_size": 3, "gradient_accumulation": 3}):
+        model = wrapped_llama(torch.float64)
+        run = trainer(model, loss_factory=distillation(model, config), distill=config, **settings)
+        outcome = run.train(data, round_index=1)
+        assert outcome.steps == 1
+        found.append((outcome.loss, [p.grad for p in adapters(model)]))
+    (loss, whole), (other, parts) = found
+    assert other == pytest.approx(loss, rel=1e-6)  # a step's loss is read in fp32
+    for a, b in zip(whole, parts, strict=True):
+        assert (a - b).abs().max() <= 8 * torch.finfo(torch.float32).eps * a.abs().max() and a.abs().max() > 0
+
+
+def test_rates_and_decay_of_the_groups():
+    """AdamW's first step is the learning rate, whatever the gradient, after the decay of what decays."""
+    model = wrapped_llama(torch.float64)
+    train_norms(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rate, decay = 1e-3, 0.5
+    trainer(model, learning_rate=rate, weight_decay=decay, lora_plus=4.0).train(sequences(4), round_index=1)
+    for name, p in model.named_parameters():
+        own = rate * (4 if name.endswith("lora_B") else 1)
+        kept = 1.0 if "norm" in name else 1 - own * decay
+        moved = (p.detach() - kept * before[name]).abs()
+        if p.requires_grad:
+            assert moved.median().item() == pytest.approx(own, rel=1e-3), name
+            assert moved.max() <= own * (1 + 1e-6)
+        else:
+            assert torch.equal(p, before[name])
