@@ -74,14 +74,10 @@ def ends(step=0, saved=True, pruning=0, evaluating=0, by=None):
 
 SETTINGS = {
     "wanda": {},
-    "sparsegpt, waiting for saves": {
+    "sparsegpt, distilled with norms, waiting for saves": {
         "prune": {"pruner": "sparsegpt"},
         "checkpoint": {"asynchronous": False},
-        "train": {"lr_schedule": "global"},
-    },
-    "distilled": {
-        "prune": {"pruner": "sparsegpt"},
-        "train": {"distill": {"weight": 0.5, "hidden": 0.1}, "norms": True, "lora_plus": 4.0},
+        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": True, "lora_plus": 4.0},
     },
     "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
 }

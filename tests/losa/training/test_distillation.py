@@ -178,7 +178,7 @@ def test_rates_and_decay_of_the_groups():
         kept = 1.0 if "norm" in name else 1 - own * decay
         moved = (p.detach() - kept * before[name]).abs()
         if p.requires_grad:
-            assert moved.median().item() == pytest.approx(own, rel=1e-3), name
+            assert moved.median().item() == pytest.approx(own, rel=0.02), name  # eps of AdamW
             assert moved.max() <= own * (1 + 1e-6)
         else:
             assert torch.equal(p, before[name])
