@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from losa.distributed.collectives import from_process
 from losa.distributed.processes import process_index
-from losa.distributed.sharding import gathered, on_host, sharding_of, whole
+from losa.distributed.sharding import gathered
 from losa.distributed.together import together
 from losa.errors import NumericsError
+from losa.model.originals import Originals
 from losa.model.wrapping import count_kept
-from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
+from losa.modules.masked_lora import MaskedLoRALinear, dense_mode, plain_linears
 from losa.pruners.base import Pattern, Pruned, Pruner
 from losa_kernels import merge_masked_lora, unpack_mask
 
@@ -30,24 +31,16 @@ class WrappedBlock:
         name: full name, for messages.
         module: the block.
         keeps_originals: whether weights that pruning replaces are needed later, as the dense model or to regrow from.
-            They are references, not copies, until a weight is first replaced; then the original moves to host memory,
-            of a sharded weight each process's rows. That frees the device's memory once nobody else holds it.
+        on_device: of originals that every training step reads: they stay on the device.
     """
 
-    def __init__(self, name: str, module: nn.Module, keeps_originals: bool):
+    def __init__(self, name: str, module: nn.Module, keeps_originals: bool, on_device: bool = False):
         self.name = name
         self.module = module
         self.linears: dict[str, MaskedLoRALinear] = {
             name: m for name, m in module.named_modules() if isinstance(m, MaskedLoRALinear)
         }
-        self._originals: dict[str, Tensor] = {}
-        if keeps_originals:
-            # A sharded weight is another parameter once it was replaced; a plain one has other data.
-            self._originals = {
-                name: m.weight.data if sharding_of(m) is None else m.weight for name, m in self.linears.items()
-            }
-        # Sharded originals that are the present weights, and so are whole already.
-        self._present: set[str] = set()
+        self.originals = Originals(self.linears if keeps_originals else {}, stay=on_device)
 
     def sparsity(self) -> float:
         """Share of pruned weights, counted from the masks."""
@@ -59,44 +52,35 @@ class WrappedBlock:
     def gathered(self) -> Iterator[None]:
         """The block with whole parameters; it is sharded anew at the end. All processes enter and leave together. It
         does nothing to a model that is not sharded."""
-        self._present = {name for name, original in self._originals.items() if original is self.linears[name].weight}
-        try:
-            with gathered(self.module):
-                yield
-        finally:
-            self._present = set()
-
-    def _whole_originals(self) -> dict[str, Tensor]:
-        """Original weights by name, those alone that may differ from the present weights. All processes call it
-        together."""
-        return {name: whole(original) for name, original in self._originals.items() if name not in self._present}
+        with self.originals.noting(), gathered(self.module):
+            yield
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """The block as it was before any pruning: original weights, no mask, no adapter."""
-        originals = self._whole_originals()
-        with self._plain({name: original.to(self.linears[name].weight.device) for name, original in originals.items()}):
+        """The block as it was before any pruning: original weights and norms, no mask, no adapter."""
+        originals = {n: w.to(self.linears[n].weight.device) for n, w in self.originals.whole().items()}
+        with self._weights(originals), dense_mode(self.module):
             yield
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them."""
+        """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them.
+        Trained norms stay trained."""
         merged = {
             name: merge_masked_lora(m.weight.data, m.mask, m.lora_A, m.lora_B, m.scaling)
             for name, m in self.linears.items()
         }
-        with self._plain(merged):
+        with self._weights(merged), plain_linears(self.module):
             yield
 
     @contextmanager
-    def _plain(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Plain products with other weights for the time being."""
+    def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights for the time being."""
         before = {name: self.linears[name].weight.data for name in weights}
         for name, weight in weights.items():
             self.linears[name].weight.data = weight
         try:
-            with dense_mode(self.module):
-                yield
+            yield
         finally:
             for name, weight in before.items():
                 self.linears[name].weight.data = weight
@@ -126,7 +110,7 @@ class WrappedBlock:
         """
         mine = [name for name in self.linears if owners[name] == process_index()]
         # Sharded originals become whole here, where all processes are.
-        originals = {} if nested else self._whole_originals()
+        originals = {} if nested else self.originals.whole()
         weights = _WeightsToPrune(self, mine, originals, pruner.updates_weight, nested)
         decided = together(lambda: self._decide(pruner, weights, statistics, pattern, nested) if mine else {})
         damping: dict[str, float | None] = {}
@@ -219,20 +203,9 @@ class WrappedBlock:
     def _put(self, name: str, mask: Tensor, weight: Tensor | None) -> None:
         layer = self.linears[name]
         if weight is not None:
-            self._present.discard(name)
             layer.replace_weight(weight)
-            self._move_original(name)
+            self.originals.replaced(name)
         layer.set_mask(mask)
-
-    def move_originals(self) -> None:
-        """Move the originals of weights that were replaced to host memory."""
-        for name, layer in self.linears.items():
-            if layer.weight_replaced:
-                self._move_original(name)
-
-    def _move_original(self, name: str) -> None:
-        if name in self._originals:
-            self._originals[name] = on_host(self._originals[name])
 
 
 @dataclass(frozen=True)

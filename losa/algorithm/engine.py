@@ -39,7 +39,9 @@ from losa.distributed.watch import progress
 from losa.errors import ModelError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
+from losa.model.originals import Originals
 from losa.model.wrapping import count_kept
+from losa.modules.masked_lora import dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
@@ -59,13 +61,14 @@ class Engine:
         calibration: how many samples are read at a time, and how many serve CKA.
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
         seed: for the Gaussian rows of growing adapters, and the order of samples in reconstruction.
+        distills: training reads the dense model: originals are kept, and stay on the device.
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
         reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it reconstruction errors are
             taken, of the blocks as they are reconstructed.
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
-    ``prune.regrow`` need them.
+    ``prune.regrow`` need them, on the device where training does.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
     (``owners_of``); the model may be whole in each of them, or sharded.
@@ -87,6 +90,7 @@ class Engine:
         *,
         measure_errors: bool = True,
         seed: int = 0,
+        distills: bool = False,
         calls: dict[tuple[int, int], list[Call]] | None = None,
         loss: Callable[[Tensor], float] | None = None,
         reconstruct: ReconstructConfig | None = None,
@@ -108,9 +112,10 @@ class Engine:
         if allocation.per == "linear":
             check_linear(prune, self.pruner)
         self.decoder = find_blocks(model)
-        kept = keeps_originals(prune, self.pruner, self.needs_errors)
+        kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
         self.blocks = [
-            WrappedBlock(name, module, kept) for name, module in zip(self.decoder.names, self.decoder, strict=True)
+            WrappedBlock(name, module, kept, distills)
+            for name, module in zip(self.decoder.names, self.decoder, strict=True)
         ]
         self.loss = loss
         if loss is None and tries_widths(allocation.rates, allocation.delta):
@@ -134,9 +139,14 @@ class Engine:
                     raise RecipeError(f"prune.pattern: {index}.{name} has in_features that are no multiple of {m}")
 
     def move_originals(self) -> None:
-        """Move originals of weights that a resumed run's state has replaced to host memory."""
+        """Move originals of weights that a resumed run's state has replaced to where they are kept."""
         for block in self.blocks:
-            block.move_originals()
+            block.originals.move()
+
+    @property
+    def originals(self) -> dict[str, Originals]:
+        """What the dense model is made of where it differs from the present one, by the block's full name."""
+        return {block.name: block.originals for block in self.blocks}
 
     def block_sparsity(self) -> list[float]:
         """Share of pruned weights per block, counted from the masks."""
@@ -247,7 +257,8 @@ class Engine:
         watch, reconstruction = Stopwatch(), self.reconstruction
         with watch.stage("forward"):
             sparse = self._stream(self.input_ids, () if reconstruction is None else reconstruction.sizes)
-            dense = self._stream(self.input_ids) if self.needs_errors else None
+            with dense_mode(self.model):  # of norms before the first block
+                dense = self._stream(self.input_ids) if self.needs_errors else None
         errors: list[float] = []
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}

@@ -67,10 +67,13 @@ class TokenWork:
         # Dropout is of the adapter's input alone, so that W and B A cannot be one product.
         return 2.0 * (self.linears + self.masked * (training and self.dropout)) + attention
 
-    def training(self, length: int) -> float:
+    def training(self, length: int, distills: bool = False) -> float:
         """FLOP a token of forward and backward passes, without recomputation. A linear's backward pass has the products
-        of its forward pass, and one more under the mask, dY^T x. Products with A or B of an adapter do not count."""
+        of its forward pass, and one more under the mask, dY^T x. Products with A or B of an adapter do not count.
+        ``distills``: the dense model's forward pass and logits come on top."""
         beside = 2.0 * length * self.attention + 4.0 * self.head
+        if distills:
+            beside += self.forward(length) + 2.0 * self.head
         return 2 * self.forward(length, training=True) + 2.0 * self.masked + beside
 
 

@@ -26,9 +26,11 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
+from losa.model.norms import trained_norms
 from losa.model.saving import guard_saving
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
+from losa.modules.trained_norm import TrainedNorm
 from losa_kernels import unpack_mask
 
 logger = logging.getLogger("losa")
@@ -124,25 +126,34 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 
 def merge_model(model: nn.Module) -> nn.Module:
-    """Turn every wrapped layer into a plain linear with weight M * (W + s B A), in place. Parameters stay frozen."""
+    """Turn every wrapped layer into a plain linear with weight M * (W + s B A), and every trained norm into a plain one
+    with its trained weights, in place. Parameters stay frozen."""
     return replace_layers(model, MaskedLoRALinear.merge)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Drop masks and adapters: plain linears with the layers' dense weights, in place. Parameters stay frozen."""
-    return replace_layers(model, MaskedLoRALinear.unwrap)
+    """Drop masks, adapters and trained norms: plain linears with the layers' dense weights, and the norms as they were
+    given, in place. Parameters stay frozen."""
+    return replace_layers(model, MaskedLoRALinear.unwrap, TrainedNorm.unwrap)
 
 
-def replace_layers(model: nn.Module, made: Callable[[_Layer], nn.Module]) -> nn.Module:
-    """Put ``made(layer)`` in the place of every wrapped layer. ``made`` sees whole parameters, one layer's at a time;
-    in a sharded model its result is sharded too. A layer goes before the next one is replaced, so that the model never
-    has two sets of weights, unless the caller holds the layers."""
-    for name in list(wrapped_linears(model)):
+def replace_layers(
+    model: nn.Module,
+    made: Callable[[_Layer], nn.Module],
+    norm: Callable[[TrainedNorm], nn.Module] = TrainedNorm.merge,
+) -> nn.Module:
+    """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm.
+    Both see whole parameters, one layer's at a time; in a sharded model the result is sharded too. A layer goes before
+    the next one is replaced, so that the model never has two sets of weights, unless the caller holds the layers."""
+    makers: dict[str, Callable] = dict.fromkeys(wrapped_linears(model), made) | dict.fromkeys(
+        trained_norms(model), norm
+    )
+    for name, make in makers.items():
         progress(f"replacing {name}")
         # The new layer is in the module that is gathered, so that it is sharded at the end.
         both = nn.ModuleList([model.get_submodule(name)])
         with gathered(both):
-            both.append(made(cast(_Layer, both[0])))
+            both.append(make(both[0]))
         model.set_submodule(name, both[1])
     return model
 

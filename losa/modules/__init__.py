@@ -1,7 +1,16 @@
-"""Drop-in replacements of ``nn.Linear``: masked LoRA for training, packed weights for inference."""
+"""Drop-in replacements of ``nn.Linear``: masked LoRA for training, packed weights for inference; norms that train."""
 
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.modules.sparse import SparseLinear, share_rows, unpack_linears
+from losa.modules.trained_norm import TrainedNorm
 
-__all__ = ["MaskedLoRALinear", "dense_mode", "LoRALinear", "SparseLinear", "share_rows", "unpack_linears"]
+__all__ = [
+    "MaskedLoRALinear",
+    "dense_mode",
+    "LoRALinear",
+    "SparseLinear",
+    "TrainedNorm",
+    "share_rows",
+    "unpack_linears",
+]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from losa.modules.trained_norm import TrainedNorm
 from losa_kernels import masked_lora_linear, merge_masked_lora, pack_mask, unpack_mask
 from losa_kernels.masked_lora import MAX_RANK
 
@@ -245,8 +247,22 @@ class MaskedLoRALinear(nn.Module):
 
 @contextmanager
 def dense_mode(module: nn.Module) -> Iterator[None]:
-    """Within the context every wrapped linear inside ``module`` computes x W^T + bias: no mask, no adapter."""
-    layers = [m for m in module.modules() if isinstance(m, MaskedLoRALinear)]
+    """Within the context every wrapped linear inside ``module`` computes x W^T + bias, without mask and adapter, and
+    every trained norm has the weights that it was given."""
+    with _disabled(module, (MaskedLoRALinear, TrainedNorm)):
+        yield
+
+
+@contextmanager
+def plain_linears(module: nn.Module) -> Iterator[None]:
+    """Within the context every wrapped linear inside ``module`` computes x W^T + bias; trained norms stay trained."""
+    with _disabled(module, MaskedLoRALinear):
+        yield
+
+
+@contextmanager
+def _disabled(module: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[None]:
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, kinds)]
     before = [layer.adapter_enabled for layer in layers]
     for layer in layers:
         layer.adapter_enabled = False

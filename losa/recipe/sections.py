@@ -184,6 +184,21 @@ class CalibrationConfig(Section):
     batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="samples of a forward pass")
 
 
+class DistillConfig(Section):
+    """Distillation from the dense model: (1 - weight) CE + weight T² KL + hidden E
+    (``losa.training.distillation.DistillationLoss``)."""
+
+    weight: float = Field(0.5, ge=0, le=1, description="share of the divergence from the dense model's distribution")
+    temperature: float = Field(1.0, gt=0, le=1000, description="T, which both distributions are flattened by")
+    hidden: float = Field(0.0, ge=0, description="weight of the relative error of the blocks' hidden states")
+
+    @model_validator(mode="after")
+    def _something(self):
+        if self.weight == 0 and self.hidden == 0:
+            raise ValueError("train.distill: expected a weight or a hidden above 0, got 0 for both")
+        return self
+
+
 class TrainConfig(Section):
     """Training of the adapters: AdamW on packed sequences, with a fresh optimiser in each round."""
 
@@ -210,6 +225,9 @@ class TrainConfig(Section):
         "auto", description="of forward and backward; auto: bfloat16 on GPUs that have it"
     )
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
+    distill: DistillConfig | None = Field(None, description="learn from the dense model too; null: from labels alone")
+    norms: bool = Field(False, description="the norms' weights are trained too, without weight decay")
+    lora_plus: float = Field(1.0, gt=0, le=1000, description="learning rate of an adapter's B over its A's (LoRA+)")
 
 
 class DistributedConfig(Section):

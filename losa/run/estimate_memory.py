@@ -14,7 +14,7 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, tries_widths
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape
-from losa.training.loss import CHUNK_BYTES
+from losa.training.loss import chunk_rows
 
 PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
 
@@ -111,10 +111,23 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
         phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
         yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
     kept = any(keeps_originals(recipe.prune, pruner, recipe.streams_dense(name)) for name in names)
-    if kept and (len(names) == 1 or place == "device"):
+    if recipe.train is not None and recipe.train.distill is not None and replaces_weights(recipe, names):
+        # The teacher: what the next method begins from serves both.
+        if len(names) == 1 or not pruner.updates_weight:
+            for phase in ("pruning", "training", *(["evaluation"] if len(names) == 1 else [])):
+                yield Holding(phase, place, "dense weights", size, "as they were, for the teacher")
+    elif kept and (len(names) == 1 or place == "device"):
         for phase in ("pruning", "training", "evaluation"):
             how = "as they were, for the dense stream of later rounds"
             yield Holding(phase, "host", "dense weights", moved if place == "device" else size, how)
+
+
+def replaces_weights(recipe: Recipe, names: list[MethodName]) -> bool:
+    """Whether a method that trains has other weights then than the dense model: its pruner gives new ones, or its dense
+    adapters stand beside weights with zeros."""
+    updates = get_pruner(recipe.prune).updates_weight
+    training = [METHODS[name] for name in names if METHODS[name].training == "rounds"]
+    return any(updates or method.adapter == "dense" for method in training)
 
 
 def pruning_work(
@@ -206,7 +219,12 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
         how = "tokens x (hidden a block + one whole block)"
     yield Holding("training", place, "activations", int(tokens * kept * size), how)
     how = "a chunk of logits; the last hidden states and their gradient"
-    yield Holding("training", place, "loss", loss_bytes(shape, tokens), how)
+    held = loss_bytes(shape, tokens)
+    if train.distill is not None:
+        how = "logits and softmaxes of half a chunk of both models, the gradient; hidden states of both"
+        compared = shape.blocks if train.distill.hidden else 0
+        held = loss_bytes(shape, tokens, chunk=0.5, buffers=5) + (1 + compared) * tokens * shape.hidden * size
+    yield Holding("training", place, "loss", held, how)
     how = "M (W + s B A) and dY^T x of the largest"
     yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
 
@@ -220,12 +238,16 @@ def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Hol
     yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
 
 
-def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type."""
+def loss_bytes(shape: ModelShape, tokens: int, chunk: float = 1, buffers: int = 1) -> int:
+    """Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type.
+
+    Args:
+        chunk: share of the usual tokens that a chunk has.
+        buffers: fp32 tensors of the logits' shape.
+    """
     size = shape.computed.itemsize
-    chunk = CHUNK_BYTES.get(shape.device.type, CHUNK_BYTES["cuda"])
-    rows = min(tokens, max(1, chunk // (4 * max(1, shape.vocabulary))))
-    logits = rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
+    rows = min(tokens, max(1, int(chunk * chunk_rows(shape.device.type, shape.vocabulary))))
+    logits = rows * shape.vocabulary * (4 * buffers + (size if size < 4 else 0)) + 2 * tokens * shape.hidden * size
     return logits + (shape.work.head * size if shape.computed != shape.dtype else 0)
 
 

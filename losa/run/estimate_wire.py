@@ -14,7 +14,7 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, passes_for, selections_for
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
-from losa.run.estimate_memory import highest_rank, largest_share
+from losa.run.estimate_memory import highest_rank, largest_share, replaces_weights
 from losa.run.estimate_sharded import adapters_of, block_parts, masks_of, own_bytes, sent_bytes, weights_of, whole_bytes
 from losa.run.estimate_work import Stage, other_batches, windows_of_one
 from losa.run.model_shape import ModelShape, Rows
@@ -94,11 +94,17 @@ class Wires:
         if placement.shard_size is None:
             yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how).times(steps)
             return
-        passes = 2 if recipe.distributed.reshard_after_forward else 1
+        distills = recipe.train.distill is not None
+        # A teacher's blocks that are not dropped are there for the pass that trains.
+        passes = 2 + distills if recipe.distributed.reshard_after_forward else 1
         forward = recipe.train.gradient_accumulation * steps
         rounds = sum(each.sequences > 0 for each in self.rounds[stage.method]) if stage.method is not None else 0
-        how = "for the forward" + (" and for the backward pass" * (passes - 1)) + ", and once before a round"
+        teacher = "for the teacher's, " * (passes > 2)
+        how = f"{teacher}for the forward" + (" and for the backward pass" * (passes > 1)) + ", and once before a round"
         yield from self.gathered(forward * passes + rounds, forward + rounds, how)
+        if distills and replaces_weights(recipe, [stage.method]):
+            dense = self._made_whole("dense weights", weights_of(self.shape), "for the teacher's passes")
+            yield dense.times(forward)
         how = "fp32 gradients of the adapters, once a step, with rows up to as many as the first process has"
         sent = sent_bytes(adapters, placement.shard_size)
         yield self.cluster.all_gather("gradients", sent, placement.shard_size, how).times(steps)

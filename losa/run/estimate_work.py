@@ -160,4 +160,4 @@ def _training(train: TrainConfig, shape: ModelShape, name: MethodName) -> float:
     """FLOP a token of forward and backward passes, recomputation among them."""
     work = shape.work if METHODS[name].adapter == "masked" else replace(shape.work, masked=0)
     recomputed = work.forward(train.length, training=True) if train.activation_checkpointing else 0
-    return work.training(train.length) + recomputed
+    return work.training(train.length, train.distill is not None) + recomputed

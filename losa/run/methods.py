@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from losa.distributed.sharding import device_of
 from losa.distributed.stop import check
 from losa.errors import RecipeError
 from losa.evaluation.perplexity import perplexity
+from losa.model.norms import train_norms
+from losa.model.originals import Originals
 from losa.model.wrapping import count_kept, merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -29,8 +31,10 @@ from losa.run.inputs import Inputs
 from losa.run.rounds import rounds_of
 from losa.run.saving import Resumed, Saver
 from losa.run.states import CHECKPOINTS, Point, Stage
+from losa.training.distillation import DistillationLoss
+from losa.training.loss import TokenLoss
 from losa.training.position import AfterStep, TrainState
-from losa.training.trainer import Trainer
+from losa.training.trainer import LossFactory, Trainer
 
 
 @dataclass
@@ -94,11 +98,12 @@ class MethodRun:
         if method.training == "before":
             tokens, trained = self._finetune_dense(resume)
             resume = False  # no later state is kept
-        self._wrap(LoRALinear if method.training == "rounds" and method.adapter == "dense" else MaskedLoRALinear)
+        in_rounds = method.training == "rounds"
+        self._wrap(LoRALinear if in_rounds and method.adapter == "dense" else MaskedLoRALinear, trains=in_rounds)
         rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
         masks, sparsity = self._masks()
-        if method.training == "rounds":
+        if in_rounds:
             trained = self._trained_parameters()
         merge_model(self.model)
         perplexity = self.inputs.evaluate(self.model)
@@ -136,6 +141,7 @@ class MethodRun:
             recipe.calibration,
             measure_errors=self.method.dynamic,
             seed=recipe.seed,
+            distills=self.method.training == "rounds" and recipe.train is not None and recipe.train.distill is not None,
             calls=self.inputs.calls,
             loss=lambda ids: perplexity(self.model, ids.flatten(), ids.shape[1], recipe.calibration.batch_size).nll,
             reconstruct=recipe.reconstruct if self.method.reconstructs else None,
@@ -146,7 +152,7 @@ class MethodRun:
             return self.recipe.allocation
         return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform", "per": "block"})
 
-    def _wrap(self, layer: type[MaskedLoRALinear]) -> None:
+    def _wrap(self, layer: type[MaskedLoRALinear], trains: bool) -> None:
         recipe = self.recipe
         first, highest, key = recipe.lora.rank, recipe.lora.rank, "lora.rank"
         if self.method.dynamic:
@@ -164,6 +170,8 @@ class MethodRun:
         limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
         if highest > limit:
             raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
+        if trains and recipe.train is not None and recipe.train.norms:
+            train_norms(self.model)
 
     def _trained_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -177,9 +185,14 @@ class MethodRun:
         assert self.inputs.training is not None
         return self.inputs.training
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, originals: Mapping[str, Originals]) -> Trainer:
+        """``originals``: the dense model's weights, by block, where pruning replaces them."""
         train = self.recipe.train
         assert train is not None
+        distill = train.distill
+        loss: LossFactory = TokenLoss
+        if distill is not None:
+            loss = partial(DistillationLoss, config=distill, originals=originals)
         trainer = Trainer(
             self.model,
             train,
@@ -187,6 +200,7 @@ class MethodRun:
             output_dir=self.work_dir,
             total_sequences=len(self._data),
             device=device_of(self.model),
+            loss_factory=loss,
             distributed=self.recipe.distributed,
         )
         trainer.sequences_per_step = train.batch_size * train.gradient_accumulation * self.processes
@@ -206,9 +220,9 @@ class MethodRun:
     def _finetune_dense(self, resume: bool) -> tuple[int, int]:
         """Train dense adapters and merge them into the dense weights: (tokens seen, parameters trained). It is saved
         like a round."""
-        self._wrap(LoRALinear)
+        self._wrap(LoRALinear, trains=True)
         trained = self._trained_parameters()
-        trainer = self._trainer()
+        trainer = self._trainer({})
         saver = self._saver(trainer)
         with saver.waiting():
             resumed = self._resume(saver, 1) if resume else Resumed()
@@ -225,7 +239,7 @@ class MethodRun:
     def _run_rounds(self, engine: Engine, resume: bool) -> list[RoundRecord]:
         """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
-        trainer = self._trainer() if self.method.training == "rounds" else None
+        trainer = self._trainer(engine.originals) if self.method.training == "rounds" else None
         saver = self._saver(trainer)
         with saver.waiting():
             resumed = self._resume(saver, len(rounds)) if resume else Resumed()

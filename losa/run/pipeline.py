@@ -27,6 +27,7 @@ from losa.distributed.watch import progress
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.hub_files import local_directory
 from losa.model.loading import configured_model, load_model, locate_model, torch_device
+from losa.model.norms import find_norms
 from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import sparsity_of
 from losa.output.checks import mask_records
@@ -206,8 +207,8 @@ def _run_methods(
         the results of all methods, saved results among them, and the outcome of the last method, whose merged model is
         now the model.
     """
-    # The linears themselves, references and not copies: to restore is to put these modules back.
-    originals = blocks.linears()
+    # The modules themselves, references and not copies: to restore is to put these back.
+    originals = blocks.linears() | find_norms(blocks)
     work_dir, processes = workspace.path, on_main(workspace.processes)
     results: list[MethodResult] = []
     for name in recipe.methods:
@@ -231,9 +232,9 @@ def _run_methods(
     return results, outcome
 
 
-def _put_back(model: nn.Module, linears: dict[str, nn.Module]) -> None:
-    for name, linear in linears.items():
-        model.set_submodule(name, linear)
+def _put_back(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
 
 
 def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:

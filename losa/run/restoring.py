@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from losa.distributed.sharding import gathered, whole
 from losa.errors import OutputError
 from losa.model.blocks import find_blocks
+from losa.model.norms import trained_norms
 from losa.model.wrapping import wrapped_linears
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.run.states import State, load_tensors, stored_shapes
@@ -27,18 +28,23 @@ def pruned_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters, by full name."""
-    return {
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters, and the weights of trained norms, by full name."""
+    adapters = {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in wrapped_linears(model).items()
         for part in ADAPTER
     }
+    return adapters | {
+        f"{name}.{part}": parameter.detach()
+        for name, norm in trained_norms(model).items()
+        for part, parameter in norm.named_parameters(recurse=False)
+    }
 
 
 def restore(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """Put masks, replaced weights and adapters back into a freshly wrapped model, plain or sharded. All processes call
-    it together; no process gets more than a block of the model whole.
+    """Put masks, replaced weights, adapters and trained norms back into a freshly wrapped model, plain or sharded. All
+    processes call it together; no process gets more than a block of the model whole.
 
     Returns:
         AdamW's moments (``TrainState.moments``), as they were when the state was saved.
@@ -57,6 +63,7 @@ def restore(model: nn.Module, state: State) -> dict[str, Tensor]:
         if f"{name}.{part}" in stored
     }
     load_tensors(state.base, pruned)
+    decided = set(pruned)
     full_names = {id(layer): name for name, layer in layers.items()}
     for block in find_blocks(model):
         with gathered(block):
@@ -67,9 +74,9 @@ def restore(model: nn.Module, state: State) -> dict[str, Tensor]:
                         layer.replace_weight(whole(weight))
                     layer.set_rank(held[f"{name}.lora_A"][0])
                     layer.set_mask(whole(pruned.pop(f"{name}.{MASK}")))
-    adapters = adapter_tensors(model)
-    moments = empty_moments(model, (n for n in held if n.rpartition(".")[2] not in (MASK, WEIGHT, *ADAPTER)))
-    load_tensors(state.path, adapters | moments)
+    trained = trained_tensors(model)
+    moments = empty_moments(model, (name for name in held if name not in decided and name not in trained))
+    load_tensors(state.path, trained | moments)
     return moments
 
 

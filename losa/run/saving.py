@@ -17,7 +17,7 @@ from losa.errors import OutputError
 from losa.recipe.sections import CheckpointConfig
 from losa.record import RoundRecord
 from losa.run.random_state import random_state, set_random_state
-from losa.run.restoring import adapter_tensors, pruned_tensors, restore
+from losa.run.restoring import pruned_tensors, restore, trained_tensors
 from losa.run.state_writing import StateWriter
 from losa.run.states import Point, Stage, newest_state
 from losa.training.position import Position, StepDone, TrainState
@@ -37,8 +37,8 @@ class Resumed:
 
 
 class Saver:
-    """Saves and restores the rounds of one method: the model's masks, weights and adapters, AdamW's moments, records,
-    and the random generators. All processes call every function together.
+    """Saves and restores the rounds of one method: the model's masks, weights, adapters and trained norms, AdamW's
+    moments, records, and the random generators. All processes call every function together.
 
     Args:
         method: its name, for messages.
@@ -95,7 +95,7 @@ class Saver:
         point = Point(records[-1].index, stage, 0 if train is None else train.position.step)
         progress(f"{self.method}: saving {point.name}")
         base = self._base[1] if self._base is not None and self._base[0] == point.round else None
-        tensors = adapter_tensors(self.model) | ({} if train is None else train.moments)
+        tensors = trained_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
             tensors |= pruned_tensors(self.model)
             assert not background  # later states name its checksum

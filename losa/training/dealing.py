@@ -17,9 +17,10 @@ from losa.training.loss import label_positions
 @dataclass(frozen=True)
 class Batch:
     """Sequences of one forward pass in host memory: ``input_ids`` (batch, length) int64; ``positions`` and ``targets``
-    of ``label_positions``; ``seed``, for dropout."""
+    of ``label_positions``; ``seed``, for dropout; ``counts``: False for a sequence that fills up."""
 
     seed: int
+    counts: bool
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
@@ -53,13 +54,14 @@ def deal(data: PackedData, step: range, batch_size: int, seed: tuple[int, ...]) 
     mine = share_of(count, size)
     batches = [_batch(data, step[i : min(i + size, mine.stop)], (*seed, i // size)) for i in mine[::size]]
     while len(batches) * processes < batches_of_all:
-        batches.append(_batch(data, step[:1], (*seed, batches_of_all), labelled=False))
+        batches.append(_batch(data, step[:1], (*seed, batches_of_all), counts=False))
     return batches
 
 
-def _batch(data: PackedData, sequences: range, seed: tuple[int, ...], labelled: bool = True) -> Batch:
+def _batch(data: PackedData, sequences: range, seed: tuple[int, ...], counts: bool = True) -> Batch:
     ids, labels = (t[sequences.start : sequences.stop] for t in (data.input_ids, data.labels))
-    return Batch(seed_of(*seed), ids, *label_positions(labels if labelled else torch.full_like(labels, IGNORED)))
+    labels = labels if counts else torch.full_like(labels, IGNORED)
+    return Batch(seed_of(*seed), counts, ids, *label_positions(labels))
 
 
 def seed_of(*numbers: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,21 +58,29 @@ class TokenLoss(nn.Module):
             input_ids: (batch, length) int64.
             positions, targets: (labels,) int64, of ``label_positions``.
         """
-        device = input_ids.device.type
-        region = nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
-        with region:
-            transformer: Any = self.model
-            head = transformer.get_output_embeddings()
-            if self.plain and not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())):
+        with self._region(input_ids):
+            head = self._head()
+            if self._takes_chunks(head):
                 hidden = self._hidden(head, input_ids).flatten(0, 1).index_select(0, positions)
-                weight, bias = head.weight, head.bias
-                if self.autocast is not None:
-                    # Once for all chunks: autocast caches casts of trained parameters only.
-                    hidden, weight = hidden.to(self.autocast), weight.to(self.autocast)
-                    bias = None if bias is None else bias.to(self.autocast)
-                return _ChunkedLoss.apply(hidden, weight, bias, targets)
+                return _ChunkedLoss.apply(*self._cast(hidden, head.weight, head.bias), targets)
             logits = self._logits(head, input_ids, positions)
-            return F.cross_entropy(_wide(logits), targets, reduction="sum")
+            return F.cross_entropy(wide(logits), targets, reduction="sum")
+
+    def _region(self, input_ids: Tensor) -> AbstractContextManager:
+        return nullcontext() if self.autocast is None else torch.autocast(input_ids.device.type, self.autocast)
+
+    def _head(self) -> Any:
+        transformer: Any = self.model
+        return transformer.get_output_embeddings()
+
+    def _takes_chunks(self, head: nn.Module) -> bool:
+        return self.plain and not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
+
+    def _cast(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """As autocast computes with them, once for all chunks: it caches casts of trained parameters only."""
+        if self.autocast is None:
+            return list(tensors)
+        return [None if tensor is None else tensor.to(self.autocast) for tensor in tensors]
 
     def _run(self, input_ids: Tensor) -> Any:
         with packing_checked_once(self._one_text_a_row):
@@ -121,12 +129,12 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         gradient: Any = torch.empty_like(hidden) if needs_grad else None
         total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
+        rows = chunk_rows(hidden.device.type, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 target = targets[part, None]
-                logits = _wide(F.linear(hidden[part], weight, bias))
+                logits = wide(F.linear(hidden[part], weight, bias))
                 chosen = logits.gather(1, target)
                 largest = logits.amax(1, keepdim=True)
                 share = logits.sub_(largest).exp_()
@@ -146,7 +154,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * grad_output, None, None, None
 
 
-def _wide(logits: Tensor) -> Tensor:
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """Tokens whose fp32 logits take ``CHUNK_BYTES``."""
+    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * max(1, vocabulary)))
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In fp32, or in fp64 if they are: softmax needs the range."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -55,13 +55,15 @@ class Throughput:
     peak: float | None = None
 
     @classmethod
-    def of(cls, model: Any, length: int, device: torch.device, autocast: torch.dtype | None) -> Throughput:
-        """Of ``model``, wrapped, on sequences of ``length`` tokens."""
+    def of(
+        cls, model: Any, length: int, device: torch.device, autocast: torch.dtype | None, distills: bool = False
+    ) -> Throughput:
+        """Of ``model``, wrapped, on sequences of ``length`` tokens. ``distills``: of ``TokenWork.training``."""
         peak = peak_flops(device, autocast or _dtype_of(model))
         work = None if peak is None else TokenWork.of(model)
         if work is None or not work.routed:
             return cls(process_count())
-        return cls(process_count(), work.training(length), peak)
+        return cls(process_count(), work.training(length, distills), peak)
 
     def measures(self, tokens: int, seconds: float) -> dict[str, float]:
         """What metrics.jsonl says of a step: ``tokens_per_s`` of all processes, ``tokens_per_s_per_device``, and, where

@@ -29,6 +29,7 @@ from losa.recipe.learning_rate import lr_factor
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
+from losa.training.groups import parameter_groups
 from losa.training.loss import TokenLoss
 from losa.training.metrics import Metrics
 from losa.training.position import AfterStep, StepDone, TrainState, moments_of, put_moments
@@ -38,7 +39,8 @@ from losa.training.steps import Step, StepLog, moment
 from losa.training.throughput import Throughput
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
-# takes what TokenLoss takes and returns the loss summed over the labels, a scalar. A sharded model is trained in a copy
+# takes what TokenLoss takes, with train.distill what DistillationLoss takes, and returns the loss summed over the
+# labels, a scalar. A sharded model is trained in a copy
 # of this module: there it must reach the model through its submodules alone.
 LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 
@@ -65,7 +67,7 @@ class TrainOutcome:
 
 
 class Trainer:
-    """Trains the parameters that require a gradient (the adapters), round after round.
+    """Trains the parameters that require a gradient (adapters, and norms if they are), round after round.
 
     Several processes share out the sequences of each optimiser step; ``batch_size`` counts the sequences of one
     process. Every process has all of the data, and the same model. A whole model is trained by DDP, a sharded model by
@@ -84,7 +86,8 @@ class Trainer:
         output_dir: takes metrics.jsonl, a line per step, and TensorBoard files; None: no files.
         total_sequences: of all rounds; sets the length of the global learning-rate cycle.
         device: where the model computes; of several processes each names its own.
-        loss_factory: makes the loss module of a round; default: the next-token loss.
+        loss_factory: makes the loss module of a round; default: the next-token loss. With ``config.distill`` the module
+            is called with a fourth argument (``losa.training.distillation.DistillationLoss``).
         distributed: the recipe's section; it counts for a sharded model.
 
     Raises:
@@ -156,9 +159,8 @@ class Trainer:
             self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters,
+            parameter_groups(self.model, self.config),
             lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
             fused=self.fused,
         )
         if start is not None:
@@ -176,7 +178,8 @@ class Trainer:
             with self._loss_module() as loss_module, self._metrics.open(self.global_step):
                 hidden = None if is_main() else True
                 bar = tqdm(range(first, count), stage_name, count, initial=first, leave=False, disable=hidden)
-                throughput = Throughput.of(self.model, data.input_ids.shape[1], self.device, self.autocast)
+                distills = self.config.distill is not None
+                throughput = Throughput.of(self.model, data.input_ids.shape[1], self.device, self.autocast, distills)
                 with StepLog(round_index, self._metrics, bar, self.steps_a_reading, throughput) as log:
                     if start is not None:
                         log.go_on(start.position)
@@ -242,13 +245,13 @@ class Trainer:
             sequences = range(step * per_step, min((step + 1) * per_step, len(data)))
             rate = self._learning_rate(step, count)
             for settings in optimizer.param_groups:
-                settings["lr"] = rate
+                settings["lr"] = settings["rate"] * rate
             self.global_step += 1
             here = int(labels[step].sum())
             if here:
                 group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
-                loss, norm = self._step(loss_module, optimizer, parameters, group, here, broken)
                 tokens = len(sequences) * data.input_ids.shape[1]
+                loss, norm = self._step(loss_module, optimizer, parameters, group, (here, tokens), broken)
                 log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
             step_done(step + 1, log)
 
@@ -258,14 +261,14 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         group: list[Batch],
-        labels: int,
+        counts: tuple[int, int],
         broken: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One optimiser step over the batches of ``group``. On a CPU and on CUDA it reads no number of the device,
         unless rows are offloaded.
 
         Args:
-            labels: label tokens of the step, over all processes.
+            counts: label tokens and input tokens of the step, over all processes.
             broken: scalar fp32 on the device. It becomes 1 with the first step whose loss or gradient is not finite;
                 from then on no step changes a weight.
 
@@ -273,12 +276,14 @@ class Trainer:
             scalar tensors: the loss summed over label tokens and processes, and the gradient's norm.
         """
         optimizer.zero_grad(set_to_none=True)
+        labels, tokens = counts
         summed: Tensor | float = 0.0
         for batch in group:
             # Dropout does not depend on what this process ran before, so that a run that goes on is the same.
             torch.manual_seed(batch.seed)
             with _summing(loss_module, batch is group[-1]):
-                part = loss_module(*batch.to(self.device))
+                share = () if self.config.distill is None else (labels / tokens if batch.counts else 0.0,)
+                part = loss_module(*batch.to(self.device), *share)
                 # DDP and FSDP2 take the mean of the processes' gradients, where the sum is wanted.
                 (part * (self.processes / labels)).backward()
             summed = summed + part.detach()

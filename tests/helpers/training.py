@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from losa.algorithm.block import WrappedBlock
 from losa.data.sequences import IGNORED, PackedData
+from losa.model.blocks import find_blocks
+from losa.model.norms import train_norms
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import TrainConfig
+from losa.recipe.sections import DistillConfig, TrainConfig
+from losa.training.distillation import DistillationLoss
+from losa.training.loss import TokenLoss
 from losa.training.trainer import Trainer
 from tests.helpers.tiny import tiny_llama
 
@@ -81,9 +87,32 @@ def odd_llama(dtype=torch.float64, dropout_p: float = 0.0, experts: bool = False
     return model
 
 
-def trainer(model, output_dir=None, total=16, **settings):
+def trainer(model, output_dir=None, total=16, loss_factory=TokenLoss, **settings):
     config = {"data": "unused", "length": LENGTH, "batch_size": 4, "warmup": 0.0, "max_grad_norm": 1e9} | settings
-    return Trainer(model, TrainConfig(**config), seed=0, output_dir=output_dir, total_sequences=total, device="cpu")
+    return Trainer(
+        model,
+        TrainConfig(**config),
+        seed=0,
+        output_dir=output_dir,
+        total_sequences=total,
+        device="cpu",
+        loss_factory=loss_factory,
+    )
+
+
+def distillation(model, config: dict, scale: float = 1.1):
+    """Trained norms, other weights in every second linear of a wrapped model, and the factory of a loss whose teacher
+    has the weights of before."""
+    train_norms(model)
+    blocks = find_blocks(model)
+    made = [WrappedBlock(name, block, True, True) for name, block in zip(blocks.names, blocks, strict=True)]
+    for block in made:
+        with block.gathered(), torch.no_grad():
+            for name, layer in list(block.linears.items())[::2]:
+                layer.replace_weight(scale * layer.weight)
+                block.originals.replaced(name)
+    originals = {block.name: block.originals for block in made}
+    return partial(DistillationLoss, config=DistillConfig(**config), originals=originals)
 
 
 def adapters(model):

@@ -23,6 +23,7 @@ CASES: dict[int, dict[str, dict]] = {
 def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dict:
     """Of a model and a text in ``directory``. An optimiser step has 4 sequences."""
     text = {"data": str(directory / "text.txt")}
+    training = {"max_tokens": 16 * 24, "learning_rate": 5e-3, "norms": True, "distill": {"weight": 0.5}}
     return {
         "model": str(directory / "model"),
         "output": str(directory / name),
@@ -32,7 +33,7 @@ def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dic
         "allocation": {"mean_rank": 2, "rank_max": 4},
         "lora": {"rank": 2},
         "calibration": text | {"samples": 4, "length": 16, "cka_samples": 4},
-        "train": text | {"length": 16, "batch_size": 4 // processes, "max_tokens": 16 * 24, "learning_rate": 5e-3},
+        "train": text | training | {"length": 16, "batch_size": 4 // processes},
         "evaluate": text | {"length": 32, "max_windows": 4},
         "distributed": distributed,
     }

@@ -23,7 +23,7 @@ from losa.training.loss import TokenLoss
 from losa.training.position import StepDone, TrainState, empty_moments
 from losa.training.trainer import Trainer
 from tests.helpers.processes import finish, start_worker
-from tests.helpers.training import LENGTH, odd_llama, sequences, untimed
+from tests.helpers.training import LENGTH, distillation, odd_llama, sequences, untimed
 
 # Steps of 6, 6 and 4 sequences.
 SEQUENCES, STEP = 16, 6
@@ -109,6 +109,13 @@ def first_gradients(model: nn.Module, **settings: Any) -> dict[str, list[float]]
     run = trainer(model, None, max_grad_norm=1e9, **settings)
     run.train(sequences(STEP, 3, highest=50), round_index=1)
     return listed(values(model, lambda p: p.grad))
+
+
+def distilled_gradients(model: nn.Module) -> dict[str, list[float]]:
+    """Of the whole distillation loss, with trained norms and a teacher whose weights pruning has replaced. Of three
+    batches one process of two gets a sequence that fills up."""
+    config = {"weight": 0.6, "hidden": 0.5}
+    return first_gradients(model, loss_factory=distillation(model, config), distill=config)
 
 
 def round_of_experts(model: nn.Module, directory: Path) -> dict:
@@ -260,6 +267,7 @@ def every_case(directory: Path) -> dict[str, Any]:
             found[name]["gradients"] = first_gradients(make(), **settings)
         if count == 2:
             found[name]["experts"] = round_of_experts(make(experts=True), directory / f"{name} experts")
+            found[name]["distilled"] = distilled_gradients(make())
             found[name]["clipped"] = clipped_round(make(dtype=torch.float32))
     if count == 2:
         apart = odd_llama()

@@ -75,9 +75,12 @@ def test_training_recovers_what_pruning_lost(workspace, tmp_path):
 
 
 def test_methods_do_not_disturb_each_other(workspace, tmp_path):
-    alone = run_recipe(parse_recipe(settings(workspace, tmp_path / "alone")))
+    """Nor their teachers."""
+    recipe = settings(workspace, tmp_path / "alone")
+    recipe["train"] |= {"norms": True, "distill": {"weight": 0.5}}
+    alone = run_recipe(parse_recipe(recipe))
     compare = ["lora", "finetune_then_prune", "sparse_lora", "prune_only"]
-    together = run_recipe(parse_recipe(settings(workspace, tmp_path / "together", compare=compare)))
+    together = run_recipe(parse_recipe(recipe | {"output": str(tmp_path / "together"), "compare": compare}))
     assert [r.method for r in together.results] == ["dense", *compare, "losa"]
     assert together.results[-1].perplexity == alone.results[-1].perplexity
     assert together.masks == alone.masks

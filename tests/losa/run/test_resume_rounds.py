@@ -74,11 +74,11 @@ def ends(step=0, saved=True, pruning=0, evaluating=0, by=None):
 
 SETTINGS = {
     "wanda": {},
-    "sparsegpt and reconstruction, waiting for saves": {
+    "sparsegpt, reconstructed, distilled with norms, waiting for saves": {
         "prune": {"pruner": "sparsegpt"},
         "reconstruct": {"steps": 2},
         "checkpoint": {"asynchronous": False},
-        "train": {"lr_schedule": "global"},
+        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": True, "lora_plus": 4.0},
     },
     "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
 }
@@ -186,7 +186,7 @@ def test_originals_of_a_resumed_round_move_before_it_trains(tmp_path, monkeypatc
     with ends(step=2):
         method_run(tmp_path, **settings).run()
     moved = []
-    monkeypatch.setattr("losa.algorithm.block.on_host", lambda weight: moved.append(weight) or weight)
+    monkeypatch.setattr("losa.model.originals.on_host", lambda weight: moved.append(weight) or weight)
     resumed = method_run(tmp_path, **settings)
     with ends(step=3):
         resumed.run(resume=True)

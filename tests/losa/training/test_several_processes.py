@@ -19,6 +19,7 @@ from tests.helpers.workers import training
 from tests.helpers.workers.training import (
     LEARNING_RATE,
     clipped_round,
+    distilled_gradients,
     first_gradients,
     going_on,
     round_of_experts,
@@ -94,6 +95,16 @@ def test_gradients_are_one_processs(alone, several, processes, case):
             largest = max(map(abs, values))
             assert each[case]["gradients"][name] == pytest.approx(values, abs=16 * EPS * largest), name
             assert largest > 0
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_distilled_gradients_are_one_processs(several, case):
+    alone = distilled_gradients(odd_llama())
+    for found in (result[case]["distilled"] for result in several[2]):
+        assert found.keys() == alone.keys() and any(name.endswith("norm.weight") for name in found)
+        for name, values in alone.items():
+            assert found[name] == pytest.approx(values, abs=16 * EPS * max(map(abs, values))), name
 
 
 @pytest.mark.subprocess

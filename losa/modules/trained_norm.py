@@ -1,0 +1,51 @@
+"""A norm whose weights are trained, around the norm that it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TrainedNorm(nn.Module):
+    """A norm with trained copies of its parameters.
+
+    ``norm`` is the module as it was given: it is frozen, and nothing writes to it. Each of its parameters, such as
+    ``weight`` (hidden,), has a trained copy of the same name and shape here, in fp32 (fp64 for fp64). The copies are
+    rounded to the dtype of the given parameters when the norm runs, so that ``merge`` changes no result.
+
+    With ``adapter_enabled`` False the norm runs as it was given (see ``dense_mode``).
+
+    Args:
+        norm: a module without children whose parameters are whole.
+    """
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.adapter_enabled = True
+        self.norm = norm.requires_grad_(False)
+        for name, parameter in norm.named_parameters():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self.register_parameter(name, nn.Parameter(parameter.detach().to(wide, copy=True)))
+
+    def forward(self, *args, **kwargs) -> Any:
+        """What the norm returns."""
+        if not self.adapter_enabled:
+            return self.norm(*args, **kwargs)
+        return torch.func.functional_call(self.norm, self._rounded(), args, kwargs)
+
+    def merge(self) -> nn.Module:
+        """A frozen norm of the given kind with the trained values, in new memory."""
+        merged = copy.deepcopy(self.norm)
+        for name, value in self._rounded().items():
+            merged.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+        return merged
+
+    def unwrap(self) -> nn.Module:
+        """The norm as it was given."""
+        return self.norm
+
+    def _rounded(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name).to(given.dtype) for name, given in self.norm.named_parameters()}

@@ -1,0 +1,195 @@
+"""The next-token loss mixed with what the dense model says: its next-token distribution, and its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from losa.data.sequences import IGNORED
+from losa.model.block_calls import hidden_of
+from losa.model.blocks import find_blocks
+from losa.model.originals import Originals, dense_passes
+from losa.recipe.sections import DistillConfig
+from losa.training.loss import TokenLoss, chunk_rows, wide
+
+
+class DistillationLoss(TokenLoss):
+    """(1 - w) CE + w T² KL(p || q) + h E, where the dense model inside of the trained one is the teacher.
+
+    CE is the mean of the next-token loss over the label tokens. KL is the mean over all positions, prompts among them,
+    of the divergence of the model's next-token distribution q from the teacher's p, over the whole vocabulary, both at
+    temperature T (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). E is the mean over
+    positions and decoder blocks of ||s - t||² / ||t||², s and t being the block's outputs for a token in the model and
+    in the teacher: no token with a few huge activations decides.
+
+    Of the teacher's pass stay the last hidden states, and those of each block where they are compared. Logits of both
+    are taken in chunks of tokens, together with the gradient, where ``TokenLoss`` would; else all of them at once.
+
+    Args:
+        model, autocast: of ``TokenLoss``.
+        config: w, T and h.
+        originals: of ``losa.model.originals.dense_passes``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        *,
+        config: DistillConfig,
+        originals: Mapping[str, Originals],
+    ):
+        super().__init__(model, autocast)
+        self.config = config
+        self.originals = originals
+        # No submodules of this module: they are the model's.
+        self._blocks = tuple(find_blocks(model)) if config.hidden else ()
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_share: float) -> Tensor:
+        """The loss times the step's label tokens, so that divided by them it is the mean: a scalar.
+
+        Args:
+            input_ids, positions, targets: of ``TokenLoss``.
+            label_share: label tokens over positions of the whole step; 0 for sequences that do not count.
+        """
+        with self._region(input_ids), torch.no_grad(), self._teaching(), _outputs(self._blocks, torch.clone) as given:
+            teacher = self._last(input_ids)
+        with self._region(input_ids), _outputs(self._blocks, _compared(given)) as errors:
+            if self.config.weight:
+                loss = self._mixed(self._last(input_ids), teacher, positions, targets, label_share)
+            else:
+                loss = super().forward(input_ids, positions, targets)
+        if not errors:
+            return loss
+        return loss + torch.stack(errors).sum() * (self.config.hidden * label_share / len(errors))
+
+    @contextmanager
+    def _teaching(self) -> Iterator[None]:
+        """The dense model, without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with dense_passes(self.model, self.originals):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _last(self, input_ids: Tensor) -> Tensor:
+        """(batch * length, in) the output layer's inputs, or (batch * length, vocabulary) logits."""
+        head = self._head()
+        if self._takes_chunks(head):
+            return self._hidden(head, input_ids).flatten(0, 1)
+        every = torch.arange(input_ids.numel(), device=input_ids.device)
+        return self._logits(head, input_ids, every)
+
+    def _mixed(
+        self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, label_share: float
+    ) -> Tensor:
+        head, config = self._head(), self.config
+        mix = _Mix(1 - config.weight, config.weight * label_share, config.temperature)
+        if self._takes_chunks(head):
+            wanted = targets.new_full((len(student),), IGNORED).index_copy_(0, positions, targets)
+            tensors = self._cast(student, teacher, head.weight, head.bias)
+            return _ChunkedMix.apply(*tensors, wanted, mix)
+        student, teacher = wide(student), wide(teacher)
+        loss = F.cross_entropy(student.index_select(0, positions), targets, reduction="sum")
+        log_q, log_p = (F.log_softmax(logits / mix.temperature, 1) for logits in (student, teacher))
+        divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return mix.labels * loss + mix.teacher * mix.temperature**2 * divergence
+
+
+@contextmanager
+def _outputs(blocks: tuple[nn.Module, ...], make: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Within the context the list gets what ``make`` makes of each block's output, in the order of their calls."""
+    made: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in blocks:
+            hook = block.register_forward_hook(lambda _module, _args, output: made.append(make(hidden_of(output))))
+            stack.callback(hook.remove)
+        yield made
+
+
+def _compared(teacher: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Of each block's output in turn ||s - t||² / ||t||², summed over tokens."""
+    waiting = iter(teacher)
+
+    def error(output: Tensor) -> Tensor:
+        expected = wide(next(waiting))
+        size = expected.square().sum(-1)
+        distance = (wide(output) - expected).square().sum(-1)
+        return (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).sum()
+
+    return error
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Factors of the summed label loss, and of the summed T² KL."""
+
+    labels: float
+    teacher: float
+    temperature: float
+
+
+class _ChunkedMix(torch.autograd.Function):
+    """The mixed loss of hidden (n, in) under a frozen output layer, beside the teacher's hidden (n, in). The gradient
+    is made along with the loss. No number of the device is read."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, mix: _Mix
+    ) -> Tensor:
+        gradient: Any = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        # Logits of both at a time.
+        rows = max(1, chunk_rows(hidden.device.type, weight.shape[0]) // 2)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                student = wide(F.linear(hidden[part], weight, bias))
+                given = wide(F.linear(teacher[part], weight, bias))
+                loss, slope = _loss_and_slope(student, given, wanted[part, None], mix)
+                total += loss
+                torch.mm(slope.to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None, None, None, None
+
+
+def _loss_and_slope(student: Tensor, teacher: Tensor, wanted: Tensor, mix: _Mix) -> tuple[Tensor, Tensor]:
+    """The loss of some tokens, and its gradient by the student's logits. It works in the memory of both logits.
+
+    Args:
+        student, teacher: (n, vocabulary) logits; ``wanted``: (n, 1) labels.
+    """
+    labelled = mix.labels * (wanted != IGNORED).to(student.dtype)
+    target = wanted.clamp_min(0)
+    share, log_sum = _softmax(student)
+    loss = ((log_sum - student.gather(1, target)) * labelled).sum()
+    slope = (share * labelled).scatter_add_(1, target, -labelled)
+    if mix.temperature != 1:
+        share, log_sum = _softmax(student.div_(mix.temperature))
+    given, given_log_sum = _softmax(teacher.div_(mix.temperature))
+    # The sum of p (log p - log q), from logits without their largest and the logarithms of their normalisers.
+    divergence = teacher.sub_(student).mul_(given).sum() + (log_sum - given_log_sum).sum()
+    loss = loss + mix.teacher * mix.temperature**2 * divergence
+    return loss, slope.add_(share.sub_(given), alpha=mix.teacher * mix.temperature)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax (n, vocabulary) and the logarithm of its normaliser (n, 1) once the largest logit, in place, is 0."""
+    share = logits.sub_(logits.amax(1, keepdim=True)).exp()
+    total = share.sum(1, keepdim=True)
+    return share.div_(total), total.log()
