@@ -18,7 +18,7 @@ from losa.errors import NumericsError
 from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners.base import Pattern, Pruned, Pruner
-from losa_kernels import merge_masked_lora, unpack_mask
+from losa_kernels import unpack_mask
 
 
 class WrappedBlock:
@@ -81,11 +81,7 @@ class WrappedBlock:
     @contextmanager
     def merged(self) -> Iterator[None]:
         """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them."""
-        merged = {
-            name: merge_masked_lora(m.weight.data, m.mask, m.lora_A, m.lora_B, m.scaling)
-            for name, m in self.linears.items()
-        }
-        with self._plain(merged):
+        with self._plain({name: m.effective_weight() for name, m in self.linears.items()}):
             yield
 
     @contextmanager

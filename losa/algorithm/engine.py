@@ -273,10 +273,12 @@ class Engine:
     def _set_ranks(self, this_round: Round, ranks: list[int]) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
         for rank, block in zip(ranks, self.blocks, strict=True):
-            if all(linear.rank == rank for linear in block.linears.values()):
+            # A layer of rank 0 trains something else than low-rank factors.
+            if all(linear.rank in (rank, 0) for linear in block.linears.values()):
                 continue
             # Adapters alone: the weights are a thousand times as large.
-            with gathered(block.module, only=("lora_A", "lora_B")):
+            parts = {part for linear in block.linears.values() for part in linear.adapter_parts}
+            with gathered(block.module, only=parts):
                 for linear in block.linears.values():
                     linear.set_rank(rank, generator=generator)
 

@@ -1,7 +1,19 @@
 """Drop-in replacements of ``nn.Linear``: masked LoRA for training, packed weights for inference."""
 
+from losa.modules.gated_lora import AdaLoRALinear, SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.modules.sparse import SparseLinear, share_rows, unpack_linears
 
-__all__ = ["MaskedLoRALinear", "dense_mode", "LoRALinear", "SparseLinear", "share_rows", "unpack_linears"]
+__all__ = [
+    "MaskedLoRALinear",
+    "dense_mode",
+    "LoRALinear",
+    "MaskedLinear",
+    "SoRALinear",
+    "AdaLoRALinear",
+    "SparseLinear",
+    "share_rows",
+    "unpack_linears",
+]
