@@ -19,7 +19,7 @@ from losa.model.originals import Originals
 from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode, plain_linears
 from losa.pruners.base import Pattern, Pruned, Pruner
-from losa_kernels import merge_masked_lora, unpack_mask
+from losa_kernels import unpack_mask
 
 
 class WrappedBlock:
@@ -66,10 +66,7 @@ class WrappedBlock:
     def merged(self) -> Iterator[None]:
         """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them.
         Trained norms stay trained."""
-        merged = {
-            name: merge_masked_lora(m.weight.data, m.mask, m.lora_A, m.lora_B, m.scaling)
-            for name, m in self.linears.items()
-        }
+        merged = {name: m.effective_weight() for name, m in self.linears.items()}
         with self._weights(merged), plain_linears(self.module):
             yield
 

@@ -335,10 +335,12 @@ class Engine:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
         for index, (rank, block) in enumerate(zip(ranks, self.blocks, strict=True)):
             own = ranks_within(linears[index], rank, self.allocation) if linears else [rank] * len(block.linears)
-            if all(linear.rank == wanted for linear, wanted in zip(block.linears.values(), own, strict=True)):
+            # A layer of rank 0 trains something else than low-rank factors.
+            if all(m.rank in (wanted, 0) for m, wanted in zip(block.linears.values(), own, strict=True)):
                 continue
             # Adapters alone: the weights are a thousand times as large.
-            with gathered(block.module, only=("lora_A", "lora_B")):
+            parts = {part for linear in block.linears.values() for part in linear.adapter_parts}
+            with gathered(block.module, only=parts):
                 for linear, wanted in zip(block.linears.values(), own, strict=True):
                     linear.set_rank(wanted, generator=generator)
 

@@ -126,9 +126,9 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 
 def merge_model(model: nn.Module) -> nn.Module:
-    """Turn every wrapped layer into a plain linear with weight M * (W + s B A), and every trained norm into a plain one
-    with its trained weights, in place. Parameters stay frozen."""
-    return replace_layers(model, MaskedLoRALinear.merge)
+    """Turn every wrapped layer into a plain linear with its effective weight, M * (W + s B A), and every trained norm into
+    a plain one with its trained weights, in place. Parameters stay frozen."""
+    return replace_layers(model, lambda layer: layer.merge())
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

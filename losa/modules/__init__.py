@@ -1,6 +1,8 @@
 """Drop-in replacements of ``nn.Linear``: masked LoRA for training, packed weights for inference; norms that train."""
 
+from losa.modules.gated_lora import AdaLoRALinear, SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.modules.sparse import SparseLinear, share_rows, unpack_linears
 from losa.modules.trained_norm import TrainedNorm
@@ -9,6 +11,9 @@ __all__ = [
     "MaskedLoRALinear",
     "dense_mode",
     "LoRALinear",
+    "MaskedLinear",
+    "SoRALinear",
+    "AdaLoRALinear",
     "SparseLinear",
     "TrainedNorm",
     "share_rows",

@@ -22,9 +22,10 @@ class LoRALinear(MaskedLoRALinear):
         y = F.linear(x, self.weight, self.bias)
         if not self.adapter_enabled:
             return y
+        A, B = self.factors()
         dropped = F.dropout(x, self.dropout_p, self.training)
-        low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
-        return y + self.scaling * F.linear(low_rank, self.lora_B.to(x.dtype))
+        low_rank = F.linear(dropped, A.to(x.dtype))
+        return y + self.scaling * F.linear(low_rank, B.to(x.dtype))
 
     def set_mask(self, mask: Tensor) -> None:
         super().set_mask(mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class MaskedLoRALinear(nn.Module):
         ValueError: rank outside 1..min(in, out, 128), a bad mask, or a weight that is not floating point.
     """
 
+    adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    """Names of the Parameters that are trained."""
+
     def __init__(
         self,
         weight: Tensor,
@@ -76,9 +79,7 @@ class MaskedLoRALinear(nn.Module):
         packed = torch.full((self.out_features, row_bytes), 255, dtype=torch.uint8, device=weight.device)
         packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
         self.mask = nn.Parameter(packed, requires_grad=False)
-        self._check_rank(rank)
-        zeros = torch.zeros(self.out_features, rank, device=weight.device)
-        self._set_adapter(self._gaussian_rows(rank, generator, weight.device), zeros)
+        self._make_adapter(rank, generator)
         if mask is not None:
             self.set_mask(mask)
 
@@ -108,6 +109,10 @@ class MaskedLoRALinear(nn.Module):
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
+
+    def adapter_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of ``adapter_parts`` at a rank."""
+        return {"lora_A": (rank, self.in_features), "lora_B": (self.out_features, rank)}
 
     @property
     def sparsity(self) -> float:
@@ -166,9 +171,9 @@ class MaskedLoRALinear(nn.Module):
             rows = self._gaussian_rows(extra, generator, a.device).to(a.dtype)
             self._set_adapter(torch.cat([a, rows]), torch.cat([b, b.new_zeros(self.out_features, extra)], dim=1))
             return
-        size = a.float().norm(dim=1) * b.float().norm(dim=0)
-        kept = size.argsort(descending=True, stable=True)[:rank].sort().values
-        self._set_adapter(a[kept], b[:, kept].contiguous())
+        left, right = self.factors()
+        size = left.detach().float().norm(dim=1) * right.detach().float().norm(dim=0)
+        self._keep_components(size.argsort(descending=True, stable=True)[:rank].sort().values)
 
     def replace_weight(self, weight: Tensor) -> None:
         """Take another frozen weight (out, in), from a pruner that changes kept weights. The wrapped linear keeps its
@@ -182,18 +187,24 @@ class MaskedLoRALinear(nn.Module):
         self.weight.data = weight.to(self.weight.dtype)
         self.weight_replaced = True
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of the product s B A, as training sees them."""
+        return self.lora_A, self.lora_B
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W + s B A without the mask: fp32 (out, in), a new tensor."""
-        return torch.addmm(self.weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+        A, B = self.factors()
+        return torch.addmm(self.weight.float(), B.float(), A.float(), alpha=self.scaling)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """M * (W + s B A), rounded once to the weight's dtype: (out, in), a new tensor, exactly +0.0 where pruned."""
+        return merge_masked_lora(self.weight.detach(), self.mask.detach(), *self.factors(), self.scaling)
 
     def merge(self) -> nn.Linear:
-        """A plain, frozen linear with weight M * (W + s B A), rounded once to the weight's dtype.
-
-        Pruned entries are exactly +0.0. The bias keeps its storage.
-        """
-        adapter = (self.lora_A.detach(), self.lora_B.detach())
-        return self._plain(merge_masked_lora(self.weight.detach(), self.mask.detach(), *adapter, self.scaling))
+        """A plain, frozen linear with ``effective_weight``. The bias keeps its storage."""
+        return self._plain(self.effective_weight())
 
     def unwrap(self) -> nn.Linear:
         """The plain, frozen linear underneath: weight W and bias as stored, without mask and adapter."""
@@ -220,12 +231,17 @@ class MaskedLoRALinear(nn.Module):
 
     def _gaussian_rows(self, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """(rows, in) fp32 with the variance of ``nn.Linear``'s own initialisation."""
-        if device.type == "meta":
-            return torch.empty(rows, self.in_features, device=device)
-        # Numbers are drawn on the generator's device, by default the host, so that they do not depend on ``device``.
-        source = "cpu" if generator is None else generator.device
-        gaussian = torch.randn(rows, self.in_features, generator=generator, device=source)
-        return (gaussian / math.sqrt(3 * self.in_features)).to(device)
+        return gaussian((rows, self.in_features), math.sqrt(3 * self.in_features), generator, device)
+
+    def _make_adapter(self, rank: int, generator: torch.Generator | None) -> None:
+        """The adapter of a new layer."""
+        self._check_rank(rank)
+        zeros = torch.zeros(self.out_features, rank, device=self.weight.device)
+        self._set_adapter(self._gaussian_rows(rank, generator, self.weight.device), zeros)
+
+    def _keep_components(self, kept: Tensor) -> None:
+        """Leave the components of these indices (kept,) int64, in their order."""
+        self._set_adapter(self.lora_A.detach()[kept], self.lora_B.detach()[:, kept].contiguous())
 
     def _set_adapter(self, lora_A: Tensor, lora_B: Tensor) -> None:
         self.lora_A = nn.Parameter(lora_A)
@@ -243,6 +259,15 @@ class MaskedLoRALinear(nn.Module):
             if f"{prefix}{name}" in state_dict and parameter is not None:
                 parameter.data = parameter.data.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def gaussian(shape: tuple[int, ...], divisor: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Standard Gaussian numbers over ``divisor``, fp32."""
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    # Numbers are drawn on the generator's device, by default the host, so that they do not depend on ``device``.
+    source = "cpu" if generator is None else generator.device
+    return (torch.randn(shape, generator=generator, device=source) / divisor).to(device)
 
 
 @contextmanager

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
-MethodName = Literal["losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune"]
+from losa.errors import RecipeError
+
+MethodName = Literal[
+    "losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune", "sparse_full", "sora", "adalora"
+]
 """The names of ``METHODS``."""
+Adapter = Literal["masked", "dense", "weights", "gated", "budgeted"]
+"""What a method trains: see ``Method``."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +25,25 @@ class Method:
     same rate and rank for every block.
     ``training``: when adapters are trained: "rounds", in every round after its pruning; "before", once, on the dense
     model; None, never.
-    ``adapter``: what is trained: "masked", whose product is pruned along with the weight; "dense"; None, nothing.
-    ``mergeable``: merging the adapters into the weights keeps both the zeros and the function.
+    ``adapter``: what is trained: "masked", low-rank factors whose product is pruned along with the weight; "dense",
+    factors beside the pruned weight; "gated" and "budgeted", dense ones whose rank is trained too, by an L1 penalty and
+    within a budget; "weights", every kept weight itself; None, nothing.
+    ``mergeable``: merging what was trained into the weights keeps both the zeros and the function.
     ``label``: the method's name in tables and figures; ``sentence``: what the model card says of it.
+    ``first_rank``: how many times ``lora.rank`` components an adapter begins with.
+    ``shards``: whether processes may hold the model together.
+    ``package``: a package that the method needs and losa does not.
     """
 
     dynamic: bool
     training: Literal["rounds", "before"] | None
-    adapter: Literal["masked", "dense"] | None
+    adapter: Adapter | None
     mergeable: bool
     label: str
     sentence: str
+    first_rank: float = 1.0
+    shards: bool = True
+    package: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -36,7 +52,7 @@ class Method:
     @property
     def ranked(self) -> bool:
         """Whether the rounds' ranks are ranks of trained adapters."""
-        return self.training == "rounds"
+        return self.training == "rounds" and self.adapter != "weights"
 
     @property
     def reconstructs(self) -> bool:
@@ -87,8 +103,45 @@ METHODS: dict[MethodName, Method] = {
         label="LoRA, then pruned",
         sentence="fine-tuned dense, then pruned at once, without training afterwards",
     ),
+    "sparse_full": Method(
+        dynamic=False,
+        training="rounds",
+        adapter="weights",
+        mergeable=True,
+        label="pruned + all kept weights",
+        sentence="pruned at once, after which every kept weight of the pruned matrices was fine-tuned under the mask",
+    ),
+    "sora": Method(
+        dynamic=False,
+        training="rounds",
+        adapter="gated",
+        mergeable=False,
+        label="pruned + SoRA (not mergeable)",
+        sentence="pruned at once, fine-tuned with dense adapters whose components an L1 penalty closes, and merged under "
+        "the mask, which changes the function",
+    ),
+    "adalora": Method(
+        dynamic=False,
+        training="rounds",
+        adapter="budgeted",
+        mergeable=False,
+        label="pruned + AdaLoRA (not mergeable)",
+        sentence="pruned at once, fine-tuned with dense adapters that share out a budget of ranks, and merged under the "
+        "mask, which changes the function",
+        first_rank=1.5,
+        shards=False,
+        package="peft",
+    ),
 }
 """Every method by its name in recipes."""
+
+
+def check_packages(names: Iterable[MethodName]) -> None:
+    """Raises RecipeError where a method needs a package that is not installed."""
+    for name in names:
+        package = METHODS[name].package
+        if package is not None and find_spec(package) is None:
+            raise RecipeError(f"method: {name!r} needs the package {package}: pip install {package}")
 
 
 def find_method(name: str) -> Method | None:

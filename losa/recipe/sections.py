@@ -171,7 +171,10 @@ class LoraConfig(Section):
 
     scaling: float = Field(2.0, gt=0, description="s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
-    rank: int = Field(8, ge=1, le=128, description="rank of the methods whose ranks do not change")
+    rank: int = Field(8, ge=1, le=128, description="rank of the methods whose ranks do not change; adalora's mean rank")
+    gate_penalty: float = Field(
+        0.4, ge=0, description="sora: after a step gates come nearer to zero by this times the learning rate"
+    )
 
 
 class CalibrationConfig(Section):

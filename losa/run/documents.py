@@ -26,8 +26,9 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
     """
     left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint"), True)
     left["train"] = {"tensorboard", "activation_checkpointing"}
+    left["lora"] = set() if METHODS[method].adapter == "gated" else {"gate_penalty"}
     if METHODS[method].dynamic:
-        left["lora"] = {"rank"}
+        left["lora"] |= {"rank"}
     else:
         left |= {"rounds": True, "allocation": True, "calibration": {"cka_samples"}}
     if not METHODS[method].reconstructs:

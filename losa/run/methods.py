@@ -14,27 +14,46 @@ from torch.distributed.tensor import DTensor
 from losa.algorithm.engine import Engine
 from losa.data.sequences import PackedData
 from losa.distributed.processes import process_count
-from losa.distributed.sharding import device_of
+from losa.distributed.sharding import device_of, gathered
 from losa.distributed.stop import check
 from losa.errors import RecipeError
 from losa.evaluation.perplexity import perplexity
 from losa.model.norms import train_norms
 from losa.model.originals import Originals
 from losa.model.wrapping import count_kept, merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
+from losa.modules.gated_lora import AdaLoRALinear, SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.methods import METHODS, Adapter, MethodName
 from losa.recipe.sections import AllocationConfig, Recipe
 from losa.record import MethodResult, RoundRecord
 from losa.run.documents import belonging
 from losa.run.inputs import Inputs
-from losa.run.rounds import rounds_of
+from losa.run.rounds import first_rank, rounds_of
 from losa.run.saving import Resumed, Saver
 from losa.run.states import CHECKPOINTS, Point, Stage
+from losa.training.adalora import RankBudget
 from losa.training.distillation import DistillationLoss
+from losa.training.extension import Extension
 from losa.training.loss import TokenLoss
 from losa.training.position import AfterStep, TrainState
+from losa.training.sora import GatePenalty
 from losa.training.trainer import LossFactory, Trainer
+
+# The layer of each kind of adapter. A linear that is only pruned is wrapped as for "masked".
+LAYERS: dict[Adapter, type[MaskedLoRALinear]] = {
+    "masked": MaskedLoRALinear,
+    "dense": LoRALinear,
+    "weights": MaskedLinear,
+    "gated": SoRALinear,
+    "budgeted": AdaLoRALinear,
+}
+# What training such an adapter adds to each step.
+EXTENSIONS: dict[Adapter, Callable[[nn.Module, Recipe], Extension]] = {
+    "gated": lambda model, recipe: GatePenalty(model, recipe.lora.gate_penalty),
+    "budgeted": lambda model, recipe: RankBudget(model, recipe.lora.rank),
+}
 
 
 @dataclass
@@ -99,12 +118,14 @@ class MethodRun:
             tokens, trained = self._finetune_dense(resume)
             resume = False  # no later state is kept
         in_rounds = method.training == "rounds"
-        self._wrap(LoRALinear if in_rounds and method.adapter == "dense" else MaskedLoRALinear, trains=in_rounds)
+        self._wrap(LAYERS[method.adapter or "masked"] if in_rounds else MaskedLoRALinear, trains=in_rounds)
+        at_first = self._trained_parameters()
         rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
         masks, sparsity = self._masks()
         if in_rounds:
-            trained = self._trained_parameters()
+            # Ranks of a dynamic method grow; gates that close drop parameters at the end.
+            trained = self._trained_parameters() if method.dynamic else at_first
         merge_model(self.model)
         perplexity = self.inputs.evaluate(self.model)
         zeros, prunable = sparsity_of(self.model)
@@ -154,10 +175,10 @@ class MethodRun:
 
     def _wrap(self, layer: type[MaskedLoRALinear], trains: bool) -> None:
         recipe = self.recipe
-        first, highest, key = recipe.lora.rank, recipe.lora.rank, "lora.rank"
+        first = highest = first_rank(self.name, recipe)
+        key = "lora.rank"
         if self.method.dynamic:
-            first, highest = recipe.allocation.mean_rank, recipe.allocation.rank_max
-            key = "allocation.rank_max"
+            highest, key = recipe.allocation.rank_max, "allocation.rank_max"
         wrapped = wrap_model(
             self.model,
             layer=layer,
@@ -193,6 +214,7 @@ class MethodRun:
         loss: LossFactory = TokenLoss
         if distill is not None:
             loss = partial(DistillationLoss, config=distill, originals=originals)
+        extension = None if self.method.adapter is None else EXTENSIONS.get(self.method.adapter)
         trainer = Trainer(
             self.model,
             train,
@@ -202,6 +224,7 @@ class MethodRun:
             device=device_of(self.model),
             loss_factory=loss,
             distributed=self.recipe.distributed,
+            extension=None if extension is None else extension(self.model, self.recipe),
         )
         trainer.sequences_per_step = train.batch_size * train.gradient_accumulation * self.processes
         return trainer
@@ -257,6 +280,7 @@ class MethodRun:
                         saver.save(Stage.PRUNED, done)
                     data = self._data.slice(first, first + each.sequences)
                     self._train(trainer, data, record, start, partial(saver.after_step, records=done))
+                    self._drop_closed(record, engine)
                 pruned = start = None
                 first += each.sequences
                 if self._keeps_states():
@@ -264,6 +288,21 @@ class MethodRun:
                 self._end_round(record, len(rounds))
                 check()
         return done
+
+    def _drop_closed(self, record: RoundRecord, engine: Engine) -> None:
+        """Drop the components that training has closed, and record the ranks that stay: means over a block's linears,
+        rounded."""
+        if self.method.adapter not in EXTENSIONS:
+            return
+        ranks = []
+        for block in engine.blocks:
+            with gathered(block.module, only=SoRALinear.adapter_parts):
+                for linear in block.linears.values():
+                    assert isinstance(linear, SoRALinear)
+                    linear.drop_closed()
+            ranks.append([linear.rank for linear in block.linears.values()])
+        record.ranks = [round(sum(own) / len(own)) for own in ranks]
+        record.mean_rank = sum(map(sum, ranks)) / sum(map(len, ranks))
 
     def _measures(self, rounds: int) -> bool:
         return self.recipe.evaluate is not None and self.recipe.evaluate.each_round and rounds > 1
@@ -275,7 +314,7 @@ class MethodRun:
             began = time.perf_counter()
             record.perplexity = self.inputs.evaluate(self.model)
             record.seconds["evaluate"] = time.perf_counter() - began
-        self.log(_round_line(self.name, record, rounds))
+        self.log(_round_line(self.name, record, rounds, self.method.ranked))
 
     def _keeps_states(self) -> bool:
         """Whether a round's end is saved. A method without training that is compared, or that trains before it prunes,
@@ -315,12 +354,13 @@ def _resume_line(method: str, point: Point, total: int) -> str:
     return f"{method}: resuming in round {point.round} of {total}, after {where}"
 
 
-def _round_line(method: str, record: RoundRecord, total: int) -> str:
+def _round_line(method: str, record: RoundRecord, total: int, ranked: bool) -> str:
     parts = [f"{method} round {record.index}/{total}: sparsity {record.target_sparsity:.3f}"]
     if len(set(record.sparsity)) > 1:
         parts.append(f"blocks {min(record.sparsity):.3f}..{max(record.sparsity):.3f}")
     if record.train_steps:
-        parts.append(f"ranks {min(record.ranks)}..{max(record.ranks)}, loss {record.train_loss:.3f}")
+        ranks = f"ranks {min(record.ranks)}..{max(record.ranks)}, " if ranked else ""
+        parts.append(f"{ranks}loss {record.train_loss:.3f}")
     if record.perplexity is not None:
         parts.append(f"perplexity {record.perplexity:.2f}")
     parts.append(f"{sum(record.seconds.values()):.0f} s")

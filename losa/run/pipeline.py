@@ -34,12 +34,14 @@ from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
 from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
+from losa.recipe.methods import check_packages
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RunRecord
 from losa.run.choice import placement_of
 from losa.run.fingerprint import WEIGHTS, model_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import MethodRun, Outcome
+from losa.run.placement import check_shards
 from losa.run.random_state import seed_generators
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.workspace import Workspace
@@ -84,6 +86,7 @@ def run_recipe(
             console = Console(quiet=True)
         console = console or Console()
         get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
+        check_packages(recipe.methods)
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
@@ -172,6 +175,7 @@ def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, obj
     """The recipe's model, whole or this process's rows of it, and its tokenizer."""
     source = _fetch(recipe) if process_count() > 1 else recipe.model
     placement = placement_of(recipe, device)
+    check_shards(recipe, placement)
     if placement.mode != "whole":
         console.print(f"distributed: {placement.processes} processes, {placement.mode}: {placement.text}", markup=False)
     sharding = placement.sharding(torch_device(device))

@@ -10,7 +10,8 @@ import torch
 
 from losa.distributed.launch import check_config
 from losa.distributed.sharding import Sharding, make_sharding
-from losa.recipe.sections import DistributedConfig
+from losa.errors import RecipeError
+from losa.recipe.sections import DistributedConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,13 @@ def choose(config: DistributedConfig, processes: int, per_machine: int, fits: Ca
         return whole
     size = (config.shard_size or per_machine) if config.mode == "hsdp" else processes
     return Placement(processes, size, offload)
+
+
+def check_shards(recipe: Recipe, placement: Placement) -> None:
+    """Raises RecipeError where a method needs whole parameters, and processes hold the model together."""
+    needy = [name for name, method in recipe.methods.items() if not method.shards]
+    if needy and placement.sharded:
+        raise RecipeError(
+            f"method: {needy[0]!r} shares out ranks by whole adapters: expected distributed.mode ddp, got "
+            f"{placement.mode}, in which processes hold the model together"
+        )

@@ -12,7 +12,7 @@ from torch import nn
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
 from losa.pruners import get_pruner
-from losa.recipe.methods import METHODS, MethodName
+from losa.recipe.methods import METHODS, MethodName, check_packages
 from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import PHASES, Holding, holdings
@@ -83,10 +83,11 @@ def planned_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device.
 
     Raises:
-        RecipeError: an unknown pruner.
+        RecipeError: an unknown pruner, or a method whose package is missing.
         ModelError: the configuration cannot be had.
     """
     get_pruner(recipe.prune)  # a wrong name should not wait for a download
+    check_packages(recipe.methods)
     return configured_model(
         recipe.model, gguf_file=recipe.gguf_file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )

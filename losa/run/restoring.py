@@ -16,7 +16,7 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.run.states import State, load_tensors, stored_shapes
 from losa.training.position import empty_moments
 
-MASK, WEIGHT, ADAPTER = "mask", "weight", ("lora_A", "lora_B")
+MASK, WEIGHT = "mask", "weight"
 
 
 def pruned_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     adapters = {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in wrapped_linears(model).items()
-        for part in ADAPTER
+        for part in layer.adapter_parts
     }
     return adapters | {
         f"{name}.{part}": parameter.detach()
@@ -72,7 +72,8 @@ def restore(model: nn.Module, state: State) -> dict[str, Tensor]:
                     assert isinstance(layer, MaskedLoRALinear)
                     if (weight := pruned.pop(f"{name}.{WEIGHT}", None)) is not None:
                         layer.replace_weight(whole(weight))
-                    layer.set_rank(held[f"{name}.lora_A"][0])
+                    if layer.rank:
+                        layer.set_rank(held[f"{name}.lora_A"][0])
                     layer.set_mask(whole(pruned.pop(f"{name}.{MASK}")))
     trained = trained_tensors(model)
     moments = empty_moments(model, (name for name in held if name not in decided and name not in trained))
@@ -86,13 +87,8 @@ def _check_layers(path: Path, layers: dict[str, MaskedLoRALinear], stored: dict[
         where = "the model" if odd[0] in there else "the checkpoint"
         raise OutputError(f"checkpoint {path}: belongs to another model; {where} lacks {odd[0]} (of {len(odd)})")
     for name, layer in layers.items():
-        rank = stored[f"{name}.lora_A"][0]
-        expected = {
-            MASK: layer.mask.shape,
-            "lora_A": (rank, layer.in_features),
-            "lora_B": (layer.out_features, rank),
-            WEIGHT: layer.weight.shape,
-        }
+        rank = stored[f"{name}.lora_A"][0] if layer.rank else 0
+        expected = {MASK: layer.mask.shape, **layer.adapter_shapes(rank), WEIGHT: layer.weight.shape}
         for part, shape in expected.items():
             found = stored.get(f"{name}.{part}", tuple(shape))
             if found != tuple(shape):

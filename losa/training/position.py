@@ -38,7 +38,8 @@ class TrainState:
 
     ``moments``: AdamW's state of each parameter that has had a gradient, the optimiser's own tensors:
     ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` as the parameter (a DTensor with its placements, where it is one),
-    ``NAME.step`` fp32 scalar, the same on all processes. NAME is the parameter's full name in the model.
+    ``NAME.step`` fp32 scalar, the same on all processes. NAME is the parameter's full name in the model. What the
+    method's extension keeps of a parameter is there too (``losa.training.extension.Extension.state``).
     """
 
     position: Position
@@ -73,7 +74,8 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def empty_moments(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of these names, of ``TrainState.moments``, for a loader to fill: zeros, placed like the parameters.
+    """Tensors of these names, of ``TrainState.moments``, for a loader to fill: zeros, placed like the parameters. A part
+    that AdamW does not keep is an extension's.
 
     Raises:
         KeyError: a name that the model's parameters do not account for.
@@ -82,8 +84,6 @@ def empty_moments(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for name in names:
         parameter, _, part = name.rpartition(".")
-        if part not in (*_LIKE_PARAMETER, _COUNTER):
-            raise KeyError(name)
         like = parameters[parameter].detach()
         made[name] = torch.zeros((), dtype=torch.float32) if part == _COUNTER else torch.zeros_like(like)
     return made

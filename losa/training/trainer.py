@@ -29,6 +29,7 @@ from losa.recipe.learning_rate import lr_factor
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
+from losa.training.extension import Extension
 from losa.training.groups import parameter_groups
 from losa.training.loss import TokenLoss
 from losa.training.metrics import Metrics
@@ -89,6 +90,7 @@ class Trainer:
         loss_factory: makes the loss module of a round; default: the next-token loss. With ``config.distill`` the module
             is called with a fourth argument (``losa.training.distillation.DistillationLoss``).
         distributed: the recipe's section; it counts for a sharded model.
+        extension: what a method adds to each step. On a GPU the host then waits for each step's update.
 
     Raises:
         LosaError: a launch that is not supported, processes that cannot join, or TensorBoard is asked for and
@@ -106,12 +108,14 @@ class Trainer:
         device: torch.device | str,
         loss_factory: LossFactory = TokenLoss,
         distributed: DistributedConfig | None = None,
+        extension: Extension | None = None,
     ):
         self.model = model
         self.config = config
         self.seed = seed
         self.loss_factory = loss_factory
         self.distributed = distributed or DistributedConfig()
+        self.extension = extension
         self.device = torch.device(device)
         if not joined():
             start_processes(self.device.type)
@@ -166,9 +170,13 @@ class Trainer:
         if start is not None:
             put_moments(self.model, optimizer, start.moments, self.fused)
         first, count = 0 if start is None else start.position.step, self._steps(len(data))
+        if self.extension is not None:
+            self.extension.begin(count, {} if start is None else start.moments)
 
         def state_after(step: int, log: StepLog) -> TrainState:
-            return TrainState(log.position(step, time.perf_counter() - began), moments_of(self.model, optimizer))
+            kept = {} if self.extension is None else self.extension.state()
+            moments = moments_of(self.model, optimizer) | kept
+            return TrainState(log.position(step, time.perf_counter() - began), moments)
 
         def step_done(step: int, log: StepLog) -> None:
             if after_step is not None:
@@ -252,6 +260,8 @@ class Trainer:
                 group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
                 tokens = len(sequences) * data.input_ids.shape[1]
                 loss, norm = self._step(loss_module, optimizer, parameters, group, (here, tokens), broken)
+                if self.extension is not None and not broken:
+                    self.extension.after_update(step + 1, rate)
                 log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
             step_done(step + 1, log)
 
@@ -292,6 +302,14 @@ class Trainer:
             if parameter.grad is None:
                 # An expert that no token reaches: FSDP2 has zeros there, with which AdamW takes a step too.
                 parameter.grad = torch.zeros_like(parameter)
+        penalty = None if self.extension is None else self.extension.penalty()
+        if penalty is not None:
+            # Not by backward(): DDP would wait for gradients of the other parameters.
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    parameter.grad += gradient
         norm = clip_gradients(parameters, self.config.max_grad_norm)
         broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         if self.fused:

@@ -18,8 +18,8 @@ def test_rows_say_no_two_things(name):
     method = METHODS[name]
     assert (method.adapter is None) == (method.training is None) == (not method.trains)
     assert method.ranked or not method.dynamic, "dynamic ranks are ranks of something that is trained"
-    # A dense adapter that was trained beside a mask is the only one that merging changes.
-    assert method.mergeable == (method.training != "rounds" or method.adapter == "masked")
+    # Merging changes nothing but a dense adapter that was trained beside a mask.
+    assert method.mergeable == (method.training != "rounds" or method.adapter in ("masked", "weights"))
 
 
 def test_labels_tell_methods_apart():
