@@ -16,24 +16,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.gradient_statistics import GradientStatistic
+from losa.algorithm.gradients import REGROWTH, Gradients, wanted_gradients
 from losa.algorithm.importance import get_importance
 from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
 from losa.algorithm.reconstruction import ErrorMeter
+from losa.algorithm.regrowth import Regrowing, check_regrowth
 from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
-from losa.distributed.sharding import gathered
+from losa.distributed.sharding import gathered, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import ModelError, NumericsError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import compares_samples
@@ -58,15 +62,16 @@ class Engine:
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
-    ``prune.regrow`` need them.
+    ``prune.regrow`` by score need them.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
-    (``owners_of``); the model may be whole in each of them, or sharded.
+    (``owners_of``); the model may be whole in each of them, or sharded, but for statistics of gradients.
 
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
-        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, or a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes.
+        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
+            unknown or has no ``total`` on several processes, or that weights cannot come back to by gradient; gradients
+            of a sharded model.
     """
 
     def __init__(
@@ -89,7 +94,11 @@ class Engine:
         self.seed = seed
         self.pruner = get_pruner(prune)
         self.importance = get_importance(allocation.rates)
-        self.statistic = _statistic_of(prune, self.pruner.statistic)
+        self.statistic = _statistic_of(prune, self.pruner)
+        self.gradients = wanted_gradients(prune, self.pruner)
+        check_regrowth(prune, self.pruner)
+        if self.gradients and sharding_of(model) is not None:
+            raise RecipeError(f"{next(iter(self.gradients))} takes gradients, and needs the model whole, not sharded")
         self.needs_errors = measure_errors or allocation.ranks == "error"
         self.decoder = find_blocks(model)
         kept = keeps_originals(prune, self.pruner, self.needs_errors)
@@ -159,8 +168,12 @@ class Engine:
                 patterns = patterns_for(
                     this_round, importance, self.block_sparsity(), self.prune_config, self.allocation.delta
                 )
+            gradients = None
+            if wanted := self._wanted_gradients():
+                with watch.stage("gradients"):
+                    gradients = Gradients(self.model, self._linears(), self.input_ids, wanted)
             try:
-                pruned = self._prune_blocks(patterns)
+                pruned = self._prune_blocks(patterns, gradients)
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
@@ -203,7 +216,16 @@ class Engine:
             importance = importance.full_tensor()
         return from_rank_zero(importance.double()), similarity
 
-    def _prune_blocks(self, patterns: list[Pattern]) -> _PrunedBlocks:
+    def _linears(self) -> dict[str, MaskedLoRALinear]:
+        """All wrapped linears, by full name."""
+        return {f"{block.name}.{name}": linear for block in self.blocks for name, linear in block.linears.items()}
+
+    def _wanted_gradients(self) -> dict[str, type[GradientStatistic]]:
+        """Statistics of gradients that this round takes. Before anything is pruned, nothing can come back."""
+        none_pruned = REGROWTH in self.gradients and not any(self.block_sparsity())
+        return {key: each for key, each in self.gradients.items() if not (key == REGROWTH and none_pruned)}
+
+    def _prune_blocks(self, patterns: list[Pattern], gradients: Gradients | None) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input."""
         watch = Stopwatch()
         with watch.stage("forward"):
@@ -220,12 +242,12 @@ class Engine:
                     if dense is not None:
                         with block.dense():
                             together(partial(dense.advance, index))
-                    statistics, owners = self._statistics(index, sparse)
+                    statistics, owners = self._statistics(index, sparse, gradients)
                 with watch.stage("prune"):
                     progress(f"pruning {block.name}")
-                    nested = not self.prune_config.regrow
-                    damping |= block.prune(self.pruner, statistics, pattern, nested, owners)
-                del statistics
+                    pruner = self._regrowing(block, owners, gradients)
+                    damping |= block.prune(pruner, statistics, pattern, self.prune_config.nested, owners)
+                del statistics, pruner
                 with watch.stage("forward"):
                     together(partial(self._advance_merged, sparse, index))
                     if dense is not None:
@@ -239,19 +261,34 @@ class Engine:
         with self.blocks[index].merged():
             stream.advance(index)
 
-    def _statistics(self, index: int, stream: BlockStream) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
-        """What the pruner asks for of the inputs of each linear that this process owns, None where it asks for nothing;
-        and every linear's owner."""
-        block = self.blocks[index]
+    def _statistics(
+        self, index: int, stream: BlockStream, gradients: Gradients | None
+    ) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
+        """What the pruner asks for of each linear that this process owns, None where it asks for nothing; and every
+        linear's owner."""
+        block, statistic = self.blocks[index], self.statistic
         owners = partial(owners_of, linears=block.linears, pruner=self.pruner, index=index)
-        if self.statistic is None:
+        if statistic is None:
             return dict.fromkeys(block.linears), owners([[name] for name in block.linears])
+        if issubclass(statistic, GradientStatistic):
+            alone, key = owners([[name] for name in block.linears]), next(iter(self.gradients))
+            assert gradients is not None
+            return gradients.of_block(key, block.name, alone), alone
 
         def run() -> None:
             with block.merged():
                 deque(stream.run(index), maxlen=0)
 
-        return collect(block.linears, self.statistic, block.name, lambda: stream.position, run, owners)
+        return collect(block.linears, statistic, block.name, lambda: stream.position, run, owners)
+
+    def _regrowing(self, block: WrappedBlock, owners: dict[str, int], gradients: Gradients | None) -> Pruner:
+        """The pruner; where weights of the block may come back by gradient, one that lets them."""
+        if gradients is None or not gradients.has(REGROWTH):
+            return self.pruner
+        sums = gradients.of_block(REGROWTH, block.name, owners)
+        return Regrowing(
+            self.pruner, sums, lambda name: block.linears[name].dense_weight(), self.prune_config.regrow_share
+        )
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)
@@ -283,7 +320,7 @@ class Engine:
 
 def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:
     """Whether weights that a pruner replaces are needed later: as the dense model, or to regrow from."""
-    return pruner.updates_weight and (needs_errors or prune.regrow)
+    return pruner.updates_weight and (needs_errors or not prune.nested)
 
 
 @dataclass(frozen=True)
@@ -295,23 +332,21 @@ class _PrunedBlocks:
     seconds: dict[str, float]
 
 
-def _statistic_of(prune: PruneConfig, name: str | None) -> type[Statistic] | None:
+def _statistic_of(prune: PruneConfig, pruner: Pruner) -> type[Statistic] | type[GradientStatistic] | None:
+    name = pruner.statistic
     if name is None:
         return None
     try:
         statistic = get_statistic(name)
     except ValueError as error:
         raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
-    if statistic.needs_backward:
-        raise RecipeError(
-            f"prune.pruner: {prune.pruner!r}: expected a statistic of forward passes, "
-            f"got {name!r}, which needs gradients"
-        )
-    if process_count() > 1 and not isinstance(getattr(statistic(1, torch.device("cpu")), "total", None), Tensor):
-        raise RecipeError(
-            f"prune.pruner: {prune.pruner!r}: its statistic {name!r} makes no tensor `total` in __init__, "
-            "which several processes add up"
-        )
+    if process_count() > 1:
+        shape = (1, 1) if issubclass(statistic, GradientStatistic) else (1,)
+        if not isinstance(getattr(statistic(*shape, torch.device("cpu")), "total", None), Tensor):
+            raise RecipeError(
+                f"prune.pruner: {prune.pruner!r}: its statistic {name!r} makes no tensor `total` in __init__, "
+                "which several processes add up"
+            )
     return statistic
 
 
