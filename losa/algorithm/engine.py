@@ -25,7 +25,7 @@ from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_rank
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import Regrowing, check_regrowth
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import Statistic, collect, get_statistic
+from losa.algorithm.statistics import Statistic, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero
@@ -94,7 +94,9 @@ class Engine:
         self.seed = seed
         self.pruner = get_pruner(prune)
         self.importance = get_importance(allocation.rates)
-        self.statistic = _statistic_of(prune, self.pruner)
+        self.statistic = statistic_of(prune, self.pruner)
+        if self.statistic is not None and process_count() > 1:
+            _check_total(prune, self.pruner, self.statistic)
         self.gradients = wanted_gradients(prune, self.pruner)
         check_regrowth(prune, self.pruner)
         if self.gradients and sharding_of(model) is not None:
@@ -332,22 +334,15 @@ class _PrunedBlocks:
     seconds: dict[str, float]
 
 
-def _statistic_of(prune: PruneConfig, pruner: Pruner) -> type[Statistic] | type[GradientStatistic] | None:
-    name = pruner.statistic
-    if name is None:
-        return None
-    try:
-        statistic = get_statistic(name)
-    except ValueError as error:
-        raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
-    if process_count() > 1:
-        shape = (1, 1) if issubclass(statistic, GradientStatistic) else (1,)
-        if not isinstance(getattr(statistic(*shape, torch.device("cpu")), "total", None), Tensor):
-            raise RecipeError(
-                f"prune.pruner: {prune.pruner!r}: its statistic {name!r} makes no tensor `total` in __init__, "
-                "which several processes add up"
-            )
-    return statistic
+def _check_total(prune: PruneConfig, pruner: Pruner, statistic: type[Statistic] | type[GradientStatistic]) -> None:
+    """Raises RecipeError for a statistic that processes cannot add up."""
+    one = torch.device("cpu")
+    made = statistic(1, 1, one) if issubclass(statistic, GradientStatistic) else statistic(1, one)
+    if not isinstance(getattr(made, "total", None), Tensor):
+        raise RecipeError(
+            f"prune.pruner: {prune.pruner!r}: its statistic {pruner.statistic!r} makes no tensor `total` in __init__, "
+            "which several processes add up"
+        )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class GradientStatistic(ABC):
 
     @abstractmethod
     def update(self, gradient: Tensor) -> None:
-        """Take the gradient (out, in) fp32 of one sample in. It is on the model's device, and its memory may be used."""
+        """Take in the gradient of one sample, (out, in) fp32 on the model's device. Its memory may be written to."""
 
     @abstractmethod
     def result(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.algorithm.gradient_statistics import GradientStatistic, GradientSums
-from losa.algorithm.statistics import get_statistic
+from losa.algorithm.statistics import statistic_of
 from losa.distributed.collectives import reduce_to_process, share_of
 from losa.distributed.processes import process_count, process_index
 from losa.distributed.sharding import device_of
@@ -36,10 +36,10 @@ DEVICE_SHARE = 0.5  # of the device's free memory that the statistics of all lin
 
 
 def wanted_gradients(prune: PruneConfig, pruner: Pruner) -> dict[str, type[GradientStatistic]]:
-    """The statistics of gradients that a recipe takes, by the setting that asks for them. Raises ValueError: the
-    pruner's statistic is unknown."""
+    """The statistics of gradients that a recipe takes, by the setting that asks for them: the pruner's first. Raises
+    RecipeError: the pruner's statistic is unknown."""
     wanted: dict[str, type[GradientStatistic]] = {}
-    statistic = None if pruner.statistic is None else get_statistic(pruner.statistic)
+    statistic = statistic_of(prune, pruner)
     if statistic is not None and issubclass(statistic, GradientStatistic):
         wanted[f"prune.pruner: {prune.pruner}"] = statistic
     if prune.regrow_by == "gradient":

@@ -48,9 +48,7 @@ class Regrowing(Pruner):
         share: of the kept weights that are exchanged, rounded down for each row; fewer where fewer are pruned.
     """
 
-    def __init__(
-        self, pruner: Pruner, gradients: Mapping[str, Tensor], value: Callable[[str], Tensor], share: float
-    ):
+    def __init__(self, pruner: Pruner, gradients: Mapping[str, Tensor], value: Callable[[str], Tensor], share: float):
         self.updates_weight = pruner.updates_weight
         self._pruner, self._gradients, self._value, self._share = pruner, gradients, value, share
 

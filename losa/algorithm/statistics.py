@@ -16,8 +16,10 @@ from losa.algorithm.gradient_statistics import GradientNorms, GradientStatistic,
 from losa.distributed.collectives import reduce_to_process
 from losa.distributed.processes import process_count, process_index
 from losa.distributed.together import together
-from losa.errors import ModelError, NumericsError
+from losa.errors import ModelError, NumericsError, RecipeError
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa.pruners.base import Pruner
+from losa.recipe.sections import PruneConfig
 from losa.registry import Registry
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
@@ -95,18 +97,18 @@ class Hessian(Statistic):
         return torch.eye(in_features, device=device)
 
 
-_S = TypeVar("_S", bound=Statistic | GradientStatistic)
+_S = TypeVar("_S", bound=type[Statistic] | type[GradientStatistic])
 _REGISTRY: Registry[type[Statistic] | type[GradientStatistic]] = Registry("statistic")
 
 
-def register_statistic(name: str) -> Callable[[type[_S]], type[_S]]:
+def register_statistic(name: str) -> Callable[[_S], _S]:
     """Let pruners name a class as their ``statistic``: a decorator of the class.
 
     Raises:
         ValueError: no subclass of ``Statistic`` or ``GradientStatistic``, or the name belongs to another class.
     """
 
-    def add(statistic: type[_S]) -> type[_S]:
+    def add(statistic: _S) -> _S:
         if not (isinstance(statistic, type) and issubclass(statistic, (Statistic, GradientStatistic))):
             expected = "a subclass of Statistic or GradientStatistic"
             raise ValueError(f"statistic {name!r}: expected {expected}, got {statistic!r}")
@@ -121,6 +123,14 @@ def get_statistic(name: str) -> type[Statistic] | type[GradientStatistic]:
     if name not in _REGISTRY:
         raise ValueError(f"statistic: unknown {name!r}; expected one of {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
+
+
+def statistic_of(prune: PruneConfig, pruner: Pruner) -> type[Statistic] | type[GradientStatistic] | None:
+    """What the recipe's pruner names. Raises RecipeError for an unknown name, listing the known ones."""
+    try:
+        return None if pruner.statistic is None else get_statistic(pruner.statistic)
+    except ValueError as error:
+        raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
 
 
 register_statistic("input_norms")(InputNorms)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from losa.algorithm.engine import keeps_originals
+from losa.algorithm.gradients import stay_on_device, wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import PruningShape, get_pruner
@@ -124,6 +125,9 @@ def pruning_work(
         free: bytes of the device that nothing else takes.
     """
     calibration, place, size = recipe.calibration, shape.computes_on, shape.dtype.itemsize
+    for holding in _gradients(recipe, shape, free):
+        yield holding
+        free -= holding.size * (holding.what == "statistics of gradients" and holding.place == "device")
     # Hidden states of all samples wait between two blocks, on the device if they fit there.
     streams = 2 if any(METHODS[name].dynamic for name in names) else 1
     samples = largest_share(calibration.samples, calibration.batch_size, processes)
@@ -146,6 +150,22 @@ def pruning_work(
     yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
     for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
         yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
+
+
+def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding]:
+    """What statistics of gradients take. The pass that gives them comes before the streams."""
+    wanted = wanted_gradients(recipe.prune, get_pruner(recipe.prune))
+    if not wanted:
+        return
+    size = 4 * len(wanted) * shape.prunable
+    waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
+    yield Holding("pruning", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
+    place, length = shape.computes_on, recipe.calibration.length
+    sides = sum(w.inputs + w.outputs for w in shape.linears)
+    how = "length x (in + out) of every linear, of one sample"
+    yield Holding("pruning", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
+    how = "a chunk of logits; the last hidden states and their gradient"
+    yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length), how)
 
 
 def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from losa.algorithm.gradients import REGROWTH, wanted_gradients
 from losa.algorithm.owners import deal
 from losa.algorithm.schedule import Round
 from losa.pruners import get_pruner
@@ -40,7 +41,7 @@ def stages(
         windows = tokens * (shape.work.forward(evaluation.length) + 2.0 * shape.work.head)
         yield Stage("dense: evaluation", windows, True, None, "evaluation", 1)
     for name, own in rounds.items():
-        work = len(own) * _pruning(recipe, shape, name, processes)
+        work = len(own) * _pruning(recipe, shape, name, processes) + _gradients(recipe, shape, len(own), processes)
         if name == next(iter(rounds)):
             work += _checks(recipe, shape)
         yield Stage(f"{name}: calibration and pruning", work, True, name, "pruning", len(own))
@@ -95,11 +96,21 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
         for count in (calibration.samples, min(calibration.cka_samples, calibration.samples))
     )
     # The sparse stream, which is read once more for statistics; the dense stream; the samples that are compared.
-    samples = own + (own if pruner.statistic is not None else 0)
+    of_inputs = pruner.statistic is not None and not wanted_gradients(recipe.prune, pruner).keys() - {REGROWTH}
+    samples = own + (own if of_inputs else 0)
     if METHODS[name].dynamic:
         samples += own + (compared if recipe.compares_samples else 0)
     work = samples * calibration.length * shape.work.forward(calibration.length)
     return work + _solving(pruner, recipe, shape, own, processes)
+
+
+def _gradients(recipe: Recipe, shape: ModelShape, rounds: int, processes: int) -> float:
+    """FLOP of passes for statistics of gradients in all rounds: forward and backward, and dY^T x of what is pruned."""
+    wanted, calibration = wanted_gradients(recipe.prune, get_pruner(recipe.prune)), recipe.calibration
+    # Weights come back from round 2 on; a pruner wants gradients in every round.
+    passes = rounds if wanted.keys() - {REGROWTH} else max(0, rounds - 1) if wanted else 0
+    tokens = largest_share(calibration.samples, 1, processes) * calibration.length
+    return passes * tokens * replace(shape.work, dropout=False).training(calibration.length)
 
 
 def _checks(recipe: Recipe, shape: ModelShape) -> float:

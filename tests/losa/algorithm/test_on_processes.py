@@ -29,10 +29,10 @@ def test_masks_and_decisions_are_one_process_s(found, cases):
     assert all("wanda" in each["cases"] for processes in SEVERAL for each in found[processes])
     for case, one in cases:
         assert all(one["counts"]) and all(one["ranks"]) and all(one["damping"]), case
-        if case not in ("sparsegpt", "regrow"):
+        if case not in ("sparsegpt", "regrow", "gradients"):
             # Whole batches are computed alike, and their sums are fp64: masks and weights are the same to the bit.
             assert one["exact"], case
-        # Hessians are fp32 sums in another order. A Hessian of n columns and condition number c gives weights within
+        # Hessians and gradients are fp32 sums in another order. A Hessian of n columns and condition number c gives weights within
         # about n c eps; a mask may differ where two scores are as near as that.
         assert one["flipped"] <= 1e-3, case
         assert one["weights"] <= 64 * 1e3 * EPS, case
@@ -41,7 +41,7 @@ def test_masks_and_decisions_are_one_process_s(found, cases):
 
 def test_errors_and_importance_are_one_process_s(cases):
     for case, one in cases:
-        hessian = case in ("sparsegpt", "regrow")
+        hessian = case in ("sparsegpt", "regrow", "gradients")
         # Wanda's errors are sums of the same fp32 numbers in fp64; a Gram is an fp32 sum over 640 features.
         bound = {"errors": 64 * 1e3 * EPS if hessian else 1e-13, "importance": 640 * EPS, "sparsity": 0}
         for key, value in one["numbers"].items():
@@ -104,6 +104,7 @@ def test_what_fails_in_one_process_fails_in_all(found, processes):
     for index, each in enumerate(found[processes]):
         # Nobody catches an error within a pass through shards: it would wait for processes that wait in that pass.
         own = f"RuntimeError: process {index} has no memory left"
+        shards = "RecipeError: prune.pruner: pruner_zero takes gradients, and needs the model whole, not sharded"
         first = "RuntimeError: process 0 has no memory left"
         whole = first if index == 0 else f"LosaError: process 0: {first}"
         assert each["failures"] == {
@@ -112,6 +113,7 @@ def test_what_fails_in_one_process_fails_in_all(found, processes):
             "failing": "NumericsError: model.layers.0.mlp.gate_proj: too wide",
             "unsummed": "RecipeError: prune.pruner: 'unsummed': its statistic 'unsummed' makes no tensor `total` in "
             "__init__, which several processes add up",
+            "gradients": shards if processes == 2 else "nothing",
             "stopped": "Stopped: stopped by SIGUSR1; run again with --resume",
             "perplexity": "NumericsError: evaluation: the loss is nan in windows 2..3 of 6",
             "disagreeing": "ModelError: block.b: shares its input with a in some batches only",
