@@ -32,8 +32,8 @@ def test_masks_and_decisions_are_one_process_s(found, cases):
         if case not in ("sparsegpt", "regrow", "gradients"):
             # Whole batches are computed alike, and their sums are fp64: masks and weights are the same to the bit.
             assert one["exact"], case
-        # Hessians and gradients are fp32 sums in another order. A Hessian of n columns and condition number c gives weights within
-        # about n c eps; a mask may differ where two scores are as near as that.
+        # Hessians and gradients are fp32 sums in another order. A Hessian of n columns and condition number c gives
+        # weights within about n c eps; a mask may differ where two scores are as near as that.
         assert one["flipped"] <= 1e-3, case
         assert one["weights"] <= 64 * 1e3 * EPS, case
         assert one["perplexity"] <= 64 * 1e3 * EPS, case
