@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
+from losa.algorithm.gradient_statistics import GradientStatistic
+from losa.algorithm.gradients import REGROWTH, Gradients, wanted_gradients
 from losa.algorithm.importance import get_importance
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
 from losa.algorithm.measures import MEASURES, Measured
@@ -25,14 +27,15 @@ from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
 from losa.algorithm.reconstruction import ErrorMeter
+from losa.algorithm.regrowth import Regrowing, check_regrowth
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import Statistic, collect, get_statistic
+from losa.algorithm.statistics import Statistic, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.widths import best_width
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
-from losa.distributed.sharding import gathered
+from losa.distributed.sharding import gathered, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
@@ -41,7 +44,7 @@ from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.model.originals import Originals
 from losa.model.wrapping import count_kept
-from losa.modules.masked_lora import dense_mode
+from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
@@ -68,16 +71,17 @@ class Engine:
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
-    ``prune.regrow`` need them, on the device where training does.
+    ``prune.regrow`` by score need them, on the device where training does.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
-    (``owners_of``); the model may be whole in each of them, or sharded.
+    (``owners_of``); the model may be whole in each of them, or sharded, but for statistics of gradients.
 
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
         RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes, a pruner
-            that gives the linears of a block no rates of their own, or rates whose width needs a ``loss``.
+            unknown, has no ``total`` on several processes, or takes gradients of a sharded model, a pruner that gives
+            the linears of a block no rates of their own or that weights cannot come back to by gradient, or rates whose
+            width needs a ``loss``.
     """
 
     def __init__(
@@ -103,7 +107,13 @@ class Engine:
         self.seed = seed
         self.pruner = get_pruner(prune)
         self.importance = get_importance(allocation.rates)
-        self.statistic = _statistic_of(prune, self.pruner.statistic)
+        self.statistic = statistic_of(prune, self.pruner)
+        if self.statistic is not None and process_count() > 1:
+            _check_total(prune, self.pruner, self.statistic)
+        self.gradients = wanted_gradients(prune, self.pruner)
+        check_regrowth(prune, self.pruner)
+        if self.gradients and sharding_of(model) is not None:
+            raise RecipeError(f"{next(iter(self.gradients))} takes gradients, and needs the model whole, not sharded")
         self.reconstruction: BlockReconstruction | None = None
         if reconstruct is not None:
             shape = (len(input_ids), input_ids.shape[1])
@@ -164,8 +174,12 @@ class Engine:
             with watch.stage("rates"):
                 importance, similarity = self._importance()
                 patterns, width = self._patterns(this_round, importance)
+            gradients = None
+            if wanted := self._wanted_gradients():
+                with watch.stage("gradients"):
+                    gradients = Gradients(self.model, self._linears(), self.input_ids, wanted)
             try:
-                pruned = self._prune_blocks(patterns, this_round)
+                pruned = self._prune_blocks(patterns, this_round, gradients)
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
@@ -196,7 +210,7 @@ class Engine:
         """Fields of the record where the linears of a block differ."""
         if self.allocation.per == "block":
             return {}
-        linears = {f"{block.name}.{name}": linear for block in self.blocks for name, linear in block.linears.items()}
+        linears = self._linears()
         return {
             "linear_sparsity": {
                 name: 1 - count_kept(linear) / linear.weight.numel() for name, linear in linears.items()
@@ -251,7 +265,16 @@ class Engine:
     def _measured(self) -> Measured:
         return Measured(self.blocks, self.decoder.prefix, lambda: self._stream(self._ids_for_rates))
 
-    def _prune_blocks(self, patterns: list[Pattern], this_round: Round) -> _PrunedBlocks:
+    def _linears(self) -> dict[str, MaskedLoRALinear]:
+        """All wrapped linears, by full name."""
+        return {f"{block.name}.{name}": linear for block in self.blocks for name, linear in block.linears.items()}
+
+    def _wanted_gradients(self) -> dict[str, type[GradientStatistic]]:
+        """Statistics of gradients that this round takes. Before anything is pruned, nothing can come back."""
+        none_pruned = REGROWTH in self.gradients and not any(self.block_sparsity())
+        return {key: each for key, each in self.gradients.items() if not (key == REGROWTH and none_pruned)}
+
+    def _prune_blocks(self, patterns: list[Pattern], this_round: Round, gradients: Gradients | None) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input, and
         reconstructs it where that is asked for."""
         watch, reconstruction = Stopwatch(), self.reconstruction
@@ -272,17 +295,18 @@ class Engine:
                     if dense is not None:
                         with block.dense():
                             together(partial(dense.advance, index))
-                    statistics, owners = self._statistics(index, sparse)
+                    statistics, owners = self._statistics(index, sparse, gradients)
                 with watch.stage("prune"):
                     progress(f"pruning {block.name}")
-                    nested = not self.prune_config.regrow
+                    nested = self.prune_config.nested
                     own: Pattern | dict[str, Pattern] = pattern
                     if self.allocation.per == "linear":
                         assert pattern.sparsity is not None, "the recipe's checks saw to it"
                         linears.append(rates_within(block, statistics, owners, pattern.sparsity, nested))
                         own = linears[-1].patterns
-                    damping |= block.prune(self.pruner, statistics, own, nested, owners)
-                del statistics
+                    pruner = self._regrowing(block, owners, gradients)
+                    damping |= block.prune(pruner, statistics, own, nested, owners)
+                del statistics, pruner
                 if reconstruction is not None and dense is not None:
                     with watch.stage("reconstruct"):
                         seed = (self.seed * 1000 + this_round.index) * 1000 + index
@@ -300,19 +324,34 @@ class Engine:
         with self.blocks[index].merged():
             stream.advance(index)
 
-    def _statistics(self, index: int, stream: BlockStream) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
-        """What the pruner asks for of the inputs of each linear that this process owns, None where it asks for nothing;
-        and every linear's owner."""
-        block = self.blocks[index]
+    def _statistics(
+        self, index: int, stream: BlockStream, gradients: Gradients | None
+    ) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
+        """What the pruner asks for of each linear that this process owns, None where it asks for nothing; and every
+        linear's owner."""
+        block, statistic = self.blocks[index], self.statistic
         owners = partial(owners_of, linears=block.linears, pruner=self.pruner, index=index)
-        if self.statistic is None:
+        if statistic is None:
             return dict.fromkeys(block.linears), owners([[name] for name in block.linears])
+        if issubclass(statistic, GradientStatistic):
+            alone, key = owners([[name] for name in block.linears]), next(iter(self.gradients))
+            assert gradients is not None
+            return gradients.of_block(key, block.name, alone), alone
 
         def run() -> None:
             with block.merged():
                 deque(stream.run(index), maxlen=0)
 
-        return collect(block.linears, self.statistic, block.name, lambda: stream.position, run, owners)
+        return collect(block.linears, statistic, block.name, lambda: stream.position, run, owners)
+
+    def _regrowing(self, block: WrappedBlock, owners: dict[str, int], gradients: Gradients | None) -> Pruner:
+        """The pruner; where weights of the block may come back by gradient, one that lets them."""
+        if gradients is None or not gradients.has(REGROWTH):
+            return self.pruner
+        sums = gradients.of_block(REGROWTH, block.name, owners)
+        return Regrowing(
+            self.pruner, sums, lambda name: block.linears[name].dense_weight(), self.prune_config.regrow_share
+        )
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)
@@ -347,7 +386,7 @@ class Engine:
 
 def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:
     """Whether weights that a pruner replaces are needed later: as the dense model, or to regrow from."""
-    return pruner.updates_weight and (needs_errors or prune.regrow)
+    return pruner.updates_weight and (needs_errors or not prune.nested)
 
 
 @dataclass(frozen=True)
@@ -362,24 +401,15 @@ class _PrunedBlocks:
     seconds: dict[str, float]
 
 
-def _statistic_of(prune: PruneConfig, name: str | None) -> type[Statistic] | None:
-    if name is None:
-        return None
-    try:
-        statistic = get_statistic(name)
-    except ValueError as error:
-        raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
-    if statistic.needs_backward:
+def _check_total(prune: PruneConfig, pruner: Pruner, statistic: type[Statistic] | type[GradientStatistic]) -> None:
+    """Raises RecipeError for a statistic that processes cannot add up."""
+    one = torch.device("cpu")
+    made = statistic(1, 1, one) if issubclass(statistic, GradientStatistic) else statistic(1, one)
+    if not isinstance(getattr(made, "total", None), Tensor):
         raise RecipeError(
-            f"prune.pruner: {prune.pruner!r}: expected a statistic of forward passes, "
-            f"got {name!r}, which needs gradients"
-        )
-    if process_count() > 1 and not isinstance(getattr(statistic(1, torch.device("cpu")), "total", None), Tensor):
-        raise RecipeError(
-            f"prune.pruner: {prune.pruner!r}: its statistic {name!r} makes no tensor `total` in __init__, "
+            f"prune.pruner: {prune.pruner!r}: its statistic {pruner.statistic!r} makes no tensor `total` in __init__, "
             "which several processes add up"
         )
-    return statistic
 
 
 @contextmanager

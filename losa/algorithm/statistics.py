@@ -1,4 +1,4 @@
-"""What pruning methods need to know of a linear's inputs, collected while a block runs."""
+"""What pruning methods need to know of a linear's inputs, collected while a block runs; and all statistics by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from losa.algorithm.gradient_statistics import GradientNorms, GradientStatistic, GradientSums
 from losa.distributed.collectives import reduce_to_process
 from losa.distributed.processes import process_count, process_index
 from losa.distributed.together import together
-from losa.errors import ModelError, NumericsError
+from losa.errors import ModelError, NumericsError, RecipeError
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa.pruners.base import Pruner
+from losa.recipe.sections import PruneConfig
 from losa.registry import Registry
 from losa_kernels.pruning import accumulate_hessian, complete_hessian
 
@@ -30,16 +33,12 @@ class Statistic(ABC):
         in_features: columns of the inputs.
         device: of the inputs.
 
-    ``needs_backward``: whether it takes gradients. Calibration makes forward passes alone, so the engine refuses such a
-    statistic.
-
     ``total``: the tensor that ``update`` changes, for runs on several processes. Each process sees some of the inputs.
     The totals of all processes are reduced into one, in place, before ``result`` is asked for: entry by entry they are
     summed, or the largest is taken where ``reduction`` is "max". So ``total`` is made in ``__init__``, is contiguous,
     and has one shape and dtype whatever was seen.
     """
 
-    needs_backward: bool = False
     total: Tensor
     reduction: ClassVar[Literal["sum", "max"]] = "sum"
 
@@ -98,35 +97,46 @@ class Hessian(Statistic):
         return torch.eye(in_features, device=device)
 
 
-_S = TypeVar("_S", bound=Statistic)
-_REGISTRY: Registry[type[Statistic]] = Registry("statistic")
+_S = TypeVar("_S", bound=type[Statistic] | type[GradientStatistic])
+_REGISTRY: Registry[type[Statistic] | type[GradientStatistic]] = Registry("statistic")
 
 
-def register_statistic(name: str) -> Callable[[type[_S]], type[_S]]:
+def register_statistic(name: str) -> Callable[[_S], _S]:
     """Let pruners name a class as their ``statistic``: a decorator of the class.
 
     Raises:
-        ValueError: no subclass of ``Statistic``, or the name belongs to another class.
+        ValueError: no subclass of ``Statistic`` or ``GradientStatistic``, or the name belongs to another class.
     """
 
-    def add(statistic: type[_S]) -> type[_S]:
-        if not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
-            raise ValueError(f"statistic {name!r}: expected a subclass of Statistic, got {statistic!r}")
+    def add(statistic: _S) -> _S:
+        if not (isinstance(statistic, type) and issubclass(statistic, (Statistic, GradientStatistic))):
+            expected = "a subclass of Statistic or GradientStatistic"
+            raise ValueError(f"statistic {name!r}: expected {expected}, got {statistic!r}")
         _REGISTRY.register(name, statistic)
         return statistic
 
     return add
 
 
-def get_statistic(name: str) -> type[Statistic]:
+def get_statistic(name: str) -> type[Statistic] | type[GradientStatistic]:
     """What a pruner names. Raises ValueError for an unknown name, listing the known ones."""
     if name not in _REGISTRY:
         raise ValueError(f"statistic: unknown {name!r}; expected one of {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
 
 
+def statistic_of(prune: PruneConfig, pruner: Pruner) -> type[Statistic] | type[GradientStatistic] | None:
+    """What the recipe's pruner names. Raises RecipeError for an unknown name, listing the known ones."""
+    try:
+        return None if pruner.statistic is None else get_statistic(pruner.statistic)
+    except ValueError as error:
+        raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
+
+
 register_statistic("input_norms")(InputNorms)
 register_statistic("hessian")(Hessian)
+register_statistic("gradient_norms")(GradientNorms)
+register_statistic("gradient_sums")(GradientSums)
 
 
 def collect(

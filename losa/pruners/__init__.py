@@ -9,6 +9,7 @@ from losa.errors import RecipeError
 from losa.pruners.base import Pattern, Pruned, Pruner
 from losa.pruners.cost import LinearShape, Memory, PruningShape
 from losa.pruners.magnitude import Magnitude
+from losa.pruners.pruner_zero import PrunerZero
 from losa.pruners.sparsegpt import SparseGPT
 from losa.pruners.wanda import Wanda
 from losa.recipe.sections import PruneConfig
@@ -52,3 +53,4 @@ def get_pruner(config: PruneConfig) -> Pruner:
 register("magnitude", Magnitude)
 register("wanda", Wanda)
 register("sparsegpt", SparseGPT)
+register("pruner_zero", PrunerZero)

@@ -59,9 +59,10 @@ class Pruner:
     """One pruning method, built as ``cls(config: PruneConfig)``: override ``prune``, or ``prune_block`` where linears
     depend on each other.
 
-    ``statistic`` names what calibration collects of each linear's inputs (``losa.algorithm.statistics``), None for
-    nothing: "input_norms" is ``||X_j||_2``, (in,) fp32; "hessian" is ``X^T X``, (in, in) fp32. ``updates_weight``:
-    whether kept weights change, which takes memory for another set of weights.
+    ``statistic`` names what calibration collects of each linear (``losa.algorithm.statistics``), None for nothing. Of
+    its inputs "input_norms" is ``||X_j||_2``, (in,) fp32; "hessian" is ``X^T X``, (in, in) fp32. Of its gradients
+    "gradient_norms" and "gradient_sums" are (out, in) fp32 (``losa.algorithm.gradient_statistics``).
+    ``updates_weight``: whether kept weights change, which takes memory for another set of weights.
 
     Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
     block in one process. An object of that class then sees every N-th block only, and keeps no state from block to

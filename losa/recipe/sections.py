@@ -73,7 +73,7 @@ Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
 class PruneConfig(Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
-    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, or a registered name")
+    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, pruner_zero, or a registered name")
     sparsity: float | None = Field(
         None, gt=0, le=MAX_SPARSITY, description="share of weights to remove; this or pattern"
     )
@@ -90,6 +90,12 @@ class PruneConfig(Section):
     on_singular: Literal["error", "wanda"] = Field(
         "error", description="a Hessian that stays singular: stop, or take Wanda's mask (sparsegpt)"
     )
+    regrow_by: Literal["score", "gradient"] = Field(
+        "score", description="which weights come back where regrow is true: by the pruner's score, or by gradient"
+    )
+    regrow_share: float = Field(
+        0.1, gt=0, lt=1, description="share of a round's kept weights that come back (regrow_by: gradient)"
+    )
 
     @model_validator(mode="after")
     def _one_goal(self):
@@ -103,7 +109,14 @@ class PruneConfig(Section):
                 raise ValueError(f"prune.pattern: {self.pattern!r} exceeds sparsity {MAX_SPARSITY}")
         if self.mixed and self.pattern is None:
             raise ValueError("prune.mixed needs prune.pattern")
+        if self.regrow_by == "gradient" and not self.regrow:
+            raise ValueError("prune.regrow_by: gradient needs prune.regrow: true")
         return self
+
+    @property
+    def nested(self) -> bool:
+        """Whether the pruner itself brings nothing back: what is pruned already stays pruned in its decisions."""
+        return not self.regrow or self.regrow_by == "gradient"
 
     @property
     def keep_n_m(self) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from losa.distributed.processes import launched, on_main, process_count
 from losa.recipe.sections import Recipe
 from losa.run.machine import capacity
 from losa.run.placement import Placement, choose
-from losa.run.planned import Planned, planned_model
+from losa.run.planned import Planned, needs_whole, planned_model
 
 logger = logging.getLogger("losa")
 
@@ -35,7 +35,11 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
     config, per_machine = as_launched(recipe.distributed), on_main(lambda: launched().local_count)
     planned = cache(lambda: _planned(recipe, device))
     placement = choose(
-        config, process_count(), per_machine, lambda found: on_main(lambda: _fits(planned(), found, per_machine))
+        config,
+        process_count(),
+        per_machine,
+        lambda found: on_main(lambda: _fits(planned(), found, per_machine)),
+        needs_whole(recipe),
     )
     if config.mode == "auto" and placement.sharded and not placement.offload:
         on_main(lambda: _warn_unless_it_fits(planned(), placement, per_machine))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from losa.algorithm.schedule import Round
+from losa.errors import RecipeError
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
 from losa.run.estimate_memory import Holding
 from losa.run.estimate_wire import Wires
 from losa.run.estimate_work import Stage, stages, steps_of
 from losa.run.placement import Placement, choose
-from losa.run.planned import MARGIN, Planned, machine_sums, phase_sums, planned_model
+from losa.run.planned import MARGIN, Planned, machine_sums, needs_whole, phase_sums, planned_model
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ def estimate_cluster(recipe: Recipe, cluster: Cluster) -> ClusterEstimate:
 
 def _placement(planned: Planned, cluster: Cluster) -> Placement:
     return choose(
-        planned.recipe.distributed, cluster.gpus, cluster.fullest, lambda found: _fits(planned, found, cluster)
+        planned.recipe.distributed,
+        cluster.gpus,
+        cluster.fullest,
+        lambda found: _fits(planned, found, cluster),
+        needs_whole(planned.recipe),
     )
 
 
@@ -112,9 +117,12 @@ def _remedies(planned: Planned, cluster: Cluster) -> list[tuple[str, float]]:
     """Each change that is enough by itself, or the first few changes that are enough together."""
 
     def needs(settings: dict[str, Any], cluster: Cluster = cluster) -> float | None:
-        """Bytes of a GPU; None where it does not fit."""
+        """Bytes of a GPU; None where it does not fit, or the recipe cannot have the settings."""
         changed = planned.changed(settings)
-        placement = _placement(changed, cluster)
+        try:
+            placement = _placement(changed, cluster)
+        except RecipeError:
+            return None
         return changed.needed(placement) if _fits(changed, placement, cluster) else None
 
     changes = _changes(planned.recipe, cluster)

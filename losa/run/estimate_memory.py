@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from losa.algorithm.engine import keeps_originals
+from losa.algorithm.gradients import stay_on_device, wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
@@ -140,6 +141,9 @@ def pruning_work(
         free: bytes of the device that nothing else takes.
     """
     calibration, place, size = recipe.calibration, shape.computes_on, shape.dtype.itemsize
+    for holding in _gradients(recipe, shape, free):
+        yield holding
+        free -= holding.size * (holding.what == "statistics of gradients" and holding.place == "device")
     # Hidden states of all samples wait between two blocks, on the device if they fit there.
     streams = 2 if any(map(recipe.streams_dense, names)) else 1
     samples = largest_share(calibration.samples, calibration.batch_size, processes)
@@ -196,6 +200,22 @@ def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodNa
     states = 4 * 4 * adapters + 2 * 4 * shape.widest
     how = "tokens x (in + out) of its linears, gradients and moments of its adapters, one linear's product"
     yield Holding("pruning", shape.computes_on, "reconstruction of a block", int(activations + states), how)
+
+
+def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding]:
+    """What statistics of gradients take. The pass that gives them comes before the streams."""
+    wanted = wanted_gradients(recipe.prune, get_pruner(recipe.prune))
+    if not wanted:
+        return
+    size = 4 * len(wanted) * shape.prunable
+    waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
+    yield Holding("pruning", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
+    place, length = shape.computes_on, recipe.calibration.length
+    sides = sum(w.inputs + w.outputs for w in shape.linears)
+    how = "length x (in + out) of every linear, of one sample"
+    yield Holding("pruning", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
+    how = "a chunk of logits; the last hidden states and their gradient"
+    yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length), how)
 
 
 def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:

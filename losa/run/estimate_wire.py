@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from losa.algorithm.gradients import REGROWTH, wanted_gradients
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import get_statistic
+from losa.algorithm.statistics import Statistic, get_statistic
 from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, passes_for, selections_for
@@ -60,13 +61,18 @@ class Wires:
             adapters = adapters_of(shape.pruned, highest_rank(self.rounds))
             yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
         # Weights that a pruner changes wait in host memory as they were.
-        again = (rounds - 1) * (dense + recipe.prune.regrow)
+        again = (rounds - 1) * (dense + (not recipe.prune.nested))
         if pruner.updates_weight and self.placement.sharded and again:
             how = f"as they were, from round 2 on, {again} times"
             yield self._made_whole("dense weights", weights_of(shape), how, on_host=True).times(again)
-        if pruner.statistic is not None:
-            flat = get_statistic(pruner.statistic).flat
-            sizes = sum(flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
+        gradients = wanted_gradients(recipe.prune, pruner)
+        for key in gradients:
+            how = f"{key}: fp32, to each linear's owner"
+            times = rounds - (key == REGROWTH)
+            yield self.cluster.broadcast("statistics of gradients", 4 * shape.prunable, processes, how).times(times)
+        statistic = None if pruner.statistic is None else get_statistic(pruner.statistic)
+        if statistic is not None and issubclass(statistic, Statistic):
+            sizes = sum(statistic.flat(w.inputs, torch.device("meta")).nbytes for w in shape.pruned)
             how = f"{pruner.statistic}, to each linear's owner; at most: inputs are shared"
             yield self.cluster.broadcast("statistics", sizes, processes, how).times(rounds)
         masks = whole_bytes(masks_of(shape.pruned))

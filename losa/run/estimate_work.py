@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from losa.algorithm.gradients import REGROWTH, wanted_gradients
 from losa.algorithm.owners import deal
 from losa.algorithm.schedule import Round
 from losa.pruners import get_pruner
@@ -41,7 +42,7 @@ def stages(
         windows = tokens * (shape.work.forward(evaluation.length) + 2.0 * shape.work.head)
         yield Stage("dense: evaluation", windows, True, None, "evaluation", 1)
     for name, own in rounds.items():
-        work = len(own) * _pruning(recipe, shape, name, processes)
+        work = len(own) * _pruning(recipe, shape, name, processes) + _gradients(recipe, shape, len(own), processes)
         if name == next(iter(rounds)):
             work += _checks(recipe, shape)
         yield Stage(f"{name}: calibration and pruning", work, True, name, "pruning", len(own))
@@ -97,7 +98,8 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
     )
     # The sparse stream, which is read once more for statistics; the dense stream; the samples that serve rates.
     rates = recipe.allocation.rates, recipe.allocation.delta
-    samples, predicted = own + (own if pruner.statistic is not None else 0), 0
+    of_inputs = pruner.statistic is not None and not wanted_gradients(recipe.prune, pruner).keys() - {REGROWTH}
+    samples, predicted = own + (own if of_inputs else 0), 0
     samples += own if recipe.streams_dense(name) else 0
     if METHODS[name].dynamic:
         samples += compared * passes_for(*rates)
@@ -116,6 +118,15 @@ def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
     tokens = min(config.batch_size, calibration.samples) * calibration.length / processes
     blocks = replace(shape.work, head=0, dropout=False)
     return tokens * (config.steps * blocks.training(calibration.length) + blocks.forward(calibration.length))
+
+
+def _gradients(recipe: Recipe, shape: ModelShape, rounds: int, processes: int) -> float:
+    """FLOP of passes for statistics of gradients in all rounds: forward and backward, and dY^T x of what is pruned."""
+    wanted, calibration = wanted_gradients(recipe.prune, get_pruner(recipe.prune)), recipe.calibration
+    # Weights come back from round 2 on; a pruner wants gradients in every round.
+    passes = rounds if wanted.keys() - {REGROWTH} else max(0, rounds - 1) if wanted else 0
+    tokens = largest_share(calibration.samples, 1, processes) * calibration.length
+    return passes * tokens * replace(shape.work, dropout=False).training(calibration.length)
 
 
 def _checks(recipe: Recipe, shape: ModelShape) -> float:

@@ -58,21 +58,38 @@ class Placement:
         return None if self.shard_size is None else make_sharding(device, self.shard_size, self.offload)
 
 
-def choose(config: DistributedConfig, processes: int, per_machine: int, fits: Callable[[Placement], bool]) -> Placement:
+def choose(
+    config: DistributedConfig,
+    processes: int,
+    per_machine: int,
+    fits: Callable[[Placement], bool],
+    needs_whole: str | None = None,
+) -> Placement:
     """The placement that a recipe asks for.
 
     Args:
         config: the recipe's section.
         per_machine: processes of one machine.
         fits: whether a placement fits into a process's memory. Asked in mode "auto" alone.
+        needs_whole: the setting, if there is one, that takes gradients of the whole model, and so no shards. Mode
+            "auto" then takes whole models.
 
     Raises:
-        RecipeError: the section does not suit the number of processes (``losa.distributed.launch.check_config``).
+        RecipeError: the section does not suit the number of processes (``losa.distributed.launch.check_config``), or
+            asks for shards where the model is to be whole.
     """
     check_config(config, processes, per_machine)
     whole, offload = Placement(processes), config.cpu_offload
     if config.mode == "ddp" or (processes == 1 and not offload):
         return whole
+    if needs_whole is not None:
+        if config.mode == "auto" and not offload:
+            return whole
+        found = "cpu_offload" if offload else config.mode
+        raise RecipeError(
+            f"{needs_whole} takes gradients through the whole model, which shards do not give; expected "
+            f"distributed.mode: ddp, got {found}"
+        )
     if config.mode == "auto" and not offload and fits(whole):
         return whole
     size = (config.shard_size or per_machine) if config.mode == "hsdp" else processes

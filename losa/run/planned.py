@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from losa.algorithm.gradients import wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
 from losa.pruners import get_pruner
@@ -77,6 +78,12 @@ class Planned:
         """With other settings, by dotted name, that change neither the model nor the rounds. Raises RecipeError: a
         recipe cannot have them."""
         return replace(self, recipe=parse_recipe(override(self.recipe.model_dump(), dict(settings)), "plan"))
+
+
+def needs_whole(recipe: Recipe) -> str | None:
+    """The setting of a recipe that takes gradients of the whole model, if there is one. Raises RecipeError: an unknown
+    pruner or statistic."""
+    return next(iter(wanted_gradients(recipe.prune, get_pruner(recipe.prune))), None)
 
 
 def planned_model(recipe: Recipe) -> nn.Module:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 
-def statistic_for(pruner, columns, seed=0):
+def statistic_for(pruner, columns, seed=0, rows=1):
     x = torch.randn(3 * columns, columns, generator=torch.Generator().manual_seed(seed))
-    return {None: None, "input_norms": x.norm(dim=0), "hessian": x.T @ x}[pruner.statistic]
+    gradients = x[:rows].abs()
+    known = {None: None, "input_norms": x.norm(dim=0), "hessian": x.T @ x, "gradient_norms": gradients}
+    return known[pruner.statistic]
 
 
 def expected_nested(scores, gone, count):

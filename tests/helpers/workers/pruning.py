@@ -47,6 +47,12 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
         8,
         2,
     ),
+    "gradients": (
+        {"sparsity": 0.5, "pruner": "pruner_zero", "regrow": True, "regrow_by": "gradient"},
+        {"rates": "uniform"},
+        8,
+        1,
+    ),
     "one batch": ({"sparsity": 0.5}, {}, 4, 8),
     "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
     # Of three processes one has no sample. A step takes three: two together and one by itself, where one process can.
@@ -219,6 +225,7 @@ def failures(shard_size: int | None) -> dict[str, str]:
     found["round"] = message_of(lambda: engine.run_round(Round(1, 0.5, 4, 0)))
     found["stopped"] = stopped_by_one(shard_size)
     found["perplexity"] = message_of(lambda: perplexity(model, TOKENS[:120], 20, 2))
+    found["gradients"] = message_of(lambda: build("gradients", shard_size))
     found["disagreeing"] = message_of(lambda: linears_alone(disagreeing))
     found["not finite"] = message_of(lambda: linears_alone(not_finite))
     return found

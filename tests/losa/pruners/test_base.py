@@ -13,7 +13,7 @@ from losa.recipe.sections import PruneConfig
 from losa_kernels import pack_mask, unpack_mask
 from tests.helpers.pruning import expected_nested, statistic_for
 
-NAMES = ["magnitude", "wanda", "sparsegpt"]
+NAMES = ["magnitude", "wanda", "sparsegpt", "pruner_zero"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -21,7 +21,7 @@ def test_protocol_and_nesting(name):
     pruner = get_pruner(PruneConfig(pruner=name, sparsity=0.5))
     assert isinstance(pruner, Pruner)
     weight = torch.randn(16, 32)
-    statistic = statistic_for(pruner, 32)
+    statistic = statistic_for(pruner, 32, rows=16)
     early = pruner.prune(weight, statistic, Pattern(sparsity=0.25), None)
     base = weight if early.weight is None else early.weight
     late = pruner.prune(base, statistic, Pattern(sparsity=0.5), early.mask)
@@ -70,7 +70,7 @@ def test_non_finite_weights_are_refused(name, pattern, bad):
     weight = torch.randn(4, 8)
     weight[1, 3] = bad
     with pytest.raises(NumericsError, match="weight: expected finite"):
-        pruner.prune(weight, statistic_for(pruner, 8), pattern, None)
+        pruner.prune(weight, statistic_for(pruner, 8, rows=4), pattern, None)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,23 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     assert stage.flops == (4 + 4 + 2 * 2 + 2) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
 
 
+def test_gradients_take_a_model_in_fp32_and_a_pass_a_round(model_directory):
+    regrow = {"pruner": "pruner_zero", "regrow": True, "regrow_by": "gradient"}
+    given = [recipe(model_directory, prune=prune) for prune in ({}, {"pruner": "pruner_zero"}, regrow)]
+    plain, zero, both = (estimate(each, probe=False) for each in given)
+    assert "statistics of gradients" not in {holding.what for holding in plain.holdings}
+    assert (zero.size("statistics of gradients"), both.size("statistics of gradients")) == (8 * BLOCK, 16 * BLOCK)
+    assert zero.size("activations for gradients") == 16 * 2 * IN_PLUS_OUT * 4
+    work = [next(s.flops for s in found.stages if s.kind == "pruning") for found in (plain, zero, both)]
+    forward = 2 * 2 * BLOCK + 2 * 16 * 32 * 2
+    # Two rounds of four samples of 16 tokens, in the place of a pass for norms of inputs: forward, backward, dY^T x.
+    each = 2 * forward + 2 * 16 * 32 * 2 + 4 * EMBEDDING + 2 * 2 * BLOCK
+    assert work[1] - work[0] == 2 * 4 * 16 * (each - forward) and work[2] == work[1]
+    alone = recipe(model_directory, prune={"regrow": True, "regrow_by": "gradient"})
+    found = next(s.flops for s in estimate(alone, probe=False).stages if s.kind == "pruning")
+    assert found - work[0] == 4 * 16 * each, "from the second round on"
+
+
 def test_rounds_and_work(model_directory):
     evaluate = {"data": "e.txt", "length": 32, "max_windows": 2}
     changes = {"method": "losa", "compare": ["lora"], "evaluate": evaluate}

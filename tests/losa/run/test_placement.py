@@ -42,6 +42,21 @@ def test_what_a_recipe_asks_for(settings, processes, fits, expected):
     assert choose(DistributedConfig(**settings), processes, 4, asked) == expected
 
 
+def test_gradients_take_whole_models():
+    def asked(**settings):
+        config = DistributedConfig(**settings)
+        return choose(config, 8, 4, lambda placement: pytest.fail("nothing to choose"), "prune.pruner: pruner_zero")
+
+    assert asked() == asked(mode="ddp") == Placement(8)
+    for settings, found in (
+        ({"mode": "fsdp"}, "fsdp"),
+        ({"mode": "hsdp"}, "hsdp"),
+        ({"cpu_offload": True}, "cpu_offl"),
+    ):
+        with pytest.raises(RecipeError, match=f"^prune.pruner: pruner_zero takes gradients .* ddp, got {found}"):
+            asked(**settings)
+
+
 def test_machines_of_a_size_that_does_not_divide_the_processes():
     with pytest.raises(RecipeError, match="distributed.shard_size: expected a divisor of 6 processes, got 4"):
         choose(DistributedConfig(mode="hsdp"), 6, 4, lambda placement: True)
