@@ -13,7 +13,7 @@ from losa.recipe.sections import PruneConfig
 from losa_kernels import pack_mask, unpack_mask
 from tests.helpers.pruning import expected_nested, statistic_for
 
-NAMES = ["magnitude", "wanda", "sparsegpt"]
+NAMES = ["magnitude", "wanda", "sparsegpt", "alps"]
 
 
 @pytest.mark.parametrize("name", NAMES)
