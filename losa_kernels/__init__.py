@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from losa_kernels.cka import cka_similarity, gram
     from losa_kernels.masked_lora import masked_lora_linear, merge_masked_lora
     from losa_kernels.packing import pack_24, pack_bitmask, pack_nm
-    from losa_kernels.pruning import SweepResult, sparsegpt_prune, wanda_mask
+    from losa_kernels.pruning import SweepResult, alps_prune, sparsegpt_prune, wanda_mask
     from losa_kernels.sparse_linear import sparse_linear
 
 _EXPORTS = {
@@ -28,6 +28,7 @@ _EXPORTS = {
     "gram": "cka",
     "cka_similarity": "cka",
     "SweepResult": "pruning",
+    "alps_prune": "pruning",
     "sparsegpt_prune": "pruning",
     "wanda_mask": "pruning",
     "pack_bitmask": "packing",
@@ -39,6 +40,7 @@ _EXPORTS = {
 __all__ = [
     "SweepResult",
     "__version__",
+    "alps_prune",
     "cka_similarity",
     "gram",
     "masked_lora_linear",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar, overload
 
 from losa.errors import RecipeError
+from losa.pruners.alps import Alps
 from losa.pruners.base import Pattern, Pruned, Pruner
 from losa.pruners.cost import LinearShape, Memory, PruningShape
 from losa.pruners.magnitude import Magnitude
@@ -53,4 +54,5 @@ def get_pruner(config: PruneConfig) -> Pruner:
 register("magnitude", Magnitude)
 register("wanda", Wanda)
 register("sparsegpt", SparseGPT)
+register("alps", Alps)
 register("pruner_zero", PrunerZero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from losa_kernels.pruning.factor import TOGETHER
@@ -39,32 +40,45 @@ class Memory:
     how: str
 
 
-def one_linear_memory(shape: PruningShape) -> Memory:
+def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
     """Scores, masks and fp32 copies of one linear at a time."""
     widest = max(linear.numel for linear in shape.linears)
-    return Memory("pruning one linear", 5 * 4 * widest, "5 fp32 copies of the largest linear")
+    return Memory("pruning one linear", copies * 4 * widest, f"{copies} fp32 copies of the largest linear")
+
+
+def hessians_of_block(shape: PruningShape) -> Memory:
+    """Hessians of a block's linears."""
+    return Memory("Hessians of a block", 4 * _squares(shape), "in^2 x 4 bytes a linear, at most: inputs are shared")
+
+
+def factorising_one(shape: PruningShape) -> Memory:
+    """A factor or an eigendecomposition of one Hessian at a time."""
+    return Memory("factorising one", 5 * 4 * _largest_square(shape), "5 copies of the largest")
 
 
 def hessian_memory(shape: PruningShape) -> list[Memory]:
     """Hessians of a block's linears, and their factors."""
-    # Blocks of a model are alike but for few, so that the average block stands for all of them.
-    squares = sum(linear.inputs**2 for linear in shape.linears) / shape.blocks
-    largest = max(linear.inputs for linear in shape.linears) ** 2
-    held = [Memory("Hessians of a block", 4 * squares, "in^2 x 4 bytes a linear, at most: inputs are shared")]
     if not shape.on_gpu:
-        return [*held, Memory("factorising one", 5 * 4 * largest, "5 copies of the largest")]
-    together = max(4 * largest, min(4 * squares, TOGETHER))
+        return [hessians_of_block(shape), factorising_one(shape)]
+    squares = _squares(shape)
+    together = max(4 * _largest_square(shape), min(4 * squares, TOGETHER))
     how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians"
     return [
-        *held,
+        hessians_of_block(shape),
         Memory("factors of a block", 4 * squares, "as the Hessians"),
         Memory("factorising", 5 * together, how),
     ]
 
 
-def hessian_flops(shape: PruningShape) -> float:
-    """X^T X, its factor, and the sweep over columns, for every linear."""
-    return sum(
-        2.0 * shape.tokens * linear.inputs**2 + 4 / 3 * linear.inputs**3 + linear.numel * linear.inputs
-        for linear in shape.linears
-    )
+def _squares(shape: PruningShape) -> float:
+    # Blocks of a model are alike but for few, so that the average block stands for all of them.
+    return sum(linear.inputs**2 for linear in shape.linears) / shape.blocks
+
+
+def _largest_square(shape: PruningShape) -> int:
+    return max(linear.inputs for linear in shape.linears) ** 2
+
+
+def hessian_flops(shape: PruningShape, work: Callable[[LinearShape], float]) -> float:
+    """X^T X of every linear, and ``work``: what a method makes of the Hessian and the weight."""
+    return sum(2.0 * shape.tokens * linear.inputs**2 + work(linear) for linear in shape.linears)

@@ -73,7 +73,7 @@ Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
 class PruneConfig(Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
-    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, pruner_zero, or a registered name")
+    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, alps, pruner_zero, or a registered name")
     sparsity: float | None = Field(
         None, gt=0, le=MAX_SPARSITY, description="share of weights to remove; this or pattern"
     )
@@ -84,11 +84,11 @@ class PruneConfig(Section):
     targets: Targets = Field(None, description="linear names, or 're:<regex>'; default: all")
     regrow: bool = Field(False, description="later rounds may bring pruned weights back")
     damping: float = Field(
-        0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it (sparsegpt)"
+        0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it (sparsegpt, alps)"
     )
     block_size: int = Field(128, gt=0, le=MAX_COUNT, description="columns that are pruned together (sparsegpt)")
     on_singular: Literal["error", "wanda"] = Field(
-        "error", description="a Hessian that stays singular: stop, or take Wanda's mask (sparsegpt)"
+        "error", description="a Hessian that stays singular: stop, or take Wanda's mask (sparsegpt, alps)"
     )
     regrow_by: Literal["score", "gradient"] = Field(
         "score", description="which weights come back where regrow is true: by the pruner's score, or by gradient"

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from losa_kernels import arguments
 from losa_kernels.bitmask import check_packed
+from losa_kernels.pruning.reference import MAX_DAMPING
+from losa_kernels.tensors import all_finite, wide_dtype
 
 
 def check_problem(
@@ -30,3 +32,41 @@ def check_problem(
     if mask is not None:
         check_packed(mask, weight)
     return sparsity, keep_n, m
+
+
+def check_hessian_of(weight: Tensor, hessian: Tensor) -> None:
+    """ValueError unless ``hessian`` can be that of the weight's inputs; its values are not looked at."""
+    columns = weight.shape[1]
+    arguments.tensor("hessian", hessian)
+    if tuple(hessian.shape) != (columns, columns):
+        raise ValueError(f"hessian: expected ({columns}, {columns}), got {tuple(hessian.shape)}")
+    if not hessian.is_floating_point():
+        raise ValueError(f"hessian: expected floating point, got {hessian.dtype}")
+    if hessian.device != weight.device:
+        raise ValueError(f"hessian: expected on {weight.device} as weight, got {hessian.device}")
+
+
+def check_used_damping(name: str, damping: float) -> float:
+    """The damping that a shared factor says it needed; ValueError names the factor's argument."""
+    damping = arguments.number(name, damping)
+    if not 0 <= damping <= MAX_DAMPING * (1 + 1e-9):
+        raise ValueError(f"{name}: expected a damping of 0 to {MAX_DAMPING:g}, got {damping}")
+    return damping
+
+
+def check_hessian(hessian: Tensor) -> Tensor:
+    """In the dtype that it is factored in."""
+    arguments.with_data("hessian", arguments.tensor("hessian", hessian))
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
+        raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
+    hessian = hessian.to(wide_dtype(hessian.dtype))
+    if not all_finite(hessian):
+        raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
+    return hessian
+
+
+def check_damping(damping: float) -> float:
+    damping = arguments.number("damping", damping)
+    if not 0 < damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
+    return damping

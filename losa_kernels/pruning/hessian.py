@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError
-from losa_kernels.tensors import all_finite, wide_dtype
+from losa_kernels.pruning.checks import check_damping, check_hessian
+from losa_kernels.pruning.reference import SingularHessianError
 
 PANEL = 256  # columns that are multiplied at once; all work below the diagonal is inside such blocks
 TENSOR_CORE_PANEL = 2048  # wide enough to keep tensor cores busy
@@ -119,7 +119,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         ValueError: a wrong shape or damping, or a non-finite Hessian; names the argument.
         SingularHessianError: no damping up to 1 makes it positive definite.
     """
-    hessian, damping = _check_hessian(hessian), _check_damping(damping)
+    hessian, damping = check_hessian(hessian), check_damping(damping)
     (found,) = dispatch.implementation("inverse_factors", hessian.device)([hessian], damping)
     if isinstance(found, SingularHessianError):
         raise found
@@ -135,28 +135,10 @@ def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Te
     Raises:
         ValueError: a wrong shape, device or damping, or a non-finite Hessian; names the argument.
     """
-    damping, hessians = _check_damping(damping), [_check_hessian(hessian) for hessian in hessians]
+    damping, hessians = check_damping(damping), [check_hessian(hessian) for hessian in hessians]
     if not hessians:
         return []
     devices = {hessian.device for hessian in hessians}
     if len(devices) > 1:
         raise ValueError(f"hessian: expected all on one device, got {', '.join(sorted(map(str, devices)))}")
     return dispatch.implementation("inverse_factors", hessians[0].device)(hessians, damping)
-
-
-def _check_hessian(hessian: Tensor) -> Tensor:
-    """In the dtype that it is factored in."""
-    arguments.with_data("hessian", arguments.tensor("hessian", hessian))
-    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.is_floating_point():
-        raise ValueError(f"hessian: expected floating point (in, in), got {hessian.dtype} {tuple(hessian.shape)}")
-    hessian = hessian.to(wide_dtype(hessian.dtype))
-    if not all_finite(hessian):
-        raise ValueError(f"hessian: expected finite values in {hessian.dtype}, got nan or inf")
-    return hessian
-
-
-def _check_damping(damping: float) -> float:
-    damping = arguments.number("damping", damping)
-    if not 0 < damping <= MAX_DAMPING:
-        raise ValueError(f"damping: expected 0 < damping <= {MAX_DAMPING:g}, got {damping}")
-    return damping

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.pruning.checks import check_problem
+from losa_kernels.pruning.checks import check_hessian_of, check_problem, check_used_damping
 from losa_kernels.pruning.hessian import inverse_factor
-from losa_kernels.pruning.reference import MAX_DAMPING
 from losa_kernels.tensors import all_finite, wide_dtype
 
 
 class SweepResult(NamedTuple):
-    """``weight`` (out, in) fp32 (fp64 for fp64 input), +0.0 where pruned; ``mask`` packed uint8; ``loss`` (out,) the
-    sum of e^2 / 2 over a row's pruned entries; ``damping`` the share of the mean diagonal that the factor needed."""
+    """``weight`` (out, in) fp32 (fp64 for fp64 input), +0.0 where pruned; ``mask`` packed uint8; ``loss`` (out,) half
+    of each row's squared output error with the damped Hessian, which is the sum of SparseGPT's e^2 / 2 over pruned
+    entries; ``damping`` the share of the mean diagonal that the factor or the spectrum needed."""
 
     weight: Tensor
     mask: Tensor
@@ -63,13 +63,7 @@ def sparsegpt_prune(
     """
     sparsity, keep_n, m = check_problem(weight, sparsity, keep_n, m, mask)
     columns = weight.shape[1]
-    arguments.tensor("hessian", hessian)
-    if tuple(hessian.shape) != (columns, columns):
-        raise ValueError(f"hessian: expected ({columns}, {columns}), got {tuple(hessian.shape)}")
-    if not hessian.is_floating_point():
-        raise ValueError(f"hessian: expected floating point, got {hessian.dtype}")
-    if hessian.device != weight.device:
-        raise ValueError(f"hessian: expected on {weight.device} as weight, got {hessian.device}")
+    check_hessian_of(weight, hessian)
     block_size = arguments.integer("block_size", block_size)
     if block_size < 1 or (m is not None and block_size % m):
         expected = "a positive number" if m is None else f"a positive multiple of m={m}"
@@ -86,9 +80,7 @@ def sparsegpt_prune(
         raise ValueError(f"factor: expected (U, damping) of inverse_factor, got {type(factor).__name__}")
     else:
         _check_factor(arguments.tensor("factor", factor[0]), hessian, weight)
-    upper, used = factor[0], arguments.number("factor", factor[1])
-    if not 0 <= used <= MAX_DAMPING * (1 + 1e-9):
-        raise ValueError(f"factor: expected a damping of 0 to {MAX_DAMPING:g}, got {used}")
+    upper, used = factor[0], check_used_damping("factor", factor[1])
     dead = hessian.diagonal() == 0
     if dead.any():
         work[:, dead] = 0

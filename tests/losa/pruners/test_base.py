@@ -13,7 +13,7 @@ from losa.recipe.sections import PruneConfig
 from losa_kernels import pack_mask, unpack_mask
 from tests.helpers.pruning import expected_nested, statistic_for
 
-NAMES = ["magnitude", "wanda", "sparsegpt", "pruner_zero"]
+NAMES = ["magnitude", "wanda", "sparsegpt", "alps", "pruner_zero"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,43 @@
+"""ALPS: ADMM chooses the weights that stay, conjugate gradients their values (Meng et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losa.pruners.base import Pattern
+from losa.pruners.cost import Memory, PruningShape, factorising_one, hessian_flops, hessians_of_block, one_linear_memory
+from losa.pruners.with_hessian import HessianPruner, OfHessians
+from losa.recipe.sections import PruneConfig
+from losa_kernels import SweepResult, alps_prune
+from losa_kernels.pruning import ScaledSpectrum, scaled_spectrum
+
+COPIES = 9  # of a linear: given, scaled, D, U, B and its right-hand side, norms and keys of the selection, two masks
+PENALTIES = 11  # values of rho until the support is stable, on SmolLM2 at 50 to 80 %; 3 products with each
+CG_PRODUCTS = 12
+
+
+class Alps(HessianPruner):
+    """Unstructured counts are over the whole matrix, see ``alps_prune`` and ``HessianPruner``.
+
+    Linears that share their inputs come one after another with the very same Hessian: its eigendecomposition is
+    computed once and kept while that tensor lives.
+    """
+
+    def __init__(self, config: PruneConfig):
+        super().__init__(config)
+        self._spectra: OfHessians[ScaledSpectrum] = OfHessians()
+
+    def memory(self, shape: PruningShape) -> list[Memory]:
+        return [hessians_of_block(shape), factorising_one(shape), one_linear_memory(shape, COPIES)]
+
+    def flops(self, shape: PruningShape) -> float:
+        """X^T X, its eigendecomposition, an inverse for each rho, and products of ADMM and of conjugate gradients."""
+        cubes, products = 9 + 2 * PENALTIES, 3 * PENALTIES + CG_PRODUCTS
+        return hessian_flops(shape, lambda one: cubes * one.inputs**3 + 2 * products * one.numel * one.inputs)
+
+    def solve(self, weight: Tensor, hessian: Tensor, pattern: Pattern, mask: Tensor | None) -> SweepResult:
+        spectrum = None
+        if weight.dtype != torch.float64:
+            spectrum = self._spectra.get(hessian, lambda: scaled_spectrum(hessian.float(), self.damping))
+        return alps_prune(weight, hessian, damping=self.damping, mask=mask, spectrum=spectrum, **pattern.as_kwargs())
