@@ -25,6 +25,7 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import Statistic, collect, get_statistic
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
+from losa.algorithm.structure import check_rates, find_structure
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
 from losa.distributed.sharding import gathered
@@ -64,9 +65,10 @@ class Engine:
     (``owners_of``); the model may be whole in each of them, or sharded.
 
     Raises:
-        ModelError: no blocks, or a block without a wrapped linear.
-        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, or a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes.
+        ModelError: no blocks, a block without a wrapped linear, or a model that a structured pruner cannot shrink.
+        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, rates that a structured pruner
+            cannot follow, or a pruner whose statistic is unknown, needs gradients, or has no ``total`` on several
+            processes.
     """
 
     def __init__(
@@ -88,6 +90,9 @@ class Engine:
         self.calibration = calibration
         self.seed = seed
         self.pruner = get_pruner(prune)
+        if self.pruner.structured:
+            check_rates(prune, allocation)
+            self.pruner.structure = find_structure(model)
         self.importance = get_importance(allocation.rates)
         self.statistic = _statistic_of(prune, self.pruner.statistic)
         self.needs_errors = measure_errors or allocation.ranks == "error"

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import yaml
 
-from losa.output.tables import markdown, percent, protocol, results_table, rounds_table
+from losa.output.tables import markdown, percent, protocol, results_table, rounds_table, shrunk_weights
 from losa.recipe.methods import find_method, method_label
 from losa.record import RunRecord
 from losa.storage.files import RECORD
 
 FORMAT = """The files are an ordinary dense checkpoint with exact zeros: transformers, and whatever else reads the base
 model's format, reads this one."""
+SHRUNK_FORMAT = """The files are an ordinary dense checkpoint of a smaller model of the base model's class:
+transformers reads it, and so does whatever else reads that class in other sizes."""
 LIMITS = """Perplexity on one text says little about a task, and one seed little about a method: evaluate on your own.
-Pruning can change a model's behaviour, its safety training included. The files are as large as the dense model's, and
-only software that makes use of zeros runs them faster."""
+Pruning can change a model's behaviour, its safety training included."""
+AS_LARGE = (
+    """The files are as large as the dense model's, and only software that makes use of zeros runs them faster."""
+)
 LICENCE = """Derived from the base model: its licence and terms of use apply, and those of the training data. losa adds
 none."""
 
@@ -41,7 +45,7 @@ def model_card(record: RunRecord) -> str:
         f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({label})",
         "",
         f"`{record.model}`, {done}, with losa {record.losa_version}. {_zeros(record)}",
-        FORMAT,
+        FORMAT if record.shrunk is None else SHRUNK_FORMAT,
         "",
         "## Measured",
         "",
@@ -64,6 +68,7 @@ def model_card(record: RunRecord) -> str:
         "## Limits",
         "",
         LIMITS,
+        *([AS_LARGE] if record.shrunk is None else []),
         "",
         "## Licence",
         "",
@@ -82,5 +87,10 @@ def _zeros(record: RunRecord) -> str:
     if not record.masks:
         return "No mask was recorded."
     total = sum(math.prod(mask.shape) for mask in record.masks.values())
+    if (shrunk := record.shrunk) is not None:
+        sizes = ", ".join(
+            f"`{key}` {before} -> {after}" for key, (before, after) in shrunk.config.items() if after != before
+        )
+        return f"{shrunk_weights(shrunk, total)}: {sizes}."
     pruned = total - sum(mask.kept for mask in record.masks.values())
     return f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({percent(pruned / total)})."

@@ -10,11 +10,24 @@ from losa.pruners.base import Pattern, Pruned, Pruner
 from losa.pruners.cost import LinearShape, Memory, PruningShape
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.sparsegpt import SparseGPT
+from losa.pruners.structure import Counts, Structure
 from losa.pruners.wanda import Wanda
+from losa.pruners.wanda_sp import WandaSP
 from losa.recipe.sections import PruneConfig
 from losa.registry import Registry
 
-__all__ = ["LinearShape", "Memory", "Pattern", "Pruned", "Pruner", "PruningShape", "get_pruner", "register"]
+__all__ = [
+    "Counts",
+    "LinearShape",
+    "Memory",
+    "Pattern",
+    "Pruned",
+    "Pruner",
+    "PruningShape",
+    "Structure",
+    "get_pruner",
+    "register",
+]
 
 _P = TypeVar("_P", bound=Pruner)
 _REGISTRY: Registry[type[Pruner]] = Registry("pruner")
@@ -52,3 +65,4 @@ def get_pruner(config: PruneConfig) -> Pruner:
 register("magnitude", Magnitude)
 register("wanda", Wanda)
 register("sparsegpt", SparseGPT)
+register("wanda_sp", WandaSP)
