@@ -19,9 +19,8 @@ SHRUNK_FORMAT = """The files are an ordinary dense checkpoint of a smaller model
 transformers reads it, and so does whatever else reads that class in other sizes."""
 LIMITS = """Perplexity on one text says little about a task, and one seed little about a method: evaluate on your own.
 Pruning can change a model's behaviour, its safety training included."""
-AS_LARGE = (
-    """The files are as large as the dense model's, and only software that makes use of zeros runs them faster."""
-)
+AS_LARGE = """ The files are as large as the dense model's, and
+only software that makes use of zeros runs them faster."""
 LICENCE = """Derived from the base model: its licence and terms of use apply, and those of the training data. losa adds
 none."""
 
@@ -30,6 +29,7 @@ def model_card(record: RunRecord) -> str:
     """README.md of an exported model: what it is, what was measured and how, and its limits."""
     recipe, prune = record.recipe, record.recipe["prune"]
     goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
+    goal += " sparse" if record.shrunk is None else " of the blocks removed"
     label, method = method_label(record.method), find_method(record.method)
     done = label if method is None else method.sentence
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["losa", "sparse", "pruned"]}
@@ -42,7 +42,7 @@ def model_card(record: RunRecord) -> str:
         yaml.safe_dump(front, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({label})",
+        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} ({label})",
         "",
         f"`{record.model}`, {done}, with losa {record.losa_version}. {_zeros(record)}",
         FORMAT if record.shrunk is None else SHRUNK_FORMAT,
@@ -67,8 +67,7 @@ def model_card(record: RunRecord) -> str:
         "",
         "## Limits",
         "",
-        LIMITS,
-        *([AS_LARGE] if record.shrunk is None else []),
+        LIMITS + AS_LARGE if record.shrunk is None else LIMITS,
         "",
         "## Licence",
         "",
