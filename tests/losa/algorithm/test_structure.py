@@ -64,7 +64,8 @@ def test_the_smaller_model_computes_what_the_masked_one_computes(kind, tmp_path)
     new_masks, record = shrink(model, masks, IDS)
     head_dim = record.config["head_dim"][0]
     assert {key: after for key, (_, after) in record.config.items()} == {
-        "num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": channels, "head_dim": head_dim,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim,
+        "intermediate_size": channels,
     }  # fmt: skip
     # As near as a channel allows, and what is gone are the zeros.
     assert zeros / prunable == pytest.approx(sparsity, abs=1.5 * 48 * 2 / prunable + 1e-9)
