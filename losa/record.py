@@ -72,9 +72,19 @@ class MaskRecord:
 
 
 @dataclass
+class ShrunkRecord:
+    """An export that is smaller than the model that was pruned: ``config``, its sizes in config.json, before and after;
+    ``removed``: the weights of the blocks' linears that are gone, which the result counts among its zeros."""
+
+    config: dict[str, list[int]]
+    removed: int
+
+
+@dataclass
 class RunRecord:
     """What a run measured and decided. ``rounds`` are the exported method's, ``results`` all methods'; ``masks`` by
-    linear; ``evaluation``: text and windows of the perplexities; ``seconds``: wall time of the whole run."""
+    linear, in the shapes of the export; ``evaluation``: text and windows of the perplexities; ``seconds``: wall time of
+    the whole run; ``shrunk``: what a structured pruner took away, None where all shapes are the dense model's."""
 
     losa_version: str
     method: str
@@ -87,6 +97,7 @@ class RunRecord:
     masks: dict[str, MaskRecord] = field(default_factory=dict)
     evaluation: dict | None = None
     seconds: float = 0.0
+    shrunk: ShrunkRecord | None = None
 
     @property
     def ranked(self) -> bool:
@@ -122,6 +133,10 @@ class RunRecord:
         for name, mask in record.masks.items():
             if len(mask.shape) != 2:
                 raise ValueError(f"masks: {name}: expected a shape of two numbers, found {mask.shape}")
+        if record.shrunk is not None:
+            for key, sizes in record.shrunk.config.items():
+                if len(sizes) != 2:
+                    raise ValueError(f"shrunk: config: {key[:100]}: expected two numbers, found {sizes}")
         if record.evaluation is not None:
             _check_evaluation(record.evaluation)
         allocation = record.recipe.get("allocation", {})

@@ -32,6 +32,7 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import Statistic, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
+from losa.algorithm.structure import check_rates, find_structure
 from losa.algorithm.widths import best_width
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
@@ -77,11 +78,10 @@ class Engine:
     (``owners_of``); the model may be whole in each of them, or sharded, but for statistics of gradients.
 
     Raises:
-        ModelError: no blocks, or a block without a wrapped linear.
-        RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
-            unknown, has no ``total`` on several processes, or takes gradients of a sharded model, a pruner that gives
-            the linears of a block no rates of their own or that weights cannot come back to by gradient, or rates whose
-            width needs a ``loss``.
+        ModelError: no blocks, a block without a wrapped linear, or a model that a structured pruner cannot shrink.
+        RecipeError: an unknown pruner; a pattern that does not divide a linear's inputs; a statistic that is unknown, has
+            no ``total`` on several processes, or takes gradients of a sharded model; rates that the pruner cannot follow;
+            regrowth that it does not know; or rates whose width needs a ``loss``.
     """
 
     def __init__(
@@ -106,6 +106,9 @@ class Engine:
         self.calibration = calibration
         self.seed = seed
         self.pruner = get_pruner(prune)
+        if self.pruner.structured:
+            check_rates(prune, allocation)
+            self.pruner.structure = find_structure(model)
         self.importance = get_importance(allocation.rates)
         self.statistic = statistic_of(prune, self.pruner)
         if self.statistic is not None and process_count() > 1:

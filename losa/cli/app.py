@@ -128,7 +128,7 @@ def prune(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     data: Annotated[str, typer.Option(help="Calibration text: a file, a directory or a data set's name.")],
-    pruner: Annotated[str, typer.Option(help="wanda, sparsegpt, alps, pruner_zero or magnitude.")] = "wanda",
+    pruner: Annotated[str, typer.Option(help="wanda, sparsegpt, alps, pruner_zero, magnitude or wanda_sp.")] = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="Share of weights to remove, above 0, at most 0.95.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Instead: N:M, N weights kept of every M, such as 2:4.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import torch
@@ -142,20 +142,24 @@ def replace_layers(
     made: Callable[[_Layer], nn.Module],
     norm: Callable[[TrainedNorm], nn.Module] = TrainedNorm.merge,
 ) -> nn.Module:
-    """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm.
-    Both see whole parameters, one layer's at a time; in a sharded model the result is sharded too. A layer goes before
-    the next one is replaced, so that the model never has two sets of weights, unless the caller holds the layers."""
-    makers: dict[str, Callable] = dict.fromkeys(wrapped_linears(model), made) | dict.fromkeys(
-        trained_norms(model), norm
-    )
-    for name, make in makers.items():
+    """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm, as
+    ``replace_modules`` does."""
+    replace_modules(model, list(wrapped_linears(model)), lambda _, layer: made(cast(_Layer, layer)))
+    replace_modules(model, list(trained_norms(model)), lambda _, layer: norm(cast(TrainedNorm, layer)))
+    return model
+
+
+def replace_modules(model: nn.Module, names: Iterable[str], made: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Put ``made(name, module)`` in the place of modules. ``made`` sees whole parameters, one module's at a time; in a
+    sharded model its result is sharded too. A module goes before the next one is replaced, so that the model never has
+    two sets of weights, unless the caller holds the modules."""
+    for name in names:
         progress(f"replacing {name}")
-        # The new layer is in the module that is gathered, so that it is sharded at the end.
+        # The new module is in the module that is gathered, so that it is sharded at the end.
         both = nn.ModuleList([model.get_submodule(name)])
         with gathered(both):
-            both.append(make(both[0]))
+            both.append(made(name, both[0]))
         model.set_submodule(name, both[1])
-    return model
 
 
 def count_kept(linear: nn.Module) -> int:

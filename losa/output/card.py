@@ -8,15 +8,18 @@ from pathlib import Path
 
 import yaml
 
-from losa.output.tables import markdown, percent, protocol, results_table, rounds_table
+from losa.output.tables import markdown, percent, protocol, results_table, rounds_table, shrunk_weights
 from losa.recipe.methods import find_method, method_label
 from losa.record import RunRecord
 from losa.storage.files import RECORD
 
 FORMAT = """The files are an ordinary dense checkpoint with exact zeros: transformers, and whatever else reads the base
 model's format, reads this one."""
+SHRUNK_FORMAT = """The files are an ordinary dense checkpoint of a smaller model of the base model's class:
+transformers reads it, and so does whatever else reads that class in other sizes."""
 LIMITS = """Perplexity on one text says little about a task, and one seed little about a method: evaluate on your own.
-Pruning can change a model's behaviour, its safety training included. The files are as large as the dense model's, and
+Pruning can change a model's behaviour, its safety training included."""
+AS_LARGE = """ The files are as large as the dense model's, and
 only software that makes use of zeros runs them faster."""
 LICENCE = """Derived from the base model: its licence and terms of use apply, and those of the training data. losa adds
 none."""
@@ -26,6 +29,7 @@ def model_card(record: RunRecord) -> str:
     """README.md of an exported model: what it is, what was measured and how, and its limits."""
     recipe, prune = record.recipe, record.recipe["prune"]
     goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
+    goal += " sparse" if record.shrunk is None else " of the blocks removed"
     label, method = method_label(record.method), find_method(record.method)
     done = label if method is None else method.sentence
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["losa", "sparse", "pruned"]}
@@ -38,10 +42,10 @@ def model_card(record: RunRecord) -> str:
         yaml.safe_dump(front, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} sparse ({label})",
+        f"# {re.split('[/:]', record.model.rstrip('/'))[-1]}, {goal} ({label})",
         "",
         f"`{record.model}`, {done}, with losa {record.losa_version}. {_zeros(record)}",
-        FORMAT,
+        FORMAT if record.shrunk is None else SHRUNK_FORMAT,
         "",
         "## Measured",
         "",
@@ -63,7 +67,7 @@ def model_card(record: RunRecord) -> str:
         "",
         "## Limits",
         "",
-        LIMITS,
+        LIMITS + AS_LARGE if record.shrunk is None else LIMITS,
         "",
         "## Licence",
         "",
@@ -82,5 +86,10 @@ def _zeros(record: RunRecord) -> str:
     if not record.masks:
         return "No mask was recorded."
     total = sum(math.prod(mask.shape) for mask in record.masks.values())
+    if (shrunk := record.shrunk) is not None:
+        sizes = ", ".join(
+            f"`{key}` {before} -> {after}" for key, (before, after) in shrunk.config.items() if after != before
+        )
+        return f"{shrunk_weights(shrunk, total)}: {sizes}."
     pruned = total - sum(mask.kept for mask in record.masks.values())
     return f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({percent(pruned / total)})."

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from losa.output.inspection import BLOCK_WEIGHT, Inspection, TensorSparsity
 from losa.recipe.methods import method_label
-from losa.record import MethodResult, RunRecord
+from losa.record import MethodResult, RunRecord, ShrunkRecord
 
 
 def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
@@ -39,6 +39,13 @@ def _number(value: float | None, digits: int = 2) -> str:
 def percent(value: float, digits: int = 2) -> str:
     """A share, 0 to 1, as a cell: "70.00 %"."""
     return f"{100 * value:.{digits}f} %"
+
+
+def shrunk_weights(shrunk: ShrunkRecord, left: int) -> str:
+    """How much a structured pruner took away. ``left``: weights of the matrices that it has pruned."""
+    total = left + shrunk.removed
+    share = percent(shrunk.removed / total)
+    return f"{shrunk.removed:,} of {total:,} weights are gone with whole heads and channels ({share})"
 
 
 def _span(values: list, show) -> str:
@@ -86,7 +93,7 @@ def results_table(record: RunRecord) -> Table:
             method_label(r.method),
             _perplexity(r),
             percent(r.sparsity),
-            f"{r.zeros:,}",
+            f"{r.zeros:,}{' (removed)' if record.shrunk is not None and r.method == record.method else ''}",
             f"{r.train_tokens:,}",
             f"{r.seconds:,.0f} s",
         )
@@ -174,6 +181,8 @@ def zeros_table(inspection: Inspection) -> Table:
     notes = [f"{len(lost)} matrices have lost zeros since losa wrote them: {lost[0]}, ..."] if lost else []
     if inspection.unchecked is not None:
         notes.append(f"shapes were not checked against a model: {inspection.unchecked}")
+    if inspection.record is not None and inspection.record.shrunk is not None:
+        notes.append(shrunk_weights(inspection.record.shrunk, sum(t.total for t in inspection.tensors)))
     where = "packed files" if inspection.packed else "files"
     table = _table(
         "block",

@@ -12,11 +12,24 @@ from losa.pruners.cost import LinearShape, Memory, PruningShape
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.pruner_zero import PrunerZero
 from losa.pruners.sparsegpt import SparseGPT
+from losa.pruners.structure import Counts, Structure
 from losa.pruners.wanda import Wanda
+from losa.pruners.wanda_sp import WandaSP
 from losa.recipe.sections import PruneConfig
 from losa.registry import Registry
 
-__all__ = ["LinearShape", "Memory", "Pattern", "Pruned", "Pruner", "PruningShape", "get_pruner", "register"]
+__all__ = [
+    "Counts",
+    "LinearShape",
+    "Memory",
+    "Pattern",
+    "Pruned",
+    "Pruner",
+    "PruningShape",
+    "Structure",
+    "get_pruner",
+    "register",
+]
 
 _P = TypeVar("_P", bound=Pruner)
 _REGISTRY: Registry[type[Pruner]] = Registry("pruner")
@@ -56,3 +69,4 @@ register("wanda", Wanda)
 register("sparsegpt", SparseGPT)
 register("alps", Alps)
 register("pruner_zero", PrunerZero)
+register("wanda_sp", WandaSP)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from losa.errors import NumericsError
 from losa.pruners.cost import Memory, PruningShape, one_linear_memory
+from losa.pruners.structure import Structure
 from losa.recipe.sections import PruneConfig
 from losa_kernels.tensors import all_finite
 
@@ -62,7 +63,10 @@ class Pruner:
     ``statistic`` names what calibration collects of each linear (``losa.algorithm.statistics``), None for nothing. Of
     its inputs "input_norms" is ``||X_j||_2``, (in,) fp32; "hessian" is ``X^T X``, (in, in) fp32. Of its gradients
     "gradient_norms" and "gradient_sums" are (out, in) fp32 (``losa.algorithm.gradient_statistics``).
-    ``updates_weight``: whether kept weights change, which takes memory for another set of weights.
+    ``updates_weight``: whether kept weights change, which takes memory for another set of weights. ``structured``:
+    whether whole attention heads and MLP channels go, as many in every block. Such a pruner is given ``structure``
+    before it prunes, takes the same rate for all blocks, and its model is exported as a smaller one, without the rows
+    and columns that are pruned.
 
     Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
     block in one process. An object of that class then sees every N-th block only, and keeps no state from block to
@@ -71,6 +75,8 @@ class Pruner:
 
     statistic: str | None = None
     updates_weight: bool = False
+    structured: bool = False
+    structure: Structure | None = None
 
     def __init__(self, config: PruneConfig):
         """What the method takes from the recipe. Raises RecipeError for settings that it cannot follow."""

@@ -73,7 +73,9 @@ Targets = Annotated[list[str] | str | None, BeforeValidator(_targets)]
 class PruneConfig(Section):
     """How weights are removed. ``pattern`` is ``"keep_n:m"``: N weights *kept* out of every M."""
 
-    pruner: str = Field("wanda", description="magnitude, wanda, sparsegpt, alps, pruner_zero, or a registered name")
+    pruner: str = Field(
+        "wanda", description="magnitude, wanda, sparsegpt, alps, pruner_zero, wanda_sp, or a registered name"
+    )
     sparsity: float | None = Field(
         None, gt=0, le=MAX_SPARSITY, description="share of weights to remove; this or pattern"
     )

@@ -17,6 +17,7 @@ from torch import nn
 import losa_kernels
 from losa import __version__
 from losa.algorithm.stream import BlockStream
+from losa.algorithm.structure import shrink
 from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main, process_count
@@ -42,6 +43,7 @@ from losa.run.fingerprint import WEIGHTS, model_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import MethodRun, Outcome
 from losa.run.placement import check_shards
+from losa.run.pruning import check_prunable, check_pruner
 from losa.run.random_state import seed_generators
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.workspace import Workspace
@@ -85,7 +87,7 @@ def run_recipe(
         if not is_main():
             console = Console(quiet=True)
         console = console or Console()
-        get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
+        check_pruner(recipe)  # a pruner that does not exist should not cost a model's loading
         check_packages(recipe.methods)
         workspace = Workspace(recipe.output)
 
@@ -119,6 +121,7 @@ def _run(
         torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer = _load(recipe, device, console)
+        check_prunable(recipe, model)
         check()
         inputs = read_inputs(recipe, model, tokenizer)
         check()
@@ -132,10 +135,13 @@ def _run(
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
 
-    in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
     dense = _dense_result(model, inputs)
     _log_result(console, dense)
     results, outcome = _run_methods(recipe, blocks, inputs, workspace, console, resume)
+    sample_ids, shrunk = inputs.calibration[:1, :64], None
+    if get_pruner(recipe.prune).structured:
+        outcome.masks, shrunk = shrink(model, outcome.masks, sample_ids)
+    in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
     record = RunRecord(
         losa_version=__version__,
         method=recipe.method,
@@ -148,6 +154,7 @@ def _run(
         masks=mask_records(outcome.masks, in_features),
         evaluation=inputs.protocol,
         seconds=time.perf_counter() - start,
+        shrunk=shrunk,
     )
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 
@@ -161,7 +168,7 @@ def _run(
             outcome.masks,
             overwrite=overwrite,
             force=force,
-            sample_ids=inputs.calibration[:1, :64],
+            sample_ids=sample_ids,
             extra_files={f"metrics-{name}.jsonl": path for name, path in metrics.items() if path.exists()},
         )
         on_main(workspace.close)

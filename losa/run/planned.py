@@ -12,7 +12,6 @@ from torch import nn
 from losa.algorithm.gradients import wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
-from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName, check_packages
 from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
@@ -20,6 +19,7 @@ from losa.run.estimate_memory import PHASES, Holding, holdings
 from losa.run.estimate_sharded import sharded_holdings
 from losa.run.model_shape import ModelShape
 from losa.run.placement import Placement
+from losa.run.pruning import check_prunable, check_pruner
 from losa.run.rounds import rounds_of
 
 # Memory that is needed for each byte that is counted: the allocator's slack, CUDA's own memory, and data come on top.
@@ -90,14 +90,16 @@ def planned_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device.
 
     Raises:
-        RecipeError: an unknown pruner, or a method whose package is missing.
-        ModelError: the configuration cannot be had.
+        RecipeError: as ``check_pruner``, or a method whose package is missing.
+        ModelError: the configuration cannot be had, or as ``check_prunable``.
     """
-    get_pruner(recipe.prune)  # a wrong name should not wait for a download
+    check_pruner(recipe)  # a wrong name should not wait for a download
     check_packages(recipe.methods)
-    return configured_model(
+    model = configured_model(
         recipe.model, gguf_file=recipe.gguf_file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )
+    check_prunable(recipe, model)
+    return model
 
 
 def phase_sums(held: list[Holding], place: str) -> dict[str, int]:

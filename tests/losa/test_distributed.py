@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.processes import run_groups
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
@@ -21,6 +24,7 @@ def test_a_run_is_the_same_however_processes_hold_the_model(tmp_path):
     # The mesh, and whether rows wait in host memory.
     shards = {"one in shards": [[1], True], "fsdp": [[2], False], "hsdp": [[2, 2], False]}
     assert held == {"one": [], "ddp": []} | shards
+    assert_same_smaller_model(tmp_path)
     names = [name for cases in running.CASES.values() for name in cases]
     one, *others = (json.loads((tmp_path / name / "losa_config.json").read_text()) for name in names)
     for other in others:
@@ -29,3 +33,17 @@ def test_a_run_is_the_same_however_processes_hold_the_model(tmp_path):
         # The same sum of gradients, taken in another order; a few near-ties of the second round's mask may differ.
         assert other["results"][-1]["perplexity"] == pytest.approx(one["results"][-1]["perplexity"], rel=1e-3)
         assert other["results"][-1]["zeros"] == one["results"][-1]["zeros"]
+
+
+def assert_same_smaller_model(root: Path) -> None:
+    """Processes that hold the model together leave the smaller model that one process leaves."""
+    one, shards = (root / name for cases in running.SMALLER.values() for name in cases)
+    first, second = (json.loads((directory / "losa_config.json").read_text()) for directory in (one, shards))
+    assert first["shrunk"] == second["shrunk"] and first["masks"] == second["masks"]
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (one, shards)]
+    assert configs[0] == configs[1] and configs[0]["num_attention_heads"] == 2
+    models = [AutoModelForCausalLM.from_pretrained(directory) for directory in (one, shards)]
+    with torch.no_grad():
+        expected, found = (model(torch.arange(20)[None]).logits for model in models)
+    # One step with gradients that are added up in another order.
+    assert (found - expected).norm() <= 1e-3 * expected.norm()

@@ -18,6 +18,14 @@ CASES: dict[int, dict[str, dict]] = {
     2: {"ddp": {"mode": "ddp"}, "fsdp": {"mode": "fsdp"}},
     4: {"hsdp": {"mode": "hsdp", "shard_size": 2}},
 }
+# Runs of a structured pruner, whose output is a smaller model.
+SMALLER: dict[int, dict[str, dict]] = {1: {"smaller": {}}, 2: {"smaller, fsdp": {"mode": "fsdp"}}}
+
+
+def smaller(recipe: dict) -> dict:
+    """``recipe`` with a structured pruner, and no more than one step of training."""
+    once = {"prune": {"sparsity": 0.5, "pruner": "wanda_sp"}, "method": "sparse_lora", "evaluate": None}
+    return recipe | once | {"train": recipe["train"] | {"max_tokens": 16 * 4}}
 
 
 def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dict:
@@ -51,4 +59,6 @@ def main(directory: str) -> None:
 
         pipeline.load_sharded = load
         pipeline.run_recipe(parse_recipe(recipe(Path(directory), name, distributed, processes)))
+    for name, distributed in SMALLER.get(processes, {}).items():
+        pipeline.run_recipe(parse_recipe(smaller(recipe(Path(directory), name, distributed, processes))))
     finish(held)

@@ -1,0 +1,139 @@
+"""Heads and MLP channels of a model: which linears they run through, and how many are left at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from losa.distributed.sharding import whole
+from losa.errors import ModelError, RecipeError
+from losa.model.blocks import find_blocks
+from losa.model.shrinking import accepted_config, shrink_model, smaller_model
+from losa.pruners.structure import ROLES, Counts, Structure
+from losa.recipe.sections import AllocationConfig, PruneConfig
+from losa.record import ShrunkRecord
+from losa_kernels import unpack_mask
+
+
+def check_rates(prune: PruneConfig, allocation: AllocationConfig) -> None:
+    """Raises RecipeError for rates that differ between blocks, which a structured pruner cannot follow."""
+    if allocation.rates != "uniform":
+        raise RecipeError(
+            f"allocation.rates: expected uniform, got {allocation.rates!r}: prune.pruner {prune.pruner!r} removes as "
+            "many heads and channels from every block, for which config.json has one number each"
+        )
+
+
+def find_structure(model: Any) -> Structure:
+    """The structure of a model whose blocks are of Llama's kind, wrapped or not, on any device.
+
+    A model of the same class with fewer heads and channels is built on meta. Only the blocks' seven linears may have
+    other shapes there, so that slicing them gives the smaller model.
+
+    Raises:
+        ModelError: another kind of model; names it, what was looked for and what was found.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    where = f"model: heads and channels cannot be removed from a model of type {kind!r}"
+    blocks = find_blocks(model)
+    linears = blocks.linears()
+    names = {_role(name): name.removeprefix(f"{blocks.names[0]}.") for name in linears if blocks.index_of(name) == 0}
+    wanted = {f"{block}.{names.get(role, role)}" for block in blocks.names for role in ROLES}
+    if wanted != linears.keys():
+        found = ", ".join(sorted({_role(name) for name in linears}))
+        raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
+    text = model.config.get_text_config()
+    heads, hidden, channels = (
+        getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")
+    )
+    if not all(type(number) is int and number > 0 for number in (heads, hidden, channels)):
+        told = f"num_attention_heads {heads}, hidden_size {hidden}, intermediate_size {channels}"
+        raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {told}")
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    full = Counts(groups, heads // groups, channels)
+    shapes = _shapes(full, head_dim, hidden)
+    for name, linear in linears.items():
+        if (shape := (linear.out_features, linear.in_features)) != shapes[_role(name)]:
+            told = f"{heads} heads of {head_dim} features, {groups} key heads and {channels} channels"
+            raise ModelError(f"{where}: expected {name} of shape {shapes[_role(name)]} by {told}; found {shape}")
+    pairs = [(g, p) for g in range(1, groups + 1) for p in range(1, full.per_group + 1)]
+    accepted = [pair for pair in pairs[:-1] if accepted_config(model, _settings(Counts(*pair, channels), head_dim))]
+    choices = (*accepted, pairs[-1])  # the last pair is the model's own
+    structure = Structure(hidden, head_dim, full, names, choices)
+    _check_smaller(model, structure, linears, where)
+    return structure
+
+
+def _role(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def shrink(model: nn.Module, masks: Mapping[str, Tensor], ids: Tensor) -> tuple[dict[str, Tensor], ShrunkRecord]:
+    """Make a merged model smaller by the heads and channels that a structured pruner has removed, in place.
+
+    Args:
+        masks: packed mask of every linear of the blocks, by name in the model, whole or in shards.
+        ids: (batch, length) int64 tokens on which the smaller model is compared with the masked one.
+
+    Returns:
+        masks of the new shapes, which keep everything; and what was removed.
+
+    Raises:
+        ModelError, OutputError: as ``find_structure`` and ``shrink_model``.
+    """
+    structure, first = find_structure(model), find_blocks(model).names[0]
+    full = structure.full
+
+    def rows(role: str, columns: int) -> int:
+        mask = whole(masks[f"{first}.{structure.linears[role]}"])
+        return int(unpack_mask(mask, columns).any(1).sum())
+
+    heads, groups = (rows(role, structure.hidden) // structure.head_dim for role in ("q_proj", "k_proj"))
+    left = Counts(groups, heads // groups, rows("up_proj", structure.hidden))
+    before, after = (_settings(counts, structure.head_dim) for counts in (full, left))
+    new_masks = shrink_model(model, masks, after, ids)
+    removed = len(find_blocks(model)) * (structure.weights(full) - structure.weights(left))
+    return new_masks, ShrunkRecord({key: [before[key], after[key]] for key in before}, removed)
+
+
+def _check_smaller(model: Any, structure: Structure, linears: Iterable[str], where: str) -> None:
+    """Raises ModelError unless the smallest model of the class differs in the shapes of ``linears`` alone."""
+    groups, per_group = min(structure.choices, key=lambda pair: pair[0] * pair[1])
+    least = Counts(groups, per_group, max(1, structure.full.channels - 1))
+    small = smaller_model(model, _settings(least, structure.head_dim))
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+    slices = _shapes(least, structure.head_dim, structure.hidden)
+    for name in linears:
+        shapes |= {f"{name}.weight": slices[_role(name)], f"{name}.bias": slices[_role(name)][:1]}
+    for name, tensor in _tensors(small):
+        if tuple(tensor.shape) != shapes.get(name):
+            told = f"with fewer heads and channels {name} has shape {tuple(tensor.shape)}"
+            raise ModelError(f"{where}: expected other shapes of {', '.join(ROLES)} alone; {told}")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _shapes(counts: Counts, head_dim: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear, by role."""
+    queries, keys, channels = counts.heads * head_dim, counts.groups * head_dim, counts.channels
+    into = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": channels, "up_proj": channels}
+    return {role: (size, hidden) for role, size in into.items()} | {
+        "o_proj": (hidden, queries),
+        "down_proj": (hidden, channels),
+    }
+
+
+def _settings(counts: Counts, head_dim: int) -> dict[str, int]:
+    """What config.json says of such blocks."""
+    return {
+        "num_attention_heads": counts.heads,
+        "num_key_value_heads": counts.groups,
+        "head_dim": head_dim,
+        "intermediate_size": counts.channels,
+    }

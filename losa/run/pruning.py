@@ -1,0 +1,23 @@
+"""A recipe's pruner, checked before any work against the recipe's other sections and against the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from losa.algorithm.structure import check_rates, find_structure
+from losa.pruners import get_pruner
+from losa.recipe.sections import Recipe
+
+
+def check_pruner(recipe: Recipe) -> None:
+    """Raises RecipeError for an unknown pruner, for settings that it cannot follow, and for a structured pruner with
+    rates that differ between blocks."""
+    dynamic = any(method.dynamic for method in recipe.methods.values())
+    if get_pruner(recipe.prune).structured and dynamic:
+        check_rates(recipe.prune, recipe.allocation)
+
+
+def check_prunable(recipe: Recipe, model: nn.Module) -> None:
+    """Raises ModelError as ``find_structure`` if the pruner is structured. The model may be on meta."""
+    if get_pruner(recipe.prune).structured:
+        find_structure(model)
