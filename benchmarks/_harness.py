@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._jobs import BEST, DENSE, Budget, Job, Settings
+from benchmarks._jobs import BEST, BEST_RECIPE, DENSE, Budget, Job, Settings
 from losa.data.tokens import evaluation_tokens
 from losa.errors import NumericsError
 from losa.evaluation.perplexity import perplexity
@@ -30,7 +30,6 @@ REPORTED, TUNING, HELD_OUT = (
     "dev/c4/c4_val.dev.jsonl",
 )
 TRAINING = ("ft/dolly.train.jsonl", "ft/alpaca_gpt4.train.jsonl")
-BEST_RECIPE = Path(__file__).parents[1] / "examples/smollm2-best.yaml"
 # What a recipe decides about a method. Data, budget and learning rate are the harness's, for all methods alike.
 SECTIONS = ("method", "prune", "rounds", "allocation", "lora", "train", "reconstruct")
 BUDGETED = (

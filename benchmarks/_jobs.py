@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from losa.recipe.methods import find_method
 
@@ -13,6 +14,7 @@ ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FULL_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 TUNED_AT = (0.7, 0.6, 0.5)
 DENSE, BEST = "dense", "best"
+BEST_RECIPE = Path(__file__).parents[1] / "examples/smollm2-best.yaml"
 
 Settings = dict[str, object]
 """Recipe settings by dotted name."""

@@ -57,7 +57,7 @@ def chosen_jobs(args: argparse.Namespace) -> list[Job]:
         names = (args.method or METHODS, args.pruner or ["wanda"], args.sparsity or [0.7], args.seed or [0])
         chosen = itertools.product(*(list(dict.fromkeys(values)) for values in names))
         jobs = [Job(*each, variant=args.variant, overrides=overrides) for each in chosen]
-    jobs = [replace(job, learning_rate=args.rate, tuning=args.tuning) for job in jobs]
+    jobs = [replace(job, learning_rate=args.rate if job.trains else None, tuning=args.tuning) for job in jobs]
     if args.tuning:
         jobs = [job for job in jobs if job.trains]
     return [job for job in jobs if not args.only or any(text in job.key for text in args.only)]
@@ -99,9 +99,7 @@ def table(runs: dict) -> str:
     groups: dict[tuple[str, ...], list[dict]] = {}
     for key, run in runs.items():
         match key.split("/"):
-            case [method, pruner, sparsity, _, *more] if not run.get("failed") and not any(
-                "lr" in m for m in more[-1:]
-            ):
+            case [method, pruner, sparsity, _, *more] if not (run.get("failed") or more[-1:] and "tune-" in more[-1]):
                 groups.setdefault((pruner, sparsity, " ".join([method, *more])), []).append(run)
     lines = [
         "| pruner | sparsity | method | perplexity | held-out text | learning rate | trained | tokens | s | seeds |"
