@@ -188,8 +188,7 @@ def tables(document: dict) -> dict[str, list[dict]]:
         rows = document.get("speed", {}).get("rows", [])
         return {"decode": [{"name": row["name"], "token_ms": 1e3 / row["tokens_per_second"]} for row in rows]}
     if isinstance(document.get("runs"), dict):
-        dense = {"run": "dense", "perplexity": document.get("dense", {}).get("value")}
-        return {"quality": [dense, *(quality_row(key, run) for key, run in document["runs"].items())]}
+        return {"quality": [quality_row(key, run) for key, run in document["runs"].items()]}
     raise ValueError(f'expected the key "rows", "benchmarks" or "runs", got {", ".join(map(repr, document)) or "none"}')
 
 

@@ -1,236 +1,224 @@
 """Does LoSA beat its baselines at equal training tokens? Perplexity of merged models over methods, seeds, pruners.
 
 Every finished run is written to --out at once, and runs found there are not repeated, so that a comparison of many
-hours can be stopped and resumed. Learning rates are tuned once per method, with a third of the tokens, on other text
-than the text that is reported.
+hours can be stopped and resumed, and several commands may fill one file. Learning rates are tuned per method and
+sparsity, with a third of the tokens, on other text than the text that is reported.
+
+Without a choice of runs all runs of the comparison are made. --method, --pruner, --sparsity and --seed choose others,
+all combinations; --variant NAME with --set KEY=VALUE changes their recipe, and is part of their names. With --tuning
+the chosen runs are tuned only, at --rate or over the learning rates; a variant that was tuned takes its own rate later.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
 import statistics
+import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 
 from benchmarks import _models
+from benchmarks._harness import Setting, run_job
+from benchmarks._jobs import ADAPTER_RATES, BEST, DENSE, FULL_RATES, Budget, Job, Settings, headline
 from benchmarks._machine import machine, origin
-from benchmarks._results import plain_parser, read_document
-from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
-from losa.evaluation.perplexity import perplexity
-from losa.model.blocks import block_linears
-from losa.model.loading import load_model
-from losa.recipe.reading import parse_recipe
-from losa.recipe.sections import Recipe
-from losa.run.inputs import Inputs
-from losa.run.methods import MethodRun
-from losa.storage.files import write_json
+from benchmarks._results import plain_parser
+from benchmarks._store import Store, work, workers
+from losa.recipe.reading import read_yaml
 
-GRID = dict.fromkeys(("lora", "sparse_lora", "losa"), (1e-3, 2e-3, 4e-3, 8e-3))
-TOKENS = 61_440
-TUNING_TOKENS = 20_480
-SWITCHES = {
-    "no_rates": {"allocation.rates": "uniform"},
-    "no_ranks": {"allocation.ranks": "uniform"},
-    "no_rounds": {"rounds.schedule": "oneshot"},
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run. ``learning_rate`` None: the method's tuned one."""
-
-    method: str
-    pruner: str = "wanda"
-    sparsity: float = 0.7
-    seed: int = 0
-    learning_rate: float | None = None
-    tuning: bool = False
-    switch: str | None = None
-
-    @property
-    def key(self) -> str:
-        parts = [self.method, self.pruner, f"{self.sparsity:.2f}", f"seed{self.seed}"]
-        if self.switch:
-            parts.append(self.switch)
-        if self.tuning:
-            parts.append(f"tune-lr{self.learning_rate:g}")
-        return "/".join(parts)
-
-
-def tuning_jobs() -> list[Job]:
-    return [Job(m, learning_rate=lr, tuning=True) for m, grid in GRID.items() for lr in grid]
+METHODS = ("prune_only", "losa", BEST, "lora", "sparse_lora", "sparse_full", "adalora", "sora")
 
 
 def final_jobs() -> list[Job]:
-    jobs = [Job(m, seed=s) for s in range(3) for m in ("prune_only", "losa", "lora", "sparse_lora")]
-    jobs += [Job(m, sparsity=s) for s in (0.5, 0.6) for m in ("prune_only", "losa", "lora")]
-    jobs += [Job(m, pruner="sparsegpt") for m in ("prune_only", "losa", "lora")]
+    """The comparison: three seeds of all methods at 70 %, one elsewhere, but of the best recipe three."""
+    jobs = [Job(DENSE), *(Job(m, seed=s) for s in range(3) for m in METHODS)]
+    for sparsity in (0.6, 0.5):
+        jobs += [Job(m, sparsity=sparsity) for m in METHODS]
+        jobs += [Job(BEST, sparsity=sparsity, seed=s) for s in (1, 2)]
+    for pruner in ("sparsegpt", "alps", "pruner_zero"):
+        jobs += [Job(m, pruner) for m in ("prune_only", "lora", "losa", BEST)]
+        jobs += [Job(BEST, pruner, seed=s) for s in (1, 2) if pruner != "pruner_zero"]
     return jobs
 
 
-def ablation_jobs() -> list[Job]:
-    return [Job("losa", switch=name) for name in SWITCHES]
+def chosen_jobs(args: argparse.Namespace) -> list[Job]:
+    """All combinations of what the options name; without any the comparison."""
+    overrides = read_overrides(args.set)
+    options = (args.method, args.pruner, args.sparsity, args.seed)
+    if not any(options) and not args.variant and not args.tuning:
+        jobs = final_jobs()
+    else:
+        names = (args.method or METHODS, args.pruner or ["wanda"], args.sparsity or [0.7], args.seed or [0])
+        chosen = itertools.product(*(list(dict.fromkeys(values)) for values in names))
+        jobs = [Job(*each, variant=args.variant, overrides=overrides) for each in chosen]
+    jobs = [replace(job, learning_rate=args.rate if job.trains else None, tuning=args.tuning) for job in jobs]
+    if args.tuning:
+        jobs = [job for job in jobs if job.trains]
+    return [job for job in jobs if not args.only or any(text in job.key for text in args.only)]
 
 
-class Harness:
-    """Loads the model once; every job starts from the same dense weights."""
-
-    def __init__(self, model: str, data: Path, windows: int):
-        self.data = data
-        self.model_name = _models.source(model)
-        self.windows = windows
-        self.model, self.tokenizer = load_model(self.model_name, dtype="float32", device="auto")
-        self.linears = block_linears(self.model)
-
-    def recipe(self, job: Job, learning_rate: float) -> Recipe:
-        settings = {
-            "model": self.model_name,
-            "output": "unused",
-            "method": job.method,
-            "seed": job.seed,
-            "prune": {"pruner": job.pruner, "sparsity": job.sparsity},
-            "rounds": {"count": 5},
-            "allocation": {"mean_rank": 6},
-            "lora": {"rank": 8},
-            "calibration": {
-                "data": str(self.data / "calib/c4_calib.jsonl"),
-                "samples": 16,
-                "cka_samples": 8,
-                "length": 256,
-                "batch_size": 4,
-            },
-            "train": {
-                "data": [str(self.data / "ft/dolly.train.jsonl"), str(self.data / "ft/alpaca_gpt4.train.jsonl")],
-                "length": 256,
-                "batch_size": 4,
-                "max_tokens": TUNING_TOKENS if job.tuning else TOKENS,
-                "learning_rate": learning_rate,
-                "train_on": "all",
-                "precision": "bfloat16",
-            },
-            "evaluate": {
-                "data": str(
-                    self.data
-                    / ("dev/wikitext2/wiki.test.even-articles.raw" if job.tuning else "dev/wikitext2/wiki.valid.raw")
-                ),
-                "length": 512,
-                "max_windows": self.windows // 3 if job.tuning else self.windows,
-                "each_round": False,
-            },
-        }
-        if job.switch:
-            for dotted, value in SWITCHES[job.switch].items():
-                section, key = dotted.split(".")
-                settings[section] = {**settings[section], key: value}
-        return parse_recipe(settings, where=job.key)
-
-    def dense(self) -> dict:
-        recipe = self.recipe(Job("prune_only"), 1e-3)
-        return asdict(perplexity(self.model, self._evaluation(recipe), 512, 1, self.windows))
-
-    def _evaluation(self, recipe: Recipe):
-        return evaluation_tokens(recipe.evaluate.data, self.tokenizer)
-
-    def run(self, job: Job, learning_rate: float, work: Path) -> dict:
-        recipe = self.recipe(job, learning_rate)
-        for name, linear in self.linears.items():
-            self.model.set_submodule(name, linear)
-        torch.manual_seed(job.seed)
-        c, t, e = recipe.calibration, recipe.train, recipe.evaluate
-        tokens = self._evaluation(recipe)
-        inputs = Inputs(
-            calibration_tokens(c.data, self.tokenizer, c.samples, c.length, job.seed),
-            training_sequences(t.data, self.tokenizer, t.length, job.seed, t.train_on, t.max_tokens),
-            lambda model: perplexity(model, tokens, e.length, e.batch_size, e.max_windows).value,
-        )
-        start = time.perf_counter()
-        outcome = MethodRun(job.method, self.model, recipe, inputs, work).run()
-        result = vars(outcome.result) | {"learning_rate": learning_rate, "seconds": time.perf_counter() - start}
-        result["rounds"] = [
-            {
-                "target_sparsity": r.target_sparsity,
-                "sparsity": [round(s, 4) for s in r.sparsity],
-                "ranks": r.ranks,
-                "train_steps": r.train_steps,
-                "train_loss": r.train_loss,
-                "seconds": {k: round(v, 1) for k, v in r.seconds.items()},
-            }
-            for r in outcome.rounds
-        ]
-        return result
+def read_overrides(assignments: list[str]) -> Settings:
+    """Recipe settings from KEY=VALUE, as ``losa run --set`` reads them. Raises SystemExit."""
+    settings: Settings = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise SystemExit(f"quality: --set: expected KEY=VALUE, got {text!r}")
+        try:
+            settings[key] = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise SystemExit(f"quality: --set {text}: {error}") from error
+    return settings
 
 
-def headline(result: dict) -> float:
-    """The perplexity by which a method is judged: of the merged model, except for LoRA, which is only good unmerged."""
-    return result["perplexity_unmerged"] if result["perplexity_unmerged"] is not None else result["perplexity"]
+def summary(runs: dict) -> dict[str, list[float]]:
+    """Perplexities over seeds, by 'METHOD/PRUNER/SPARSITY': finished runs of the comparison, without variants.
 
-
-def tuned_rate(runs: dict, method: str) -> float:
-    if method not in GRID:
-        return GRID["losa"][0]
-    scored = {lr: headline(runs[Job(method, learning_rate=lr, tuning=True).key]) for lr in GRID[method]}
-    return min(scored, key=scored.get)
+    ``lora`` is judged unmerged; ``lora_masked`` is the same run merged under the mask.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for key, run in runs.items():
+        match key.split("/"):
+            case [method, pruner, sparsity, seed] if ":" not in sparsity and not run.get("failed"):
+                values = {method: headline(run)}
+                if method == "lora":
+                    values["lora_masked"] = run["perplexity"]
+                for name, value in values.items():
+                    found.setdefault(f"{name}/{pruner}/{sparsity}", {})[int(seed.removeprefix("seed"))] = value
+    return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in sorted(found.items())}
 
 
 def table(runs: dict) -> str:
-    """Markdown: mean over seeds (and the spread where there are several)."""
-    groups: dict[tuple, list[float]] = {}
-    for job in (*final_jobs(), *ablation_jobs()):
-        if job.key in runs:
-            name = job.method if job.switch is None else f"losa {job.switch.replace('_', ' ')}"
-            groups.setdefault((job.pruner, job.sparsity, name), []).append(headline(runs[job.key]))
-    lines = ["| pruner | sparsity | method | perplexity | seeds |", "|---|---|---|---|---|"]
-    for (pruner, sparsity, name), values in sorted(groups.items(), key=lambda i: (i[0][:2], statistics.mean(i[1]))):
-        spread = f" ({min(values):.1f}..{max(values):.1f})" if len(values) > 1 else ""
-        lines.append(f"| {pruner} | {sparsity:.0%} | {name} | {statistics.mean(values):.1f}{spread} | {len(values)} |")
+    """Markdown: means over seeds (and the spread where there are several), with what they cost."""
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for key, run in runs.items():
+        match key.split("/"):
+            case [method, pruner, sparsity, _, *more] if not (run.get("failed") or more[-1:] and "tune-" in more[-1]):
+                groups.setdefault((pruner, sparsity, " ".join([method, *more])), []).append(run)
+    lines = [
+        "| pruner | sparsity | method | perplexity | held-out text | learning rate | trained | tokens | s | seeds |"
+    ]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for (pruner, sparsity, name), group in sorted(groups.items(), key=lambda item: (*item[0][:2], mean(item[1]))):
+        first = group[0]
+        held_out = [value for run in group if (value := run.get("held_out_unmerged", run.get("held_out"))) is not None]
+        trained = first.get("parameters_trained", 0)
+        cells = [
+            pruner,
+            sparsity,
+            name,
+            spread([headline(run) for run in group]),
+            spread(held_out),
+            f"{first['learning_rate']:g}" if trained and "learning_rate" in first else "",
+            f"{trained / 1e6:.1f} M" if trained else "",
+            f"{first.get('train_tokens', 0):,}",
+            f"{statistics.mean(run['seconds'] for run in group):.0f}",
+            str(len(group)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean(group: list[dict]) -> float:
+    return statistics.mean(headline(run) for run in group)
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and least and largest of several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}..{max(values):.1f})"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a command needs that makes runs of this kind."""
+    _models.add_model_option(parser)
+    parser.add_argument("--data", type=Path, help="folder with calib/, ft/ and dev/ (docs/results.md)")
+    parser.add_argument("--out", type=Path, help="JSON file; finished runs in it are kept")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each in a process of its own")
+    parser.add_argument("--tokens", type=int, default=Budget.tokens, help="of training; default: %(default)s")
+    parser.add_argument("--windows", type=int, default=Budget.windows, help="evaluation windows; default: %(default)s")
+    parser.add_argument("--only", action="append", help="run only jobs whose key contains this text; may be repeated")
+    parser.add_argument("--limit", type=int, default=250, help="examples of each zero-shot task; default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the names of the runs that are missing, and stop")
+
+
+def make(args: argparse.Namespace, jobs: list[Job], command: str) -> tuple[dict, list[str]]:
+    """Make the jobs that --out lacks: all runs of the file, and the keys of jobs that failed."""
+    if args.data is None or args.out is None:
+        raise SystemExit(f"{command}: expected --data and --out")
+    store = Store(args.out, command)
+    earlier = store.read()
+    missing = [job.key for job in jobs if job.key not in earlier["runs"]]
+    if args.dry_run:
+        print(*missing, sep="\n")
+    if args.dry_run or not missing:
+        return earlier["runs"], []
+    budget = Budget(tokens=args.tokens, tuning_tokens=args.tokens // 3, windows=args.windows)
+    shared = {
+        "setup": setup_of(_models.source(args.model), budget),
+        "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "origin": origin(earlier.get("origin", {}) if earlier["runs"] else None),
+    }
+    with tempfile.TemporaryDirectory() as folder, workers(args.jobs) as pool:
+        setting = Setting(_models.on_disk(args.model, Path(folder)), args.data.resolve(), budget, args.limit)
+        failed = work(store, shared, jobs, partial(pool.submit, run_job, setting=setting), args.jobs)
+    return store.read()["runs"], failed
+
+
+def setup_of(model: str, budget: Budget) -> dict:
+    """What the runs of a file have in common; runs of another setup do not belong in it."""
+    return {
+        "model": model,
+        "training_tokens": budget.tokens,
+        "tuning_tokens": budget.tuning_tokens,
+        "evaluation": f"WikiText-2 raw validation, length {budget.window}, first {budget.windows} windows",
+        "held_out": f"C4 validation, length {budget.window}, first {max(1, budget.windows // 2)} windows",
+        "training": f"dolly + alpaca_gpt4, loss on all tokens, steps of {budget.length} tokens, warm-up 0.1, "
+        "bfloat16 autocast where the CPU has it",
+        "calibration": f"C4, {budget.samples} x {budget.length} tokens",
+        "grid": [list(ADAPTER_RATES), list(FULL_RATES)],
+    }
 
 
 def main(argv: list[str]) -> int:
     parser = plain_parser("quality", __doc__)
-    _models.add_model_option(parser)
-    parser.add_argument("--data", type=Path, required=True, help="folder with calib/, ft/ and dev/ (docs/results.md)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; finished runs in it are kept")
-    parser.add_argument("--windows", type=int, default=48, help="evaluation windows of 512 tokens")
-    parser.add_argument("--only", action="append", help="run only jobs whose key contains this text; may be repeated")
-    parser.add_argument("--ablations", action="store_true", help="also losa without rates, ranks, rounds")
+    add_options(parser)
+    parser.add_argument("--method", action="append", help="may be repeated, as the next three")
+    parser.add_argument("--pruner", action="append")
+    parser.add_argument("--sparsity", action="append", type=_sparsity, help="a share, or a pattern such as 2:4")
+    parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--variant", default="", help="name of the settings of --set")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe setting of the variant")
+    parser.add_argument("--rate", type=float, help="learning rate, instead of the tuned one")
+    parser.add_argument("--tuning", action="store_true", help="tune only")
     parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="print a file's perplexities as JSON and stop")
     args = parser.parse_args(argv)
-
-    state = read_document("quality", args.out) if args.out.exists() else {"runs": {}}
-    runs = state["runs"]
-    if args.table:
-        print(table(runs))
+    if bool(args.variant) != bool(args.set) or "/" in args.variant:
+        parser.error("--variant and --set: expected both or neither, and a name without '/'")
+    if args.summary is not None:
+        print(json.dumps(summary(Store(args.summary, "quality").read()["runs"])))
         return 0
-    harness = Harness(args.model, args.data, args.windows)
-    state["setup"] = {
-        "model": harness.model_name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "training_tokens": TOKENS,
-        "tuning_tokens": TUNING_TOKENS,
-        "evaluation": f"WikiText-2 raw validation, length 512, first {args.windows} windows",
-        "training": "dolly + alpaca_gpt4, loss on all tokens, 4 x 256 a step, bfloat16 autocast where the CPU has it",
-        "calibration": "C4, 16 x 256 tokens",
-        "grid": GRID,
-    }
-    state["machine"] = machine(str(harness.model.device))
-    state["origin"] = origin(state.get("origin", {}) if runs else None)
-    if "dense" not in state:
-        state["dense"] = harness.dense()
-        write_json(args.out, state)
-    jobs = tuning_jobs() + final_jobs() + (ablation_jobs() if args.ablations else [])
-    for job in jobs:
-        if job.key in runs or (args.only and not any(text in job.key for text in args.only)):
-            continue
-        rate = job.learning_rate or tuned_rate(runs, job.method)
-        print(f"== {job.key} at learning rate {rate:g}", flush=True)
-        with tempfile.TemporaryDirectory() as work:
-            runs[job.key] = harness.run(job, rate, Path(work))
-        write_json(args.out, state)
-        print(f"   {headline(runs[job.key]):.2f} in {runs[job.key]['seconds']:.0f} s", flush=True)
-    print(table(runs))
-    return 0
+    if args.table:
+        if args.out is None:
+            parser.error("--table: expected --out")
+        print(table(Store(args.out, "quality").read()["runs"]))
+        return 0
+    runs, failed = make(args, chosen_jobs(args), "quality")
+    if not args.dry_run:
+        print(table(runs))
+    for key in failed:
+        print(f"quality: failed: {key}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _sparsity(text: str) -> float | str:
+    return text if ":" in text else float(text)

@@ -9,6 +9,9 @@ from torch import nn
 
 from losa.errors import LosaError
 
+# An accuracy's standard error is a formula, but lm-eval computes none without samples for metrics that have no formula.
+_BOOTSTRAPS = 100
+
 
 def evaluate_tasks(
     model: nn.Module,
@@ -28,7 +31,8 @@ def evaluate_tasks(
 
     Returns:
         {task: {metric: value}}. Accuracy is ``acc``, as the paper reports it; the length-normalised ``acc_norm`` is
-        left out. A metric of another filter than lm-eval's default is named "metric,filter".
+        left out. A metric of another filter than lm-eval's default is named "metric,filter". The standard error of a
+        metric is beside it, as "metric_stderr", where lm-eval computes one.
 
     Raises:
         LosaError: lm-eval is not installed, a directory is missing, or a task is unknown.
@@ -48,7 +52,7 @@ def evaluate_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = lm_eval.simple_evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, bootstrap_iters=0
+            wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, bootstrap_iters=_BOOTSTRAPS
         )
     finally:
         model.train(was_training)
@@ -61,6 +65,6 @@ def _metrics(values: dict) -> dict[str, float]:
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and metric != "acc_norm" and not metric.endswith("_stderr") and filtered:
+        if number and metric.removesuffix("_stderr") != "acc_norm" and filtered:
             chosen[metric if filtered == "none" else key] = float(value)
     return chosen

@@ -29,7 +29,6 @@ from benchmarks import (
     masked_lora,
     packing,
     prune,
-    quality,
     selection,
     sparse_linear,
     training_step,
@@ -54,7 +53,7 @@ def test_benchmarks_of_kernels_do_not_import_losa():
     folder = Path(entry.__file__).parent
     found = {file.stem for file in folder.glob("*.py") if re.search(r"^ *(from|import) losa\b", file.read_text(), re.M)}
     own = {"decode", "interrupted", "prune", "quality", "training_step"}
-    assert found == {"_loading", "_models", "_random_model", *own}
+    assert found == {"_harness", "_jobs", "_loading", "_models", "_random_model", "_store", *own}
 
 
 def test_an_interrupted_run_that_is_not_as_claimed_fails():
@@ -212,27 +211,6 @@ def test_copies_exceed_the_cache(monkeypatch):
     # A GPU runs short kernels in bursts, and has a cache of its own size.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=60 << 20))
     assert _timing.rotation(32 << 20, "cuda", 5) == 8 and _timing.rotation(1 << 10, "cuda", 5) == 6 * 20
-
-
-def test_quality_runs_what_is_asked_for():
-    keys = [job.key for job in (*quality.tuning_jobs(), *quality.final_jobs(), *quality.ablation_jobs())]
-    assert len(set(keys)) == len(keys)
-    seeds = [j for j in quality.final_jobs() if j.pruner == "wanda" and j.sparsity == 0.7]
-    assert {(j.method, j.seed) for j in seeds} == {
-        (m, s) for m in ("prune_only", "losa", "lora", "sparse_lora") for s in range(3)
-    }
-
-
-def test_quality_table_and_tuning():
-    rate = quality.GRID["lora"][1]
-    runs = {
-        quality.Job("lora", learning_rate=lr, tuning=True).key: {"perplexity": 1, "perplexity_unmerged": abs(lr - rate)}
-        for lr in quality.GRID["lora"]
-    }
-    assert quality.tuned_rate(runs, "lora") == rate
-    for seed, value in enumerate((10.0, 14.0)):
-        runs[quality.Job("losa", seed=seed).key] = {"perplexity": value, "perplexity_unmerged": None}
-    assert "| wanda | 70% | losa | 12.0 (10.0..14.0) | 2 |" in quality.table(runs)
 
 
 @pytest.fixture

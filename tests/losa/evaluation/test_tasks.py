@@ -23,7 +23,7 @@ def test_metrics_are_plain_accuracy():
         "alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.6, "acc_norm_stderr,none": "N/A",
         "exact_match,strict": 1, "sample_len": 20,
     }  # fmt: skip
-    assert _metrics(found) == {"acc": 0.5, "exact_match,strict": 1.0}
+    assert _metrics(found) == {"acc": 0.5, "acc_stderr": 0.1, "exact_match,strict": 1.0}
 
 
 def test_local_task_through_lm_eval(tmp_path):
@@ -41,7 +41,8 @@ def test_local_task_through_lm_eval(tmp_path):
     (tmp_path / "tasks" / "local.yaml").write_text(json.dumps(task))
     model, tokenizer = tiny_llama(layers=1), tiny_tokenizer()
     # Untrained, the model finds the shorter continuation likelier everywhere.
-    assert evaluate_tasks(model, tokenizer, ["losa_local"], [tmp_path / "tasks"]) == {"losa_local": {"acc": 0.5}}
+    found = evaluate_tasks(model, tokenizer, ["losa_local"], [tmp_path / "tasks"])
+    assert found == {"losa_local": {"acc": 0.5, "acc_stderr": pytest.approx(0.05**0.5)}}  # the variance 0.3 over 6
     with pytest.raises(LosaError, match="lm-eval knows no nope"):
         evaluate_tasks(model, tokenizer, ["nope"])
     with pytest.raises(LosaError, match="no such directory"):

@@ -1,0 +1,157 @@
+"""The paper's tables on a model and text of one's own: makes the runs of a table and prints it as Markdown.
+
+--table may be repeated; without it all tables are made. Runs are those of the quality benchmark, in the same file:
+finished ones are not repeated, and learning rates are tuned as there. The paper's own perplexities are beside ours;
+they are of LLaMA-2-7B, so only their order can be compared.
+
+--fill PAGE writes the tables of finished runs into a page, between the lines <!-- table NAME --> and <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks._jobs import Job, headline
+from benchmarks._paper_tables import Row, Table, tables
+from benchmarks._results import plain_parser
+from benchmarks._store import Store
+from benchmarks.quality import add_options, make, spread
+from losa.storage.files import write_text
+
+MISSING = "–"
+PLACE = re.compile(r"(?<=^<!-- table )([\w-]+)( -->\n).*?(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL)
+
+
+def _of(key: str) -> Callable[[dict], float | None]:
+    """The value of the model that a run is judged by: the unmerged one where merging changes the function."""
+    return lambda run: run.get(f"{key}_unmerged", run.get(key))
+
+
+def _mean(values: list[float], unit: str, scale: float = 1.0) -> str:
+    return f"{statistics.mean(values) / scale:,.{0 if scale == 1 else 1}f}{unit}"
+
+
+# By name: what a column shows of a run, and how it shows the values of several seeds.
+COLUMNS: dict[str, tuple[Callable[[dict], float | None], Callable[[list[float]], str]]] = {
+    "perplexity": (headline, spread),
+    "held-out text": (_of("held_out"), spread),
+    "trained": (lambda run: run.get("parameters_trained"), lambda values: _mean(values, " M", 1e6)),
+    "tokens": (lambda run: run.get("train_tokens"), lambda values: _mean(values, "")),
+    "seconds": (lambda run: run.get("seconds"), lambda values: _mean(values, "")),
+    "memory": (lambda run: run.get("peak_bytes"), lambda values: _mean(values, " GB", 1e9)),
+}
+
+
+def markdown(table: Table, runs: dict, seeds: int) -> str:
+    """The table of finished runs; what was not run is a dash."""
+    if table.columns == ("blocks",):
+        return _lines((*table.header, "rates of the blocks, from the first to the last"), _block_rows(table, runs))
+    if table.columns == ("tasks",):
+        names = _task_names(table, runs)
+        return _lines((*table.header, *names, "mean"), _task_rows(table, runs, names))
+    paper = any(row.paper is not None for row in table.rows)
+    header = (*table.header, *table.columns, *(("paper, LLaMA-2-7B",) if paper else ()))
+    rows = []
+    for row in table.rows:
+        found = [runs[job.key] for job in row.jobs(seeds) if job.key in runs]
+        cells = [_cell(found, *COLUMNS[name]) for name in table.columns]
+        cells += [f"{row.paper:g}" if row.paper is not None else ""] if paper else []
+        rows.append([*row.labels, *cells])
+    return _lines(header, rows)
+
+
+def _cell(found: list[dict], value_of: Callable, shown: Callable) -> str:
+    if found and all(run.get("failed") for run in found):
+        return "diverged"
+    values = [value for run in found if not run.get("failed") and (value := value_of(run)) is not None]
+    return shown(values) if values else MISSING
+
+
+def _lines(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def _block_rows(table: Table, runs: dict) -> list[list[str]]:
+    rows = []
+    for row in table.rows:
+        rounds = runs.get(row.job.key, {}).get("rounds")
+        rates = " ".join(f"{100 * rate:.0f}" for rate in rounds[-1]["sparsity"]) if rounds else MISSING
+        rows.append([*row.labels, rates])
+    return rows
+
+
+def _tasks(row: Row, runs: dict) -> dict[str, dict[str, float]]:
+    found = _of("tasks")(runs.get(row.job.key, {}))
+    return found or {}  # type: ignore[return-value]
+
+
+def _task_names(table: Table, runs: dict) -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows for name in _tasks(row, runs)))
+
+
+def _task_rows(table: Table, runs: dict, names: list[str]) -> list[list[str]]:
+    """Accuracies in per cent, with standard errors; the mean's takes the tasks as independent."""
+    rows = []
+    for row in table.rows:
+        found = _tasks(row, runs)
+        cells = [
+            _accuracy(found[name]["acc"], found[name]["acc_stderr"]) if name in found else MISSING for name in names
+        ]
+        mean = MISSING
+        if found:
+            error = sum(task["acc_stderr"] ** 2 for task in found.values()) ** 0.5 / len(found)
+            mean = _accuracy(statistics.mean(task["acc"] for task in found.values()), error)
+        rows.append([*row.labels, *cells, mean])
+    return rows
+
+
+def _accuracy(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def filled(page: str, runs: dict, seeds: int) -> str:
+    """A page with the tables of ``runs`` in their places. Raises KeyError: it asks for a table that there is not."""
+    known = tables()
+    return PLACE.sub(lambda found: f"{found[1]}{found[2]}{markdown(known[found[1]], runs, seeds)}\n", page)
+
+
+def jobs_of(chosen: list[Table], seeds: int) -> Iterator[Job]:
+    """Each run once, in the order of the tables."""
+    found = (job for table in chosen for row in table.rows for job in row.jobs(seeds))
+    yield from {job.key: job for job in found}.values()
+
+
+def main(argv: list[str]) -> int:
+    known = tables()
+    parser = plain_parser("paper", __doc__)
+    add_options(parser)
+    parser.add_argument("--table", action="append", choices=list(known), help="may be repeated; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="of Wanda at 70 %%; default: %(default)s")
+    parser.add_argument("--print", action="store_true", help="print the tables of finished runs and stop")
+    parser.add_argument(
+        "--fill", type=Path, metavar="PAGE", help="write the tables of finished runs into a page and stop"
+    )
+    args = parser.parse_args(argv)
+    chosen = [known[name] for name in args.table or known]
+    if args.print or args.fill is not None:
+        if args.out is None:
+            parser.error("--print and --fill: expected --out")
+        runs, failed = Store(args.out, "paper").read()["runs"], []
+    else:
+        jobs = [
+            job for job in jobs_of(chosen, args.seeds) if not args.only or any(text in job.key for text in args.only)
+        ]
+        runs, failed = make(args, jobs, "paper")
+    if args.fill is not None:
+        write_text(args.fill, filled(args.fill.read_text(), runs, args.seeds))
+        return 0
+    if not args.dry_run:
+        for table in chosen:
+            print(f"## {table.title}\n\n{markdown(table, runs, args.seeds)}\n")
+    for key in failed:
+        print(f"paper: failed: {key}", file=sys.stderr)
+    return 1 if failed else 0

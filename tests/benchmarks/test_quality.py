@@ -1,0 +1,189 @@
+"""The quality benchmark: which runs are made, at which learning rates, and how they are kept and shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import _harness, _store, quality
+from benchmarks._harness import Setting, recipe_of
+from benchmarks._jobs import ADAPTER_RATES, BEST, FULL_RATES, Budget, Job, headline, rates_to_try, ready, tuned_rate
+from losa.errors import NumericsError, RecipeError
+from tests.helpers.tiny import tiny_llama, tiny_tokenizer
+
+SHARED = {"setup": {"model": "tiny"}}
+
+
+def test_runs_of_the_comparison():
+    jobs = quality.final_jobs()
+    assert len({job.key for job in jobs}) == len(jobs)
+    seeds = {(job.method, job.seed) for job in jobs if (job.pruner, job.sparsity) == ("wanda", 0.7)}
+    assert seeds >= {(method, seed) for method in quality.METHODS for seed in range(3)}
+    assert (
+        Job("losa", "alps", "2:4", 2, "kl", learning_rate=0.01, tuning=True).key == "losa/alps/2:4/seed2/kl/tune-lr0.01"
+    )
+    assert Job("lora", sparsity=0.5, tasks=True).key == "lora/wanda/0.50/seed0/tasks" and Job("dense").key == "dense"
+
+
+@pytest.mark.parametrize("best", ADAPTER_RATES)
+def test_the_search_for_a_rate_finds_a_single_minimum(best):
+    found: dict[float, float] = {}
+    while rates := rates_to_try(found, ADAPTER_RATES, ADAPTER_RATES[3]):
+        found |= {rate: abs(math.log(rate / best)) for rate in rates}
+    assert min(found, key=found.__getitem__) == best
+    place, tried = ADAPTER_RATES.index(best), sorted(map(ADAPTER_RATES.index, found))
+    assert {max(place - 1, 0), min(place + 1, 5)} <= set(tried) and tried == list(range(tried[0], tried[-1] + 1))
+
+
+def test_rates_come_from_the_nearest_tuning():
+    def tuned(job: Job, best: float) -> dict:
+        rates = {rate: abs(math.log(rate / best)) for rate in job.rates}
+        return {replace(job, learning_rate=rate, tuning=True).key: {"perplexity": 1 + x} for rate, x in rates.items()}
+
+    runs = tuned(Job("losa"), 0.016) | tuned(Job("losa", sparsity=0.5), 0.004) | tuned(Job("sparse_full"), 8e-4)
+    assert tuned_rate(Job("losa", "alps", 0.9, 2), runs) == tuned_rate(Job("losa", sparsity="2:8"), runs) == 0.016
+    assert (
+        tuned_rate(Job("losa", sparsity="2:4"), runs) == 0.004 and tuned_rate(Job("losa", sparsity=0.6), runs) is None
+    )
+    assert tuned_rate(Job("sparse_full"), runs) == 8e-4 and Job("sparse_full").rates == FULL_RATES
+    kl = Job("losa", variant="kl", overrides={"train.warmup": 0.2})
+    assert tuned_rate(kl, runs) == 0.016 and tuned_rate(replace(kl, learning_rate=0.5), runs) == 0.5
+    assert tuned_rate(kl, runs | tuned(kl, 0.002)) == 0.002
+    # The search at another sparsity begins where the first one ended.
+    assert [job.key for job, _ in ready([Job("losa", sparsity=0.6)], runs)] == ["losa/wanda/0.60/seed0/tune-lr0.016"]
+    assert headline({"failed": "diverged"}) == math.inf
+
+
+def ended(value) -> Future:
+    future: Future = Future()
+    future.set_exception(value) if isinstance(value, Exception) else future.set_result(value)
+    return future
+
+
+def test_missing_runs_are_made_once_after_their_tuning(tmp_path, capsys):
+    store, made = _store.Store(tmp_path / "runs.json", "quality"), []
+
+    def start(job, rate):
+        made.append(job.key)
+        if job.pruner == "nothing":
+            return ended(RecipeError("no such pruner"))
+        return ended(
+            {"perplexity": abs(math.log(rate / 0.004)) + job.seed, "perplexity_unmerged": None, "seconds": 1.0}
+        )
+
+    wanted = [Job("prune_only", "nothing"), Job("lora"), Job("lora", seed=1), Job("prune_only")]
+    assert _store.work(store, SHARED, wanted, start, 2) == ["prune_only/nothing/0.70/seed0"]
+    tuning = [f"lora/wanda/0.70/seed0/tune-lr{rate:g}" for rate in (0.008, 0.004, 0.016, 0.002)]
+    assert sorted(made) == sorted([*(job.key for job in wanted), *tuning]) and len(store.read()["runs"]) == 7
+    assert max(map(made.index, tuning)) < made.index("lora/wanda/0.70/seed0")
+    assert "no such pruner" in capsys.readouterr().out and not list(tmp_path.glob(".*.lock"))
+    made.clear()
+    assert _store.work(store, SHARED, wanted[1:], start, 2) == [] and made == []
+
+
+def test_two_commands_share_a_file(tmp_path, monkeypatch):
+    """A run that another command makes is waited for, and neither loses the runs of the other."""
+    store, other = (_store.Store(tmp_path / "runs.json", "quality") for _ in range(2))
+    claim = other.claim(Job("prune_only"))
+    assert claim is not None and store.claim(Job("prune_only")) is None
+
+    def waits(seconds):
+        other.merge(SHARED, {Job("prune_only").key: {"perplexity": 2.0}})
+        claim.close()
+
+    monkeypatch.setattr(_store.time, "sleep", waits)
+    wanted = [Job("prune_only"), Job("prune_only", seed=1)]
+    assert _store.work(store, SHARED, wanted, lambda job, rate: ended({"perplexity": 3.0}), 2) == []
+    assert [run["perplexity"] for run in store.read()["runs"].values()] == [2.0, 3.0]
+    with pytest.raises(SystemExit, match="another setup .model: 'tiny', now 'large'"):
+        store.merge({"setup": {"model": "large"}}, {})
+
+
+def test_summary_of_a_file(tmp_path, capsys):
+    file, run = tmp_path / "quality.json", {"perplexity": 9.0, "perplexity_unmerged": None, "seconds": 1.0}
+    runs = {f"best/wanda/0.70/seed{seed}": run | {"perplexity": 80.0 + seed} for seed in (10, 2, 0)}
+    runs["lora/sparsegpt/0.50/seed0"] = run | {"perplexity": 35.5, "perplexity_unmerged": 38.25}
+    for other in (
+        "dense",
+        "losa/wanda/2:4/seed0",
+        "losa/wanda/0.70/seed0/no_rates",
+        "losa/wanda/0.70/seed0/tune-lr0.01",
+    ):
+        runs[other] = run
+    runs["losa/wanda/0.80/seed0"] = {"failed": "diverged"}
+    file.write_text(_store.as_text({"setup": {}, "runs": runs}))
+    assert quality.main(["--summary", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "best/wanda/0.70": [80.0, 82.0, 90.0],
+        "lora/sparsegpt/0.50": [38.25],
+        "lora_masked/sparsegpt/0.50": [35.5],
+    }
+    assert json.loads(file.read_text())["runs"] == runs
+    assert quality.main(["--out", str(file), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "| wanda | 0.70 | best | 84.0 (80.0..90.0) |" in printed and "| losa no_rates | 9.0 |" in printed
+    assert "tune" not in printed
+
+
+def test_options_choose_runs(tmp_path, capsys):
+    args = ["--data", str(tmp_path), "--out", str(tmp_path / "new.json"), "--dry-run"]
+    chosen = ["--method", "losa", "--method", "lora", "--sparsity", "2:4", "--seed", "1", "--only", "losa"]
+    assert quality.main([*args, *chosen, "--variant", "mixed", "--set", "prune.mixed=true", "--rate", "0.01"]) == 0
+    assert capsys.readouterr().out == "losa/wanda/2:4/seed1/mixed/lr0.01\n"
+    for wrong in (["--variant", "x"], ["--set", "prune.mixed=true"], ["--set", "a", "--variant", "x"]):
+        with pytest.raises(SystemExit):
+            quality.main([*args, *wrong])
+
+
+SETTING = Setting("model", None, Budget(tokens=640, tuning_tokens=192, length=32, samples=2, windows=4, window=32))
+
+
+def test_recipes_of_runs(tmp_path, monkeypatch):
+    setting = replace(SETTING, data=tmp_path)
+    plain = recipe_of(Job("losa", sparsity="2:4", seed=3, overrides={"prune.mixed": True}), 0.01, setting)
+    assert plain.prune.mixed and plain.prune.pattern == "2:4" and plain.seed == 3 and plain.train.max_tokens == 640
+    assert plain.train.warmup == 0.1 and plain.train.batch_size == 1 and plain.train.learning_rate == 0.01
+    tuning = recipe_of(Job("lora", tuning=True), 0.01, setting)
+    assert tuning.train.max_tokens == 192 and tuning.evaluate.data.path != plain.evaluate.data.path
+    # Of the best recipe the method's settings count, and neither data nor budget.
+    text = "method: sparse_lora\nallocation: {mean_rank: 9}\nlora: {rank: 5}\noutput: x\n"
+    text += "train: {data: y, length: 99, learning_rate: 7, warmup: 0.4, max_tokens: 1}\nprune: {sparsity: 0.1}\n"
+    (tmp_path / "best.yaml").write_text(text)
+    monkeypatch.setattr(_harness, "BEST_RECIPE", tmp_path / "best.yaml")
+    best = recipe_of(Job(BEST, "sparsegpt", 0.6), 0.01, setting)
+    assert (best.method, best.lora.rank, best.allocation.mean_rank, best.train.warmup) == ("sparse_lora", 5, 9, 0.4)
+    assert best.prune == recipe_of(Job("losa", "sparsegpt", 0.6), 0.01, setting).prune
+    same = {"data", "length", "batch_size", "max_tokens", "learning_rate", "train_on", "precision"}
+    assert all(getattr(best.train, key) == getattr(plain.train, key) for key in same)
+    with pytest.raises(RecipeError, match="losa/wanda/0.70/seed0/odd.*\n.*train.nothing"):
+        recipe_of(Job("losa", variant="odd", overrides={"train.nothing": 1}), 0.01, setting)
+
+
+@pytest.fixture
+def tiny_setting(tmp_path):
+    tiny_llama(layers=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"text": f"{i} red and green and blue {i * i} " * 9}) for i in range(40)]
+    for name in (*_harness.TRAINING, "calib/c4_calib.jsonl", _harness.REPORTED, _harness.HELD_OUT):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\n".join(rows))
+    return replace(SETTING, model=str(tmp_path / "model"), data=tmp_path)
+
+
+def test_a_run_of_a_method_that_cannot_be_merged(tiny_setting, monkeypatch, capsys):
+    row = _harness.run_job(Job("lora", sparsity=0.5), 0.01, tiny_setting)
+    assert row["train_tokens"] == 640 and row["parameters_trained"] > 0 and row["rounds"][0]["train_steps"] == 20
+    assert row["perplexity"] != row["perplexity_unmerged"] and row["held_out"] != row["held_out_unmerged"]
+    assert row["peak_bytes"] > 2**20 and row["seconds"] > 0 and json.loads(json.dumps(row)) == row
+    dense = _harness.run_job(Job("dense"), 0.01, tiny_setting)
+    assert set(dense) == {"method", "perplexity", "held_out", "threads", "peak_bytes"}
+
+    def diverges(self):
+        raise NumericsError("loss: not finite")
+
+    monkeypatch.setattr(_harness.MethodRun, "run", diverges)
+    assert _harness.run_job(Job("lora"), 0.01, tiny_setting)["failed"] == "loss: not finite"
