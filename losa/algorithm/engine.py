@@ -79,9 +79,9 @@ class Engine:
 
     Raises:
         ModelError: no blocks, a block without a wrapped linear, or a model that a structured pruner cannot shrink.
-        RecipeError: an unknown pruner; a pattern that does not divide a linear's inputs; a statistic that is unknown, has
-            no ``total`` on several processes, or takes gradients of a sharded model; rates that the pruner cannot follow;
-            regrowth that it does not know; or rates whose width needs a ``loss``.
+        RecipeError: an unknown pruner; a pattern that does not divide a linear's inputs; a statistic that is unknown,
+            has no ``total`` on several processes, or takes gradients of a sharded model; rates that the pruner cannot
+            follow; regrowth that it does not know; or rates whose width needs a ``loss``.
     """
 
     def __init__(

@@ -126,8 +126,8 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 
 def merge_model(model: nn.Module) -> nn.Module:
-    """Turn every wrapped layer into a plain linear with its effective weight, M * (W + s B A), and every trained norm into
-    a plain one with its trained weights, in place. Parameters stay frozen."""
+    """Turn every wrapped layer into a plain linear with its effective weight, M * (W + s B A), and every trained norm
+    into a plain one with its trained weights, in place. Parameters stay frozen."""
     return replace_layers(model, lambda layer: layer.merge())
 
 
@@ -142,8 +142,8 @@ def replace_layers(
     made: Callable[[_Layer], nn.Module],
     norm: Callable[[TrainedNorm], nn.Module] = TrainedNorm.merge,
 ) -> nn.Module:
-    """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm, as
-    ``replace_modules`` does."""
+    """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm,
+    as ``replace_modules`` does."""
     replace_modules(model, list(wrapped_linears(model)), lambda _, layer: made(cast(_Layer, layer)))
     replace_modules(model, list(trained_norms(model)), lambda _, layer: norm(cast(TrainedNorm, layer)))
     return model

@@ -12,6 +12,7 @@ from torch import nn
 from losa.algorithm.gradients import wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
+from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName, check_packages
 from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
