@@ -97,7 +97,7 @@ def test_normalised_similarity_compares_tokens_of_one_size(trained):
 
 
 def test_massive_activations_hide_nothing_from_normalised_similarity():
-    """The first block makes a channel of the first token large, and later blocks hand it on: samples then seem alike."""
+    """One block makes a channel of the first token large, and later blocks hand it on: samples then seem alike."""
     model, engine = build()
     first = model.model.layers[0]
     first.register_forward_hook(lambda _, args, output: output.index_add(1, torch.tensor([0]), _massive(args[0])))
