@@ -77,8 +77,8 @@ def check_linear(prune: PruneConfig, pruner: Pruner) -> None:
 
 
 def ranks_within(rates: LinearRates, rank: int, config: AllocationConfig) -> list[int]:
-    """Ranks of a block's linears in their order, whose mean is the block's ``rank``: by the share of squared scores that
-    is pruned, by sparsity, or one for all, as ``config.ranks`` says of blocks."""
+    """Ranks of a block's linears in their order, whose mean is ``rank``: by the share of squared scores that is pruned,
+    by sparsity, or one for all, as ``config.ranks`` says of blocks."""
     if config.ranks == "uniform":
         return [rank] * len(rates.removed)
     by_sparsity = {name: pattern.target for name, pattern in rates.patterns.items()}

@@ -57,6 +57,10 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     "whole blocks": ({"sparsity": 0.5, "pruner": "by-maxima"}, {"rates": "uniform"}, 8, 1),
     # Of three processes one has no sample. A step takes three: two together and one by itself, where one process can.
     "reconstructed": ({"sparsity": 0.5}, {"rates": "uniform"}, 4, 2),
+    "scores": ({"sparsity": 0.5}, {"rates": "owl", "per": "linear"}, 8, 2),
+    "tokens": ({"sparsity": 0.5}, {"rates": "cka_normalised"}, 8, 1),
+    "cosines": ({"sparsity": 0.5}, {"rates": "update"}, 8, 1),
+    "losses": ({"sparsity": 0.5}, {"rates": "atp"}, 8, 1),
 }
 # Cases that are no part of the comparison with one process.
 OTHERS: dict[str, tuple[dict, dict, int, int]] = {
@@ -81,6 +85,7 @@ def build(
         PruneConfig(**prune),
         AllocationConfig(**({"mean_rank": 4, "rank_max": 12} | allocation)),
         CalibrationConfig(data="unused", samples=samples, length=20, cka_samples=5, batch_size=batch_size),
+        loss=lambda ids: perplexity(model, ids.flatten(), 20, batch_size).nll,
         reconstruct=ReconstructConfig(steps=4, batch_size=3) if case == "reconstructed" else None,
     )
     return model, engine
@@ -337,7 +342,7 @@ def one() -> dict[str, Any]:
 # By number of processes: the cases, and how many processes hold the model together in which of them.
 PLANS: dict[int, tuple[list[str], int, list[str]]] = {
     2: (["wanda", "regrow"], 2, ["wanda", "regrow"]),
-    3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks", "reconstructed"]),
+    3: (list(CASES), 3, ["sparsegpt", "2:4", "whole blocks", "reconstructed", "scores", "losses"]),
     4: (["wanda"], 2, ["wanda"]),
 }
 

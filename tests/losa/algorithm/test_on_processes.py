@@ -27,15 +27,8 @@ def cases(found) -> list[tuple[str, dict]]:
 
 
 def test_masks_and_decisions_are_one_process_s(found, cases):
-    assert {case for case, _ in cases} >= {
-        "wanda",
-        "2:4",
-        "sparsegpt",
-        "regrow",
-        "one batch",
-        "whole blocks",
-        "reconstructed",
-    }
+    assert {case for case, _ in cases} >= {"wanda", "2:4", "sparsegpt", "regrow", "one batch", "whole blocks"}
+    assert {case for case, _ in cases} >= {"reconstructed", "scores", "tokens", "cosines", "losses"}
     assert all("wanda" in each["cases"] for processes in SEVERAL for each in found[processes])
     for case, one in cases:
         assert all(one["counts"]) and all(one["ranks"]) and all(one["damping"]), case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from losa.algorithm.importance import cka_importance
-from losa.algorithm.rates import default_delta, rates_for, uniform_rates
+from losa.algorithm.rates import MAX_RATE, default_delta, rates_for, smooth_rates, uniform_rates
 from tests.helpers.similarity import similarity
 
 
@@ -140,3 +142,58 @@ def test_impossible_floor_is_refused():
 def test_bad_arguments_of_rates_are_named(target, settings, message):
     with pytest.raises(ValueError, match=message):
         rates_for(cka_importance(similarity(4, 0)), target, **settings)
+
+
+IMPORTANCES = st.lists(st.floats(-5, 5), min_size=2, max_size=30).map(lambda x: torch.tensor(x, dtype=torch.float64))
+
+
+@settings(max_examples=100, deadline=None)
+@given(IMPORTANCES, st.floats(0.02, 0.95), st.floats(0, 0.45))
+def test_smooth_rates_meet_their_mean_within_bounds_in_order_of_importance(importance, target, delta):
+    rates = smooth_rates(importance, target, delta)
+    assert rates.mean().item() == pytest.approx(target, abs=1e-12)
+    assert rates.min() >= -1e-12 and rates.max() <= MAX_RATE + 1e-12
+    assert rates.max() - rates.min() <= 2 * delta + 1e-12
+    order = importance.argsort()
+    assert bool((rates[order].diff() <= 1e-12).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(IMPORTANCES, st.floats(0.05, 0.9), st.floats(0, 0.3), st.integers(0, 10**6))
+def test_smooth_rates_above_floors(importance, target, delta, seed):
+    generator = torch.Generator().manual_seed(seed)
+    floor = (target * 2 * torch.rand(len(importance), generator=generator)).double().clamp(max=1)
+    if floor.mean() > target:
+        with (
+            pytest.raises(ValueError, match="floor: no rates with mean")
+            if floor.mean() > target + 1e-3
+            else nullcontext()
+        ):
+            smooth_rates(importance, target, delta, floor)
+        return
+    rates = smooth_rates(importance, target, delta, floor)
+    assert rates.mean().item() == pytest.approx(target, abs=1e-12) and bool((rates >= floor - 1e-12).all())
+
+
+def test_densities_of_owl_and_dlp():
+    """(1 - s) + 2 lambda z_l minus the mean of the second term, with the importances z brought to [0, 1]."""
+    outliers = torch.tensor([0.011, 0.004, 0.02, 0.008], dtype=torch.float64).numpy()
+    z = (outliers - outliers.min()) / (outliers.max() - outliers.min())
+    density = 2 * 0.08 * z - np.mean(2 * 0.08 * z) + (1 - 0.7)
+    assert np.allclose(smooth_rates(torch.tensor(outliers), 0.7, 0.08), 1 - density, rtol=0, atol=1e-15)
+    # Equal importances, and no width at all: one rate for all.
+    for importance, delta in ((torch.ones(4), 0.1), (torch.tensor(outliers), 0.0)):
+        assert smooth_rates(importance, 0.7, delta).tolist() == [0.7] * 4
+
+
+def test_an_arithmetic_progression():
+    """s + beta (l - (L - 1) / 2), beta the width over half of the blocks' steps."""
+    rates = smooth_rates(-torch.arange(5, dtype=torch.float64), 0.6, 0.2)
+    assert torch.allclose(rates, torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_cut_rates_keep_their_mean():
+    """0.99 is reached, and every other rate rises by the same amount."""
+    rates = smooth_rates(torch.tensor([0.0, 1.0, 2.0]), 0.9, 0.15)
+    assert rates[0] == MAX_RATE and rates.mean().item() == pytest.approx(0.9, abs=1e-12)
+    assert (rates[1] - rates[2]).item() == pytest.approx(0.15)
