@@ -41,7 +41,7 @@ class RoundRecord:
     loss_reconstructed: list[float] | None = None
 
 
-# Lists of a round with a value for each block, which the record may lack but for the first one.
+# Lists of a round with a value for each block. A round may lack any of them but the first.
 _PER_BLOCK = ("sparsity", "errors", "keep_n", "importance", "similarity", "loss_pruned", "loss_reconstructed")
 
 

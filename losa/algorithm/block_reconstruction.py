@@ -137,7 +137,7 @@ class BlockReconstruction:
         value, *gradients = mean.split([1, *(p.numel() for p in parameters)])
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-        return value
+        return value.clone()  # a view would keep all gradients
 
 
 @dataclass(frozen=True)

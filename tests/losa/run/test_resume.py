@@ -51,7 +51,7 @@ def recipe(root: Path, **changes):
         "evaluate": {"data": str(root / "heldout.txt"), "length": 32, "max_windows": 2},
     }
     for key, value in changes.items():
-        settings[key] = settings.get(key) | value if isinstance(value, dict) else value
+        settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
     return parse_recipe(settings)
 
 
