@@ -171,7 +171,7 @@ def test_a_teacher_is_counted(model_directory):
     work, more = ({s.kind: s.flops for s in found.stages} for found in (plain, taught))
     assert more["training"] - work["training"] == 160 * (2 * 2 * BLOCK + 2 * EMBEDDING + 16 * 2 * 32 * 2)
     assert more["pruning"] == work["pruning"]
-    assert taught.size("loss") == 5 * 32 * 98 * 4 + (2 + 1 + 2) * 32 * 32 * 4
+    assert taught.size("loss") == 5 * 32 * 98 * 4 + (2 + 1 + 3 * 2) * 32 * 32 * 4
     on_device = {(phase, "device") for phase in ("pruning", "training", "evaluation")}
     for changes, places in (
         ({}, set()),
