@@ -29,8 +29,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def train_norms(model: nn.Module) -> dict[str, TrainedNorm]:
-    """Put a ``TrainedNorm`` in the place of every norm of ``find_norms``, in place. In a sharded model they are sharded
-    too. ``merge_model`` turns them into plain norms again.
+    """Put a ``TrainedNorm`` in the place of every norm in the decoder's blocks and beside their list, in place. In a
+    sharded model they are sharded too. ``merge_model`` turns them into plain norms again. ``wrap_model``, which freezes
+    everything but adapters, comes first.
+
+    Returns:
+        the trained norms by full name.
 
     Raises:
         ModelError: the model has no blocks, or no norm with parameters.

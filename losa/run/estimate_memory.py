@@ -242,7 +242,8 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
     held = loss_bytes(shape, tokens)
     if train.distill is not None:
         how = "logits and softmaxes of half a chunk of both models, the gradient; hidden states of both"
-        compared = shape.blocks if train.distill.hidden else 0
+        # Of each block the teacher's output, the model's, and their difference.
+        compared = 3 * shape.blocks if train.distill.hidden else 0
         held = loss_bytes(shape, tokens, chunk=0.5, buffers=5) + (1 + compared) * tokens * shape.hidden * size
     yield Holding("training", place, "loss", held, how)
     how = "M (W + s B A) and dY^T x of the largest"

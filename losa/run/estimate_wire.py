@@ -94,7 +94,7 @@ class Wires:
 
     def _training(self, stage: Stage) -> Iterator[Traffic]:
         recipe, placement, steps = self.recipe, self.placement, stage.times
-        assert recipe.train is not None
+        assert recipe.train is not None and stage.method is not None
         adapters = adapters_of(self.shape.pruned, highest_rank(self.rounds))
         how = "fp32 gradients of the adapters, once a step"
         if placement.shard_size is None:
@@ -104,7 +104,7 @@ class Wires:
         # A teacher's blocks that are not dropped are there for the pass that trains.
         passes = 2 + distills if recipe.distributed.reshard_after_forward else 1
         forward = recipe.train.gradient_accumulation * steps
-        rounds = sum(each.sequences > 0 for each in self.rounds[stage.method]) if stage.method is not None else 0
+        rounds = sum(each.sequences > 0 for each in self.rounds[stage.method])
         teacher = "for the teacher's, " * (passes > 2)
         how = f"{teacher}for the forward" + (" and for the backward pass" * (passes > 1)) + ", and once before a round"
         yield from self.gathered(forward * passes + rounds, forward + rounds, how)

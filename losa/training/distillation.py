@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,23 +52,30 @@ class DistillationLoss(TokenLoss):
         # No submodules of this module: they are the model's.
         self._blocks = tuple(find_blocks(model)) if config.hidden else ()
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_share: float) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_share: float
+    ) -> Tensor:
         """The loss times the step's label tokens, so that divided by them it is the mean: a scalar.
 
         Args:
             input_ids, positions, targets: of ``TokenLoss``.
             label_share: label tokens over positions of the whole step; 0 for sequences that do not count.
         """
-        with self._region(input_ids), torch.no_grad(), self._teaching(), _outputs(self._blocks, torch.clone) as given:
-            teacher = self._last(input_ids)
-        with self._region(input_ids), _outputs(self._blocks, _compared(given)) as errors:
+        chunks = self._takes_chunks(self._head())
+        with self._region(input_ids), torch.no_grad(), self._teaching(), _outputs(self._blocks) as given:
+            teacher = self._last(input_ids, chunks)
+        with self._region(input_ids), _outputs(self._blocks) as found:
             if self.config.weight:
-                loss = self._mixed(self._last(input_ids), teacher, positions, targets, label_share)
+                student = self._last(input_ids, chunks)
+                mix = _Mix(1 - self.config.weight, self.config.weight * label_share, self.config.temperature)
+                mixed = self._chunked if chunks else _of_logits
+                loss = mixed(student, teacher, positions, targets, mix)
             else:
                 loss = super().forward(input_ids, positions, targets)
-        if not errors:
+        if not found:
             return loss
-        return loss + torch.stack(errors).sum() * (self.config.hidden * label_share / len(errors))
+        errors = torch.stack([_relative_error(s, t) for s, t in zip(found, given, strict=True)])
+        return loss + self.config.hidden * label_share * errors.mean()
 
     @contextmanager
     def _teaching(self) -> Iterator[None]:
@@ -81,52 +88,50 @@ class DistillationLoss(TokenLoss):
         finally:
             self.model.train(was_training)
 
-    def _last(self, input_ids: Tensor) -> Tensor:
+    def _last(self, input_ids: Tensor, chunks: bool) -> Tensor:
         """(batch * length, in) the output layer's inputs, or (batch * length, vocabulary) logits."""
         head = self._head()
-        if self._takes_chunks(head):
+        if chunks:
             return self._hidden(head, input_ids).flatten(0, 1)
         every = torch.arange(input_ids.numel(), device=input_ids.device)
         return self._logits(head, input_ids, every)
 
-    def _mixed(
-        self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, label_share: float
-    ) -> Tensor:
-        head, config = self._head(), self.config
-        mix = _Mix(1 - config.weight, config.weight * label_share, config.temperature)
-        if self._takes_chunks(head):
-            wanted = targets.new_full((len(student),), IGNORED).index_copy_(0, positions, targets)
-            tensors = self._cast(student, teacher, head.weight, head.bias)
-            return _ChunkedMix.apply(*tensors, wanted, mix)
-        student, teacher = wide(student), wide(teacher)
-        loss = F.cross_entropy(student.index_select(0, positions), targets, reduction="sum")
-        log_q, log_p = (F.log_softmax(logits / mix.temperature, 1) for logits in (student, teacher))
-        divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        return mix.labels * loss + mix.teacher * mix.temperature**2 * divergence
+    def _chunked(self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
+        head = self._head()
+        wanted = targets.new_full((len(student),), IGNORED).index_copy_(0, positions, targets)
+        return _ChunkedMix.apply(*self._cast(student, teacher, head.weight, head.bias), wanted, mix)
+
+
+def _of_logits(student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
+    student, teacher = wide(student), wide(teacher)
+    loss = F.cross_entropy(student.index_select(0, positions), targets, reduction="sum")
+    log_q, log_p = (F.log_softmax(logits / mix.temperature, 1) for logits in (student, teacher))
+    divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return mix.labels * loss + mix.teacher * mix.temperature**2 * divergence
 
 
 @contextmanager
-def _outputs(blocks: tuple[nn.Module, ...], make: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Within the context the list gets what ``make`` makes of each block's output, in the order of their calls."""
-    made: list[Tensor] = []
+def _outputs(blocks: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
+    """Within the context the list gets each block's output, in the order of their calls."""
+    found: list[Tensor] = []
+
+    def keep(module, args, output):
+        # A block may work in its input's memory. Activation checkpointing allows no product here: it runs the block
+        # again, without this hook, and expects as many tensors as the first time.
+        found.append(hidden_of(output).clone())
+
     with ExitStack() as stack:
         for block in blocks:
-            hook = block.register_forward_hook(lambda _module, _args, output: made.append(make(hidden_of(output))))
-            stack.callback(hook.remove)
-        yield made
+            stack.callback(block.register_forward_hook(keep).remove)
+        yield found
 
 
-def _compared(teacher: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Of each block's output in turn ||s - t||² / ||t||², summed over tokens."""
-    waiting = iter(teacher)
-
-    def error(output: Tensor) -> Tensor:
-        expected = wide(next(waiting))
-        size = expected.square().sum(-1)
-        distance = (wide(output) - expected).square().sum(-1)
-        return (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).sum()
-
-    return error
+def _relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """||s - t||² / ||t||², summed over tokens, of hidden states (batch, length, in)."""
+    expected = wide(teacher)
+    size = expected.square().sum(-1)
+    distance = (wide(student) - expected).square().sum(-1)
+    return (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).sum()
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from losa.training.throughput import Throughput
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
 # takes what TokenLoss takes, with train.distill what DistillationLoss takes, and returns the loss summed over the
-# labels, a scalar. A sharded model is trained in a copy
-# of this module: there it must reach the model through its submodules alone.
+# labels, a scalar. A sharded model is trained in a copy of this module: there it must reach the model through its
+# submodules alone.
 LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 
 # Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all its work, and the GPU then

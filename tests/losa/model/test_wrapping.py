@@ -14,6 +14,7 @@ from torch import nn
 
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks, find_linears
+from losa.model.norms import train_norms, trained_norms
 from losa.model.wrapping import (
     merge_model,
     replace_layers,
@@ -23,7 +24,7 @@ from losa.model.wrapping import (
     wrapped_linears,
 )
 from losa.modules.lora import LoRALinear
-from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from tests.helpers.decoders import COMMON, GATED, LAYERS, random_model
 from tests.helpers.tiny import EPS, assert_same_function, logits, randomise, tiny_llama, wrap
 
@@ -185,3 +186,32 @@ def test_public_names():
     assert {"run_recipe", "load_recipe", "wrap_model"} <= set(dir(losa))
     with pytest.raises(AttributeError, match="no_such_name"):
         losa.no_such_name  # noqa: B018
+
+
+def test_norms_are_trained_and_merged_or_given_back():
+    model, original = tiny_llama(layers=2), tiny_llama(layers=2)
+    wrap(model)
+    norms = train_norms(model)
+    names = [f"model.layers.{i}.{name}_layernorm" for i in range(2) for name in ("input", "post_attention")]
+    assert list(norms) == [*names, "model.norm"] == list(trained_norms(model))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {f"{name}.weight" for name in norms} == {n for n in trained if not n.endswith(("lora_A", "lora_B"))}
+    for norm in norms.values():
+        norm.weight.data += 0.1
+    with torch.no_grad(), dense_mode(model):
+        assert torch.equal(logits(model), logits(original))
+    expected = logits(model)
+    merge_model(model)
+    assert not trained_norms(model) and model.state_dict().keys() == original.state_dict().keys()
+    assert_same_function(logits(model), expected)
+    assert torch.equal(model.model.norm.weight, original.model.norm.weight + 0.1)
+    wrap(model)
+    train_norms(model)
+    given = unwrap_model(model).model.norm.weight
+    assert torch.equal(given, original.model.norm.weight + 0.1)
+    wrap(bare := tiny_llama(layers=2))
+    for module in list(bare.modules()):
+        if "Norm" in type(module).__name__:
+            del module.weight
+    with pytest.raises(ModelError, match="expected norms with parameters"):
+        train_norms(bare)

@@ -202,6 +202,26 @@ def test_reconstruction_of_blocks(model_directory, method, rounds, streamed):
         plain.size("reconstruction of a block")
 
 
+def test_a_teacher_is_counted(model_directory):
+    """Its pass and its logits; softmaxes and hidden states; weights that pruning replaces stay on the device."""
+    distill = {"train": {"distill": {"weight": 0.5, "hidden": 0.1}}}
+    plain, taught = (estimate(recipe(model_directory, **changes), probe=False) for changes in ({}, distill))
+    work, more = ({s.kind: s.flops for s in found.stages} for found in (plain, taught))
+    assert more["training"] - work["training"] == 160 * (2 * 2 * BLOCK + 2 * EMBEDDING + 16 * 2 * 32 * 2)
+    assert more["pruning"] == work["pruning"]
+    assert taught.size("loss") == 5 * 32 * 98 * 4 + (2 + 1 + 3 * 2) * 32 * 32 * 4
+    on_device = {(phase, "device") for phase in ("pruning", "training", "evaluation")}
+    for changes, places in (
+        ({}, set()),
+        ({"prune": {"pruner": "sparsegpt"}}, on_device),
+        ({"method": "lora"}, on_device),
+        ({"compare": ["lora"]}, on_device),
+        ({"prune": {"pruner": "sparsegpt"}, "compare": ["lora"]}, {("throughout", "device")}),
+    ):
+        found = estimate(recipe(model_directory, device="cuda", **distill, **changes), probe=False)
+        assert {(h.phase, h.place) for h in found.holdings if h.what == "dense weights"} == places
+
+
 def test_open_amount_of_data_is_a_rate(model_directory):
     found = estimate(recipe(model_directory, train={"max_tokens": None}), probe=False)
     (stage,) = [stage for stage in found.stages if "training" in stage.what]

@@ -137,6 +137,17 @@ def test_settings_of_shards(directory):
     assert "state to be written" not in {holding.what for holding in without.holdings}
 
 
+def test_a_teacher_makes_blocks_whole_once_more(directory):
+    fsdp = {"mode": "fsdp"}
+    changes = {"prune": {"pruner": "sparsegpt"}, "train": {"distill": {}}}
+    plain, taught = (plan(directory, distributed=fsdp, **change) for change in ({}, changes))
+    before, after = (traffic(found, "losa: training") for found in (plain, taught))
+    # Three steps, and once before each of two rounds.
+    assert after["blocks"].received / before["blocks"].received == (3 * 3 + 2) / (2 * 3 + 2)
+    assert after["dense weights"].received == 3 * 4 * 2 * BLOCK * 3 / 4
+    assert taught.size("training", "dense weights of a block") == 4 * BLOCK
+
+
 def test_copies_of_shards_stay_inside_of_a_machine(directory):
     found = plan(directory, distributed={"mode": "hsdp"})
     assert (found.placement.shard_size, found.placement.copies) == (2, 2)

@@ -151,10 +151,11 @@ def test_under_autocast_it_is_as_good_as_plain_autocast():
 
 
 def test_a_step_weighs_every_token_alike():
-    """However many batches it has. Divergence counts per token, the label loss per label."""
+    """However many batches it has, and whether activations are kept or computed again. Divergence counts per token, the
+    label loss per label."""
     config, data = {"weight": 0.7, "temperature": 2.0, "hidden": 0.2}, sequences(8)
-    found = []
-    for settings in ({"batch_size": 8}, {"batch_size": 3, "gradient_accumulation": 3}):
+    found, again = [], {"activation_checkpointing": True}
+    for settings in ({"batch_size": 8}, {"batch_size": 3, "gradient_accumulation": 3, **again}):
         model = wrapped_llama(torch.float64)
         run = trainer(model, loss_factory=distillation(model, config), distill=config, **settings)
         outcome = run.train(data, round_index=1)
