@@ -124,8 +124,7 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 
 def merge_model(model: nn.Module) -> nn.Module:
-    """Turn every wrapped layer into a plain linear with its effective weight, M * (W + s B A), in place. Parameters stay
-    frozen."""
+    """Turn every wrapped layer into a plain linear with its effective weight, in place. Parameters stay frozen."""
     return replace_layers(model, lambda layer: layer.merge())
 
 

@@ -26,7 +26,7 @@ LOSA: dict[str, set[str]] = {
     "model": {"distributed", "modules", "storage"},
     "data": {"distributed", "recipe", "storage"},
     "algorithm": {"distributed", "model", "modules", "pruners", "recipe", "record"},
-    "training": {"data", "distributed", "model", "recipe", "storage"},
+    "training": {"data", "distributed", "model", "modules", "recipe", "storage"},
     "evaluation": {"data", "distributed", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},
     "inference": {"model", "modules", "packed", "storage"},
