@@ -14,8 +14,8 @@ from losa.modules.masked_lora import gaussian
 class SoRALinear(LoRALinear):
     """Sparse low-rank adaptation (Ding et al. 2023, Eq. 5): y = x (M * W)^T + s ((x A^T) * g) B^T + bias.
 
-    * ``gate`` g (rank, 1), fp32, trained: Gaussian at first, as in the paper's code. A component whose gate is zero does
-      nothing; ``drop_closed`` removes it.
+    * ``gate`` g (rank, 1), fp32, trained: Gaussian at first, as in the paper's code. A component whose gate is zero
+      does nothing; ``drop_closed`` removes it.
 
     All else is as in ``LoRALinear``: the adapter ignores the mask, and merging under the mask changes the function.
     """
@@ -59,8 +59,8 @@ class SoRALinear(LoRALinear):
 
 
 class AdaLoRALinear(SoRALinear):
-    """Adaptive budget allocation (Zhang et al. 2023, Eq. 3): y = x (M * W)^T + s ((x P^T) * lambda) Q^T + bias, with P =
-    ``lora_A``, lambda = ``gate`` and Q = ``lora_B``.
+    """Adaptive budget allocation (Zhang et al. 2023, Eq. 3): y = x (M * W)^T + s ((x P^T) * lambda) Q^T + bias, with
+    P = ``lora_A``, lambda = ``gate`` and Q = ``lora_B``.
 
     Singular vectors start as Gaussians of standard deviation 0.02 and singular values at zero, as in PEFT. Who trains
     the layer keeps P and Q near orthogonal and closes gates (``losa.training.adalora``).

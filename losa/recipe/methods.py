@@ -117,8 +117,8 @@ METHODS: dict[MethodName, Method] = {
         adapter="gated",
         mergeable=False,
         label="pruned + SoRA (not mergeable)",
-        sentence="pruned at once, fine-tuned with dense adapters whose components an L1 penalty closes, and merged under "
-        "the mask, which changes the function",
+        sentence="pruned at once, fine-tuned with dense adapters whose components an L1 penalty closes, and merged "
+        "under the mask, which changes the function",
     ),
     "adalora": Method(
         dynamic=False,
@@ -126,8 +126,8 @@ METHODS: dict[MethodName, Method] = {
         adapter="budgeted",
         mergeable=False,
         label="pruned + AdaLoRA (not mergeable)",
-        sentence="pruned at once, fine-tuned with dense adapters that share out a budget of ranks, and merged under the "
-        "mask, which changes the function",
+        sentence="pruned at once, fine-tuned with dense adapters that share out a budget of ranks, and merged under "
+        "the mask, which changes the function",
         first_rank=1.5,
         shards=False,
         package="peft",

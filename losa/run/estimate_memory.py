@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from losa.algorithm.engine import keeps_originals
@@ -10,11 +10,11 @@ from losa.algorithm.gradients import stay_on_device, wanted_gradients
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
-from losa.pruners import PruningShape, get_pruner
+from losa.pruners import LinearShape, PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, tries_widths
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
-from losa.run.model_shape import ModelShape
+from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
 
 PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
@@ -33,6 +33,36 @@ class Holding:
     main_only: bool = False
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is trained of every pruned linear, in fp32: A (rank, in) and B (out, rank), or a change of each weight where
+    ``rank`` is None."""
+
+    rank: int | None
+
+    @classmethod
+    def most(cls, rounds: dict[MethodName, list[Round]]) -> Trained:
+        """Of the method that trains most. ``rounds``: of every method."""
+        return cls(None if any(METHODS[name].adapter == "weights" for name in rounds) else highest_rank(rounds))
+
+    def rows(self, linears: Iterable[LinearShape]) -> list[Rows]:
+        """The parameters as they are sharded."""
+        if self.rank is None:
+            return [Rows(w.outputs, 4 * w.inputs) for w in linears]
+        return [rows for w in linears for rows in (Rows(self.rank, 4 * w.inputs), Rows(w.outputs, 4 * self.rank))]
+
+    def size(self, linears: Iterable[LinearShape]) -> int:
+        """Bytes."""
+        return sum(rows.count * rows.size for rows in self.rows(linears))
+
+    @property
+    def how(self) -> str:
+        """How they are counted."""
+        if self.rank is None:
+            return "a change of every weight, 4 bytes each"
+        return f"rank (in + out) x 4 bytes, mean rank {self.rank}"
+
+
 def holdings(
     recipe: Recipe,
     shape: ModelShape,
@@ -46,15 +76,15 @@ def holdings(
         rounds: of every method.
         capacity: bytes of memory by place, where known.
     """
-    rank = highest_rank(rounds)
+    trained = Trained.most(rounds)
     pruned = shape.dtype.itemsize * shape.prunable
-    held = [*_throughout(shape, rank), *dense_weights(recipe, list(rounds), shape.computes_on, pruned, pruned)]
+    held = [*_throughout(shape, trained), *dense_weights(recipe, list(rounds), shape.computes_on, pruned, pruned)]
     # What is free on the device when the streams begin, as far as it is known.
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += pruning_work(recipe, shape, list(rounds), free, processes)
     held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
-        held += _training(shape, rank, processes)
+        held += _training(shape, trained, processes)
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
         held += evaluation_work(recipe.evaluate, shape)
@@ -82,18 +112,12 @@ def largest_pruned(shape: ModelShape) -> int:
     return shape.dtype.itemsize * max(sum(w.numel for w in pruned) for pruned in shape.by_block)
 
 
-def _adapters(shape: ModelShape, rank: int) -> int:
-    """Parameters of adapters of ``rank`` on every pruned linear."""
-    return sum(rank * (w.inputs + w.outputs) for w in shape.pruned)
-
-
-def _throughout(shape: ModelShape, rank: int) -> Iterator[Holding]:
+def _throughout(shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     place, size = shape.computes_on, shape.dtype.itemsize
     masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
-    how = f"rank (in + out) x 4 bytes, mean rank {rank}"
     yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
     yield Holding("throughout", place, "masks", masks, "1 bit a weight")
-    yield Holding("throughout", place, "adapters", 4 * _adapters(shape, rank), how)
+    yield Holding("throughout", place, "adapters", trained.size(shape.pruned), trained.how)
     if shape.on_gpu:
         yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
 
@@ -218,12 +242,12 @@ def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding
     yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length), how)
 
 
-def _training(shape: ModelShape, rank: int, processes: int) -> Iterator[Holding]:
-    place, adapters = shape.computes_on, _adapters(shape, rank)
-    yield Holding("training", place, "gradients", 4 * adapters, "as the adapters")
+def _training(shape: ModelShape, trained: Trained, processes: int) -> Iterator[Holding]:
+    place, adapters = shape.computes_on, trained.size(shape.pruned)
+    yield Holding("training", place, "gradients", adapters, "as the adapters")
     if processes > 1:
-        yield Holding("training", place, "buckets", 4 * adapters, "gradients on their way, as the adapters")
-    yield Holding("training", place, "optimiser", 2 * 4 * adapters, "AdamW: two fp32 moments a parameter")
+        yield Holding("training", place, "buckets", adapters, "gradients on their way, as the adapters")
+    yield Holding("training", place, "optimiser", 2 * adapters, "AdamW: two fp32 moments a parameter")
 
 
 def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:

@@ -15,9 +15,9 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import (
     Holding,
+    Trained,
     dense_weights,
     evaluation_work,
-    highest_rank,
     largest_pruned,
     pruning_work,
     reconstruction_work,
@@ -53,15 +53,10 @@ def masks_of(linears: Iterable[LinearShape]) -> list[Rows]:
     return [Rows(w.outputs, -(-w.inputs // 8)) for w in linears]
 
 
-def adapters_of(linears: Iterable[LinearShape], rank: int) -> list[Rows]:
-    """A (rank, in) and B (out, rank) in fp32."""
-    return [rows for w in linears for rows in (Rows(rank, 4 * w.inputs), Rows(w.outputs, 4 * rank))]
-
-
-def block_parts(shape: ModelShape, rank: int) -> list[list[Rows]]:
+def block_parts(shape: ModelShape, trained: Trained) -> list[list[Rows]]:
     """All parameters of each block of a wrapped model: weights, masks and adapters."""
     return [
-        [*inside, *masks_of(pruned), *adapters_of(pruned, rank)]
+        [*inside, *masks_of(pruned), *trained.rows(pruned)]
         for inside, pruned in zip(shape.inside, shape.by_block, strict=True)
     ]
 
@@ -74,34 +69,33 @@ def sharded_holdings(
     placement: Placement,
 ) -> list[Holding]:
     """Everything that losa itself holds. Arguments: ``losa.run.estimate_memory.holdings``."""
-    rank = highest_rank(rounds)
+    trained = Trained.most(rounds)
     size, (place, pinned, share) = placement.shard_size or 1, _waiting(shape, placement)
-    held = list(_own_rows(shape, rank, placement))
+    held = list(_own_rows(shape, trained, placement))
     pruned = weights_of(shape)
     dense = dense_weights(recipe, list(rounds), place, own_bytes(pruned, size, pinned), own_bytes(pruned, size))
     held += (replace(each, how=f"{each.how}; {share}") for each in dense)
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
-    held += _blocks_in_pruning(recipe, shape, rank)
+    held += _blocks_in_pruning(recipe, shape, trained)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
     held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
-        held += _training(recipe, shape, rank, placement)
+        held += _training(recipe, shape, trained, placement)
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
-        held += _evaluation(shape, rank, placement)
+        held += _evaluation(shape, trained, placement)
         held += evaluation_work(recipe.evaluate, shape)
     return [*held, *_export(shape)]
 
 
-def _own_rows(shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
     size, (place, pinned, share) = placement.shard_size or 1, _waiting(shape, placement)
     weights = [rows for part in (shape.outside, *shape.inside) for rows in part]
-    masks, adapters = masks_of(shape.pruned), adapters_of(shape.pruned, rank)
+    masks, adapters = masks_of(shape.pruned), trained.rows(shape.pruned)
     how = f"parameters x {shape.dtype.itemsize} bytes, {share}"
     yield Holding("throughout", place, "weights", own_bytes(weights, size, pinned), how)
     yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
-    how = f"rank (in + out) x 4 bytes, mean rank {rank}; {share}"
-    yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), how)
+    yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), f"{trained.how}; {share}")
     if shape.on_gpu:
         largest = max(own_bytes([rows], size) for rows in weights)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
@@ -114,22 +108,22 @@ def _waiting(shape: ModelShape, placement: Placement) -> tuple[Literal["device",
     return "host" if placement.offload else shape.computes_on, pinned, share
 
 
-def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, rank: int) -> Iterator[Holding]:
+def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     place = shape.computes_on
     how = "weights, masks and adapters of the largest block"
-    yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, rank))), how)
+    yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, trained))), how)
     if get_pruner(recipe.prune).updates_weight:
         how = "whole as well, next to the present ones"
         yield Holding("pruning", place, "new weights of a block", largest_pruned(shape), how)
 
 
-def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
     size, (place, pinned, _) = placement.shard_size or 1, _waiting(shape, placement)
-    adapters = adapters_of(shape.pruned, rank)
+    adapters = trained.rows(shape.pruned)
     own = own_bytes(adapters, size)
     yield Holding("training", place, "gradients", own_bytes(adapters, size, pinned), "as the adapters")
     yield Holding("training", place, "optimiser", 2 * own, "AdamW: two fp32 moments a parameter")
-    blocks = sorted(block_parts(shape, rank), key=whole_bytes, reverse=True)
+    blocks = sorted(block_parts(shape, trained), key=whole_bytes, reverse=True)
     kept, how = whole_bytes(blocks[0]), "the one that runs"
     if not recipe.distributed.reshard_after_forward:
         kept, how = sum(map(whole_bytes, blocks)), "reshard_after_forward: false keeps all until the backward pass"
@@ -141,12 +135,12 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement
     if recipe.train is not None and recipe.train.distill is not None and replaces_weights(recipe, list(recipe.methods)):
         how = "whole as well, while the teacher runs it"
         yield Holding("training", shape.computes_on, "dense weights of a block", largest_pruned(shape), how)
-    each = [adapters_of(pruned, rank) for pruned in shape.by_block]
+    each = [trained.rows(pruned) for pruned in shape.by_block]
     widest = max(whole_bytes(block) + sent_bytes(block, size) for block in each)
     how = "of whole adapters, and on their way: two blocks"
     yield Holding("training", shape.computes_on, "gradients of blocks", 2 * widest, how)
     if recipe.train is not None and recipe.train.gradient_accumulation > 1:
-        every = whole_bytes(adapters_of(shape.pruned, rank))
+        every = whole_bytes(trained.rows(shape.pruned))
         how = "of all whole adapters, until a step's last pass"
         yield Holding("training", shape.computes_on, "gradients, summed", every, how)
     if recipe.checkpoint.asynchronous:
@@ -154,9 +148,9 @@ def _training(recipe: Recipe, shape: ModelShape, rank: int, placement: Placement
     yield Holding("training", shape.computes_on, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
-def _evaluation(shape: ModelShape, rank: int, placement: Placement) -> Iterator[Holding]:
+def _evaluation(shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
     place = shape.computes_on
-    largest = max(block_parts(shape, rank), key=whole_bytes)
+    largest = max(block_parts(shape, trained), key=whole_bytes)
     yield Holding("evaluation", place, "one block, whole", whole_bytes(largest), "the one that runs")
     sent = sent_bytes(largest, placement.shard_size or 1)
     yield Holding("evaluation", place, "one block on its way", sent, "as it comes, before its rows are put together")

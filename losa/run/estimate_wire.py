@@ -15,8 +15,8 @@ from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, passes_for, selections_for
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
-from losa.run.estimate_memory import highest_rank, largest_share, replaces_weights
-from losa.run.estimate_sharded import adapters_of, block_parts, masks_of, own_bytes, sent_bytes, weights_of, whole_bytes
+from losa.run.estimate_memory import Trained, highest_rank, largest_share, replaces_weights
+from losa.run.estimate_sharded import block_parts, masks_of, own_bytes, sent_bytes, weights_of, whole_bytes
 from losa.run.estimate_work import Stage, other_batches, windows_of_one
 from losa.run.model_shape import ModelShape, Rows
 from losa.run.placement import Placement
@@ -56,9 +56,9 @@ class Wires:
         first = stage.method == next(iter(self.rounds))
         once = 1 + (CHECKS + len(other_batches(recipe)) if first else 0)
         how = f"one by one: {passes} times a round, {once} times in all"
-        yield from self.gathered(passes * rounds + once, streams * rounds + first, how)
+        yield from self.gathered(stage, passes * rounds + once, streams * rounds + first, how)
         if dynamic and self.placement.sharded:
-            adapters = adapters_of(shape.pruned, highest_rank(self.rounds))
+            adapters = self._trained(stage).rows(shape.pruned)
             yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
         # Weights that a pruner changes wait in host memory as they were.
         again = (rounds - 1) * (dense + (not recipe.prune.nested))
@@ -95,7 +95,7 @@ class Wires:
     def _training(self, stage: Stage) -> Iterator[Traffic]:
         recipe, placement, steps = self.recipe, self.placement, stage.times
         assert recipe.train is not None and stage.method is not None
-        adapters = adapters_of(self.shape.pruned, highest_rank(self.rounds))
+        adapters = self._trained(stage).rows(self.shape.pruned)
         how = "fp32 gradients of the adapters, once a step"
         if placement.shard_size is None:
             yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how).times(steps)
@@ -107,7 +107,7 @@ class Wires:
         rounds = sum(each.sequences > 0 for each in self.rounds[stage.method])
         teacher = "for the teacher's, " * (passes > 2)
         how = f"{teacher}for the forward" + (" and for the backward pass" * (passes > 1)) + ", and once before a round"
-        yield from self.gathered(forward * passes + rounds, forward + rounds, how)
+        yield from self.gathered(stage, forward * passes + rounds, forward + rounds, how)
         if distills and replaces_weights(recipe, [stage.method]):
             dense = self._made_whole("dense weights", weights_of(self.shape), "for the teacher's passes")
             yield dense.times(forward)
@@ -127,12 +127,17 @@ class Wires:
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
         how = f"one by one, for each of {batches} batches and once before them"
-        yield from self.gathered((batches + 1) * stage.times, stage.times, how)
+        yield from self.gathered(stage, (batches + 1) * stage.times, stage.times, how)
 
-    def gathered(self, blocks: float, outside: float, how: str) -> Iterator[Traffic]:
+    def _trained(self, stage: Stage) -> Trained:
+        """What the stage's method trains: its weights, or adapters of the highest rank of any method."""
+        full = stage.method is not None and METHODS[stage.method].adapter == "weights"
+        return Trained(None if full else highest_rank(self.rounds))
+
+    def gathered(self, stage: Stage, blocks: float, outside: float, how: str) -> Iterator[Traffic]:
         """Every block made whole so many times, and whatever is outside of the blocks so many."""
         if self.placement.sharded:
-            parts = block_parts(self.shape, highest_rank(self.rounds))
+            parts = block_parts(self.shape, self._trained(stage))
             every = [rows for part in parts for rows in part]
             yield self._made_whole("blocks", every, f"all blocks whole, {how}").times(blocks)
             yield self._made_whole("outside of the blocks", self.shape.outside, "whole throughout a pass").times(

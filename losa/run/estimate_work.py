@@ -169,6 +169,9 @@ def _solving(pruner: Pruner, recipe: Recipe, shape: ModelShape, samples: int, pr
 
 def _training(train: TrainConfig, shape: ModelShape, name: MethodName) -> float:
     """FLOP a token of forward and backward passes, recomputation among them."""
-    work = shape.work if METHODS[name].adapter == "masked" else replace(shape.work, masked=0)
+    work = {
+        "masked": shape.work,
+        "weights": replace(shape.work, dropout=False),  # there is no adapter's input to drop
+    }.get(METHODS[name].adapter or "", replace(shape.work, masked=0))
     recomputed = work.forward(train.length, training=True) if train.activation_checkpointing else 0
     return work.training(train.length, train.distill is not None) + recomputed

@@ -24,9 +24,10 @@ _KEPT = "kept"
 
 
 class RankBudget(Extension):
-    """The singular values that matter least, over all linears together, are set to zero, so that their number falls from
-    the adapters' ranks to ``rank`` a linear: by a cubic schedule after a warm-up, and no more in the last steps (Zhang
-    et al. 2023, Algorithm 1). The importance of a value is PEFT's: moving averages of |w * dL/dw| and of its spread.
+    """The singular values that matter least, over all linears together, are set to zero, so that their number falls
+    from the adapters' ranks to ``rank`` a linear: by a cubic schedule after a warm-up, and no more in the last steps
+    (Zhang et al. 2023, Algorithm 1). The importance of a value is PEFT's: moving averages of |w * dL/dw| and of its
+    spread.
 
     The allocator sees the layers under PEFT's names. It needs whole parameters: a model in shards is not supported.
 

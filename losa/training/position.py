@@ -74,8 +74,8 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def empty_moments(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of these names, of ``TrainState.moments``, for a loader to fill: zeros, placed like the parameters. A part
-    that AdamW does not keep is an extension's.
+    """Tensors of these names, of ``TrainState.moments``, for a loader to fill: zeros, placed like the parameters. A
+    part that AdamW does not keep is an extension's.
 
     Raises:
         KeyError: a name that the model's parameters do not account for.

@@ -304,12 +304,11 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         penalty = None if self.extension is None else self.extension.penalty()
         if penalty is not None:
-            # Not by backward(): DDP would wait for gradients of the other parameters.
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True
-            ):
+            # Not by backward(): DDP would wait for the gradients of all parameters.
+            gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter.grad += gradient
+                    parameter.grad = cast(Tensor, parameter.grad) + gradient
         norm = clip_gradients(parameters, self.config.max_grad_norm)
         broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         if self.fused:

@@ -81,8 +81,9 @@ def odd_llama(dtype=torch.float64, dropout_p: float = 0.0, experts: bool = False
     wrap_model(model, layer=layer, rank=5, scaling=2.0, dropout_p=dropout_p)
     generator = torch.Generator().manual_seed(5)
     for layer in wrapped_linears(model).values():
-        layer.lora_A.data = layer.lora_A.data.to(torch.promote_types(dtype, torch.float32))
-        layer.lora_B.data = 0.05 * torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_A.dtype)
+        if layer.rank:
+            layer.lora_A.data = layer.lora_A.data.to(torch.promote_types(dtype, torch.float32))
+            layer.lora_B.data = 0.05 * torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_A.dtype)
         layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.6)
     return model
 

@@ -25,7 +25,7 @@ LOSA: dict[str, set[str]] = {
     "pruners": {"recipe"},
     "model": {"distributed", "modules", "storage"},
     "data": {"distributed", "recipe", "storage"},
-    "training": {"data", "distributed", "model", "recipe", "storage"},
+    "training": {"data", "distributed", "model", "modules", "recipe", "storage"},
     "algorithm": {"distributed", "model", "modules", "pruners", "recipe", "record", "training"},
     "evaluation": {"data", "distributed", "model", "recipe", "training"},
     "packed": {"model", "modules", "storage"},

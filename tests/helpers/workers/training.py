@@ -16,11 +16,14 @@ from torch.distributed.tensor import DTensor
 from losa.distributed.processes import is_main
 from losa.distributed.sharding import gathered, make_sharding, shard_module, whole
 from losa.errors import LosaError
+from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.recipe.sections import DistributedConfig, TrainConfig
 from losa.training import shell
 from losa.training.loss import TokenLoss
 from losa.training.position import StepDone, TrainState, empty_moments
+from losa.training.sora import GatePenalty
 from losa.training.trainer import Trainer
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.training import LENGTH, distillation, odd_llama, sequences, untimed
@@ -124,13 +127,14 @@ def round_of_experts(model: nn.Module, directory: Path) -> dict:
     return {"trained": listed(values(model, lambda p: p)), "steps": written(directory)}
 
 
-def clipped_round(model: nn.Module) -> dict[str, list[float]]:
+def clipped_round(model: nn.Module, gate_penalty: float | None = None) -> dict[str, list[float]]:
     """Five clipped steps in fp32, of two batches, the last of one sequence. All processes begin with the adapters of
     the first, whatever the others have."""
     if not isinstance(next(model.parameters()), DTensor) and not is_main():
         for parameter in model.parameters():
             parameter.data += parameter.requires_grad
     run = trainer(model, None, max_grad_norm=0.1)
+    run.extension = None if gate_penalty is None else GatePenalty(model, gate_penalty)
     run.sequences_per_step = 4
     run.train(sequences(17, 1, highest=50), round_index=1)
     return listed(values(model, lambda p: p))
@@ -269,6 +273,8 @@ def every_case(directory: Path) -> dict[str, Any]:
             found[name]["experts"] = round_of_experts(make(experts=True), directory / f"{name} experts")
             found[name]["distilled"] = distilled_gradients(make())
             found[name]["clipped"] = clipped_round(make(dtype=torch.float32))
+            found[name]["weights"] = clipped_round(make(dtype=torch.float32, layer=MaskedLinear))
+            found[name]["gates"] = clipped_round(make(dtype=torch.float32, layer=SoRALinear), 5.0)
     if count == 2:
         apart = odd_llama()
         apart.model.norm.weight.data += dist.get_rank()

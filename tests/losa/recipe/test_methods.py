@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 
-from losa.recipe.methods import METHODS, MethodName, find_method, method_label
+from losa.errors import RecipeError
+from losa.recipe import methods
+from losa.recipe.methods import METHODS, MethodName, check_packages, find_method, method_label
 
 
 def test_every_name_that_a_recipe_takes_is_a_row():
@@ -26,3 +28,10 @@ def test_labels_tell_methods_apart():
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
     assert method_label("losa") == "LoSA" and method_label("dense") == "dense"
     assert find_method("dense") is None and find_method("lora") is METHODS["lora"]
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    check_packages(["losa", "sora", "sparse_full"])
+    with pytest.raises(RecipeError, match="method: 'adalora' needs the package peft: pip install peft"):
+        check_packages(["losa", "adalora"])

@@ -33,6 +33,7 @@ def test_any_other_method_has_one_round_of_its_own_rank():
     for name, sequences in (("lora", 20), ("finetune_then_prune", 20), ("prune_only", 0)):
         (only,) = rounds_of(name, recipe(), 20)
         assert (only.sparsity, only.mean_rank, only.sequences) == (0.6, 5, sequences)
+    assert rounds_of("adalora", recipe(), 20)[0].mean_rank == 8, "its budget begins with half as much again"
 
 
 def test_methods_of_a_recipe_are_in_the_order_in_which_they_run():

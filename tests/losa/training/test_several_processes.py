@@ -11,7 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from losa.distributed.sharding import make_sharding, shard_module
 from losa.errors import LosaError
+from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.training.shell import make_shell
 from tests.helpers.processes import run_groups
 from tests.helpers.training import Experts, odd_llama
@@ -111,8 +113,15 @@ def test_distilled_gradients_are_one_processs(several, case):
 @pytest.mark.parametrize("case", ["ddp", "fsdp"])
 def test_two_processes_train_to_the_bits_of_one(several, case):
     """Of two batches a step two processes add up the gradients that one process adds up."""
-    expected = clipped_round(odd_llama(torch.float32))
-    assert [result[case]["clipped"] for result in several[2]] == [expected] * 2
+    expected = {
+        "clipped": clipped_round(odd_llama(torch.float32)),
+        "weights": clipped_round(odd_llama(torch.float32, layer=MaskedLinear)),
+        "gates": clipped_round(odd_llama(torch.float32, layer=SoRALinear), 5.0),
+    }
+    for what, values in expected.items():
+        assert [result[case][what] for result in several[2]] == [values] * 2, what
+    closed = [gate == 0 for name, gates in expected["gates"].items() if name.endswith("gate") for gate in gates]
+    assert 0 < sum(closed) < len(closed)
 
 
 @pytest.mark.subprocess
