@@ -16,6 +16,7 @@ from torch import nn
 
 import losa_kernels
 from losa import __version__
+from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.stream import BlockStream
 from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
@@ -82,7 +83,8 @@ def run_recipe(
         if not is_main():
             console = Console(quiet=True)
         console = console or Console()
-        get_pruner(recipe.prune)  # a pruner that does not exist should not cost a model's loading
+        # A pruner that does not exist, or does not suit the recipe, should not cost a model's loading.
+        check_regrowth(recipe.prune, get_pruner(recipe.prune))
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from losa.algorithm.gradients import wanted_gradients
+from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
 from losa.pruners import get_pruner
@@ -90,10 +91,10 @@ def planned_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device.
 
     Raises:
-        RecipeError: an unknown pruner.
+        RecipeError: an unknown pruner, or one that ``prune.regrow_by`` does not suit.
         ModelError: the configuration cannot be had.
     """
-    get_pruner(recipe.prune)  # a wrong name should not wait for a download
+    check_regrowth(recipe.prune, get_pruner(recipe.prune))  # a wrong setting should not wait for a download
     return configured_model(
         recipe.model, gguf_file=recipe.gguf_file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )
