@@ -47,7 +47,8 @@ class GradientNorms(GradientStatistic):
         self.total = torch.zeros(out_features, in_features, device=device)
 
     def update(self, gradient: Tensor) -> None:
-        self.total += gradient.mul_(100).square_().to(self.total.device)
+        gradient = gradient.to(self.total.device)
+        self.total.addcmul_(gradient, gradient, value=100**2)
 
     def result(self) -> Tensor:
         return self.total.sqrt()

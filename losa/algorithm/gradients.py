@@ -136,8 +136,8 @@ class Gradients:
             raise ModelError(f"{name}: its input is changed in place, so that its gradient cannot be formed later")
         columns, rows = x.shape[-1], grad_output.shape[-1]
         # In fp32 products of 16-bit numbers are exact.
-        gradient = grad_output.reshape(-1, rows).float().T @ x.reshape(-1, columns).float()
-        gradient *= self._scale
+        outputs = grad_output.reshape(-1, rows).float() * self._scale
+        gradient = outputs.T @ x.reshape(-1, columns).float()
         self._calls[name] -= 1
         if name in self._parts:
             gradient += self._parts.pop(name)
@@ -153,6 +153,7 @@ class Gradients:
         self._statistics[last, name].update(gradient)
 
     def has(self, key: str) -> bool:
+        """Whether ``key`` was wanted."""
         return key in self._wanted
 
     def of_block(self, key: str, block: str, owners: Mapping[str, int]) -> dict[str, Tensor]:

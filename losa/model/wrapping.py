@@ -126,8 +126,8 @@ def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
 
 
 def merge_model(model: nn.Module) -> nn.Module:
-    """Turn every wrapped layer into a plain linear with its effective weight, and every trained norm into a plain one with
-    its trained weights, in place. Parameters stay frozen."""
+    """Turn every wrapped layer into a plain linear with its effective weight, and every trained norm into a plain one
+    with its trained weights, in place. Parameters stay frozen."""
     return replace_layers(model, lambda layer: layer.merge())
 
 

@@ -87,7 +87,7 @@ def run_recipe(
         if not is_main():
             console = Console(quiet=True)
         console = console or Console()
-        check_pruner(recipe)  # a pruner that does not exist should not cost a model's loading
+        check_pruner(recipe)  # a pruner that does not exist or suit the recipe should not cost a model's loading
         check_packages(recipe.methods)
         workspace = Workspace(recipe.output)
 

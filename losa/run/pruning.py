@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
+from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.structure import check_rates, find_structure
 from losa.pruners import get_pruner
 from losa.recipe.sections import Recipe
 
 
 def check_pruner(recipe: Recipe) -> None:
-    """Raises RecipeError for an unknown pruner, for settings that it cannot follow, and for a structured pruner with
-    rates that differ between blocks."""
+    """Raises RecipeError for an unknown pruner, for settings that it cannot follow, for regrowth that it does not know,
+    and for a structured pruner with rates that differ between blocks."""
+    pruner = get_pruner(recipe.prune)
+    check_regrowth(recipe.prune, pruner)
     dynamic = any(method.dynamic for method in recipe.methods.values())
-    if get_pruner(recipe.prune).structured and dynamic:
+    if pruner.structured and dynamic:
         check_rates(recipe.prune, recipe.allocation)
 
 

@@ -83,6 +83,17 @@ def test_whole_models_hold_what_one_process_holds(directory):
     assert training.keys() == {"gradients"} and not traffic(found, "losa: evaluation")
 
 
+def test_gradients_go_to_the_owners_and_need_whole_models(directory):
+    prune = {"pruner": "pruner_zero", "regrow": True, "regrow_by": "gradient"}
+    pruning = [t for s, every in plan(directory, prune=prune).stages if s.kind == "pruning" for t in every]
+    # Of two rounds the pruner's in both, and what weights come back by in the second.
+    assert [t.received for t in pruning if t.what == "statistics of gradients"] == [2 * 8 * BLOCK, 8 * BLOCK]
+    assert "statistics" not in {t.what for t in pruning}
+    small = plan(directory, prune=prune, memory=1e5)
+    assert small.placement.mode == "ddp" and not small.fits
+    assert not any("fsdp" in text for text, _ in small.remedies)
+
+
 def test_shards_hold_rows_and_whole_blocks(directory):
     found = plan(directory, distributed={"mode": "fsdp"})
     # Rows of 98 words, 32, 16 and 64 among 4 processes; A has 3 rows, of which a process has 1.
