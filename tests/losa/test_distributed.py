@@ -44,6 +44,4 @@ def assert_same_smaller_model(root: Path) -> None:
     assert configs[0] == configs[1] and configs[0]["num_attention_heads"] == 2
     models = [AutoModelForCausalLM.from_pretrained(directory) for directory in (one, shards)]
     with torch.no_grad():
-        expected, found = (model(torch.arange(20)[None]).logits for model in models)
-    # One step with gradients that are added up in another order.
-    assert (found - expected).norm() <= 1e-3 * expected.norm()
+        assert torch.equal(*(model(torch.arange(20)[None]).logits for model in models))
