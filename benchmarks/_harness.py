@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -113,10 +114,13 @@ class Measurements:
     def __init__(self, job: Job, setting: Setting, tokenizer, evaluate):
         self.job, self.setting, self.tokenizer, self.evaluate = job, setting, tokenizer, evaluate
         self.found: list[dict] = []
+        self.seconds = 0.0
 
     def __call__(self, model: nn.Module) -> float:
+        began = time.perf_counter()
         value = self.evaluate(model)
         self.found.append({"perplexity": value} | self._more(model))
+        self.seconds += time.perf_counter() - began
         return value
 
     def _more(self, model: nn.Module) -> dict:
@@ -134,7 +138,8 @@ class Measurements:
 
 
 def run_job(job: Job, rate: float, setting: Setting) -> dict:
-    """The run's row in the file of results. Its numerics may fail: the row then says why.
+    """The run's row in the file of results; ``seconds`` without those of measuring. Its numerics may fail: the row then
+    says why.
 
     Raises:
         LosaError: settings that do not fit the model or the data, or text that cannot be read.
@@ -147,6 +152,7 @@ def run_job(job: Job, rate: float, setting: Setting) -> dict:
     inputs.evaluate = measure
     row: dict = {"learning_rate": rate} if job.trains else {}
     row |= {"overrides": job.overrides} if job.overrides else {}
+    row |= {"task_limit": setting.limit} if job.tasks else {}
     try:
         if job.method == DENSE:
             row |= {"method": DENSE, "perplexity": measure(model)}
@@ -155,6 +161,7 @@ def run_job(job: Job, rate: float, setting: Setting) -> dict:
                 log = partial(_say, job.key)
                 outcome = MethodRun(recipe.method, model, recipe, inputs, Path(work), log=log).run()
             row |= vars(outcome.result) | {"rounds": [_round(record) for record in outcome.rounds]}
+            row["seconds"] -= measure.seconds
     except NumericsError as error:
         return row | {"failed": str(error)}
     row |= {key: value for key, value in measure.found[-1].items() if key != "perplexity"}

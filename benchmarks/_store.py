@@ -7,9 +7,13 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -88,12 +92,12 @@ def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots:
     Another command may do the same at the same time: each run is made by one of the two.
     """
     running: dict[Future[dict], tuple[Job, ExitStack]] = {}
-    failed: dict[str, str] = {}
+    failed: set[str] = set()
+    store.merge(shared, {})
     while True:
-        runs = store.merge(shared, {})["runs"]
         busy = {job.key for job, _ in running.values()}
         elsewhere = False
-        for job, rate in ready(wanted, runs):
+        for job, rate in ready(wanted, store.read()["runs"]):
             if len(running) >= slots:
                 break
             if job.key in busy or job.key in failed:
@@ -112,13 +116,14 @@ def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots:
                 return sorted(failed)
             time.sleep(PATIENCE)
             continue
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        # A run that ends elsewhere may be what a free slot waits for.
+        for future in wait(running, None if len(running) == slots else PATIENCE, FIRST_COMPLETED).done:
             job, claim = running.pop(future)
             with claim:
                 try:
                     run = future.result()
-                except LosaError as error:
-                    failed[job.key] = str(error)
+                except (LosaError, BrokenProcessPool) as error:
+                    failed.add(job.key)
                     print(f"   {job.key}: {error}", flush=True)
                     continue
                 store.merge(shared, {job.key: run})
@@ -136,14 +141,33 @@ def said(run: dict) -> str:
 
 
 @contextmanager
-def workers(count: int):
-    """A pool that makes each run in a process of its own, so that runs share neither weights nor a peak of memory.
-    Each has its part of the cores, or OMP_NUM_THREADS."""
+def processes(count: int, run: Callable[[Job, float], dict]) -> Iterator[Start]:
+    """A way to start ``run`` in a process of its own for each job, so that runs share neither weights nor a peak of
+    memory, and one that is killed takes no other with it. Each of ``count`` at a time has its part of the cores, or
+    OMP_NUM_THREADS. None outlives the context, or this process."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=1) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+    def start(job: Job, rate: float) -> Future[dict]:
+        pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+        future = pool.submit(run, job, rate)
+        pool.shutdown(wait=False)
+        return future
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield start
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+
+def _end_with_parent() -> None:
+    def wait_for_it() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()

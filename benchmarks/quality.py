@@ -29,7 +29,7 @@ from benchmarks._harness import Setting, run_job
 from benchmarks._jobs import ADAPTER_RATES, BEST, DENSE, FULL_RATES, Budget, Job, Settings, headline
 from benchmarks._machine import machine, origin
 from benchmarks._results import plain_parser
-from benchmarks._store import Store, work, workers
+from benchmarks._store import Store, processes, work
 from losa.recipe.reading import read_yaml
 
 METHODS = ("prune_only", "losa", BEST, "lora", "sparse_lora", "sparse_full", "adalora", "sora")
@@ -167,9 +167,10 @@ def make(args: argparse.Namespace, jobs: list[Job], command: str) -> tuple[dict,
         "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
         "origin": origin(earlier.get("origin", {}) if earlier["runs"] else None),
     }
-    with tempfile.TemporaryDirectory() as folder, workers(args.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         setting = Setting(_models.on_disk(args.model, Path(folder)), args.data.resolve(), budget, args.limit)
-        failed = work(store, shared, jobs, partial(pool.submit, run_job, setting=setting), args.jobs)
+        with processes(args.jobs, partial(run_job, setting=setting)) as start:
+            failed = work(store, shared, jobs, start, args.jobs)
     return store.read()["runs"], failed
 
 
