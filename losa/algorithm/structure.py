@@ -45,20 +45,19 @@ def find_structure(model: Any) -> Structure:
         found = ", ".join(sorted({_role(name) for name in linears}))
         raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
     text = model.config.get_text_config()
-    heads, hidden, channels = (
-        getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")
-    )
-    if not all(type(number) is int and number > 0 for number in (heads, hidden, channels)):
-        told = f"num_attention_heads {heads}, hidden_size {hidden}, intermediate_size {channels}"
-        raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {told}")
+    told: list[Any] = [getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")]
+    heads, hidden, channels = told
+    if not all(type(number) is int and number > 0 for number in told):
+        numbers = f"num_attention_heads {heads}, hidden_size {hidden}, intermediate_size {channels}"
+        raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {numbers}")
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     full = Counts(groups, heads // groups, channels)
     shapes = _shapes(full, head_dim, hidden)
     for name, linear in linears.items():
         if (shape := (linear.out_features, linear.in_features)) != shapes[_role(name)]:
-            told = f"{heads} heads of {head_dim} features, {groups} key heads and {channels} channels"
-            raise ModelError(f"{where}: expected {name} of shape {shapes[_role(name)]} by {told}; found {shape}")
+            numbers = f"{heads} heads of {head_dim} features, {groups} key heads and {channels} channels"
+            raise ModelError(f"{where}: expected {name} of shape {shapes[_role(name)]} by {numbers}; found {shape}")
     pairs = [(g, p) for g in range(1, groups + 1) for p in range(1, full.per_group + 1)]
     accepted = [pair for pair in pairs[:-1] if accepted_config(model, _settings(Counts(*pair, channels), head_dim))]
     choices = (*accepted, pairs[-1])  # the last pair is the model's own
