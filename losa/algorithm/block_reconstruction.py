@@ -55,7 +55,7 @@ class BlockReconstruction:
         batch_size: most samples of a forward pass.
     """
 
-    def __init__(self, config: ReconstructConfig, shape: tuple[int, int], batch_size: int):
+    def __init__(self, config: ReconstructConfig, shape: Sequence[int], batch_size: int):
         self._config = config
         self._samples, self._length = shape
         self._batch = min(config.batch_size, self._samples)

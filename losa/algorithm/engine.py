@@ -25,11 +25,11 @@ from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within,
 from losa.algorithm.measures import MEASURES, Measured
 from losa.algorithm.owners import owners_of
 from losa.algorithm.patterns import patterns_for
-from losa.algorithm.ranks import allocate_ranks, ranks_by_sparsity, uniform_ranks
+from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import Regrowing, check_regrowth
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import Statistic, collect, statistic_of
+from losa.algorithm.statistics import check_total, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import check_rates, find_structure
@@ -112,15 +112,14 @@ class Engine:
         self.importance = get_importance(allocation.rates)
         self.statistic = statistic_of(prune, self.pruner)
         if self.statistic is not None and process_count() > 1:
-            _check_total(prune, self.pruner, self.statistic)
+            check_total(prune, self.pruner, self.statistic)
         self.gradients = wanted_gradients(prune, self.pruner)
         check_regrowth(prune, self.pruner)
         if self.gradients and sharding_of(model) is not None:
             raise RecipeError(f"{next(iter(self.gradients))} takes gradients, and needs the model whole, not sharded")
         self.reconstruction: BlockReconstruction | None = None
         if reconstruct is not None:
-            shape = (len(input_ids), input_ids.shape[1])
-            self.reconstruction = BlockReconstruction(reconstruct, shape, calibration.batch_size)
+            self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size)
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
         if allocation.per == "linear":
             check_linear(prune, self.pruner)
@@ -188,7 +187,7 @@ class Engine:
             watch.seconds |= pruned.seconds
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
-                ranks = self._ranks(this_round, pruned.errors, sparsity)
+                ranks = ranks_of_blocks(self.allocation, this_round.mean_rank, pruned.errors, sparsity)
                 self._set_ranks(this_round, ranks, pruned.linears)
         return RoundRecord(
             index=this_round.index,
@@ -358,20 +357,8 @@ class Engine:
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)
-        for d, s in zip(dense.hidden, sparse.hidden, strict=True):
-            meter.update(d, s)
+        meter.update_all(dense.hidden, sparse.hidden)
         return meter.result()
-
-    def _ranks(self, this_round: Round, errors: list[float] | None, sparsity: list[float]) -> list[int]:
-        config = self.allocation
-        bounds = (this_round.mean_rank, config.rank_min, config.rank_max)
-        if config.ranks == "error":
-            ranks = allocate_ranks(torch.tensor(errors, dtype=torch.float64), *bounds)
-        elif config.ranks == "sparsity":
-            ranks = ranks_by_sparsity(torch.tensor(sparsity, dtype=torch.float64), *bounds)
-        else:
-            ranks = uniform_ranks(len(self.blocks), this_round.mean_rank)
-        return ranks.tolist()
 
     def _set_ranks(self, this_round: Round, ranks: list[int], linears: Sequence[LinearRates] = ()) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
@@ -402,17 +389,6 @@ class _PrunedBlocks:
     linears: list[LinearRates]
     fits: list[Fit] | None
     seconds: dict[str, float]
-
-
-def _check_total(prune: PruneConfig, pruner: Pruner, statistic: type[Statistic] | type[GradientStatistic]) -> None:
-    """Raises RecipeError for a statistic that processes cannot add up."""
-    one = torch.device("cpu")
-    made = statistic(1, 1, one) if issubclass(statistic, GradientStatistic) else statistic(1, one)
-    if not isinstance(getattr(made, "total", None), Tensor):
-        raise RecipeError(
-            f"prune.pruner: {prune.pruner!r}: its statistic {pruner.statistic!r} makes no tensor `total` in __init__, "
-            "which several processes add up"
-        )
 
 
 @contextmanager

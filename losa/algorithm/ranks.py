@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from losa.recipe.sections import AllocationConfig
+
 
 def uniform_ranks(count: int, mean_rank: int) -> Tensor:
     """(count,) int64, all ``mean_rank``: the ablation without layer-wise ranks."""
@@ -63,3 +65,23 @@ def _clipped_shares(errors: Tensor, budget: int, low: int, high: int) -> Tensor:
 def ranks_by_sparsity(rates: Tensor, mean_rank: int, r_min: int, r_max: int) -> Tensor:
     """The ablation that gives sparser blocks higher ranks: ``allocate_ranks`` on the rates (L,) as errors."""
     return allocate_ranks(rates, mean_rank, r_min, r_max)
+
+
+def ranks_of_blocks(
+    config: AllocationConfig, mean_rank: int, errors: list[float] | None, sparsity: list[float]
+) -> list[int]:
+    """The rank of each block, as ``config.ranks`` says.
+
+    Args:
+        mean_rank: Omega_t.
+        errors: E_l of every block, for ``error``.
+        sparsity: share of pruned weights of every block.
+    """
+    bounds = (mean_rank, config.rank_min, config.rank_max)
+    if config.ranks == "error":
+        ranks = allocate_ranks(torch.tensor(errors, dtype=torch.float64), *bounds)
+    elif config.ranks == "sparsity":
+        ranks = ranks_by_sparsity(torch.tensor(sparsity, dtype=torch.float64), *bounds)
+    else:
+        ranks = uniform_ranks(len(sparsity), mean_rank)
+    return ranks.tolist()

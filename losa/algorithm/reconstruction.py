@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,11 @@ class ErrorMeter:
             self._sums = torch.zeros(2, dense.shape[1], dtype=torch.float64, device=dense.device)
         self._sums[0] += (dense - sparse).square().sum(0)
         self._sums[1] += dense.square().sum(0)
+
+    def update_all(self, dense: Iterable[Tensor], sparse: Iterable[Tensor]) -> None:
+        """Take several batches in, as ``update`` does."""
+        for d, s in zip(dense, sparse, strict=True):
+            self.update(d, s)
 
     def result(self) -> float:
         """The error over the batches of all processes, of which some may have none. All processes call it together;

@@ -133,6 +133,17 @@ def statistic_of(prune: PruneConfig, pruner: Pruner) -> type[Statistic] | type[G
         raise RecipeError(f"prune.pruner: {prune.pruner!r}: {error}") from error
 
 
+def check_total(prune: PruneConfig, pruner: Pruner, statistic: type[Statistic] | type[GradientStatistic]) -> None:
+    """Raises RecipeError for a statistic that processes cannot add up."""
+    one = torch.device("cpu")
+    made = statistic(1, 1, one) if issubclass(statistic, GradientStatistic) else statistic(1, one)
+    if not isinstance(getattr(made, "total", None), Tensor):
+        raise RecipeError(
+            f"prune.pruner: {prune.pruner!r}: its statistic {pruner.statistic!r} makes no tensor `total` in __init__, "
+            "which several processes add up"
+        )
+
+
 register_statistic("input_norms")(InputNorms)
 register_statistic("hessian")(Hessian)
 register_statistic("gradient_norms")(GradientNorms)

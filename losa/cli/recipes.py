@@ -20,8 +20,8 @@ def recipe_from(path: Path, settings: list[str] | None, data: Path | None = None
         RecipeError: the file, an option or the recipe that comes of them.
         DataError, OutputError: as ``own_text``.
     """
+    from losa.recipe.paths import output_path
     from losa.recipe.reading import override, parse_recipe, read_settings
-    from losa.recipe.sections import output_path
 
     recipe, overrides = read_settings(path), parse_settings(settings or [])
     if output is not None:

@@ -11,7 +11,7 @@ from losa.data.row_files import Row
 from losa.data.row_formats import Conversation, checked_message, row_format, row_text, row_tools
 from losa.data.sequences import IGNORED
 from losa.errors import DataError, reason, shown
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 TITLES = {"user": "Instruction", "assistant": "Response"}
 

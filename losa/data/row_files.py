@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 logger = logging.getLogger("losa")
 

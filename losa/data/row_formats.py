@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from losa.data.row_files import Row
 from losa.errors import DataError, shown
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 
 def row_format(row: Row, source: DataSource) -> str:

@@ -12,7 +12,7 @@ from losa.data import corpus
 from losa.data.row_files import SUFFIXES, Row, file_rows, first_line
 from losa.distributed.watch import progress
 from losa.errors import DataError, shown
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 BUILTIN = "builtin:"
 

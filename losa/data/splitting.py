@@ -11,7 +11,7 @@ from losa.data.corpus import SHARES
 from losa.data.row_files import PLAIN_TEXT, Row
 from losa.data.sources import located_rows
 from losa.errors import DataError, OutputError, reason
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from losa.storage.files import MARKER, write_json, write_text
 
 PARTS = tuple(SHARES)

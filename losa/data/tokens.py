@@ -17,7 +17,7 @@ from losa.data.sequences import IGNORED, PackedData
 from losa.data.sources import located_rows
 from losa.distributed.watch import progress
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 logger = logging.getLogger("losa")
 

@@ -10,7 +10,7 @@ from losa.data.tokens import evaluation_tokens
 from losa.errors import ModelError
 from losa.evaluation.perplexity import Perplexity, perplexity, warn_of_missing_start, window_start
 from losa.model.wrapping import sparsity_of
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 
 @dataclass(frozen=True)

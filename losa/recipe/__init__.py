@@ -1,12 +1,12 @@
 """What a user asks for: recipes, read from YAML and checked."""
 
 from losa.recipe.methods import METHODS, Method, MethodName
+from losa.recipe.paths import output_path, work_path
 from losa.recipe.reading import data_source, load_recipe, override, parse_recipe, read_settings, read_yaml
 from losa.recipe.sections import (
     AllocationConfig,
     CalibrationConfig,
     CheckpointConfig,
-    DataSource,
     DistributedConfig,
     EvaluateConfig,
     LoraConfig,
@@ -14,13 +14,10 @@ from losa.recipe.sections import (
     Recipe,
     ReconstructConfig,
     RoundsConfig,
-    Source,
-    Sources,
     Targets,
     TrainConfig,
-    output_path,
-    work_path,
 )
+from losa.recipe.sources import DataSource, Source, Sources
 
 __all__ = [
     "AllocationConfig",

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from losa.errors import RecipeError, shown
-from losa.recipe.sections import DataSource, Recipe, Section
+from losa.recipe.sections import Recipe
+from losa.recipe.sources import DataSource, Section
 
 _S = TypeVar("_S", bound=Section)
 # What messages quote: characters of a key, and problems.

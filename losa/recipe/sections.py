@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from losa.errors import shown
 from losa.recipe.methods import METHODS, Method, MethodName
+from losa.recipe.paths import check_name, output_path, work_path
 from losa.recipe.rates import check_rates, compares_samples
+from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
 
 MAX_SPARSITY = 0.95
-MAX_COUNT = 2**31 - 1
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
-
-
-class DataSource(Section):
-    """One text source.
-
-    ``path`` is a local file or directory (.jsonl, .json, .parquet, .txt, .raw), a Hugging Face dataset name,
-    or ``builtin:pydoc/{calibration,train,heldout}``, text that every Python carries.
-    """
-
-    path: str = Field(description="file, directory, data set name or builtin text")
-    format: Literal["auto", "alpaca", "messages", "text"] = Field(
-        "auto", description="how a row is read; auto looks at the row's columns"
-    )
-    split: str = Field("train", description="split of a Hugging Face data set")
-    subset: str | None = Field(None, description="subset (configuration) of a Hugging Face data set")
-    text_field: str = Field("text", description="column that holds the text")
-    limit: int | None = Field(None, gt=0, le=MAX_COUNT, description="use at most this many rows")
-
-
-def _as_sources(value):
-    if isinstance(value, (str, dict, DataSource)):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a path, a mapping with a path, or a list of those; got {shown(value)}")
-    return [_as_source(v) for v in value]
-
-
-def _as_source(value):
-    return {"path": value} if isinstance(value, str) else value
-
-
-Sources = Annotated[list[DataSource], BeforeValidator(_as_sources), Field(min_length=1)]
-"""At least one data source: a path, a mapping, or a list of paths and mappings."""
-
-Source = Annotated[DataSource, BeforeValidator(_as_source)]
-"""One data source: a path or a mapping."""
 
 
 def _targets(value):
@@ -314,35 +274,6 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"(?!meta)[a-z]+(:[0-9]{1,3})?", name):
         raise ValueError(f"expected auto, cpu, cuda, cuda:1, ...; got {shown(name)}")
     return name
-
-
-def output_path(path: Path) -> Path:
-    """Where a run may write, with ~ resolved. Raises ValueError for what cannot be a directory's name."""
-    try:
-        path = path.expanduser()
-        # While the output is written it has other names beside its own; this is the longest of them.
-        beside = path.with_name(f".{path.name}.partial-{2**22}")
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"not a directory's name: {shown(str(path))} ({error})") from error
-    check_name(str(beside), str(path))
-    return path
-
-
-def work_path(output: Path) -> Path:
-    """Where a run keeps unfinished work."""
-    return output.with_name(f"{output.name}.work")
-
-
-def check_name(path: str, said: str) -> None:
-    """Raises ValueError for a path that no system call takes (too long, with a NUL, not encodable). The message quotes
-    ``said`` in its place."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise ValueError(f"{error.strerror}: {shown(said)}") from error
-    except ValueError as error:
-        raise ValueError(f"not a path: {shown(said)} ({error})") from error
 
 
 class Recipe(Section):

@@ -10,7 +10,8 @@ from pathlib import Path
 from losa import __version__
 from losa.distributed.processes import process_count
 from losa.errors import OutputError, reason
-from losa.recipe.sections import Recipe, work_path
+from losa.recipe.paths import work_path
+from losa.recipe.sections import Recipe
 from losa.record import RunRecord
 from losa.storage.files import RECORD, check_output, is_ours, recover, recover_all, remove_directory, write_json
 

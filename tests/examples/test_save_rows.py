@@ -11,7 +11,7 @@ from losa.data.row_files import Row
 from losa.data.row_formats import row_format
 from losa.data.sources import read_rows
 from losa.recipe.reading import load_recipe
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.processes import ROOT
 
 TRAINING = "train: {data: [{path: train.txt}, {path: more.jsonl, limit: 1}]}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from losa.data.rendering import Renderer
 from losa.data.row_files import Row
 from losa.data.sequences import IGNORED
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.tiny import tiny_tokenizer
 
 SOURCE = DataSource(path="x")

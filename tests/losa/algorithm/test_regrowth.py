@@ -103,7 +103,7 @@ def test_rounds_of_sparsegpt_give_back_what_is_stored():
     engine, layers = engine_of(pruner="sparsegpt", sparsity=0.5)
     first = engine.run_round(Round(1, 0.25, 3, 0))
     assert "gradients" not in first.seconds, "nothing can come back"
-    assert not engine.blocks[0]._originals, "the originals are not needed"
+    assert not engine.blocks[0].originals, "the originals are not needed"
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B.normal_(std=0.05)

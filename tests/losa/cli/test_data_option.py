@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig, MambaForCausalLM
 
 from losa.data.tokens import evaluation_tokens
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.command_line import fail, invoke, succeed
 from tests.helpers.tiny import CHARACTERS, tiny_llama, tiny_tokenizer
 

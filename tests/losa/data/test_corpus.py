@@ -6,7 +6,7 @@ import pytest
 
 from losa.data import corpus
 from losa.data.sources import read_rows
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 
 def test_builtin_text_is_split_without_overlap():

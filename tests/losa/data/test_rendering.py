@@ -10,7 +10,7 @@ from losa.data.rendering import Renderer
 from losa.data.row_files import Row
 from losa.data.sequences import IGNORED
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.conversations import CHATML, QWEN3, SOURCE, TWO, chat, learnt
 from tests.helpers.rows import ALPACA, DIALOGUE, TEMPLATE, bpe_tokenizer
 from tests.helpers.tiny import tiny_tokenizer

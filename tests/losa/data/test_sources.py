@@ -11,7 +11,7 @@ import pytest
 
 from losa.data.sources import read_rows
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.rows import write
 
 

@@ -10,7 +10,7 @@ import pytest
 from losa.data.sources import read_rows
 from losa.data.splitting import named_parts, split
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "/" + "y" * 300 + "/z", "a\0b"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from losa.data.sequences import IGNORED
 from losa.data.tokens import calibration_tokens, evaluation_tokens, training_sequences
 from losa.errors import DataError
-from losa.recipe.sections import DataSource
+from losa.recipe.sources import DataSource
 from tests.helpers.conversations import CHATML, REVERSES, TWO, chat
 from tests.helpers.rows import ALPACA, DIALOGUE, TEMPLATE, bpe_tokenizer, write
 from tests.helpers.tiny import tiny_tokenizer

@@ -66,7 +66,7 @@ def test_the_complete_example_has_every_setting():
 
 def test_gpu_examples_hold_no_defaults():
     for path in EXAMPLES:
-        if path.stem in ("every-setting", "smollm2-cpu"):
+        if path.stem in ("every-setting", "smollm2-cpu", "smollm2-best"):
             continue
         written = read_settings(path)
         whole = load_recipe(path).model_dump(mode="json")
@@ -137,7 +137,10 @@ def test_the_7b_example_has_the_papers_settings():
         ({"distributed": {"mode": "ddp", "reshard_after_forward": False}}, "reshard_after_forward: expected mode"),
         ({"distributed": {"mode": "ddp", "activation_checkpointing": False}}, "checkpointing: expected mode fsdp"),
         ({"distributed": {"shard_size": 2}}, "distributed.shard_size: expected mode hsdp, got auto"),
-        ({"method": "lora", "reconstruct": {}}, r"reconstruct: expected a method .*\(losa, sparse_lora\), got lora"),
+        (
+            {"method": "lora", "reconstruct": {}},
+            r"reconstruct: expected a method .*\(losa, sparse_lora, sparse_full\), got lora",
+        ),
         ({"reconstruct": {"steps": 0}}, "reconstruct.steps: .*greater than or equal to 1, got 0"),
     ],
 )
