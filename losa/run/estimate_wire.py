@@ -56,9 +56,9 @@ class Wires:
         first = stage.method == next(iter(self.rounds))
         once = 1 + (CHECKS + len(other_batches(recipe)) if first else 0)
         how = f"one by one: {passes} times a round, {once} times in all"
-        yield from self.gathered(stage, passes * rounds + once, streams * rounds + first, how)
+        yield from self.gathered(passes * rounds + once, streams * rounds + first, how, stage.method)
         if dynamic and self.placement.sharded:
-            adapters = self._trained(stage).rows(shape.pruned)
+            adapters = self._trained(stage.method).rows(shape.pruned)
             yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
         # Weights that a pruner changes wait in host memory as they were.
         again = (rounds - 1) * (dense + (not recipe.prune.nested))
@@ -81,7 +81,7 @@ class Wires:
             new = shape.dtype.itemsize * shape.prunable
             yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
         if recipe.reconstruct is not None and recipe.reconstructs(stage.method):
-            trained = whole_bytes(self._trained(stage).rows(shape.pruned))
+            trained = whole_bytes(self._trained(stage.method).rows(shape.pruned))
             how = "fp32 gradients of a block's adapters, once a step of its reconstruction"
             every = self.cluster.all_reduce("gradients of blocks", trained, processes, how)
             yield every.times(rounds * recipe.reconstruct.steps)
@@ -95,7 +95,7 @@ class Wires:
     def _training(self, stage: Stage) -> Iterator[Traffic]:
         recipe, placement, steps = self.recipe, self.placement, stage.times
         assert recipe.train is not None and stage.method is not None
-        adapters = self._trained(stage).rows(self.shape.pruned)
+        adapters = self._trained(stage.method).rows(self.shape.pruned)
         how = "fp32 gradients of the adapters, once a step"
         if placement.shard_size is None:
             yield self.cluster.all_reduce("gradients", whole_bytes(adapters), placement.processes, how).times(steps)
@@ -107,7 +107,7 @@ class Wires:
         rounds = sum(each.sequences > 0 for each in self.rounds[stage.method])
         teacher = "for the teacher's, " * (passes > 2)
         how = f"{teacher}for the forward" + (" and for the backward pass" * (passes > 1)) + ", and once before a round"
-        yield from self.gathered(stage, forward * passes + rounds, forward + rounds, how)
+        yield from self.gathered(forward * passes + rounds, forward + rounds, how, stage.method)
         if distills and replaces_weights(recipe, [stage.method]):
             dense = self._made_whole("dense weights", weights_of(self.shape), "for the teacher's passes")
             yield dense.times(forward)
@@ -127,17 +127,17 @@ class Wires:
         assert evaluation is not None
         batches = -(-windows_of_one(evaluation, self.placement.processes) // evaluation.batch_size)
         how = f"one by one, for each of {batches} batches and once before them"
-        yield from self.gathered(stage, (batches + 1) * stage.times, stage.times, how)
+        yield from self.gathered((batches + 1) * stage.times, stage.times, how, stage.method)
 
-    def _trained(self, stage: Stage) -> Trained:
-        """What the stage's method trains: its weights, or adapters of the highest rank of any method."""
-        full = stage.method is not None and METHODS[stage.method].adapter == "weights"
+    def _trained(self, method: MethodName | None) -> Trained:
+        """What a method trains: every weight, or adapters of the highest rank of any method. None: the dense model's."""
+        full = method is not None and METHODS[method].adapter == "weights"
         return Trained(None if full else highest_rank(self.rounds))
 
-    def gathered(self, stage: Stage, blocks: float, outside: float, how: str) -> Iterator[Traffic]:
-        """Every block made whole so many times, and whatever is outside of the blocks so many."""
+    def gathered(self, blocks: float, outside: float, how: str, method: MethodName | None = None) -> Iterator[Traffic]:
+        """Every block of a method's model made whole so many times, and whatever is outside of the blocks so many."""
         if self.placement.sharded:
-            parts = block_parts(self.shape, self._trained(stage))
+            parts = block_parts(self.shape, self._trained(method))
             every = [rows for part in parts for rows in part]
             yield self._made_whole("blocks", every, f"all blocks whole, {how}").times(blocks)
             yield self._made_whole("outside of the blocks", self.shape.outside, "whole throughout a pass").times(

@@ -13,6 +13,8 @@ from losa.output.tables import plain_text
 from losa.recipe.reading import parse_recipe
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
+from losa.run.placement import Placement
+from losa.run.planned import Planned
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import tiny_llama
 
@@ -220,6 +222,19 @@ def test_a_teacher_is_counted(model_directory):
     ):
         found = estimate(recipe(model_directory, device="cuda", **distill, **changes), probe=False)
         assert {(h.phase, h.place) for h in found.holdings if h.what == "dense weights"} == places
+
+
+def test_all_kept_weights_are_trained(model_directory):
+    changes = {"method": "sparse_full", "lora": {"dropout": 0.1}, "compare": ["sparse_lora"]}
+    found = estimate(recipe(model_directory, **changes), probe=False)
+    assert found.size("adapters") == found.size("gradients") == 4 * 2 * BLOCK
+    assert found.size("optimiser") == 2 * 4 * 2 * BLOCK
+    work = {stage.what: stage.flops for stage in found.stages}
+    # Three products, and none for dropout.
+    assert work["sparse_lora: training"] - work["sparse_full: training"] == 160 * 2 * 2 * 2 * BLOCK
+    sharded = Planned.of(recipe(model_directory, **changes), tiny_llama(layers=2), torch.device("cpu"), {})
+    own = {h.what: h.size for h in sharded.holdings(Placement(2, 2))}
+    assert own["adapters"] == own["gradients"] == own["optimiser"] // 2 == 4 * 2 * BLOCK // 2
 
 
 def test_open_amount_of_data_is_a_rate(model_directory):

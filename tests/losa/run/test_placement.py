@@ -13,7 +13,7 @@ from losa.recipe.reading import parse_recipe
 from losa.recipe.sections import DistributedConfig
 from losa.run import choice
 from losa.run.choice import placement_of
-from losa.run.placement import Placement, choose
+from losa.run.placement import Placement, check_shards, choose
 from tests.helpers.tiny import tiny_llama
 
 
@@ -60,6 +60,16 @@ def test_gradients_take_whole_models():
 def test_machines_of_a_size_that_does_not_divide_the_processes():
     with pytest.raises(RecipeError, match="distributed.shard_size: expected a divisor of 6 processes, got 4"):
         choose(DistributedConfig(mode="hsdp"), 6, 4, lambda placement: True)
+
+
+def test_methods_that_need_whole_parameters():
+    text = {"data": "text.txt"}
+    settings = {"model": "m", "output": "out", "prune": {"sparsity": 0.5}, "calibration": text, "train": text}
+    needy = parse_recipe(settings | {"compare": ["adalora", "lora"]})
+    check_shards(needy, Placement(2))
+    check_shards(parse_recipe(settings | {"compare": ["sora", "sparse_full"]}), Placement(2, 2))
+    with pytest.raises(RecipeError, match="method: 'adalora' .* expected distributed.mode ddp, got fsdp"):
+        check_shards(needy, Placement(2, 2))
 
 
 def test_modes_and_copies():

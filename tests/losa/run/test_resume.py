@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from losa.errors import OutputError
+from losa.recipe.methods import METHODS
 from losa.recipe.reading import parse_recipe
 from losa.record import MethodResult
 from losa.run import pipeline
-from losa.run.documents import read_document, write_document
+from losa.run.documents import belonging, read_document, write_document
 from losa.run.fingerprint import model_digest, tensor_digest
 from losa.run.methods import Engine
 from losa.run.pipeline import run_recipe
@@ -206,3 +207,12 @@ def test_digests():
     assert len({tensor_digest(tensor) for tensor in seen}) == len(seen)
     # What a view covers, not the memory that it is a part of.
     assert tensor_digest(torch.arange(6)[::2]) == tensor_digest(torch.tensor([0, 2, 4]))
+
+
+def test_a_methods_own_setting_belongs_to_it_alone():
+    text = {"data": "text.txt"}
+    settings = {"model": "m", "output": "out", "prune": {"sparsity": 0.5}, "calibration": text, "train": text}
+    recipe = parse_recipe(settings | {"lora": {"gate_penalty": 0.7}})
+    own = {name: belonging(recipe, name, {})["recipe"].get("lora", {}) for name in METHODS}
+    assert {name for name, lora in own.items() if "gate_penalty" in lora} == {"sora"}
+    assert {name for name, lora in own.items() if "rank" not in lora} == {"losa", "prune_only"}
