@@ -13,8 +13,8 @@ from losa.recipe.methods import find_method
 class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
     None where the Hessian stayed singular and Wanda's mask was taken; ``train_loss`` is in nats a token; ``seconds`` is
-    wall time by stage. ``loss_pruned`` and ``loss_reconstructed``: the relative reconstruction error of some samples
-    before and after a block's reconstruction, None where blocks are not reconstructed."""
+    wall time by stage. ``loss_pruned`` and ``loss_reconstructed``: the loss of some samples before and after a
+    block's reconstruction, None where blocks are not reconstructed."""
 
     index: int
     target_sparsity: float
