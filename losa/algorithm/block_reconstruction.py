@@ -36,13 +36,15 @@ class BlockReconstruction:
     """Trains the parameters of a block that require a gradient, so that the block turns the sparse stream's input into
     the dense stream's output.
 
-    The loss of a batch is its relative reconstruction error, E_l of Eq. 7 as ``ErrorMeter`` weighs it:
+    With S the block's output for the sparse stream's input, D the dense stream's output, both (tokens, H), and r_t the
+    root mean square of token t in D, which the next block's norm divides by, the loss of a batch is
 
-        1/H sum over channels c of  mean((S - D)_c^2) / mean(D_c^2)
+        1/H sum over channels c of  mean over tokens t of ((S - D)_tc / r_t)^2  /  mean over tokens t of (D_tc / r_t)^2
 
-    with S the block's output (tokens, H) for the sparse stream's input, and D the dense stream's output. The first mean
-    is over the batch's tokens, the second one over all calibration tokens. A channel that is zero in all of D does not
-    count. The optimiser is AdamW with warm-up and linear decay, without weight decay. Adapters drop no inputs.
+    The second mean is over all calibration tokens. So all tokens and all channels count alike: massive activations,
+    which a few tokens have in a few channels, decide neither over the other tokens nor over the other channels. A
+    token or a channel that is zero in D does not count. The optimiser is AdamW with warm-up and linear decay, without
+    weight decay. Adapters drop no inputs.
 
     Source: block-wise tuning after pruning (arXiv 2510.14444).
 
@@ -112,13 +114,14 @@ class BlockReconstruction:
                 yield batch.tolist()
 
     def _channel_weights(self, dense: BlockStream) -> Tensor:
-        """What the squares of a channel's differences count, 1 / (H mean(D_c^2)): (H,) fp64."""
+        """What the squares of a channel's differences count, 1 / (H mean((D_tc / r_t)^2)): (H,) fp64."""
         sums = None
         for hidden in dense.hidden:
-            squares = _wide(hidden.to(dense.device, non_blocking=True)).square().sum((0, 1)).double()
+            rows = _wide(hidden.to(dense.device, non_blocking=True))
+            squares = (rows.square() * _token_weights(rows)).sum((0, 1)).double()
             sums = squares if sums is None else sums + squares
         mean = sum_of_all(sums).to(dense.device) / (self._samples * self._length)
-        return torch.where(mean > torch.finfo(torch.float32).tiny, 1 / (len(mean) * mean), 0.0)
+        return _inverse(mean) / len(mean)
 
     def _evaluate(self, loss: _Loss, batch: list[int], parameters: list[nn.Parameter]) -> Tensor:
         """The loss of a batch, (1,) on the device. Where gradients are enabled, ``parameters`` get their gradients. All
@@ -154,11 +157,22 @@ class _Loss:
         the block's parameters. Each piece is one forward pass."""
         for samples in pieces:
             output = _wide(self.sparse.run_on(self.index, self.sparse.take(samples)))
-            squares = (output - self.dense.take(samples)).square()
+            target = _wide(self.dense.take(samples))
+            squares = (output - target).square() * _token_weights(target)
             part = (squares @ self.weights.to(squares.dtype)).sum()
             if part.requires_grad:
                 part.backward()
             total += part.detach()
+
+
+def _token_weights(dense: Tensor) -> Tensor:
+    """What the squares of a token's differences count, 1 / r_t^2: (batch, length, 1), of outputs (batch, length, H)."""
+    return _inverse(dense.square().mean(-1, keepdim=True))
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0 or too small for fp32."""
+    return torch.where(squares > torch.finfo(torch.float32).tiny, 1 / squares, 0.0)
 
 
 def _wide(values: Tensor) -> Tensor:
