@@ -137,6 +137,21 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     assert stage.flops == (4 + 4 + 2 * 2 + 2) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
 
 
+def test_rates_are_measured_and_tried(model_directory):
+    def pruning(rates, delta=None):
+        found = estimate(recipe(model_directory, allocation={"rates": rates, "delta": delta}), probe=False)
+        return found, next(stage.flops for stage in found.stages if stage.kind == "pruning")
+
+    sample = 16 * (2 * 2 * BLOCK + 16 * 2 * 32 * 2)
+    uniform = pruning("uniform")[1]
+    for rates, what, size in (("owl", "scores of a block", 8 * BLOCK), ("cka_normalised", "Grams", 2 * 256**2 * 4)):
+        found, work = pruning(rates)
+        assert found.size(what) == size and work == uniform + 2 * 3 * sample
+    found, work = pruning("atp")
+    assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
+    assert pruning("atp", 0.1)[1] == uniform
+
+
 def test_rounds_and_work(model_directory):
     evaluate = {"data": "e.txt", "length": 32, "max_windows": 2}
     changes = {"method": "losa", "compare": ["lora"], "evaluate": evaluate}
