@@ -139,6 +139,7 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     assert stage.flops == (4 + 4 + 2 * 2 + 2) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
 
 
+<<<<<<< HEAD
 def test_gradients_take_a_model_in_fp32_and_a_pass_a_round(model_directory):
     regrow = {"pruner": "pruner_zero", "regrow": True, "regrow_by": "gradient"}
     given = [recipe(model_directory, prune=prune) for prune in ({}, {"pruner": "pruner_zero"}, regrow)]
@@ -154,6 +155,21 @@ def test_gradients_take_a_model_in_fp32_and_a_pass_a_round(model_directory):
     alone = recipe(model_directory, prune={"regrow": True, "regrow_by": "gradient"})
     found = next(s.flops for s in estimate(alone, probe=False).stages if s.kind == "pruning")
     assert found - work[0] == 4 * 16 * each, "from the second round on"
+=======
+def test_rates_are_measured_and_tried(model_directory):
+    def pruning(rates, delta=None):
+        found = estimate(recipe(model_directory, allocation={"rates": rates, "delta": delta}), probe=False)
+        return found, next(stage.flops for stage in found.stages if stage.kind == "pruning")
+
+    sample = 16 * (2 * 2 * BLOCK + 16 * 2 * 32 * 2)
+    uniform = pruning("uniform")[1]
+    for rates, what, size in (("owl", "scores of a block", 8 * BLOCK), ("cka_normalised", "Grams", 2 * 256**2 * 4)):
+        found, work = pruning(rates)
+        assert found.size(what) == size and work == uniform + 2 * 3 * sample
+    found, work = pruning("atp")
+    assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
+    assert pruning("atp", 0.1)[1] == uniform
+>>>>>>> n-rates
 
 
 def test_rounds_and_work(model_directory):

@@ -86,9 +86,10 @@ def test_methods_do_not_disturb_each_other(workspace, tmp_path):
     assert together.masks == alone.masks
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch, pruner):
+@pytest.mark.parametrize("pruner, allocation", [("wanda", {}), ("sparsegpt", {"rates": "atp", "per": "linear"})])
+def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch, pruner, allocation):
     changes = {"prune": {"sparsity": 0.5, "pruner": pruner}, "compare": ["prune_only"], "rounds": {"count": 3}}
+    changes["allocation"] = {"mean_rank": 2, "rank_max": 6} | allocation
     whole = run_recipe(parse_recipe(settings(workspace, tmp_path / "whole", **changes)))
     recipe = parse_recipe(settings(workspace, tmp_path / "parts", **changes))
 
@@ -111,7 +112,11 @@ def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch,
     resumed = run_recipe(recipe, resume=True)
     assert resumed.masks == whole.masks
     assert resumed.results[-1].perplexity == whole.results[-1].perplexity
-    assert [r.ranks for r in resumed.rounds] == [r.ranks for r in whole.rounds]
+    for name in ("ranks", "delta", "linear_ranks"):
+        found = [getattr(r, name) for r in resumed.rounds]
+        assert found == [getattr(r, name) for r in whole.rounds] and (None in found) == (
+            name != "ranks" and not allocation
+        )
 
 
 def test_non_finite_loss_leaves_no_output(workspace, tmp_path):
