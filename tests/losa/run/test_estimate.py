@@ -139,7 +139,6 @@ def test_pruning_alone_has_one_stream_and_no_training(model_directory):
     assert stage.flops == (4 + 4 + 2 * 2 + 2) * 16 * (2 * 2 * BLOCK + 2 * 16 * 32 * 2)
 
 
-<<<<<<< HEAD
 def test_gradients_take_a_model_in_fp32_and_a_pass_a_round(model_directory):
     regrow = {"pruner": "pruner_zero", "regrow": True, "regrow_by": "gradient"}
     given = [recipe(model_directory, prune=prune) for prune in ({}, {"pruner": "pruner_zero"}, regrow)]
@@ -155,7 +154,8 @@ def test_gradients_take_a_model_in_fp32_and_a_pass_a_round(model_directory):
     alone = recipe(model_directory, prune={"regrow": True, "regrow_by": "gradient"})
     found = next(s.flops for s in estimate(alone, probe=False).stages if s.kind == "pruning")
     assert found - work[0] == 4 * 16 * each, "from the second round on"
-=======
+
+
 def test_rates_are_measured_and_tried(model_directory):
     def pruning(rates, delta=None):
         found = estimate(recipe(model_directory, allocation={"rates": rates, "delta": delta}), probe=False)
@@ -169,7 +169,6 @@ def test_rates_are_measured_and_tried(model_directory):
     found, work = pruning("atp")
     assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
     assert pruning("atp", 0.1)[1] == uniform
->>>>>>> n-rates
 
 
 def test_rounds_and_work(model_directory):
