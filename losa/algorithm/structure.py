@@ -1,4 +1,4 @@
-"""Heads and MLP channels of a model: which linears they run through, and how many are left at the end."""
+"""Heads and MLP channels of a model: the linears that they run through, and the smaller model without some of them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def find_structure(model: Any) -> Structure:
         found = ", ".join(sorted({_role(name) for name in linears}))
         raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
     text = model.config.get_text_config()
-    heads, hidden, channels = (
-        getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")
-    )
-    if not all(type(number) is int and number > 0 for number in (heads, hidden, channels)):
-        told = f"num_attention_heads {heads}, hidden_size {hidden}, intermediate_size {channels}"
+    wanted_sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes: dict[str, Any] = {key: getattr(text, key, None) for key in wanted_sizes}
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    if not all(type(size) is int and size > 0 for key, size in sizes.items() if key != "head_dim"):
+        told = ", ".join(f"{key} {size}" for key, size in sizes.items())
         raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {told}")
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    hidden, channels, heads, groups, head_dim = sizes.values()
+    head_dim = head_dim or hidden // heads
     full = Counts(groups, heads // groups, channels)
     shapes = _shapes(full, head_dim, hidden)
     for name, linear in linears.items():
@@ -60,7 +60,8 @@ def find_structure(model: Any) -> Structure:
             told = f"{heads} heads of {head_dim} features, {groups} key heads and {channels} channels"
             raise ModelError(f"{where}: expected {name} of shape {shapes[_role(name)]} by {told}; found {shape}")
     pairs = [(g, p) for g in range(1, groups + 1) for p in range(1, full.per_group + 1)]
-    accepted = [pair for pair in pairs[:-1] if accepted_config(model, _settings(Counts(*pair, channels), head_dim))]
+    configs = (accepted_config(model, _settings(Counts(*pair, channels), head_dim)) for pair in pairs)
+    accepted = [pair for pair, config in zip(pairs[:-1], configs, strict=False) if config is not None]
     choices = (*accepted, pairs[-1])  # the last pair is the model's own
     structure = Structure(hidden, head_dim, full, names, choices)
     _check_smaller(model, structure, linears, where)
@@ -76,7 +77,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], ids: Tensor) -> tuple[
 
     Args:
         masks: packed mask of every linear of the blocks, by name in the model, whole or in shards.
-        ids: (batch, length) int64 tokens on which the smaller model is compared with the masked one.
+        ids: (batch, length) int64 tokens on which the smaller model is compared with the masked model.
 
     Returns:
         masks of the new shapes, which keep everything; and what was removed.

@@ -33,5 +33,5 @@ def test_refusals(own_names):
 
 
 def test_unknown_pruner_lists_the_known():
-    with pytest.raises(RecipeError, match="'wandaa'; expected one of magnitude, sparsegpt, wanda$"):
+    with pytest.raises(RecipeError, match="'wandaa'; expected one of magnitude, sparsegpt, wanda, wanda_sp$"):
         get_pruner(PruneConfig(pruner="wandaa", sparsity=0.5))
