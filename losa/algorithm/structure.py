@@ -1,4 +1,4 @@
-"""Heads and MLP channels of a model: which linears they run through, and how many are left at the end."""
+"""Heads and MLP channels of a model: the linears that they run through, and the smaller model without some of them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def find_structure(model: Any) -> Structure:
         found = ", ".join(sorted({_role(name) for name in linears}))
         raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
     text = model.config.get_text_config()
+<<<<<<< HEAD
     told: list[Any] = [getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")]
     heads, hidden, channels = told
     if not all(type(number) is int and number > 0 for number in told):
@@ -52,6 +53,16 @@ def find_structure(model: Any) -> Structure:
         raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {numbers}")
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+=======
+    wanted_sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes: dict[str, Any] = {key: getattr(text, key, None) for key in wanted_sizes}
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    if not all(type(size) is int and size > 0 for key, size in sizes.items() if key != "head_dim"):
+        told = ", ".join(f"{key} {size}" for key, size in sizes.items())
+        raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {told}")
+    hidden, channels, heads, groups, head_dim = sizes.values()
+    head_dim = head_dim or hidden // heads
+>>>>>>> n-structured
     full = Counts(groups, heads // groups, channels)
     shapes = _shapes(full, head_dim, hidden)
     for name, linear in linears.items():
@@ -59,7 +70,8 @@ def find_structure(model: Any) -> Structure:
             numbers = f"{heads} heads of {head_dim} features, {groups} key heads and {channels} channels"
             raise ModelError(f"{where}: expected {name} of shape {shapes[_role(name)]} by {numbers}; found {shape}")
     pairs = [(g, p) for g in range(1, groups + 1) for p in range(1, full.per_group + 1)]
-    accepted = [pair for pair in pairs[:-1] if accepted_config(model, _settings(Counts(*pair, channels), head_dim))]
+    configs = (accepted_config(model, _settings(Counts(*pair, channels), head_dim)) for pair in pairs)
+    accepted = [pair for pair, config in zip(pairs[:-1], configs, strict=False) if config is not None]
     choices = (*accepted, pairs[-1])  # the last pair is the model's own
     structure = Structure(hidden, head_dim, full, names, choices)
     _check_smaller(model, structure, linears, where)
@@ -75,7 +87,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], ids: Tensor) -> tuple[
 
     Args:
         masks: packed mask of every linear of the blocks, by name in the model, whole or in shards.
-        ids: (batch, length) int64 tokens on which the smaller model is compared with the masked one.
+        ids: (batch, length) int64 tokens on which the smaller model is compared with the masked model.
 
     Returns:
         masks of the new shapes, which keep everything; and what was removed.

@@ -66,8 +66,8 @@ def shrink_model(
         masks of the new shapes, which keep everything.
 
     Raises:
-        ModelError: a mask that is no product of rows and columns, or shapes that are not those of ``settings``.
-        OutputError: logits that differ from those before by more than rounding.
+        ModelError: a mask that is no product of rows and columns, or a shape that ``settings`` does not lead to.
+        OutputError: logits that change by more than rounding.
     """
     before = _logits(model, ids)
     small = smaller_model(model, settings)
@@ -138,6 +138,6 @@ def _check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     scale = expected.square().mean().sqrt().item()
     if not difference <= tolerance * scale:
         raise OutputError(
-            f"export: logits of the smaller model differ from those of the masked one by {difference / scale:.3g} of "
+            f"export: logits of the smaller model differ from the masked model's by {difference / scale:.3g} of "
             f"their size, where rounding explains {tolerance:.3g}"
         )

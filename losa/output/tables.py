@@ -93,11 +93,17 @@ def results_table(record: RunRecord) -> Table:
             method_label(r.method),
             _perplexity(r),
             percent(r.sparsity),
-            f"{r.zeros:,}{' (removed)' if record.shrunk is not None and r.method == record.method else ''}",
+            _zeros(r, record),
             f"{r.train_tokens:,}",
             f"{r.seconds:,.0f} s",
         )
     return table
+
+
+def _zeros(result: MethodResult, record: RunRecord) -> str:
+    if record.shrunk is None or result.method != record.method:
+        return f"{result.zeros:,}"
+    return f"{result.zeros:,} ({record.shrunk.removed:,} removed)"
 
 
 def _perplexity(result: MethodResult) -> str:

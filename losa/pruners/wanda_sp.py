@@ -17,9 +17,9 @@ from losa_kernels import pack_mask, unpack_mask
 class WandaSP(Pruner):
     """Heads and channels with the lowest scores go as a whole; kept weights stay as they are.
 
-    Column j of o_proj and of down_proj scores c_j = mean_i |W_ij| ||X_j||. A head's score is the sum over its columns,
-    a channel's is its column's, and that of a group of heads with one key and value head is the sum over the query
-    heads that it would keep. Every kept group keeps the same number of query heads. ``Structure.nearest`` says how many
+    Column j of o_proj and of down_proj scores c_j = mean_i |W_ij| ||X_j||. A channel scores c_j of its column, a query
+    head the sum of c_j over its columns, and a group of heads with one key and value head the sum over the query heads
+    that it would keep. Every kept group keeps the same number of query heads. ``Structure.nearest`` says how many
     groups, heads and channels stay, so that every block keeps the same counts. Ties: the lowest index goes first.
     Heads and channels that the masks have pruned already stay pruned.
 

@@ -60,7 +60,7 @@ def test_a_run_leaves_a_smaller_model(workspace, tmp_path, monkeypatch):
     card = (output / "README.md").read_text()
     assert f"{gone}: `num_attention_heads` 4 -> 2, `num_key_value_heads` 2 -> 1, `intermediate_size` 64 -> 32." in card
     assert "50 % of the blocks removed" in card and "exact zeros" not in card and "as large as" not in card
-    assert f"{total // 2:,} (removed)" in card
+    assert f"{total // 2:,} ({total // 2:,} removed)" in card
     with pytest.raises(ModelError, match="none of 21 linears has 20% zeros"):
         pack_directory(output, tmp_path / "packed")
 
