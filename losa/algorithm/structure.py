@@ -45,15 +45,6 @@ def find_structure(model: Any) -> Structure:
         found = ", ".join(sorted({_role(name) for name in linears}))
         raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
     text = model.config.get_text_config()
-<<<<<<< HEAD
-    told: list[Any] = [getattr(text, key, None) for key in ("num_attention_heads", "hidden_size", "intermediate_size")]
-    heads, hidden, channels = told
-    if not all(type(number) is int and number > 0 for number in told):
-        numbers = f"num_attention_heads {heads}, hidden_size {hidden}, intermediate_size {channels}"
-        raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {numbers}")
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-=======
     wanted_sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     sizes: dict[str, Any] = {key: getattr(text, key, None) for key in wanted_sizes}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
@@ -62,7 +53,6 @@ def find_structure(model: Any) -> Structure:
         raise ModelError(f"{where}: expected one number of each for all blocks in config.json; found {told}")
     hidden, channels, heads, groups, head_dim = sizes.values()
     head_dim = head_dim or hidden // heads
->>>>>>> n-structured
     full = Counts(groups, heads // groups, channels)
     shapes = _shapes(full, head_dim, hidden)
     for name, linear in linears.items():

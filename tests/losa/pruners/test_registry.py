@@ -33,10 +33,6 @@ def test_refusals(own_names):
 
 
 def test_unknown_pruner_lists_the_known():
-<<<<<<< HEAD
     known = "alps, magnitude, pruner_zero, sparsegpt, wanda, wanda_sp"
     with pytest.raises(RecipeError, match=f"'wandaa'; expected one of {known}$"):
-=======
-    with pytest.raises(RecipeError, match="'wandaa'; expected one of magnitude, sparsegpt, wanda, wanda_sp$"):
->>>>>>> n-structured
         get_pruner(PruneConfig(pruner="wandaa", sparsity=0.5))
