@@ -249,8 +249,8 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 def _check_spectrum(spectrum: object, hessian: Tensor) -> ScaledSpectrum:
     if not isinstance(spectrum, tuple | list) or len(spectrum) != 4:
         raise ValueError(f"spectrum: expected what scaled_spectrum returns, got {type(spectrum).__name__}")
-    *parts, damping = spectrum
-    columns = len(hessian)
+    values, vectors, scale, damping = spectrum
+    parts, columns = (values, vectors, scale), len(hessian)
     for part, shape in zip(parts, ((columns,), (columns, columns), (columns,)), strict=True):
         arguments.tensor("spectrum", part)
         if tuple(part.shape) != shape or part.dtype != hessian.dtype or part.device != hessian.device:
@@ -258,9 +258,9 @@ def _check_spectrum(spectrum: object, hessian: Tensor) -> ScaledSpectrum:
                 f"spectrum: expected {hessian.dtype} {shape} on {hessian.device}, "
                 f"got {part.dtype} {tuple(part.shape)} on {part.device}"
             )
-    checked = ScaledSpectrum(*parts, check_used_damping("spectrum", damping))
-    if not all(map(all_finite, parts)) or bool((checked.values < 0).any()) or not bool((checked.scale > 0).all()):
+    damping = check_used_damping("spectrum", damping)
+    if not all(map(all_finite, parts)) or bool((values < 0).any()) or not bool((scale > 0).all()):
         raise ValueError("spectrum: expected finite values, eigenvalues >= 0 and a positive scale")
     if not all_finite(hessian):
         raise ValueError("hessian: expected finite values, got nan or inf")
-    return checked
+    return ScaledSpectrum(values, vectors, scale, damping)
