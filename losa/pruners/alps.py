@@ -12,9 +12,10 @@ from losa.recipe.sections import PruneConfig
 from losa_kernels import SweepResult, alps_prune
 from losa_kernels.pruning import ScaledSpectrum, scaled_spectrum
 
-COPIES = 9  # of a linear: given, scaled, D, U, B and its right-hand side, norms and keys of the selection, two masks
-PENALTIES = 11  # values of rho until the support is stable, on SmolLM2 at 50 to 80 %; 3 products with each
-CG_PRODUCTS = 12
+# Of a linear: given, scaled, D, U, their sum, B now and before, norms and keys of the selection, masks.
+COPIES = 10
+PENALTIES = 10  # values of rho until the support is stable, on SmolLM2 at 30 to 80 %; each serves 3 products
+CG_PRODUCTS = 14  # ten steps, their first residual, and what is lost before and after
 
 
 class Alps(HessianPruner):

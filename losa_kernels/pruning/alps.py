@@ -26,11 +26,11 @@ from losa_kernels.tensors import all_finite, wide_dtype
 PENALTY = 0.1  # the first rho; G has a diagonal of ones
 ITERATIONS = 3  # of ADMM with one rho
 MOST_PENALTIES = 100
-# rho grows by the factor of the first row whose share of the kept weights was exchanged since rho was last changed.
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-# Share of kept weights below which the support counts as stable: the last few exchanges take a quarter of the
-# iterations and leave the error as it is.
-STABLE = 1e-3
+# rho grows by FAST where this share of the kept weights, or more, was exchanged since it last grew, and else by SLOW.
+MANY, FAST, SLOW = 0.1, 1.3, 1.2
+# Share of kept weights below which the support counts as stable: the few later exchanges would take a third more
+# iterations, and leave the error as it is.
+STABLE = 0.005
 CG_STEPS = 10
 
 
@@ -63,8 +63,8 @@ def scaled_spectrum(hessian: Tensor, damping: float) -> ScaledSpectrum:
     hessian, damping = check_hessian(hessian), check_damping(damping)
     last = damping
     while damping <= MAX_DAMPING * (1 + 1e-9):
-        gram, scale = _scaled(hessian, damping)
-        found = _eigh(gram) if bool((scale > 0).all()) else None
+        scale = damped_diagonal(hessian, damping).sqrt()  # nan where the diagonal is negative
+        found = _eigh(_scaled(hessian, scale)) if bool((scale > 0).all()) else None
         if found is not None:
             return ScaledSpectrum(*found, scale, damping)
         last, damping = damping, 10 * damping
@@ -103,7 +103,8 @@ def alps_prune(
         B = W + (D - W - U) rho (G + rho I)^-1,   D = P(B + U),   U = U + B - D
 
     where P keeps the largest entries; rho grows while fewer and fewer entries are exchanged. Conjugate gradients, one
-    least-squares problem for each row, then solve for the kept entries alone.
+    least-squares problem for each row, then solve for the kept entries alone. What is minimised ends at most where it
+    is at P(W).
 
     Unstructured: over the whole matrix, exactly floor(sparsity * out * in) entries go, ties in row-major order (lowest
     row, then lowest column). keep_n:m: in each group of a row, ties lowest column first.
@@ -137,23 +138,25 @@ def alps_prune(
     if not all_finite(weight):
         raise ValueError("weight: expected finite values, got nan or inf")
     hessian = hessian.to(wide)
-    if spectrum is None:
-        spectrum = scaled_spectrum(hessian, damping)
-    else:
-        _check_spectrum(spectrum, hessian)
+    spectrum = scaled_spectrum(hessian, damping) if spectrum is None else _check_spectrum(spectrum, hessian)
     if weight.numel() == 0:
         empty = weight.to(wide, copy=True)
         return SweepResult(empty, pack_mask(empty != 0), empty.sum(1), spectrum.damping)
-    gram = _scaled(hessian, spectrum.damping)[0]
+    gram = _scaled(hessian, spectrum.scale)
     target = weight.to(wide, copy=True, memory_format=torch.contiguous_format)
     target.masked_fill_(hessian.diagonal() == 0, 0).mul_(spectrum.scale)
     _check_size(target)
     choose = _selection(target, sparsity, keep_n, m, mask)
     with matmul_precision("ieee") if target.is_cuda else nullcontext():
-        start, kept = _admm(target, spectrum, choose)
-        solved = _conjugate_gradients(target, start, kept, gram, cg_steps)
-        off = target.sub_(solved)
-        loss = (off @ gram).mul_(off).sum(1).div_(2).clamp_min_(0)
+        solved, kept = _admm(target, spectrum, choose)
+        loss = _loss(target, solved, gram)
+        # Where inputs hardly depend on each other, or many weights are equal, masking alone may do better than ADMM.
+        first = choose(target)
+        plain = target.masked_fill(~first, 0)
+        if bool(_loss(target, plain, gram).sum() <= loss.sum()):
+            solved, kept = plain, first
+        solved = _conjugate_gradients(target, solved, kept, gram, cg_steps)
+        loss = _loss(target, solved, gram)
     pruned = solved.div_(spectrum.scale).masked_fill_(~kept, 0)
     _check_size(pruned, loss)
     return SweepResult(pruned, pack_mask(kept), loss, spectrum.damping)
@@ -164,13 +167,10 @@ def _check_size(*found: Tensor) -> None:
         raise ValueError(f"weight: too large: what pruning makes of it, or the loss, is beyond {found[0].dtype}")
 
 
-def _scaled(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(G, diagonal of S) of ``ScaledSpectrum``."""
-    diagonal = damped_diagonal(hessian, damping)
-    scale = diagonal.sqrt()
+def _scaled(hessian: Tensor, scale: Tensor) -> Tensor:
+    """G of ``ScaledSpectrum``; the damping is in the scale alone, as it changes the diagonal alone."""
     gram = hessian.triu(1).div_(scale).div_(scale[:, None])
-    gram.add_(gram.T.clone()).fill_diagonal_(1)
-    return gram, scale
+    return gram.add_(gram.T.clone()).fill_diagonal_(1)
 
 
 def _selection(
@@ -213,10 +213,16 @@ def _admm(target: Tensor, spectrum: ScaledSpectrum, choose: Callable[[Tensor], T
         exchanged = int((kept & ~before).sum()) / count
         if exchanged < STABLE:
             break
-        growth = next(factor for least, factor in GROWTH if exchanged >= least)
+        growth = FAST if exchanged >= MANY else SLOW
         rho *= growth
         U /= growth
     return D, kept
+
+
+def _loss(target: Tensor, found: Tensor, gram: Tensor) -> Tensor:
+    """(out,), half of each row's (target - found) G (target - found)^T."""
+    off = target - found
+    return (off @ gram).mul_(off).sum(1).div_(2).clamp_min_(0)
 
 
 def _conjugate_gradients(target: Tensor, start: Tensor, kept: Tensor, gram: Tensor, steps: int) -> Tensor:
@@ -240,19 +246,21 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below, 0)
 
 
-def _check_spectrum(spectrum: ScaledSpectrum, hessian: Tensor) -> None:
+def _check_spectrum(spectrum: object, hessian: Tensor) -> ScaledSpectrum:
     if not isinstance(spectrum, tuple | list) or len(spectrum) != 4:
         raise ValueError(f"spectrum: expected what scaled_spectrum returns, got {type(spectrum).__name__}")
-    columns = len(hessian)
-    for part, shape in zip(spectrum[:3], ((columns,), (columns, columns), (columns,)), strict=True):
+    values, vectors, scale, damping = spectrum
+    parts, columns = (values, vectors, scale), len(hessian)
+    for part, shape in zip(parts, ((columns,), (columns, columns), (columns,)), strict=True):
         arguments.tensor("spectrum", part)
         if tuple(part.shape) != shape or part.dtype != hessian.dtype or part.device != hessian.device:
             raise ValueError(
                 f"spectrum: expected {hessian.dtype} {shape} on {hessian.device}, "
                 f"got {part.dtype} {tuple(part.shape)} on {part.device}"
             )
-    check_used_damping("spectrum", spectrum[3])
-    if not all(map(all_finite, spectrum[:3])) or bool((spectrum[0] < 0).any()) or not bool((spectrum[2] > 0).all()):
+    damping = check_used_damping("spectrum", damping)
+    if not all(map(all_finite, parts)) or bool((values < 0).any()) or not bool((scale > 0).all()):
         raise ValueError("spectrum: expected finite values, eigenvalues >= 0 and a positive scale")
     if not all_finite(hessian):
         raise ValueError("hessian: expected finite values, got nan or inf")
+    return ScaledSpectrum(values, vectors, scale, damping)

@@ -44,7 +44,7 @@ def run_all(engine, rounds=3, schedule="cubic", perturb=True):
     return made, records, masks
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_budgets_are_exact_and_masks_nested(pruner):
     model, engine = build({"pruner": pruner, "sparsity": 0.6})
     schedule, records, masks = run_all(engine)
