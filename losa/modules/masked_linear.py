@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa_kernels import unpack_mask
+from losa_kernels.masked_lora.weights import masked_linear, merge_masked
 
 
 class MaskedLinear(MaskedLoRALinear):
@@ -41,10 +40,7 @@ class MaskedLinear(MaskedLoRALinear):
         """x (..., in) -> (..., out)."""
         if not self.adapter_enabled:
             return F.linear(x, self.weight, self.bias)
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        return _MaskedProduct.apply(x, self.weight, self.mask, self.delta, self.bias)
+        return masked_linear(x, self.weight, self.mask, self.delta, self.bias)
 
     def set_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
         """Raises ValueError: there are no ranks."""
@@ -62,7 +58,7 @@ class MaskedLinear(MaskedLoRALinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """M * (W + D), rounded once to the weight's dtype: (out, in), a new tensor, exactly +0.0 where pruned."""
-        return _effective(self.weight, self.mask, self.delta, self.weight.dtype)
+        return merge_masked(self.weight, self.mask, self.delta)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -71,33 +67,3 @@ class MaskedLinear(MaskedLoRALinear):
         self.dropout_p = 0.0
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(self.weight, dtype=dtype))
-
-
-def _effective(weight: Tensor, mask: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """M * (W + D) in ``dtype``, summed in D's."""
-    return torch.add(weight, delta).masked_fill_(~unpack_mask(mask, weight.shape[1]), 0).to(dtype)
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """x (M * (W + D))^T + bias. The backward pass forms the weight anew: kept, it would take the memory of a second
-    model."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, mask, delta)
-        ctx.dtype = x.dtype
-        return F.linear(x, _effective(weight, mask, delta, x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y: Tensor):
-        x, weight, mask, delta = ctx.saved_tensors
-        dx = d_delta = d_bias = None
-        if ctx.needs_input_grad[0]:
-            dx = grad_y @ _effective(weight, mask, delta, ctx.dtype)
-        if ctx.needs_input_grad[3]:
-            product = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            d_delta = product.to(delta.dtype).masked_fill_(~unpack_mask(mask, weight.shape[1]), 0)
-        if ctx.needs_input_grad[4]:
-            d_bias = grad_y.flatten(0, -2).sum(0)
-        return dx, None, None, d_delta, d_bias

@@ -130,7 +130,7 @@ class Wires:
         yield from self.gathered((batches + 1) * stage.times, stage.times, how, stage.method)
 
     def _trained(self, method: MethodName | None) -> Trained:
-        """What a method trains: all weights, or adapters of the highest rank of any method. None: the dense model's."""
+        """What a method trains: every weight, or adapters of the highest rank of any method."""
         full = method is not None and METHODS[method].adapter == "weights"
         return Trained(None if full else highest_rank(self.rounds))
 
