@@ -66,6 +66,7 @@ def task_settings(file: Path) -> dict:
         "doc_to_target": target,
         # A continuation begins with its own space.
         "target_delimiter": "" if contexts else " ",
-        "metric_list": [{"metric": "acc"}],
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }

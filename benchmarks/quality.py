@@ -133,8 +133,8 @@ def spread(values: list[float]) -> str:
     """The mean, and least and largest of several."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}..{max(values):.1f})"
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.1f}..{max(values):.1f})"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ def test_runs_of_the_tables():
     for job in jobs:
         # A run that two tables share is the same run.
         assert settings.setdefault(job.key, job.overrides) == job.overrides
-        assert bool(job.variant) == bool(job.overrides) or job.pruner == "wanda_sp"
+        assert bool(job.variant) == bool(job.overrides)
     names = {(job.method, job.variant, tuple(job.overrides.items())) for job in jobs}
     assert len({(method, variant) for method, variant, _ in names}) == len(names), "a variant has two meanings"
     keys = {job.key for job in jobs}
