@@ -33,8 +33,8 @@ class Alps(HessianPruner):
         return [hessians_of_block(shape), factorising_one(shape), one_linear_memory(shape, COPIES)]
 
     def flops(self, shape: PruningShape) -> float:
-        """X^T X, its eigendecomposition, an inverse for each rho, and products of ADMM and of conjugate gradients."""
-        cubes, products = 9 + 2 * PENALTIES, 3 * PENALTIES + CG_PRODUCTS
+        """X^T X, its eigendecomposition, half a product for each rho, products of ADMM and of conjugate gradients."""
+        cubes, products = 9 + PENALTIES, 3 * PENALTIES + CG_PRODUCTS
         return hessian_flops(shape, lambda one: cubes * one.inputs**3 + 2 * products * one.numel * one.inputs)
 
     def solve(self, weight: Tensor, hessian: Tensor, pattern: Pattern, mask: Tensor | None) -> SweepResult:

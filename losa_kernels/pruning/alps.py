@@ -19,6 +19,7 @@ from losa_kernels.pruning.checks import (
     check_used_damping,
 )
 from losa_kernels.pruning.cuda import matmul_precision
+from losa_kernels.pruning.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.pruning.reference import MAX_DAMPING, damped_diagonal, singular
 from losa_kernels.pruning.sweep import SweepResult
 from losa_kernels.tensors import all_finite, wide_dtype
@@ -197,13 +198,12 @@ def _admm(target: Tensor, spectrum: ScaledSpectrum, choose: Callable[[Tensor], T
 
     The dual variable is scaled, U = V / rho, so that products are with matrices whose eigenvalues are at most 1.
     """
-    values, vectors = spectrum.values, spectrum.vectors
     rho, kept = PENALTY, choose(target)
     D = target.masked_fill(~kept, 0)
     U = target - D
     count = max(int(kept.sum()), 1)
     for _ in range(MOST_PENALTIES):
-        pull = (vectors * (rho / (values + rho))) @ vectors.T
+        pull = _pull(spectrum, rho)
         before = kept
         for _ in range(ITERATIONS):
             B_plus_U = torch.addmm(target + U, D.sub_(target).sub_(U), pull)
@@ -217,6 +217,14 @@ def _admm(target: Tensor, spectrum: ScaledSpectrum, choose: Callable[[Tensor], T
         rho *= growth
         U /= growth
     return D, kept
+
+
+def _pull(spectrum: ScaledSpectrum, rho: float) -> Tensor:
+    """rho (G + rho I)^-1, symmetric and so by half of a product."""
+    roots = spectrum.vectors * (rho / (spectrum.values + rho)).sqrt()
+    pull = torch.zeros_like(roots)
+    accumulate_hessian(pull, roots.T)
+    return complete_hessian(pull)
 
 
 def _loss(target: Tensor, found: Tensor, gram: Tensor) -> Tensor:

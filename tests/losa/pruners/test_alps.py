@@ -58,4 +58,4 @@ def test_cost():
     sizes = {memory.what: memory.size for memory in pruner.memory(shape)}
     assert sizes == {"Hessians of a block": 4 * 36, "factorising one": 5 * 4 * 36, "pruning one linear": 10 * 4 * 30}
     products = 30 + 14  # ADMM; conjugate gradients and what is lost
-    assert pruner.flops(shape) == 2 * (2 * 100 * 36 + (9 + 2 * 10) * 6**3 + 2 * products * 30 * 6)
+    assert pruner.flops(shape) == 2 * (2 * 100 * 36 + (9 + 10) * 6**3 + 2 * products * 30 * 6)
