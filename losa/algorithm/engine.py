@@ -70,8 +70,8 @@ class Engine:
     Raises:
         ModelError: no blocks, or a block without a wrapped linear.
         RecipeError: an unknown pruner, a pattern that does not divide a linear's inputs, a pruner whose statistic is
-            unknown, needs gradients, or has no ``total`` on several processes, a pruner
-            that gives the linears of a block no rates of their own, or rates whose width needs a ``loss``.
+            unknown, needs gradients, or has no ``total`` on several processes, a pruner whose linears cannot have rates
+            of their own where ``allocation`` asks for them, or rates whose width needs a ``loss``.
     """
 
     def __init__(

@@ -100,8 +100,9 @@ def owl_importance(scores: Iterable[Sequence[Tensor]], multiple: float = 5.0) ->
     shares = []
     for block in scores:
         count = sum(each.numel() for each in block)
-        mean = sum(each.sum(dtype=torch.float64) for each in block) / count
-        shares.append(sum((each > multiple * mean).sum().double() for each in block) / count)
+        mean = torch.stack([each.sum(dtype=torch.float64) for each in block]).sum() / count
+        outliers = torch.stack([(each > multiple * mean).sum() for each in block]).sum()
+        shares.append(outliers.double() / count)
     return _on_host(shares)
 
 
