@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,13 +85,14 @@ class RankBudget(Extension):
         if self._allocator is None:
             return
         named, config = _Named(self.model), self._allocator.peft_config
-        if self._pattern is not None:
-            self._allocator.mask_using_rank_pattern(named, self._pattern)
-        elif step < config.total_step - config.tfinal:
-            self._allocator.update_and_allocate(named, step)
-        elif self._allocator.exp_avg_ipt:
-            _, self._pattern = self._allocator.update_and_allocate(named, step, force_mask=True)
-            self._allocator.reset_ipt()
+        with _any_algorithm():
+            if self._pattern is not None:
+                self._allocator.mask_using_rank_pattern(named, self._pattern)
+            elif step < config.total_step - config.tfinal:
+                self._allocator.update_and_allocate(named, step)
+            elif self._allocator.exp_avg_ipt:
+                _, self._pattern = self._allocator.update_and_allocate(named, step, force_mask=True)
+                self._allocator.reset_ipt()
 
     def state(self) -> dict[str, Tensor]:
         kept = self._pattern or {}
@@ -102,6 +104,18 @@ class RankBudget(Extension):
             if peft in kept:
                 found[f"{ours}.{_KEPT}"] = torch.tensor(kept[peft]).to(parameter).view_as(parameter)
         return found
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """A recipe's ``deterministic`` does not hold within the context. The allocator takes a k-th value, which torch
+    refuses on a GPU because the value's place is not deterministic; the allocator does not ask for the place."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 class _Named:

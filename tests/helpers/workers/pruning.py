@@ -25,7 +25,9 @@ from losa.distributed.stop import heeding_signals
 from losa.evaluation.perplexity import perplexity
 from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
+from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
+from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
 from tests.helpers.processes import finish, start_worker
@@ -247,20 +249,28 @@ def running_out_of_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def dense_adapters(shard_size: int) -> bool:
-    """Whether dense adapters beside pruned weights, and what is merged of them, are those of a whole model."""
-    found = []
-    for size in (None, shard_size):
-        model, engine = build("2:4", size, LoRALinear)
-        engine.run_round(Round(1, 0.5, 4, 0))
-        generator = torch.Generator().manual_seed(0)
-        with gathered(model), torch.no_grad():
-            for layer in wrapped_linears(model).values():
-                layer.lora_B.normal_(std=0.02, generator=generator)
-        replace_layers(model, LoRALinear.merge_dense)
-        assert (sharding_of(model) is None) == (size is None)
-        found.append({name: whole(parameter) for name, parameter in model.named_parameters()})
-    return found[0].keys() == found[1].keys() and all(torch.equal(p, found[1][n]) for n, p in found[0].items())
+def other_layers(shard_size: int) -> list[str]:
+    """The layers that, pruned and merged in shards, do not give what a whole model gives."""
+    wrong = []
+    for layer, trained, merge in (
+        (LoRALinear, "lora_B", LoRALinear.merge_dense),
+        (SoRALinear, "lora_B", SoRALinear.merge_dense),
+        (MaskedLinear, "delta", MaskedLinear.merge),
+    ):
+        found = []
+        for size in (None, shard_size):
+            model, engine = build("2:4", size, layer)
+            engine.run_round(Round(1, 0.5, 4, 0))
+            generator = torch.Generator().manual_seed(0)
+            with gathered(model), torch.no_grad():
+                for linear in wrapped_linears(model).values():
+                    getattr(linear, trained).normal_(std=0.02, generator=generator)
+            replace_layers(model, merge)
+            assert (sharding_of(model) is None) == (size is None)
+            found.append({name: whole(parameter) for name, parameter in model.named_parameters()})
+        if found[0].keys() != found[1].keys() or not all(torch.equal(p, found[1][n]) for n, p in found[0].items()):
+            wrong.append(layer.__name__)
+    return wrong
 
 
 def own_importance(shard_size: int) -> float:
@@ -322,7 +332,7 @@ def several(truth: dict[str, Any], cases: Iterable[str], shard_size: int, sharde
     found: dict[str, Any] = {
         "cases": {case: compare(outcome, truth["cases"][case]) for case, outcome in outcomes.items()},
         "sharded alike": {case: alike(prune_twice(case, shard_size), outcomes[case]) for case in sharded},
-        "dense adapters": dense_adapters(shard_size),
+        "other layers": other_layers(shard_size),
         "costs": costs(),
         "experts": linears_alone(experts),
         "gram": float((gram - truth["gram"]).abs().max() / truth["gram"].abs().max()),
