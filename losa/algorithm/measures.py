@@ -66,7 +66,7 @@ def position(measured: Measured) -> Tensor:
     return torch.arange(len(measured.blocks), dtype=torch.float64)
 
 
-def similarity(measured: Measured, gram_of: Callable[[BlockStream], Tensor] = BlockStream.gram) -> Tensor:
+def similarity(measured: Measured, gram_of: Callable[[BlockStream], Tensor] = lambda stream: stream.gram()) -> Tensor:
     """CKA between block outputs: (L, L) fp64.
 
     Args:
@@ -91,7 +91,7 @@ def similarity(measured: Measured, gram_of: Callable[[BlockStream], Tensor] = Bl
 def normalised_similarity(measured: Measured) -> Tensor:
     """``similarity`` between tokens of one size, (L, L) fp64. Between whole samples the few tokens with massive
     activations decide; and where samples are few against their features, any two blocks seem alike."""
-    return similarity(measured, BlockStream.gram_of_tokens)
+    return similarity(measured, lambda stream: stream.gram_of_tokens())
 
 
 def input_norms(measured: Measured) -> Iterator[dict[str, Tensor]]:
