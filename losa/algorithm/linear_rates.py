@@ -44,7 +44,7 @@ def rates_within(
 ) -> LinearRates:
     """Rates of a block's linears, of which together as many weights go as with one rate ``sparsity``.
 
-    Least is the sum over the linears of the share of squared scores (W + s B A)_ij^2 ||X_j||^2 that goes
+    Least is the share of squared scores (W + s B A)_ij^2 ||X_j||^2 that goes, averaged over the linears by their sizes
     (``counts_within``). Several processes call this together, within ``block.gathered``.
 
     Args:
@@ -113,13 +113,14 @@ def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bo
 def counts_within(
     curves: Mapping[str, Tensor], rows: Mapping[str, int], sparsity: float, delta: float
 ) -> dict[str, int]:
-    """How many weights go from each row of each linear: min sum_l curve_l(k_l) with sum_l rows_l k_l the count that one
-    rate for all linears gives, and k_l within ``delta`` of that rate.
+    """How many weights go from each row of each linear: min sum_l rows_l in_l curve_l(k_l) with sum_l rows_l k_l the
+    count that one rate for all linears gives, and k_l within ``delta`` of that rate.
 
-    The curves are convex, so the optimum takes single steps k -> k + 1 in the order of what a weight of the step costs.
-    Where the next step would be too large for what the count has left, its linear takes no more; a linear with fewer
-    rows may then leave its box to meet the count. The count is met exactly where all numbers of rows are multiples of
-    the smallest.
+    So a linear counts by its size: otherwise small linears would stay dense at the expense of large ones. The curves
+    are convex, so the optimum takes single steps k -> k + 1 in the order of what a weight of the step costs. Where the
+    next step would be too large for what the count has left, its linear takes no more; a linear with fewer rows may
+    then leave its box to meet the count. The count is met exactly where all numbers of rows are multiples of the
+    smallest.
 
     Args:
         curves: (in + 1,) fp64 each, of ``removed_curve``; infinite below the least count.
@@ -137,7 +138,8 @@ def counts_within(
         left += rows[name] * (math.floor(sparsity * width + 1e-6) - counts[name])
     steps = []
     for name, curve in curves.items():
-        costs = curve.diff() / rows[name]
+        # Of one weight: rows in (curve(k + 1) - curve(k)) / rows.
+        costs = curve.diff() * (len(curve) - 1)
         steps += [(cost, name) for cost in costs[counts[name] : high[name]].tolist()]
     full = set()
     for _, name in sorted(steps, key=lambda step: step[0]):
@@ -147,7 +149,7 @@ def counts_within(
             counts[name] += 1
             left -= rows[name]
     while fits := [n for n, curve in curves.items() if rows[n] <= left and counts[n] < MAX_RATE * (len(curve) - 1) - 1]:
-        name = min(fits, key=lambda n: float(curves[n][counts[n] + 1] - curves[n][counts[n]]) / rows[n])
+        name = min(fits, key=lambda n: float(curves[n].diff()[counts[n]]) * (len(curves[n]) - 1))
         counts[name] += 1
         left -= rows[name]
     return counts

@@ -64,12 +64,13 @@ def test_the_count_is_met_within_the_box(seed, sparsity, delta):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_goes_is_least(seed):
-    """Against every other way to give equal linears the same count."""
-    curves = curves_of(seed, (8, 8, 8), floors=[0, 3, 0])
+    """Against every other way to give linears of as many rows the same count; a linear counts by its size."""
+    widths = (8, 8, 16)
+    curves = curves_of(seed, widths, floors=[0, 3, 0])
     counts = counts_within(curves, dict.fromkeys(curves, 4), 0.5, 0.25)
-    choices = itertools.product(range(2, 7), range(3, 7), range(2, 7))
+    choices = (c for c in itertools.product(range(2, 7), range(3, 7), range(4, 13)) if sum(c) == 16)
     cost = {
-        c: sum(float(curve[k]) for curve, k in zip(curves.values(), c, strict=True)) for c in choices if sum(c) == 12
+        c: sum(4 * w * float(curve[k]) for w, curve, k in zip(widths, curves.values(), c, strict=True)) for c in choices
     }
     assert tuple(counts.values()) == min(cost, key=cost.__getitem__)
 
@@ -122,7 +123,7 @@ def test_rounds_prune_blocks_to_their_counts(pruner):
 
 def test_ranks_follow_their_setting():
     for ranks, varied in (("uniform", False), ("sparsity", True)):
-        record = build(ranks=ranks)[1].run_round(Round(1, 0.5, 4, 0))
+        record = build(ranks=ranks)[1].run_round(Round(1, 0.5, 10, 0))
         assert (len(set(record.linear_ranks.values())) > 1) == varied
         first = [name for name in record.linear_ranks if name.startswith("model.layers.0.")]
         by_rate = sorted(first, key=record.linear_sparsity.__getitem__)
