@@ -204,7 +204,13 @@ class TrainConfig(Section):
     )
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
     distill: DistillConfig | None = Field(None, description="learn from the dense model too; null: from labels alone")
-    norms: bool = Field(False, description="the norms' weights are trained too, without weight decay")
+    norms: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="the norms' weights are trained too, at this factor on the learning rate and without weight decay; "
+        "null: not",
+    )
     lora_plus: float = Field(1.0, gt=0, le=1000, description="learning rate of an adapter's B over its A's (LoRA+)")
 
 

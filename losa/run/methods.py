@@ -166,6 +166,7 @@ class MethodRun:
             calls=self.inputs.calls,
             loss=lambda ids: perplexity(self.model, ids.flatten(), ids.shape[1], recipe.calibration.batch_size).nll,
             reconstruct=recipe.reconstruct if self.method.reconstructs else None,
+            train=recipe.train,
         )
 
     def _allocation(self) -> AllocationConfig:
@@ -191,7 +192,7 @@ class MethodRun:
         limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
         if highest > limit:
             raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
-        if trains and recipe.train is not None and recipe.train.norms:
+        if trains and recipe.train is not None and recipe.train.norms is not None:
             train_norms(self.model)
 
     def _trained_parameters(self) -> int:

@@ -165,7 +165,12 @@ class Trainer:
             self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.config),
+            parameter_groups(
+                self.model,
+                lora_plus=self.config.lora_plus,
+                norms=self.config.norms,
+                weight_decay=self.config.weight_decay,
+            ),
             lr=self.config.learning_rate,
             fused=self.fused,
         )

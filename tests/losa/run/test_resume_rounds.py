@@ -78,7 +78,7 @@ SETTINGS = {
         "prune": {"pruner": "sparsegpt"},
         "reconstruct": {"steps": 2},
         "checkpoint": {"asynchronous": False},
-        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": True, "lora_plus": 4.0},
+        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": 0.5, "lora_plus": 4.0},
     },
     "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
     "all weights": {"method": "sparse_full", "layers": 1},

@@ -188,9 +188,9 @@ def test_rates_and_decay_of_the_groups():
     train_norms(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rate, decay = 1e-3, 0.5
-    trainer(model, learning_rate=rate, weight_decay=decay, lora_plus=4.0).train(sequences(4), round_index=1)
+    trainer(model, learning_rate=rate, weight_decay=decay, lora_plus=4.0, norms=0.1).train(sequences(4), round_index=1)
     for name, p in model.named_parameters():
-        own = rate * (4 if name.endswith("lora_B") else 1)
+        own = rate * (4 if name.endswith("lora_B") else 0.1 if "norm" in name else 1)
         kept = 1.0 if "norm" in name else 1 - own * decay
         moved = (p.detach() - kept * before[name]).abs()
         if p.requires_grad:
