@@ -39,7 +39,7 @@ def changed(name="llama", layer=MaskedLoRALinear, dtype=torch.float64):
         each.lora_A.data, each.lora_B.data = (t.data.to(dtype) for t in (each.lora_A, each.lora_B))
     randomise(layers)
     for norm in trained_norms(model).values():
-        norm.weight.data += 0.2 * torch.randn(norm.weight.shape, generator=generator)
+        norm.trained_weight.data += 0.2 * torch.randn(norm.weight.shape, generator=generator)
     return dense, model, originals
 
 
