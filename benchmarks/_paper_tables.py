@@ -47,7 +47,7 @@ RATES = ("uniform", "cka", "cka_normalised", "update", "owl", "dlp", "atp")
 INGREDIENTS: dict[str, Settings] = {
     "distillation": {"train.distill": None},
     "reconstruction": {"reconstruct": None},
-    "trained norms": {"train.norms": False},
+    "trained norms": {"train.norms": None},
     "LoRA+ rates": {"train.lora_plus": 1},
     "regrowth": {"prune.regrow": False},
     "its layer rates": {"allocation.rates": "cka", "allocation.fill": None, "allocation.delta": None},

@@ -14,9 +14,9 @@ class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
     None where the Hessian stayed singular and Wanda's mask was taken; ``delta`` is the half width of the rates' box,
     where losses chose it; ``linear_sparsity`` and ``linear_ranks`` are those of linears by full name, where the linears
-    of a block differ; ``train_loss`` is in nats a token; ``seconds`` is wall time by stage. ``loss_pruned`` and
-    ``loss_reconstructed``: the loss of some samples before and after a block's reconstruction, None where blocks are
-    not reconstructed."""
+    of a block differ; ``train_loss`` is in nats a label token, with ``train.distill`` the mixed loss a token;
+    ``seconds`` is wall time by stage. ``loss_pruned`` and ``loss_reconstructed``: the loss of some samples before and
+    after a block's reconstruction, None where blocks are not reconstructed."""
 
     index: int
     target_sparsity: float

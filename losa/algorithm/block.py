@@ -15,7 +15,7 @@ from losa.distributed.processes import process_index
 from losa.distributed.sharding import gathered
 from losa.distributed.together import together
 from losa.errors import NumericsError
-from losa.model.originals import Originals
+from losa.model.originals import Originals, weights_in_place
 from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode, plain_linears
 from losa.pruners.base import Pattern, Pruned, Pruner
@@ -40,7 +40,7 @@ class WrappedBlock:
         self.linears: dict[str, MaskedLoRALinear] = {
             name: m for name, m in module.named_modules() if isinstance(m, MaskedLoRALinear)
         }
-        self.originals = Originals(self.linears if keeps_originals else {}, stay=on_device)
+        self.originals = Originals(self.linears, keeps=keeps_originals, stay=on_device)
 
     def sparsity(self) -> float:
         """Share of pruned weights, counted from the masks."""
@@ -58,8 +58,7 @@ class WrappedBlock:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """The block as it was before any pruning: original weights and norms, no mask, no adapter."""
-        originals = {n: w.to(self.linears[n].weight.device) for n, w in self.originals.whole().items()}
-        with self._weights(originals), dense_mode(self.module):
+        with self.originals.in_place(self.module), dense_mode(self.module):
             yield
 
     @contextmanager
@@ -67,20 +66,8 @@ class WrappedBlock:
         """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them.
         Trained norms stay trained."""
         merged = {name: m.effective_weight() for name, m in self.linears.items()}
-        with self._weights(merged), plain_linears(self.module):
+        with weights_in_place(self.module, merged), plain_linears(self.module):
             yield
-
-    @contextmanager
-    def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights for the time being."""
-        before = {name: self.linears[name].weight.data for name in weights}
-        for name, weight in weights.items():
-            self.linears[name].weight.data = weight
-        try:
-            yield
-        finally:
-            for name, weight in before.items():
-                self.linears[name].weight.data = weight
 
     def prune(
         self,
@@ -107,7 +94,7 @@ class WrappedBlock:
         """
         mine = [name for name in self.linears if owners[name] == process_index()]
         # Sharded originals become whole here, where all processes are.
-        originals = {} if nested else self.originals.whole()
+        originals = self.originals.whole() if pruner.updates_weight and not nested else {}
         weights = _WeightsToPrune(self, mine, originals, pruner.updates_weight, nested)
         decided = together(lambda: self._decide(pruner, weights, statistics, pattern, nested) if mine else {})
         damping: dict[str, float | None] = {}

@@ -18,7 +18,8 @@ from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import NumericsError
 from losa.recipe.learning_rate import lr_factor
-from losa.recipe.sections import ReconstructConfig
+from losa.recipe.sections import ReconstructConfig, TrainConfig
+from losa.training.groups import parameter_groups
 
 # Share of the steps in which the learning rate rises.
 WARMUP = 0.1
@@ -55,10 +56,14 @@ class BlockReconstruction:
         config: the recipe's section.
         shape: of the calibration tokens of all processes, (samples, length).
         batch_size: most samples of a forward pass.
+        train: the recipe's section, which has the factors on the learning rate of norms and of B; None: they are 1.
     """
 
-    def __init__(self, config: ReconstructConfig, shape: Sequence[int], batch_size: int):
+    def __init__(
+        self, config: ReconstructConfig, shape: Sequence[int], batch_size: int, train: TrainConfig | None = None
+    ):
         self._config = config
+        self._factors = {} if train is None else {"lora_plus": train.lora_plus, "norms": train.norms}
         self._samples, self._length = shape
         self._batch = min(config.batch_size, self._samples)
         self._piece = min(self._batch, batch_size)
@@ -81,17 +86,19 @@ class BlockReconstruction:
             NumericsError: the loss became non-finite; names the block.
         """
         steps = self._config.steps
-        parameters = [p for p in sparse.blocks[index].parameters() if p.requires_grad]
+        groups = parameter_groups(sparse.blocks[index], **self._factors)
+        parameters = [parameter for group in groups for parameter in group["params"]]
         loss = _Loss(index, sparse, dense, self._channel_weights(dense))
         # `gathered` keeps what autograd counts as written. Autograd does not count a fused step.
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, foreach=True)
+        optimizer = torch.optim.AdamW(groups, foreach=True)
         batches = list(islice(self._batches(seed), steps))
         values = []
         for step, batch in enumerate(batches):
             progress(f"reconstructing {name}, step {step + 1} of {steps}")
             with torch.enable_grad():
                 values.append(self._evaluate(loss, batch, parameters))
-            optimizer.param_groups[0]["lr"] = lr_factor(step, steps, WARMUP) * self._config.learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * lr_factor(step, steps, WARMUP) * self._config.learning_rate
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():

@@ -49,7 +49,7 @@ from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
 
@@ -67,8 +67,8 @@ class Engine:
         seed: for the Gaussian rows of growing adapters, and the order of samples in reconstruction.
         distills: training reads the dense model: originals are kept, and stay on the device.
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
-        reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it reconstruction errors are
-            taken, of the blocks as they are reconstructed.
+        reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it errors are taken.
+        train: the recipe's section: its factors on the learning rate hold in reconstruction too.
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
@@ -98,6 +98,7 @@ class Engine:
         calls: dict[tuple[int, int], list[Call]] | None = None,
         loss: Callable[[Tensor], float] | None = None,
         reconstruct: ReconstructConfig | None = None,
+        train: TrainConfig | None = None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -119,16 +120,14 @@ class Engine:
             raise RecipeError(f"{next(iter(self.gradients))} takes gradients, and needs the model whole, not sharded")
         self.reconstruction: BlockReconstruction | None = None
         if reconstruct is not None:
-            self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size)
+            self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size, train)
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
         if allocation.per == "linear":
             check_linear(prune, self.pruner)
         self.decoder = find_blocks(model)
         kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
-        self.blocks = [
-            WrappedBlock(name, module, kept, distills)
-            for name, module in zip(self.decoder.names, self.decoder, strict=True)
-        ]
+        named = zip(self.decoder.names, self.decoder, strict=True)
+        self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self.loss = loss
         if loss is None and tries_widths(allocation.rates, allocation.delta):
             raise RecipeError(

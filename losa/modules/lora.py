@@ -17,6 +17,12 @@ class LoRALinear(MaskedLoRALinear):
     zeros.
     """
 
+    _has_zeros = False
+
+    @property
+    def weight_is_given(self) -> bool:
+        return super().weight_is_given and not self._has_zeros
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         y = F.linear(x, self.weight, self.bias)
@@ -30,6 +36,7 @@ class LoRALinear(MaskedLoRALinear):
     def set_mask(self, mask: Tensor) -> None:
         super().set_mask(mask)
         self.weight.data = self.weight.data.masked_fill(~self.mask_bool(), 0)
+        self._has_zeros = True
 
     def merge_dense(self) -> nn.Linear:
         """A plain, frozen linear with weight (M * W) + s B A, unmasked: the function that was trained."""

@@ -107,6 +107,11 @@ class MaskedLoRALinear(nn.Module):
         return layer.train(linear.training)
 
     @property
+    def weight_is_given(self) -> bool:
+        """Whether ``weight`` still holds the numbers of the linear that was wrapped."""
+        return not self.weight_replaced
+
+    @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 

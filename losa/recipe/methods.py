@@ -13,6 +13,8 @@ MethodName = Literal[
     "losa", "lora", "sparse_lora", "prune_only", "finetune_then_prune", "sparse_full", "sora", "adalora"
 ]
 """The names of ``METHODS``."""
+MAX_RANK = 128
+"""The most components of an adapter."""
 Adapter = Literal["masked", "dense", "weights", "gated", "budgeted"]
 """What a method trains: see ``Method``."""
 
@@ -48,6 +50,11 @@ class Method:
     @property
     def trains(self) -> bool:
         return self.training is not None
+
+    @property
+    def zeros_in_weights(self) -> bool:
+        """Whether masks are written into a copy of the weights, beside which dense adapters are trained."""
+        return self.training == "rounds" and self.adapter in ("dense", "gated", "budgeted")
 
     @property
     def ranked(self) -> bool:
@@ -142,6 +149,18 @@ def check_packages(names: Iterable[MethodName]) -> None:
         package = METHODS[name].package
         if package is not None and find_spec(package) is None:
             raise RecipeError(f"method: {name!r} needs the package {package}: pip install {package}")
+
+
+def check_first_rank(names: Iterable[MethodName], rank: int) -> None:
+    """Raises ValueError where an adapter would begin with more than ``MAX_RANK`` components, ``rank`` being
+    ``lora.rank``."""
+    for name in names:
+        first = METHODS[name].first_rank
+        if rank > (highest := int(MAX_RANK / first)):
+            raise ValueError(
+                f"lora.rank: expected at most {highest} for {name}, which begins with {first:g} times as many "
+                f"components, got {rank}"
+            )
 
 
 def find_method(name: str) -> Method | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from losa.errors import shown
-from losa.recipe.methods import METHODS, Method, MethodName
+from losa.recipe.methods import MAX_RANK, METHODS, Method, MethodName, check_first_rank
 from losa.recipe.paths import check_name, output_path, work_path
 from losa.recipe.rates import check_rates, compares_samples
 from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
@@ -119,10 +119,10 @@ class AllocationConfig(Section):
         "error", description="rank of each block: by reconstruction error, by sparsity, or the same for all"
     )
     error: Literal["relative", "frobenius"] = Field("relative", description="E_l of Eq. 7: per-channel or Eq. 1's")
-    mean_rank: int = Field(6, ge=1, le=128, description="Omega_0, mean rank of the first round")
-    rank_growth: int = Field(1, ge=0, le=128, description="what the mean rank gains each round")
+    mean_rank: int = Field(6, ge=1, le=MAX_RANK, description="Omega_0, mean rank of the first round")
+    rank_growth: int = Field(1, ge=0, le=MAX_RANK, description="what the mean rank gains each round")
     rank_min: int = Field(1, ge=1, description="smallest rank of a block")
-    rank_max: int = Field(16, ge=1, le=128, description="largest rank of a block, and of the mean")
+    rank_max: int = Field(16, ge=1, le=MAX_RANK, description="largest rank of a block, and of the mean")
     fill: Literal["lp", "smooth"] | None = Field(
         None, description="lp: Eq. 5's two plateaus; smooth: affine in importance; default: that of the rates"
     )
@@ -146,7 +146,7 @@ class LoraConfig(Section):
 
     scaling: float = Field(2.0, gt=0, description="s = alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
-    rank: int = Field(8, ge=1, le=128, description="rank of the methods whose ranks do not change; adalora's mean rank")
+    rank: int = Field(8, ge=1, le=MAX_RANK, description="rank of the methods whose rank stays; adalora's mean rank")
     gate_penalty: float = Field(
         0.4, ge=0, description="sora: after a step gates come nearer to zero by this times the learning rate"
     )
@@ -204,7 +204,13 @@ class TrainConfig(Section):
     )
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
     distill: DistillConfig | None = Field(None, description="learn from the dense model too; null: from labels alone")
-    norms: bool = Field(False, description="the norms' weights are trained too, without weight decay")
+    norms: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="the norms' weights are trained too, at this factor on the learning rate and without weight decay; "
+        "null: not",
+    )
     lora_plus: float = Field(1.0, gt=0, le=1000, description="learning rate of an adapter's B over its A's (LoRA+)")
 
 
@@ -327,6 +333,15 @@ class Recipe(Section):
     def streams_dense(self, name: MethodName) -> bool:
         """Whether a method's rounds compare pruned blocks with the dense model's blocks."""
         return METHODS[name].dynamic or self.reconstructs(name)
+
+    def distills(self, name: MethodName) -> bool:
+        """Whether a method's training in rounds learns from the dense model."""
+        return METHODS[name].training == "rounds" and self.train is not None and self.train.distill is not None
+
+    @model_validator(mode="after")
+    def _first_ranks(self):
+        check_first_rank(self.methods, self.lora.rank)
+        return self
 
     @model_validator(mode="after")
     def _reconstructs_something(self):

@@ -136,7 +136,7 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
         phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
         yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
     kept = any(keeps_originals(recipe.prune, pruner, recipe.streams_dense(name)) for name in names)
-    if recipe.train is not None and recipe.train.distill is not None and replaces_weights(recipe, names):
+    if any(map(recipe.distills, names)) and replaces_weights(recipe, names):
         # The teacher: what the next method begins from serves both.
         if len(names) == 1 or not pruner.updates_weight:
             for phase in ("pruning", "training", *(["evaluation"] if len(names) == 1 else [])):
@@ -152,7 +152,7 @@ def replaces_weights(recipe: Recipe, names: list[MethodName]) -> bool:
     adapters stand beside weights with zeros."""
     updates = get_pruner(recipe.prune).updates_weight
     training = [METHODS[name] for name in names if METHODS[name].training == "rounds"]
-    return any(updates or method.adapter == "dense" for method in training)
+    return any(updates or method.zeros_in_weights for method in training)
 
 
 def pruning_work(

@@ -132,7 +132,7 @@ def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Pl
         on_the_way = sum(sent_bytes(block, size) for block in blocks[:2])
         how = "the one that runs and the next one, as they come from the processes"
         yield Holding("training", shape.computes_on, "blocks on their way", on_the_way, how)
-    if recipe.train is not None and recipe.train.distill is not None and replaces_weights(recipe, list(recipe.methods)):
+    if any(map(recipe.distills, recipe.methods)) and replaces_weights(recipe, list(recipe.methods)):
         how = "whole as well, while the teacher runs it"
         yield Holding("training", shape.computes_on, "dense weights of a block", largest_pruned(shape), how)
     each = [trained.rows(pruned) for pruned in shape.by_block]

@@ -162,10 +162,11 @@ class MethodRun:
             recipe.calibration,
             measure_errors=self.method.dynamic,
             seed=recipe.seed,
-            distills=self.method.training == "rounds" and recipe.train is not None and recipe.train.distill is not None,
+            distills=recipe.distills(self.name),
             calls=self.inputs.calls,
             loss=lambda ids: perplexity(self.model, ids.flatten(), ids.shape[1], recipe.calibration.batch_size).nll,
             reconstruct=recipe.reconstruct if self.method.reconstructs else None,
+            train=recipe.train,
         )
 
     def _allocation(self) -> AllocationConfig:
@@ -191,7 +192,7 @@ class MethodRun:
         limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
         if highest > limit:
             raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
-        if trains and recipe.train is not None and recipe.train.norms:
+        if trains and recipe.train is not None and recipe.train.norms is not None:
             train_norms(self.model)
 
     def _trained_parameters(self) -> int:
@@ -292,14 +293,14 @@ class MethodRun:
     def _drop_closed(self, record: RoundRecord, engine: Engine) -> None:
         """Drop the components that training has closed, and record the ranks that stay: means over a block's linears,
         rounded."""
-        if self.method.adapter not in EXTENSIONS:
+        if not any(isinstance(linear, SoRALinear) for block in engine.blocks for linear in block.linears.values()):
             return
         ranks = []
         for block in engine.blocks:
             with gathered(block.module, only=SoRALinear.adapter_parts):
                 for linear in block.linears.values():
-                    assert isinstance(linear, SoRALinear)
-                    linear.drop_closed()
+                    if isinstance(linear, SoRALinear):
+                        linear.drop_closed()
             ranks.append([linear.rank for linear in block.linears.values()])
         record.ranks = [round(sum(own) / len(own)) for own in ranks]
         record.mean_rank = sum(map(sum, ranks)) / sum(map(len, ranks))

@@ -29,8 +29,8 @@ class DistillationLoss(TokenLoss):
     positions and decoder blocks of ||s - t||² / ||t||², s and t being the block's outputs for a token in the model and
     in the teacher: no token with a few huge activations decides.
 
-    Of the teacher's pass stay the last hidden states, and those of each block where they are compared. Logits of both
-    are taken in chunks of tokens, together with the gradient, where ``TokenLoss`` would; else all of them at once.
+    The teacher's last hidden states are kept, and each block's where they are compared. Logits of both models are taken
+    in chunks of tokens, together with the gradient, where ``TokenLoss`` would; else all of them at once.
 
     Args:
         model, autocast: of ``TokenLoss``.
@@ -53,29 +53,30 @@ class DistillationLoss(TokenLoss):
         self._blocks = tuple(find_blocks(model)) if config.hidden else ()
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_share: float
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_weight: float, token_weight: float
     ) -> Tensor:
-        """The loss times the step's label tokens, so that divided by them it is the mean: a scalar.
+        """The loss times the step's positions, so that divided by them it is the mean: a scalar.
 
         Args:
             input_ids, positions, targets: of ``TokenLoss``.
-            label_share: label tokens over positions of the whole step; 0 for sequences that do not count.
+            label_weight: positions over label tokens of the whole step; 0 without label tokens.
+            token_weight: 1; 0 for sequences that do not count.
         """
         chunks = self._takes_chunks(self._head())
         with self._region(input_ids), torch.no_grad(), self._teaching(), _outputs(self._blocks) as given:
             teacher = self._last(input_ids, chunks)
         with self._region(input_ids), _outputs(self._blocks) as found:
-            if self.config.weight:
+            if weight := self.config.weight:
                 student = self._last(input_ids, chunks)
-                mix = _Mix(1 - self.config.weight, self.config.weight * label_share, self.config.temperature)
+                mix = _Mix(label_weight * (1 - weight), token_weight * weight, self.config.temperature)
                 mixed = self._chunked if chunks else _of_logits
                 loss = mixed(student, teacher, positions, targets, mix)
             else:
-                loss = super().forward(input_ids, positions, targets)
+                loss = label_weight * super().forward(input_ids, positions, targets)
         if not found:
             return loss
         errors = torch.stack([_relative_error(s, t) for s, t in zip(found, given, strict=True)])
-        return loss + self.config.hidden * label_share * errors.mean()
+        return loss + self.config.hidden * token_weight * errors.mean()
 
     @contextmanager
     def _teaching(self) -> Iterator[None]:

@@ -28,8 +28,8 @@ class Extension:
         return None
 
     def after_update(self, step: int, learning_rate: float) -> None:
-        """After each update, while the parameters still have the update's gradients. A step without label tokens
-        updates nothing and is left out.
+        """After each update, while the parameters still have the update's gradients. A step that has nothing
+        to learn from updates nothing and is left out.
 
         Args:
             step: of the round, from 1.

@@ -1,7 +1,4 @@
-"""Where training stands between two optimiser steps, and going on from there.
-
-``Trainer.train(data, round_index=, stage_name=, start=TrainState or None, after_step=AfterStep or None)``.
-"""
+"""Where training stands between two optimiser steps, and going on from there."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ _LIKE_PARAMETER, _COUNTER = ("exp_avg", "exp_avg_sq"), "step"
 class Position:
     """How far a round has come. All are plain numbers, so that ``vars`` of a position can be written as JSON.
 
-    ``step``: optimiser steps of the round that are done, steps without label tokens among them. ``steps``: done steps
-    that had label tokens; ``labels``: their label tokens over all processes; ``loss``: summed over these tokens, in
-    nats. ``seconds``: wall time of the round's training.
+    ``step``: optimiser steps of the round that are done, steps that had nothing to learn from among them. ``steps``:
+    the other done steps; ``weight``: the tokens over all processes that their losses are means over (label tokens, with
+    ``train.distill`` all tokens); ``loss``: summed over these tokens. ``seconds``: wall time of the round's training.
     """
 
     step: int
     steps: int
-    labels: int
+    weight: int
     loss: float
     seconds: float
 

@@ -37,14 +37,14 @@ def seconds_between(began: Any, ended: Any) -> float:
 class Step:
     """One optimiser step whose numbers nobody has read yet.
 
-    ``index``: over all rounds, from 1. ``where``: for messages. ``labels``, ``tokens``: label and input tokens over all
-    processes. ``loss``: scalar tensor, summed over the label tokens, in nats. ``norm``: scalar tensor, the gradient's
-    norm before clipping. ``began``, ``ended``: of ``moment``.
+    ``index``: over all rounds, from 1. ``where``: for messages. ``weight``: tokens over all processes that the loss is
+    a mean over. ``tokens``: input tokens over all processes. ``loss``: scalar tensor, the mean times ``weight``.
+    ``norm``: scalar tensor, the gradient's norm before clipping. ``began``, ``ended``: of ``moment``.
     """
 
     index: int
     where: str
-    labels: int
+    weight: int
     tokens: int
     learning_rate: float
     loss: Tensor
@@ -71,7 +71,7 @@ class StepLog:
     together: int = 1
     throughput: Throughput = Throughput()
     steps: int = 0
-    labels: int = 0
+    weight: int = 0
     loss: float = 0.0
     _unread: list[Step] = field(default_factory=list)
 
@@ -103,14 +103,14 @@ class StepLog:
             return
         numbers = torch.stack([number for step in steps for number in (step.loss, step.norm)]).view(-1, 2).tolist()
         for step, (summed, norm) in zip(steps, numbers, strict=True):
-            loss = summed / step.labels
+            loss = summed / step.weight
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     hint = "lower train.learning_rate"
                     raise NumericsError(f"training: the {what} is {value} in {step.where}; {hint}")
             self.steps += 1
-            self.labels += step.labels
-            self.loss += loss * step.labels
+            self.weight += step.weight
+            self.loss += loss * step.weight
             self.metrics.write(
                 step=step.index,
                 round=self.round_index,
@@ -124,14 +124,14 @@ class StepLog:
 
     def go_on(self, position: Position) -> None:
         """Begin with the sums of a round that was interrupted."""
-        self.steps, self.labels, self.loss = position.steps, position.labels, position.loss
+        self.steps, self.weight, self.loss = position.steps, position.weight, position.loss
 
     def position(self, step: int, seconds: float) -> Position:
         """The sums after ``step`` steps of the round; all of them are read. Raises what ``read`` raises."""
         self.read()
-        return Position(step, self.steps, self.labels, self.loss, seconds)
+        return Position(step, self.steps, self.weight, self.loss, seconds)
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean over the label tokens of the steps that were read, in nats; None without any."""
-        return self.loss / self.labels if self.labels else None
+        """Mean over the tokens that the steps weigh by, of the steps that were read; None without any."""
+        return self.loss / self.weight if self.weight else None

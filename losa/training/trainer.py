@@ -40,9 +40,9 @@ from losa.training.steps import Step, StepLog, moment
 from losa.training.throughput import Throughput
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
-# takes what TokenLoss takes, with train.distill what DistillationLoss takes, and returns the loss summed over the
-# labels, a scalar. A sharded model is trained in a copy of this module: there it must reach the model through its
-# submodules alone.
+# takes what TokenLoss takes, with train.distill what DistillationLoss takes, and returns a scalar: the loss summed over
+# the labels, with train.distill over all tokens. A sharded model is trained in a copy of this module: there it must
+# reach the model through its submodules alone.
 LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 
 # Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all its work, and the GPU then
@@ -59,7 +59,8 @@ _OWN_BUFFERS: dict[str, Any] = {
 @dataclass(frozen=True)
 class TrainOutcome:
     """``steps``: optimiser steps; ``tokens``: input tokens over all processes; ``loss``: mean over the round's label
-    tokens in nats, None without any; ``seconds``: wall time."""
+    tokens in nats, None without any (with ``train.distill`` the mixed loss, and steps weigh by their input tokens);
+    ``seconds``: wall time."""
 
     steps: int
     tokens: int
@@ -88,7 +89,7 @@ class Trainer:
         total_sequences: of all rounds; sets the length of the global learning-rate cycle.
         device: where the model computes; of several processes each names its own.
         loss_factory: makes the loss module of a round; default: the next-token loss. With ``config.distill`` the module
-            is called with a fourth argument (``losa.training.distillation.DistillationLoss``).
+            is called with two arguments more (``losa.training.distillation.DistillationLoss``).
         distributed: the recipe's section; it counts for a sharded model.
         extension: what a method adds to each step. On a GPU the host then waits for each step's update.
 
@@ -141,7 +142,8 @@ class Trainer:
         """One pass over ``data``, in its order; a last, smaller batch is used too. Leaves the model in evaluation mode.
 
         A step's loss is the mean over the label tokens of all its batches and processes, each token weighing the same.
-        Steps without any label token change nothing. All processes make the same call.
+        Steps without any label token change nothing, but with ``train.distill``, which learns from every token and so
+        takes the mean over all of them. All processes make the same call.
 
         Args:
             data: of the whole round, also with ``start``.
@@ -163,7 +165,12 @@ class Trainer:
             self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.config),
+            parameter_groups(
+                self.model,
+                lora_plus=self.config.lora_plus,
+                norms=self.config.norms,
+                weight_decay=self.config.weight_decay,
+            ),
             lr=self.config.learning_rate,
             fused=self.fused,
         )
@@ -241,7 +248,7 @@ class Trainer:
         log: StepLog,
         step_done: Callable[[int, StepLog], None],
     ) -> None:
-        """The steps of ``log.bar``; ``log`` gets those that had a label token."""
+        """The steps of ``log.bar``; ``log`` gets those that had a token to learn from."""
         per_step, count = self.sequences_per_step, self._steps(len(data))
         # Every process has all of the data, and counts the labels of all processes on the host.
         labels = (data.labels[:, 1:] != IGNORED).sum(1).split(per_step)
@@ -255,14 +262,14 @@ class Trainer:
             for settings in optimizer.param_groups:
                 settings["lr"] = settings["rate"] * rate
             self.global_step += 1
-            here = int(labels[step].sum())
-            if here:
+            here, tokens = int(labels[step].sum()), len(sequences) * data.input_ids.shape[1]
+            weight = here if self.config.distill is None else tokens
+            if weight:
                 group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
-                tokens = len(sequences) * data.input_ids.shape[1]
                 loss, norm = self._step(loss_module, optimizer, parameters, group, (here, tokens), broken)
                 if self.extension is not None and not broken:
                     self.extension.after_update(step + 1, rate)
-                log.add(Step(self.global_step, where, here, tokens, rate, loss, norm, began, moment(self.device)))
+                log.add(Step(self.global_step, where, weight, tokens, rate, loss, norm, began, moment(self.device)))
             step_done(step + 1, log)
 
     def _step(
@@ -283,19 +290,22 @@ class Trainer:
                 from then on no step changes a weight.
 
         Returns:
-            scalar tensors: the loss summed over label tokens and processes, and the gradient's norm.
+            scalar tensors: the loss summed over label tokens (with ``train.distill`` over all tokens) and processes,
+            and the gradient's norm.
         """
         optimizer.zero_grad(set_to_none=True)
         labels, tokens = counts
+        distills = self.config.distill is not None
+        weight = tokens if distills else labels
         summed: Tensor | float = 0.0
         for batch in group:
             # Dropout does not depend on what this process ran before, so that a run that goes on is the same.
             torch.manual_seed(batch.seed)
             with _summing(loss_module, batch is group[-1]):
-                share = () if self.config.distill is None else (labels / tokens if batch.counts else 0.0,)
-                part = loss_module(*batch.to(self.device), *share)
+                weights = (tokens / labels if labels else 0.0, float(batch.counts)) if distills else ()
+                part = loss_module(*batch.to(self.device), *weights)
                 # DDP and FSDP2 take the mean of the processes' gradients, where the sum is wanted.
-                (part * (self.processes / labels)).backward()
+                (part * (self.processes / weight)).backward()
             summed = summed + part.detach()
         loss = sum_over_processes(cast(Tensor, summed))
         for parameter in parameters:

@@ -47,7 +47,7 @@ def rounds(directory: Path) -> MethodRun:
         sequences_in_all=40,
         processes=2,
         prune={"targets": ["q_proj", "k_proj", "down_proj"]},  # each linear costs time
-        train={"round_share": 0.2, "norms": True},
+        train={"round_share": 0.2, "norms": 0.5},
         evaluate={"each_round": False},
         checkpoint={"every_steps": 3},
     )

@@ -32,7 +32,7 @@ def smaller(recipe: dict) -> dict:
 def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dict:
     """Of a model and a text in ``directory``. An optimiser step has 4 sequences."""
     text = {"data": str(directory / "text.txt")}
-    training = {"max_tokens": 16 * 24, "learning_rate": 5e-3, "norms": True, "distill": {"weight": 0.5}}
+    training = {"max_tokens": 16 * 24, "learning_rate": 5e-3, "norms": 0.5, "distill": {"weight": 0.5}}
     return {
         "model": str(directory / "model"),
         "output": str(directory / name),

@@ -15,8 +15,9 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
 from losa.errors import NumericsError
 from losa.model.blocks import find_blocks
+from losa.model.norms import train_norms, trained_norms
 from losa.model.wrapping import wrap_model, wrapped_linears
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from tests.helpers.tiny import EPS, tiny_llama
 
 IDS = torch.randint(0, 90, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -25,13 +26,15 @@ SETTINGS = {"steps": STEPS, "learning_rate": RATE, "batch_size": 4}
 FACTORS = [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]  # a tenth of the steps, rounded, is warm-up
 
 
-def build(reconstruct=None, prune=None, dtype=torch.float32, layers=2, seed=0, dropout=0.0, **allocation):
+def build(reconstruct=None, prune=None, dtype=torch.float32, layers=2, seed=0, dropout=0.0, train=None, **allocation):
     model = tiny_llama(layers=layers)
     wrap_model(model, rank=4, scaling=2.0, seed=0, dropout_p=dropout)
     with torch.no_grad():
         for layer in wrapped_linears(model).values():
             layer.lora_B.normal_(std=0.05)
     model.to(dtype)
+    if train is not None:
+        train_norms(model)
     engine = Engine(
         model,
         IDS,
@@ -41,43 +44,49 @@ def build(reconstruct=None, prune=None, dtype=torch.float32, layers=2, seed=0, d
         measure_errors=False,
         seed=seed,
         reconstruct=None if reconstruct is None else ReconstructConfig(**reconstruct),
+        train=None if train is None else TrainConfig(data="unused", **train),
     )
     return model, engine
 
 
 def bare(block: nn.Module) -> nn.Module:
-    """The block with plain linears in place of the wrapped ones."""
+    """The block with plain linears in place of the wrapped ones, and the norms as they were given."""
     block = copy.deepcopy(block)
+    for name, norm in trained_norms(block).items():
+        block.set_submodule(name, norm.norm)
     for name, layer in wrapped_linears(block).items():
         block.set_submodule(name, nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float64))
     return block
 
 
-def by_hand(model: nn.Module, masks: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-    """The adapters after AdamW's formula on all samples at once, block by block, and each block's losses."""
+def by_hand(
+    model: nn.Module, masks: dict[str, torch.Tensor], factors: dict[str, float]
+) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
+    """The adapters, and the trained norms by their names, after AdamW's formula on all samples at once, block by block,
+    and each block's losses."""
     dense = sparse = model.model.embed_tokens(IDS)
     position = model.model.rotary_emb(dense, torch.arange(IDS.shape[1])[None])
     adapters, losses = {}, []
     for index, block in enumerate(model.model.layers):
-        layers, plain = wrapped_linears(block), bare(block)
+        layers, norms, plain = wrapped_linears(block), trained_norms(block), bare(block)
 
         def run(hidden, weights, plain=plain):
             named = {f"{name}.weight": weight for name, weight in weights.items()}
             return torch.func.functional_call(plain, named, (hidden,), {"position_embeddings": position})
 
-        def merged(values, layers=layers, index=index):
+        def merged(values, layers=layers, norms=norms, index=index):
             return {
                 name: masks[f"model.layers.{index}.{name}"]
                 * (layer.weight + 2.0 * values[f"{name}.lora_B"] @ values[f"{name}.lora_A"])
                 for name, layer in layers.items()
-            }
+            } | {name: value for name, value in values.items() if name in norms}
 
         dense = run(dense, {name: layer.weight for name, layer in layers.items()}).detach()
         values = {
             f"{name}.{part}": getattr(layer, part).detach().clone().requires_grad_()
             for name, layer in layers.items()
             for part in ("lora_A", "lora_B")
-        }
+        } | {name: norm.norm.weight.detach().clone().requires_grad_() for name, norm in norms.items()}
         moments = {name: [torch.zeros_like(value), torch.zeros_like(value)] for name, value in values.items()}
         seen = []
         for step in range(STEPS + 1):
@@ -93,22 +102,28 @@ def by_hand(model: nn.Module, masks: dict[str, torch.Tensor]) -> tuple[dict[str,
                 first.mul_(0.9).add_(0.1 * gradient)
                 second.mul_(0.999).add_(0.001 * gradient**2)
                 mean, square = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
-                value.data -= FACTORS[step] * RATE * mean / (square.sqrt() + 1e-8)
+                own = next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
+                value.data -= own * FACTORS[step] * RATE * mean / (square.sqrt() + 1e-8)
         sparse = run(sparse, merged(values)).detach()
         adapters |= {f"model.layers.{index}.{name}": value.detach() for name, value in values.items()}
         losses.append(seen)
     return adapters, losses
 
 
-def test_the_steps_are_those_of_a_plain_loop_in_fp64():
-    """Every step takes all samples, in passes of two of them; dropout is off."""
-    model, engine = build(SETTINGS | {"batch_size": 9}, dtype=torch.float64, dropout=0.3)
+@pytest.mark.parametrize("train", [None, {"lora_plus": 4.0, "norms": 0.1}])
+def test_the_steps_are_those_of_a_plain_loop_in_fp64(train):
+    """Every step takes all samples, in passes of two of them; dropout is off. Norms, and B, have rates of their own."""
+    model, engine = build(SETTINGS | {"batch_size": 9}, dtype=torch.float64, dropout=0.3, train=train)
     before = copy.deepcopy(model)
     record = engine.run_round(Round(1, 0.5, 4, 0))
     layers = wrapped_linears(model)
-    adapters, losses = by_hand(before, {name: layer.mask_bool() for name, layer in layers.items()})
+    factors = {} if train is None else {"lora_B": train["lora_plus"], "layernorm": train["norms"]}
+    adapters, losses = by_hand(before, {name: layer.mask_bool() for name, layer in layers.items()}, factors)
     # The model's norms compute in fp32, and Adam makes all gradients of one size, with their relative errors.
-    bound = STEPS * RATE * 64 * EPS
+    bound = STEPS * RATE * max(factors.values(), default=1) * 64 * EPS
+    for name, norm in trained_norms(model.model.layers).items():
+        moved = norm.merge().weight - adapters[f"model.layers.{name}"]
+        assert moved.abs().max() < bound < (norm.merge().weight - norm.norm.weight).abs().max(), name
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             assert (getattr(layer, part) - adapters[f"{name}.{part}"]).abs().max() < bound, (name, part)

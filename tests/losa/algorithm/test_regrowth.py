@@ -8,7 +8,7 @@ import torch
 from losa.algorithm.engine import Engine
 from losa.algorithm.regrowth import Regrowing
 from losa.algorithm.schedule import Round
-from losa.errors import RecipeError
+from losa.errors import LosaError, RecipeError
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.pruners import Pattern, Pruner, get_pruner, register
 from losa.recipe.reading import parse_recipe
@@ -103,7 +103,8 @@ def test_rounds_of_sparsegpt_give_back_what_is_stored():
     engine, layers = engine_of(pruner="sparsegpt", sparsity=0.5)
     first = engine.run_round(Round(1, 0.25, 3, 0))
     assert "gradients" not in first.seconds, "nothing can come back"
-    assert not engine.blocks[0].originals, "the originals are not needed"
+    with pytest.raises(LosaError, match="expected the dense model's weight to be kept"):  # nobody asks for it
+        engine.blocks[0].originals.whole()
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B.normal_(std=0.05)

@@ -25,6 +25,7 @@ from losa.model.wrapping import (
 )
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
+from losa.modules.trained_norm import TrainedNorm
 from tests.helpers.decoders import COMMON, GATED, LAYERS, random_model
 from tests.helpers.tiny import EPS, assert_same_function, logits, randomise, tiny_llama, wrap
 
@@ -195,11 +196,18 @@ def test_norms_are_trained_and_merged_or_given_back():
     names = [f"model.layers.{i}.{name}_layernorm" for i in range(2) for name in ("input", "post_attention")]
     assert list(norms) == [*names, "model.norm"] == list(trained_norms(model))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {f"{name}.weight" for name in norms} == {n for n in trained if not n.endswith(("lora_A", "lora_B"))}
+    assert {f"{name}.trained_weight" for name in norms} == {n for n in trained if not n.endswith(("lora_A", "lora_B"))}
     for norm in norms.values():
-        norm.weight.data += 0.1
+        norm.trained_weight.data += 0.1
+    given = original.model.norm
     with torch.no_grad(), dense_mode(model):
         assert torch.equal(logits(model), logits(original))
+        assert torch.equal(model.model.norm.weight, given.weight)
+    # Models read the attributes of their norms.
+    assert torch.equal(model.model.norm.weight, given.weight + 0.1)
+    assert model.model.norm.variance_epsilon == given.variance_epsilon and not hasattr(model.model.norm, "bias")
+    half = TrainedNorm(torch.nn.LayerNorm(4, dtype=torch.bfloat16))
+    assert half.bias.dtype == half.weight.dtype == torch.bfloat16 and half.trained_bias.dtype == torch.float32
     expected = logits(model)
     merge_model(model)
     assert not trained_norms(model) and model.state_dict().keys() == original.state_dict().keys()

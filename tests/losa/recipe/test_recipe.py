@@ -141,6 +141,10 @@ def test_the_7b_example_has_the_papers_settings():
             {"method": "lora", "reconstruct": {}},
             r"reconstruct: expected a method .*\(losa, sparse_lora, sparse_full\), got lora",
         ),
+        (
+            {"method": "adalora", "lora": {"rank": 86}},
+            "lora.rank: expected at most 85 .* 1.5 times .* got 86",
+        ),
         ({"reconstruct": {"steps": 0}}, "reconstruct.steps: .*greater than or equal to 1, got 0"),
     ],
 )

@@ -231,7 +231,7 @@ def test_a_teacher_is_counted(model_directory):
     for changes, places in (
         ({}, set()),
         ({"prune": {"pruner": "sparsegpt"}}, on_device),
-        ({"method": "lora"}, on_device),
+        *(({"method": method}, on_device) for method in ("lora", "sora", "adalora")),
         ({"compare": ["lora"]}, on_device),
         ({"prune": {"pruner": "sparsegpt"}, "compare": ["lora"]}, {("throughout", "device")}),
     ):

@@ -77,7 +77,7 @@ def test_training_recovers_what_pruning_lost(workspace, tmp_path):
 def test_methods_do_not_disturb_each_other(workspace, tmp_path):
     """Nor their teachers."""
     recipe = settings(workspace, tmp_path / "alone")
-    recipe["train"] |= {"norms": True, "distill": {"weight": 0.5}}
+    recipe["train"] |= {"norms": 0.5, "distill": {"weight": 0.5}}
     alone = run_recipe(parse_recipe(recipe))
     compare = ["lora", "finetune_then_prune", "sparse_lora", "prune_only"]
     together = run_recipe(parse_recipe(recipe | {"output": str(tmp_path / "together"), "compare": compare}))

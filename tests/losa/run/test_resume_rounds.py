@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import signal
@@ -9,6 +10,7 @@ import weakref
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from losa.algorithm.stream import BlockStream
 from losa.distributed.stop import Stopped, heeding_signals
@@ -16,8 +18,10 @@ from losa.model.wrapping import wrapped_linears
 from losa.run.methods import Engine
 from losa.run.saving import Saver
 from losa.run.states import state_paths
+from losa.training.distillation import DistillationLoss
 from losa.training.position import StepDone
 from tests.helpers.rounds import method_run, result
+from tests.helpers.tiny import logits
 
 
 class Killed(BaseException):
@@ -78,7 +82,7 @@ SETTINGS = {
         "prune": {"pruner": "sparsegpt"},
         "reconstruct": {"steps": 2},
         "checkpoint": {"asynchronous": False},
-        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": True, "lora_plus": 4.0},
+        "train": {"lr_schedule": "global", "distill": {"hidden": 0.1}, "norms": 0.5, "lora_plus": 4.0},
     },
     "dense adapters": {"method": "lora", "train": {"round_share": 1.0}},
     "all weights": {"method": "sparse_full", "layers": 1},
@@ -199,6 +203,27 @@ def test_originals_of_a_resumed_round_move_before_it_trains(tmp_path, monkeypatc
     with ends(step=3):
         resumed.run(resume=True)
     assert len(moved) == len(wrapped_linears(resumed.model)), "each once, and no step of pruning ran"
+
+
+@pytest.mark.parametrize("method", ["lora", "sora", "sparse_lora"])
+def test_the_teacher_of_a_run_is_the_dense_model(tmp_path, monkeypatch, method):
+    """Bit for bit, while weights are replaced, masked in place and trained; and its weights stay where they are."""
+    pruner = "wanda" if method == "sora" else "sparsegpt"
+    run = method_run(tmp_path, method, prune={"pruner": pruner}, train={"distill": {"weight": 0.5}, "norms": 0.1})
+    dense, found = copy.deepcopy(run.model), []
+
+    @contextmanager
+    def teaching(self, real=DistillationLoss._teaching):
+        with real(self):
+            found.append(torch.equal(logits(self.model), logits(dense)))
+            yield
+        found.append(not torch.equal(logits(self.model), logits(dense)))
+
+    monkeypatch.setattr(DistillationLoss, "_teaching", teaching)
+    monkeypatch.setattr("losa.model.originals.on_host", lambda weight: pytest.fail("every step reads the originals"))
+    with ends(step=2):
+        run.run()
+    assert len(found) == 4 and all(found)
 
 
 @pytest.mark.parametrize(

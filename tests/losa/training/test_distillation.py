@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from losa.data.sequences import IGNORED
+from losa.data.sequences import IGNORED, PackedData
 from losa.model.blocks import find_blocks
 from losa.model.norms import train_norms, trained_norms
 from losa.model.originals import dense_passes
@@ -24,7 +24,7 @@ from tests.helpers.training import adapters, distillation, sequences, trainer, w
 IDS = torch.randint(0, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(2))
 LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) >= 0.4, IGNORED)
 LABELS[0] = IGNORED  # a prompt alone
-SHARE = 0.3
+WEIGHTS = 2.5, 1.0  # of a label and of a position
 
 
 def changed(name="llama", layer=MaskedLoRALinear, dtype=torch.float64):
@@ -39,7 +39,7 @@ def changed(name="llama", layer=MaskedLoRALinear, dtype=torch.float64):
         each.lora_A.data, each.lora_B.data = (t.data.to(dtype) for t in (each.lora_A, each.lora_B))
     randomise(layers)
     for norm in trained_norms(model).values():
-        norm.weight.data += 0.2 * torch.randn(norm.weight.shape, generator=generator)
+        norm.trained_weight.data += 0.2 * torch.randn(norm.weight.shape, generator=generator)
     return dense, model, originals
 
 
@@ -57,7 +57,7 @@ def outputs(model, ids):
 
 
 def written_out(dense, model, config):
-    """From the formula, times the step's labels: Kullback and Leibler's sum, token by token."""
+    """From the formula, times the step's positions: Kullback and Leibler's sum, token by token."""
     with torch.no_grad():
         teacher, given = outputs(dense, IDS)
     student, found = outputs(model, IDS)
@@ -68,7 +68,7 @@ def written_out(dense, model, config):
     errors = [((s - t) ** 2).sum(-1) / (t**2).sum(-1) for s, t in zip(found, given, strict=True)]
     hidden = torch.stack(errors).mean(0).sum()
     far = config.weight * config.temperature**2 * divergence + config.hidden * hidden
-    return (1 - config.weight) * labels + SHARE * far
+    return WEIGHTS[0] * (1 - config.weight) * labels + far
 
 
 CONFIGS = [
@@ -93,13 +93,13 @@ def test_loss_and_gradient_are_the_formulas(name, config, monkeypatch):
     assert len(trained) > 2 * len(wrapped_linears(model))
     expected = written_out(dense, model, settings)
     slopes = torch.autograd.grad(expected, trained)
-    value = loss(IDS, *label_positions(LABELS), SHARE)
+    value = loss(IDS, *label_positions(LABELS), *WEIGHTS)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     # The models compute norms and the softmax of attention in fp32.
     for ours, exact in zip(torch.autograd.grad(2 * value, trained), slopes, strict=True):
         assert (ours / 2 - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
         assert exact.abs().max() > 0
-    assert not model.training and loss(IDS, *label_positions(LABELS), 0.0).item() == pytest.approx(
+    assert not model.training and loss(IDS, *label_positions(LABELS), 1.0, 0.0).item() == pytest.approx(
         (1 - settings.weight) * TokenLoss(model)(IDS, *label_positions(LABELS)).item()
     )
 
@@ -134,7 +134,7 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
         return linear(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", spy)
-    loss(IDS, *label_positions(LABELS), SHARE)
+    loss(IDS, *label_positions(LABELS), *WEIGHTS)
     # Of the two passes the output layer itself runs on no token.
     assert sizes[:2] == [0, 0] and sum(sizes) == 2 * IDS.numel() and max(sizes) == 5
 
@@ -146,7 +146,7 @@ def test_under_autocast_it_is_as_good_as_plain_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         plain = written_out(dense, model, config).item()
     ours = DistillationLoss(model, torch.bfloat16, config=config, originals=originals)
-    value = ours(IDS, *label_positions(LABELS), SHARE).item()
+    value = ours(IDS, *label_positions(LABELS), *WEIGHTS).item()
     assert abs(value - exact) <= 2 * abs(plain - exact) + torch.finfo(torch.bfloat16).eps * abs(exact)
 
 
@@ -154,6 +154,7 @@ def test_a_step_weighs_every_token_alike():
     """However many batches it has, and whether activations are kept or computed again. Divergence counts per token, the
     label loss per label."""
     config, data = {"weight": 0.7, "temperature": 2.0, "hidden": 0.2}, sequences(8)
+    data.labels[:3] = IGNORED  # a batch of prompts alone
     found, again = [], {"activation_checkpointing": True}
     for settings in ({"batch_size": 8}, {"batch_size": 3, "gradient_accumulation": 3, **again}):
         model = wrapped_llama(torch.float64)
@@ -167,15 +168,29 @@ def test_a_step_weighs_every_token_alike():
         assert (a - b).abs().max() <= 8 * torch.finfo(torch.float32).eps * a.abs().max() and a.abs().max() > 0
 
 
+@pytest.mark.parametrize("config", [{"weight": 1.0}, {"weight": 0.0, "hidden": 1.0}], ids=str)
+def test_a_step_without_labels_learns_from_the_teacher(config):
+    """From prompts as from answers, and with the weight 1 the very same: it asks for no label."""
+    prompts, losses = sequences(4), []
+    for labels in (prompts.labels, torch.full_like(prompts.labels, IGNORED)):
+        model = wrapped_llama()
+        before = [(p, p.detach().clone()) for p in adapters(model)]
+        run = trainer(model, loss_factory=distillation(model, config), distill=config)
+        outcome = run.train(PackedData(prompts.input_ids, labels), round_index=1)
+        assert outcome.steps == 1 and not any(torch.equal(now, then) for now, then in before)
+        losses.append(outcome.loss)
+    assert losses[1] > 0 and (losses[1] == pytest.approx(losses[0], rel=1e-6)) == (config["weight"] == 1)
+
+
 def test_rates_and_decay_of_the_groups():
     """AdamW's first step is the learning rate, whatever the gradient, after the decay of what decays."""
     model = wrapped_llama(torch.float64)
     train_norms(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rate, decay = 1e-3, 0.5
-    trainer(model, learning_rate=rate, weight_decay=decay, lora_plus=4.0).train(sequences(4), round_index=1)
+    trainer(model, learning_rate=rate, weight_decay=decay, lora_plus=4.0, norms=0.1).train(sequences(4), round_index=1)
     for name, p in model.named_parameters():
-        own = rate * (4 if name.endswith("lora_B") else 1)
+        own = rate * (4 if name.endswith("lora_B") else 0.1 if "norm" in name else 1)
         kept = 1.0 if "norm" in name else 1 - own * decay
         moved = (p.detach() - kept * before[name]).abs()
         if p.requires_grad:
