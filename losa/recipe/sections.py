@@ -248,8 +248,9 @@ class CheckpointConfig(Section):
 
 
 class ReconstructConfig(Section):
-    """Block-wise reconstruction in each round: once a block is pruned, its adapters are trained by themselves until its
-    output comes near the dense model's. ``calibration.batch_size`` bounds the samples of a forward pass."""
+    """Block-wise reconstruction in each round: once a block is pruned, its adapters, and its norms where ``train.norms``
+    trains them, are trained by themselves until the block's output comes near the dense model's.
+    ``calibration.batch_size`` bounds the samples of a forward pass."""
 
     steps: int = Field(20, ge=1, le=MAX_COUNT, description="AdamW steps of each block")
     learning_rate: float = Field(2e-3, gt=0, description="largest learning rate; a tenth of the steps is warm-up")
@@ -333,7 +334,7 @@ class Recipe(Section):
         if self.reconstruct is not None and not any(map(self.reconstructs, self.methods)):
             able = ", ".join(name for name, method in METHODS.items() if method.reconstructs)
             raise ValueError(
-                f"reconstruct: expected a method whose adapters are trained in rounds and can be merged ({able}), "
+                f"reconstruct: expected a method whose adapters are pruned along with the weights ({able}), "
                 f"got {', '.join(self.methods)}"
             )
         return self
