@@ -239,7 +239,7 @@ class Engine:
             raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {shape}")
         if isinstance(importance, DTensor):  # made of a sharded model's parameters
             importance = importance.full_tensor()
-        return from_rank_zero(importance.double()), similarity
+        return from_rank_zero(importance.double().cpu()), similarity
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
         """Patterns of all blocks; and the half width of their box, where losses chose it."""
