@@ -211,7 +211,7 @@ def test_reconstruction_of_blocks(model_directory, method, rounds, streamed):
     assert after.pop(key) - before.pop(key) == rounds * work
     assert after == before
     rank = 3
-    held = 2 * 16 * (4 * IN_PLUS_OUT + 8 * 32) + 4 * 4 * rank * IN_PLUS_OUT + 2 * 4 * 2048
+    held = 2 * 16 * (4 * IN_PLUS_OUT + 8 * 32) + 5 * 4 * rank * IN_PLUS_OUT + 2 * 4 * 2048
     assert ours.size("reconstruction of a block") == held
     assert ours.size("hidden states") == 2 * 4 * 16 * 32 * 4
     assert ours.size("dense weights") == 4 * 2 * BLOCK
