@@ -53,7 +53,7 @@ def trained():
 
 def measure(engine, needs):
     with torch.no_grad():
-        found = MEASURES[needs](engine._measured)
+        found = MEASURES[needs](engine.rates.measured)
         return found if isinstance(found, torch.Tensor) else list(found)
 
 
@@ -157,7 +157,9 @@ def test_the_slope_with_the_least_loss_is_taken(prune):
 
     model, engine = build("atp", prune=prune, loss=loss)
     record = engine.run_round(Round(1, 0.5, 4, 0))
-    assert len(seen) == len(TRIED_WIDTHS) == passes_for("atp", None) - 1 and torch.equal(tokens[0], IDS[:5])
+    assert len(TRIED_WIDTHS) == passes_for("atp", None) - 1 and torch.equal(tokens[0], IDS[:5])
+    # Of widths that give the same keep counts one is tried.
+    assert len(seen) == (len(TRIED_WIDTHS) if "sparsity" in prune else 2)
     widths = [0.5 * share for share in TRIED_WIDTHS]
     assert record.delta == (widths[1] if "sparsity" in prune else record.delta)
     if "sparsity" in prune:
@@ -174,24 +176,30 @@ def test_the_slope_with_the_least_loss_is_taken(prune):
 @pytest.mark.parametrize("layer", [MaskedLoRALinear, LoRALinear])
 def test_trial_masks_are_taken_back_and_nest(layer):
     """So are the weights of a layer that sets them to zero with its mask."""
-    model, engine = build("atp", loss=lambda ids: next(losses), layer=layer)
-    losses = iter([3.0, 2.0, 1.0, 2.0, 3.0])
+    seen, losses = [], iter([3.0, 2.0, 1.0, 2.0, 3.0])
+
+    def loss(ids):
+        seen.append([m.mask.data.clone() for m in wrapped_linears(model).values()])
+        return next(losses)
+
+    model, engine = build("atp", loss=loss, layer=layer)
     randomise(wrapped_linears(model))
     own = [layer.mask.data.clone() for layer in wrapped_linears(model).values()]
     before = dict(model.named_parameters())
     weights = {name: parameter.detach().clone() for name, parameter in before.items()}
-    seen = []
-    engine.loss = lambda ids: (
-        seen.append([m.mask.data.clone() for m in wrapped_linears(model).values()]) or next(losses)
-    )
     with torch.no_grad():
-        importance, _ = engine._importance()
-        _, width = engine._patterns(Round(1, 0.75, 4, 0), importance)
-    assert width == 0.25 * TRIED_WIDTHS[2]
+        decided = engine.rates.decide(Round(1, 0.75, 4, 0))
+    assert decided.delta == 0.25 * TRIED_WIDTHS[2] and len(seen) == len(TRIED_WIDTHS)
     assert all(torch.equal(layer.mask, mask) for layer, mask in zip(wrapped_linears(model).values(), own, strict=True))
     assert all(bool(((mask & was) == mask).all()) for masks in seen for mask, was in zip(masks, own, strict=True))
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(parameter, weights[name]) for name, parameter in before.items())
+
+
+def test_widths_that_give_one_and_the_same_patterns_are_not_tried():
+    _, engine = build("atp", prune={"pattern": "4:8"}, loss=lambda ids: pytest.fail("there is nothing to choose"))
+    record = engine.run_round(Round(1, 0.5, 4, 0))
+    assert record.keep_n == [4] * LAYERS and record.delta is None
 
 
 def test_a_width_that_nobody_can_choose_is_refused():
