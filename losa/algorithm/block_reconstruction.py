@@ -10,10 +10,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from losa.algorithm.reconstruction import sum_of_all
 from losa.algorithm.stream import BlockStream
-from losa.distributed.collectives import sum_over_processes
+from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import NumericsError
@@ -27,7 +28,8 @@ WARMUP = 0.1
 
 @dataclass(frozen=True)
 class Fit:
-    """The loss of the first step's samples, ``before`` the first step and ``after`` the last one."""
+    """The loss of the first step's samples, ``before`` the first step and ``after`` the last one. They are equal where
+    the loss did not fall: the block then is as it was."""
 
     before: float
     after: float
@@ -50,7 +52,8 @@ class BlockReconstruction:
     Source: block-wise tuning after pruning (arXiv 2510.14444).
 
     Several processes take the steps that one process would take: a step's samples are drawn from the samples of all
-    processes, each process computes its own ones, and gradients are summed.
+    processes, each process computes its own ones, and gradients are summed. Then all processes take process 0's
+    parameters.
 
     Args:
         config: the recipe's section.
@@ -89,7 +92,7 @@ class BlockReconstruction:
         groups = parameter_groups(sparse.blocks[index], **self._factors)
         parameters = [parameter for group in groups for parameter in group["params"]]
         loss = _Loss(index, sparse, dense, self._channel_weights(dense))
-        # `gathered` keeps what autograd counts as written. Autograd does not count a fused step.
+        before = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(groups, foreach=True)
         batches = list(islice(self._batches(seed), steps))
         values = []
@@ -102,13 +105,19 @@ class BlockReconstruction:
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
+            _copy(parameters, [from_rank_zero(p.detach()) for p in parameters])  # GPUs of two kinds round differently
             values.append(self._evaluate(loss, batches[0], []))
-        fit = Fit(values[0].item(), values[-1].item())
-        if not math.isfinite(fit.after):
-            raise NumericsError(
-                f"{name}: reconstruction: its loss went from {fit.before:.3g} to {fit.after}; expected a finite one, "
-                "which a smaller reconstruct.learning_rate may give"
-            )
+            fit = Fit(*from_rank_zero(torch.cat([values[0], values[-1]])).tolist())
+            if not math.isfinite(fit.after):
+                raise NumericsError(
+                    f"{name}: reconstruction: its loss went from {fit.before:.3g} to {fit.after}; expected a finite "
+                    "one, which a smaller reconstruct.learning_rate may give"
+                )
+            if fit.after >= fit.before:
+                _copy(parameters, before)
+                fit = Fit(fit.before, fit.before)
+        # `gathered` keeps what autograd counts as written, and autograd does not count every kind of step.
+        increment_version(parameters)
         return fit
 
     def _batches(self, seed: int) -> Iterator[list[int]]:
@@ -170,6 +179,11 @@ class _Loss:
             if part.requires_grad:
                 part.backward()
             total += part.detach()
+
+
+def _copy(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _token_weights(dense: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The LoSA rounds: rates -> masks -> reconstruction errors -> ranks. Someone else trains in between.
+"""The LoSA rounds: rates -> masks -> reconstruction of blocks -> errors -> ranks. Someone else trains in between.
 
 Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers or files.
 """
@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_rates import BlockRates
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.gradient_statistics import GradientStatistic
 from losa.algorithm.gradients import REGROWTH, Gradients, wanted_gradients
-from losa.algorithm.importance import get_importance
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
-from losa.algorithm.measures import MEASURES, Measured
 from losa.algorithm.owners import owners_of
-from losa.algorithm.patterns import patterns_for
 from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import Regrowing, check_regrowth
@@ -33,7 +30,6 @@ from losa.algorithm.statistics import check_total, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import check_rates, find_structure
-from losa.algorithm.widths import best_width
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
 from losa.distributed.sharding import gathered, sharding_of
@@ -48,7 +44,6 @@ from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
-from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
@@ -66,6 +61,8 @@ class Engine:
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
         seed: for the Gaussian rows of growing adapters, and the order of samples in reconstruction.
         distills: training reads the dense model: originals are kept, and stay on the device.
+        loss: of the model as it is, on ids (samples, length) int64 on the host, the mean over tokens; all processes
+            call it together. Needed where it chooses how far rates are from their mean (``allocation.rates: atp``).
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
         reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it errors are taken.
         train: the recipe's section: its factors on the learning rate hold in reconstruction too.
@@ -110,7 +107,6 @@ class Engine:
         if self.pruner.structured:
             check_rates(prune, allocation)
             self.pruner.structure = find_structure(model)
-        self.importance = get_importance(allocation.rates)
         self.statistic = statistic_of(prune, self.pruner)
         if self.statistic is not None and process_count() > 1:
             check_total(prune, self.pruner, self.statistic)
@@ -128,13 +124,16 @@ class Engine:
         kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
-        self.loss = loss
-        if loss is None and tries_widths(allocation.rates, allocation.delta):
-            raise RecipeError(
-                f"allocation.rates: {allocation.rates!r} chooses its width by a loss: expected allocation.delta, or an "
-                "engine with a loss"
-            )
         self._calls = {} if calls is None else calls
+        ids = input_ids[: calibration.cka_samples]
+        self.rates = BlockRates(
+            self.blocks,
+            self.decoder.prefix,
+            partial(self._stream, ids),
+            prune,
+            allocation,
+            None if loss is None else partial(loss, ids),
+        )
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -173,14 +172,13 @@ class Engine:
         watch = Stopwatch()
         with _evaluating(self.model), torch.no_grad():
             with watch.stage("rates"):
-                importance, similarity = self._importance()
-                patterns, width = self._patterns(this_round, importance)
+                rates = self.rates.decide(this_round)
             gradients = None
             if wanted := self._wanted_gradients():
                 with watch.stage("gradients"):
                     gradients = Gradients(self.model, self._linears(), self.input_ids, wanted)
             try:
-                pruned = self._prune_blocks(patterns, this_round, gradients)
+                pruned = self._prune_blocks(rates.patterns, this_round, gradients)
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
@@ -195,12 +193,12 @@ class Engine:
             sparsity=sparsity,
             ranks=ranks,
             errors=pruned.errors,
-            keep_n=[pattern.keep_n for pattern in patterns if pattern.keep_n is not None] or None,
-            m=patterns[0].m,
-            importance=None if importance is None else importance.tolist(),
-            delta=width,
+            keep_n=[pattern.keep_n for pattern in rates.patterns if pattern.keep_n is not None] or None,
+            m=rates.patterns[0].m,
+            importance=None if rates.importance is None else rates.importance.tolist(),
+            delta=rates.delta,
             **self._of_linears(),
-            similarity=None if similarity is None else similarity.tolist(),
+            similarity=None if rates.similarity is None else rates.similarity.tolist(),
             damping=pruned.damping,
             seconds=watch.seconds,
             loss_pruned=None if pruned.fits is None else [fit.before for fit in pruned.fits],
@@ -222,49 +220,6 @@ class Engine:
     def _stream(self, input_ids: Tensor, other_sizes: Collection[int] = ()) -> BlockStream:
         batch_size = self.calibration.batch_size
         return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
-
-    def _importance(self) -> tuple[Tensor | None, Tensor | None]:
-        """Importance of the blocks (L,) fp64, None where all are pruned alike; and CKA (L, L), where it was needed."""
-        if len(self.blocks) == 1:
-            return None, None
-        name = self.allocation.rates
-        found = MEASURES[RATES[name].needs](self._measured)
-        similarity = found if compares_samples(name) else None
-        importance = self.importance(found)
-        if importance is None:
-            return None, similarity
-        if tuple(importance.shape) != (len(self.blocks),):
-            shape = tuple(importance.shape)
-            raise ValueError(f"allocation.rates {name!r}: expected importance ({len(self.blocks)},), got {shape}")
-        if isinstance(importance, DTensor):  # made of a sharded model's parameters
-            importance = importance.full_tensor()
-        return from_rank_zero(importance.double()), similarity
-
-    def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
-        """Patterns of all blocks; and the half width of their box, where losses chose it."""
-        row, config, reached = RATES[self.allocation.rates], self.allocation, self.block_sparsity()
-        fill = config.fill or row.fill
-
-        def within(delta: float | None) -> list[Pattern]:
-            return patterns_for(this_round, importance, reached, self.prune_config, delta, fill)
-
-        if importance is None or not tries_widths(config.rates, config.delta):
-            default = None if isinstance(row.delta, str) else row.delta
-            return within(default if config.delta is None else config.delta), None
-        loss, ids = self.loss, self._ids_for_rates
-        assert loss is not None, "the constructor saw to it"
-        widest = min(this_round.sparsity, 1 - this_round.sparsity)
-        tried = {share * widest: within(share * widest) for share in TRIED_WIDTHS}
-        width = best_width(self._measured, tried, not self.prune_config.regrow, lambda: loss(ids))
-        return tried[width], width
-
-    @property
-    def _ids_for_rates(self) -> Tensor:
-        return self.input_ids[: self.calibration.cka_samples]
-
-    @property
-    def _measured(self) -> Measured:
-        return Measured(self.blocks, self.decoder.prefix, lambda: self._stream(self._ids_for_rates))
 
     def _linears(self) -> dict[str, MaskedLoRALinear]:
         """All wrapped linears, by full name."""
@@ -303,7 +258,8 @@ class Engine:
                     own: Pattern | dict[str, Pattern] = pattern
                     if self.allocation.per == "linear":
                         assert pattern.sparsity is not None, "the recipe's checks saw to it"
-                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, nested))
+                        delta = self.allocation.linear_delta
+                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, nested, delta))
                         own = linears[-1].patterns
                     pruner = self._regrowing(block, owners, gradients)
                     damping |= block.prune(pruner, statistics, own, nested, owners)

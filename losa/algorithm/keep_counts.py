@@ -39,8 +39,10 @@ def allocate_keep_n(
     Raises:
         ValueError: bad values, or bounds or ceilings that leave no solution.
     """
-    if importance.dim() != 1 or len(importance) == 0 or not torch.isfinite(importance).all():
-        raise ValueError(f"importance: expected finite (L,), got {tuple(importance.shape)}")
+    if importance.dim() != 1 or len(importance) == 0:
+        raise ValueError(f"importance: expected (L,), got {tuple(importance.shape)}")
+    if not torch.isfinite(importance).all():
+        raise ValueError(f"importance: expected finite values, got {importance.tolist()}")
     if not 0 < mean_keep <= m:
         raise ValueError(f"mean_keep: expected 0 < mean_keep <= m={m}, got {mean_keep}")
     delta = default_delta(1 - mean_keep / m) if delta is None else delta

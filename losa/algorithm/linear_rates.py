@@ -21,8 +21,6 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 
 # Statistics of a pruner that hold the norms of a linear's inputs; without any, scores are magnitudes.
 WITH_NORMS = (None, "input_norms", "hessian")
-# Half width of the box around the block's rate.
-LINEAR_DELTA = 0.1
 # Rows of a weight that its curve is taken from, evenly spaced.
 CURVE_ROWS = 256
 
@@ -41,6 +39,7 @@ def rates_within(
     owners: Mapping[str, int],
     sparsity: float,
     nested: bool,
+    delta: float,
 ) -> LinearRates:
     """Rates of a block's linears, of which together as many weights go as with one rate ``sparsity``.
 
@@ -50,12 +49,13 @@ def rates_within(
     Args:
         statistics, owners: as ``WrappedBlock.prune`` takes them; of a pruner whose statistic is one of ``WITH_NORMS``.
         nested: what is pruned already stays pruned.
+        delta: half width of the box around the block's rate.
     """
     mine = [name for name in block.linears if owners[name] == process_index()]
     found = together(lambda: {name: removed_curve(block.linears[name], statistics[name], nested) for name in mine})
     curves = {name: found[owners[name]][name] for name in block.linears}
     rows = {name: linear.out_features for name, linear in block.linears.items()}
-    counts = counts_within(curves, rows, sparsity, LINEAR_DELTA)
+    counts = counts_within(curves, rows, sparsity, delta)
     return LinearRates(
         {name: Pattern(sparsity=count / block.linears[name].in_features) for name, count in counts.items()},
         {name: float(curves[name][count]) for name, count in counts.items()},

@@ -116,8 +116,10 @@ FILLS: dict[Fill, Callable[[Tensor, float, float | None, Tensor | None], Tensor]
 
 
 def _check(importance: Tensor, target: float) -> None:
-    if importance.dim() != 1 or len(importance) == 0 or not torch.isfinite(importance).all():
-        raise ValueError(f"importance: expected finite (L,), got {tuple(importance.shape)}")
+    if importance.dim() != 1 or len(importance) == 0:
+        raise ValueError(f"importance: expected (L,), got {tuple(importance.shape)}")
+    if not torch.isfinite(importance).all():
+        raise ValueError(f"importance: expected finite values, got {importance.tolist()}")
     if not 0 <= target <= MAX_RATE:
         raise ValueError(f"target: expected 0 <= target <= {MAX_RATE}, got {target}")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.measures import Measured, input_norms
@@ -43,18 +44,19 @@ def best_width(
 def _masks_of(
     blocks: Sequence[WrappedBlock], norms: Sequence[dict[str, Tensor]], patterns: Sequence[Pattern], nested: bool
 ) -> Iterator[None]:
-    """Wanda's masks by ``norms`` and ``patterns`` for the time being."""
-    own: list[list[Tensor]] = []
-    for block, inputs, pattern in zip(blocks, norms, patterns, strict=True):
-        with block.gathered():
-            own.append([linear.mask.data.clone() for linear in block.linears.values()])
-            for name, linear in block.linears.items():
-                kept = linear.mask.data if nested else None
-                linear.set_mask(wanda_mask(linear.dense_weight(), inputs[name], mask=kept, **pattern.as_kwargs()))
+    """Wanda's masks by ``norms`` and ``patterns`` for the time being. They are other parameters, sharded as the model's
+    own are, and so are weights that a layer sets to zero with its mask."""
+    own = [(linear, linear.mask, linear.weight) for block in blocks for linear in block.linears.values()]
     try:
+        for block, inputs, pattern in zip(blocks, norms, patterns, strict=True):
+            with gathered(block.module):
+                for name, linear in block.linears.items():
+                    kept = linear.mask.data if nested else None
+                    mask = wanda_mask(linear.dense_weight(), inputs[name], mask=kept, **pattern.as_kwargs())
+                    linear.mask = nn.Parameter(torch.empty_like(linear.mask), requires_grad=False)
+                    linear.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+                    linear.set_mask(mask)
         yield
     finally:
-        for block, masks in zip(blocks, own, strict=True):
-            with gathered(block.module, only=("mask",)):
-                for linear, mask in zip(block.linears.values(), masks, strict=True):
-                    linear.set_mask(mask)
+        for linear, mask, weight in own:
+            linear.mask, linear.weight = mask, weight

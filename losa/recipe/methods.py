@@ -63,9 +63,9 @@ class Method:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether a block that is pruned can be reconstructed: there is something to train, and the block that is
-        trained is the block that merging gives."""
-        return self.training == "rounds" and self.mergeable
+        """Whether a block that is pruned can be reconstructed: it has adapters to train, and the block that is trained
+        is the block that merging gives. Whole weights would want a learning rate of their own."""
+        return self.training == "rounds" and self.adapter == "masked"
 
 
 METHODS: dict[MethodName, Method] = {

@@ -129,6 +129,12 @@ class AllocationConfig(Section):
     per: Literal["block", "linear"] = Field(
         "block", description="linear: rates and ranks of a block's linears differ, within the block's"
     )
+    apply_to: Literal["dynamic", "all"] = Field(
+        "dynamic", description="whose rates these are: those of dynamic methods, or of every method that prunes"
+    )
+    linear_delta: float = Field(
+        0.1, ge=0, lt=1, description="per: linear: half width of the box around the block's rate"
+    )
 
     @model_validator(mode="after")
     def _bounds(self):
@@ -254,8 +260,9 @@ class CheckpointConfig(Section):
 
 
 class ReconstructConfig(Section):
-    """Block-wise reconstruction in each round: once a block is pruned, its adapters are trained by themselves until its
-    output comes near the dense model's. ``calibration.batch_size`` bounds the samples of a forward pass."""
+    """Block-wise reconstruction in each round: once a block is pruned, its adapters (with ``train.norms`` its norms
+    too) are trained by themselves until the block's output comes near the dense model's.
+    ``calibration.batch_size`` bounds the samples of a forward pass."""
 
     steps: int = Field(20, ge=1, le=MAX_COUNT, description="AdamW steps of each block")
     learning_rate: float = Field(2e-3, gt=0, description="largest learning rate; a tenth of the steps is warm-up")
@@ -316,15 +323,26 @@ class Recipe(Section):
         names = [name for name in dict.fromkeys(self.compare) if name != self.method]
         return {name: METHODS[name] for name in [*names, self.method]}
 
+    def rated(self, name: MethodName) -> bool:
+        """Whether a method's blocks have the rates of ``allocation``. All blocks of another method are pruned alike."""
+        return METHODS[name].dynamic or self.allocation.apply_to == "all"
+
     @property
-    def dynamic(self) -> bool:
-        """Whether a method has rates and ranks."""
-        return any(method.dynamic for method in self.methods.values())
+    def any_rated(self) -> bool:
+        """Whether any method's blocks have the rates of ``allocation``."""
+        return any(map(self.rated, self.methods))
+
+    def allocation_of(self, name: MethodName) -> AllocationConfig:
+        """Rates and ranks of a method; the ranks of dynamic methods alone differ between blocks."""
+        if METHODS[name].dynamic:
+            return self.allocation
+        alike = {} if self.rated(name) else {"rates": "uniform", "per": "block"}
+        return self.allocation.model_copy(update={"ranks": "uniform", **alike})
 
     @property
     def compares_samples(self) -> bool:
         """Whether a method compares calibration samples with each other."""
-        return self.dynamic and compares_samples(self.allocation.rates)
+        return self.any_rated and compares_samples(self.allocation.rates)
 
     def reconstructs(self, name: MethodName) -> bool:
         """Whether a method's rounds reconstruct the blocks that they prune."""
@@ -348,7 +366,7 @@ class Recipe(Section):
         if self.reconstruct is not None and not any(map(self.reconstructs, self.methods)):
             able = ", ".join(name for name, method in METHODS.items() if method.reconstructs)
             raise ValueError(
-                f"reconstruct: expected a method whose adapters are trained in rounds and can be merged ({able}), "
+                f"reconstruct: expected a method whose adapters are pruned along with the weights ({able}), "
                 f"got {', '.join(self.methods)}"
             )
         return self

@@ -27,8 +27,12 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
     left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint"), True)
     left["train"] = {"tensorboard", "activation_checkpointing"}
     left["lora"] = set() if METHODS[method].adapter == "gated" else {"gate_penalty"}
+    left["allocation"] = {"apply_to"}
     if METHODS[method].dynamic:
         left["lora"] |= {"rank"}
+    elif recipe.rated(method):
+        left["rounds"] = True
+        left["allocation"] |= {"ranks", "error", "mean_rank", "rank_growth", "rank_min", "rank_max"}
     else:
         left |= {"rounds": True, "allocation": True, "calibration": {"cka_samples"}}
     if not METHODS[method].reconstructs:

@@ -179,7 +179,7 @@ def pruning_work(
     # Pinned memory comes in powers of two.
     held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
     yield Holding("pruning", waits, "hidden states", streams * held, how)
-    if recipe.dynamic:
+    if recipe.any_rated:
         yield from _for_rates(recipe, shape)
     how = "M * (W + s B A), formed once for all batches"
     yield Holding("pruning", place, "merged weights of a block", largest_pruned(shape), how)
@@ -220,9 +220,10 @@ def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodNa
     sides = sum(w.inputs + w.outputs for w in shape.linears) / shape.blocks
     activations = tokens * (sides * size + 2 * 4 * shape.hidden)
     adapters = max(sum(rank * (w.inputs + w.outputs) for w in pruned) for pruned in shape.by_block)
-    # Gradients twice, when they are summed; two moments; and of the largest linear M (W + s B A) and dY^T x.
-    states = 4 * 4 * adapters + 2 * 4 * shape.widest
-    how = "tokens x (in + out) of its linears, gradients and moments of its adapters, one linear's product"
+    # The adapters as they were; gradients twice, when they are summed; two moments. Of the largest linear M (W + s B A)
+    # and dY^T x.
+    states = 5 * 4 * adapters + 2 * 4 * shape.widest
+    how = "tokens x (in + out) of its linears, gradients, moments and a copy of its adapters, one linear's product"
     yield Holding("pruning", shape.computes_on, "reconstruction of a block", int(activations + states), how)
 
 

@@ -46,11 +46,15 @@ class Wires:
         pruner, rounds = get_pruner(recipe.prune), stage.times
         assert stage.method is not None
         dynamic, dense = METHODS[stage.method].dynamic, recipe.streams_dense(stage.method)
-        compares = dynamic and RATES[recipe.allocation.rates].needs == "similarity"
+        rated = recipe.rated(stage.method)
+        # What is sent for other rates is small: tokens of 256, norms, or two numbers a block.
+        compares = rated and RATES[recipe.allocation.rates].needs == "similarity"
         rates = recipe.allocation.rates, recipe.allocation.delta
-        for_rates = passes_for(*rates) if dynamic else 0
-        # To prune, to measure what rates need, and to try rates; the merge at the end.
-        passes = 1 + for_rates + (selections_for(*rates) if dynamic else 0)
+        for_rates, tried = (passes_for(*rates), selections_for(*rates)) if rated else (0, 0)
+        samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
+        compared = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)
+        # To prune, to measure what rates need, to try masks, and for each batch that they are tried on.
+        passes = 1 + for_rates + tried * -(-compared // batch)
         # Sparse and dense stream, and passes for rates: each makes what is outside of the blocks whole.
         streams = 1 + dense + for_rates
         first = stage.method == next(iter(self.rounds))
@@ -86,9 +90,7 @@ class Wires:
             every = self.cluster.all_reduce("gradients of blocks", gradients, processes, how)
             yield every.times(rounds * recipe.reconstruct.steps)
         if compares:
-            samples, batch = recipe.calibration.samples, recipe.calibration.batch_size
-            own = largest_share(min(recipe.calibration.cka_samples, samples), batch, processes)
-            features = own * recipe.calibration.length * shape.hidden * shape.dtype.itemsize * shape.blocks
+            features = compared * recipe.calibration.length * shape.hidden * shape.dtype.itemsize * shape.blocks
             how = "own samples x length x hidden x blocks, a slice to each process"
             yield self.cluster.all_to_all("features for CKA", features, processes, how).times(rounds)
 

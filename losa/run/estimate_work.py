@@ -101,7 +101,7 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
     of_inputs = pruner.statistic is not None and not wanted_gradients(recipe.prune, pruner).keys() - {REGROWTH}
     samples, predicted = own + (own if of_inputs else 0), 0
     samples += own if recipe.streams_dense(name) else 0
-    if METHODS[name].dynamic:
+    if recipe.rated(name):
         samples += compared * passes_for(*rates)
         predicted = compared * selections_for(*rates)
     work = samples * calibration.length * shape.work.forward(calibration.length)
@@ -111,11 +111,11 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
 
 
 def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
-    """FLOP of the steps on all blocks in one round, and of the loss after them. Samples are drawn at random: this is a
-    process's part on average."""
+    """FLOP of the steps on all blocks in one round, and of the loss after them. Samples are drawn at random, and all
+    processes wait for the one with most of them: at least so many."""
     config, calibration = recipe.reconstruct, recipe.calibration
     assert config is not None
-    tokens = min(config.batch_size, calibration.samples) * calibration.length / processes
+    tokens = -(-min(config.batch_size, calibration.samples) // processes) * calibration.length
     blocks = replace(shape.work, head=0, dropout=False)
     return tokens * (config.steps * blocks.training(calibration.length) + blocks.forward(calibration.length))
 
@@ -123,8 +123,10 @@ def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
 def _gradients(recipe: Recipe, shape: ModelShape, rounds: int, processes: int) -> float:
     """FLOP of passes for statistics of gradients in all rounds: forward and backward, and dY^T x of what is pruned."""
     wanted, calibration = wanted_gradients(recipe.prune, get_pruner(recipe.prune)), recipe.calibration
+    if not wanted:
+        return 0.0
     # Weights come back from round 2 on; a pruner wants gradients in every round.
-    passes = rounds if wanted.keys() - {REGROWTH} else max(0, rounds - 1) if wanted else 0
+    passes = rounds if wanted.keys() - {REGROWTH} else rounds - 1
     tokens = largest_share(calibration.samples, 1, processes) * calibration.length
     return passes * tokens * replace(shape.work, dropout=False).training(calibration.length)
 
@@ -140,7 +142,7 @@ def _checks(recipe: Recipe, shape: ModelShape) -> float:
 def other_batches(recipe: Recipe) -> set[int]:
     """Sizes of the batches that blocks are called with by themselves, but for a sample alone."""
     calibration, counts = recipe.calibration, {recipe.calibration.samples}
-    if recipe.dynamic and passes_for(recipe.allocation.rates, recipe.allocation.delta):
+    if recipe.any_rated and passes_for(recipe.allocation.rates, recipe.allocation.delta):
         counts.add(min(calibration.cka_samples, calibration.samples))
     full = {min(count, calibration.batch_size) for count in counts}
     if recipe.reconstruct is not None:

@@ -26,7 +26,7 @@ from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.methods import METHODS, Adapter, MethodName
-from losa.recipe.sections import AllocationConfig, Recipe
+from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RoundRecord
 from losa.run.documents import belonging
 from losa.run.inputs import Inputs
@@ -158,7 +158,7 @@ class MethodRun:
             self.model,
             self.inputs.calibration,
             recipe.prune,
-            self._allocation(),
+            recipe.allocation_of(self.name),
             recipe.calibration,
             measure_errors=self.method.dynamic,
             seed=recipe.seed,
@@ -168,11 +168,6 @@ class MethodRun:
             reconstruct=recipe.reconstruct if self.method.reconstructs else None,
             train=recipe.train,
         )
-
-    def _allocation(self) -> AllocationConfig:
-        if self.method.dynamic:
-            return self.recipe.allocation
-        return self.recipe.allocation.model_copy(update={"rates": "uniform", "ranks": "uniform", "per": "block"})
 
     def _wrap(self, layer: type[MaskedLoRALinear], trains: bool) -> None:
         recipe = self.recipe

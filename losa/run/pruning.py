@@ -15,8 +15,7 @@ def check_pruner(recipe: Recipe) -> None:
     and for a structured pruner with rates that differ between blocks."""
     pruner = get_pruner(recipe.prune)
     check_regrowth(recipe.prune, pruner)
-    dynamic = any(method.dynamic for method in recipe.methods.values())
-    if pruner.structured and dynamic:
+    if pruner.structured and recipe.any_rated:
         check_rates(recipe.prune, recipe.allocation)
 
 

@@ -275,7 +275,7 @@ def other_layers(shard_size: int) -> list[str]:
 
 def own_importance(shard_size: int) -> float:
     """How far an importance that is made of sharded parameters is from that of whole ones."""
-    ours, plain = (build("norms", size)[1]._importance()[0] for size in (shard_size, None))
+    ours, plain = (build("norms", size)[1].rates.decide(Round(1, 0.5, 4, 0)).importance for size in (shard_size, None))
     assert ours is not None and plain is not None and type(ours) is torch.Tensor
     return float((ours / plain - 1).abs().max())
 

@@ -194,6 +194,16 @@ def test_a_loss_that_breaks_names_the_block():
         engine.run_round(Round(1, 0.5, 4, 0))
 
 
+def test_a_block_whose_loss_rises_stays_as_it_was():
+    """All of its parameters count as written, whatever kind of step wrote them."""
+    model, engine = build({"steps": 1, "learning_rate": 10.0}, layers=1)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {name: (parameter.detach().clone(), parameter._version) for name, parameter in parameters.items()}
+    record = engine.run_round(Round(1, 0.5, 4, 0))
+    assert record.loss_reconstructed == record.loss_pruned and record.loss_pruned[0] > 0
+    assert all(torch.equal(p, before[name][0]) and p._version > before[name][1] for name, p in parameters.items())
+
+
 def test_hidden_states_in_half_precision():
     """Differences are taken in fp32, and adapters stay fp32."""
     model, engine = build({"steps": 2}, layers=1)

@@ -49,6 +49,10 @@ def test_dlp_compares_medians_of_whole_blocks():
     blocks = [[torch.tensor([[1.0, 9]]), torch.tensor([[2.0], [3.0], [8.0]])], [torch.full((1, 5), 1.0)]]
     assert dlp_importance(blocks).tolist() == [1 - 3 / 4, 1 - 1 / 4]
     assert dlp_importance([[torch.zeros(2, 2)], [torch.zeros(2, 2)]]).tolist() == [1, 1]
+    generator = torch.Generator().manual_seed(0)
+    parts = [[torch.rand(n, 40, generator=generator) ** 9 for n in sizes] for sizes in ((7, 30), (12, 1))]
+    medians = torch.stack([torch.cat(part).median() for part in parts]).double()
+    assert torch.equal(dlp_importance(parts), 1 - medians / medians.sum())
 
 
 def test_less_change_is_less_important_and_so_is_a_later_block():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa.algorithm.engine import Engine
-from losa.algorithm.linear_rates import LINEAR_DELTA, counts_within, removed_curve
+from losa.algorithm.linear_rates import counts_within, removed_curve
 from losa.algorithm.schedule import Round
 from losa.errors import RecipeError
 from losa.model.wrapping import wrap_model, wrapped_linears
@@ -113,7 +113,9 @@ def test_rounds_prune_blocks_to_their_counts(pruner):
         assert record.linear_ranks == {name: layer.rank for name, layer in layers.items()}
         assert len(set(record.linear_sparsity.values())) > 2 and len(set(record.linear_ranks.values())) > 2
         # Of 32 columns and more, in whole columns.
-        assert all(abs(rate - sparsity) <= LINEAR_DELTA + 1 / 32 for rate in record.linear_sparsity.values())
+        assert all(
+            abs(rate - sparsity) <= engine.allocation.linear_delta + 1 / 32 for rate in record.linear_sparsity.values()
+        )
         for block, rank in zip(engine.blocks, record.ranks, strict=True):
             assert sum(layer.rank for layer in block.linears.values()) == 7 * rank
         masks = [layer.mask_bool().clone() for layer in layers.values()]

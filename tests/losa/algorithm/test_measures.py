@@ -11,9 +11,12 @@ import torch
 from losa.algorithm.engine import Engine
 from losa.algorithm.importance import dlp_importance, owl_importance
 from losa.algorithm.measures import MEASURES
+from losa.algorithm.rates import FILLS
 from losa.algorithm.schedule import Round
 from losa.errors import RecipeError
 from losa.model.wrapping import merge_model, wrap_model, wrapped_linears
+from losa.modules.lora import LoRALinear
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.rates import RATES, TRIED_WIDTHS, passes_for
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from tests.helpers.tiny import EPS, randomise, tiny_llama
@@ -22,9 +25,9 @@ IDS = torch.randint(0, 90, (8, 24), generator=torch.Generator().manual_seed(1))
 LAYERS = 3
 
 
-def build(rates="uniform", prune=None, loss=None, **allocation):
+def build(rates="uniform", prune=None, loss=None, layer=MaskedLoRALinear, **allocation):
     model = tiny_llama(layers=LAYERS)
-    wrap_model(model, rank=4, scaling=2.0)
+    wrap_model(model, layer=layer, rank=4, scaling=2.0)
     allocation = AllocationConfig(mean_rank=4, rank_max=12, rates=rates, **allocation)
     calibration = CalibrationConfig(data="unused", samples=8, length=24, cka_samples=5, batch_size=2)
     prune = PruneConfig(**(prune or {"sparsity": 0.5}))
@@ -50,7 +53,7 @@ def trained():
 
 def measure(engine, needs):
     with torch.no_grad():
-        found = MEASURES[needs](engine._measured)
+        found = MEASURES[needs](engine.rates.measured)
         return found if isinstance(found, torch.Tensor) else list(found)
 
 
@@ -116,16 +119,21 @@ def _massive(hidden):
 @pytest.mark.parametrize("rates", [name for name in RATES if name not in ("uniform", "cka", "atp")])
 def test_rates_of_two_rounds_meet_their_means_and_nest(rates):
     model, engine = build(rates)
-    before = None
+    masks, reached, row = None, [0.0] * LAYERS, RATES[rates]
+    delta = row.delta if isinstance(row.delta, float) else None
     for index, target in enumerate((0.25, 0.5), start=1):
         record = engine.run_round(Round(index, target, 4, 0))
-        mean = sum(record.sparsity) / LAYERS
-        # Counts are floored in rows of at least 32 columns.
-        assert target - 1 / 32 <= mean <= target + 1e-9 and len(set(record.sparsity)) > 1
+        floor = torch.tensor(reached, dtype=torch.float64)
+        wanted = FILLS[row.fill](torch.tensor(record.importance, dtype=torch.float64), target, delta, floor)
+        assert wanted.mean().item() == pytest.approx(target, abs=1e-12) and len(set(record.sparsity)) > 1
+        # Of every row as many whole weights go as the rate allows.
+        for rate, block, reached in zip(wanted.tolist(), engine.blocks, record.sparsity, strict=True):
+            gone = [m.out_features * int(rate * m.in_features + 1e-6) for m in block.linears.values()]
+            assert reached == pytest.approx(sum(gone) / sum(m.weight.numel() for m in block.linears.values()), abs=1e-9)
         assert len(record.importance) == LAYERS and record.delta is None
-        masks = [layer.mask_bool().clone() for layer in wrapped_linears(model).values()]
-        assert before is None or all(bool((now <= then).all()) for now, then in zip(masks, before, strict=True))
-        before = masks
+        now = [layer.mask_bool().clone() for layer in wrapped_linears(model).values()]
+        assert masks is None or all(bool((a <= b).all()) for a, b in zip(now, masks, strict=True))
+        masks, reached = now, record.sparsity
 
 
 def test_fill_and_delta_of_a_recipe_come_first():
@@ -149,7 +157,9 @@ def test_the_slope_with_the_least_loss_is_taken(prune):
 
     model, engine = build("atp", prune=prune, loss=loss)
     record = engine.run_round(Round(1, 0.5, 4, 0))
-    assert len(seen) == len(TRIED_WIDTHS) == passes_for("atp", None) - 1 and torch.equal(tokens[0], IDS[:5])
+    assert len(TRIED_WIDTHS) == passes_for("atp", None) - 1 and torch.equal(tokens[0], IDS[:5])
+    # Of widths that give the same keep counts one is tried.
+    assert len(seen) == (len(TRIED_WIDTHS) if "sparsity" in prune else 2)
     widths = [0.5 * share for share in TRIED_WIDTHS]
     assert record.delta == (widths[1] if "sparsity" in prune else record.delta)
     if "sparsity" in prune:
@@ -163,21 +173,33 @@ def test_the_slope_with_the_least_loss_is_taken(prune):
     assert first == sorted(first, reverse=True) and first[0] > first[-1]
 
 
-def test_trial_masks_are_taken_back_and_nest():
-    model, engine = build("atp", loss=lambda ids: next(losses))
-    losses = iter([3.0, 2.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("layer", [MaskedLoRALinear, LoRALinear])
+def test_trial_masks_are_taken_back_and_nest(layer):
+    """So are the weights of a layer that sets them to zero with its mask."""
+    seen, losses = [], iter([3.0, 2.0, 1.0, 2.0, 3.0])
+
+    def loss(ids):
+        seen.append([m.mask.data.clone() for m in wrapped_linears(model).values()])
+        return next(losses)
+
+    model, engine = build("atp", loss=loss, layer=layer)
     randomise(wrapped_linears(model))
     own = [layer.mask.data.clone() for layer in wrapped_linears(model).values()]
-    seen = []
-    engine.loss = lambda ids: (
-        seen.append([m.mask.data.clone() for m in wrapped_linears(model).values()]) or next(losses)
-    )
+    before = dict(model.named_parameters())
+    weights = {name: parameter.detach().clone() for name, parameter in before.items()}
     with torch.no_grad():
-        importance, _ = engine._importance()
-        _, width = engine._patterns(Round(1, 0.75, 4, 0), importance)
-    assert width == 0.25 * TRIED_WIDTHS[2]
+        decided = engine.rates.decide(Round(1, 0.75, 4, 0))
+    assert decided.delta == 0.25 * TRIED_WIDTHS[2] and len(seen) == len(TRIED_WIDTHS)
     assert all(torch.equal(layer.mask, mask) for layer, mask in zip(wrapped_linears(model).values(), own, strict=True))
     assert all(bool(((mask & was) == mask).all()) for masks in seen for mask, was in zip(masks, own, strict=True))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in before.items())
+
+
+def test_widths_that_give_one_and_the_same_patterns_are_not_tried():
+    _, engine = build("atp", prune={"pattern": "4:8"}, loss=lambda ids: pytest.fail("there is nothing to choose"))
+    record = engine.run_round(Round(1, 0.5, 4, 0))
+    assert record.keep_n == [4] * LAYERS and record.delta is None
 
 
 def test_a_width_that_nobody_can_choose_is_refused():

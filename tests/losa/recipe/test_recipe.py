@@ -139,7 +139,7 @@ def test_the_7b_example_has_the_papers_settings():
         ({"distributed": {"shard_size": 2}}, "distributed.shard_size: expected mode hsdp, got auto"),
         (
             {"method": "lora", "reconstruct": {}},
-            r"reconstruct: expected a method .*\(losa, sparse_lora, sparse_full\), got lora",
+            r"reconstruct: expected a method .*\(losa, sparse_lora\), got lora",
         ),
         (
             {"method": "adalora", "lora": {"rank": 86}},

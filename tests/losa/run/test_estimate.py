@@ -169,6 +169,14 @@ def test_rates_are_measured_and_tried(model_directory):
     found, work = pruning("atp")
     assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
     assert pruning("atp", 0.1)[1] == uniform
+    once = [
+        recipe(model_directory, method="prune_only", allocation={"rates": "owl", "ranks": "error", "apply_to": whose})
+        for whose in ("dynamic", "all")
+    ]
+    plain, rated = (next(s.flops for s in estimate(one, probe=False).stages if s.kind == "pruning") for one in once)
+    assert rated == plain + 3 * sample
+    chosen = [(a.rates, a.ranks) for a in (one.allocation_of("prune_only") for one in once)]
+    assert chosen == [("uniform", "uniform"), ("owl", "uniform")]
 
 
 def test_rounds_and_work(model_directory):
@@ -211,7 +219,7 @@ def test_reconstruction_of_blocks(model_directory, method, rounds, streamed):
     assert after.pop(key) - before.pop(key) == rounds * work
     assert after == before
     rank = 3
-    held = 2 * 16 * (4 * IN_PLUS_OUT + 8 * 32) + 4 * 4 * rank * IN_PLUS_OUT + 2 * 4 * 2048
+    held = 2 * 16 * (4 * IN_PLUS_OUT + 8 * 32) + 5 * 4 * rank * IN_PLUS_OUT + 2 * 4 * 2048
     assert ours.size("reconstruction of a block") == held
     assert ours.size("hidden states") == 2 * 4 * 16 * 32 * 4
     assert ours.size("dense weights") == 4 * 2 * BLOCK
