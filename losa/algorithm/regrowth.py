@@ -47,8 +47,8 @@ class Regrowing(Pruner):
     Args:
         pruner: changes no weights, and has no ``prune_block`` of its own.
         gradients: sums over samples by linear, (out, in) fp32.
-        share: of the kept weights that may be exchanged, rounded down for each row, or for the matrix. It falls to 0 in the last
-            round, after which weights that return would hardly be trained.
+        share: of the kept weights that may be exchanged, rounded down for each row, or for the matrix. The engine lets
+            it fall to 0 in the last round, after which weights that return would hardly be trained.
     """
 
     def __init__(self, pruner: Pruner, gradients: Mapping[str, Tensor], share: float):
