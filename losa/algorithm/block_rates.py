@@ -24,8 +24,8 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 
 @dataclass(frozen=True)
 class Decided:
-    """Patterns of all blocks; what they follow from, (L,) and (L, L) fp64 on the host, where it was needed; and the half
-    width of their box, where losses chose it."""
+    """Patterns of all blocks; what they follow from, (L,) and (L, L) fp64 on the host, where it was needed; and the
+    half width of their box, where losses chose it."""
 
     patterns: list[Pattern]
     importance: Tensor | None
@@ -113,5 +113,5 @@ class BlockRates:
         if len(tried) == 1:
             return next(iter(tried.values())), None
         assert self._loss is not None, "the constructor saw to it"
-        width = best_width(self.measured, tried, not self._prune.regrow, self._loss)
+        width = best_width(self.measured, tried, self._prune.rates_nested, self._loss)
         return tried[width], width

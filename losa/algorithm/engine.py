@@ -69,7 +69,7 @@ class Engine:
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
-    ``prune.regrow`` by score need them, on the device where training does.
+    ``prune.regrow`` (``regrow_by: score``) need them, on the device where training does.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
     (``owners_of``); the model may be whole in each of them, or sharded, but for statistics of gradients.
@@ -254,14 +254,14 @@ class Engine:
                     statistics, owners = self._statistics(index, sparse, gradients)
                 with watch.stage("prune"):
                     progress(f"pruning {block.name}")
-                    nested = self.prune_config.nested
+                    nested, rates_nested = self.prune_config.decisions_nested, self.prune_config.rates_nested
                     own: Pattern | dict[str, Pattern] = pattern
                     if self.allocation.per == "linear":
                         assert pattern.sparsity is not None, "the recipe's checks saw to it"
                         delta = self.allocation.linear_delta
-                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, nested, delta))
+                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, rates_nested, delta))
                         own = linears[-1].patterns
-                    pruner = self._regrowing(block, owners, gradients)
+                    pruner = self._regrowing(block, owners, gradients, this_round.later)
                     damping |= block.prune(pruner, statistics, own, nested, owners)
                 del statistics, pruner
                 if reconstruction is not None and dense is not None:
@@ -301,14 +301,14 @@ class Engine:
 
         return collect(block.linears, statistic, block.name, lambda: stream.position, run, owners)
 
-    def _regrowing(self, block: WrappedBlock, owners: dict[str, int], gradients: Gradients | None) -> Pruner:
-        """The pruner; where weights of the block may come back by gradient, one that lets them."""
+    def _regrowing(
+        self, block: WrappedBlock, owners: dict[str, int], gradients: Gradients | None, later: float
+    ) -> Pruner:
+        """The pruner; where weights of the block may come back by gradient, one that exchanges them."""
         if gradients is None or not gradients.has(REGROWTH):
             return self.pruner
-        sums = gradients.of_block(REGROWTH, block.name, owners)
-        return Regrowing(
-            self.pruner, sums, lambda name: block.linears[name].dense_weight(), self.prune_config.regrow_share
-        )
+        share = self.prune_config.regrow_share * later
+        return Regrowing(self.pruner, gradients.of_block(REGROWTH, block.name, owners), share)
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)
@@ -331,7 +331,7 @@ class Engine:
 
 def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:
     """Whether weights that a pruner replaces are needed later: as the dense model, or to regrow from."""
-    return pruner.updates_weight and (needs_errors or not prune.nested)
+    return pruner.updates_weight and (needs_errors or not prune.decisions_nested)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def rates_within(
 
     Args:
         statistics, owners: as ``WrappedBlock.prune`` takes them; of a pruner whose statistic is one of ``WITH_NORMS``.
-        nested: what is pruned already stays pruned.
+        nested: no linear gets a lower rate than it has reached.
         delta: half width of the box around the block's rate.
     """
     mine = [name for name in block.linears if owners[name] == process_index()]
@@ -89,7 +89,7 @@ def ranks_within(rates: LinearRates, rank: int, config: AllocationConfig) -> lis
 
 def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bool) -> Tensor:
     """Share of a linear's squared scores that goes with the k lowest of each row, k = 0 to in: (in + 1,) fp64 on the
-    host. It is infinite below what a nested mask has pruned of the average row.
+    host. It is infinite below what a nested rate has reached in the average row.
 
     Args:
         statistic: norms of the inputs (in,), or their Hessian (in, in); None: ones.

@@ -39,7 +39,7 @@ def patterns_for(
     if importance is None:
         rates = uniform_rates(len(reached), this_round.sparsity)
     else:
-        rates = FILLS[fill](importance, this_round.sparsity, delta, None if prune.regrow else sparsity)
+        rates = FILLS[fill](importance, this_round.sparsity, delta, sparsity if prune.rates_nested else None)
     return [Pattern(sparsity=rate) for rate in rates.tolist()]
 
 
@@ -50,7 +50,7 @@ def _nm_patterns(
     keep_n, m = prune.keep_n_m
     if abs(this_round.sparsity - prune.final_sparsity) < 1e-9 and not prune.mixed:
         return [Pattern(keep_n=keep_n, m=m)] * len(reached)
-    ceiling = None if prune.regrow else ((1 - reached) * m).round().long()
+    ceiling = ((1 - reached) * m).round().long() if prune.rates_nested else None
     if importance is None:
         importance, delta = torch.zeros(len(reached), dtype=torch.float64), 0.0
     lowest = 1 if prune.mixed else keep_n

@@ -9,12 +9,14 @@ from losa.recipe.sections import AllocationConfig, RoundsConfig
 
 @dataclass(frozen=True)
 class Round:
-    """Round ``index`` (from 1): prune to ``sparsity``, adapters of ``mean_rank``, train on ``sequences`` sequences."""
+    """Round ``index`` (from 1): prune to ``sparsity``, adapters of ``mean_rank``, train on ``sequences`` sequences.
+    ``later`` is 1 - t/T, the share of the rounds that come after it."""
 
     index: int
     sparsity: float
     mean_rank: int
     sequences: int
+    later: float = 1.0
 
 
 def sparsity_at(t: int, rounds: int, final: float, schedule: str) -> float:
@@ -63,8 +65,9 @@ def make_schedule(
     if not 0 < round_share <= 1:
         raise ValueError(f"round_share: expected 0 < round_share <= 1, got {round_share}")
     if rounds.schedule == "oneshot":
-        return [Round(1, final_sparsity, mean_rank_at(rounds.count, allocation), total_sequences)]
+        return [Round(1, final_sparsity, mean_rank_at(rounds.count, allocation), total_sequences, 0.0)]
+    last, sequences = rounds.count, sequences_per_round(rounds.count, total_sequences, round_share)
     return [
-        Round(t, sparsity_at(t, rounds.count, final_sparsity, rounds.schedule), mean_rank_at(t, allocation), share)
-        for t, share in enumerate(sequences_per_round(rounds.count, total_sequences, round_share), start=1)
+        Round(t, sparsity_at(t, last, final_sparsity, rounds.schedule), mean_rank_at(t, allocation), own, 1 - t / last)
+        for t, own in enumerate(sequences, start=1)
     ]

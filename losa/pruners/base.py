@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -66,7 +67,8 @@ class Pruner:
     ``updates_weight``: whether kept weights change, which takes memory for another set of weights. ``structured``:
     whether whole attention heads and MLP channels go, as many in every block. Such a pruner is given ``structure``
     before it prunes, takes the same rate for all blocks, and its model is exported as a smaller one, without the rows
-    and columns that are pruned.
+    and columns that are pruned. ``counts``: what keeps an exact number of weights for a sparsity, each row or the
+    matrix.
 
     Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
     block in one process. An object of that class then sees every N-th block only, and keeps no state from block to
@@ -76,6 +78,7 @@ class Pruner:
     statistic: str | None = None
     updates_weight: bool = False
     structured: bool = False
+    counts: Literal["row", "matrix"] = "row"
     structure: Structure | None = None
 
     def __init__(self, config: PruneConfig):
@@ -132,7 +135,7 @@ class Pruner:
         """
         self.prepare(statistics.values())
         for name in weights:
-            yield name, self._prune_named(name, weights[name], statistics[name], pattern, masks[name])
+            yield name, self.prune_named(name, weights[name], statistics[name], pattern, masks[name])
 
     def memory(self, shape: PruningShape) -> list[Memory]:
         """What is held on the device while a block is pruned, next to the model and calibration's hidden states."""
@@ -142,7 +145,8 @@ class Pruner:
         """Floating-point operations of one round's matrix products, beyond the model's own forward passes."""
         return 0.0
 
-    def _prune_named(self, name: str, *args) -> Pruned:
+    def prune_named(self, name: str, *args) -> Pruned:
+        """``prune``, whose errors begin with the linear's name and a colon."""
         try:
             return self.prune(*args)
         except (NumericsError, ValueError) as error:

@@ -13,6 +13,8 @@ class Magnitude(Pruner):
     within each group of a row, ties lowest column first. Weights that ``mask`` has pruned count, and stay pruned even
     where there are more of them than asked."""
 
+    counts = "matrix"
+
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         check_finite(weight)
         # With equal input norms Wanda's score is the magnitude.

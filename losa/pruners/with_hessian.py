@@ -63,6 +63,7 @@ class HessianPruner(Pruner):
 
     statistic = "hessian"
     updates_weight = True
+    counts = "matrix"
 
     def __init__(self, config: PruneConfig):
         self.damping = config.damping

@@ -56,7 +56,7 @@ class PruneConfig(Section):
         "score", description="which weights come back where regrow is true: by the pruner's score, or by gradient"
     )
     regrow_share: float = Field(
-        0.1, gt=0, lt=1, description="share of a round's kept weights that come back (regrow_by: gradient)"
+        0.1, gt=0, lt=1, description="share of kept weights to exchange, times 1 - t/T (regrow_by: gradient)"
     )
 
     @model_validator(mode="after")
@@ -76,9 +76,14 @@ class PruneConfig(Section):
         return self
 
     @property
-    def nested(self) -> bool:
+    def decisions_nested(self) -> bool:
         """Whether the pruner itself brings nothing back: what is pruned already stays pruned in its decisions."""
         return not self.regrow or self.regrow_by == "gradient"
+
+    @property
+    def rates_nested(self) -> bool:
+        """Whether nothing comes back at all: no rate falls from one round to the next."""
+        return not self.regrow
 
     @property
     def keep_n_m(self) -> tuple[int, int] | None:

@@ -65,7 +65,7 @@ class Wires:
             adapters = self._trained(stage.method).rows(shape.pruned)
             yield self._made_whole("adapters", adapters, "block by block, to change ranks").times(rounds)
         # Weights that a pruner changes wait in host memory as they were.
-        again = (rounds - 1) * (dense + (not recipe.prune.nested))
+        again = (rounds - 1) * (dense + (not recipe.prune.decisions_nested))
         if pruner.updates_weight and self.placement.sharded and again:
             how = f"as they were, from round 2 on, {again} times"
             yield self._made_whole("dense weights", weights_of(shape), how, on_host=True).times(again)

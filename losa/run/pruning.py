@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from losa.algorithm.linear_rates import check_linear
 from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.structure import check_rates, find_structure
 from losa.pruners import get_pruner
@@ -12,11 +13,15 @@ from losa.recipe.sections import Recipe
 
 def check_pruner(recipe: Recipe) -> None:
     """Raises RecipeError for an unknown pruner, for settings that it cannot follow, for regrowth that it does not know,
-    and for a structured pruner with rates that differ between blocks."""
+    and for rates between blocks or linears that it cannot follow."""
     pruner = get_pruner(recipe.prune)
     check_regrowth(recipe.prune, pruner)
-    if pruner.structured and recipe.any_rated:
+    if not recipe.any_rated:
+        return
+    if pruner.structured:
         check_rates(recipe.prune, recipe.allocation)
+    if recipe.allocation.per == "linear":
+        check_linear(recipe.prune, pruner)
 
 
 def check_prunable(recipe: Recipe, model: nn.Module) -> None:

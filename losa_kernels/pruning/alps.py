@@ -78,7 +78,8 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # it did not converge
         return None
-    rounding = len(gram) * torch.finfo(gram.dtype).eps * values[-1:]
+    # eigh's backward error is a small multiple of eps times the largest eigenvalue, whatever the size.
+    rounding = 10 * torch.finfo(gram.dtype).eps * values[-1:]
     right = bool((values >= -rounding).all()) and all_finite(vectors)
     return (values.clamp_min_(0), vectors) if right else None
 
@@ -150,14 +151,14 @@ def alps_prune(
     choose = _selection(target, sparsity, keep_n, m, mask)
     with matmul_precision("ieee") if target.is_cuda else nullcontext():
         solved, kept = _admm(target, spectrum, choose)
-        loss = _loss(target, solved, gram)
-        # Where inputs hardly depend on each other, or many weights are equal, masking alone may do better than ADMM.
+        solved, loss = _solve(target, solved, kept, gram, cg_steps)
+        # Where inputs hardly depend on each other, or many weights are equal, the largest weights may be a better
+        # support than ADMM's.
         first = choose(target)
         plain = target.masked_fill(~first, 0)
         if bool(_loss(target, plain, gram).sum() <= loss.sum()):
-            solved, kept = plain, first
-        solved = _conjugate_gradients(target, solved, kept, gram, cg_steps)
-        loss = _loss(target, solved, gram)
+            kept = first
+            solved, loss = _solve(target, plain, kept, gram, cg_steps)
     pruned = solved.div_(spectrum.scale).masked_fill_(~kept, 0)
     _check_size(pruned, loss)
     return SweepResult(pruned, pack_mask(kept), loss, spectrum.damping)
@@ -230,7 +231,16 @@ def _pull(spectrum: ScaledSpectrum, rho: float) -> Tensor:
 def _loss(target: Tensor, found: Tensor, gram: Tensor) -> Tensor:
     """(out,), half of each row's (target - found) G (target - found)^T."""
     off = target - found
-    return (off @ gram).mul_(off).sum(1).div_(2).clamp_min_(0)
+    return (off @ gram).mul_(off).sum(1).div_(2)
+
+
+def _solve(target: Tensor, start: Tensor, kept: Tensor, gram: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(B, its loss (out,)) of conjugate gradients; rows that rounding makes worse stay as they are in ``start``."""
+    before = _loss(target, start, gram)
+    found = _conjugate_gradients(target, start.clone(), kept, gram, steps)
+    after = _loss(target, found, gram)
+    better = after <= before
+    return torch.where(better[:, None], found, start), torch.where(better, after, before).clamp_min_(0)
 
 
 def _conjugate_gradients(target: Tensor, start: Tensor, kept: Tensor, gram: Tensor, steps: int) -> Tensor:

@@ -55,10 +55,10 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
 
 
-def smallest_of_groups(scores: Tensor, count: int) -> Tensor:
+def smallest_of_groups(scores: Tensor, count: int | Tensor) -> Tensor:
     """Bool (m, groups): exactly ``count`` of the m entries of each column of ``scores``, ties lowest row first.
 
-    An entry's rank is the number of entries that go before it.
+    ``count`` is one number, or (groups,). An entry's rank is the number of entries that go before it.
     """
     rank = torch.zeros_like(scores, dtype=torch.int32)
     for j, score in enumerate(scores):

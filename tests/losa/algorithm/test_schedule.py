@@ -22,12 +22,13 @@ def test_the_papers_five_rounds():
     assert [r.mean_rank for r in rounds] == [6, 7, 8, 9, 10]
     assert [r.sequences for r in rounds] == [10, 10, 10, 10, 60]
     assert [r.index for r in rounds] == [1, 2, 3, 4, 5]
+    assert [round(r.later, 9) for r in rounds] == [0.8, 0.6, 0.4, 0.2, 0]
 
 
 def test_linear_and_oneshot():
     assert [round(r.sparsity, 6) for r in rounds_of(schedule="linear")] == [0.14, 0.28, 0.42, 0.56, 0.7]
     (only,) = rounds_of(schedule="oneshot")
-    assert (only.sparsity, only.mean_rank, only.sequences) == (0.7, 10, 100)
+    assert (only.sparsity, only.mean_rank, only.sequences, only.later) == (0.7, 10, 100, 0)
 
 
 def test_mean_rank_stops_at_rank_max():

@@ -70,6 +70,10 @@ def test_what_it_cannot_do_is_said_before_any_work(workspace, tmp_path):
     for function in (run_recipe, estimate):
         with pytest.raises(RecipeError, match="allocation.rates: expected uniform, got 'cka'"):
             function(cka)
+    linear = UNIFORM["allocation"] | {"per": "linear"}
+    for function in (run_recipe, estimate):
+        with pytest.raises(RecipeError, match="allocation.per: linear: expected a pruner of single linears"):
+            function(parse_recipe(settings(workspace, tmp_path / "out", **PRUNE, allocation=linear)))
     # Methods without rounds of their own rates do not read them.
     parse_recipe(settings(workspace, tmp_path / "out", method="prune_only", **PRUNE))
     family("OPT").save_pretrained(tmp_path / "opt")
