@@ -2,7 +2,8 @@
 
 Every finished run is written to --out at once, and runs found there are not repeated, so that a comparison of many
 hours can be stopped and resumed, and several commands may fill one file. Learning rates are tuned per method and
-sparsity, with a third of the tokens, on other text than the text that is reported.
+sparsity, with a third of the tokens, on other text than the text that is reported. Runs of other settings than today's
+are stale: they are named, count nowhere, and are made anew.
 
 Without a choice of runs all runs of the comparison are made. --method, --pruner, --sparsity and --seed choose others,
 all combinations; --variant NAME with --set KEY=VALUE changes their recipe, and is part of their names. With --tuning
