@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._jobs import BEST, BEST_RECIPE, DENSE, Budget, Job, Settings
+from benchmarks._jobs import DENSE, Budget, Job, Settings, base_settings, digest
 from losa.data.tokens import evaluation_tokens
 from losa.errors import NumericsError
 from losa.evaluation.perplexity import perplexity
 from losa.model.loading import load_model
-from losa.recipe.reading import data_source, override, parse_recipe, read_settings
+from losa.recipe.reading import data_source, override, parse_recipe
 from losa.recipe.sections import Recipe
 from losa.record import RoundRecord
 from losa.run.inputs import read_inputs
@@ -31,24 +31,12 @@ REPORTED, TUNING, HELD_OUT = (
     "dev/c4/c4_val.dev.jsonl",
 )
 TRAINING = ("ft/dolly.train.jsonl", "ft/alpaca_gpt4.train.jsonl")
-# What a recipe decides about a method. Data, budget and learning rate are the harness's, for all methods alike.
-SECTIONS = ("method", "prune", "rounds", "allocation", "lora", "train", "reconstruct")
-BUDGETED = (
-    "data",
-    "length",
-    "batch_size",
-    "gradient_accumulation",
-    "max_tokens",
-    "learning_rate",
-    "train_on",
-    "precision",
-)
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all runs of a file share. ``data``: a folder as docs/results.md describes it; ``limit``: examples of each
-    zero-shot task, None for all."""
+    zero-shot task, None for all, 0 for no tasks."""
 
     model: str
     data: Path
@@ -59,17 +47,8 @@ class Setting:
 def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
     """Raises RecipeError: an override or the best recipe names what there is not."""
     data, budget = setting.data, setting.budget
-    settings: dict = {"method": "prune_only" if job.method == DENSE else job.method}
-    if job.method == BEST:
-        settings = best_settings(read_settings(BEST_RECIPE))
-    settings |= {"model": setting.model, "output": "unused", "dtype": "float32", "seed": job.seed}
-    pattern = isinstance(job.sparsity, str)
-    defaults = {"rounds.count": 5, "allocation.mean_rank": 6, "lora.rank": 8, "train.warmup": 0.1}
-    settings = override(settings, {key: value for key, value in defaults.items() if not _given(settings, key)})
+    base = {"model": setting.model, "output": "unused", "dtype": "float32", "seed": job.seed}
     fixed: Settings = {
-        "prune.pruner": job.pruner,
-        "prune.sparsity": None if pattern else job.sparsity,
-        "prune.pattern": job.sparsity if pattern else None,
         "calibration": {
             "data": str(data / "calib/c4_calib.jsonl"),
             "samples": budget.samples,
@@ -80,7 +59,7 @@ def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
         "train.data": [str(data / file) for file in TRAINING],
         "train.length": budget.length,
         "train.batch_size": 1,
-        "train.max_tokens": budget.tuning_tokens if job.tuning else budget.tokens,
+        "train.max_tokens": budget.short_tokens if job.tuning or job.short else budget.tokens,
         "train.learning_rate": rate,
         "train.train_on": "all",
         "train.precision": "bfloat16",
@@ -91,36 +70,26 @@ def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
             "each_round": False,
         },
     }
-    return parse_recipe(override(settings, fixed | job.overrides), where=job.key)
-
-
-def best_settings(recipe: dict) -> dict:
-    """What a recipe says of a method, without data and budget."""
-    chosen = {name: recipe[name] for name in SECTIONS if recipe.get(name) is not None}
-    if "train" in chosen:
-        chosen["train"] = {key: value for key, value in chosen["train"].items() if key not in BUDGETED}
-    return chosen
-
-
-def _given(settings: Mapping, dotted: str) -> bool:
-    section, key = dotted.split(".")
-    return key in settings.get(section, {})
+    return parse_recipe(override(base_settings(job) | base, fixed | job.overrides), where=job.key)
 
 
 class Measurements:
-    """Measures every model that it is called with: perplexity on the recipe's text, and for a final run on held-out
-    text and zero-shot tasks. A method that cannot be merged calls it with the unmerged model first."""
+    """Measures every model that it is called with: perplexity on the recipe's text. The first model is the one by which
+    the run is judged, unmerged where the method cannot be merged: ``more`` has its perplexity on held-out text and its
+    zero-shot tasks."""
 
     def __init__(self, job: Job, setting: Setting, tokenizer, evaluate):
         self.job, self.setting, self.tokenizer, self.evaluate = job, setting, tokenizer, evaluate
-        self.found: list[dict] = []
-        self.seconds = 0.0
+        self.more: dict | None = None
+        self.seconds = self.cpu_seconds = 0.0
 
     def __call__(self, model: nn.Module) -> float:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         value = self.evaluate(model)
-        self.found.append({"perplexity": value} | self._more(model))
+        if self.more is None:
+            self.more = self._more(model)
         self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - cpu_began
         return value
 
     def _more(self, model: nn.Module) -> dict:
@@ -130,43 +99,45 @@ class Measurements:
         if not self.job.tuning and text.exists():
             tokens = evaluation_tokens(data_source(str(text), where="held-out text"), self.tokenizer)
             more["held_out"] = perplexity(model, tokens, budget.window, 1, max(1, budget.windows // 2)).value
-        if self.job.tasks:
+        tasks = self.setting.data / "dev/tasks"
+        if self.job.tasks and self.setting.limit != 0 and tasks.is_dir():
             from benchmarks._zero_shot import local_tasks
 
-            more["tasks"] = local_tasks(model, self.tokenizer, self.setting.data / "dev/tasks", self.setting.limit)
+            more["tasks"] = local_tasks(model, self.tokenizer, tasks, self.setting.limit)
         return more
 
 
 def run_job(job: Job, rate: float, setting: Setting) -> dict:
-    """The run's row in the file of results; ``seconds`` without those of measuring. Its numerics may fail: the row then
-    says why.
+    """The run's row in the file of results; ``seconds`` and ``cpu_seconds`` do not count those of measuring. Its
+    numerics may fail: the row then says why.
 
     Raises:
         LosaError: settings that do not fit the model or the data, or text that cannot be read.
     """
+    row: dict = {"settings": digest(job)}
     recipe = recipe_of(job, rate, setting)
     model, tokenizer = load_model(setting.model, dtype=recipe.dtype, device=recipe.device)
     torch.manual_seed(job.seed)
     inputs = read_inputs(recipe, model, tokenizer)
     measure = Measurements(job, setting, tokenizer, inputs.evaluate)
     inputs.evaluate = measure
-    row: dict = {"learning_rate": rate} if job.trains else {}
+    row |= {"learning_rate": rate} if job.trains else {}
     row |= {"overrides": job.overrides} if job.overrides else {}
-    row |= {"task_limit": setting.limit} if job.tasks else {}
     try:
         if job.method == DENSE:
             row |= {"method": DENSE, "perplexity": measure(model)}
         else:
             with tempfile.TemporaryDirectory() as work:
                 log = partial(_say, job.key)
+                began = time.process_time()
                 outcome = MethodRun(recipe.method, model, recipe, inputs, Path(work), log=log).run()
+                row["cpu_seconds"] = time.process_time() - began - measure.cpu_seconds
             row |= vars(outcome.result) | {"rounds": [_round(record) for record in outcome.rounds]}
             row["seconds"] -= measure.seconds
     except NumericsError as error:
         return row | {"failed": str(error)}
-    row |= {key: value for key, value in measure.found[-1].items() if key != "perplexity"}
-    for key, value in measure.found[0].items() if len(measure.found) > 1 else ():
-        row[f"{key}_unmerged"] = value
+    row |= measure.more or {}
+    row |= {"task_limit": setting.limit} if "tasks" in row else {}
     return row | {"threads": torch.get_num_threads(), "peak_bytes": _peak_bytes(model)}
 
 
@@ -190,4 +161,8 @@ def _peak_bytes(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    # Linux's ru_maxrss may be the peak of the process that started this one: it survives exec.
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

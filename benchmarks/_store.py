@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks._jobs import Job, ready
+from benchmarks._jobs import Job, finished, ready
 from benchmarks._results import read_document
 from losa.errors import LosaError, OutputError
 from losa.storage.files import write_text
@@ -28,34 +29,40 @@ PATIENCE = 5.0  # seconds between two looks at runs that another command makes
 
 
 class Store:
-    """The file of results: what all its runs share, and the runs by ``Job.key``. ``command`` is named in messages."""
+    """The file of results: what all its runs share, the runs by ``Job.key``, and in ``errors`` the last line of the
+    traceback of each run that ended with an error and was not made since. ``command`` is named in messages."""
 
     def __init__(self, path: Path, command: str):
         self.path, self.command = path, command
 
-    def read(self) -> dict:
-        """The document; without a file an empty one. Raises SystemExit: it is no JSON object."""
-        if not self.path.exists():
+    def read(self, new: bool = False) -> dict:
+        """The document; a file that may be ``new`` is empty. Raises SystemExit: no such file, or no JSON object."""
+        if new and not self.path.exists():
             return {"runs": {}}
         document = read_document(self.command, self.path)
         document.setdefault("runs", {})
         return document
 
-    def merge(self, shared: dict, runs: dict) -> dict:
-        """Add runs to the file as it is now, and return it. Raises SystemExit: its runs had another ``setup``."""
+    def merge(self, shared: dict, runs: dict, errors: dict[str, str] | None = None) -> dict:
+        """Add runs and errors to the file as it is now, and return it. Raises SystemExit: see ``check_setup``."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
-            document = self.read()
-            setup, wanted = document.get("setup", shared["setup"]), shared["setup"]
-            if document["runs"] and setup != wanted:
-                differing = [key for key in wanted | setup if setup.get(key) != wanted.get(key)]
-                found = "; ".join(f"{key}: {setup.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
-                raise SystemExit(
-                    f"{self.command}: {self.path}: its runs had another setup ({found}); give another file"
-                )
-            document = {**document, **shared, "runs": document["runs"] | runs}
+            document = self.read(new=True)
+            self.check_setup(document, shared)
+            left = {key: error for key, error in document.get("errors", {}).items() if key not in runs} | (errors or {})
+            document = {**document, **shared, "errors": left, "runs": document["runs"] | runs}
+            if not left:
+                del document["errors"]
             write_text(self.path, as_text(document))
         return document
+
+    def check_setup(self, document: dict, shared: dict) -> None:
+        """Raises SystemExit: the runs of ``document`` had another ``setup``."""
+        setup, wanted = document.get("setup", shared["setup"]), shared["setup"]
+        if document["runs"] and setup != wanted:
+            differing = [key for key in wanted | setup if setup.get(key) != wanted.get(key)]
+            found = "; ".join(f"{key}: {setup.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
+            raise SystemExit(f"{self.command}: {self.path}: its runs had another setup ({found}); give another file")
 
     def claim(self, job: Job) -> ExitStack | None:
         """Held until it is closed or this process ends; None: another command has the run."""
@@ -85,14 +92,15 @@ def _locked(folder: Path):
         os.close(descriptor)
 
 
-def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots: int) -> list[str]:
+def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots: int) -> dict[str, str]:
     """Make all runs of ``wanted`` that the file lacks, and the tuning that they wait for, ``slots`` at a time. Each is
-    merged into the file when it ends. Returns the keys of runs that ended with an error, which is printed.
+    merged into the file when it ends. Returns the errors of runs that ended with one, by key; the other runs go on.
 
     Another command may do the same at the same time: each run is made by one of the two.
     """
     running: dict[Future[dict], tuple[Job, ExitStack]] = {}
-    failed: set[str] = set()
+    failed: dict[str, str] = {}
+    made: set[str] = set()
     store.merge(shared, {})
     while True:
         busy = {job.key for job, _ in running.values()}
@@ -100,10 +108,10 @@ def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots:
         for job, rate in ready(wanted, store.read()["runs"]):
             if len(running) >= slots:
                 break
-            if job.key in busy or job.key in failed:
+            if job.key in busy or job.key in failed or job.key in made:
                 continue
             claim = store.claim(job)
-            if claim is None or job.key in store.read()["runs"]:  # it may have ended elsewhere meanwhile
+            if claim is None or finished(job, store.read()["runs"]):  # it may have ended elsewhere meanwhile
                 elsewhere = True
                 if claim is not None:
                     claim.close()
@@ -113,7 +121,7 @@ def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots:
             running[start(job, rate)] = job, claim
         if not running:
             if not elsewhere:
-                return sorted(failed)
+                return failed
             time.sleep(PATIENCE)
             continue
         # A run that ends elsewhere may be what a free slot waits for.
@@ -122,10 +130,14 @@ def work(store: Store, shared: dict, wanted: Iterable[Job], start: Start, slots:
             with claim:
                 try:
                     run = future.result()
-                except (LosaError, BrokenProcessPool) as error:
-                    failed.add(job.key)
+                except Exception as error:
+                    if not isinstance(error, (LosaError, BrokenProcessPool)):
+                        traceback.print_exception(error)
+                    failed[job.key] = traceback.format_exception_only(error)[-1].strip()
+                    store.merge(shared, {}, {job.key: failed[job.key]})
                     print(f"   {job.key}: {error}", flush=True)
                     continue
+                made.add(job.key)
                 store.merge(shared, {job.key: run})
                 print(f"   {job.key}: {said(run)}", flush=True)
 

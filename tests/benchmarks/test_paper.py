@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _paper_tables, _store, paper
+from benchmarks import _jobs, _paper_tables, _store, paper, quality
+from benchmarks._harness import Setting, recipe_of
+from benchmarks._jobs import Job
 from benchmarks._zero_shot import local_tasks, task_settings
 from losa.errors import DataError
 
@@ -17,7 +19,9 @@ TABLES = _paper_tables.tables()
 
 def test_runs_of_the_tables():
     for name, table in TABLES.items():
-        assert table.rows and all(len(row.labels) == len(table.header) for row in table.rows), name
+        assert (table.rows or table.kind == "tuning") and all(
+            len(row.labels) == len(table.header) for row in table.rows
+        ), name
     jobs = list(paper.jobs_of(list(TABLES.values()), 3))
     settings: dict[str, dict] = {}
     for job in jobs:
@@ -27,9 +31,53 @@ def test_runs_of_the_tables():
     names = {(job.method, job.variant, tuple(job.overrides.items())) for job in jobs}
     assert len({(method, variant) for method, variant, _ in names}) == len(names), "a variant has two meanings"
     keys = {job.key for job in jobs}
-    assert {"losa/wanda/0.70/seed2/no_rates-no_ranks", "losa/wanda/2:8/seed0/mixed", "dense/tasks"} <= keys
-    assert "sparse_lora/wanda/0.70/seed1" in keys and "losa/wanda/0.60/seed1" not in keys
+    short = "losa/wanda/0.70/seed2/no_rates-no_ranks/short"
+    assert {short, "losa/wanda/2:8/seed0/mixed/short", "dense", "sparse_lora/wanda/0.70/seed1"} <= keys
+    assert "losa/wanda/0.60/seed1" not in keys and "best/wanda/0.60/seed2" in keys
     assert {row.paper for row in TABLES["6"].rows} == {None, 10.94, 11.36, 11.44, 11.78, 12.74}
+    assert {job.key for job in quality.final_jobs()} <= keys, "a run of the comparison is in no table"
+
+
+def test_recipes_of_the_tables(tmp_path, monkeypatch):
+    """Every run's recipe is one, with the best recipe as it is and with one that has every ingredient."""
+
+    def check():
+        jobs = paper.jobs_of(list(_paper_tables.tables().values()), 1)
+        return {job.key: recipe_of(job, 0.01, Setting("model", tmp_path)) for job in jobs}
+
+    plain = check()
+    assert plain["losa/wanda/0.70/seed0/short"].train.max_tokens == 20_480
+    (tmp_path / "best.yaml").write_text(
+        "method: losa\nprune: {regrow: true, regrow_by: gradient}\nreconstruct: {steps: 5}\nrounds: {count: 4}\n"
+        "allocation: {rates: owl, fill: lp, delta: 0.1, per: linear, mean_rank: 8}\nlora: {scaling: 1}\n"
+        "train: {distill: {weight: 1}, norms: true, lora_plus: 4, max_grad_norm: 1}\n"
+    )
+    monkeypatch.setattr(_paper_tables, "BEST_RECIPE", tmp_path / "best.yaml")
+    monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
+    every = check()
+    without = {key for key in every if key.startswith("best/wanda/0.70/seed0/no_")}
+    assert len(without) == len(_paper_tables.INGREDIENTS)
+    assert (
+        len(
+            {every[key].model_dump_json() for key in without} | {every["best/wanda/0.70/seed0/short"].model_dump_json()}
+        )
+        == len(without) + 1
+    )
+
+
+def test_every_setting_of_the_best_recipe_is_of_a_part():
+    """Else the best recipe has an ingredient without a row of its own."""
+    best = recipe_of(Job("best"), 0.01, Setting("model", ROOT)).model_dump()
+    plain = recipe_of(Job("losa"), 0.01, Setting("model", ROOT)).model_dump()
+    parts = {key for settings in _paper_tables.INGREDIENTS.values() for key in settings}
+
+    def differing(ours, others, name=""):
+        for key, value in ours.items():
+            if f"{name}{key}" not in parts and value != others[key]:
+                inside = isinstance(value, dict) and isinstance(others[key], dict)
+                yield from differing(value, others[key], f"{name}{key}.") if inside else [f"{name}{key}"]
+
+    assert list(differing(best, plain)) == []
 
 
 def test_the_best_recipe_has_a_row_without_each_of_its_parts(tmp_path, monkeypatch):
@@ -45,43 +93,59 @@ def run(perplexity, **more):
 
 def test_tables_of_finished_runs():
     runs = {f"losa/wanda/0.70/seed{seed}": run(90.0 + seed, held_out=120.0, train_tokens=61440) for seed in range(2)}
-    runs["lora/wanda/0.70/seed0"] = run(105.5, perplexity_unmerged=109.25, held_out=1.0, held_out_unmerged=150.0)
+    runs["lora/wanda/0.70/seed0"] = run(105.5, perplexity_unmerged=109.25, held_out=150.0)
     runs["sora/wanda/0.70/seed0"] = {"failed": "not finite"}
-    text = paper.markdown(TABLES["baselines"], runs, 3)
-    assert "| method | perplexity | held-out text | tokens | seconds | paper, LLaMA-2-7B |\n| --- |" in text
-    assert "\n| LoSA | 90.5 (90.0..91.0) | 120.0 (120.0..120.0) | 61,440 | 60 | 10.94 |" in text
-    assert "\n| LoRA (not mergeable) | 109.2 | 150.0 | – | 60 | 12.57 |" in text
+    text = paper.markdown(TABLES["baselines"], runs)
+    assert (
+        "| method | perplexity | held-out text | tokens | seconds | CPU seconds | paper, LLaMA-2-7B |\n| --- |" in text
+    )
+    assert "\n| LoSA | 90.5 (90.0..91.0) | 120.0 (120.0..120.0) | 61,440 | 60 | – | 10.94 |" in text
+    assert "\n| LoRA (not mergeable) | 109.2 | 150.0 | – | 60 | – | 12.57 |" in text
+    assert "\n| LoRA, merged under the mask | 105.5 | – | – | 60 | – |  |" in text
+    assert text.endswith(
+        "\n\nPairs in the paper's order: 2 of 3; reversed: SoRA (not mergeable) after LoRA (not mergeable)."
+    )
     assert "\n| SoRA (not mergeable) | diverged | diverged |" in text and "\n| Sparse LoRA | – |" in text
     runs["losa/wanda/0.70/seed0"] |= {"peak_bytes": 2.5e9, "parameters_trained": 2_442_240}
-    assert "| LoSA | 90.5 (90.0..91.0) | 2.4 M | 61,440 | 60 | 2.5 GB |" in paper.markdown(TABLES["2"], runs, 3)
-    runs["losa/wanda/0.70/seed0"]["rounds"] = [{"sparsity": [0.3, 0.4]}, {"sparsity": [0.664, 0.736]}]
-    assert "\n| cka | 66 74 |" in paper.markdown(TABLES["figure3"], runs, 3)
+    assert "| LoSA | 90.5 (90.0..91.0) | 2.4 M | 61,440 | 60 | – | 2.5 GB |" in paper.markdown(TABLES["2"], runs)
+    runs["losa/wanda/0.70/seed0/short"] = run(99.0)
+    runs["losa/wanda/0.70/seed0/short"]["rounds"] = [{"sparsity": [0.3, 0.4]}, {"sparsity": [0.664, 0.736]}]
+    assert "\n| cka | 66 74 |" in paper.markdown(TABLES["figure3"], runs)
     tasks = {"piqa": {"acc": 0.6, "acc_stderr": 0.03}, "boolq": {"acc": 0.5, "acc_stderr": 0.04}}
-    text = paper.markdown(TABLES["zero-shot"], {"dense/tasks": run(22.8, tasks=tasks)}, 3)
+    text = paper.markdown(TABLES["zero-shot"], {"dense": run(22.8, tasks=tasks)})
     assert "| method | piqa | boolq | mean |" in text and "| dense | 60.0 ± 3.0 | 50.0 ± 4.0 | 55.0 ± 2.5 |" in text
 
 
 def test_tables_are_printed_and_written_into_a_page(tmp_path, capsys):
     file, page = tmp_path / "runs.json", tmp_path / "page.md"
-    file.write_text(_store.as_text({"runs": {"losa/wanda/0.70/seed0": run(91.0)}}))
+    file.write_text(
+        _store.as_text({"runs": {f"losa/wanda/0.70/seed{seed}/short": run(91.0 + seed) for seed in range(2)}})
+    )
     assert paper.main(["--out", str(file), "--table", "7", "--print"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("## Ranks, Wanda, 70 %\n\n| ranks by |") and "| error | 91.0 |" in printed
+    assert printed.startswith("## Ranks, Wanda, 70 %\n\n| ranks by |") and "| error | 91.5 (91.0..92.0) |" in printed
     page.write_text("Before.\n\n<!-- table 7 -->\nold\n<!-- end -->\n\nAfter.\n\n<!-- table 6 -->\n<!-- end -->\n")
     for _ in range(2):
         assert paper.main(["--out", str(file), "--fill", str(page)]) == 0
         table, rest = page.read_text().split("<!-- end -->", 1)
-        assert table.startswith("Before.\n\n<!-- table 7 -->\n| ranks by |") and table.endswith("| 11.44 |\n")
-        assert "After.\n\n<!-- table 6 -->\n| rates |" in rest
+        assert table.startswith("Before.\n\n<!-- table 7 -->\n| ranks by |") and table.endswith(
+            "| 11.44 |\n\nRuns that train have 20,480 tokens.\n"
+        )
+        assert "After.\n\n<!-- table 6 -->\n| rates (LSR) |" in rest
     assert paper.main(["--data", "x", "--out", str(file), "--table", "7", "--seeds", "1", "--dry-run"]) == 0
-    assert capsys.readouterr().out == "losa/wanda/0.70/seed0/ranks_sparsity\nlosa/wanda/0.70/seed0/no_ranks\n"
+    names = ["tune", "ranks_sparsity/short", "no_ranks/short"]
+    assert capsys.readouterr().out == "".join(f"losa/wanda/0.70/seed0/{name}\n" for name in names)
+    before = page.read_text()
+    with pytest.raises(SystemExit, match="No such file"):
+        paper.main(["--out", str(tmp_path / "other.json"), "--fill", str(page)])
+    assert page.read_text() == before
 
 
 def test_the_page_has_the_results_that_are_kept():
     text = (ROOT / "docs/paper.md").read_text()
-    runs = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["runs"]
+    runs = quality.current(_store.Store(ROOT / "benchmarks/results/quality.json", "paper"))
     assert set(paper.PLACE.findall(text)) == {(name, " -->\n") for name in TABLES}
-    made = paper.filled(text, runs, 3) == text
+    made = paper.filled(text, runs) == text
     assert made, "run: python -m benchmarks paper --out benchmarks/results/quality.json --fill docs/paper.md"
 
 

@@ -9,9 +9,22 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import _harness, _store, quality
+from benchmarks import _harness, _jobs, _store, quality
 from benchmarks._harness import Setting, recipe_of
-from benchmarks._jobs import ADAPTER_RATES, BEST, FULL_RATES, Budget, Job, headline, rates_to_try, ready, tuned_rate
+from benchmarks._jobs import (
+    ADAPTER_RATES,
+    BEST,
+    FULL_RATES,
+    Budget,
+    Job,
+    digest,
+    headline,
+    job_of,
+    missing,
+    rates_to_try,
+    ready,
+    tuned_rate,
+)
 from losa.errors import NumericsError, RecipeError
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
@@ -23,10 +36,18 @@ def test_runs_of_the_comparison():
     assert len({job.key for job in jobs}) == len(jobs)
     seeds = {(job.method, job.seed) for job in jobs if (job.pruner, job.sparsity) == ("wanda", 0.7)}
     assert seeds >= {(method, seed) for method in quality.METHODS for seed in range(3)}
+    several = {(job.method, job.pruner, job.sparsity) for job in jobs if job.seed == 2 and job.sparsity != 0.7}
+    assert several == {("best", "wanda", 0.6), ("best", "wanda", 0.5)}
+    assert Job("best", "sparsegpt", seed=2) in jobs and Job("best", "alps", seed=1) not in jobs
     assert (
         Job("losa", "alps", "2:4", 2, "kl", learning_rate=0.01, tuning=True).key == "losa/alps/2:4/seed2/kl/tune-lr0.01"
     )
-    assert Job("lora", sparsity=0.5, tasks=True).key == "lora/wanda/0.50/seed0/tasks" and Job("dense").key == "dense"
+    assert Job("lora", sparsity=0.5, short=True).key == "lora/wanda/0.50/seed0/short" and Job("dense").key == "dense"
+    tasks = {job.key for job in jobs if job.tasks}
+    assert tasks == {"dense", *(f"{method}/wanda/0.50/seed0" for method in ("prune_only", "losa", "lora", "best"))}
+    named = [*jobs, Job("losa", "alps", "2:4", 2, "kl", {"train.warmup": 0.2}, 0.01, True), Job("lora", short=True)]
+    assert [job_of(job.key, {"learning_rate": 0.01, "overrides": job.overrides}) for job in named] == named
+    assert job_of("losa/wanda/all/seed0", {}) is job_of("other", {}) is None
 
 
 @pytest.mark.parametrize("best", ADAPTER_RATES)
@@ -47,14 +68,15 @@ def test_rates_come_from_the_nearest_tuning():
     runs = tuned(Job("losa"), 0.016) | tuned(Job("losa", sparsity=0.5), 0.004) | tuned(Job("sparse_full"), 8e-4)
     assert tuned_rate(Job("losa", "alps", 0.9, 2), runs) == tuned_rate(Job("losa", sparsity="2:8"), runs) == 0.016
     assert (
-        tuned_rate(Job("losa", sparsity="2:4"), runs) == 0.004 and tuned_rate(Job("losa", sparsity=0.6), runs) is None
+        tuned_rate(Job("losa", sparsity="2:4"), runs) == 0.004 and tuned_rate(Job("losa", sparsity=0.6), runs) == 0.016
     )
     assert tuned_rate(Job("sparse_full"), runs) == 8e-4 and Job("sparse_full").rates == FULL_RATES
     kl = Job("losa", variant="kl", overrides={"train.warmup": 0.2})
     assert tuned_rate(kl, runs) == 0.016 and tuned_rate(replace(kl, learning_rate=0.5), runs) == 0.5
     assert tuned_rate(kl, runs | tuned(kl, 0.002)) == 0.002
     # The search at another sparsity begins where the first one ended.
-    assert [job.key for job, _ in ready([Job("losa", sparsity=0.6)], runs)] == ["losa/wanda/0.60/seed0/tune-lr0.016"]
+    del runs["losa/wanda/0.50/seed0/tune-lr0.004"]
+    assert [job.key for job, _ in ready([Job("losa", sparsity=0.5)], runs)] == ["losa/wanda/0.50/seed0/tune-lr0.004"]
     assert headline({"failed": "diverged"}) == math.inf
 
 
@@ -66,23 +88,36 @@ def ended(value) -> Future:
 
 def test_missing_runs_are_made_once_after_their_tuning(tmp_path, capsys):
     store, made = _store.Store(tmp_path / "runs.json", "quality"), []
+    errors = {"nothing": RecipeError("no such pruner"), "odd": ValueError("odd\nmatrix")}
 
     def start(job, rate):
         made.append(job.key)
-        if job.pruner == "nothing":
-            return ended(RecipeError("no such pruner"))
+        if job.pruner in errors:
+            return ended(errors[job.pruner])
         return ended(
             {"perplexity": abs(math.log(rate / 0.004)) + job.seed, "perplexity_unmerged": None, "seconds": 1.0}
         )
 
-    wanted = [Job("prune_only", "nothing"), Job("lora"), Job("lora", seed=1), Job("prune_only")]
-    assert _store.work(store, SHARED, wanted, start, 2) == ["prune_only/nothing/0.70/seed0"]
+    wanted = [
+        Job("prune_only", "nothing"),
+        Job("prune_only", "odd"),
+        Job("lora"),
+        Job("lora", seed=1),
+        Job("prune_only"),
+    ]
+    lines = {
+        "prune_only/nothing/0.70/seed0": "losa.errors.RecipeError: no such pruner",
+        "prune_only/odd/0.70/seed0": "ValueError: odd\nmatrix",
+    }
+    assert _store.work(store, SHARED, wanted, start, 2) == store.read()["errors"] == lines
     tuning = [f"lora/wanda/0.70/seed0/tune-lr{rate:g}" for rate in (0.008, 0.004, 0.016, 0.002)]
     assert sorted(made) == sorted([*(job.key for job in wanted), *tuning]) and len(store.read()["runs"]) == 7
     assert max(map(made.index, tuning)) < made.index("lora/wanda/0.70/seed0")
     assert "no such pruner" in capsys.readouterr().out and not list(tmp_path.glob(".*.lock"))
     made.clear()
-    assert _store.work(store, SHARED, wanted[1:], start, 2) == [] and made == []
+    errors.clear()
+    assert _store.work(store, SHARED, wanted, start, 2) == {} and "errors" not in store.read()
+    assert made == ["prune_only/nothing/0.70/seed0", "prune_only/odd/0.70/seed0"]
 
 
 def test_two_commands_share_a_file(tmp_path, monkeypatch):
@@ -97,7 +132,7 @@ def test_two_commands_share_a_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_store.time, "sleep", waits)
     wanted = [Job("prune_only"), Job("prune_only", seed=1)]
-    assert _store.work(store, SHARED, wanted, lambda job, rate: ended({"perplexity": 3.0}), 2) == []
+    assert _store.work(store, SHARED, wanted, lambda job, rate: ended({"perplexity": 3.0}), 2) == {}
     assert [run["perplexity"] for run in store.read()["runs"].values()] == [2.0, 3.0]
     with pytest.raises(SystemExit, match="another setup .model: 'tiny', now 'large'"):
         store.merge({"setup": {"model": "large"}}, {})
@@ -126,7 +161,60 @@ def test_summary_of_a_file(tmp_path, capsys):
     assert quality.main(["--out", str(file), "--table"]) == 0
     printed = capsys.readouterr().out
     assert "| wanda | 0.70 | best | 84.0 (80.0..90.0) |" in printed and "| losa no_rates | 9.0 |" in printed
-    assert "tune" not in printed
+    assert "tune" not in printed and "| lora_masked | 35.5 |" in printed
+    with pytest.raises(SystemExit, match="No such file"):
+        quality.main(["--summary", str(tmp_path / "other.json")])
+
+
+def test_runs_of_another_recipe_count_nowhere(tmp_path, monkeypatch, capsys):
+    """A changed best recipe, other overrides and another tuned rate make a run stale; it is made anew once."""
+    file = tmp_path / "runs.json"
+    monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
+    _jobs.BEST_RECIPE.write_text("method: losa\ntrain: {norms: false, learning_rate: 1}\n")
+
+    def made(job: Job, rate: float, perplexity: float) -> dict:
+        row = {"perplexity": perplexity, "learning_rate": rate, "settings": digest(job), "seconds": 1.0}
+        return {job.key: row | ({"overrides": job.overrides} if job.overrides else {})}
+
+    def tuned(job: Job, best: float) -> dict:
+        tries = [replace(job, learning_rate=best * factor, tuning=True) for factor in (0.5, 1, 2)]
+        return {
+            k: v for each in tries for k, v in made(each, each.learning_rate, 1 + (each.learning_rate != best)).items()
+        }
+
+    runs = tuned(Job(BEST), 0.008) | made(Job(BEST), 0.008, 80.0) | made(Job(BEST, seed=1), 0.008, 82.0)
+    runs |= tuned(Job("losa"), 0.016) | made(Job("losa"), 0.004, 90.0) | made(Job("losa", seed=1), 0.016, 94.0)
+    assert _jobs.stale(runs) == ["losa/wanda/0.70/seed0"] and not missing([Job(BEST), Job("losa", seed=1)], runs)
+    variant = Job("losa", variant="kl", overrides={"train.warmup": 0.3})
+    assert missing([variant], runs | made(replace(variant, overrides={"train.warmup": 0.2}), 0.016, 1.0)) == [
+        variant.key
+    ]
+    file.write_text(_store.as_text({"setup": SHARED["setup"], "runs": runs}))
+    assert quality.main(["--summary", str(file)]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"best/wanda/0.70": [80.0, 82.0], "losa/wanda/0.70": [94.0]}
+    assert printed.err == "quality: stale, of other settings than today's: losa/wanda/0.70/seed0\n"
+    assert quality.main(["--out", str(file), "--table", "--tuning"]) == 0
+    assert "| best | wanda | 0.70 | seed0 | 0.004: 2.0, 0.008: 1.0, 0.016: 2.0 | 0.008 |" in capsys.readouterr().out
+    # Data, budget and learning rate of the best recipe are not its own.
+    _jobs.BEST_RECIPE.write_text("method: losa\ntrain: {norms: true, learning_rate: 2}\n")
+    assert sum(key.startswith("best/") for key in _jobs.stale(runs)) == 5
+    store, started = _store.Store(file, "quality"), []
+
+    def start(job, rate):
+        started.append(job.key)
+        return ended(made(job, rate, abs(math.log(rate / 0.008)))[job.key])
+
+    wanted = [Job("losa"), Job(BEST)]
+    args = ["--data", str(tmp_path), "--out", str(file), "--dry-run", "--method", "losa", "--method", "best"]
+    assert quality.main(args) == 0
+    names = ["losa/wanda/0.70/seed0 (stale)", "best/wanda/0.70/seed0/tune", "best/wanda/0.70/seed0 (stale)"]
+    assert capsys.readouterr().out.split("\n")[:3] == names
+    assert _store.work(store, SHARED, wanted, start, 1) == {}
+    assert started[0] == "losa/wanda/0.70/seed0" and started[-1] == "best/wanda/0.70/seed0" and len(started) == 5
+    assert _jobs.stale(store.read()["runs"]) == ["best/wanda/0.70/seed1"]
+    # A tuning that is asked for is made though the final run is finished.
+    assert missing([replace(variant, tuning=True)], runs | made(variant, 0.016, 1.0)) == [f"{variant.key}/tune"]
 
 
 def test_options_choose_runs(tmp_path, capsys):
@@ -139,7 +227,7 @@ def test_options_choose_runs(tmp_path, capsys):
             quality.main([*args, *wrong])
 
 
-SETTING = Setting("model", None, Budget(tokens=640, tuning_tokens=192, length=32, samples=2, windows=4, window=32))
+SETTING = Setting("model", None, Budget(tokens=640, short_tokens=192, length=32, samples=2, windows=4, window=32))
 
 
 def test_recipes_of_runs(tmp_path, monkeypatch):
@@ -153,7 +241,7 @@ def test_recipes_of_runs(tmp_path, monkeypatch):
     text = "method: sparse_lora\nallocation: {mean_rank: 9}\nlora: {rank: 5}\noutput: x\n"
     text += "train: {data: y, length: 99, learning_rate: 7, warmup: 0.4, max_tokens: 1}\nprune: {sparsity: 0.1}\n"
     (tmp_path / "best.yaml").write_text(text)
-    monkeypatch.setattr(_harness, "BEST_RECIPE", tmp_path / "best.yaml")
+    monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
     best = recipe_of(Job(BEST, "sparsegpt", 0.6), 0.01, setting)
     assert (best.method, best.lora.rank, best.allocation.mean_rank, best.train.warmup) == ("sparse_lora", 5, 9, 0.4)
     assert best.prune == recipe_of(Job("losa", "sparsegpt", 0.6), 0.01, setting).prune
@@ -177,10 +265,15 @@ def tiny_setting(tmp_path):
 def test_a_run_of_a_method_that_cannot_be_merged(tiny_setting, monkeypatch, capsys):
     row = _harness.run_job(Job("lora", sparsity=0.5), 0.01, tiny_setting)
     assert row["train_tokens"] == 640 and row["parameters_trained"] > 0 and row["rounds"][0]["train_steps"] == 20
-    assert row["perplexity"] != row["perplexity_unmerged"] and row["held_out"] != row["held_out_unmerged"]
+    assert (
+        row["perplexity"] != row["perplexity_unmerged"]
+        and row["held_out"] > 0
+        and row["settings"] == digest(Job("lora", sparsity=0.5))
+    )
+    assert row["cpu_seconds"] > 0
     assert row["peak_bytes"] > 2**20 and row["seconds"] > 0 and json.loads(json.dumps(row)) == row
     dense = _harness.run_job(Job("dense"), 0.01, tiny_setting)
-    assert set(dense) == {"method", "perplexity", "held_out", "threads", "peak_bytes"}
+    assert set(dense) == {"settings", "method", "perplexity", "held_out", "threads", "peak_bytes"}
 
     def diverges(self):
         raise NumericsError("loss: not finite")
