@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from losa.distributed.sharding import whole
@@ -83,9 +84,14 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], ids: Tensor) -> tuple[
         masks of the new shapes, which keep everything; and what was removed.
 
     Raises:
-        ModelError, OutputError: as ``find_structure`` and ``shrink_model``.
+        ModelError, OutputError: as ``find_structure`` and ``shrink_model``; or masks of a block that keep different
+            heads or channels.
     """
     structure, first = find_structure(model), find_blocks(model).names[0]
+    for block in find_blocks(model).names:
+        _check_pairs(
+            structure, block, {role: whole(masks[f"{block}.{name}"]) for role, name in structure.linears.items()}
+        )
     full = structure.full
 
     def rows(role: str, columns: int) -> int:
@@ -98,6 +104,20 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], ids: Tensor) -> tuple[
     new_masks = shrink_model(model, masks, after, ids)
     removed = len(find_blocks(model)) * (structure.weights(full) - structure.weights(left))
     return new_masks, ShrunkRecord({key: [before[key], after[key]] for key in before}, removed)
+
+
+def _check_pairs(structure: Structure, block: str, masks: Mapping[str, Tensor]) -> None:
+    """Raises ModelError unless all linears of a block keep the same heads and channels. ``masks``: packed, by role."""
+    hidden, full = structure.hidden, structure.full
+    widths = {"o_proj": full.heads * structure.head_dim, "down_proj": full.channels}
+    kept = {r: unpack_mask(m, widths.get(r, hidden)).any(0 if r in widths else 1) for r, m in masks.items()}
+    groups = {role: kept[role].view(full.groups, -1).any(1) for role in ("q_proj", "k_proj")}
+    pairs = [("q_proj", "o_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("up_proj", "down_proj")]
+    for one, other in pairs:
+        if not torch.equal(kept[one], kept[other]):
+            raise ModelError(f"{block}: expected masks of {one} and {other} that keep the same heads or channels")
+    if not torch.equal(groups["q_proj"], groups["k_proj"]):
+        raise ModelError(f"{block}: expected masks of q_proj and k_proj that keep the same groups of heads")
 
 
 def _check_smaller(model: Any, structure: Structure, linears: Iterable[str], where: str) -> None:

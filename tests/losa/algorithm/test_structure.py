@@ -11,6 +11,7 @@ from losa.algorithm.engine import Engine
 from losa.algorithm.schedule import Round
 from losa.algorithm.structure import find_structure, shrink
 from losa.errors import ModelError, OutputError, RecipeError
+from losa.model import shrinking
 from losa.model.blocks import block_linears
 from losa.model.wrapping import merge_model, sparsity_of, wrapped_linears
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
@@ -116,17 +117,23 @@ def test_models_that_depend_on_their_heads_elsewhere_are_refused():
         find_structure(model)
 
 
-def test_a_smaller_model_that_differs_is_not_written():
+def test_a_smaller_model_that_differs_is_not_written(monkeypatch):
     model = tiny_llama(layers=2)
     masks = pruned_and_merged(model, 0.5)
-    head = masks["model.layers.0.self_attn.o_proj"]
     # Another head than the one whose rows and columns are zero.
-    masks["model.layers.0.self_attn.o_proj"] = head.flip(1)
-    masks["model.layers.0.self_attn.q_proj"] = masks["model.layers.0.self_attn.q_proj"].flip(0)
+    for role, dim, message in (
+        ("o_proj", 1, "^model.layers.0: expected masks of q_proj and o_proj that keep the same"),
+        ("q_proj", 0, "expected zeros in pruned rows and columns"),
+    ):
+        masks[f"model.layers.0.self_attn.{role}"] = masks[f"model.layers.0.self_attn.{role}"].flip(dim)
+        with pytest.raises(ModelError, match=message):
+            shrink(model, masks, IDS)
+    monkeypatch.setattr(shrinking, "_check_zeros", lambda *_: None)
     with pytest.raises(OutputError, match="logits of the smaller model differ"):
         shrink(model, masks, IDS)
     single = dict(masks)
-    single["model.layers.1.mlp.up_proj"] = masks["model.layers.1.mlp.up_proj"] ^ 1
+    up = single["model.layers.1.mlp.up_proj"] = masks["model.layers.1.mlp.up_proj"].clone()
+    up[up.any(1).nonzero()[0], 0] &= 0xFE
     with pytest.raises(
         ModelError, match="model.layers.1.mlp.up_proj: expected a mask that prunes whole rows and columns"
     ):
