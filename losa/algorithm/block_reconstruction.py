@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class BlockReconstruction:
         self, config: ReconstructConfig, shape: Sequence[int], batch_size: int, train: TrainConfig | None = None
     ):
         self._config = config
-        self._factors = {} if train is None else {"lora_plus": train.lora_plus, "norms": train.norms}
+        self._factors: dict[str, Any] = {} if train is None else {"lora_plus": train.lora_plus, "norms": train.norms}
         self._samples, self._length = shape
         self._batch = min(config.batch_size, self._samples)
         self._piece = min(self._batch, batch_size)

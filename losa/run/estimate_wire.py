@@ -85,9 +85,9 @@ class Wires:
             new = shape.dtype.itemsize * shape.prunable
             yield self.cluster.broadcast("new weights", new, processes, "from the owners").times(rounds)
         if recipe.reconstruct is not None and recipe.reconstructs(stage.method):
-            gradients = whole_bytes(self._trained(stage.method).rows(shape.pruned))
+            trained = whole_bytes(self._trained(stage.method).rows(shape.pruned))
             how = "fp32 gradients of a block's adapters, once a step of its reconstruction"
-            every = self.cluster.all_reduce("gradients of blocks", gradients, processes, how)
+            every = self.cluster.all_reduce("gradients of blocks", trained, processes, how)
             yield every.times(rounds * recipe.reconstruct.steps)
         if compares:
             features = compared * recipe.calibration.length * shape.hidden * shape.dtype.itemsize * shape.blocks
