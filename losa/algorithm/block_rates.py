@@ -24,8 +24,8 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 
 @dataclass(frozen=True)
 class Decided:
-    """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where they were needed; and the half
-    width of the box, where losses chose it."""
+    """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where needed; and the half width
+    of the box, where losses chose it."""
 
     patterns: list[Pattern]
     importance: Tensor | None
