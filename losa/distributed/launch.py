@@ -16,7 +16,7 @@ from losa.distributed.processes import joined, launched, on_main, process_count
 from losa.distributed.stop import heeding_signals
 from losa.distributed.watch import Limits, watched
 from losa.errors import LosaError, RecipeError
-from losa.recipe.sections import DistributedConfig
+from losa.recipe.machines import DistributedConfig
 
 # Engines of accelerate's launcher, by the variable that asks for them.
 _ENGINES = {

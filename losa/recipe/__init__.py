@@ -1,13 +1,12 @@
 """What a user asks for: recipes, read from YAML and checked."""
 
+from losa.recipe.machines import CheckpointConfig, DistributedConfig
 from losa.recipe.methods import METHODS, Method, MethodName
 from losa.recipe.paths import output_path, work_path
 from losa.recipe.reading import data_source, load_recipe, override, parse_recipe, read_settings, read_yaml
 from losa.recipe.sections import (
     AllocationConfig,
     CalibrationConfig,
-    CheckpointConfig,
-    DistributedConfig,
     EvaluateConfig,
     LoraConfig,
     PruneConfig,

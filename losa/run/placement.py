@@ -11,7 +11,8 @@ import torch
 from losa.distributed.launch import check_config
 from losa.distributed.sharding import Sharding, make_sharding
 from losa.errors import RecipeError
-from losa.recipe.sections import DistributedConfig, Recipe
+from losa.recipe.machines import DistributedConfig
+from losa.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from losa.distributed.processes import is_main
 from losa.distributed.stop import Stopped, agree
 from losa.distributed.watch import progress
 from losa.errors import OutputError
-from losa.recipe.sections import CheckpointConfig
+from losa.recipe.machines import CheckpointConfig
 from losa.record import RoundRecord
 from losa.run.random_state import random_state, set_random_state
 from losa.run.restoring import pruned_tensors, restore, trained_tensors

@@ -26,7 +26,8 @@ from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.distributed.watch import progress
 from losa.model.blocks import expert_lists, find_blocks
 from losa.recipe.learning_rate import lr_factor
-from losa.recipe.sections import DistributedConfig, TrainConfig
+from losa.recipe.machines import DistributedConfig
+from losa.recipe.sections import TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
 from losa.training.extension import Extension

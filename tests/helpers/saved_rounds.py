@@ -8,7 +8,7 @@ import torch
 
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import CheckpointConfig
+from losa.recipe.machines import CheckpointConfig
 from losa.record import RoundRecord
 from losa.run.saving import Saver
 from losa.training.position import Position, TrainState

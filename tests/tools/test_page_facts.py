@@ -16,7 +16,7 @@ from losa.distributed.launch import _PATIENCE
 from losa.distributed.stop import _ONE_REQUEST, Stopped
 from losa.distributed.watch import LOST_EXIT_CODE, Limits, ProcessLost
 from losa.errors import LosaError
-from losa.recipe.sections import DistributedConfig
+from losa.recipe.machines import DistributedConfig
 from losa_kernels import settings
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,8 @@ from losa.errors import LosaError
 from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
-from losa.recipe.sections import DistributedConfig, TrainConfig
+from losa.recipe.machines import DistributedConfig
+from losa.recipe.sections import TrainConfig
 from losa.training import shell
 from losa.training.loss import TokenLoss
 from losa.training.position import StepDone, TrainState, empty_moments

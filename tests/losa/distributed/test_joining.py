@@ -15,7 +15,7 @@ from losa.distributed import joining, launch, processes
 from losa.distributed.joining import ALONE, Place, read_place
 from losa.distributed.launch import as_launched, check_config, check_launcher
 from losa.errors import LosaError, RecipeError
-from losa.recipe.sections import DistributedConfig
+from losa.recipe.machines import DistributedConfig
 
 
 class Paused:

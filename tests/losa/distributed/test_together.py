@@ -28,7 +28,7 @@ from losa.distributed.stop import Stopped
 from losa.distributed.turns import on_each_machine
 from losa.errors import ModelError, OutputError
 from losa.recipe import reading
-from losa.recipe.sections import DistributedConfig
+from losa.recipe.machines import DistributedConfig
 from pathlib import Path
 from tests.helpers.cases import Case, run_cases
 

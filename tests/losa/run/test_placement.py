@@ -9,8 +9,8 @@ import torch.testing._internal.distributed.fake_pg  # registers the backend
 
 from losa.distributed.joining import Place
 from losa.errors import RecipeError
+from losa.recipe.machines import DistributedConfig
 from losa.recipe.reading import parse_recipe
-from losa.recipe.sections import DistributedConfig
 from losa.run import choice
 from losa.run.choice import placement_of
 from losa.run.placement import Placement, check_shards, choose
