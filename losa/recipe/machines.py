@@ -46,13 +46,3 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(15, gt=0, description="minutes of training between states; null: not by time")
     keep: int = Field(2, ge=1, le=1000, description="how many states are kept")
     asynchronous: bool = Field(True, description="go on training while a state is written")
-
-
-class ReconstructConfig(Section):
-    """Block-wise reconstruction in each round: once a block is pruned, its adapters (with ``train.norms`` its norms
-    too) are trained by themselves until the block's output comes near the dense model's.
-    ``calibration.batch_size`` bounds the samples of a forward pass."""
-
-    steps: int = Field(20, ge=1, le=MAX_COUNT, description="AdamW steps of each block")
-    learning_rate: float = Field(2e-3, gt=0, description="largest learning rate; a tenth of the steps is warm-up")
-    batch_size: int = Field(4, ge=1, le=MAX_COUNT, description="calibration samples of a step, over all processes")

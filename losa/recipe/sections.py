@@ -246,6 +246,16 @@ def _device(name: str) -> str:
     return name
 
 
+class ReconstructConfig(Section):
+    """Block-wise reconstruction in each round: once a block is pruned, its adapters (with ``train.norms`` its norms
+    too) are trained by themselves until the block's output comes near the dense model's.
+    ``calibration.batch_size`` bounds the samples of a forward pass."""
+
+    steps: int = Field(20, ge=1, le=MAX_COUNT, description="AdamW steps of each block")
+    learning_rate: float = Field(2e-3, gt=0, description="largest learning rate; a tenth of the steps is warm-up")
+    batch_size: int = Field(4, ge=1, le=MAX_COUNT, description="calibration samples of a step, over all processes")
+
+
 class Recipe(Section):
     """One run. ``examples/every-setting.yaml`` is a complete file."""
 
