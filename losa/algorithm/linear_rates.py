@@ -22,7 +22,7 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 # Statistics of a pruner that hold the norms of a linear's inputs; without any, scores are magnitudes.
 WITH_NORMS = (None, "input_norms", "hessian")
 # Half width of the box around the block's rate.
-LINEAR_DELTA = 0.1
+LINEAR_DELTA = 0.05
 # Rows of a weight that its curve is taken from, evenly spaced.
 CURVE_ROWS = 256
 
