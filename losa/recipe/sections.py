@@ -139,7 +139,7 @@ class AllocationConfig(Section):
         "dynamic", description="whose rates these are: those of dynamic methods, or of every method that prunes"
     )
     linear_delta: float = Field(
-        0.1, ge=0, lt=1, description="per: linear: half width of the box around the block's rate"
+        0.05, ge=0, lt=1, description="per: linear: half width of the box around the block's rate"
     )
 
     @model_validator(mode="after")
