@@ -104,7 +104,7 @@ def test_gradients_are_one_processs(alone, several, processes, case):
 def test_distilled_gradients_are_one_processs(several, case):
     alone = distilled_gradients(odd_llama())
     for found in (result[case]["distilled"] for result in several[2]):
-        assert found.keys() == alone.keys() and any(name.endswith("norm.weight") for name in found)
+        assert found.keys() == alone.keys() and any(name.endswith("norm.trained_weight") for name in found)
         for name, values in alone.items():
             assert found[name] == pytest.approx(values, abs=16 * EPS * max(map(abs, values))), name
 
