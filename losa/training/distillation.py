@@ -33,7 +33,8 @@ class DistillationLoss(TokenLoss):
     in chunks of tokens, together with the gradient, where ``TokenLoss`` would; else all of them at once.
 
     Args:
-        model, autocast: of ``TokenLoss``.
+        model: of ``TokenLoss``.
+        autocast: of ``TokenLoss``.
         config: w, T and h.
         originals: of ``losa.model.originals.dense_passes``.
     """
@@ -58,7 +59,9 @@ class DistillationLoss(TokenLoss):
         """The loss times the step's positions, so that divided by them it is the mean: a scalar.
 
         Args:
-            input_ids, positions, targets: of ``TokenLoss``.
+            input_ids: (batch, length) int64.
+            positions: (labels,) int64, of ``label_positions``.
+            targets: (labels,) int64, of ``label_positions``.
             label_weight: positions over label tokens of the whole step; 0 without label tokens.
             token_weight: 1; 0 for sequences that do not count.
         """
