@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from benchmarks import _models
 from benchmarks._harness import Setting, run_job
@@ -35,7 +34,6 @@ from benchmarks._jobs import (
     FULL_RATES,
     Budget,
     Job,
-    Settings,
     headline,
     job_of,
     missing,
@@ -46,7 +44,8 @@ from benchmarks._jobs import (
 from benchmarks._machine import machine, origin
 from benchmarks._results import plain_parser
 from benchmarks._store import Store, processes, work
-from losa.recipe.reading import read_yaml
+from losa.cli.recipes import parse_settings
+from losa.errors import RecipeError
 
 METHODS = ("prune_only", "losa", BEST, "lora", "sparse_lora", "sparse_full", "adalora", "sora")
 
@@ -61,7 +60,10 @@ def final_jobs() -> list[Job]:
 
 def chosen_jobs(args: argparse.Namespace) -> list[Job]:
     """All combinations of what the options name; without any the comparison."""
-    overrides = read_overrides(args.set)
+    try:
+        overrides = parse_settings(args.set)
+    except RecipeError as error:
+        raise SystemExit(f"quality: {error}") from error
     options = (args.method, args.pruner, args.sparsity, args.seed)
     if not any(options) and not args.variant and not args.tuning:
         jobs = final_jobs()
@@ -73,20 +75,6 @@ def chosen_jobs(args: argparse.Namespace) -> list[Job]:
     if args.tuning:
         jobs = [job for job in jobs if job.trains]
     return [job for job in jobs if not args.only or any(text in job.key for text in args.only)]
-
-
-def read_overrides(assignments: list[str]) -> Settings:
-    """Recipe settings from KEY=VALUE, as ``losa run --set`` reads them. Raises SystemExit."""
-    settings: Settings = {}
-    for text in assignments:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise SystemExit(f"quality: --set: expected KEY=VALUE, got {text!r}")
-        try:
-            settings[key] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise SystemExit(f"quality: --set {text}: {error}") from error
-    return settings
 
 
 def summary(runs: dict) -> dict[str, list[float]]:

@@ -56,10 +56,7 @@ def rates_for(importance: Tensor, target: float, delta: float | None = None, flo
     Raises:
         ValueError: bad shapes or values, or floors that leave no solution.
     """
-    _check(importance, target)
-    delta = default_delta(target) if delta is None else delta
-    if delta < 0:
-        raise ValueError(f"delta: expected >= 0, got {delta}")
+    delta = _checked_delta(importance, target, delta)
     lower, upper = _bounds(len(importance), max(target - delta, 0.0), min(target + delta, MAX_RATE), floor)
     budget = _budget(target, lower)
     rates = lower.clone()
@@ -90,10 +87,7 @@ def smooth_rates(importance: Tensor, target: float, delta: float | None = None, 
     Raises:
         ValueError: bad shapes or values, or floors that leave no solution.
     """
-    _check(importance, target)
-    delta = default_delta(target) if delta is None else delta
-    if delta < 0:
-        raise ValueError(f"delta: expected >= 0, got {delta}")
+    delta = _checked_delta(importance, target, delta)
     lower, upper = _bounds(len(importance), 0.0, MAX_RATE, floor)
     if _budget(target, lower) <= 0:
         return lower
@@ -115,13 +109,18 @@ FILLS: dict[Fill, Callable[[Tensor, float, float | None, Tensor | None], Tensor]
 }
 
 
-def _check(importance: Tensor, target: float) -> None:
+def _checked_delta(importance: Tensor, target: float, delta: float | None) -> float:
+    """``delta``, or its default. Raises ValueError for what a fill cannot work on."""
     if importance.dim() != 1 or len(importance) == 0:
         raise ValueError(f"importance: expected (L,), got {tuple(importance.shape)}")
     if not torch.isfinite(importance).all():
         raise ValueError(f"importance: expected finite values, got {importance.tolist()}")
     if not 0 <= target <= MAX_RATE:
         raise ValueError(f"target: expected 0 <= target <= {MAX_RATE}, got {target}")
+    delta = default_delta(target) if delta is None else delta
+    if delta < 0:
+        raise ValueError(f"delta: expected >= 0, got {delta}")
+    return delta
 
 
 def _bounds(count: int, lower: float, upper: float, floor: Tensor | None) -> tuple[Tensor, Tensor]:

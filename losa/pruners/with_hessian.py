@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -52,7 +53,7 @@ class OfHessians(Generic[_T]):
         self._kept = [entry for entry in self._kept if entry[0] is not gone]
 
 
-class HessianPruner(Pruner):
+class HessianPruner(Pruner, ABC):
     """Kept weights are updated by ``solve``; ``Pruned.damping`` is what the Hessian needed, as a share of its mean
     diagonal.
 
@@ -69,9 +70,9 @@ class HessianPruner(Pruner):
         self.damping = config.damping
         self.on_singular = config.on_singular
 
+    @abstractmethod
     def solve(self, weight: Tensor, hessian: Tensor, pattern: Pattern, mask: Tensor | None) -> SweepResult:
         """The method's outcome; raises SingularHessianError."""
-        raise NotImplementedError
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         assert statistic is not None
