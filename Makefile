@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 .PHONY: demo test lint docs bench gpu gpu-again test-gpu bench-gpu clean
 
 demo: $(STAMP)
-	$(BIN)/losa run examples/smollm2-cpu.yaml --overwrite $(if $(DATA),--data $(DATA))
+	$(BIN)/losa run examples/smollm2-best.yaml --overwrite $(if $(DATA),--data $(DATA))
 	$(BIN)/losa bench runs/smollm2-losa-70 --short --tokens 32
 
 # A process for each of two cores, with one thread of its own; WORKERS=0 runs the tests one after another.

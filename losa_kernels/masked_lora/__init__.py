@@ -32,8 +32,8 @@ def masked_lora_linear(
 
     With G = dY^T x:  dX = dY W_eff,  dA = s B^T (M * G),  dB = s (M * G) A^T. W is frozen. W_eff is formed in fp32
     (fp64 for fp64) and rounded once to x's dtype. The backward pass saves x and references to the other arguments, and
-    computes only the gradients that are asked for; on a GPU, G of a bf16 layer may be rounded to bf16. No second
-    derivatives.
+    computes only the gradients that are asked for; on a GPU, and on a CPU that multiplies bf16, G of a bf16 layer may
+    be rounded to bf16. No second derivatives.
 
     A NaN or inf of x, W, A, B, bias or dY makes each result not finite (NaN or inf, which of the two is not defined)
     that a kept weight connects it to. What stands at pruned places of W reaches no result. Whether NaN and inf of x,
