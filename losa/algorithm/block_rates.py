@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.expected_loss import Energies
 from losa.algorithm.importance import get_importance
+from losa.algorithm.linear_rates import LinearRates
+from losa.algorithm.loss_rates import Curves, rates_of_blocks, rates_of_linears
 from losa.algorithm.measures import MEASURES, Measured
 from losa.algorithm.patterns import patterns_for
+from losa.algorithm.rates import default_delta
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.widths import best_width
 from losa.distributed.collectives import from_rank_zero
 from losa.errors import RecipeError
 from losa.pruners.base import Pattern
-from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, tries_widths
+from losa.recipe.rates import RATES, TRIED_WIDTHS, compares_samples, follows_curves, tries_widths
 from losa.recipe.sections import AllocationConfig, PruneConfig
 
 
 @dataclass(frozen=True)
 class Decided:
-    """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where needed; and the half width
-    of the box, where losses chose it."""
+    """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where needed; the half width of the
+    box, where losses chose it; and rates of all linears, block by block, where they were decided together."""
 
     patterns: list[Pattern]
     importance: Tensor | None
     similarity: Tensor | None
-    delta: float | None
+    delta: float | None = None
+    linears: list[LinearRates] | None = None
 
 
 class BlockRates:
@@ -40,6 +46,7 @@ class BlockRates:
         blocks: of the model.
         prefix: what the blocks' names begin with.
         open_stream: makes a new stream of the samples that serve rates.
+        energies: takes those of all linears on these samples.
         prune: the recipe's section, as is ``allocation``.
         loss: of the model as it is on these samples; needed where it chooses the width of the box.
 
@@ -52,13 +59,15 @@ class BlockRates:
         blocks: Sequence[WrappedBlock],
         prefix: str,
         open_stream: Callable[[], BlockStream],
+        energies: Callable[[], Mapping[str, Energies]],
         prune: PruneConfig,
         allocation: AllocationConfig,
         loss: Callable[[], float] | None,
     ):
         self._prune, self._allocation, self._loss = prune, allocation, loss
         self._function = get_importance(allocation.rates)
-        self.measured = Measured(blocks, prefix, open_stream)
+        self._by_curves = follows_curves(allocation.rates, allocation.fill) and prune.pattern is None
+        self.measured = Measured(blocks, prefix, open_stream, energies)
         if loss is None and tries_widths(allocation.rates, allocation.delta):
             raise RecipeError(
                 f"allocation.rates: {allocation.rates!r} chooses its width by a loss: expected allocation.delta, or an "
@@ -72,26 +81,45 @@ class BlockRates:
             Stopped: between two blocks that are compared, if a signal asks for it.
             NumericsError: non-finite statistics; names the block.
         """
-        importance, similarity = self._importance()
-        patterns, delta = self._patterns(this_round, importance)
-        return Decided(patterns, importance, similarity, delta)
-
-    def _importance(self) -> tuple[Tensor | None, Tensor | None]:
-        """Importance of the blocks, None where all are pruned alike; and CKA, where it was needed."""
         count, name = len(self.measured.blocks), self._allocation.rates
-        if count == 1:
-            return None, None
+        # One block has the rate of the round, but its linears may differ.
+        if count == 1 and not self._by_curves:
+            return Decided(self._patterns(this_round, None)[0], None, None)
         found = MEASURES[RATES[name].needs](self.measured)
-        similarity = found if compares_samples(name) else None
+        importance = self._importance(found)
+        if self._by_curves:
+            return self._least_loss(this_round, importance, found)
+        patterns, delta = self._patterns(this_round, importance)
+        return Decided(patterns, importance, found if compares_samples(name) else None, delta)
+
+    def _importance(self, found: Any) -> Tensor | None:
+        """Importance of the blocks, None where all are pruned alike. ``found``: what it needs."""
+        count, name = len(self.measured.blocks), self._allocation.rates
         importance = self._function(found)
         if importance is None:
-            return None, similarity
+            return None
         if tuple(importance.shape) != (count,):
             shape = tuple(importance.shape)
             raise ValueError(f"allocation.rates {name!r}: expected importance ({count},), got {shape}")
         if isinstance(importance, DTensor):  # made of a sharded model's parameters
             importance = importance.full_tensor()
-        return from_rank_zero(importance.double().cpu()), similarity
+        return from_rank_zero(importance.double().cpu())
+
+    def _least_loss(self, this_round: Round, importance: Tensor | None, curves: Curves) -> Decided:
+        """Rates of the least expected loss: of linears where they may differ, else of blocks."""
+        delta = RATES[self._allocation.rates].delta if self._allocation.delta is None else self._allocation.delta
+        width = default_delta(this_round.sparsity) if isinstance(delta, str) else delta
+        blocks = self.measured.blocks
+        how = blocks, curves, this_round.sparsity, width, self._prune.rates_nested
+        if self._allocation.per == "block":
+            return Decided([Pattern(sparsity=rate) for rate in rates_of_blocks(*how)], importance, None)
+        linears = rates_of_linears(*how)
+        shares = [
+            sum(rates.patterns[name].target * linear.weight.numel() for name, linear in block.linears.items())
+            / sum(linear.weight.numel() for linear in block.linears.values())
+            for block, rates in zip(blocks, linears, strict=True)
+        ]
+        return Decided([Pattern(sparsity=share) for share in shares], importance, None, linears=linears)
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
         """Patterns of all blocks; and the half width of their box, where losses chose it."""
@@ -102,7 +130,8 @@ class BlockRates:
             return patterns_for(this_round, importance, reached, self._prune, delta, fill)
 
         if importance is None or not tries_widths(config.rates, config.delta):
-            default = None if isinstance(row.delta, str) else row.delta
+            # A box about expected losses is too wide for keep counts, which follow the order of importance.
+            default = None if isinstance(row.delta, str) or fill == "curves" else row.delta
             return within(default if config.delta is None else config.delta), None
         widest = min(this_round.sparsity, 1 - this_round.sparsity)
         # Of widths that give the same patterns, as keep counts of N:M may be, the smallest is tried.

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
-from losa.algorithm.block_rates import BlockRates
+from losa.algorithm.block_rates import BlockRates, Decided
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
+from losa.algorithm.expected_loss import Energies, energies_of
 from losa.algorithm.gradient_statistics import GradientStatistic
-from losa.algorithm.gradients import REGROWTH, Gradients, wanted_gradients
+from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole, wanted_gradients
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
 from losa.algorithm.owners import owners_of
 from losa.algorithm.ranks import ranks_of_blocks
@@ -77,8 +78,8 @@ class Engine:
     Raises:
         ModelError: no blocks, a block without a wrapped linear, or a model that a structured pruner cannot shrink.
         RecipeError: an unknown pruner; a pattern that does not divide a linear's inputs; a statistic that is unknown,
-            has no ``total`` on several processes, or takes gradients of a sharded model; rates that the pruner cannot
-            follow; regrowth that it does not know; or rates whose width needs a ``loss``.
+            has no ``total`` on several processes; gradients of a sharded model; rates that the pruner cannot follow;
+            regrowth that it does not know; or rates whose width needs a ``loss``.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class Engine:
             check_total(prune, self.pruner, self.statistic)
         self.gradients = wanted_gradients(prune, self.pruner)
         check_regrowth(prune, self.pruner)
-        if self.gradients and sharding_of(model) is not None:
-            raise RecipeError(f"{next(iter(self.gradients))} takes gradients, and needs the model whole, not sharded")
+        if (setting := needs_whole(prune, allocation, self.pruner)) and sharding_of(model) is not None:
+            raise RecipeError(f"{setting} takes gradients, and needs the model whole, not sharded")
         self.reconstruction: BlockReconstruction | None = None
         if reconstruct is not None:
             self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size, train)
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
         if allocation.per == "linear":
-            check_linear(prune, self.pruner)
+            check_linear(prune, allocation, self.pruner)
         self.decoder = find_blocks(model)
         kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
         named = zip(self.decoder.names, self.decoder, strict=True)
@@ -130,6 +131,7 @@ class Engine:
             self.blocks,
             self.decoder.prefix,
             partial(self._stream, ids),
+            partial(self._energies, ids),
             prune,
             allocation,
             None if loss is None else partial(loss, ids),
@@ -178,7 +180,7 @@ class Engine:
                 with watch.stage("gradients"):
                     gradients = Gradients(self.model, self._linears(), self.input_ids, wanted)
             try:
-                pruned = self._prune_blocks(rates.patterns, this_round, gradients)
+                pruned = self._prune_blocks(rates, this_round, gradients)
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
@@ -221,6 +223,9 @@ class Engine:
         batch_size = self.calibration.batch_size
         return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
 
+    def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
+        return energies_of(self.model, self._linears(), input_ids)
+
     def _linears(self) -> dict[str, MaskedLoRALinear]:
         """All wrapped linears, by full name."""
         return {f"{block.name}.{name}": linear for block in self.blocks for name, linear in block.linears.items()}
@@ -230,7 +235,7 @@ class Engine:
         none_pruned = REGROWTH in self.gradients and not any(self.block_sparsity())
         return {key: each for key, each in self.gradients.items() if not (key == REGROWTH and none_pruned)}
 
-    def _prune_blocks(self, patterns: list[Pattern], this_round: Round, gradients: Gradients | None) -> _PrunedBlocks:
+    def _prune_blocks(self, rates: Decided, this_round: Round, gradients: Gradients | None) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input, and
         reconstructs it where that is asked for."""
         watch, reconstruction = Stopwatch(), self.reconstruction
@@ -242,7 +247,7 @@ class Engine:
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}
         fits: list[Fit] = []
-        for index, (block, pattern) in enumerate(zip(self.blocks, patterns, strict=True)):
+        for index, (block, pattern) in enumerate(zip(self.blocks, rates.patterns, strict=True)):
             progress(f"calibrating {block.name}")
             check()
             with ExitStack() as whole_block:
@@ -256,7 +261,10 @@ class Engine:
                     progress(f"pruning {block.name}")
                     nested, rates_nested = self.prune_config.decisions_nested, self.prune_config.rates_nested
                     own: Pattern | dict[str, Pattern] = pattern
-                    if self.allocation.per == "linear":
+                    if rates.linears is not None:
+                        linears.append(rates.linears[index])
+                        own = linears[-1].patterns
+                    elif self.allocation.per == "linear":
                         assert pattern.sparsity is not None, "the recipe's checks saw to it"
                         delta = self.allocation.linear_delta
                         linears.append(rates_within(block, statistics, owners, pattern.sparsity, rates_nested, delta))

@@ -1,34 +1,26 @@
 """Gradients of the loss with respect to the effective weights of all wrapped linears, from calibration samples.
 
-One pass goes forward and backward through the whole model, a sample at a time. Hooks on the linears form
-g = dY^T x of that sample, hand it to the statistics and drop it: no weight has a ``.grad``, and what is held is a
-statistic of every linear beside the activations of one sample.
+Each sample's g = dY^T x is formed in its backward pass, handed to the statistics and dropped: no weight has a
+``.grad``, and what is held is a statistic of every linear beside the activations of one sample.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from losa.algorithm.backward import pass_backward
 from losa.algorithm.gradient_statistics import GradientStatistic, GradientSums
 from losa.algorithm.statistics import statistic_of
-from losa.distributed.collectives import reduce_to_process, share_of
-from losa.distributed.processes import process_count, process_index
+from losa.distributed.collectives import reduce_to_process
+from losa.distributed.processes import process_index
 from losa.distributed.sharding import device_of
-from losa.distributed.stop import check
-from losa.distributed.together import together
-from losa.distributed.turns import everywhere
-from losa.distributed.watch import progress
-from losa.errors import ModelError, NumericsError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners.base import Pruner
-from losa.recipe.sections import PruneConfig
-from losa.training.loss import TokenLoss, label_positions
+from losa.recipe.rates import takes_backward
+from losa.recipe.sections import AllocationConfig, PruneConfig
 from losa_kernels.cuda_memory import free_bytes
 
 REGROWTH = "prune.regrow_by: gradient"
@@ -45,6 +37,14 @@ def wanted_gradients(prune: PruneConfig, pruner: Pruner) -> dict[str, type[Gradi
     if prune.regrow_by == "gradient":
         wanted[REGROWTH] = GradientSums
     return wanted
+
+
+def needs_whole(prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner) -> str | None:
+    """The setting, if there is one, that takes gradients of the whole model: a sharded one does not give them. Raises
+    RecipeError: the pruner's statistic is unknown."""
+    settings = [*wanted_gradients(prune, pruner)]
+    settings += [f"allocation.rates: {allocation.rates}"] if takes_backward(allocation.rates) else []
+    return next(iter(settings), None)
 
 
 def stay_on_device(size: int, free: int) -> bool:
@@ -76,7 +76,6 @@ class Gradients:
         wanted: Mapping[str, type[GradientStatistic]],
     ):
         self._device = device_of(model)
-        self._linears = linears
         place = self._device
         size = 4 * len(wanted) * sum(linear.weight.numel() for linear in linears.values())
         if place.type == "cuda" and not stay_on_device(size, free_bytes(place)):
@@ -87,64 +86,25 @@ class Gradients:
             for name, linear in linears.items()
         }
         self._wanted = list(wanted)
-        # Of the present sample: calls of each linear whose gradient has yet to come, and what came of other calls.
-        self._calls: dict[str, int] = {}
-        self._parts: dict[str, Tensor] = {}
-        self._collect(model, input_ids)
-
-    def _collect(self, model: nn.Module, input_ids: Tensor) -> None:
-        mine = share_of(len(input_ids))
-        most = -(-len(input_ids) // process_count())
-        loss = everywhere(lambda: TokenLoss(model))
         self._scale = 1 / (input_ids.shape[1] - 1)
-        with ExitStack() as stack, torch.enable_grad():
-            stack.enter_context(_frozen(model))
-            for name, linear in self._linears.items():
-                stack.callback(linear.register_forward_hook(partial(self._watch, name)).remove)
-            for step in range(most):
-                progress(f"gradients, sample {step + 1} of {most}")
-                check()
-                samples = mine[step : step + 1]
-                together(partial(self._add, loss, input_ids[samples.start : samples.stop], samples.start))
+        # Of the present sample, what came of some calls of a linear that has more.
+        self._parts: dict[str, Tensor] = {}
+        pass_backward(model, linears, input_ids, self._see, self._update_rest)
 
-    def _add(self, loss: TokenLoss, ids: Tensor, index: int) -> None:
-        """Take in the sample ``index`` of all samples: ids (1, length), or none."""
-        if not len(ids):
-            return
-        # The sum over tokens: gradients of their mean would underflow in fp16.
-        total = loss(*(tensor.to(self._device) for tensor in (ids, *label_positions(ids))))
-        if not math.isfinite(total.item()):
-            raise NumericsError(f"calibration: the loss is {total.item()} at sample {index}")
-        total.backward()
-        for name in list(self._parts):
-            self._update(name, self._parts.pop(name))
-        self._calls.clear()
-
-    def _watch(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """A forward hook of the linear ``name``: its output, whose gradient will be seen."""
-        x = args[0].detach()
-        if not output.requires_grad:
-            # Nothing before this linear needs a gradient, so that the backward pass ends here. A leaf could not be
-            # changed in place, as decoder blocks may do.
-            output = output.detach().requires_grad_().clone()
-        self._calls[name] = self._calls.get(name, 0) + 1
-        output.register_hook(partial(self._see, name, x, x._version))
-        return output
-
-    def _see(self, name: str, x: Tensor, version: int, grad_output: Tensor) -> None:
-        if x._version != version:
-            raise ModelError(f"{name}: its input is changed in place, so that its gradient cannot be formed later")
-        columns, rows = x.shape[-1], grad_output.shape[-1]
+    def _see(self, name: str, x: Tensor, grad_output: Tensor, left: int) -> None:
         # In fp32 products of 16-bit numbers are exact.
-        outputs = grad_output.reshape(-1, rows).float() * self._scale
-        gradient = outputs.T @ x.reshape(-1, columns).float()
-        self._calls[name] -= 1
+        gradient = (grad_output.float() * self._scale).T @ x.float()
         if name in self._parts:
             gradient += self._parts.pop(name)
-        if self._calls[name]:
+        if left:
             self._parts[name] = gradient
         else:
             self._update(name, gradient)
+
+    def _update_rest(self) -> None:
+        """A call whose output nobody used has no gradient."""
+        for name in list(self._parts):
+            self._update(name, self._parts.pop(name))
 
     def _update(self, name: str, gradient: Tensor) -> None:
         *others, last = self._wanted
@@ -171,16 +131,3 @@ class Gradients:
             if owner == process_index():
                 found[name] = statistic.result()
         return found
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters: the adapters' gradients would take two products more and memory of their own."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

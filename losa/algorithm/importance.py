@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,20 +29,25 @@ def register_importance(
         needs: "similarity", for (L, L) fp64 CKA between the outputs of blocks (Eq. 6); "normalised similarity", for the
             same of features without massive activations; "scores", for an iterator over the blocks that gives lists of
             Wanda's scores |W| ||X||, (out, in) fp32 of each linear; "cosines", for (L,) fp64, the mean cosine between
-            tokens' hidden states before and after each block; "position", for (L,) fp64 0 to L - 1; or "linears", for a
-            list of L dictionaries of ``MaskedLoRALinear`` by name within the block. In a sharded model their parameters
-            are DTensors; an importance that is a DTensor too is made whole.
-        fill: "lp", Eq. 5's linear programme, which takes the order of importances alone; or "smooth", rates that are
-            affine in the importance.
+            tokens' hidden states before and after each block; "position", for (L,) fp64 0 to L - 1; "losses", for a
+            list of L dictionaries of ``losa.algorithm.expected_loss.loss_curve`` by linear's name within the block; or
+            "linears", for the same of ``MaskedLoRALinear``. In a sharded model their parameters are DTensors; an
+            importance that is a DTensor too is made whole.
+        fill: "lp", Eq. 5's linear programme, which takes the order of importances alone; "smooth", rates that are
+            affine in the importance; or, with "losses", "curves": rates of the least expected loss, which take nothing
+            of the importance.
         delta: half width of the box where a recipe gives none; "rule": ``default_delta``'s.
 
     Raises:
-        ValueError: ``needs`` or ``fill`` is something else, or the name belongs to another function.
+        ValueError: ``needs`` or ``fill`` is something else, or they do not fit; or the name belongs to another
+            function.
     """
     for what, value, kind in (("needs", needs, Needs), ("fill", fill, Fill)):
         if value not in get_args(kind):
             *most, last = get_args(kind)
             raise ValueError(f"importance {name!r}: {what}: expected {', '.join(most)} or {last}, got {value!r}")
+    if fill == "curves" and needs != "losses":
+        raise ValueError(f"importance {name!r}: fill: curves comes with needs losses, got {needs!r}")
     row = Rates(needs, fill, delta)
 
     def add(importance: Importance) -> Importance:
@@ -141,6 +146,11 @@ def update_importance(cosines: Tensor) -> Tensor:
     return 1 - cosines
 
 
+def fisher_importance(losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """How much the loss is expected to grow if half of each row of a block's linears goes: (L,) fp64."""
+    return torch.stack([torch.stack([curve[len(curve) // 2] for curve in block.values()]).sum() for block in losses])
+
+
 def atp_importance(position: Tensor) -> Tensor:
     """-l: rates then rise from block to block by one and the same step, an arithmetic progression (ATP, Huang et al.
     2025)."""
@@ -158,3 +168,4 @@ _REGISTRY.register("owl", owl_importance)
 _REGISTRY.register("dlp", dlp_importance)
 _REGISTRY.register("update", update_importance)
 _REGISTRY.register("atp", atp_importance)
+_REGISTRY.register("fisher", fisher_importance)

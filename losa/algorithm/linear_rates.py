@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from losa.distributed.together import together
 from losa.errors import RecipeError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners.base import Pattern, Pruner
+from losa.recipe.rates import follows_curves
 from losa.recipe.sections import AllocationConfig, PruneConfig
 
 # Statistics of a pruner that hold the norms of a linear's inputs; without any, scores are magnitudes.
 WITH_NORMS = (None, "input_norms", "hessian")
 # Rows of a weight that its curve is taken from, evenly spaced.
 CURVE_ROWS = 256
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,18 @@ def rates_within(
     found = together(lambda: {name: removed_curve(block.linears[name], statistics[name], nested) for name in mine})
     curves = {name: found[owners[name]][name] for name in block.linears}
     rows = {name: linear.out_features for name, linear in block.linears.items()}
-    counts = counts_within(curves, rows, sparsity, delta)
+    counts = counts_within(curves, rows, sparsity, max(sparsity - delta, 0.0), min(sparsity + delta, MAX_RATE))
     return LinearRates(
         {name: Pattern(sparsity=count / block.linears[name].in_features) for name, count in counts.items()},
         {name: float(curves[name][count]) for name, count in counts.items()},
     )
 
 
-def check_linear(prune: PruneConfig, pruner: Pruner) -> None:
+def check_linear(prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner) -> None:
     """Raises RecipeError for a pruner whose linears cannot have rates of their own."""
     if type(pruner).prune_block is not Pruner.prune_block:
         found = "which decides about whole blocks"
-    elif pruner.statistic not in WITH_NORMS:
+    elif pruner.statistic not in WITH_NORMS and not follows_curves(allocation.rates, allocation.fill):
         found = f"whose statistic {pruner.statistic!r} has no norms of inputs"
     else:
         return
@@ -111,10 +115,10 @@ def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bo
 
 
 def counts_within(
-    curves: Mapping[str, Tensor], rows: Mapping[str, int], sparsity: float, delta: float
-) -> dict[str, int]:
+    curves: Mapping[K, Tensor], rows: Mapping[K, int], sparsity: float, low: float, high: float
+) -> dict[K, int]:
     """How many weights go from each row of each linear: min sum_l rows_l in_l curve_l(k_l) with sum_l rows_l k_l the
-    count that one rate for all linears gives, and k_l within ``delta`` of that rate.
+    count that one rate for all linears gives, and rates k_l / in_l from ``low`` to ``high``.
 
     So a linear counts by its size: otherwise small linears would stay dense at the expense of large ones. The curves
     are convex, so the optimum takes single steps k -> k + 1 in the order of what a weight of the step costs. Where the
@@ -125,22 +129,23 @@ def counts_within(
     Args:
         curves: (in + 1,) fp64 each, of ``removed_curve``; infinite below the least count.
         rows: of each linear.
-        sparsity: of the block, below 1.
+        sparsity: of all together, below 1.
+        low, high: around it, ``high`` at most 0.99.
 
     Returns:
         by name; the least counts where they exceed the count together.
     """
-    counts, high, left = {}, {}, 0
+    counts, most, left = {}, {}, 0
     for name, curve in curves.items():
         width, floor = len(curve) - 1, int(torch.isinf(curve).sum())
-        counts[name] = max(floor, math.floor(max(sparsity - delta, 0.0) * width))
-        high[name] = max(counts[name], math.floor(min(sparsity + delta, MAX_RATE) * width + 1e-6))
+        counts[name] = max(floor, math.floor(low * width))
+        most[name] = max(counts[name], math.floor(high * width + 1e-6))
         left += rows[name] * (math.floor(sparsity * width + 1e-6) - counts[name])
     steps = []
     for name, curve in curves.items():
         # Of one weight: rows in (curve(k + 1) - curve(k)) / rows.
         costs = curve.diff() * (len(curve) - 1)
-        steps += [(cost, name) for cost in costs[counts[name] : high[name]].tolist()]
+        steps += [(cost, name) for cost in costs[counts[name] : most[name]].tolist()]
     full = set()
     for _, name in sorted(steps, key=lambda step: step[0]):
         if rows[name] > left:

@@ -1,8 +1,9 @@
-"""What importances are computed from, measured on calibration samples: one streaming pass over the blocks."""
+"""What importances are computed from, measured on calibration samples: one streaming pass over the blocks, or one pass
+forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.expected_loss import Energies, loss_curve
 from losa.algorithm.statistics import InputNorms, collect
 from losa.algorithm.stream import BlockStream
 from losa.distributed.collectives import from_rank_zero, sum_over_processes
@@ -27,13 +29,14 @@ from losa_kernels import cka_similarity
 class Measured:
     """The blocks of a wrapped model, as they are now, and a stream of the samples that serve rates.
 
-    ``prefix``: what the blocks' names begin with. ``open_stream``: makes a new stream. Several processes call all of
-    this together, in evaluation mode and without gradients.
+    ``prefix``: what the blocks' names begin with. ``open_stream``: makes a new stream. ``energies``: takes those of all
+    linears, by full name. Several processes call all of this together, in evaluation mode and without gradients.
     """
 
     blocks: Sequence[WrappedBlock]
     prefix: str
     open_stream: Callable[[], BlockStream]
+    energies: Callable[[], Mapping[str, Energies]]
 
     def passed(self, run: Callable[[int, BlockStream], object]) -> Iterator[BlockStream]:
         """Let a new stream pass block after block, by ``run``; yields it behind every block, which is whole until the
@@ -64,6 +67,26 @@ def linears(measured: Measured) -> list[dict[str, MaskedLoRALinear]]:
 def position(measured: Measured) -> Tensor:
     """0, 1, ..., L - 1: (L,) fp64."""
     return torch.arange(len(measured.blocks), dtype=torch.float64)
+
+
+def losses(measured: Measured) -> list[dict[str, Tensor]]:
+    """The curves of expected loss of every block's linears, by name: of weights as they are now, pruned ones too.
+
+    Raises:
+        Stopped: between two samples, if a signal asks for it.
+        NumericsError: gradients that are not finite; names the linear.
+    """
+    energies = measured.energies()
+    found: list[dict[str, Tensor]] = []
+    for block in measured.blocks:
+        check()
+        found.append({})
+        for name, linear in block.linears.items():
+            curve = from_rank_zero(loss_curve(linear, energies[f"{block.name}.{name}"]))
+            if not torch.isfinite(curve[-1]):
+                raise NumericsError(f"calibration: {block.name}.{name}: expected finite gradients, got nan or inf")
+            found[-1][name] = curve
+    return found
 
 
 def similarity(measured: Measured, gram_of: Callable[[BlockStream], Tensor] = lambda stream: stream.gram()) -> Tensor:
@@ -153,6 +176,7 @@ def cosines(measured: Measured) -> Tensor:
 MEASURES: dict[Needs, Callable[[Measured], Any]] = {
     "linears": linears,
     "position": position,
+    "losses": losses,
     "similarity": similarity,
     "normalised similarity": normalised_similarity,
     "scores": scores,

@@ -39,6 +39,7 @@ def patterns_for(
     if importance is None:
         rates = uniform_rates(len(reached), this_round.sparsity)
     else:
+        assert fill != "curves", "such rates follow from more than importance"
         rates = FILLS[fill](importance, this_round.sparsity, delta, sparsity if prune.rates_nested else None)
     return [Pattern(sparsity=rate) for rate in rates.tolist()]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from losa.recipe.rates import Fill
 
 MAX_RATE = 0.99
 # Targets come from arithmetic such as 1 - keep_n / m, which rounds.
@@ -103,7 +102,7 @@ def smooth_rates(importance: Tensor, target: float, delta: float | None = None, 
     return torch.maximum(torch.minimum(wished + amount, upper), lower)
 
 
-FILLS: dict[Fill, Callable[[Tensor, float, float | None, Tensor | None], Tensor]] = {
+FILLS: dict[Literal["lp", "smooth"], Callable[[Tensor, float, float | None, Tensor | None], Tensor]] = {
     "lp": rates_for,
     "smooth": smooth_rates,
 }

@@ -9,9 +9,10 @@ from losa.errors import shown
 from losa.registry import Registry
 
 # What a function of importance is given; ``losa.algorithm.measures`` takes it.
-Needs = Literal["similarity", "normalised similarity", "scores", "cosines", "position", "linears"]
-# How rates follow from importance: Eq. 5's linear programme, or rates that are affine in the importance.
-Fill = Literal["lp", "smooth"]
+Needs = Literal["similarity", "normalised similarity", "scores", "cosines", "position", "linears", "losses"]
+# How rates follow from importance: Eq. 5's linear programme, or rates that are affine in the importance. Or they do not
+# follow from it, but are those of the least expected loss.
+Fill = Literal["lp", "smooth", "curves"]
 # Widths that are tried where the loss on calibration text chooses: shares of min(theta, 1 - theta), the widest box
 # whose rates stay within 0 and 1.
 TRIED_WIDTHS = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)
@@ -38,11 +39,22 @@ RATES.register("owl", Rates("scores", "smooth", 0.08))
 RATES.register("dlp", Rates("scores", "smooth", 0.15))
 RATES.register("update", Rates("cosines", "smooth", 0.15))
 RATES.register("atp", Rates("position", "smooth", "loss"))
+RATES.register("fisher", Rates("losses", "curves", 0.5))
 
 
 def compares_samples(rates: str) -> bool:
     """Whether calibration samples are compared with each other, so that it takes two that differ."""
     return RATES[rates].needs in ("similarity", "normalised similarity")
+
+
+def takes_backward(rates: str) -> bool:
+    """Whether the samples that serve rates go backward through the model, which must be whole then."""
+    return RATES[rates].needs == "losses"
+
+
+def follows_curves(rates: str, fill: Fill | None) -> bool:
+    """Whether rates are those of the least expected loss. ``fill``: the recipe's, None for that of the rates."""
+    return (fill or RATES[rates].fill) == "curves"
 
 
 def tries_widths(rates: str, delta: float | None) -> bool:
@@ -51,9 +63,9 @@ def tries_widths(rates: str, delta: float | None) -> bool:
 
 
 def passes_for(rates: str, delta: float | None) -> int:
-    """Forward passes over the samples that serve rates, in each round of a dynamic method."""
+    """Forward passes over the samples that serve rates, in each round of a dynamic method, and not backward."""
     selections = selections_for(rates, delta)
-    return (RATES[rates].needs not in ("linears", "position")) + (1 + selections if selections else 0)
+    return (RATES[rates].needs not in ("linears", "position", "losses")) + (1 + selections if selections else 0)
 
 
 def selections_for(rates: str, delta: float | None) -> int:

@@ -13,7 +13,7 @@ from losa.errors import shown
 from losa.recipe.machines import CheckpointConfig, DistributedConfig
 from losa.recipe.methods import MAX_RANK, METHODS, Method, MethodName, check_first_rank
 from losa.recipe.paths import check_name, output_path, work_path
-from losa.recipe.rates import check_rates, compares_samples
+from losa.recipe.rates import check_rates, compares_samples, takes_backward
 from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
 
 MAX_SPARSITY = 0.95
@@ -116,7 +116,7 @@ class AllocationConfig(Section):
 
     rates: Annotated[str, BeforeValidator(check_rates)] = Field(
         "cka",
-        description="sparsity of each block: cka, cka_normalised, owl, dlp, atp, update, or uniform",
+        description="sparsity of each block: cka, cka_normalised, owl, dlp, atp, update, fisher, or uniform",
     )
     delta: float | None = Field(
         None, ge=0, lt=0.5, description="half width of the box around theta_t; default: that of the rates"
@@ -129,8 +129,10 @@ class AllocationConfig(Section):
     rank_growth: int = Field(1, ge=0, le=MAX_RANK, description="what the mean rank gains each round")
     rank_min: int = Field(1, ge=1, description="smallest rank of a block")
     rank_max: int = Field(16, ge=1, le=MAX_RANK, description="largest rank of a block, and of the mean")
-    fill: Literal["lp", "smooth"] | None = Field(
-        None, description="lp: Eq. 5's two plateaus; smooth: affine in importance; default: that of the rates"
+    fill: Literal["lp", "smooth", "curves"] | None = Field(
+        None,
+        description="lp: Eq. 5's two plateaus; smooth: affine in importance; curves: the least expected loss; default: "
+        "that of the rates",
     )
     per: Literal["block", "linear"] = Field(
         "block", description="linear: rates and ranks of a block's linears differ, within the block's"
@@ -149,6 +151,8 @@ class AllocationConfig(Section):
                 "allocation: expected rank_min <= mean_rank <= rank_max, got "
                 f"{self.rank_min}, {self.mean_rank}, {self.rank_max}"
             )
+        if self.fill == "curves" and not takes_backward(self.rates):
+            raise ValueError(f"allocation.fill: curves needs expected losses, which rates {self.rates!r} do not take")
         return self
 
 

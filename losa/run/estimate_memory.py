@@ -12,7 +12,7 @@ from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import LinearShape, PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.rates import RATES, tries_widths
+from losa.recipe.rates import RATES, takes_backward, tries_widths
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
@@ -228,13 +228,15 @@ def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodNa
 
 
 def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding]:
-    """What statistics of gradients take. The pass that gives them comes before the streams."""
+    """What passes for gradients take, and their statistics. They come before the streams that prune."""
     wanted = wanted_gradients(recipe.prune, get_pruner(recipe.prune))
-    if not wanted:
+    for_rates = recipe.any_rated and takes_backward(recipe.allocation.rates)
+    if not wanted and not for_rates:
         return
-    size = 4 * len(wanted) * shape.prunable
-    waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
-    yield Holding("pruning", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
+    if wanted:
+        size = 4 * len(wanted) * shape.prunable
+        waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
+        yield Holding("pruning", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
     place, length = shape.computes_on, recipe.calibration.length
     sides = sum(w.inputs + w.outputs for w in shape.linears)
     how = "length x (in + out) of every linear, of one sample"

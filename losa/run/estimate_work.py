@@ -11,7 +11,7 @@ from losa.algorithm.schedule import Round
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
-from losa.recipe.rates import passes_for, selections_for
+from losa.recipe.rates import passes_for, selections_for, takes_backward
 from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
 from losa.run.estimate_memory import largest_share, pruning_shape
 from losa.run.model_shape import ModelShape
@@ -42,7 +42,8 @@ def stages(
         windows = tokens * (shape.work.forward(evaluation.length) + 2.0 * shape.work.head)
         yield Stage("dense: evaluation", windows, True, None, "evaluation", 1)
     for name, own in rounds.items():
-        work = len(own) * _pruning(recipe, shape, name, processes) + _gradients(recipe, shape, len(own), processes)
+        work = len(own) * _pruning(recipe, shape, name, processes)
+        work += _gradients(recipe, shape, name, len(own), processes)
         if name == next(iter(rounds)):
             work += _checks(recipe, shape)
         yield Stage(f"{name}: calibration and pruning", work, True, name, "pruning", len(own))
@@ -120,15 +121,21 @@ def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
     return tokens * (config.steps * blocks.training(calibration.length) + blocks.forward(calibration.length))
 
 
-def _gradients(recipe: Recipe, shape: ModelShape, rounds: int, processes: int) -> float:
-    """FLOP of passes for statistics of gradients in all rounds: forward and backward, and dY^T x of what is pruned."""
+def _gradients(recipe: Recipe, shape: ModelShape, name: MethodName, rounds: int, processes: int) -> float:
+    """FLOP of passes forward and backward in all rounds: for statistics of gradients, which take dY^T x of what is
+    pruned, and for rates, which do not."""
     wanted, calibration = wanted_gradients(recipe.prune, get_pruner(recipe.prune)), recipe.calibration
-    if not wanted:
-        return 0.0
-    # Weights come back from round 2 on; a pruner wants gradients in every round.
-    passes = rounds if wanted.keys() - {REGROWTH} else rounds - 1
-    tokens = largest_share(calibration.samples, 1, processes) * calibration.length
-    return passes * tokens * replace(shape.work, dropout=False).training(calibration.length)
+    work, flops = replace(shape.work, dropout=False), 0.0
+    if wanted:
+        # Weights come back from round 2 on; a pruner wants gradients in every round.
+        passes = rounds if wanted.keys() - {REGROWTH} else rounds - 1
+        tokens = largest_share(calibration.samples, 1, processes) * calibration.length
+        flops += passes * tokens * work.training(calibration.length)
+    if recipe.rated(name) and takes_backward(recipe.allocation.rates):
+        compared = largest_share(min(calibration.cka_samples, calibration.samples), 1, processes)
+        alone = replace(work, masked=0).training(calibration.length)
+        flops += rounds * compared * calibration.length * alone
+    return flops
 
 
 def _checks(recipe: Recipe, shape: ModelShape) -> float:

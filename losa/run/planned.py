@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losa.algorithm.gradients import wanted_gradients
+from losa.algorithm import gradients
 from losa.algorithm.schedule import Round
 from losa.model.loading import configured_model
 from losa.pruners import get_pruner
@@ -84,7 +84,9 @@ class Planned:
 def needs_whole(recipe: Recipe) -> str | None:
     """The setting of a recipe that takes gradients of the whole model, if there is one. Raises RecipeError: an unknown
     pruner or statistic."""
-    return next(iter(wanted_gradients(recipe.prune, get_pruner(recipe.prune))), None)
+    allocations = map(recipe.allocation_of, recipe.methods)
+    found = (gradients.needs_whole(recipe.prune, each, get_pruner(recipe.prune)) for each in allocations)
+    return next(filter(None, found), None)
 
 
 def planned_model(recipe: Recipe) -> nn.Module:

@@ -21,7 +21,7 @@ def check_pruner(recipe: Recipe) -> None:
     if pruner.structured:
         check_rates(recipe.prune, recipe.allocation)
     if recipe.allocation.per == "linear":
-        check_linear(recipe.prune, pruner)
+        check_linear(recipe.prune, recipe.allocation, pruner)
 
 
 def check_prunable(recipe: Recipe, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from losa.distributed.launch import start_processes
 from losa.distributed.processes import is_main, joined, process_count
 from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.distributed.watch import progress
+from losa.errors import LosaError
 from losa.model.blocks import expert_lists, find_blocks
 from losa.recipe.learning_rate import lr_factor
 from losa.recipe.machines import DistributedConfig
@@ -95,8 +96,8 @@ class Trainer:
         extension: what a method adds to each step. On a GPU the host then waits for each step's update.
 
     Raises:
-        LosaError: a launch that is not supported, processes that cannot join, or TensorBoard is asked for and
-            missing.
+        LosaError: a launch that is not supported, processes that cannot join, TensorBoard is asked for and missing, or
+            ``config.distill`` with the next-token loss.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class Trainer:
         distributed: DistributedConfig | None = None,
         extension: Extension | None = None,
     ):
+        if config.distill is not None and loss_factory is TokenLoss:
+            raise LosaError("loss_factory: expected one of DistillationLoss, as train.distill asks for; got TokenLoss")
         self.model = model
         self.config = config
         self.seed = seed

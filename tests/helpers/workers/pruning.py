@@ -63,6 +63,7 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     "tokens": ({"sparsity": 0.5}, {"rates": "cka_normalised"}, 8, 1),
     "cosines": ({"sparsity": 0.5}, {"rates": "update"}, 8, 1),
     "losses": ({"sparsity": 0.5}, {"rates": "atp"}, 8, 1),
+    "expected losses": ({"sparsity": 0.5}, {"rates": "fisher", "per": "linear"}, 8, 1),
 }
 # Cases that are no part of the comparison with one process.
 OTHERS: dict[str, tuple[dict, dict, int, int]] = {
@@ -233,6 +234,7 @@ def failures(shard_size: int | None) -> dict[str, str]:
     found["stopped"] = stopped_by_one(shard_size)
     found["perplexity"] = message_of(lambda: perplexity(model, TOKENS[:120], 20, 2))
     found["gradients"] = message_of(lambda: build("gradients", shard_size))
+    found["rates"] = message_of(lambda: build("expected losses", shard_size))
     found["disagreeing"] = message_of(lambda: linears_alone(disagreeing))
     found["not finite"] = message_of(lambda: linears_alone(not_finite))
     return found

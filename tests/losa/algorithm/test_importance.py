@@ -11,6 +11,7 @@ from losa.algorithm.importance import (
     atp_importance,
     cka_importance,
     dlp_importance,
+    fisher_importance,
     get_importance,
     owl_importance,
     register_importance,
@@ -76,6 +77,7 @@ def test_every_name_of_recipes_has_a_function():
         "dlp": dlp_importance,
         "update": update_importance,
         "atp": atp_importance,
+        "fisher": fisher_importance,
     }
     assert [name for name in rates.RATES if rates.compares_samples(name)] == ["cka", "cka_normalised"]
     assert uniform_importance([]) is None
@@ -85,20 +87,22 @@ def test_registered_names_are_settings_of_recipes(own_names):
     def depth(linears):
         return torch.arange(len(linears))
 
-    with pytest.raises(ValueError, match="Input should be 'cka', 'uniform', .* or 'atp', got 'depth'"):
+    with pytest.raises(ValueError, match="Input should be 'cka', 'uniform', .* or 'fisher', got 'depth'"):
         AllocationConfig(rates="depth")
     add = register_importance("depth", needs="linears", fill="smooth", delta=0.2)
     assert add(depth) is depth is add(depth)
     assert AllocationConfig(rates="depth").rates == "depth" and get_importance("depth") is depth
     assert rates.RATES["depth"] == rates.Rates("linears", "smooth", 0.2)
     for bad in ("dept", 1, None, ["depth"]):
-        with pytest.raises(ValueError, match="Input should be 'cka', .* 'atp' or 'depth', got "):
+        with pytest.raises(ValueError, match="Input should be 'cka', .* 'fisher' or 'depth', got "):
             AllocationConfig(rates=bad)
     with pytest.raises(ValueError, match="importance 'depth': already registered"):
         register_importance("depth", needs="linears")(cka_importance)
     with pytest.raises(ValueError, match=r"importance 'cka': already registered as Rates\(needs='similarity'"):
         register_importance("cka", needs="linears")(depth)
-    with pytest.raises(ValueError, match="importance 'wide': needs: expected similarity, .* or linears, got 'grams'"):
+    with pytest.raises(ValueError, match="importance 'wide': needs: expected similarity, .* or losses, got 'grams'"):
         register_importance("wide", needs="grams")
-    with pytest.raises(ValueError, match="importance 'wide': fill: expected lp or smooth, got 'flat'"):
+    with pytest.raises(ValueError, match="importance 'wide': fill: expected lp, smooth or curves, got 'flat'"):
         register_importance("wide", needs="linears", fill="flat")
+    with pytest.raises(ValueError, match="importance 'wide': fill: curves comes with needs losses, got 'linears'"):
+        register_importance("wide", needs="linears", fill="curves")

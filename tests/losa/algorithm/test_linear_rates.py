@@ -53,7 +53,8 @@ def test_the_count_is_met_within_the_box(seed, sparsity, delta):
     """As in a Llama: every number of rows is a multiple of the smallest."""
     widths, rows = (24, 24, 24, 24, 64), (16, 8, 8, 48, 16)
     curves = curves_of(seed, widths)
-    counts = counts_within(curves, dict(zip(curves, rows, strict=True)), sparsity, delta)
+    low, high = max(sparsity - delta, 0), min(sparsity + delta, 0.99)
+    counts = counts_within(curves, dict(zip(curves, rows, strict=True)), sparsity, low, high)
     taken = sum(count * row for count, row in zip(counts.values(), rows, strict=True))
     assert taken == sum(int(sparsity * width + 1e-6) * row for width, row in zip(widths, rows, strict=True))
     beyond = 0
@@ -69,7 +70,7 @@ def test_what_goes_is_least(seed):
     """Against every other way to give linears of as many rows the same count; a linear counts by its size."""
     widths = (8, 8, 16)
     curves = curves_of(seed, widths, floors=[0, 3, 0])
-    counts = counts_within(curves, dict.fromkeys(curves, 4), 0.5, 0.25)
+    counts = counts_within(curves, dict.fromkeys(curves, 4), 0.5, 0.25, 0.75)
     choices = (c for c in itertools.product(range(2, 7), range(3, 7), range(4, 13)) if sum(c) == 16)
     cost = {
         c: sum(4 * w * float(curve[k]) for w, curve, k in zip(widths, curves.values(), c, strict=True)) for c in choices
@@ -79,7 +80,7 @@ def test_what_goes_is_least(seed):
 
 def test_floors_that_exceed_the_count_stay():
     curves = curves_of(0, (8, 8), floors=[6, 5])
-    assert list(counts_within(curves, dict.fromkeys(curves, 4), 0.5, 0.1).values()) == [6, 5]
+    assert list(counts_within(curves, dict.fromkeys(curves, 4), 0.5, 0.4, 0.6).values()) == [6, 5]
 
 
 @pytest.mark.parametrize("nested", [False, True])

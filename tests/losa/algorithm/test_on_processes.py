@@ -28,7 +28,7 @@ def cases(found) -> list[tuple[str, dict]]:
 
 def test_masks_and_decisions_are_one_process_s(found, cases):
     assert {case for case, _ in cases} >= {"wanda", "2:4", "sparsegpt", "regrow", "one batch", "whole blocks"}
-    assert {case for case, _ in cases} >= {"reconstructed", "scores", "tokens", "cosines", "losses"}
+    assert {case for case, _ in cases} >= {"reconstructed", "scores", "tokens", "cosines", "losses", "expected losses"}
     assert all("wanda" in each["cases"] for processes in SEVERAL for each in found[processes])
     for case, one in cases:
         assert all(one["counts"]) and all(one["ranks"]) and all(one["damping"]), case
@@ -107,7 +107,7 @@ def test_what_fails_in_one_process_fails_in_all(found, processes):
     for index, each in enumerate(found[processes]):
         # Nobody catches an error within a pass through shards: it would wait for processes that wait in that pass.
         own = f"RuntimeError: process {index} has no memory left"
-        shards = "RecipeError: prune.pruner: pruner_zero takes gradients, and needs the model whole, not sharded"
+        shards = "RecipeError: {} takes gradients, and needs the model whole, not sharded"
         first = "RuntimeError: process 0 has no memory left"
         whole = first if index == 0 else f"LosaError: process 0: {first}"
         assert each["failures"] == {
@@ -116,7 +116,8 @@ def test_what_fails_in_one_process_fails_in_all(found, processes):
             "failing": "NumericsError: model.layers.0.mlp.gate_proj: too wide",
             "unsummed": "RecipeError: prune.pruner: 'unsummed': its statistic 'unsummed' makes no tensor `total` in "
             "__init__, which several processes add up",
-            "gradients": shards if processes == 2 else "nothing",
+            "gradients": shards.format("prune.pruner: pruner_zero") if processes == 2 else "nothing",
+            "rates": shards.format("allocation.rates: fisher") if processes == 2 else "nothing",
             "stopped": "Stopped: stopped by SIGUSR1; run again with --resume",
             "perplexity": "NumericsError: evaluation: the loss is nan in windows 2..3 of 6",
             "disagreeing": "ModelError: block.b: shares its input with a in some batches only",

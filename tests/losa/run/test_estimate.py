@@ -14,7 +14,7 @@ from losa.recipe.reading import parse_recipe
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
 from losa.run.placement import Placement
-from losa.run.planned import Planned
+from losa.run.planned import Planned, needs_whole
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import tiny_llama
 
@@ -169,6 +169,12 @@ def test_rates_are_measured_and_tried(model_directory):
     found, work = pruning("atp")
     assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
     assert pruning("atp", 0.1)[1] == uniform
+    found, work = pruning("fisher")
+    assert work == uniform + 2 * 3 * (2 * sample + 16 * (16 * 2 * 32 * 2 + 4 * EMBEDDING)), "forward and backward"
+    assert found.size("activations for gradients") and found.size("loss for gradients")
+    assert "statistics of gradients" not in {holding.what for holding in found.holdings}
+    assert needs_whole(recipe(model_directory, allocation={"rates": "fisher"})) == "allocation.rates: fisher"
+    assert needs_whole(recipe(model_directory, method="prune_only", allocation={"rates": "fisher"})) is None
     once = [
         recipe(model_directory, method="prune_only", allocation={"rates": "owl", "ranks": "error", "apply_to": whose})
         for whose in ("dynamic", "all")

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from losa.algorithm.stream import BlockStream
+from losa.data.tokens import calibration_tokens
 from losa.errors import LosaError, NumericsError, OutputError
 from losa.model.blocks import block_linears
 from losa.model.wrapping import wrapped_linears
 from losa.recipe.reading import parse_recipe
 from losa.run import methods
+from losa.run.inputs import Inputs
 from losa.run.methods import MethodRun
 from losa.run.pipeline import run_recipe
 from tests.helpers.runs import settings
@@ -172,14 +174,27 @@ def test_whether_blocks_can_be_run_one_by_one_is_found_out_once(workspace, tmp_p
     assert checked == [(1, recipe["calibration"]["length"])]
 
 
-def test_method_run_needs_no_files(workspace, tmp_path):
-    """The harness works on a model in memory, as the quality benchmark uses it."""
-    recipe = parse_recipe(settings(workspace, tmp_path / "unused", method="prune_only"))
-    from losa.data.tokens import calibration_tokens
-    from losa.run.inputs import Inputs
-
+def pruned_in_memory(workspace, tmp_path, **changes):
+    """What ``prune_only`` makes of a tiny model, without files."""
+    recipe = parse_recipe(settings(workspace, tmp_path / "unused", method="prune_only", **changes))
     tokens = calibration_tokens(recipe.calibration.data, tiny_tokenizer(), 4, 32, 0)
     model = tiny_llama(layers=3)
-    outcome = MethodRun("prune_only", model, recipe, Inputs(tokens, None, lambda m: None), tmp_path).run()
+    return MethodRun("prune_only", model, recipe, Inputs(tokens, None, lambda m: None), tmp_path).run()
+
+
+def test_method_run_needs_no_files(workspace, tmp_path):
+    """The harness works on a model in memory, as the quality benchmark uses it."""
+    outcome = pruned_in_memory(workspace, tmp_path)
     assert outcome.result.perplexity is None and len(outcome.masks) == 21
     assert all(m.dtype == torch.uint8 for m in outcome.masks.values())
+
+
+def test_methods_that_prune_at_once_get_the_rates_of_blocks_where_a_recipe_says_so(workspace, tmp_path):
+    found = {}
+    for whose in ("dynamic", "all"):
+        allocation = {"rates": "update", "delta": 0.2, "apply_to": whose}
+        (record,) = pruned_in_memory(workspace, tmp_path, allocation=allocation).rounds
+        found[whose] = record.sparsity
+    assert max(found["dynamic"]) - min(found["dynamic"]) < 1 / 32, "a row of 32 columns keeps whole weights"
+    assert max(found["all"]) - min(found["all"]) > 0.1
+    assert sum(found["all"]) == pytest.approx(sum(found["dynamic"]), abs=3 / 32)

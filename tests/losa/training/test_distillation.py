@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from losa.data.sequences import IGNORED, PackedData
+from losa.errors import LosaError
 from losa.model.blocks import find_blocks
 from losa.model.norms import train_norms, trained_norms
 from losa.model.originals import dense_passes
@@ -180,6 +181,11 @@ def test_a_step_without_labels_learns_from_the_teacher(config):
         assert outcome.steps == 1 and not any(torch.equal(now, then) for now, then in before)
         losses.append(outcome.loss)
     assert losses[1] > 0 and (losses[1] == pytest.approx(losses[0], rel=1e-6)) == (config["weight"] == 1)
+
+
+def test_the_next_token_loss_cannot_distill():
+    with pytest.raises(LosaError, match="^loss_factory: expected .*DistillationLoss"):
+        trainer(wrapped_llama(), distill=DistillConfig())
 
 
 def test_rates_and_decay_of_the_groups():

@@ -1,0 +1,65 @@
+"""What pruning a linear is expected to cost in loss, to second order, by a diagonal of the empirical Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from losa.algorithm.backward import pass_backward
+from losa.algorithm.linear_rates import CURVE_ROWS
+from losa.distributed.collectives import from_rank_zero, sum_over_processes
+from losa.distributed.sharding import device_of
+from losa.modules.masked_lora import MaskedLoRALinear
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Of a linear, fp64 on the model's device: ``inputs`` (in,), the mean of x_j^2 over the tokens that it has seen;
+    ``outputs`` (out,), the sum over them of dL/dy_i squared, by all tokens, L the loss in nats summed over a sample."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input_ids: Tensor) -> dict[str, Energies]:
+    """By linear's name. All processes call it together and get the same. Arguments and errors: of ``pass_backward``."""
+    device = device_of(model)
+    sizes = {name: (1, linear.in_features, linear.out_features) for name, linear in linears.items()}
+    # Of each linear: tokens seen, squared inputs, squared gradients.
+    sums = torch.zeros(sum(map(sum, sizes.values())), dtype=torch.float64, device=device)
+    parts = dict(zip(sizes, sums.split([sum(each) for each in sizes.values()]), strict=True))
+
+    def see(name: str, x: Tensor, grad_output: Tensor, left: int) -> None:
+        tokens, inputs, outputs = parts[name].split(sizes[name])
+        tokens += len(x)
+        inputs += x.float().square().sum(0)
+        outputs += grad_output.float().square().sum(0)
+
+    pass_backward(model, linears, input_ids, see)
+    total = from_rank_zero(sum_over_processes(sums))
+    found = {}
+    for name, part in zip(sizes, total.split([sum(each) for each in sizes.values()]), strict=True):
+        tokens, inputs, outputs = part.split(sizes[name])
+        found[name] = Energies(inputs / tokens.clamp_min(1), outputs / input_ids.numel())
+    return found
+
+
+def loss_curve(linear: MaskedLoRALinear, energies: Energies) -> Tensor:
+    """How much the mean loss of a token is expected to grow with the k weights of each row gone that have the lowest
+    Wanda scores, k = 0 to in: (in + 1,) fp64 on the host, convex, in nats.
+
+    A pruned weight w_ij costs 1/2 w_ij^2 F_ij (LeCun et al. 1989, "Optimal Brain Damage"; Theis et al. 2018 with the
+    empirical Fisher matrix F). F_ij is E[(dL/dy_i)^2] E[x_j^2], as if gradients and inputs did not depend on each
+    other (Martens and Grosse 2015). So the cost of a weight is its squared Wanda score times a factor of its row. Of a
+    linear with many rows, the curve's shape is taken from evenly spaced ones, and its height from all.
+    """
+    step = -(-linear.out_features // CURVE_ROWS)
+    squares, inputs, outputs = linear.dense_weight().square_(), energies.inputs, energies.outputs
+    height = 0.5 * (squares.double() @ inputs) @ outputs
+    going = (squares[::step] * inputs.float()).sort(1).values.double()
+    curve = (outputs[::step] @ going).cumsum(0)
+    curve *= height / curve[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.cat([curve.new_zeros(1), curve]).cpu()

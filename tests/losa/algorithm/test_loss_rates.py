@@ -1,0 +1,210 @@
+"""Expected losses against autograd in fp64 and sums over masks, and rates that make them least."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from losa.algorithm.engine import Engine
+from losa.algorithm.expected_loss import Energies, energies_of, loss_curve
+from losa.algorithm.importance import fisher_importance
+from losa.algorithm.loss_rates import STEPS, box, rates_of_blocks, rates_of_linears
+from losa.algorithm.measures import losses
+from losa.algorithm.schedule import Round
+from losa.errors import NumericsError
+from losa.model.wrapping import merge_model, wrap_model, wrapped_linears
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa_kernels import unpack_mask, wanda_mask
+from tests.helpers.tiny import EPS, randomise, tiny_llama
+
+IDS = torch.randint(0, 90, (4, 24), generator=torch.Generator().manual_seed(1))
+LAYERS = 3
+COMPARED = 3
+
+
+def build(prune=None, **allocation):
+    model = tiny_llama(layers=LAYERS)
+    wrap_model(model, rank=4, scaling=2.0)
+    allocation = AllocationConfig(**({"mean_rank": 4, "rank_max": 12, "rates": "fisher"} | allocation))
+    calibration = CalibrationConfig(data="unused", samples=4, length=24, cka_samples=COMPARED, batch_size=2)
+    return model, Engine(model, IDS, PruneConfig(**(prune or {"sparsity": 0.5})), allocation, calibration)
+
+
+def twice(model):
+    """The second block's MLP multiplies by one weight where it has two."""
+    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, twice], ids=["as it is", "a linear that runs twice"])
+def test_energies_are_autograd_s_of_the_model_as_it_is(change):
+    model = tiny_llama(layers=LAYERS)
+    wrap_model(model, rank=4, scaling=2.0)
+    layers = wrapped_linears(change(model))
+    randomise(layers)
+    with torch.no_grad():
+        found = energies_of(model, layers, IDS)
+    exact = change(merge_model(copy.deepcopy(model)).double())
+    exact.get_input_embeddings().weight.requires_grad_(True)
+    seen = {name: ([], []) for name in layers}
+
+    def watch(name, args, output):
+        output.retain_grad()
+        seen[name][0].append(args[0])
+        seen[name][1].append(output)
+
+    for name in layers:
+        exact.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: watch(name, args, output))
+    for sample in IDS:
+        (exact(sample[None], labels=sample[None]).loss * (len(sample) - 1)).backward()
+    assert found.keys() == layers.keys()
+    for name, energies in found.items():
+        inputs = torch.cat([x.detach().flatten(0, -2) for x in seen[name][0]])
+        gradients = torch.cat([y.grad.flatten(0, -2) for y in seen[name][1]])
+        # A backward pass of fp32 through three blocks.
+        for ours, truth in (
+            (energies.inputs, inputs.square().mean(0)),
+            (energies.outputs, gradients.square().sum(0) / IDS.numel()),
+        ):
+            assert ours.dtype == torch.float64 and (ours - truth).abs().max() <= 128 * EPS * truth.max(), name
+    assert not any(layer._forward_hooks for layer in layers.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [10, 600])
+def test_a_curve_is_what_wanda_s_masks_cost(rows):
+    """600 rows: every third gives the shape, and all of them the height."""
+    generator = torch.Generator().manual_seed(0)
+    layer = MaskedLoRALinear(torch.randn(rows, 20, generator=generator), rank=2, generator=generator)
+    layer.lora_B.data = torch.randn(rows, 2, generator=generator) / 5
+    inputs, outputs = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.1 for n in (20, rows))
+    layer.set_mask(torch.rand(rows, 20, generator=generator) < 0.5)  # the mask counts nothing
+    curve = loss_curve(layer, Energies(inputs, outputs))
+    dense = (layer.weight.double() + 2 * layer.lora_B.double() @ layer.lora_A.double()).detach()
+    costs = 0.5 * dense.square() * outputs[:, None] * inputs
+    part = slice(None, None, 3 if rows > 256 else 1)
+    for count in range(21):
+        norms = inputs.sqrt().float()
+        kept = torch.zeros(rows, 20, dtype=torch.bool)
+        if count < 20:
+            kept = unpack_mask(wanda_mask(layer.dense_weight(), norms, sparsity=count / 20), 20)
+        truth = (costs * ~kept)[part].sum() / costs[part].sum() * costs.sum()
+        assert float(curve[count]) == pytest.approx(float(truth), rel=64 * EPS, abs=1e-12)
+    assert bool((curve.diff().diff() >= -64 * EPS * curve[-1]).all()), "convex"
+
+
+def test_what_no_token_reached_is_expected_to_cost_nothing():
+    """As an expert that no router chose."""
+    _, engine = build(per="linear")
+    with torch.no_grad():
+        curves = losses(engine.rates.measured)
+        name, linear = next(iter(engine.blocks[0].linears.items()))
+        none = Energies(torch.zeros(linear.in_features).double(), torch.zeros(linear.out_features).double())
+        curves[0][name] = loss_curve(linear, none)
+    assert not curves[0][name].any()
+    rates = rates_of_linears(engine.blocks, curves, 0.5, 0.3, False)[0]
+    assert rates.patterns[name].sparsity == pytest.approx(0.65, abs=1 / 32), "the top of the box"
+    assert rates.removed[name] == rates.patterns[name].sparsity and all(0 < r < 1 for r in rates.removed.values())
+
+
+def expected(curves, rates):
+    """The loss that is expected of rates, of each linear by block and name; between counts the curve is a line."""
+    total = 0.0
+    for block, own in zip(curves, rates, strict=True):
+        for name, curve in block.items():
+            place = own[name] * (len(curve) - 1)
+            low = min(int(place + 1e-9), len(curve) - 2)
+            total += float(curve[low] + (place - low) * (curve[low + 1] - curve[low]))
+    return total
+
+
+def test_rates_of_linears_have_the_count_of_one_rate_and_less_loss():
+    _, engine = build(per="linear")
+    with torch.no_grad():
+        curves = losses(engine.rates.measured)
+    rates = rates_of_linears(engine.blocks, curves, 0.5, 0.3, True)
+    low, high = box(0.5, 0.3)
+    assert (low, high) == pytest.approx((0.2, 0.65))
+    gone, own = 0, []
+    for block, each in zip(engine.blocks, rates, strict=True):
+        own.append({name: pattern.sparsity for name, pattern in each.patterns.items()})
+        for name, linear in block.linears.items():
+            assert low - 1 / linear.in_features <= own[-1][name] <= high + 1 / linear.in_features
+            gone += round(own[-1][name] * linear.weight.numel())
+    assert gone == sum(linear.weight.numel() for block in engine.blocks for linear in block.linears.values()) // 2
+    alike = [dict.fromkeys(block, 0.5) for block in curves]
+    assert expected(curves, own) < 0.99 * expected(curves, alike)
+    # What one more column costs is nowhere below what one less would save elsewhere.
+    items = [(curves[i][name], own[i][name]) for i, block in enumerate(own) for name in block]
+    weights = [linear.out_features for block in engine.blocks for linear in block.linears.values()]
+    costs, savings = [], []
+    for (curve, rate), rows in zip(items, weights, strict=True):
+        count = round(rate * (len(curve) - 1))
+        if rate < high - 1 / 32:
+            costs.append(float(curve[count + 1] - curve[count]) / rows)
+        if rate > low + 1 / 32:
+            savings.append(float(curve[count] - curve[count - 1]) / rows)
+    # But for the last steps, which must fit what the count has left.
+    assert sum(cost < max(savings) for cost in costs) <= 2
+
+
+def test_rates_of_blocks_meet_the_mean_and_have_less_loss():
+    _, engine = build()
+    with torch.no_grad():
+        curves = losses(engine.rates.measured)
+        # As between real blocks, one matters more.
+        curves[1] = {name: 3 * curve for name, curve in curves[1].items()}
+    rates = rates_of_blocks(engine.blocks, curves, 0.5, 0.3, False)
+    assert sum(rates) / LAYERS == pytest.approx(0.5, abs=1 / STEPS) and rates[1] == min(rates) < 0.45
+    own = [dict.fromkeys(block, rate) for block, rate in zip(curves, rates, strict=True)]
+    alike = [dict.fromkeys(block, 0.5) for block in curves]
+    assert expected(curves, own) < expected(curves, alike)
+    for other in (0.01, -0.01):
+        moved = [rates[0] + other, rates[1] - other, rates[2]]
+        assert expected(curves, own) <= expected(
+            curves, [dict.fromkeys(block, rate) for block, rate in zip(curves, moved, strict=True)]
+        )
+
+
+@pytest.mark.parametrize("per, pruner", [("linear", "wanda"), ("block", "wanda"), ("linear", "pruner_zero")])
+def test_rounds_prune_to_these_rates_and_nest(per, pruner):
+    model, engine = build({"sparsity": 0.5, "pruner": pruner}, per=per)
+    masks = None
+    for index, target in enumerate((0.25, 0.5), start=1):
+        record = engine.run_round(Round(index, target, 4, 0))
+        layers = wrapped_linears(model)
+        assert sum(record.sparsity) / LAYERS == pytest.approx(target, abs=1e-9 if per == "linear" else 1 / 32)
+        assert len(record.importance) == LAYERS and record.delta is None and record.similarity is None
+        if per == "linear":
+            assert record.linear_sparsity == {name: layer.sparsity for name, layer in layers.items()}
+            assert len(set(record.linear_sparsity.values())) > 3 and len(set(record.linear_ranks.values())) > 1
+        now = [layer.mask_bool().clone() for layer in layers.values()]
+        assert masks is None or all(bool((a <= b).all()) for a, b in zip(now, masks, strict=True))
+        masks = now
+
+
+def test_keep_counts_follow_the_order_of_importance():
+    _, engine = build({"pattern": "4:8", "mixed": True})
+    record = engine.run_round(Round(1, 0.5, 4, 0))
+    assert sum(record.keep_n) == 4 * LAYERS and set(record.keep_n) <= {3, 4, 5}
+    with torch.no_grad():
+        importance = fisher_importance(losses(engine.rates.measured))
+    assert importance.shape == (LAYERS,) and bool((importance > 0).all())
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model, engine = build()
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data *= 1e30  # the loss is finite: the norm behind it divides by the same
+    with pytest.raises(NumericsError, match="calibration: model.layers.[0-2]\\.[a-z_.]+: expected finite gradients"):
+        engine.run_round(Round(1, 0.25, 4, 0))
+
+
+def test_curves_need_expected_losses():
+    with pytest.raises(ValueError, match="allocation.fill: curves needs expected losses, which rates 'cka' do"):
+        AllocationConfig(rates="cka", fill="curves")
+    smooth = build(fill="smooth", delta=0.1)[1].run_round(Round(1, 0.5, 4, 0))
+    assert max(smooth.sparsity) - min(smooth.sparsity) == pytest.approx(0.2, abs=1 / 32)
