@@ -28,7 +28,13 @@ See = Callable[[str, Tensor, Tensor, int], None]
 
 
 def pass_backward(
-    model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input_ids: Tensor, see: See, after_sample=lambda: None
+    model: nn.Module,
+    linears: Mapping[str, MaskedLoRALinear],
+    input_ids: Tensor,
+    see: See,
+    after_sample: Callable[[], object] = lambda: None,
+    *,
+    draws_labels: bool = False,
 ) -> None:
     """Run the model forward and backward on calibration samples, one at a time, without gradients of parameters. What
     is held beside the model is the activations of one sample. All processes call it together, each for a share of the
@@ -40,6 +46,7 @@ def pass_backward(
         input_ids: (samples, length) int64, of all processes.
         see: called for each call of a linear, once its gradient is there.
         after_sample: called after each sample.
+        draws_labels: the labels are drawn from the model's own distribution, and not the samples' next tokens.
 
     Raises:
         Stopped: between samples, if a signal asks for it.
@@ -55,8 +62,12 @@ def pass_backward(
     def run(index: int, ids: Tensor) -> None:
         if not len(ids):
             return
+        ids = labels = ids.to(device)
+        if draws_labels:
+            # Of each sample by itself: it does not matter which process has it.
+            labels = loss.drawn_labels(ids, torch.Generator(device).manual_seed(index))
         # The sum over tokens: gradients of their mean would underflow in fp16.
-        total = loss(*(tensor.to(device) for tensor in (ids, *label_positions(ids))))
+        total = loss(ids, *label_positions(labels))
         if not math.isfinite(total.item()):
             raise NumericsError(f"calibration: the loss is {total.item()} at sample {index}")
         total.backward()
@@ -76,6 +87,8 @@ def pass_backward(
 
 def _watch(name: str, calls: dict[str, int], see: See, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """A forward hook of the linear ``name``: its output, whose gradient will be seen."""
+    if not torch.is_grad_enabled():  # labels are drawn
+        return output
     x = args[0].detach()
     if not output.requires_grad:
         # Nothing before this linear needs a gradient, so that the backward pass ends here. A leaf could not be changed

@@ -40,11 +40,12 @@ from losa.distributed.watch import progress
 from losa.errors import ModelError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
-from losa.model.originals import Originals
+from losa.model.originals import Originals, dense_passes
 from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
+from losa.recipe.rates import takes_backward
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
@@ -122,10 +123,12 @@ class Engine:
         if allocation.per == "linear":
             check_linear(prune, allocation, self.pruner)
         self.decoder = find_blocks(model)
-        kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
+        dense = self.needs_errors or takes_backward(allocation.rates)
+        kept = distills or keeps_originals(prune, self.pruner, dense)
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self._calls = {} if calls is None else calls
+        self._dense_energies: dict[str, Energies] | None = None
         ids = input_ids[: calibration.cka_samples]
         self.rates = BlockRates(
             self.blocks,
@@ -224,7 +227,11 @@ class Engine:
         return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
 
     def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
-        return energies_of(self.model, self._linears(), input_ids)
+        """Of the dense model, in every round: what is pruned already hides how much its neighbours matter."""
+        if self._dense_energies is None:
+            with dense_passes(self.model, self.originals):
+                self._dense_energies = energies_of(self.model, self._linears(), input_ids)
+        return self._dense_energies
 
     def _linears(self) -> dict[str, MaskedLoRALinear]:
         """All wrapped linears, by full name."""

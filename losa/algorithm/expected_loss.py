@@ -1,4 +1,4 @@
-"""What pruning a linear is expected to cost in loss, to second order, by a diagonal of the empirical Fisher matrix."""
+"""What pruning a linear is expected to cost in loss, to second order, by the diagonal of the Fisher matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from losa.modules.masked_lora import MaskedLoRALinear
 @dataclass(frozen=True)
 class Energies:
     """Of a linear, fp64 on the model's device: ``inputs`` (in,), the mean of x_j^2 over the tokens that it has seen;
-    ``outputs`` (out,), the sum over them of dL/dy_i squared, by all tokens, L the loss in nats summed over a sample."""
+    ``outputs`` (out,), the sum over them of dL/dy_i squared, by all tokens, L the loss in nats summed over a sample.
+    Labels are drawn from the model's own distribution, by which the Fisher matrix is defined."""
 
     inputs: Tensor
     outputs: Tensor
@@ -38,7 +39,7 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
         inputs += x.float().square().sum(0)
         outputs += grad_output.float().square().sum(0)
 
-    pass_backward(model, linears, input_ids, see)
+    pass_backward(model, linears, input_ids, see, draws_labels=True)
     total = from_rank_zero(sum_over_processes(sums))
     found = {}
     for name, part in zip(sizes, total.split([sum(each) for each in sizes.values()]), strict=True):
@@ -51,9 +52,9 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies) -> Tensor:
     """How much the mean loss of a token is expected to grow with the k weights of each row gone that have the lowest
     Wanda scores, k = 0 to in: (in + 1,) fp64 on the host, convex, in nats.
 
-    A pruned weight w_ij costs 1/2 w_ij^2 F_ij (LeCun et al. 1989, "Optimal Brain Damage"; Theis et al. 2018 with the
-    empirical Fisher matrix F). F_ij is E[(dL/dy_i)^2] E[x_j^2], as if gradients and inputs did not depend on each
-    other (Martens and Grosse 2015). So the cost of a weight is its squared Wanda score times a factor of its row. Of a
+    A pruned weight w_ij costs 1/2 w_ij^2 F_ij (LeCun et al. 1989, "Optimal Brain Damage"; with the Fisher matrix F,
+    Theis et al. 2018). F_ij is E[(dL/dy_i)^2] E[x_j^2], as if gradients and inputs did not depend on each other
+    (Martens and Grosse 2015). So the cost of a weight is its squared Wanda score times a factor of its row. Of a
     linear with many rows, the curve's shape is taken from evenly spaced ones, and its height from all.
     """
     step = -(-linear.out_features // CURVE_ROWS)

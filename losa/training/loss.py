@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,30 @@ class TokenLoss(nn.Module):
             logits = self._logits(head, input_ids, positions)
             return F.cross_entropy(wide(logits), targets, reduction="sum")
 
+    @torch.no_grad()
+    def drawn_labels(self, input_ids: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels as the model itself would have them: each drawn from its distribution behind the tokens before it.
+
+        Args:
+            input_ids: (batch, length) int64.
+            generator: of the same device.
+
+        Returns:
+            (batch, length) int64, aligned with the input tokens; -100 in the first column.
+        """
+        with self._region(input_ids):
+            head = self._head()
+            if self._takes_chunks(head):
+                hidden, weight, bias = self._cast(self._hidden(head, input_ids).flatten(0, 1), head.weight, head.bias)
+                parts = hidden.split(chunk_rows(input_ids.device.type, len(weight)))
+                chunks = map(partial(F.linear, weight=weight, bias=bias), parts)
+            else:
+                every = torch.arange(input_ids.numel(), device=input_ids.device)
+                chunks = map(self._logits, [head], [input_ids], [every])
+            drawn = [torch.multinomial(wide(logits).softmax(1), 1, generator=generator) for logits in chunks]
+        following = torch.cat(drawn).view_as(input_ids)
+        return torch.cat([torch.full_like(input_ids[:, :1], IGNORED), following[:, :-1]], 1)
+
     def _region(self, input_ids: Tensor) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(input_ids.device.type, self.autocast)
 
@@ -76,7 +101,7 @@ class TokenLoss(nn.Module):
     def _takes_chunks(self, head: nn.Module) -> bool:
         return self.plain and not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
 
-    def _cast(self, *tensors: Tensor | None) -> list[Tensor | None]:
+    def _cast(self, *tensors: Any) -> list[Any]:
         """As autocast computes with them, once for all chunks: it caches casts of trained parameters only."""
         if self.autocast is None:
             return list(tensors)
