@@ -191,6 +191,23 @@ def test_rounds_prune_to_these_rates_and_nest(per, pruner):
         masks = now
 
 
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_energies_are_the_dense_model_s_in_every_round(pruner):
+    model, engine = build({"sparsity": 0.5, "pruner": pruner}, per="linear")
+    dense = tiny_llama(layers=LAYERS)
+    wrap_model(dense, rank=1, scaling=1.0)
+    with torch.no_grad():
+        truth = energies_of(dense, wrapped_linears(dense), IDS[:COMPARED])
+    engine.run_round(Round(1, 0.25, 4, 0))
+    randomise(wrapped_linears(model))
+    engine._dense_energies = None  # as where a run goes on
+    with torch.no_grad():
+        found = engine.rates.measured.energies()
+    for name, energies in found.items():
+        assert torch.equal(energies.inputs, truth[name].inputs), name
+        assert torch.equal(energies.outputs, truth[name].outputs), name
+
+
 def test_keep_counts_follow_the_order_of_importance():
     _, engine = build({"pattern": "4:8", "mixed": True})
     record = engine.run_round(Round(1, 0.5, 4, 0))

@@ -100,3 +100,21 @@ def test_autocast_loss_is_as_good_as_plain_autocast():
     assert abs(value - exact.item()) <= 2 * abs(value_plain - exact.item()) + rounding
     error, error_plain = ((g - exact_weight.grad).abs().max() for g in (grad, grad_plain))
     assert error <= 2 * error_plain + rounding * exact_weight.grad.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_drawn_labels_have_the_model_s_distribution(name, monkeypatch):
+    """Of 1,000 copies of a text, in chunks of rows that do not divide them."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 77)
+    model, copies = MODELS[name]().eval(), 1000
+    text = torch.randint(0, VOCABULARY, (1, 3), generator=torch.Generator().manual_seed(2))
+    loss = TokenLoss(model)
+    labels = loss.drawn_labels(text.expand(copies, -1).contiguous(), torch.Generator().manual_seed(0))
+    assert labels.shape == (copies, 3) and labels.dtype == torch.int64 and bool((labels[:, 0] == IGNORED).all())
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits[0, :-1].softmax(-1)  # behind the first and the second token
+    for column, p in zip((1, 2), expected, strict=True):
+        share = labels[:, column].bincount(minlength=VOCABULARY) / copies
+        assert bool(((share - p).abs() <= 5 * (p * (1 - p) / copies).sqrt() + 1 / copies).all())
+    again = loss.drawn_labels(text, torch.Generator().manual_seed(0))
+    assert torch.equal(again, loss.drawn_labels(text, torch.Generator().manual_seed(0)))
