@@ -46,7 +46,7 @@ UNIFORM_RANKS: Settings = {"allocation.ranks": "uniform"}
 # One round has the mean rank that five rounds have in their mean.
 ONE_ROUND: Settings = {"rounds.schedule": "oneshot", "allocation.mean_rank": 8}
 COLUMNS = ("perplexity", "held-out text", "tokens", "seconds", "CPU seconds")
-RATES = ("uniform", "cka", "cka_normalised", "update", "owl", "dlp", "atp")
+RATES = ("uniform", "cka", "cka_normalised", "update", "owl", "dlp", "atp", "fisher")
 # What a recipe may add to LoSA, and the settings without it.
 INGREDIENTS: dict[str, Settings] = {
     "distillation": {"train.distill": None},
@@ -54,7 +54,12 @@ INGREDIENTS: dict[str, Settings] = {
     "trained norms": {"train.norms": None},
     "LoRA+ rates": {"train.lora_plus": 1},
     "regrowth": {"prune.regrow": False, "prune.regrow_by": "score"},
-    "its layer rates": {"allocation.rates": "cka", "allocation.fill": None, "allocation.delta": None},
+    "its layer rates": {
+        "allocation.rates": "cka",
+        "allocation.fill": None,
+        "allocation.delta": None,
+        "allocation.per": "block",
+    },
     "its ranks": {
         "allocation.ranks": "error",
         "allocation.error": "relative",
@@ -222,7 +227,10 @@ def layer_rates() -> Iterator[Row]:
         paper = {"cka": 10.94, "uniform": 11.36}.get(rates)
         settings: Settings = {} if rates == "cka" else {"allocation.rates": rates}
         yield Row((rates,), ablation_of("no_rates" if rates == "uniform" else f"rates_{rates}", settings), paper)
-    yield Row(("cka, rates and ranks per linear",), ablation_of("per_linear", {"allocation.per": "linear"}))
+    for rates in ("cka", "fisher"):
+        settings = {"allocation.per": "linear"} | ({} if rates == "cka" else {"allocation.rates": rates})
+        name = "per_linear" if rates == "cka" else f"rates_{rates}_per_linear"
+        yield Row((f"{rates}, rates and ranks per linear",), ablation_of(name, settings))
 
 
 def structured() -> Iterator[Row]:
