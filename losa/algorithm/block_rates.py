@@ -30,7 +30,7 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 @dataclass(frozen=True)
 class Decided:
     """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where needed; the half width of the
-    box, where losses chose it; and rates of all linears, block by block, where they were decided together."""
+    box, where losses chose it; and rates of all linears, block by block, where all were decided together."""
 
     patterns: list[Pattern]
     importance: Tensor | None
@@ -130,8 +130,8 @@ class BlockRates:
             return patterns_for(this_round, importance, reached, self._prune, delta, fill)
 
         if importance is None or not tries_widths(config.rates, config.delta):
-            # A box about expected losses is too wide for keep counts, which follow the order of importance.
-            default = None if isinstance(row.delta, str) or fill == "curves" else row.delta
+            # A box about expected losses is too wide for what follows importance.
+            default = None if isinstance(row.delta, str) or row.fill == "curves" else row.delta
             return within(default if config.delta is None else config.delta), None
         widest = min(this_round.sparsity, 1 - this_round.sparsity)
         # Of widths that give the same patterns, as keep counts of N:M may be, the smallest is tried.

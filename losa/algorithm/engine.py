@@ -45,7 +45,6 @@ from losa.model.wrapping import count_kept
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
-from losa.recipe.rates import takes_backward
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
@@ -123,8 +122,7 @@ class Engine:
         if allocation.per == "linear":
             check_linear(prune, allocation, self.pruner)
         self.decoder = find_blocks(model)
-        dense = self.needs_errors or takes_backward(allocation.rates)
-        kept = distills or keeps_originals(prune, self.pruner, dense)
+        kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self._calls = {} if calls is None else calls
@@ -227,7 +225,9 @@ class Engine:
         return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
 
     def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
-        """Of the dense model, in every round: what is pruned already hides how much its neighbours matter."""
+        """Of the dense model, in every round: what is pruned already hides how much its neighbours matter. A run that
+        goes on in a later round takes them anew, from the originals.
+        """
         if self._dense_energies is None:
             with dense_passes(self.model, self.originals):
                 self._dense_energies = energies_of(self.model, self._linears(), input_ids)

@@ -17,9 +17,10 @@ from losa.modules.masked_lora import MaskedLoRALinear
 
 @dataclass(frozen=True)
 class Energies:
-    """Of a linear, fp64 on the model's device: ``inputs`` (in,), the mean of x_j^2 over the tokens that it has seen;
-    ``outputs`` (out,), the sum over them of dL/dy_i squared, by all tokens, L the loss in nats summed over a sample.
-    Labels are drawn from the model's own distribution, by which the Fisher matrix is defined."""
+    """Of a linear, fp64 on the host: ``inputs`` (in,), the mean of x_j^2 over the tokens that it has seen; ``outputs``
+    (out,), the sum over these tokens of dL/dy_i squared, by all tokens, L the loss in nats summed over a sample.
+    Labels are drawn from the model's own distribution, by which the Fisher matrix is defined.
+    """
 
     inputs: Tensor
     outputs: Tensor
@@ -40,7 +41,7 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
         outputs += grad_output.float().square().sum(0)
 
     pass_backward(model, linears, input_ids, see, draws_labels=True)
-    total = from_rank_zero(sum_over_processes(sums))
+    total = from_rank_zero(sum_over_processes(sums)).cpu()
     found = {}
     for name, part in zip(sizes, total.split([sum(each) for each in sizes.values()]), strict=True):
         tokens, inputs, outputs = part.split(sizes[name])
@@ -58,9 +59,9 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies) -> Tensor:
     linear with many rows, the curve's shape is taken from evenly spaced ones, and its height from all.
     """
     step = -(-linear.out_features // CURVE_ROWS)
-    squares, inputs, outputs = linear.dense_weight().square_(), energies.inputs, energies.outputs
-    height = 0.5 * (squares.double() @ inputs) @ outputs
-    going = (squares[::step] * inputs.float()).sort(1).values.double()
-    curve = (outputs[::step] @ going).cumsum(0)
+    squares, inputs = linear.dense_weight().square_(), energies.inputs.float().to(linear.weight.device)
+    height = 0.5 * (squares @ inputs).double().cpu() @ energies.outputs
+    going = (squares[::step] * inputs).sort(1).values.double().cpu()
+    curve = (energies.outputs[::step] @ going).cumsum(0)
     curve *= height / curve[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.cat([curve.new_zeros(1), curve]).cpu()
+    return torch.cat([curve.new_zeros(1), curve])

@@ -48,6 +48,8 @@ def register_importance(
             raise ValueError(f"importance {name!r}: {what}: expected {', '.join(most)} or {last}, got {value!r}")
     if fill == "curves" and needs != "losses":
         raise ValueError(f"importance {name!r}: fill: curves comes with needs losses, got {needs!r}")
+    if fill == "curves" and delta == "loss":
+        raise ValueError(f"importance {name!r}: delta: expected a number or 'rule' with fill curves, got 'loss'")
     row = Rates(needs, fill, delta)
 
     def add(importance: Importance) -> Importance:

@@ -19,7 +19,7 @@ from losa.pruners.base import Pattern
 STEPS = 10_000
 
 Curves = Sequence[Mapping[str, Tensor]]
-"""Of each block, by linear's name: of ``losa.algorithm.expected_loss.loss_curve``."""
+"""Each block's curves of ``losa.algorithm.expected_loss.loss_curve``, by linear's name."""
 
 
 def rates_of_linears(

@@ -29,8 +29,8 @@ from losa_kernels import cka_similarity
 class Measured:
     """The blocks of a wrapped model, as they are now, and a stream of the samples that serve rates.
 
-    ``prefix``: what the blocks' names begin with. ``open_stream``: makes a new stream. ``energies``: takes those of all
-    linears, by full name. Several processes call all of this together, in evaluation mode and without gradients.
+    ``prefix``: what the blocks' names begin with. ``open_stream``: makes a new stream. ``energies``: takes the energies
+    of all linears, by full name. Several processes call all of this together, in evaluation mode and without gradients.
     """
 
     blocks: Sequence[WrappedBlock]
@@ -74,7 +74,7 @@ def losses(measured: Measured) -> list[dict[str, Tensor]]:
 
     Raises:
         Stopped: between two samples, if a signal asks for it.
-        NumericsError: gradients that are not finite; names the linear.
+        NumericsError: inputs, gradients or squared weights that are not finite; names the linear.
     """
     energies = measured.energies()
     found: list[dict[str, Tensor]] = []
@@ -82,9 +82,12 @@ def losses(measured: Measured) -> list[dict[str, Tensor]]:
         check()
         found.append({})
         for name, linear in block.linears.items():
-            curve = from_rank_zero(loss_curve(linear, energies[f"{block.name}.{name}"]))
-            if not torch.isfinite(curve[-1]):
-                raise NumericsError(f"calibration: {block.name}.{name}: expected finite gradients, got nan or inf")
+            own, where = energies[f"{block.name}.{name}"], f"calibration: {block.name}.{name}"
+            if not (own.inputs.isfinite().all() and own.outputs.isfinite().all()):
+                raise NumericsError(f"{where}: expected finite inputs and gradients, got nan or inf")
+            curve = together(partial(loss_curve, linear, own))[0]
+            if not curve[-1].isfinite():
+                raise NumericsError(f"{where}: expected squares of weights that are finite in fp32, got inf")
             found[-1][name] = curve
     return found
 

@@ -116,7 +116,8 @@ def weights_in_place(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterat
 
 @contextmanager
 def dense_passes(model: nn.Module, originals: Mapping[str, Originals]) -> Iterator[None]:
-    """Within the context passes of the whole model are passes of the dense model, in which no gradient is taken.
+    """Within the context passes of the whole model are passes of the dense model, in which no gradient of a weight is
+    taken.
 
     Args:
         model: wrapped, or the copy of it that FSDP2 trains.

@@ -119,7 +119,7 @@ class AllocationConfig(Section):
         description="sparsity of each block: cka, cka_normalised, owl, dlp, atp, update, fisher, or uniform",
     )
     delta: float | None = Field(
-        None, ge=0, lt=0.5, description="half width of the box around theta_t; default: that of the rates"
+        None, ge=0, le=0.5, description="half width of the box around theta_t (fisher: less); default: the rates' own"
     )
     ranks: Literal["error", "uniform", "sparsity"] = Field(
         "error", description="rank of each block: by reconstruction error, by sparsity, or the same for all"

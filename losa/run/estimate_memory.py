@@ -204,6 +204,8 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
         case "scores":
             widest = max(sum(w.numel for w in pruned) for pruned in shape.by_block)
             yield Holding("pruning", place, "scores of a block", 2 * 4 * widest, "2 x 4 bytes a weight")
+        case "losses":
+            yield Holding("pruning", place, "squares of a linear", 2 * 4 * shape.widest, "2 x 4 bytes of the largest")
     if tries_widths(recipe.allocation.rates, recipe.allocation.delta):
         tokens = min(calibration.batch_size, compared) * calibration.length
         how = "a chunk of logits, hidden states, to try rates"

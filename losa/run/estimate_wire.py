@@ -47,7 +47,7 @@ class Wires:
         assert stage.method is not None
         dynamic, dense = METHODS[stage.method].dynamic, recipe.streams_dense(stage.method)
         rated = recipe.rated(stage.method)
-        # What is sent for other rates is small: tokens of 256, norms, or two numbers a block.
+        # What is sent for other rates is small: tokens of 256, norms, energies, or two numbers a block.
         compares = rated and RATES[recipe.allocation.rates].needs == "similarity"
         rates = recipe.allocation.rates, recipe.allocation.delta
         for_rates, tried = (passes_for(*rates), selections_for(*rates)) if rated else (0, 0)

@@ -123,7 +123,7 @@ def _reconstructing(recipe: Recipe, shape: ModelShape, processes: int) -> float:
 
 def _gradients(recipe: Recipe, shape: ModelShape, name: MethodName, rounds: int, processes: int) -> float:
     """FLOP of passes forward and backward in all rounds: for statistics of gradients, which take dY^T x of what is
-    pruned, and for rates, which do not."""
+    pruned; and once for rates, which do not, but draw labels first."""
     wanted, calibration = wanted_gradients(recipe.prune, get_pruner(recipe.prune)), recipe.calibration
     work, flops = replace(shape.work, dropout=False), 0.0
     if wanted:
@@ -133,8 +133,8 @@ def _gradients(recipe: Recipe, shape: ModelShape, name: MethodName, rounds: int,
         flops += passes * tokens * work.training(calibration.length)
     if recipe.rated(name) and takes_backward(recipe.allocation.rates):
         compared = largest_share(min(calibration.cka_samples, calibration.samples), 1, processes)
-        alone = replace(work, masked=0).training(calibration.length)
-        flops += rounds * compared * calibration.length * alone
+        labels = work.forward(calibration.length) + 2.0 * work.head
+        flops += compared * calibration.length * (labels + replace(work, masked=0).training(calibration.length))
     return flops
 
 

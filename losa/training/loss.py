@@ -87,7 +87,9 @@ class TokenLoss(nn.Module):
             else:
                 every = torch.arange(input_ids.numel(), device=input_ids.device)
                 chunks = map(self._logits, [head], [input_ids], [every])
-            drawn = [torch.multinomial(wide(logits).softmax(1), 1, generator=generator) for logits in chunks]
+            # Where logits are not finite any token is drawn: its loss tells, and multinomial would end a CUDA context.
+            shares = (wide(logits).softmax(1).nan_to_num(1.0) for logits in chunks)
+            drawn = [torch.multinomial(share, 1, generator=generator) for share in shares]
         following = torch.cat(drawn).view_as(input_ids)
         return torch.cat([torch.full_like(input_ids[:, :1], IGNORED), following[:, :-1]], 1)
 

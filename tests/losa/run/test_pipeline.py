@@ -88,7 +88,14 @@ def test_methods_do_not_disturb_each_other(workspace, tmp_path):
     assert together.masks == alone.masks
 
 
-@pytest.mark.parametrize("pruner, allocation", [("wanda", {}), ("sparsegpt", {"rates": "atp", "per": "linear"})])
+@pytest.mark.parametrize(
+    "pruner, allocation",
+    [
+        ("wanda", {}),
+        ("sparsegpt", {"rates": "atp", "per": "linear"}),
+        ("sparsegpt", {"rates": "fisher", "per": "linear"}),
+    ],
+)
 def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch, pruner, allocation):
     changes = {"prune": {"sparsity": 0.5, "pruner": pruner}, "compare": ["prune_only"], "rounds": {"count": 3}}
     changes["allocation"] = {"mean_rank": 2, "rank_max": 6} | allocation
@@ -114,11 +121,10 @@ def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch,
     resumed = run_recipe(recipe, resume=True)
     assert resumed.masks == whole.masks
     assert resumed.results[-1].perplexity == whole.results[-1].perplexity
-    for name in ("ranks", "delta", "linear_ranks"):
+    absent = {"ranks": False, "delta": allocation.get("rates") != "atp", "linear_ranks": "per" not in allocation}
+    for name, nothing in absent.items():
         found = [getattr(r, name) for r in resumed.rounds]
-        assert found == [getattr(r, name) for r in whole.rounds] and (None in found) == (
-            name != "ranks" and not allocation
-        )
+        assert found == [getattr(r, name) for r in whole.rounds] and (None in found) == nothing, name
 
 
 def test_non_finite_loss_leaves_no_output(workspace, tmp_path):
