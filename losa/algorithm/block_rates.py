@@ -30,7 +30,8 @@ from losa.recipe.sections import AllocationConfig, PruneConfig
 @dataclass(frozen=True)
 class Decided:
     """Patterns of all blocks; importance (L,) and CKA (L, L), fp64 on the host, where needed; the half width of the
-    box, where losses chose it; and rates of all linears, block by block, where all were decided together."""
+    box, where losses chose it; and rates of all linears, block by block, where all were decided together: each block's
+    pattern is then the mean of all."""
 
     patterns: list[Pattern]
     importance: Tensor | None
@@ -113,13 +114,8 @@ class BlockRates:
         how = blocks, curves, this_round.sparsity, width, self._prune.rates_nested
         if self._allocation.per == "block":
             return Decided([Pattern(sparsity=rate) for rate in rates_of_blocks(*how)], importance, None)
-        linears = rates_of_linears(*how)
-        shares = [
-            sum(rates.patterns[name].target * linear.weight.numel() for name, linear in block.linears.items())
-            / sum(linear.weight.numel() for linear in block.linears.values())
-            for block, rates in zip(blocks, linears, strict=True)
-        ]
-        return Decided([Pattern(sparsity=share) for share in shares], importance, None, linears=linears)
+        mean = [Pattern(sparsity=this_round.sparsity)] * len(blocks)
+        return Decided(mean, importance, None, linears=rates_of_linears(*how))
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
         """Patterns of all blocks; and the half width of their box, where losses chose it."""

@@ -31,8 +31,9 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
     device = device_of(model)
     sizes = {name: (1, linear.in_features, linear.out_features) for name, linear in linears.items()}
     # Of each linear: tokens seen, squared inputs, squared gradients.
-    sums = torch.zeros(sum(map(sum, sizes.values())), dtype=torch.float64, device=device)
-    parts = dict(zip(sizes, sums.split([sum(each) for each in sizes.values()]), strict=True))
+    widths = [sum(each) for each in sizes.values()]
+    sums = torch.zeros(sum(widths), dtype=torch.float64, device=device)
+    parts = dict(zip(sizes, sums.split(widths), strict=True))
 
     def see(name: str, x: Tensor, grad_output: Tensor, left: int) -> None:
         tokens, inputs, outputs = parts[name].split(sizes[name])
@@ -43,7 +44,7 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
     pass_backward(model, linears, input_ids, see, draws_labels=True)
     total = from_rank_zero(sum_over_processes(sums)).cpu()
     found = {}
-    for name, part in zip(sizes, total.split([sum(each) for each in sizes.values()]), strict=True):
+    for name, part in zip(sizes, total.split(widths), strict=True):
         tokens, inputs, outputs = part.split(sizes[name])
         found[name] = Energies(inputs / tokens.clamp_min(1), outputs / input_ids.numel())
     return found

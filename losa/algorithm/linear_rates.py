@@ -141,7 +141,7 @@ def counts_within(
         counts[name] = max(floor, math.floor(low * width))
         most[name] = max(counts[name], math.floor(high * width + 1e-6))
         left += rows[name] * (math.floor(sparsity * width + 1e-6) - counts[name])
-    steps = []
+    least, steps = dict(counts), []
     for name, curve in curves.items():
         # Of one weight: rows in (curve(k + 1) - curve(k)) / rows.
         costs = curve.diff() * (len(curve) - 1)
@@ -153,8 +153,25 @@ def counts_within(
         if name not in full:
             counts[name] += 1
             left -= rows[name]
-    while fits := [n for n, curve in curves.items() if rows[n] <= left and counts[n] < MAX_RATE * (len(curve) - 1) - 1]:
-        name = min(fits, key=lambda n: float(curves[n].diff()[counts[n]]) * (len(curves[n]) - 1))
+
+    def open_ones() -> list[K]:
+        return [name for name, curve in curves.items() if counts[name] < MAX_RATE * (len(curve) - 1) - 1]
+
+    def cost(name: K) -> float:
+        return float(curves[name].diff()[counts[name]]) * (len(curves[name]) - 1)
+
+    while fits := [name for name in open_ones() if rows[name] <= left]:
+        name = min(fits, key=cost)
         counts[name] += 1
         left -= rows[name]
+    if left > 0 and (larger := open_ones()):
+        # Linears with few rows have nothing more to lose: one with more rows takes a step, and they get weights back.
+        name = min(larger, key=cost)
+        back, missing = dict(counts), rows[name] - left
+        back[name] += 1
+        for other in sorted(curves, key=rows.__getitem__, reverse=True):
+            while other != name and rows[other] <= missing and back[other] > least[other]:
+                back[other] -= 1
+                missing -= rows[other]
+        counts = counts if missing else back
     return counts

@@ -12,7 +12,6 @@ from torch import Tensor
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.linear_rates import LinearRates, counts_within
 from losa.algorithm.rates import MAX_RATE
-from losa.model.wrapping import count_kept
 from losa.pruners.base import Pattern
 
 # A block's rate is a multiple of 1 / STEPS.
@@ -33,9 +32,10 @@ def rates_of_linears(
     """
     linears = {(i, name): linear for i, block in enumerate(blocks) for name, linear in block.linears.items()}
     rows = {key: linear.out_features for key, linear in linears.items()}
-    reached = {key: 1 - count_kept(linear) / linear.weight.numel() for key, linear in linears.items()}
     own = {(i, name): curve for i, block in enumerate(curves) for name, curve in block.items()}
-    floored = {key: _floored(own[key], reached[key] * nested) / linears[key].weight.numel() for key in linears}
+    floored = {
+        key: _floored(own[key], linear.sparsity * nested) / linear.weight.numel() for key, linear in linears.items()
+    }
     counts = counts_within(floored, rows, sparsity, *box(sparsity, delta))
     found = [LinearRates({}, {}) for _ in blocks]
     for (index, name), count in counts.items():

@@ -92,14 +92,6 @@ class DistillationLoss(TokenLoss):
         finally:
             self.model.train(was_training)
 
-    def _last(self, input_ids: Tensor, chunks: bool) -> Tensor:
-        """(batch * length, in) the output layer's inputs, or (batch * length, vocabulary) logits."""
-        head = self._head()
-        if chunks:
-            return self._hidden(head, input_ids).flatten(0, 1)
-        every = torch.arange(input_ids.numel(), device=input_ids.device)
-        return self._logits(head, input_ids, every)
-
     def _chunked(self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
         head = self._head()
         wanted = targets.new_full((len(student),), IGNORED).index_copy_(0, positions, targets)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,13 +80,13 @@ class TokenLoss(nn.Module):
         """
         with self._region(input_ids):
             head = self._head()
-            if self._takes_chunks(head):
-                hidden, weight, bias = self._cast(self._hidden(head, input_ids).flatten(0, 1), head.weight, head.bias)
+            takes_chunks = self._takes_chunks(head)
+            last = self._last(input_ids, takes_chunks)
+            chunks: Iterable[Tensor] = [last]
+            if takes_chunks:
+                hidden, weight, bias = self._cast(last, head.weight, head.bias)
                 parts = hidden.split(chunk_rows(input_ids.device.type, len(weight)))
-                chunks = map(partial(F.linear, weight=weight, bias=bias), parts)
-            else:
-                every = torch.arange(input_ids.numel(), device=input_ids.device)
-                chunks = map(self._logits, [head], [input_ids], [every])
+                chunks = (F.linear(part, weight, bias) for part in parts)
             # Where logits are not finite any token is drawn: its loss tells, and multinomial would end a CUDA context.
             shares = (wide(logits).softmax(1).nan_to_num(1.0) for logits in chunks)
             drawn = [torch.multinomial(share, 1, generator=generator) for share in shares]
@@ -112,6 +112,14 @@ class TokenLoss(nn.Module):
     def _run(self, input_ids: Tensor) -> Any:
         with packing_checked_once(self._one_text_a_row):
             return self.model(input_ids, use_cache=False)
+
+    def _last(self, input_ids: Tensor, chunks: bool) -> Tensor:
+        """(batch * length, in) the output layer's inputs, or (batch * length, vocabulary) logits."""
+        head = self._head()
+        if chunks:
+            return self._hidden(head, input_ids).flatten(0, 1)
+        every = torch.arange(input_ids.numel(), device=input_ids.device)
+        return self._logits(head, input_ids, every)
 
     def _hidden(self, head: nn.Module, input_ids: Tensor) -> Tensor:
         """The output layer's input; the layer itself runs on no token."""

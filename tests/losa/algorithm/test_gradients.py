@@ -13,7 +13,7 @@ from losa.algorithm.schedule import Round
 from losa.errors import NumericsError
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
-from tests.helpers.tiny import EPS, randomise, tiny_llama
+from tests.helpers.tiny import EPS, randomise, tiny_llama, twice
 
 IDS = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(1))
 BOTH = {"norms": GradientNorms, "sums": GradientSums}
@@ -30,12 +30,6 @@ def autograd(layers, change=lambda model: model):
             weights[name].copy_((layer.weight.double() + adapter) * layer.mask_bool())
     found = [torch.autograd.grad(model(s[None], labels=s[None]).loss, list(weights.values())) for s in IDS]
     return {name: torch.stack(parts) for name, parts in zip(weights, zip(*found, strict=True), strict=True)}
-
-
-def twice(model):
-    """The second block's MLP multiplies by one weight where it has two."""
-    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
-    return model
 
 
 @pytest.mark.parametrize("change", [lambda model: model, twice], ids=["as it is", "a linear that runs twice"])

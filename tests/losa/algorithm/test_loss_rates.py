@@ -19,7 +19,7 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.training.loss import TokenLoss
 from losa_kernels import unpack_mask, wanda_mask
-from tests.helpers.tiny import EPS, randomise, tiny_llama
+from tests.helpers.tiny import EPS, randomise, tiny_llama, twice
 
 IDS = torch.randint(0, 90, (4, 24), generator=torch.Generator().manual_seed(1))
 LAYERS = 3
@@ -32,12 +32,6 @@ def build(prune=None, **allocation):
     allocation = AllocationConfig(**({"mean_rank": 4, "rank_max": 12, "rates": "fisher"} | allocation))
     calibration = CalibrationConfig(data="unused", samples=4, length=24, cka_samples=COMPARED, batch_size=2)
     return model, Engine(model, IDS, PruneConfig(**(prune or {"sparsity": 0.5})), allocation, calibration)
-
-
-def twice(model):
-    """The second block's MLP multiplies by one weight where it has two."""
-    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
-    return model
 
 
 @pytest.mark.parametrize("change", [lambda model: model, twice], ids=["as it is", "a linear that runs twice"])
