@@ -26,6 +26,8 @@ from losa.training.loss import TokenLoss, label_positions
 # computes them.
 See = Callable[[str, Tensor, Tensor, int], None]
 
+_MOST_SAMPLES = 1 << 20  # so that no two seeds draw alike
+
 
 def pass_backward(
     model: nn.Module,
@@ -34,7 +36,7 @@ def pass_backward(
     see: See,
     after_sample: Callable[[], object] = lambda: None,
     *,
-    draws_labels: bool = False,
+    label_seed: int | None = None,
 ) -> None:
     """Run the model forward and backward on calibration samples, one at a time, without gradients of parameters. What
     is held beside the model is the activations of one sample. All processes call it together, each for a share of the
@@ -46,7 +48,7 @@ def pass_backward(
         input_ids: (samples, length) int64, of all processes.
         see: called for each call of a linear, once its gradient is there.
         after_sample: called after each sample.
-        draws_labels: the labels are drawn from the model's own distribution, and not the samples' next tokens.
+        label_seed: of labels that are drawn from the model's own distribution. None: the samples' next tokens.
 
     Raises:
         Stopped: between samples, if a signal asks for it.
@@ -63,9 +65,10 @@ def pass_backward(
         if not len(ids):
             return
         ids = labels = ids.to(device)
-        if draws_labels:
+        if label_seed is not None:
             # Of each sample by itself: it does not matter which process has it.
-            labels = loss.drawn_labels(ids, torch.Generator(device).manual_seed(index))
+            generator = torch.Generator(device).manual_seed(label_seed * _MOST_SAMPLES + index)
+            labels = loss.drawn_labels(ids, generator)
         # The sum over tokens: gradients of their mean would underflow in fp16.
         total = loss(ids, *label_positions(labels))
         if not math.isfinite(total.item()):

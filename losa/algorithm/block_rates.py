@@ -68,7 +68,7 @@ class BlockRates:
         self._prune, self._allocation, self._loss = prune, allocation, loss
         self._function = get_importance(allocation.rates)
         self._by_curves = follows_curves(allocation.rates, allocation.fill) and prune.pattern is None
-        self.measured = Measured(blocks, prefix, open_stream, energies)
+        self.measured = Measured(blocks, prefix, open_stream, energies, prune.rates_nested)
         if loss is None and tries_widths(allocation.rates, allocation.delta):
             raise RecipeError(
                 f"allocation.rates: {allocation.rates!r} chooses its width by a loss: expected allocation.delta, or an "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.block_rates import BlockRates, Decided
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
-from losa.algorithm.expected_loss import Energies, energies_of
+from losa.algorithm.expected_loss import Energies, as_tensors, energies_of, from_tensors
 from losa.algorithm.gradient_statistics import GradientStatistic
 from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole, wanted_gradients
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
@@ -60,7 +60,7 @@ class Engine:
         allocation: rates and ranks.
         calibration: how many samples are read at a time, and how many serve CKA.
         measure_errors: take reconstruction errors (one dense forward pass more) even if ranks do not need them.
-        seed: for the Gaussian rows of growing adapters, and the order of samples in reconstruction.
+        seed: for the Gaussian rows of growing adapters, the order of samples in reconstruction, and drawn labels.
         distills: training reads the dense model: originals are kept, and stay on the device.
         loss: of the model as it is, on ids (samples, length) int64 on the host, the mean over tokens; all processes
             call it together. Needed where it chooses how far rates are from their mean (``allocation.rates: atp``).
@@ -71,6 +71,9 @@ class Engine:
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
     ``prune.regrow`` (``regrow_by: score``) need them, on the device where training does.
+
+    ``measured`` holds what is measured once, of the dense model: fp64 on the host, by name, the same in all processes.
+    An engine that goes on in a later round finds there what an earlier one has measured.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
     (``owners_of``); the model may be whole in each of them, or sharded, but for statistics of gradients.
@@ -126,7 +129,7 @@ class Engine:
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self._calls = {} if calls is None else calls
-        self._dense_energies: dict[str, Energies] | None = None
+        self.measured: dict[str, Tensor] = {}
         ids = input_ids[: calibration.cka_samples]
         self.rates = BlockRates(
             self.blocks,
@@ -225,13 +228,12 @@ class Engine:
         return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
 
     def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
-        """Of the dense model, in every round: what is pruned already hides how much its neighbours matter. A run that
-        goes on in a later round takes them anew, from the originals.
-        """
-        if self._dense_energies is None:
+        """Of the dense model, in every round: what is pruned already hides how much its neighbours matter."""
+        linears = self._linears()
+        if not self.measured:
             with dense_passes(self.model, self.originals):
-                self._dense_energies = energies_of(self.model, self._linears(), input_ids)
-        return self._dense_energies
+                self.measured |= as_tensors(energies_of(self.model, linears, input_ids, self.seed))
+        return from_tensors(self.measured, linears)
 
     def _linears(self) -> dict[str, MaskedLoRALinear]:
         """All wrapped linears, by full name."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from losa.algorithm.backward import pass_backward
-from losa.algorithm.linear_rates import CURVE_ROWS
+from losa.algorithm.linear_rates import CURVE_ROWS, lowest_of_rows
 from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.sharding import device_of
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -26,8 +26,11 @@ class Energies:
     outputs: Tensor
 
 
-def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input_ids: Tensor) -> dict[str, Energies]:
-    """By linear's name. All processes call it together and get the same. Arguments and errors: of ``pass_backward``."""
+def energies_of(
+    model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input_ids: Tensor, seed: int
+) -> dict[str, Energies]:
+    """By linear's name. All processes call it together and get the same. Arguments and errors: of ``pass_backward``;
+    ``seed``: of the labels."""
     device = device_of(model)
     sizes = {name: (1, linear.in_features, linear.out_features) for name, linear in linears.items()}
     # Of each linear: tokens seen, squared inputs, squared gradients.
@@ -41,7 +44,7 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
         inputs += x.float().square().sum(0)
         outputs += grad_output.float().square().sum(0)
 
-    pass_backward(model, linears, input_ids, see, draws_labels=True)
+    pass_backward(model, linears, input_ids, see, label_seed=seed)
     total = from_rank_zero(sum_over_processes(sums)).cpu()
     found = {}
     for name, part in zip(sizes, total.split(widths), strict=True):
@@ -50,7 +53,17 @@ def energies_of(model: nn.Module, linears: Mapping[str, MaskedLoRALinear], input
     return found
 
 
-def loss_curve(linear: MaskedLoRALinear, energies: Energies) -> Tensor:
+def as_tensors(energies: Mapping[str, Energies]) -> dict[str, Tensor]:
+    """The same by names of tensors, which a resume state can hold."""
+    return {f"{name}.{part}": tensor for name, own in energies.items() for part, tensor in vars(own).items()}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Energies]:
+    """What ``as_tensors`` took apart, of the linears of these names."""
+    return {name: Energies(tensors[f"{name}.inputs"], tensors[f"{name}.outputs"]) for name in names}
+
+
+def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool) -> Tensor:
     """How much the mean loss of a token is expected to grow with the k weights of each row gone that have the lowest
     Wanda scores, k = 0 to in: (in + 1,) fp64 on the host, convex, in nats.
 
@@ -58,11 +71,13 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies) -> Tensor:
     Theis et al. 2018). F_ij is E[(dL/dy_i)^2] E[x_j^2], as if gradients and inputs did not depend on each other
     (Martens and Grosse 2015). So the cost of a weight is its squared Wanda score times a factor of its row. Of a
     linear with many rows, the curve's shape is taken from evenly spaced ones, and its height from all.
+
+    Args:
+        nested: what is pruned already goes first, and is in the curve from k = 0 on.
     """
     step = -(-linear.out_features // CURVE_ROWS)
     squares, inputs = linear.dense_weight().square_(), energies.inputs.float().to(linear.weight.device)
     height = 0.5 * (squares @ inputs).double().cpu() @ energies.outputs
-    going = (squares[::step] * inputs).sort(1).values.double().cpu()
-    curve = (energies.outputs[::step] @ going).cumsum(0)
-    curve *= height / curve[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.cat([curve.new_zeros(1), curve])
+    kept = linear.mask_bool()[::step] if nested else None
+    curve = lowest_of_rows(squares[::step] * inputs, kept, energies.outputs[::step])
+    return curve * (height / curve[-1].clamp_min(torch.finfo(torch.float64).tiny))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,16 +103,32 @@ def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bo
     squares = linear.dense_weight()[::step].square_()
     if statistic is not None:
         squares *= statistic.square() if statistic.dim() == 1 else statistic.diagonal().clamp_min(0)
-    total = squares.sum(dtype=torch.float64)
-    lost, first = squares.new_zeros((), dtype=torch.float64), 0
+    kept, first = None, 0
     if nested:
         kept = linear.mask_bool()
         first = math.ceil((1 - float(kept.sum()) / kept.numel()) * linear.in_features - 1e-6)
-        lost = total - squares.mul_(kept[::step]).sum(dtype=torch.float64)
-    going = squares.sort(1).values.sum(0, dtype=torch.float64).cumsum(0)
-    curve = (torch.cat([going.new_zeros(1), going]) + lost) / total.clamp_min(torch.finfo(torch.float64).tiny)
+        kept = kept[::step]
+    curve = lowest_of_rows(squares, kept)
+    curve /= curve[-1].clamp_min(torch.finfo(torch.float64).tiny)
     curve[:first] = math.inf
-    return curve.cpu()
+    return curve
+
+
+def lowest_of_rows(costs: Tensor, kept: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+    """Sum over rows of a row's k lowest costs, k = 0 to in: (in + 1,) fp64 on the host, convex.
+
+    Args:
+        costs: (rows, in) fp32, none negative; overwritten.
+        kept: (rows, in) bool; what a row does not keep goes first, and is in every sum, even for k = 0. None: all.
+        factors: (rows,) fp64, of each row's costs; None: ones.
+    """
+    factors = costs.new_ones(len(costs), dtype=torch.float64) if factors is None else factors.to(costs.device)
+    lost = factors.new_zeros(1)
+    if kept is not None:
+        lost += factors @ costs.masked_fill(kept, 0).sum(1, dtype=torch.float64)
+        costs *= kept
+    going = factors @ costs.sort(1).values.double()
+    return (torch.cat([lost.new_zeros(1), going.cumsum(0)]) + lost).cpu()
 
 
 def counts_within(
@@ -141,13 +158,24 @@ def counts_within(
         counts[name] = max(floor, math.floor(low * width))
         most[name] = max(counts[name], math.floor(high * width + 1e-6))
         left += rows[name] * (math.floor(sparsity * width + 1e-6) - counts[name])
-    least, steps = dict(counts), []
-    for name, curve in curves.items():
+    least = dict(counts)
+    steps = [
         # Of one weight: rows in (curve(k + 1) - curve(k)) / rows.
-        costs = curve.diff() * (len(curve) - 1)
-        steps += [(cost, name) for cost in costs[counts[name] : most[name]].tolist()]
-    full = set()
-    for _, name in sorted(steps, key=lambda step: step[0]):
+        (curve.diff() * (len(curve) - 1))[counts[name] : most[name]].numpy()
+        for name, curve in curves.items()
+    ]
+    names = np.arange(len(steps)).repeat([len(each) for each in steps])
+    names = names[np.concatenate(steps).argsort(kind="stable")]
+    sizes = np.array([rows[name] for name in curves])
+    fitting = np.searchsorted(sizes[names].cumsum(), left, side="right")
+    for name, taken in zip(curves, np.bincount(names[:fitting], minlength=len(steps)).tolist(), strict=True):
+        counts[name] += taken
+        left -= taken * rows[name]
+    full, smallest, by_number = set(), min(rows.values()), list(curves)
+    for number in names[fitting:]:
+        if left < smallest:
+            break
+        name = by_number[number]
         if rows[name] > left:
             full.add(name)
         if name not in full:
@@ -158,7 +186,8 @@ def counts_within(
         return [name for name, curve in curves.items() if counts[name] < MAX_RATE * (len(curve) - 1) - 1]
 
     def cost(name: K) -> float:
-        return float(curves[name].diff()[counts[name]]) * (len(curves[name]) - 1)
+        curve, count = curves[name], counts[name]
+        return float(curve[count + 1] - curve[count]) * (len(curve) - 1)
 
     while fits := [name for name in open_ones() if rows[name] <= left]:
         name = min(fits, key=cost)

@@ -225,9 +225,11 @@ class MethodRun:
         trainer.sequences_per_step = train.batch_size * train.gradient_accumulation * self.processes
         return trainer
 
-    def _saver(self, trainer: Trainer | None) -> Saver:
+    def _saver(self, trainer: Trainer | None, measured: dict[str, Tensor] | None = None) -> Saver:
         owner = belonging(self.recipe, self.name, self.inputs.fingerprint)
-        return Saver(self.name, self.work_dir / CHECKPOINTS, self.model, trainer, owner, self.recipe.checkpoint)
+        return Saver(
+            self.name, self.work_dir / CHECKPOINTS, self.model, trainer, owner, self.recipe.checkpoint, measured
+        )
 
     def _resume(self, saver: Saver, rounds: int) -> Resumed:
         resumed = saver.resume()
@@ -259,7 +261,7 @@ class MethodRun:
         """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
         trainer = self._trainer(engine.originals) if self.method.training == "rounds" else None
-        saver = self._saver(trainer)
+        saver = self._saver(trainer, engine.measured)
         with saver.waiting():
             resumed = self._resume(saver, len(rounds)) if resume else Resumed()
             done, pruned, start = resumed.done, resumed.pruned, resumed.start

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from losa.distributed.processes import is_main
 from losa.distributed.stop import Stopped, agree
@@ -47,6 +47,7 @@ class Saver:
         trainer: of the rounds; None: they only prune.
         owner: what the states belong to (``losa.run.documents.belonging``).
         config: the recipe's section.
+        measured: the engine's, saved and put back as well.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Saver:
         trainer: Trainer | None,
         owner: dict,
         config: CheckpointConfig,
+        measured: dict[str, Tensor] | None = None,
     ):
         self.method = method
         self.directory = directory
@@ -64,6 +66,7 @@ class Saver:
         self.trainer = trainer
         self.owner = owner
         self.config = config
+        self.measured = {} if measured is None else measured
         self._writer = StateWriter(directory, config.keep)
         self._base: tuple[int, dict] | None = None  # of which round, and how later states name it
         self._began = time.monotonic()
@@ -97,7 +100,7 @@ class Saver:
         base = self._base[1] if self._base is not None and self._base[0] == point.round else None
         tensors = trained_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
-            tensors |= pruned_tensors(self.model)
+            tensors |= pruned_tensors(self.model, self.measured)
             assert not background  # later states name its checksum
         document = {
             **self.owner,
@@ -166,7 +169,7 @@ class Saver:
         except (KeyError, TypeError) as error:
             message = "was written by another version of losa; go on with that one, or --overwrite"
             raise OutputError(f"checkpoints in {self.directory}: {message}") from error
-        moments = restore(self.model, state)
+        moments = restore(self.model, state, self.measured)
         set_random_state(state.document["random"])
         if self.trainer is not None:
             self.trainer.global_step = step

@@ -19,7 +19,7 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 from losa.training.loss import TokenLoss
 from losa_kernels import unpack_mask, wanda_mask
-from tests.helpers.tiny import EPS, randomise, tiny_llama, twice
+from tests.helpers.tiny import EPS, randomise, tiny_llama, twice, wrap
 
 IDS = torch.randint(0, 90, (4, 24), generator=torch.Generator().manual_seed(1))
 LAYERS = 3
@@ -28,20 +28,24 @@ COMPARED = 3
 
 def build(prune=None, **allocation):
     model = tiny_llama(layers=LAYERS)
-    wrap_model(model, rank=4, scaling=2.0)
+    wrap(model)
+    return model, engine_of(model, prune, **allocation)
+
+
+def engine_of(model, prune=None, **allocation):
     allocation = AllocationConfig(**({"mean_rank": 4, "rank_max": 12, "rates": "fisher"} | allocation))
     calibration = CalibrationConfig(data="unused", samples=4, length=24, cka_samples=COMPARED, batch_size=2)
-    return model, Engine(model, IDS, PruneConfig(**(prune or {"sparsity": 0.5})), allocation, calibration)
+    return Engine(model, IDS, PruneConfig(**(prune or {"sparsity": 0.5})), allocation, calibration)
 
 
 @pytest.mark.parametrize("change", [lambda model: model, twice], ids=["as it is", "a linear that runs twice"])
 def test_energies_are_autograd_s_of_the_model_as_it_is(change):
     model = tiny_llama(layers=LAYERS)
-    wrap_model(model, rank=4, scaling=2.0)
+    wrap(model)
     layers = wrapped_linears(change(model))
     randomise(layers)
     with torch.no_grad():
-        found = energies_of(model, layers, IDS)
+        found = energies_of(model, layers, IDS, 0)
     exact = change(merge_model(copy.deepcopy(model)).double())
     exact.get_input_embeddings().weight.requires_grad_(True)
     seen = {name: ([], []) for name in layers}
@@ -73,15 +77,16 @@ def test_energies_are_autograd_s_of_the_model_as_it_is(change):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rows", [10, 600])
-def test_a_curve_is_what_wanda_s_masks_cost(rows):
+def test_a_curve_is_what_wanda_s_masks_cost(rows, nested):
     """600 rows: every third gives the shape, and all of them the height."""
     generator = torch.Generator().manual_seed(0)
     layer = MaskedLoRALinear(torch.randn(rows, 20, generator=generator), rank=2, generator=generator)
     layer.lora_B.data = torch.randn(rows, 2, generator=generator) / 5
     inputs, outputs = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.1 for n in (20, rows))
-    layer.set_mask(torch.rand(rows, 20, generator=generator) < 0.5)  # the mask counts nothing
-    curve = loss_curve(layer, Energies(inputs, outputs))
+    layer.set_mask(wanda_mask(layer.dense_weight(), torch.rand(20, generator=generator), sparsity=0.25))
+    curve = loss_curve(layer, Energies(inputs, outputs), nested)
     dense = (layer.weight.double() + 2 * layer.lora_B.double() @ layer.lora_A.double()).detach()
     costs = 0.5 * dense.square() * outputs[:, None] * inputs
     part = slice(None, None, 3 if rows > 256 else 1)
@@ -89,7 +94,8 @@ def test_a_curve_is_what_wanda_s_masks_cost(rows):
         norms = inputs.sqrt().float()
         kept = torch.zeros(rows, 20, dtype=torch.bool)
         if count < 20:
-            kept = unpack_mask(wanda_mask(layer.dense_weight(), norms, sparsity=count / 20), 20)
+            before = layer.mask.data if nested else None
+            kept = unpack_mask(wanda_mask(layer.dense_weight(), norms, sparsity=count / 20, mask=before), 20)
         truth = (costs * ~kept)[part].sum() / costs[part].sum() * costs.sum()
         assert float(curve[count]) == pytest.approx(float(truth), rel=64 * EPS, abs=1e-12)
     assert bool((curve.diff().diff() >= -64 * EPS * curve[-1]).all()), "convex"
@@ -102,7 +108,7 @@ def test_what_no_token_reached_is_expected_to_cost_nothing():
         curves = losses(engine.rates.measured)
         name, linear = next(iter(engine.blocks[0].linears.items()))
         none = Energies(torch.zeros(linear.in_features).double(), torch.zeros(linear.out_features).double())
-        curves[0][name] = loss_curve(linear, none)
+        curves[0][name] = loss_curve(linear, none, True)
     assert not curves[0][name].any()
     rates = rates_of_linears(engine.blocks, curves, 0.5, 0.3, False)[0]
     assert rates.patterns[name].sparsity == pytest.approx(0.65, abs=1 / 32), "the top of the box"
@@ -191,15 +197,76 @@ def test_energies_are_the_dense_model_s_in_every_round(pruner):
     dense = tiny_llama(layers=LAYERS)
     wrap_model(dense, rank=1, scaling=1.0)
     with torch.no_grad():
-        truth = energies_of(dense, wrapped_linears(dense), IDS[:COMPARED])
+        truth = energies_of(dense, wrapped_linears(dense), IDS[:COMPARED], 0)
     engine.run_round(Round(1, 0.25, 4, 0))
     randomise(wrapped_linears(model))
-    engine._dense_energies = None  # as where a run goes on
+    kept = dict(engine.measured)
+    engine.measured.clear()  # as where masks were put back without it
     with torch.no_grad():
         found = engine.rates.measured.energies()
     for name, energies in found.items():
         assert torch.equal(energies.inputs, truth[name].inputs), name
         assert torch.equal(energies.outputs, truth[name].outputs), name
+    assert kept.keys() == engine.measured.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in engine.measured.items())
+
+
+def test_labels_follow_the_seed():
+    model = tiny_llama(layers=LAYERS)
+    layers = wrap(model)
+    with torch.no_grad():
+        first, again, other = (energies_of(model, layers, IDS, seed) for seed in (3, 3, 4))
+    for name, energies in first.items():
+        assert torch.equal(energies.outputs, again[name].outputs), name
+        assert torch.equal(energies.inputs, other[name].inputs), name
+        assert not torch.equal(energies.outputs, other[name].outputs), name
+
+
+class Experts(torch.nn.Module):
+    """Three MLPs in place of one: each token goes to the first or the second by a sign, and none to the third."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def forward(self, x):
+        first = x[..., :1] > 0
+        y = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (first, ~first), strict=False):
+            y = y.masked_scatter(chosen, expert(x[chosen.squeeze(-1)]))
+        return y
+
+
+@pytest.mark.parametrize("per", ["linear", "block"])
+def test_blocks_of_other_sizes_meet_the_count_together(per):
+    """The second block has three MLPs, of which one is never used."""
+    model = tiny_llama(layers=LAYERS)
+    model.model.layers[1].mlp = Experts(model.model.layers[1].mlp)
+    linears = wrap(model)
+    engine = engine_of(model, per=per)
+    record = engine.run_round(Round(1, 0.5, 4, 0))
+    sizes = [sum(linear.weight.numel() for linear in block.linears.values()) for block in engine.blocks]
+    assert sizes[1] > 2 * sizes[0]
+    gone = sum(linear.sparsity * linear.weight.numel() for linear in linears.values()) / sum(sizes)
+    assert gone == pytest.approx(0.5, abs=1e-9 if per == "linear" else 1 / 32)
+    if per == "linear":
+        idle = {name: value for name, value in record.linear_sparsity.items() if "experts.2" in name}
+        assert idle and all(value == pytest.approx(0.75, abs=1 / 32) for value in idle.values()), "the top of the box"
+    else:
+        assert record.sparsity[1] == max(record.sparsity), "a third of it costs nothing"
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 1}, {"targets": ["mlp.down_proj"]}, {"dtype": torch.bfloat16}], ids=str
+)
+def test_one_block_some_linears_and_bf16_have_rates_too(change):
+    change = {"layers": LAYERS, "targets": None, "dtype": torch.float32} | change
+    model = tiny_llama(layers=change["layers"]).to(change["dtype"])
+    linears = wrap(model, targets=change["targets"])
+    record = engine_of(model, per="linear").run_round(Round(1, 0.5, 4, 0))
+    gone = sum(linear.sparsity * linear.weight.numel() for linear in linears.values())
+    assert gone == sum(linear.weight.numel() for linear in linears.values()) // 2
+    assert len(set(record.linear_sparsity.values())) > 1 and record.linear_sparsity.keys() == linears.keys()
 
 
 def test_keep_counts_follow_the_order_of_importance():
