@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from losa.algorithm.engine import keeps_originals
 from losa.algorithm.gradients import stay_on_device, wanted_gradients
@@ -208,8 +209,8 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
             yield Holding("pruning", place, "squares of a linear", 2 * 4 * shape.widest, "2 x 4 bytes of the largest")
     if tries_widths(recipe.allocation.rates, recipe.allocation.delta):
         tokens = min(calibration.batch_size, compared) * calibration.length
-        how = "a chunk of logits, hidden states, to try rates"
-        yield Holding("pruning", place, "loss", loss_bytes(shape, tokens), how)
+        how = f"{_logits_of(shape)}, hidden states, to try rates"
+        yield Holding("pruning", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
 
 
 def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Holding]:
@@ -243,8 +244,8 @@ def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding
     sides = sum(w.inputs + w.outputs for w in shape.linears)
     how = "length x (in + out) of every linear, of one sample"
     yield Holding("pruning", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
-    how = "a chunk of logits; the last hidden states and their gradient"
-    yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length), how)
+    how = f"{_logits_of(shape)}; the last hidden states and their gradient"
+    yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length, "training"), how)
 
 
 def _training(shape: ModelShape, trained: Trained, processes: int) -> Iterator[Holding]:
@@ -267,13 +268,14 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
         kept = shape.blocks * shape.hidden + sides / shape.blocks
         how = "tokens x (hidden a block + one whole block)"
     yield Holding("training", place, "activations", int(tokens * kept * size), how)
-    how = "a chunk of logits; the last hidden states and their gradient"
-    held = loss_bytes(shape, tokens)
+    how = f"{_logits_of(shape)}; the last hidden states and their gradient"
+    held = loss_bytes(shape, tokens, "training")
     if train.distill is not None:
-        how = "logits and softmaxes of half a chunk of both models, the gradient; hidden states of both"
+        part = "all" if shape.whole_logits else "half a chunk"
+        how = f"logits and softmaxes of {part} of both models, the gradient; hidden states of both"
         # Of each block the teacher's output, the model's, and their difference.
         compared = 3 * shape.blocks if train.distill.hidden else 0
-        held = loss_bytes(shape, tokens, chunk=0.5, buffers=5) + (1 + compared) * tokens * shape.hidden * size
+        held = loss_bytes(shape, tokens, "distillation") + (1 + compared) * tokens * shape.hidden * size
     yield Holding("training", place, "loss", held, how)
     how = "M (W + s B A) and dY^T x of the largest"
     yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
@@ -285,20 +287,28 @@ def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Hol
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     how = "3 x batch x length x widest side"
     yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * shape.dtype.itemsize, how)
-    yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens), "a chunk of logits, hidden states")
+    how = f"{_logits_of(shape)}, hidden states"
+    yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
 
 
-def loss_bytes(shape: ModelShape, tokens: int, chunk: float = 1, buffers: int = 1) -> int:
-    """Logits of a chunk of tokens, their gradient in the computed type, and the output layer in that type.
-
-    Args:
-        chunk: share of the usual tokens that a chunk has.
-        buffers: fp32 tensors of the logits' shape.
-    """
+def loss_bytes(shape: ModelShape, tokens: int, of: Literal["evaluation", "training", "distillation"]) -> int:
+    """Logits, their softmaxes and gradients, hidden states, and the output layer in the computed type."""
     size = shape.computed.itemsize
-    rows = min(tokens, max(1, int(chunk * chunk_rows(shape.device.type, shape.vocabulary))))
-    logits = rows * shape.vocabulary * (4 * buffers + (size if size < 4 else 0)) + 2 * tokens * shape.hidden * size
-    return logits + (shape.work.head * size if shape.computed != shape.dtype else 0)
+    narrow = size < 4
+    if shape.whole_logits:
+        rows = tokens
+        # Of a logit: numbers in the computed type, with what soft-capping keeps, and fp32 numbers.
+        logits, wide = {"evaluation": (1, 1 + narrow), "training": (2, 3), "distillation": (3, 7 + 2 * narrow)}[of]
+    else:
+        share, wide = (0.5, 5) if of == "distillation" else (1, 1)
+        rows = min(tokens, max(1, int(share * chunk_rows(shape.device.type, shape.vocabulary))))
+        logits = int(narrow)
+    held = rows * shape.vocabulary * (4 * wide + size * logits) + 2 * tokens * shape.hidden * size
+    return held + (shape.work.head * size if shape.computed != shape.dtype else 0)
+
+
+def _logits_of(shape: ModelShape) -> str:
+    return "all logits" if shape.whole_logits else "a chunk of logits"
 
 
 def _export(shape: ModelShape) -> Iterator[Holding]:

@@ -14,6 +14,7 @@ from losa.model.blocks import find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
+from losa.training.loss import head_gives_logits
 from losa.training.precision import autocast_dtype
 
 
@@ -27,9 +28,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """``work``: with masked adapters; ``computed``: dtype of training's products; ``linears``: of all blocks;
-    ``by_block``: those that are pruned; ``inside``: all parameters of each block; ``outside``: parameters outside of
-    the blocks."""
+    """``work``: with masked adapters; ``computed``: dtype of training's products; ``whole_logits``: a loss needs the
+    logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``inside``: all
+    parameters of each block; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -37,6 +38,7 @@ class ModelShape:
     hidden: int
     work: TokenWork
     vocabulary: int
+    whole_logits: bool
     linears: list[LinearShape]
     by_block: list[list[LinearShape]]
     inside: list[list[Rows]]
@@ -64,6 +66,7 @@ class ModelShape:
             hidden=hidden_size(model),
             work=TokenWork.with_adapters(model, pruned.keys(), recipe.lora.dropout > 0),
             vocabulary=number_of(model.config.get_text_config(), "vocab_size") or embedding.shape[0],
+            whole_logits=not _head_gives_logits(model),
             linears=every,
             by_block=by_block,
             inside=inside,
@@ -106,6 +109,14 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return None if precision == "float32" else torch.bfloat16
     return autocast_dtype(precision, device)
+
+
+def _head_gives_logits(model: nn.Module) -> bool:
+    """``head_gives_logits``, as of most models where the forward pass cannot run on the meta device."""
+    try:
+        return head_gives_logits(model)
+    except Exception:
+        return True
 
 
 def _rows_of(parameters: Iterable[nn.Parameter], counted: set[int]) -> list[Rows]:

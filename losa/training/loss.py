@@ -49,7 +49,7 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.plain = _head_gives_logits(model)
+        self.plain = head_gives_logits(model)
         self._one_text_a_row: set[Shape] = set()
 
     def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
@@ -200,8 +200,9 @@ def wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _head_gives_logits(model: Any) -> bool:
-    """Does the model return its output layer's result as it is?"""
+def head_gives_logits(model: Any) -> bool:
+    """Does the model return its output layer's result as it is? A model on the meta device is asked too; one that reads
+    numbers of its tensors on the way raises RuntimeError there."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return False
@@ -209,7 +210,8 @@ def _head_gives_logits(model: Any) -> bool:
     handle = head.register_forward_hook(lambda module, args, output: seen.append((args, output, output._version)))
     try:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
-        logits = model(ids, use_cache=False).logits
+        with packing_checked_once({(tuple(ids.shape), ids.device)}):
+            logits = model(ids, use_cache=False).logits
     finally:
         handle.remove()
     if len(seen) != 1:

@@ -256,9 +256,7 @@ def test_blocks_of_other_sizes_meet_the_count_together(per):
         assert record.sparsity[1] == max(record.sparsity), "a third of it costs nothing"
 
 
-@pytest.mark.parametrize(
-    "change", [{"layers": 1}, {"targets": ["mlp.down_proj"]}, {"dtype": torch.bfloat16}], ids=str
-)
+@pytest.mark.parametrize("change", [{"layers": 1}, {"targets": ["mlp.down_proj"]}, {"dtype": torch.bfloat16}], ids=str)
 def test_one_block_some_linears_and_bf16_have_rates_too(change):
     change = {"layers": LAYERS, "targets": None, "dtype": torch.float32} | change
     model = tiny_llama(layers=change["layers"]).to(change["dtype"])

@@ -11,6 +11,7 @@ from losa.model.blocks import find_blocks
 from losa.model.wrapping import wrap_model
 from losa.output.tables import plain_text
 from losa.recipe.reading import parse_recipe
+from losa.recipe.sections import DistillConfig
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
 from losa.run.placement import Placement
@@ -360,6 +361,23 @@ def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
     # Two windows of 16 tokens through the prunable linears and the head, two operations a weight.
     assert evaluation.flops == 2 * 16 * 2.0 * (linears + 98 * 32)
     assert estimate_tables(found)
+
+
+def test_models_that_change_their_logits_need_all_of_them(tmp_path):
+    """As resident memory grew where this model had a vocabulary of 65,536: 8.1, 19.1 and 37.3 bytes a logit."""
+    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    capped = configured(tmp_path, "Gemma2", **sizes)
+    taught = capped.model_copy(update={"train": capped.train.model_copy(update={"distill": DistillConfig(weight=0.5)})})
+    hidden = 2 * 32 * 32 * 4
+    for found, phase, each in (
+        (estimate(capped, probe=False), "evaluation", 8),
+        (estimate(capped, probe=False), "training", 20),
+        (estimate(taught, probe=False), "training", 40 + 32 * 4 / 98),
+    ):
+        (loss,) = (held for held in found.holdings if (held.what, held.phase) == ("loss", phase))
+        tokens = 16 if phase == "evaluation" else 32
+        assert loss.size == each * 98 * tokens + hidden * tokens // 32
+    assert "of all of both models" in loss.how
 
 
 def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
