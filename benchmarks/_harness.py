@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks._jobs import DENSE, Budget, Job, Settings, base_settings, digest
+from benchmarks._machine import commit
 from losa.data.tokens import evaluation_tokens
 from losa.errors import NumericsError
 from losa.evaluation.perplexity import perplexity
@@ -30,18 +31,17 @@ REPORTED, TUNING, HELD_OUT = (
     "dev/wikitext2/wiki.test.even-articles.raw",
     "dev/c4/c4_val.dev.jsonl",
 )
+TASKS = "dev/tasks"
 TRAINING = ("ft/dolly.train.jsonl", "ft/alpaca_gpt4.train.jsonl")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a file share. ``data``: a folder as docs/results.md describes it; ``limit``: examples of each
-    zero-shot task, None for all, 0 for no tasks."""
+    """What all runs of a file share. ``data``: a folder as docs/results.md describes it."""
 
     model: str
     data: Path
     budget: Budget = Budget()
-    limit: int | None = None
 
 
 def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
@@ -76,7 +76,7 @@ def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
 class Measurements:
     """Measures every model that it is called with: perplexity on the recipe's text. The first model is the one by which
     the run is judged, unmerged where the method cannot be merged: ``more`` has its perplexity on held-out text and its
-    zero-shot tasks."""
+    zero-shot tasks, and the held-out perplexity of the merged model that follows."""
 
     def __init__(self, job: Job, setting: Setting, tokenizer, evaluate):
         self.job, self.setting, self.tokenizer, self.evaluate = job, setting, tokenizer, evaluate
@@ -86,25 +86,29 @@ class Measurements:
     def __call__(self, model: nn.Module) -> float:
         began, cpu_began = time.perf_counter(), time.process_time()
         value = self.evaluate(model)
+        held_out = self._held_out(model)
         if self.more is None:
-            self.more = self._more(model)
+            self.more = held_out | self._tasks(model)
+        else:
+            self.more |= {f"{name}_merged": found for name, found in held_out.items()}
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - cpu_began
         return value
 
-    def _more(self, model: nn.Module) -> dict:
-        more: dict = {}
-        budget = self.setting.budget
-        text = self.setting.data / HELD_OUT
-        if not self.job.tuning and text.exists():
-            tokens = evaluation_tokens(data_source(str(text), where="held-out text"), self.tokenizer)
-            more["held_out"] = perplexity(model, tokens, budget.window, 1, max(1, budget.windows // 2)).value
-        tasks = self.setting.data / "dev/tasks"
-        if self.job.tasks and self.setting.limit != 0 and tasks.is_dir():
-            from benchmarks._zero_shot import local_tasks
+    def _held_out(self, model: nn.Module) -> dict:
+        budget, text = self.setting.budget, self.setting.data / HELD_OUT
+        if self.job.tuning or not text.exists():
+            return {}
+        tokens = evaluation_tokens(data_source(str(text), where="held-out text"), self.tokenizer)
+        return {"held_out": perplexity(model, tokens, budget.window, 1, max(1, budget.windows // 2)).value}
 
-            more["tasks"] = local_tasks(model, self.tokenizer, tasks, self.setting.limit)
-        return more
+    def _tasks(self, model: nn.Module) -> dict:
+        limit = self.job.task_limit
+        if limit == 0:
+            return {}
+        from benchmarks._zero_shot import local_tasks
+
+        return {"task_limit": limit, "tasks": local_tasks(model, self.tokenizer, self.setting.data / TASKS, limit)}
 
 
 def run_job(job: Job, rate: float, setting: Setting) -> dict:
@@ -137,7 +141,7 @@ def run_job(job: Job, rate: float, setting: Setting) -> dict:
     except NumericsError as error:
         return row | {"failed": str(error)}
     row |= measure.more or {}
-    row |= {"task_limit": setting.limit} if "tasks" in row else {}
+    row |= {} if (made_by := commit()) is None else {"commit": made_by}
     return row | {"threads": torch.get_num_threads(), "peak_bytes": _peak_bytes(model)}
 
 

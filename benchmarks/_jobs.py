@@ -59,6 +59,7 @@ class Job:
     ``method``: a recipe's method, ``best`` (the settings of examples/smollm2-best.yaml) or ``dense`` (no run: the model
     as it is). ``sparsity``: a share, or a pattern such as "2:4". ``variant`` names ``overrides``. ``learning_rate``:
     None is the tuned one. ``short``: with the budget's ``short_tokens``. ``tuning``: short too, judged on other text.
+    ``task_limit``: examples of each zero-shot task, None for all, 0 for no tasks; no part of the run's name.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Job:
     learning_rate: float | None = None
     tuning: bool = False
     short: bool = False
+    task_limit: int | None = 0
 
     @property
     def key(self) -> str:
@@ -85,8 +87,8 @@ class Job:
         return "/".join(parts)
 
     @property
-    def tasks(self) -> bool:
-        """Whether zero-shot tasks are measured too: of the runs of their table, where the data has tasks."""
+    def of_tasks(self) -> bool:
+        """Whether it is one of the runs of the table of zero-shot tasks."""
         if self.method == DENSE:
             return True
         plain = not (self.variant or self.short or self.tuning) and self.learning_rate is None
@@ -133,9 +135,9 @@ def job_of(key: str, run: dict) -> Job | None:
 
 
 def seeds_of(job: Job) -> int:
-    """How many seeds a run of the comparison has: three with Wanda at 70 %, and where the best recipe is judged."""
-    several = {("wanda", 0.7)} | ({("wanda", 0.6), ("wanda", 0.5), ("sparsegpt", 0.7)} if job.method == BEST else set())
-    return SEEDS if job.method != DENSE and (job.pruner, job.sparsity) in several else 1
+    """How many seeds a run has: three at 70 %, and where the best recipe is judged."""
+    judged = job.method == BEST and job.pruner == "wanda" and not job.short and job.sparsity in (0.5, 0.6)
+    return SEEDS if job.method != DENSE and (job.sparsity == 0.7 or judged) else 1
 
 
 def base_settings(job: Job) -> dict:
@@ -175,13 +177,14 @@ def digest(job: Job) -> str:
 
 
 def finished(job: Job, runs: dict) -> bool:
-    """Whether ``runs`` has the job's run, made with the settings and the learning rate that it would have now.
+    """Whether ``runs`` has the job's run, made with the settings, the learning rate and the tasks that it would have
+    now.
 
     A run without a digest is taken as it is, and so is a run's rate while its tuning is not finished."""
     run = runs.get(job.key)
     if run is None or "settings" not in run:
         return run is not None
-    if run["settings"] != digest(job):
+    if run["settings"] != digest(job) or (job.task_limit != 0 and run.get("task_limit", 0) != job.task_limit):
         return False
     rate, found = tuned_rate(job, runs), run.get("learning_rate")
     return not job.trains or None in (rate, found) or math.isclose(rate, found)

@@ -84,18 +84,17 @@ INGREDIENTS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Row:
-    """``labels``: its cells on the left. ``paper``: the paper's perplexity, where it is known. ``seeds``: how many are
-    made. ``merged``: the run is judged merged, not by its unmerged model."""
+    """``labels``: its cells on the left. ``paper``: the paper's perplexity, where it is known. ``merged``: the run is
+    judged merged, not by its unmerged model."""
 
     labels: tuple[str, ...]
     job: Job
     paper: float | None = None
-    seeds: int = 1
     merged: bool = False
 
     def jobs(self, seeds: int = SEEDS) -> list[Job]:
         """The run for each seed, of the first ``seeds`` at most."""
-        return [replace(self.job, seed=seed) for seed in range(min(seeds, self.seeds))]
+        return [replace(self.job, seed=seed) for seed in range(min(seeds, seeds_of(self.job)))]
 
     def found(self, runs: dict, seeds: Iterable[int]) -> list[dict]:
         """Its finished runs, of whichever ``seeds``."""
@@ -127,9 +126,9 @@ def ablation_of(name: str, settings: Settings, method: str = "losa", **job) -> J
 
 def compared(labels: tuple[str, ...], job: Job, paper: float | None = None) -> Iterator[Row]:
     """The rows of a run of the comparison: LoRA has one more, merged under the mask."""
-    yield Row((*labels, METHOD_NAMES[job.method]), job, paper, seeds_of(job))
+    yield Row((*labels, METHOD_NAMES[job.method]), job, paper)
     if job.method == "lora":
-        yield Row((*labels, METHOD_NAMES[MASKED]), job, None, seeds_of(job), merged=True)
+        yield Row((*labels, METHOD_NAMES[MASKED]), job, None, merged=True)
 
 
 def main_rows() -> Iterator[Row]:
@@ -196,7 +195,7 @@ def ablation() -> Iterator[Row]:
         # Without all three it is Sparse LoRA.
         job = ablation_of(name, settings) if some else ablation_of("", {}, "sparse_lora")
         paper = papers.get((rates, ranks, rounds)) if some else 12.74
-        yield Row(tuple("yes" if kept else "" for kept in (rates, ranks, rounds)), job, paper, SEEDS)
+        yield Row(tuple("yes" if kept else "" for kept in (rates, ranks, rounds)), job, paper)
 
 
 def ranks() -> Iterator[Row]:
@@ -233,6 +232,18 @@ def layer_rates() -> Iterator[Row]:
         yield Row((f"{rates}, rates and ranks per linear",), ablation_of(name, settings))
 
 
+def one_shot_rates() -> Iterator[Row]:
+    """The papers' own figures: of Wanda, OWL and DLP as DLP has them, of ATP."""
+    papers = {"uniform": 76.8, "owl": 30.6, "dlp": 22.8, "atp": 24.0}
+    for rates in RATES:
+        settings: Settings = {"allocation.rates": rates, "allocation.apply_to": "all"}
+        uniform = rates == "uniform"
+        job = variant("" if uniform else f"rates_{rates}", {} if uniform else settings, "prune_only")
+        yield Row((rates,), job, papers.get(rates))
+    settings = {"allocation.rates": "fisher", "allocation.apply_to": "all", "allocation.per": "linear"}
+    yield Row(("fisher, rates per linear",), variant("rates_fisher_per_linear", settings, "prune_only"))
+
+
 def structured() -> Iterator[Row]:
     for method in ("prune_only", "losa"):
         settings = UNIFORM_RATES if method == "losa" else {}
@@ -242,13 +253,13 @@ def structured() -> Iterator[Row]:
 
 
 def ingredients() -> Iterator[Row]:
-    yield Row(("best recipe",), ablation_of("", {}, BEST))
+    yield Row(("best recipe",), Job(BEST))
     best = read_settings(BEST_RECIPE)
     for name, settings in INGREDIENTS.items():
         if not any(_value(best, key) not in (None, value) for key, value in settings.items()):
             continue  # the best recipe has no such part
-        yield Row((f"without {name}",), ablation_of("no_" + name.replace(" ", "_"), settings, BEST))
-    yield Row(("LoSA",), ablation_of("", {}))
+        yield Row((f"without {name}",), variant("no_" + name.replace(" ", "_"), settings, BEST))
+    yield Row(("LoSA",), Job("losa"))
 
 
 def _value(settings: dict, dotted: str) -> object:
@@ -279,6 +290,7 @@ def tables() -> dict[str, Table]:
         "19": Table("2:4", ("pattern", "method"), [*patterns("2:4")]),
         "schedules": Table(f"Schedules, {at_70}", ("schedule",), [*schedules()]),
         "rates": Table(f"Layer rates, {at_70}", ("rates",), [*layer_rates()]),
+        "one-shot": Table(f"Layer rates, pruned at once, {at_70}", ("rates",), [*one_shot_rates()]),
         "structured": Table("Whole heads and channels, Wanda-sp", ("sparsity", "method"), [*structured()]),
         "ingredients": Table("The best recipe without each of its parts", ("recipe",), [*ingredients()]),
         "figure2": Table(f"Rounds and ranks, {at_70}", ("setting", "value"), [*rounds()]),

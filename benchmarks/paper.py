@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks._jobs import Budget, Job, headline
+from benchmarks._jobs import Job, headline
 from benchmarks._paper_tables import Row, Table, tables
 from benchmarks._results import plain_parser
 from benchmarks._store import Store
@@ -47,9 +47,23 @@ def markdown(table: Table, runs: dict) -> str:
     tokens of a short table, and how far the paper's order holds."""
     if table.kind == "tuning":
         return tuning_table(runs)
-    few = any(row.job.short for row in table.rows)
-    notes = [f"Runs that train have {Budget.short_tokens:,} tokens." if few else "", _order(table, runs)]
+    notes = [_few_tokens(table, runs), _first_examples(table, runs), _order(table, runs)]
     return "\n\n".join([_rows(table, runs), " ".join(filter(None, notes))]).strip()
+
+
+def _few_tokens(table: Table, runs: dict) -> str:
+    short = [run for row in table.rows if row.job.short for run in row.found(runs, _seeds(runs))]
+    tokens = max((run.get("train_tokens", 0) for run in short), default=0)
+    return f"Runs that train have {tokens:,} tokens." if tokens else ""
+
+
+def _first_examples(table: Table, runs: dict) -> str:
+    """What the zero-shot tasks were cut to."""
+    if table.kind != "tasks":
+        return ""
+    found = [run["task_limit"] for row in table.rows for run in row.found(runs, [0]) if "task_limit" in run]
+    limits = ", ".join("all" if limit is None else f"the first {limit:,}" for limit in dict.fromkeys(found))
+    return f"Examples of each task: {limits}." if limits else ""
 
 
 def _seeds(runs: dict) -> list[int]:

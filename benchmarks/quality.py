@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import _models
-from benchmarks._harness import Setting, run_job
+from benchmarks._harness import TASKS, Setting, run_job
 from benchmarks._jobs import (
     ADAPTER_RATES,
     BEST,
@@ -128,8 +128,9 @@ def table(runs: dict) -> str:
 
 
 def merged(run: dict) -> dict:
-    """A run judged by its merged model, which was measured on the reported text alone."""
-    return {key: value for key, value in run.items() if key not in ("perplexity_unmerged", "held_out", "tasks")}
+    """A run judged by its merged model, which solved no tasks."""
+    left = {key: value for key, value in run.items() if key not in ("perplexity_unmerged", "held_out", "tasks")}
+    return left | ({"held_out": run["held_out_merged"]} if "held_out_merged" in run else {})
 
 
 def tuning_table(runs: dict) -> str:
@@ -200,6 +201,8 @@ def make(args: argparse.Namespace, jobs: list[Job], command: str) -> tuple[dict,
     if args.data is None or args.out is None:
         raise SystemExit(f"{command}: expected --data and --out")
     jobs = sorted(jobs, key=lambda job: job.seed)
+    if (args.data / TASKS).is_dir():
+        jobs = [replace(job, task_limit=args.limit) if job.of_tasks else job for job in jobs]
     store = Store(args.out, command)
     earlier = store.read(new=True)
     wanted = missing(jobs, earlier["runs"])
@@ -215,15 +218,11 @@ def make(args: argparse.Namespace, jobs: list[Job], command: str) -> tuple[dict,
     store.check_setup(earlier, shared)
     failed: dict[str, str] = {}
     if wanted:
-        tasks = (
-            args.limit != 0
-            and (args.data / "dev/tasks").is_dir()
-            and any(job.tasks and job.key in wanted for job in jobs)
-        )
+        tasks = any(job.task_limit != 0 and job.key in wanted for job in jobs)
         if tasks and importlib.util.find_spec("lm_eval") is None:
             raise SystemExit(f"{command}: zero-shot tasks need lm-eval: pip install 'losa[eval]', or --limit 0")
         with tempfile.TemporaryDirectory() as folder:
-            setting = Setting(_models.on_disk(args.model, Path(folder)), args.data.resolve(), budget, args.limit)
+            setting = Setting(_models.on_disk(args.model, Path(folder)), args.data.resolve(), budget)
             with processes(args.jobs, partial(run_job, setting=setting)) as start:
                 failed = work(store, shared, jobs, start, args.jobs)
     runs = current(store)
@@ -282,4 +281,11 @@ def main(argv: list[str]) -> int:
 
 
 def _sparsity(text: str) -> float | str:
-    return text if ":" in text else float(text)
+    if ":" in text:
+        return text
+    share = float(text)
+    if round(share, 2) != share:
+        raise argparse.ArgumentTypeError(
+            f"expected a share of at most two decimals, by which runs are named, got {text}"
+        )
+    return share

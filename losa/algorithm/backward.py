@@ -26,8 +26,6 @@ from losa.training.loss import TokenLoss, label_positions
 # computes them.
 See = Callable[[str, Tensor, Tensor, int], None]
 
-_MOST_SAMPLES = 1 << 20  # so that no two seeds draw alike
-
 
 def pass_backward(
     model: nn.Module,
@@ -67,8 +65,9 @@ def pass_backward(
         ids = labels = ids.to(device)
         if label_seed is not None:
             # Of each sample by itself: it does not matter which process has it.
-            generator = torch.Generator(device).manual_seed(label_seed * _MOST_SAMPLES + index)
-            labels = loss.drawn_labels(ids, generator)
+            # A CPU's generator takes 32 bits; an odd factor keeps seeds apart in them.
+            seed = (label_seed * 0x9E3779B1 + index) % 2**32
+            labels = loss.drawn_labels(ids, torch.Generator(device).manual_seed(seed))
         # The sum over tokens: gradients of their mean would underflow in fp16.
         total = loss(ids, *label_positions(labels))
         if not math.isfinite(total.item()):

@@ -13,8 +13,8 @@ from losa.algorithm.block import WrappedBlock
 from losa.algorithm.expected_loss import Energies
 from losa.algorithm.importance import get_importance
 from losa.algorithm.linear_rates import LinearRates
-from losa.algorithm.loss_rates import Curves, rates_of_blocks, rates_of_linears
-from losa.algorithm.measures import MEASURES, Measured
+from losa.algorithm.loss_rates import rates_of_blocks, rates_of_linears
+from losa.algorithm.measures import MEASURES, Measured, losses
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.rates import default_delta
 from losa.algorithm.schedule import Round
@@ -68,7 +68,7 @@ class BlockRates:
         self._prune, self._allocation, self._loss = prune, allocation, loss
         self._function = get_importance(allocation.rates)
         self._by_curves = follows_curves(allocation.rates, allocation.fill) and prune.pattern is None
-        self.measured = Measured(blocks, prefix, open_stream, energies, prune.rates_nested)
+        self.measured = Measured(blocks, prefix, open_stream, energies)
         if loss is None and tries_widths(allocation.rates, allocation.delta):
             raise RecipeError(
                 f"allocation.rates: {allocation.rates!r} chooses its width by a loss: expected allocation.delta, or an "
@@ -86,10 +86,10 @@ class BlockRates:
         # One block has the rate of the round, but its linears may differ.
         if count == 1 and not self._by_curves:
             return Decided(self._patterns(this_round, None)[0], None, None)
+        if self._by_curves:
+            return self._least_loss(this_round)
         found = MEASURES[RATES[name].needs](self.measured)
         importance = self._importance(found)
-        if self._by_curves:
-            return self._least_loss(this_round, importance, found)
         patterns, delta = self._patterns(this_round, importance)
         return Decided(patterns, importance, found if compares_samples(name) else None, delta)
 
@@ -106,16 +106,17 @@ class BlockRates:
             importance = importance.full_tensor()
         return from_rank_zero(importance.double().cpu())
 
-    def _least_loss(self, this_round: Round, importance: Tensor | None, curves: Curves) -> Decided:
-        """Rates of the least expected loss: of linears where they may differ, else of blocks."""
+    def _least_loss(self, this_round: Round) -> Decided:
+        """Rates of the least expected loss: of linears where they may differ, else of blocks. No block's importance
+        takes part."""
         delta = RATES[self._allocation.rates].delta if self._allocation.delta is None else self._allocation.delta
         width = default_delta(this_round.sparsity) if isinstance(delta, str) else delta
-        blocks = self.measured.blocks
+        blocks, curves = self.measured.blocks, losses(self.measured, self._prune.decisions_nested)
         how = blocks, curves, this_round.sparsity, width, self._prune.rates_nested
         if self._allocation.per == "block":
-            return Decided([Pattern(sparsity=rate) for rate in rates_of_blocks(*how)], importance, None)
+            return Decided([Pattern(sparsity=rate) for rate in rates_of_blocks(*how)], None, None)
         mean = [Pattern(sparsity=this_round.sparsity)] * len(blocks)
-        return Decided(mean, importance, None, linears=rates_of_linears(*how))
+        return Decided(mean, None, None, linears=rates_of_linears(*how))
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
         """Patterns of all blocks; and the half width of their box, where losses chose it."""

@@ -72,7 +72,7 @@ class Engine:
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
     ``prune.regrow`` (``regrow_by: score``) need them, on the device where training does.
 
-    ``measured`` holds what is measured once, of the dense model: fp64 on the host, by name, the same in all processes.
+    ``measured_once`` holds what all rounds need of the dense model: fp64 on the host, by name, alike in all processes.
     An engine that goes on in a later round finds there what an earlier one has measured.
 
     Several processes call it together, with the same arguments. They share out the samples, and the linears of a block
@@ -129,7 +129,7 @@ class Engine:
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self._calls = {} if calls is None else calls
-        self.measured: dict[str, Tensor] = {}
+        self.measured_once: dict[str, Tensor] = {}
         ids = input_ids[: calibration.cka_samples]
         self.rates = BlockRates(
             self.blocks,
@@ -230,10 +230,10 @@ class Engine:
     def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
         """Of the dense model, in every round: what is pruned already hides how much its neighbours matter."""
         linears = self._linears()
-        if not self.measured:
+        if not self.measured_once:
             with dense_passes(self.model, self.originals):
-                self.measured |= as_tensors(energies_of(self.model, linears, input_ids, self.seed))
-        return from_tensors(self.measured, linears)
+                self.measured_once |= as_tensors(energies_of(self.model, linears, input_ids, self.seed))
+        return from_tensors(self.measured_once, linears)
 
     def _linears(self) -> dict[str, MaskedLoRALinear]:
         """All wrapped linears, by full name."""

@@ -13,6 +13,7 @@ from losa.algorithm.linear_rates import CURVE_ROWS, lowest_of_rows
 from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.sharding import device_of
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa_kernels import unpack_mask
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,16 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool) -> Te
     linear with many rows, the curve's shape is taken from evenly spaced ones, and its height from all.
 
     Args:
-        nested: what is pruned already goes first, and is in the curve from k = 0 on.
+        linear: whose shape's energies they are.
+        energies: of the linear.
+        nested: what is pruned already goes first, and is in the curve from k = 0 on. The curve takes its k from every
+            row, also where rows have lost different numbers and a pruner could take more from one than from another.
     """
     step = -(-linear.out_features // CURVE_ROWS)
     squares, inputs = linear.dense_weight().square_(), energies.inputs.float().to(linear.weight.device)
     height = 0.5 * (squares @ inputs).double().cpu() @ energies.outputs
-    kept = linear.mask_bool()[::step] if nested else None
+    kept = unpack_mask(linear.mask.detach()[::step], linear.in_features) if nested else None
     curve = lowest_of_rows(squares[::step] * inputs, kept, energies.outputs[::step])
-    return curve * (height / curve[-1].clamp_min(torch.finfo(torch.float64).tiny))
+    if curve[-1] <= 0:  # gradients reached none of these rows
+        curve = torch.linspace(0, 1, linear.in_features + 1, dtype=torch.float64)
+    return curve * (height / curve[-1])

@@ -21,6 +21,7 @@ from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners.base import Pattern, Pruner
 from losa.recipe.rates import follows_curves
 from losa.recipe.sections import AllocationConfig, PruneConfig
+from losa_kernels import unpack_mask
 
 # Statistics of a pruner that hold the norms of a linear's inputs; without any, scores are magnitudes.
 WITH_NORMS = (None, "input_norms", "hessian")
@@ -103,14 +104,16 @@ def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bo
     squares = linear.dense_weight()[::step].square_()
     if statistic is not None:
         squares *= statistic.square() if statistic.dim() == 1 else statistic.diagonal().clamp_min(0)
-    kept, first = None, 0
-    if nested:
-        kept = linear.mask_bool()
-        first = math.ceil((1 - float(kept.sum()) / kept.numel()) * linear.in_features - 1e-6)
-        kept = kept[::step]
+    kept = unpack_mask(linear.mask.detach()[::step], linear.in_features) if nested else None
     curve = lowest_of_rows(squares, kept)
     curve /= curve[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    curve[:first] = math.inf
+    return floored(curve, linear.sparsity) if nested else curve
+
+
+def floored(curve: Tensor, reached: float) -> Tensor:
+    """A copy of a curve over rates from 0 to 1 that is infinite below a rate."""
+    curve = curve.clone()
+    curve[: math.ceil(reached * (len(curve) - 1) - 1e-6)] = math.inf
     return curve
 
 
@@ -118,7 +121,7 @@ def lowest_of_rows(costs: Tensor, kept: Tensor | None = None, factors: Tensor | 
     """Sum over rows of a row's k lowest costs, k = 0 to in: (in + 1,) fp64 on the host, convex.
 
     Args:
-        costs: (rows, in) fp32, none negative; overwritten.
+        costs: (rows, in) fp32, none negative; may be overwritten.
         kept: (rows, in) bool; what a row does not keep goes first, and is in every sum, even for k = 0. None: all.
         factors: (rows,) fp64, of each row's costs; None: ones.
     """
@@ -128,7 +131,8 @@ def lowest_of_rows(costs: Tensor, kept: Tensor | None = None, factors: Tensor | 
         lost += factors @ costs.masked_fill(kept, 0).sum(1, dtype=torch.float64)
         costs *= kept
     going = factors @ costs.sort(1).values.double()
-    return (torch.cat([lost.new_zeros(1), going.cumsum(0)]) + lost).cpu()
+    # On the host: a GPU's cumulative sum is not the same in each run.
+    return torch.cat([torch.zeros(1, dtype=torch.float64), going.cpu().cumsum(0)]) + lost.cpu()
 
 
 def counts_within(
@@ -144,7 +148,7 @@ def counts_within(
     smallest.
 
     Args:
-        curves: (in + 1,) fp64 each, of ``removed_curve``; infinite below the least count.
+        curves: (in + 1,) fp64 each, by what is lost of the whole; infinite below the least count.
         rows: of each linear.
         sparsity: of all together, below 1.
         low, high: around it, ``high`` at most 0.99.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losa.algorithm.block import WrappedBlock
-from losa.algorithm.linear_rates import LinearRates, counts_within
+from losa.algorithm.linear_rates import LinearRates, counts_within, floored
 from losa.algorithm.rates import MAX_RATE
 from losa.pruners.base import Pattern
 
@@ -28,15 +27,19 @@ def rates_of_linears(
     expected loss within ``box``. ``LinearRates.removed`` is the share of a linear's own loss that goes.
 
     Args:
+        blocks: of the model.
+        curves: of all their linears.
+        sparsity: of all together.
+        delta: of ``box``.
         nested: no linear gets a lower rate than it has reached.
     """
     linears = {(i, name): linear for i, block in enumerate(blocks) for name, linear in block.linears.items()}
     rows = {key: linear.out_features for key, linear in linears.items()}
     own = {(i, name): curve for i, block in enumerate(curves) for name, curve in block.items()}
-    floored = {
-        key: _floored(own[key], linear.sparsity * nested) / linear.weight.numel() for key, linear in linears.items()
+    shares = {
+        key: floored(own[key], linear.sparsity * nested) / linear.weight.numel() for key, linear in linears.items()
     }
-    counts = counts_within(floored, rows, sparsity, *box(sparsity, delta))
+    counts = counts_within(shares, rows, sparsity, *box(sparsity, delta))
     found = [LinearRates({}, {}) for _ in blocks]
     for (index, name), count in counts.items():
         width = linears[index, name].in_features
@@ -53,13 +56,13 @@ def rates_of_blocks(
     target up to 1 / STEPS."""
     sizes = {i: sum(linear.weight.numel() for linear in block.linears.values()) for i, block in enumerate(blocks)}
     grid = np.linspace(0, 1, STEPS + 1)
-    floored = {}
+    shares = {}
     for index, block in enumerate(curves):
         # A row loses whole weights; between two counts the curve is a line.
         parts = [np.interp(grid, np.linspace(0, 1, len(curve)), curve.numpy()) for curve in block.values()]
         reached = blocks[index].sparsity() * nested
-        floored[index] = _floored(torch.from_numpy(np.sum(parts, axis=0)), reached) / (sizes[index] * STEPS)
-    counts = counts_within(floored, sizes, sparsity, *box(sparsity, delta))
+        shares[index] = floored(torch.from_numpy(np.sum(parts, axis=0)), reached) / (sizes[index] * STEPS)
+    counts = counts_within(shares, sizes, sparsity, *box(sparsity, delta))
     return [counts[index] / STEPS for index in range(len(blocks))]
 
 
@@ -67,10 +70,3 @@ def box(sparsity: float, delta: float) -> tuple[float, float]:
     """Lowest and highest rate about the mean ``sparsity``: none lower by more than ``delta``, and none that loses more
     than the share ``delta`` of the density 1 - sparsity."""
     return max(sparsity - delta, 0.0), min(1 - (1 - sparsity) * (1 - delta), MAX_RATE)
-
-
-def _floored(curve: Tensor, reached: float) -> Tensor:
-    """A copy that is infinite below a rate."""
-    curve = curve.clone()
-    curve[: math.ceil(reached * (len(curve) - 1) - 1e-6)] = math.inf
-    return curve

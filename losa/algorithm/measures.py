@@ -30,15 +30,13 @@ class Measured:
     """The blocks of a wrapped model, as they are now, and a stream of the samples that serve rates.
 
     ``prefix``: what the blocks' names begin with. ``open_stream``: makes a new stream. ``energies``: takes the energies
-    of all linears, by full name. ``nested``: what is pruned stays pruned. Several processes call all of this together,
-    in evaluation mode and without gradients.
+    of all linears, by full name. Several processes call all of this together, in evaluation mode and without gradients.
     """
 
     blocks: Sequence[WrappedBlock]
     prefix: str
     open_stream: Callable[[], BlockStream]
     energies: Callable[[], Mapping[str, Energies]]
-    nested: bool
 
     def passed(self, run: Callable[[int, BlockStream], object]) -> Iterator[BlockStream]:
         """Let a new stream pass block after block, by ``run``; yields it behind every block, which is whole until the
@@ -71,8 +69,11 @@ def position(measured: Measured) -> Tensor:
     return torch.arange(len(measured.blocks), dtype=torch.float64)
 
 
-def losses(measured: Measured) -> list[dict[str, Tensor]]:
+def losses(measured: Measured, nested: bool = False) -> list[dict[str, Tensor]]:
     """The curves of expected loss of every block's linears, by name: of weights as they are now.
+
+    Args:
+        nested: of ``loss_curve``.
 
     Raises:
         Stopped: between two samples, if a signal asks for it.
@@ -87,7 +88,7 @@ def losses(measured: Measured) -> list[dict[str, Tensor]]:
             own, where = energies[f"{block.name}.{name}"], f"calibration: {block.name}.{name}"
             if not (own.inputs.isfinite().all() and own.outputs.isfinite().all()):
                 raise NumericsError(f"{where}: expected finite inputs and gradients, got nan or inf")
-            curve = together(partial(loss_curve, linear, own, measured.nested))[0]
+            curve = together(partial(loss_curve, linear, own, nested))[0]
             if not curve[-1].isfinite():
                 raise NumericsError(f"{where}: expected squares of weights that are finite in fp32, got inf")
             found[-1][name] = curve

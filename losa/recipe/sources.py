@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from losa.errors import shown
 
@@ -13,6 +13,20 @@ MAX_COUNT = 2**31 - 1
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_flag(cls, value, info: ValidationInfo):
+        """To pydantic true is the number 1."""
+        kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+def _kinds_of(annotation: Any) -> set[Any]:
+    """The types that a value may have, of a union's parts."""
+    return {annotation, *get_args(annotation)}
 
 
 class DataSource(Section):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from losa.algorithm.engine import keeps_originals
 from losa.algorithm.gradients import stay_on_device, wanted_gradients
 from losa.algorithm.schedule import Round
@@ -245,7 +247,10 @@ def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding
     how = "length x (in + out) of every linear, of one sample"
     yield Holding("pruning", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
     how = f"{_logits_of(shape)}; the last hidden states and their gradient"
-    yield Holding("pruning", place, "loss for gradients", loss_bytes(shape, length, "training"), how)
+    held = loss_bytes(shape, length, "training")
+    if for_rates:  # labels are drawn before the pass that needs them
+        held = max(held, loss_bytes(shape, length, "labels"))
+    yield Holding("pruning", place, "loss for gradients", held, how)
 
 
 def _training(shape: ModelShape, trained: Trained, processes: int) -> Iterator[Holding]:
@@ -269,13 +274,13 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
         how = "tokens x (hidden a block + one whole block)"
     yield Holding("training", place, "activations", int(tokens * kept * size), how)
     how = f"{_logits_of(shape)}; the last hidden states and their gradient"
-    held = loss_bytes(shape, tokens, "training")
+    held = loss_bytes(shape, tokens, "training", shape.computed)
     if train.distill is not None:
         part = "all" if shape.whole_logits else "half a chunk"
         how = f"logits and softmaxes of {part} of both models, the gradient; hidden states of both"
         # Of each block the teacher's output, the model's, and their difference.
         compared = 3 * shape.blocks if train.distill.hidden else 0
-        held = loss_bytes(shape, tokens, "distillation") + (1 + compared) * tokens * shape.hidden * size
+        held = loss_bytes(shape, tokens, "distillation", shape.computed) + (1 + compared) * tokens * shape.hidden * size
     yield Holding("training", place, "loss", held, how)
     how = "M (W + s B A) and dY^T x of the largest"
     yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
@@ -291,20 +296,33 @@ def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Hol
     yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
 
 
-def loss_bytes(shape: ModelShape, tokens: int, of: Literal["evaluation", "training", "distillation"]) -> int:
-    """Logits, their softmaxes and gradients, hidden states, and the output layer in the computed type."""
-    size = shape.computed.itemsize
-    narrow = size < 4
-    if shape.whole_logits:
-        rows = tokens
-        # Of a logit: numbers in the computed type, with what soft-capping keeps, and fp32 numbers.
-        logits, wide = {"evaluation": (1, 1 + narrow), "training": (2, 3), "distillation": (3, 7 + 2 * narrow)}[of]
-    else:
-        share, wide = (0.5, 5) if of == "distillation" else (1, 1)
-        rows = min(tokens, max(1, int(share * chunk_rows(shape.device.type, shape.vocabulary))))
-        logits = int(narrow)
-    held = rows * shape.vocabulary * (4 * wide + size * logits) + 2 * tokens * shape.hidden * size
-    return held + (shape.work.head * size if shape.computed != shape.dtype else 0)
+# What is held of each logit at a time: numbers in the type that the pass computes in; fp32 numbers beside them; and
+# fp32 copies of the former, where that type is narrower. In chunks the gradient is made along with the loss, in the
+# logits' own memory. Where all logits are there at once, soft-capping and autograd keep more of them.
+_CHUNKED = {"evaluation": (1, 0, 1), "training": (1, 0, 1), "distillation": (1, 4, 1), "labels": (1, 2, 0)}
+_WHOLE = {"evaluation": (1, 1, 1), "training": (2, 3, 0), "distillation": (3, 7, 2), "labels": (1, 2, 0)}
+
+
+def loss_bytes(
+    shape: ModelShape,
+    tokens: int,
+    of: Literal["evaluation", "training", "distillation", "labels"],
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Logits, softmaxes, gradients, and hidden states of a loss, and the output layer in the type that it computes in.
+
+    Args:
+        of: the kind of pass; "labels" are drawn from the model's distribution.
+        dtype: that it computes in; None: the model's.
+    """
+    dtype = dtype or shape.dtype
+    size = dtype.itemsize
+    own, wide, copies = (_WHOLE if shape.whole_logits else _CHUNKED)[of]
+    share = 0.5 if of == "distillation" else 1
+    chunk = max(1, int(share * chunk_rows(shape.device.type, shape.vocabulary)))
+    rows = tokens if shape.whole_logits else min(tokens, chunk)
+    held = rows * shape.vocabulary * (size * own + 4 * (wide + copies * (size < 4))) + 2 * tokens * shape.hidden * size
+    return held + (shape.work.head * size if dtype != shape.dtype else 0)
 
 
 def _logits_of(shape: ModelShape) -> str:

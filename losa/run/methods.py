@@ -206,10 +206,11 @@ class MethodRun:
         """``originals``: the dense model's weights, by block, where pruning replaces them."""
         train = self.recipe.train
         assert train is not None
-        distill = train.distill
         loss: LossFactory = TokenLoss
-        if distill is not None:
-            loss = partial(DistillationLoss, config=distill, originals=originals)
+        if not self.recipe.distills(self.name):
+            train = train.model_copy(update={"distill": None})
+        elif train.distill is not None:
+            loss = partial(DistillationLoss, config=train.distill, originals=originals)
         extension = None if self.method.adapter is None else EXTENSIONS.get(self.method.adapter)
         trainer = Trainer(
             self.model,
@@ -225,10 +226,10 @@ class MethodRun:
         trainer.sequences_per_step = train.batch_size * train.gradient_accumulation * self.processes
         return trainer
 
-    def _saver(self, trainer: Trainer | None, measured: dict[str, Tensor] | None = None) -> Saver:
+    def _saver(self, trainer: Trainer | None, measured_once: dict[str, Tensor] | None = None) -> Saver:
         owner = belonging(self.recipe, self.name, self.inputs.fingerprint)
         return Saver(
-            self.name, self.work_dir / CHECKPOINTS, self.model, trainer, owner, self.recipe.checkpoint, measured
+            self.name, self.work_dir / CHECKPOINTS, self.model, trainer, owner, self.recipe.checkpoint, measured_once
         )
 
     def _resume(self, saver: Saver, rounds: int) -> Resumed:
@@ -261,7 +262,7 @@ class MethodRun:
         """The records of all rounds, with the rounds of an interrupted run among them."""
         rounds = rounds_of(self.name, self.recipe, 0 if self.inputs.training is None else len(self.inputs.training))
         trainer = self._trainer(engine.originals) if self.method.training == "rounds" else None
-        saver = self._saver(trainer, engine.measured)
+        saver = self._saver(trainer, engine.measured_once)
         with saver.waiting():
             resumed = self._resume(saver, len(rounds)) if resume else Resumed()
             done, pruned, start = resumed.done, resumed.pruned, resumed.start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from losa.errors import RecipeError
-from losa.model.blocks import find_blocks
+from losa.model.blocks import Blocks, find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
@@ -66,7 +67,7 @@ class ModelShape:
             hidden=hidden_size(model),
             work=TokenWork.with_adapters(model, pruned.keys(), recipe.lora.dropout > 0),
             vocabulary=number_of(model.config.get_text_config(), "vocab_size") or embedding.shape[0],
-            whole_logits=not _head_gives_logits(model),
+            whole_logits=not _head_gives_logits(model, blocks),
             linears=every,
             by_block=by_block,
             inside=inside,
@@ -111,12 +112,20 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return autocast_dtype(precision, device)
 
 
-def _head_gives_logits(model: nn.Module) -> bool:
-    """``head_gives_logits``, as of most models where the forward pass cannot run on the meta device."""
-    try:
-        return head_gives_logits(model)
-    except Exception:
-        return True
+def _head_gives_logits(model: nn.Module, blocks: Blocks) -> bool:
+    """``head_gives_logits``. Where a block cannot run without numbers, as experts that are chosen by them, all blocks
+    give back their input; where the rest of the model cannot either, the answer is that of most models."""
+    stubs: list[Any] = [None, lambda hidden, *_, **__: hidden, lambda hidden, *_, **__: (hidden,)]
+    for stub in stubs:
+        with ExitStack() as stack:
+            for block in blocks if stub is not None else ():
+                block.forward = stub
+                stack.callback(delattr, block, "forward")
+            try:
+                return head_gives_logits(model)
+            except Exception:  # of any kind: it is the model's own code, which expects numbers
+                continue
+    return True
 
 
 def _rows_of(parameters: Iterable[nn.Parameter], counted: set[int]) -> list[Rows]:

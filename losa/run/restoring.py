@@ -18,18 +18,18 @@ from losa.run.states import State, load_tensors, stored_shapes
 from losa.training.position import empty_moments
 
 MASK, WEIGHT = "mask", "weight"
-MEASURED = "measured."  # before the names of what the engine has measured
+MEASURED = "measured."  # before the names of what the engine has measured once
 
 
-def pruned_tensors(model: nn.Module, measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pruned_tensors(model: nn.Module, measured_once: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a round's pruning decides: masks, and the weights that a pruner has replaced, by full name; and what it has
-    measured for later rounds (``Engine.measured``)."""
+    measured for later rounds (``Engine.measured_once``)."""
     decided = {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in wrapped_linears(model).items()
         for part in (MASK, *([WEIGHT] if layer.weight_replaced else []))
     }
-    return decided | {MEASURED + name: tensor for name, tensor in measured.items()}
+    return decided | {MEASURED + name: tensor for name, tensor in measured_once.items()}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -46,14 +46,14 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def restore(model: nn.Module, state: State, measured: dict[str, Tensor]) -> dict[str, Tensor]:
+def restore(model: nn.Module, state: State, measured_once: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put masks, replaced weights, adapters and trained norms back into a freshly wrapped model, plain or sharded. All
     processes call it together; no process gets more than a block of the model whole.
 
     Args:
         model: of the layers that the state holds.
         state: as it was read.
-        measured: gets what ``pruned_tensors`` took of it.
+        measured_once: gets what ``pruned_tensors`` took of it.
 
     Returns:
         AdamW's moments (``TrainState.moments``), as they were when the state was saved.
@@ -76,7 +76,7 @@ def restore(model: nn.Module, state: State, measured: dict[str, Tensor]) -> dict
     }
     load_tensors(state.base, pruned | found)
     decided = {*pruned, *found}
-    measured.update({name.removeprefix(MEASURED): tensor for name, tensor in found.items()})
+    measured_once.update({name.removeprefix(MEASURED): tensor for name, tensor in found.items()})
     full_names = {id(layer): name for name, layer in layers.items()}
     for block in find_blocks(model):
         with gathered(block):

@@ -47,7 +47,7 @@ class Saver:
         trainer: of the rounds; None: they only prune.
         owner: what the states belong to (``losa.run.documents.belonging``).
         config: the recipe's section.
-        measured: the engine's, saved and put back as well.
+        measured_once: the engine's, saved and put back as well.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Saver:
         trainer: Trainer | None,
         owner: dict,
         config: CheckpointConfig,
-        measured: dict[str, Tensor] | None = None,
+        measured_once: dict[str, Tensor] | None = None,
     ):
         self.method = method
         self.directory = directory
@@ -66,7 +66,7 @@ class Saver:
         self.trainer = trainer
         self.owner = owner
         self.config = config
-        self.measured = {} if measured is None else measured
+        self.measured_once = {} if measured_once is None else measured_once
         self._writer = StateWriter(directory, config.keep)
         self._base: tuple[int, dict] | None = None  # of which round, and how later states name it
         self._began = time.monotonic()
@@ -100,7 +100,7 @@ class Saver:
         base = self._base[1] if self._base is not None and self._base[0] == point.round else None
         tensors = trained_tensors(self.model) | ({} if train is None else train.moments)
         if base is None:
-            tensors |= pruned_tensors(self.model, self.measured)
+            tensors |= pruned_tensors(self.model, self.measured_once)
             assert not background  # later states name its checksum
         document = {
             **self.owner,
@@ -169,7 +169,7 @@ class Saver:
         except (KeyError, TypeError) as error:
             message = "was written by another version of losa; go on with that one, or --overwrite"
             raise OutputError(f"checkpoints in {self.directory}: {message}") from error
-        moments = restore(self.model, state, self.measured)
+        moments = restore(self.model, state, self.measured_once)
         set_random_state(state.document["random"])
         if self.trainer is not None:
             self.trainer.global_step = step

@@ -50,7 +50,7 @@ def test_recipes_of_the_tables(tmp_path, monkeypatch):
     (tmp_path / "best.yaml").write_text(
         "method: losa\nprune: {regrow: true, regrow_by: gradient}\nreconstruct: {steps: 5}\nrounds: {count: 4}\n"
         "allocation: {rates: owl, fill: lp, delta: 0.1, per: linear, mean_rank: 8}\nlora: {scaling: 1}\n"
-        "train: {distill: {weight: 1}, norms: true, lora_plus: 4, max_grad_norm: 1}\n"
+        "train: {distill: {weight: 1}, norms: 0.1, lora_plus: 4, max_grad_norm: 1}\n"
     )
     monkeypatch.setattr(_paper_tables, "BEST_RECIPE", tmp_path / "best.yaml")
     monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
@@ -114,13 +114,15 @@ def test_tables_of_finished_runs():
     tasks = {"piqa": {"acc": 0.6, "acc_stderr": 0.03}, "boolq": {"acc": 0.5, "acc_stderr": 0.04}}
     text = paper.markdown(TABLES["zero-shot"], {"dense": run(22.8, tasks=tasks)})
     assert "| method | piqa | boolq | mean |" in text and "| dense | 60.0 ± 3.0 | 50.0 ± 4.0 | 55.0 ± 2.5 |" in text
+    assert not text.endswith(".")
+    runs = {"dense": run(22.8, tasks=tasks, task_limit=250), "losa/wanda/0.50/seed0": run(30.0, task_limit=None)}
+    assert paper.markdown(TABLES["zero-shot"], runs).endswith("\n\nExamples of each task: the first 250, all.")
 
 
 def test_tables_are_printed_and_written_into_a_page(tmp_path, capsys):
     file, page = tmp_path / "runs.json", tmp_path / "page.md"
-    file.write_text(
-        _store.as_text({"runs": {f"losa/wanda/0.70/seed{seed}/short": run(91.0 + seed) for seed in range(2)}})
-    )
+    short = {f"losa/wanda/0.70/seed{seed}/short": run(91.0 + seed, train_tokens=2048) for seed in range(2)}
+    file.write_text(_store.as_text({"runs": short}))
     assert paper.main(["--out", str(file), "--table", "7", "--print"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("## Ranks, Wanda, 70 %\n\n| ranks by |") and "| error | 91.5 (91.0..92.0) |" in printed
@@ -129,7 +131,7 @@ def test_tables_are_printed_and_written_into_a_page(tmp_path, capsys):
         assert paper.main(["--out", str(file), "--fill", str(page)]) == 0
         table, rest = page.read_text().split("<!-- end -->", 1)
         assert table.startswith("Before.\n\n<!-- table 7 -->\n| ranks by |") and table.endswith(
-            "| 11.44 |\n\nRuns that train have 20,480 tokens.\n"
+            "| 11.44 |\n\nRuns that train have 2,048 tokens.\n"
         )
         assert "After.\n\n<!-- table 6 -->\n| rates (LSR) |" in rest
     assert paper.main(["--data", "x", "--out", str(file), "--table", "7", "--seeds", "1", "--dry-run"]) == 0

@@ -18,6 +18,7 @@ from benchmarks._jobs import (
     Budget,
     Job,
     digest,
+    finished,
     headline,
     job_of,
     missing,
@@ -38,16 +39,25 @@ def test_runs_of_the_comparison():
     assert seeds >= {(method, seed) for method in quality.METHODS for seed in range(3)}
     several = {(job.method, job.pruner, job.sparsity) for job in jobs if job.seed == 2 and job.sparsity != 0.7}
     assert several == {("best", "wanda", 0.6), ("best", "wanda", 0.5)}
-    assert Job("best", "sparsegpt", seed=2) in jobs and Job("best", "alps", seed=1) not in jobs
+    assert Job("losa", "alps", seed=2) in jobs and Job("losa", sparsity=0.5, seed=1) not in jobs
     assert (
         Job("losa", "alps", "2:4", 2, "kl", learning_rate=0.01, tuning=True).key == "losa/alps/2:4/seed2/kl/tune-lr0.01"
     )
     assert Job("lora", sparsity=0.5, short=True).key == "lora/wanda/0.50/seed0/short" and Job("dense").key == "dense"
-    tasks = {job.key for job in jobs if job.tasks}
+    tasks = {job.key for job in jobs if job.of_tasks}
     assert tasks == {"dense", *(f"{method}/wanda/0.50/seed0" for method in ("prune_only", "losa", "lora", "best"))}
     named = [*jobs, Job("losa", "alps", "2:4", 2, "kl", {"train.warmup": 0.2}, 0.01, True), Job("lora", short=True)]
     assert [job_of(job.key, {"learning_rate": 0.01, "overrides": job.overrides}) for job in named] == named
     assert job_of("losa/wanda/all/seed0", {}) is job_of("other", {}) is None
+
+
+def test_a_run_is_made_again_for_tasks_that_it_lacks():
+    job = Job("losa", sparsity=0.5)
+    runs = {job.key: {"settings": digest(job), "perplexity": 30.0}}
+    assert finished(job, runs) and not finished(replace(job, task_limit=250), runs)
+    runs[job.key]["task_limit"] = 250
+    assert finished(job, runs) and finished(replace(job, task_limit=250), runs)
+    assert not finished(replace(job, task_limit=None), runs) and not quality.stale(runs)
 
 
 @pytest.mark.parametrize("best", ADAPTER_RATES)
@@ -197,7 +207,7 @@ def test_runs_of_another_recipe_count_nowhere(tmp_path, monkeypatch, capsys):
     assert quality.main(["--out", str(file), "--table", "--tuning"]) == 0
     assert "| best | wanda | 0.70 | seed0 | 0.004: 2.0, 0.008: 1.0, 0.016: 2.0 | 0.008 |" in capsys.readouterr().out
     # Data, budget and learning rate of the best recipe are not its own.
-    _jobs.BEST_RECIPE.write_text("method: losa\ntrain: {norms: true, learning_rate: 2}\n")
+    _jobs.BEST_RECIPE.write_text("method: losa\ntrain: {norms: 0.1, learning_rate: 2}\n")
     assert sum(key.startswith("best/") for key in _jobs.stale(runs)) == 5
     store, started = _store.Store(file, "quality"), []
 
@@ -222,7 +232,12 @@ def test_options_choose_runs(tmp_path, capsys):
     chosen = ["--method", "losa", "--method", "lora", "--sparsity", "2:4", "--seed", "1", "--only", "losa"]
     assert quality.main([*args, *chosen, "--variant", "mixed", "--set", "prune.mixed=true", "--rate", "0.01"]) == 0
     assert capsys.readouterr().out == "losa/wanda/2:4/seed1/mixed/lr0.01\n"
-    for wrong in (["--variant", "x"], ["--set", "prune.mixed=true"], ["--set", "a", "--variant", "x"]):
+    for wrong in (
+        ["--sparsity", "0.655"],
+        ["--variant", "x"],
+        ["--set", "prune.mixed=true"],
+        ["--set", "a", "--variant", "x"],
+    ):
         with pytest.raises(SystemExit):
             quality.main([*args, *wrong])
 
@@ -268,12 +283,15 @@ def test_a_run_of_a_method_that_cannot_be_merged(tiny_setting, monkeypatch, caps
     assert (
         row["perplexity"] != row["perplexity_unmerged"]
         and row["held_out"] > 0
+        and row["held_out_merged"] not in (0, row["held_out"])
         and row["settings"] == digest(Job("lora", sparsity=0.5))
     )
     assert row["cpu_seconds"] > 0
     assert row["peak_bytes"] > 2**20 and row["seconds"] > 0 and json.loads(json.dumps(row)) == row
+    monkeypatch.setattr(_harness, "commit", lambda: "abc")
     dense = _harness.run_job(Job("dense"), 0.01, tiny_setting)
-    assert set(dense) == {"settings", "method", "perplexity", "held_out", "threads", "peak_bytes"}
+    assert set(dense) == {"settings", "method", "perplexity", "held_out", "threads", "peak_bytes", "commit"}
+    assert dense["commit"] == "abc" and "held_out_merged" not in dense
 
     def diverges(self):
         raise NumericsError("loss: not finite")

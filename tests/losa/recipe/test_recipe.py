@@ -103,6 +103,8 @@ def test_the_7b_example_has_the_papers_settings():
         ({"sparsity": 0.5}, "sparsity: unknown key; did you mean prune.sparsity?"),
         ({"nothing_like_it": 0.5}, "nothing_like_it: unknown key$"),
         ({"prune": {"sparsity": 0}}, "prune.sparsity: .*greater than 0, got 0"),
+        ({"train": {"data": "t", "norms": True}}, "train.norms: expected a number, got true"),
+        ({"rounds": {"count": True}}, "rounds.count: expected a number, got true"),
         ({"prune": {"sparsity": 0.96}}, "prune.sparsity: .*0.95, got 0.96"),
         ({"prune": {"sparsity": 1}}, "prune.sparsity"),
         ({"prune": {}}, "exactly one of prune.sparsity and prune.pattern"),

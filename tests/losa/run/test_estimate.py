@@ -364,9 +364,10 @@ def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
 
 
 def test_models_that_change_their_logits_need_all_of_them(tmp_path):
-    """As resident memory grew where this model had a vocabulary of 65,536: 8.1, 19.1 and 37.3 bytes a logit."""
-    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    capped = configured(tmp_path, "Gemma2", **sizes)
+    """As resident memory grew where this model had a vocabulary of 65,536: 8.1, 19.1 and 37.3 bytes a logit; with bf16
+    products in training 16.1 and 40.2."""
+    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2}
+    capped = configured(tmp_path, "Gemma2", head_dim=8, **sizes)
     taught = capped.model_copy(update={"train": capped.train.model_copy(update={"distill": DistillConfig(weight=0.5)})})
     hidden = 2 * 32 * 32 * 4
     for found, phase, each in (
@@ -378,6 +379,25 @@ def test_models_that_change_their_logits_need_all_of_them(tmp_path):
         tokens = 16 if phase == "evaluation" else 32
         assert loss.size == each * 98 * tokens + hidden * tokens // 32
     assert "of all of both models" in loss.how
+    train = taught.train.model_copy(update={"precision": "bfloat16"})
+    mixed = estimate(taught.model_copy(update={"train": train}), probe=False)
+    held = {held.phase: held.size for held in mixed.holdings if held.what == "loss"}
+    # Beside the output layer in bf16, and the teacher's hidden states.
+    assert held["training"] == 42 * 98 * 32 + hidden // 2 + 98 * 32 * 2 + 32 * 32 * 2
+    assert held["evaluation"] == 8 * 98 * 16 + hidden // 2, "autocast is training's"
+
+
+def test_experts_do_not_hide_what_the_rest_does_to_logits(tmp_path):
+    """They cannot run without numbers."""
+    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for kind, scaling, how in (("GraniteMoe", {"logits_scaling": 4.0}, "all"), ("Mixtral", {}, "a chunk of")):
+        found = estimate(configured(tmp_path, kind, **sizes, **scaling), probe=False)
+        assert {held.how.split(" logits")[0] for held in found.holdings if held.what == "loss"} == {how}
+
+
+def test_labels_that_are_drawn_take_softmaxes(model_directory):
+    found = estimate(recipe(model_directory, allocation={"rates": "fisher"}), probe=False)
+    assert found.size("loss for gradients") == 12 * 98 * 16 + 2 * 16 * 32 * 4
 
 
 def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
