@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from losa.errors import ModelError, RecipeError
 from losa.model.blocks import find_blocks
 from losa.model.wrapping import wrap_model
 from losa.output.tables import plain_text
-from losa.recipe.reading import parse_recipe
-from losa.recipe.sections import DistillConfig
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
 from losa.run.placement import Placement
 from losa.run.planned import Planned, needs_whole
 from tests.helpers.gguf_files import write_gguf
+from tests.helpers.planned_recipe import recipe
 from tests.helpers.tiny import tiny_llama
 
 # tiny_llama: 98 words, hidden 32, MLP 64, 4 heads of 8, 2 of them for keys and values. A block's linears (in, out):
@@ -33,23 +31,6 @@ def model_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     tiny_llama(layers=2).config.save_pretrained(directory)
     return directory
-
-
-def recipe(model, **changes):
-    settings = {
-        "model": str(model),
-        "output": "out",
-        "device": "cpu",
-        "prune": {"sparsity": 0.5},
-        "calibration": {"data": "c.txt", "samples": 4, "length": 16, "cka_samples": 3, "batch_size": 2},
-        "train": {"data": "t.txt", "length": 16, "batch_size": 2, "max_tokens": 160},
-        "allocation": {"mean_rank": 2, "rank_max": 4},
-        "rounds": {"count": 2},
-        "lora": {"rank": 3},
-    }
-    for key, value in changes.items():
-        settings[key] = settings.get(key) | value if isinstance(value, dict) and settings.get(key) else value
-    return parse_recipe(settings)
 
 
 def test_memory_parts_in_fp32_on_the_host(model_directory):
@@ -346,69 +327,9 @@ def test_tables_name_every_part(model_directory):
     assert "43.8 %" in rounds and "losa: training" in work and "not measured" in work
 
 
-def configured(tmp_path, kind, **settings):
-    common = {"vocab_size": 98, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1}
-    getattr(transformers, f"{kind}Config")(**common | settings).save_pretrained(tmp_path / kind)
-    return recipe(tmp_path / kind, evaluate={"data": "e.txt", "length": 16, "max_windows": 2})
-
-
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
-def test_models_without_attention_have_none_of_its_work(tmp_path, kind):
-    settings = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
-    found = estimate(configured(tmp_path, kind, **settings), probe=False)
-    linears = found.prunable
-    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
-    # Two windows of 16 tokens through the prunable linears and the head, two operations a weight.
-    assert evaluation.flops == 2 * 16 * 2.0 * (linears + 98 * 32)
-    assert estimate_tables(found)
-
-
-def test_models_that_change_their_logits_need_all_of_them(tmp_path):
-    """As resident memory grew where this model had a vocabulary of 65,536: 8.1, 19.1 and 37.3 bytes a logit; with bf16
-    products in training 16.1 and 40.2."""
-    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2}
-    capped = configured(tmp_path, "Gemma2", head_dim=8, **sizes)
-    taught = capped.model_copy(update={"train": capped.train.model_copy(update={"distill": DistillConfig(weight=0.5)})})
-    hidden = 2 * 32 * 32 * 4
-    for found, phase, each in (
-        (estimate(capped, probe=False), "evaluation", 8),
-        (estimate(capped, probe=False), "training", 20),
-        (estimate(taught, probe=False), "training", 40 + 32 * 4 / 98),
-    ):
-        (loss,) = (held for held in found.holdings if (held.what, held.phase) == ("loss", phase))
-        tokens = 16 if phase == "evaluation" else 32
-        assert loss.size == each * 98 * tokens + hidden * tokens // 32
-    assert "of all of both models" in loss.how
-    train = taught.train.model_copy(update={"precision": "bfloat16"})
-    mixed = estimate(taught.model_copy(update={"train": train}), probe=False)
-    held = {held.phase: held.size for held in mixed.holdings if held.what == "loss"}
-    # Beside the output layer in bf16, and the teacher's hidden states.
-    assert held["training"] == 42 * 98 * 32 + hidden // 2 + 98 * 32 * 2 + 32 * 32 * 2
-    assert held["evaluation"] == 8 * 98 * 16 + hidden // 2, "autocast is training's"
-
-
-def test_experts_do_not_hide_what_the_rest_does_to_logits(tmp_path):
-    """They cannot run without numbers."""
-    sizes = {"intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2}
-    for kind, scaling, how in (("GraniteMoe", {"logits_scaling": 4.0}, "all"), ("Mixtral", {}, "a chunk of")):
-        found = estimate(configured(tmp_path, kind, **sizes, **scaling), probe=False)
-        assert {held.how.split(" logits")[0] for held in found.holdings if held.what == "loss"} == {how}
-
-
 def test_labels_that_are_drawn_take_softmaxes(model_directory):
     found = estimate(recipe(model_directory, allocation={"rates": "fisher"}), probe=False)
     assert found.size("loss for gradients") == 12 * 98 * 16 + 2 * 16 * 32 * 4
-
-
-def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
-    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
-    settings |= {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    settings |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 98}
-    found = estimate(configured(tmp_path, "Gemma4Text", **settings), probe=False)
-    evaluation = next(stage for stage in found.stages if stage.what == "dense: evaluation")
-    # Four heads of the wider kind in both blocks, q k^T and p v over half a window each.
-    attention = 2.0 * 16 * (4 * 16) * 2
-    assert evaluation.flops == 2 * 16 * (2.0 * (found.prunable + 98 * 32) + attention)
 
 
 def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, model_directory):
