@@ -14,6 +14,7 @@ from losa.model.blocks import find_blocks, find_linears
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear, unpack_linears
 from losa.packed.formats import AUTO
 from losa.packed.weights import FORMATS, MIN_SPARSITY, pack_weight, zero_share
@@ -44,8 +45,8 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
     for _, block, names in blocks:  # check all linears before any is replaced
         for name in names:
-            if (kind := type(block.get_submodule(name))) is not nn.Linear:
-                raise ModelError(f"sparsify: {name} is a {kind.__name__}; merge_model first")
+            if isinstance(layer := block.get_submodule(name), MaskedLoRALinear):
+                raise ModelError(f"sparsify: {name} is a {type(layer).__name__}; merge_model first")
     forget_decoder(model)
     replaced, unfit, considered = 0, 0, sum(len(names) for _, _, names in blocks)
     try:

@@ -9,9 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from losa.errors import ModelError
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -60,7 +63,8 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The decoder's repeated blocks: the ``nn.ModuleList`` of one class that holds the most linear weights.
+    """The decoder's repeated blocks: the ``nn.ModuleList`` that holds the most linear weights. Its blocks may be of
+    several classes, as where attention takes turns with a state-space model.
 
     Raises:
         ModelError: an encoder-decoder; no such list; or a second list at least half as large. Says what was seen.
@@ -78,8 +82,10 @@ def find_blocks(model: nn.Module) -> Blocks:
     if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
         raise ModelError(f"model: cannot tell which list holds the decoder's blocks; saw {seen}")
     best = lists[ranked[0]]
-    if len({type(block) for block in best}) > 1 or any(is_linear(block) for block in best):
-        raise ModelError(f"model: expected decoder blocks of one class; saw {seen}")
+    empty = sorted({type(block).__name__ for block in best if not any(weight_count(m) for m in block.modules())})
+    if empty or any(is_linear(block) for block in best):
+        what = f"blocks that hold linears, which {', '.join(empty)} does not" if empty else "blocks, not linears"
+        raise ModelError(f"model: expected a list of {what}; saw {seen}")
     return Blocks(ranked[0], best, model)
 
 
@@ -93,13 +99,29 @@ def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | MaskedLoRALinear]:
-    """Whether a layer computes x W^T + bias from ``weight``. Subclasses of ``nn.Linear`` with another forward
-    (quantised ones) do not; nor does the linear inside ``nn.MultiheadAttention``, whose forward is never called."""
+    """Whether a layer computes x W^T + bias from ``weight``. A subclass of ``nn.Linear`` may compute something else
+    (quantised ones do); so does the linear inside ``nn.MultiheadAttention``, whose forward is never called."""
     if isinstance(module, MaskedLoRALinear):
         return True
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and _computes_linear(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether layers of a class compute what ``nn.Linear`` computes; one with a forward of its own is tried."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = torch.linspace(-2, 2, 15).view(5, 3)
+        try:
+            layer = kind(3, 2)
+            found, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+        except Exception:  # someone else's code, made and called in a way that it may not expect
+            return False
+    near = isinstance(found, Tensor) and found.shape == expected.shape
+    return near and bool((found - expected).abs().max() <= 8 * torch.finfo(x.dtype).eps * expected.abs().max())
 
 
 def weight_count(module: nn.Module) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from losa.distributed.sharding import gathered, shard_module, sharding_of, sum_over_rows
+from losa.distributed.sharding import device_of, gathered, shard_module, sharding_of, sum_over_rows
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.blocks import (
@@ -27,6 +28,8 @@ from losa.model.blocks import (
     weight_count,
 )
 from losa.model.norms import trained_norms
+from losa.model.probing import read_directly
+from losa.model.running import runnable
 from losa.model.saving import guard_saving
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
@@ -34,6 +37,13 @@ from losa.modules.trained_norm import TrainedNorm
 from losa_kernels import unpack_mask
 
 logger = logging.getLogger("losa")
+
+NARROW = 0.02  # share of all weights that may stay dense because ranks do not fit
+
+
+class RankError(ModelError):
+    """Ranks that do not fit a model's linears; ``wrap_model`` raises it."""
+
 
 _Layer = TypeVar("_Layer", bound=MaskedLoRALinear)
 
@@ -43,6 +53,7 @@ def wrap_model(
     *,
     layer: type[MaskedLoRALinear] = MaskedLoRALinear,
     rank: int,
+    highest_rank: int | None = None,
     scaling: float,
     dropout_p: float = 0.0,
     targets: Targets = None,
@@ -51,13 +62,17 @@ def wrap_model(
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
     The weights stay where they are in memory; the adapters of a sharded model are sharded too. An adapter is seeded by
-    (seed, full name), so another choice of targets does not change it. Stacked expert weights stay dense, with a
-    warning. ``save_pretrained`` refuses the model until it is merged or unwrapped.
+    (seed, full name), so another choice of targets does not change it. Stacked expert weights stay dense, and so do
+    linears whose weight the model reads itself, with a warning; the model runs on a few tokens to find the latter.
+    Until it is merged or unwrapped, a module that reads weights itself in training alone, for a kernel of its own,
+    stays in evaluation mode, and ``save_pretrained`` refuses the model.
 
     Args:
         model: a decoder of transformers.
         layer: ``MaskedLoRALinear`` or a subclass of it.
         rank: of all adapters, 1 to the smaller side of a linear, at most 128.
+        highest_rank: that adapters may get later; by default ``rank``. Linears with a smaller side than that stay
+            dense, with a warning, where they are few: less than ``NARROW`` of all weights.
         scaling: s in W + s B A.
         dropout_p: 0 <= p < 1, on the adapters' inputs in training.
         targets: which linears of each block; None: all (``find_linears``).
@@ -67,49 +82,91 @@ def wrap_model(
         the new layers by full name, in model order.
 
     Raises:
-        ModelError: no blocks, already wrapped, a target that matches nothing, or a rank that does not fit a linear.
-            Then the model is unchanged.
+        ModelError: no blocks, already wrapped, or a target that matches nothing; ``RankError``: ranks that do not fit
+            many linears. Then the model is unchanged.
     """
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
     blocks = find_blocks(model)
     uses, wanted = parameter_uses(model), as_targets(targets)
     every = {name: linears_of(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
+    passed_by, in_training = _read_directly(model)
+    for block_name, linears in every.items():
+        for name in [name for name in linears if f"{block_name}.{name}" in passed_by]:
+            del linears[name]
     names = list(dict.fromkeys(name for linears in every.values() for name in linears))
     for target in wanted:
         if not any(matches(target, name) for name in names):
             raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
-    wrapped = {}
-    for block_name, linears in every.items():
-        for name, linear in linears.items():
-            if wanted and not any(matches(target, name) for target in wanted):
-                continue
-            full = f"{block_name}.{name}"
-            generator = torch.Generator().manual_seed(_seed_for(seed, full))
-            try:
-                new = layer.from_linear(
-                    cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
-                )
-            except ValueError as error:
-                raise ModelError(f"{full}: {error}") from error
-            if (sharding := sharding_of(linear)) is not None:
-                shard_module(new, sharding)
-            wrapped[full] = new
-    if not wrapped:
+    chosen = {
+        f"{block_name}.{name}": linear
+        for block_name, linears in every.items()
+        for name, linear in linears.items()
+        if not wanted or any(matches(target, name) for target in wanted)
+    }
+    if not chosen:
         raise ModelError(f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned")
-    _warn_left_dense(blocks, uses)
+    narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
+    wrapped = {}
+    for full, linear in chosen.items():
+        if full in narrow:
+            continue
+        generator = torch.Generator().manual_seed(_seed_for(seed, full))
+        try:
+            new = layer.from_linear(
+                cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+            )
+        except ValueError as error:
+            raise ModelError(f"{full}: {error}") from error
+        if (sharding := sharding_of(linear)) is not None:
+            shard_module(new, sharding)
+        wrapped[full] = new
+    _warn_left_dense(blocks, uses, passed_by, narrow)
     model.requires_grad_(False)
     for name, new in wrapped.items():
         model.set_submodule(name, new)
+    for name in (in_training - passed_by) & wrapped.keys():
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        parent.train = partial(_stay_evaluating, parent)
+        parent.eval()
     guard_saving(model)
     return wrapped
+
+
+def _stay_evaluating(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Takes the place of ``module.train``."""
+    return type(module).train(module, False)
 
 
 def _seed_for(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def _warn_left_dense(blocks: Blocks, uses: Counter) -> None:
+def _narrow(linears: Mapping[str, nn.Module], rank: int) -> list[str]:
+    """Names of linears that have no room for a rank. Raises RankError where they are more than a few."""
+    sides = {name: min(cast(nn.Linear, m).weight.shape) for name, m in linears.items()}
+    narrow = [name for name, side in sides.items() if side < rank]
+    sizes = {name: weight_count(linear) for name, linear in linears.items()}
+    if sum(sizes[name] for name in narrow) >= NARROW * sum(sizes.values()) and narrow:
+        name = min(narrow, key=sides.__getitem__)
+        raise RankError(f"expected at most {sides[name]} as a rank, the smaller side of {name}, got {rank}")
+    return narrow
+
+
+def _read_directly(model: Any) -> tuple[set[str], set[str]]:
+    """Names of linears that are not called, in evaluation and in training: mask and adapter would be passed by. None of
+    a model that is not of transformers or cannot run: without numbers, or for reasons that calibration will tell."""
+    if not hasattr(model, "get_input_embeddings") or device_of(model).type == "meta":
+        return set(), set()
+    try:
+        with runnable(model):
+            return read_directly(model), read_directly(model, training=True)
+    except ModelError as error:
+        logger.info("a trial run of the model: %s", error)
+        return set(), set()
+
+
+def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow: list[str]) -> None:
     fused = [f"{name}.{p}" for name, module in blocks.modules[0].named_modules() for p in stacked_weights(module)]
     if not fused:
         fused = [f"{name}.{p}" for name, module in blocks.modules.named_modules() for p in stacked_weights(module)]
@@ -118,6 +175,11 @@ def _warn_left_dense(blocks: Blocks, uses: Counter) -> None:
     shared = [n for n, m in blocks.modules.named_modules() if is_linear(m) and uses[id(m.weight)] > 1]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
+    own = [name for name in sorted(passed_by) if blocks.index_of(name) is not None]
+    if own:
+        logger.warning("linears whose weight the model reads itself stay dense: %s", ", ".join(own))
+    if narrow:
+        logger.warning("linears that are too narrow for their adapters' ranks stay dense: %s", ", ".join(narrow))
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
@@ -146,6 +208,10 @@ def replace_layers(
     as ``replace_modules`` does."""
     replace_modules(model, list(wrapped_linears(model)), lambda _, layer: made(cast(_Layer, layer)))
     replace_modules(model, list(trained_norms(model)), lambda _, layer: norm(cast(TrainedNorm, layer)))
+    for module in model.modules():
+        own = vars(module).get("train")
+        if isinstance(own, partial) and own.func is _stay_evaluating:
+            del module.train
     return model
 
 

@@ -26,6 +26,7 @@ class MaskedLinear(MaskedLoRALinear):
     """
 
     adapter_parts: ClassVar[tuple[str, ...]] = ("delta",)
+    has_rank: ClassVar[bool] = False
 
     delta: nn.Parameter
 

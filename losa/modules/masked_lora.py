@@ -50,6 +50,8 @@ class MaskedLoRALinear(nn.Module):
 
     adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     """Names of the Parameters that are trained."""
+    has_rank: ClassVar[bool] = True
+    """Whether an adapter's rank must fit the linear."""
 
     def __init__(
         self,

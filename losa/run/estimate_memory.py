@@ -39,14 +39,15 @@ class Holding:
 @dataclass(frozen=True)
 class Trained:
     """What is trained of every pruned linear, in fp32: A (rank, in) and B (out, rank), or a change of each weight where
-    ``rank`` is None."""
+    ``rank`` is None. Rank 0: nothing."""
 
     rank: int | None
 
     @classmethod
     def most(cls, rounds: dict[MethodName, list[Round]]) -> Trained:
         """Of the method that trains most. ``rounds``: of every method."""
-        return cls(None if any(METHODS[name].adapter == "weights" for name in rounds) else highest_rank(rounds))
+        own = {name: each for name, each in rounds.items() if METHODS[name].trains}
+        return cls(None if any(METHODS[name].adapter == "weights" for name in own) else highest_rank(own))
 
     def rows(self, linears: Iterable[LinearShape]) -> list[Rows]:
         """The parameters as they are sharded."""
@@ -95,7 +96,7 @@ def holdings(
 
 
 def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
-    return max(each.mean_rank for own in rounds.values() for each in own)
+    return max((each.mean_rank for own in rounds.values() for each in own), default=0)
 
 
 def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
@@ -120,7 +121,8 @@ def _throughout(shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
     yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
     yield Holding("throughout", place, "masks", masks, "1 bit a weight")
-    yield Holding("throughout", place, "adapters", trained.size(shape.pruned), trained.how)
+    if trained.rank != 0:
+        yield Holding("throughout", place, "adapters", trained.size(shape.pruned), trained.how)
     if shape.on_gpu:
         yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
 

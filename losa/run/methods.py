@@ -20,11 +20,20 @@ from losa.errors import RecipeError
 from losa.evaluation.perplexity import perplexity
 from losa.model.norms import train_norms
 from losa.model.originals import Originals
-from losa.model.wrapping import count_kept, merge_model, replace_layers, sparsity_of, wrap_model, wrapped_linears
+from losa.model.wrapping import (
+    RankError,
+    count_kept,
+    merge_model,
+    replace_layers,
+    sparsity_of,
+    wrap_model,
+    wrapped_linears,
+)
 from losa.modules.gated_lora import AdaLoRALinear, SoRALinear
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.pruned_linear import PrunedLinear
 from losa.recipe.methods import METHODS, Adapter, MethodName
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RoundRecord
@@ -41,7 +50,7 @@ from losa.training.position import AfterStep, TrainState
 from losa.training.sora import GatePenalty
 from losa.training.trainer import LossFactory, Trainer
 
-# The layer of each kind of adapter. A linear that is only pruned is wrapped as for "masked".
+# The layer of each kind of adapter.
 LAYERS: dict[Adapter, type[MaskedLoRALinear]] = {
     "masked": MaskedLoRALinear,
     "dense": LoRALinear,
@@ -118,7 +127,7 @@ class MethodRun:
             tokens, trained = self._finetune_dense(resume)
             resume = False  # no later state is kept
         in_rounds = method.training == "rounds"
-        self._wrap(LAYERS[method.adapter or "masked"] if in_rounds else MaskedLoRALinear, trains=in_rounds)
+        self._wrap(LAYERS[method.adapter or "masked"] if in_rounds else PrunedLinear, trains=in_rounds)
         at_first = self._trained_parameters()
         rounds = self._run_rounds(self._engine(), resume)
         unmerged = None if method.mergeable else self._unmerged_perplexity(rounds[-1])
@@ -175,18 +184,19 @@ class MethodRun:
         key = "lora.rank"
         if self.method.dynamic:
             highest, key = recipe.allocation.rank_max, "allocation.rank_max"
-        wrapped = wrap_model(
-            self.model,
-            layer=layer,
-            rank=first,
-            scaling=recipe.lora.scaling,
-            dropout_p=recipe.lora.dropout,
-            targets=recipe.prune.targets,
-            seed=recipe.seed,
-        )
-        limit = min(min(m.in_features, m.out_features) for m in wrapped.values())
-        if highest > limit:
-            raise RecipeError(f"{key}: expected at most {limit}, the smallest side of a pruned linear, got {highest}")
+        try:
+            wrap_model(
+                self.model,
+                layer=layer,
+                rank=first,
+                highest_rank=highest,
+                scaling=recipe.lora.scaling,
+                dropout_p=recipe.lora.dropout,
+                targets=recipe.prune.targets,
+                seed=recipe.seed,
+            )
+        except RankError as error:
+            raise RecipeError(f"{key}: {error}") from error
         if trains and recipe.train is not None and recipe.train.norms is not None:
             train_norms(self.model)
 

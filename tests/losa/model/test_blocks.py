@@ -146,9 +146,26 @@ class Quantised(nn.Linear):
         return super().forward(x).round()
 
 
-def test_linears_with_another_forward_stay_dense():
+class Choosy(nn.Linear):
+    """A router: it gives more than a product."""
+
+    def forward(self, x):
+        return x @ self.weight.T, x
+
+
+class InOtherWords(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+def test_linears_are_told_by_what_they_compute():
     block = nn.ModuleDict({"plain": nn.Linear(8, 8), "own": Quantised(8, 8), "attention": nn.MultiheadAttention(8, 2)})
-    assert list(find_linears(block)) == ["plain"]
+    block.update({"words": InOtherWords(8, 8), "choosy": Choosy(8, 8)})
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        assert list(find_linears(block)) == ["plain", "words"]
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def config_only(encoder_decoder=False):
@@ -181,8 +198,8 @@ def test_the_largest_list_is_the_decoder():
     [
         (nn.Linear(4, 4), "found no repeated blocks.*no nn.ModuleList"),
         (listed(a=[block(), block()], b=[block(), block()]), r"cannot tell.*'a' \(2 x Sequential\).*'b'"),
-        (listed(a=[block(), block(Other)]), "of one class.*1 x Sequential, 1 x Other"),
-        (listed(a=[nn.Linear(4, 4), nn.Linear(4, 4)]), "of one class.*2 x Linear"),
+        (listed(a=[block(), Other(nn.Linear(8, 8)), nn.Identity()]), "hold linears, which Identity does not; saw 'a'"),
+        (listed(a=[nn.Linear(4, 4), nn.Linear(4, 4)]), "not linears.*2 x Linear"),
     ],
     ids=["none", "ambiguous", "mixed", "bare linears"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import subprocess
 import sys
 import weakref
@@ -25,6 +26,7 @@ from losa.model.wrapping import (
 )
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
+from losa.modules.pruned_linear import PrunedLinear
 from losa.modules.trained_norm import TrainedNorm
 from tests.helpers.decoders import COMMON, GATED, LAYERS, random_model
 from tests.helpers.tiny import EPS, assert_same_function, logits, randomise, tiny_llama, wrap
@@ -123,9 +125,26 @@ def test_adapters_are_seeded_by_name():
 
 def test_a_rank_that_does_not_fit_leaves_the_model_alone():
     model = tiny_llama(layers=2)
-    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.k_proj: rank: expected 1\.\.16"):
+    with pytest.raises(
+        ModelError,
+        match=r"expected at most 16 as a rank, the smaller side of model\.layers\.0\.self_attn\.k_proj, got ",
+    ):
         wrap(model, rank=17)
     assert not wrapped_linears(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_few_that_are_too_narrow_stay_dense(caplog):
+    model = tiny_llama(layers=2)
+    for layer in model.model.layers:
+        layer.mlp.gate = torch.nn.Linear(32, 3)  # 96 of 9,312 weights
+    with caplog.at_level(logging.WARNING, logger="losa"):
+        layers = wrap(model, highest_rank=16)
+    assert (
+        len(layers) == 2 * 7
+        and "too narrow for their adapters' ranks stay dense: model.layers.0.mlp.gate" in caplog.text
+    )
+    unwrap_model(model)
+    assert len(wrap(model, layer=PrunedLinear, highest_rank=16)) == 2 * 8, "without ranks nothing is narrow"
 
 
 def test_wrapping_twice_is_an_error():

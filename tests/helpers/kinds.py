@@ -1,0 +1,73 @@
+"""Small decoders of many kinds of transformers, with random weights under which every block matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from torch import nn
+
+COMMON = {
+    "vocab_size": 98,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``dense``: ends of the names of linears that cannot be pruned, for a reason that losa gives."""
+
+    name: str
+    settings: dict = field(default_factory=dict)
+    layers: int = 2
+    dense: tuple[str, ...] = ()
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("Llama"),
+        Kind("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+        Kind("GPTNeoX"),
+        # A linear in other words, and blocks that add in place.
+        Kind("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        # A weight that the model reads itself.
+        Kind("Mamba", {"state_size": 8}, dense=("dt_proj",)),
+        # Blocks of two classes.
+        Kind(
+            "Jamba",
+            {
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "num_experts": 1,
+                "use_mamba_kernels": False,
+                "mamba_d_state": 4,
+            },
+            layers=3,
+            dense=("dt_proj",),
+        ),
+        # Linears with an output for each of four heads, too narrow for some ranks.
+        Kind("OlmoHybrid", layers=4),
+    )
+}
+
+
+def of_kind(kind: Kind, seed: int = 0, **settings) -> nn.Module:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind.name}Config")
+    own = COMMON | {"num_hidden_layers": kind.layers} | kind.settings | settings
+    model = getattr(transformers, f"{kind.name}ForCausalLM")(config(**own)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(3)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+    return model

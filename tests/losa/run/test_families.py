@@ -1,0 +1,87 @@
+"""Families of models: masks by the book, merging that keeps the function, and whole runs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from losa.data.tokens import calibration_tokens
+from losa.model.blocks import find_blocks
+from losa.model.wrapping import merge_model, wrapped_linears
+from losa.recipe.reading import parse_recipe
+from losa.run.pipeline import run_recipe
+from tests.helpers.book import check_mask, nll, wanda_by_the_book
+from tests.helpers.kinds import KINDS, of_kind
+from tests.helpers.runs import settings
+from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tokenizer, wrap
+
+families = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@pytest.fixture(scope="module")
+def directory(workspace, tmp_path_factory):
+    def saved(kind):
+        made = tmp_path_factory.mktemp(kind.name)
+        of_kind(kind).save_pretrained(made / "model")
+        tiny_tokenizer().save_pretrained(made / "model")
+        (made / "text.txt").write_text((workspace / "text.txt").read_text())
+        return made
+
+    return saved
+
+
+@families
+def test_masks_are_wanda_s_by_the_book(kind, directory, tmp_path, caplog):
+    made = directory(kind)
+    recipe = parse_recipe(settings(made, tmp_path / "out", method="prune_only", evaluate=None))
+    record = run_recipe(recipe)
+    dense, pruned = of_kind(kind), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = calibration_tokens(recipe.calibration.data, tiny_tokenizer(), 4, 32, recipe.seed)
+    blocks = find_blocks(dense)
+    linears = {name: m for name, m in dense.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name}
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
+    scores = wanda_by_the_book(dense, blocks, ids, 0.5)
+    left = {name for name in linears if name.endswith(kind.dense)} if kind.dense else set()
+    assert record.masks.keys() == scores.keys() - left, "all others are pruned"
+    for name in linears:
+        weight = pruned.get_parameter(f"{name}.weight")
+        if name in left:
+            assert torch.equal(weight, before[name])
+        else:
+            check_mask(weight != 0, scores[name], 0.5)
+            assert torch.equal(weight[weight != 0], before[name][weight != 0])
+
+
+@families
+def test_merging_keeps_the_function(kind, caplog):
+    model = of_kind(kind)
+    with caplog.at_level(logging.WARNING, logger="losa"):
+        layers = wrap(model)
+    assert ("reads itself" in caplog.text) == bool(kind.dense)
+    randomise(layers)
+    wrapped = logits(model)
+    # What is trained is what is evaluated: no kernel of training passes mask and adapter by.
+    assert_same_function(logits(model.train()), wrapped)
+    merge_model(model)
+    assert not wrapped_linears(model)
+    assert_same_function(logits(model.eval()), wrapped)
+    assert all(module.training for module in model.train().modules())
+
+
+@families
+def test_a_run_in_rounds(kind, directory, tmp_path):
+    record = run_recipe(parse_recipe(settings(directory(kind), tmp_path / "out")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    zeros = {name: float((model.get_parameter(f"{name}.weight") == 0).float().mean()) for name in record.masks}
+    assert sum(zeros.values()) / len(zeros) == pytest.approx(0.5, abs=1 / 32)
+    assert record.results[-1].perplexity < record.results[0].perplexity * 3
+    ids = calibration_tokens(record_source(tmp_path, record), tiny_tokenizer(), 2, 32, 0)
+    assert nll(model, ids) > 0
+
+
+def record_source(tmp_path, record):
+    return parse_recipe(record.recipe).calibration.data
