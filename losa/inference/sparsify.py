@@ -11,6 +11,7 @@ from torch import nn
 from losa.errors import ModelError
 from losa.inference.waiting_decoders import forget_decoder
 from losa.model.blocks import find_blocks, find_linears
+from losa.model.forms import holder_of
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
@@ -42,7 +43,10 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
         ModelError: the model has adapters, no linear has enough zeros, or the format can hold none that has.
     """
     found = find_blocks(model)
-    blocks = [(name, block, list(find_linears(block))) for name, block in zip(found.names, found, strict=True)]
+    blocks = [
+        (name, block, [each for each, linear in find_linears(block).items() if holder_of(linear) is linear])
+        for name, block in zip(found.names, found, strict=True)
+    ]
     for _, block, names in blocks:  # check all linears before any is replaced
         for name in names:
             if isinstance(layer := block.get_submodule(name), MaskedLoRALinear):

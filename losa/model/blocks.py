@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.errors import ModelError
+from losa.model.forms import holder_of, views
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 
@@ -60,6 +61,12 @@ class Blocks:
             for block_name, block in zip(self.names, self, strict=True)
             for name, linear in linears_of(block, uses, wanted).items()
         }
+
+    def holders(self) -> dict[str, nn.Module]:
+        """The modules that hold the parameters of ``linears``, by their names in the model: the linears themselves, or
+        modules of another form."""
+        wanted = {holder_of(linear) for linear in self.linears().values()}
+        return {name: m for name, m in self.modules.named_modules(prefix=self.prefix) if m in wanted}
 
 
 def find_blocks(model: nn.Module) -> Blocks:
@@ -125,10 +132,13 @@ def _computes_linear(kind: type[nn.Linear]) -> bool:
 
 
 def weight_count(module: nn.Module) -> int:
-    """Weights of a linear, dense or packed; 0 for another module. Children do not count."""
+    """Weights of a linear, dense or packed, and of the linears that a module stands for; 0 for another module. Children
+    do not count."""
     if isinstance(module, SparseLinear):
         return module.out_features * module.in_features
-    return module.weight.numel() if is_linear(module) else 0
+    if is_linear(module):
+        return module.weight.numel()
+    return sum(linear.weight.numel() for linear in views(module).values())
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -137,7 +147,8 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module | None = None) -> dict[str, nn.Module]:
-    """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it.
+    """The prunable linears of a block, ``nn.Linear`` or ``MaskedLoRALinear``, in model order, by name within it. What
+    stands for linears in another form is shown as ``losa.model.forms.views`` shows it.
 
     Two kinds are left out: linears whose weight occurs twice within ``model`` (default: within the block), and routers
     of a mixture of experts (linears beside a collection of n experts that have n outputs, or one).
@@ -156,14 +167,21 @@ def find_linears(block: nn.Module, targets: Targets = None, *, model: nn.Module 
 def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str, nn.Module]:
     """``find_linears``, with ``parameter_uses`` of the model and targets of ``as_targets``; no targets take all."""
     routers = _routers(block)
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if is_linear(module)
-        and uses[id(module.weight)] == 1
-        and module not in routers
-        and (not targets or any(matches(target, name) for target in targets))
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        own = {"": module} if is_linear(module) else views(module)
+        if module in routers or any(uses[id(holder_weight)] > 1 for holder_weight in _weights(module) if own):
+            continue
+        for part, linear in own.items():
+            full = ".".join(filter(None, (name, part)))
+            if not targets or any(matches(target, full) for target in targets):
+                found[full] = linear
+    return found
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own matrices and stacks."""
+    return [p for p in module._parameters.values() if p is not None and p.ndim > 1]
 
 
 def parameter_uses(model: nn.Module) -> Counter:

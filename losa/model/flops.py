@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from losa.model.blocks import Blocks, expert_lists, find_blocks, stacked_weights, weight_count
+from losa.model.forms import holder_of, views
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 
@@ -44,12 +45,12 @@ class TokenWork:
         blocks, config = find_blocks(model), model.config.get_text_config()
         head = model.get_output_embeddings()
         shares, routed = _shares(blocks, number_of(config, "num_experts_per_tok"))
-        weights = {name: shares.get(id(m), 1.0) * weight_count(m) for name, m in blocks.linears().items()}
+        weights = {n: shares.get(id(holder_of(m)), 1.0) * weight_count(m) for n, m in blocks.linears().items()}
         stacked = sum(
             shares[id(module)] * getattr(module, name).numel()
             for block in blocks
             for module in block.modules()
-            for name in stacked_weights(module)
+            for name in (() if views(module) else stacked_weights(module))
         )
         return cls(
             linears=sum(weights.values()) + stacked,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
+from losa.model.forms import as_linears, as_they_were, holder_of
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -88,40 +90,46 @@ def wrap_model(
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
     blocks = find_blocks(model)
-    uses, wanted = parameter_uses(model), as_targets(targets)
-    every = {name: linears_of(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
-    passed_by, in_training = _read_directly(model)
-    for block_name, linears in every.items():
-        for name in [name for name in linears if f"{block_name}.{name}" in passed_by]:
-            del linears[name]
-    names = list(dict.fromkeys(name for linears in every.values() for name in linears))
-    for target in wanted:
-        if not any(matches(target, name) for name in names):
-            raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
-    chosen = {
-        f"{block_name}.{name}": linear
-        for block_name, linears in every.items()
-        for name, linear in linears.items()
-        if not wanted or any(matches(target, name) for target in wanted)
-    }
-    if not chosen:
-        raise ModelError(f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned")
-    narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
-    wrapped = {}
-    for full, linear in chosen.items():
-        if full in narrow:
-            continue
-        generator = torch.Generator().manual_seed(_seed_for(seed, full))
-        try:
-            new = layer.from_linear(
-                cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+    with _linear_forms(model, blocks):
+        uses, wanted = parameter_uses(model), as_targets(targets)
+        every = {
+            block_name: {name: m for name, m in linears_of(block, uses, []).items() if holder_of(m) is m}
+            for block_name, block in zip(blocks.names, blocks, strict=True)
+        }
+        passed_by, in_training = _read_directly(model)
+        for block_name, linears in every.items():
+            for name in [name for name in linears if f"{block_name}.{name}" in passed_by]:
+                del linears[name]
+        names = list(dict.fromkeys(name for linears in every.values() for name in linears))
+        for target in wanted:
+            if not any(matches(target, name) for name in names):
+                raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
+        chosen = {
+            f"{block_name}.{name}": linear
+            for block_name, linears in every.items()
+            for name, linear in linears.items()
+            if not wanted or any(matches(target, name) for target in wanted)
+        }
+        if not chosen:
+            raise ModelError(
+                f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned"
             )
-        except ValueError as error:
-            raise ModelError(f"{full}: {error}") from error
-        if (sharding := sharding_of(linear)) is not None:
-            shard_module(new, sharding)
-        wrapped[full] = new
-    _warn_left_dense(blocks, uses, passed_by, narrow)
+        narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
+        wrapped = {}
+        for full, linear in chosen.items():
+            if full in narrow:
+                continue
+            generator = torch.Generator().manual_seed(_seed_for(seed, full))
+            try:
+                new = layer.from_linear(
+                    cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
+                )
+            except ValueError as error:
+                raise ModelError(f"{full}: {error}") from error
+            if (sharding := sharding_of(linear)) is not None:
+                shard_module(new, sharding)
+            wrapped[full] = new
+        _warn_left_dense(blocks, uses, passed_by, narrow)
     model.requires_grad_(False)
     for name, new in wrapped.items():
         model.set_submodule(name, new)
@@ -131,6 +139,19 @@ def wrap_model(
         parent.eval()
     guard_saving(model)
     return wrapped
+
+
+@contextmanager
+def _linear_forms(model: nn.Module, blocks: Blocks) -> Iterator[None]:
+    """The blocks' linears can be replaced from now on, unless the context fails. In a sharded model stacks of experts
+    stay stacks."""
+    if sharding_of(model) is None:
+        as_linears(model, blocks.prefix)
+    try:
+        yield
+    except BaseException:
+        as_they_were(model)
+        raise
 
 
 def _stay_evaluating(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -208,6 +229,7 @@ def replace_layers(
     as ``replace_modules`` does."""
     replace_modules(model, list(wrapped_linears(model)), lambda _, layer: made(cast(_Layer, layer)))
     replace_modules(model, list(trained_norms(model)), lambda _, layer: norm(cast(TrainedNorm, layer)))
+    as_they_were(model)
     for module in model.modules():
         own = vars(module).get("train")
         if isinstance(own, partial) and own.func is _stay_evaluating:

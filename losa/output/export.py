@@ -7,13 +7,14 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from losa.distributed.sharding import device_of
 from losa.errors import OutputError
+from losa.model.blocks import find_blocks
 from losa.model.saving import state_untied, untied_though_stated
 from losa.model.wrapping import sparsity_of
 from losa.output.card import model_card
@@ -162,12 +163,11 @@ def check_export(
 
 def _check_masks(reloaded: nn.Module, record: RunRecord, masks: Mapping[str, Tensor]) -> int:
     check_masked_names(record, masks)
-    kept_zeros = 0
+    kept_zeros, linears = 0, find_blocks(reloaded).linears()
     for name, mask in masks.items():
-        try:
-            weight = reloaded.get_parameter(f"{name}.weight")
-        except AttributeError as error:
-            raise OutputError(f"export: the written model has no {name}.weight") from error
+        if name not in linears:
+            raise OutputError(f"export: the written model has no {name}.weight")
+        weight = cast(Tensor, linears[name].weight)
         kept_zeros += check_masked(name, weight, mask, record.masks[name])
     check_zeros(record, *sparsity_of(reloaded))
     return kept_zeros

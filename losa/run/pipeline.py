@@ -219,7 +219,7 @@ def _run_methods(
         now the model.
     """
     # The modules themselves, references and not copies: to restore is to put these back.
-    originals = blocks.linears() | find_norms(blocks)
+    originals = blocks.holders() | find_norms(blocks)
     work_dir, processes = workspace.path, on_main(workspace.processes)
     results: list[MethodResult] = []
     for name in recipe.methods:

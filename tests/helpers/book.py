@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 
 @torch.no_grad()
 def wanda_by_the_book(model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor, sparsity: float) -> dict[str, Tensor]:
     """Prune a model's blocks in place: each row of a linear loses the share ``sparsity`` of its weights that have the
-    lowest |w_ij| ||x_j||, x being what the linear gets in the model whose earlier blocks are pruned.
+    lowest |w_ij| ||x_j||, x being what the linear gets in the model whose earlier blocks are pruned. A linear of an
+    expert gets the tokens that chose it; of one that no token chose the weights alone count.
 
     Returns:
         scores (out, in) fp64 of every linear that was called, by full name.
@@ -20,23 +25,87 @@ def wanda_by_the_book(model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor
     names = {module: name for name, module in model.named_modules()}
     scores: dict[str, Tensor] = {}
     for block in blocks:
-        squares: dict[nn.Module, Tensor] = {}
-
-        def see(module, args, squares=squares):
-            squares[module] = squares.get(module, 0) + args[0].double().flatten(0, -2).square().sum(0)
-
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        handles = [linear.register_forward_pre_hook(see) for linear in linears]
-        for sample in ids:
-            model(sample[None], use_cache=False)
+        squares: dict[str, Tensor] = {}
+        handles = []
+        for module in block.modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                see = partial(_see, squares, names[module])
+                handles.append(module.register_forward_pre_hook(see))
+        with _experts_one_by_one(model, names, squares):
+            for sample in ids:
+                model(sample[None], use_cache=False)
         for handle in handles:
             handle.remove()
-        for linear, square in squares.items():
-            score = linear.weight.double().abs() * square.sqrt()
-            scores[names[linear]] = score
+        for name, weight in matrices(block, names).items():
+            square = squares.get(name)
+            if square is None and ".experts." not in name:
+                continue
+            score = weight.double().abs() * (1 if square is None else square.sqrt())
+            scores[name] = score
             lowest = score.sort(dim=1, stable=True).indices[:, : int(sparsity * score.shape[1])]
-            linear.weight.scatter_(1, lowest, 0)
+            weight.mul_(torch.ones_like(weight).scatter_(1, lowest, 0))
     return scores
+
+
+def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]:
+    """The weights (out, in) of a block's linears, experts and transposed linears, as views, by full name."""
+    found: dict[str, Tensor] = {}
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            found[names[module]] = module.weight
+        elif isinstance(module, Conv1D):
+            found[names[module]] = module.weight.T
+        elif hasattr(module, "is_concatenated"):
+            for e in range(len(module.down_proj)):
+                found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
+    return found
+
+
+def _of_expert(stack, e: int) -> dict[str, Tensor]:
+    both, down = stack.gate_up_proj[e], stack.down_proj[e]
+    if stack.is_transposed:
+        both, down = both.T, down.T
+    half = len(both) // 2
+    gate, up = (both[:half], both[half:]) if stack.is_concatenated else (both[::2], both[1::2])
+    return {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+
+def _see(squares: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
+    _add(squares, name, args[0])
+
+
+def _add(squares: dict[str, Tensor], name: str, x: Tensor) -> None:
+    squares[name] = squares.get(name, 0) + x.double().flatten(0, -2).square().sum(0)
+
+
+@contextmanager
+def _experts_one_by_one(model, names: dict[nn.Module, str], squares: dict[str, Tensor]) -> Iterator[None]:
+    """Within the context experts compute in a loop of their own, which sees what each linear gets."""
+
+    def forward(stack, hidden, chosen, shares):
+        out = torch.zeros_like(hidden)
+        for e in range(len(stack.down_proj)):
+            token, place = torch.where(chosen == e)
+            if not len(token):
+                continue
+            part, name = _of_expert(stack, e), f"{names[stack]}.{e}"
+            bias = stack.gate_up_proj_bias[e] if stack.has_bias else None
+            both = stack.gate_up_proj[e].T if stack.is_transposed else stack.gate_up_proj[e]
+            inner = stack._apply_gate(F.linear(hidden[token], both, bias))
+            y = F.linear(inner, part["down_proj"], stack.down_proj_bias[e] if stack.has_bias else None)
+            for each, x in (("gate_proj", hidden[token]), ("up_proj", hidden[token]), ("down_proj", inner)):
+                _add(squares, f"{name}.{each}", x)
+            out.index_add_(0, token, y * shares[token, place, None])
+        return out
+
+    ALL_EXPERTS_FUNCTIONS.register("book", forward)
+    config = model.config.get_text_config()
+    before = config._experts_implementation
+    config._experts_implementation = "book"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 def check_mask(kept: Tensor, scores: Tensor, sparsity: float) -> None:
@@ -46,10 +115,3 @@ def check_mask(kept: Tensor, scores: Tensor, sparsity: float) -> None:
     worst_kept = scores.masked_fill(~kept, float("inf")).amin(1)
     best_gone = scores.masked_fill(kept, 0).amax(1)
     assert bool((best_gone <= worst_kept * (1 + 64 * torch.finfo(torch.float32).eps)).all())
-
-
-def nll(model: nn.Module, ids: Tensor) -> float:
-    """Mean over next tokens."""
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits.double()
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))

@@ -56,6 +56,33 @@ KINDS = {
         ),
         # Linears with an output for each of four heads, too narrow for some ranks.
         Kind("OlmoHybrid", layers=4),
+        # Transposed linears.
+        Kind("GPT2", dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) | {"n_positions": 256}),
+        # Stacks of experts: gate and up one after the other, each with a router; shared experts; dense blocks before.
+        Kind("Mixtral", {"num_local_experts": 4}),
+        Kind("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+        Kind("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+        Kind("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0}),
+        Kind(
+            "DeepseekV3",
+            {
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "moe_intermediate_size": 16,
+                "first_k_dense_replace": 1,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "num_key_value_heads": 4,
+                "norm_topk_prob": True,
+            },
+        ),
+        # Transposed stacks with biases, gate and up in turns.
+        Kind("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16}),
     )
 }
 
@@ -64,10 +91,10 @@ def of_kind(kind: Kind, seed: int = 0, **settings) -> nn.Module:
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind.name}Config")
     own = COMMON | {"num_hidden_layers": kind.layers} | kind.settings | settings
-    model = getattr(transformers, f"{kind.name}ForCausalLM")(config(**own)).eval().requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_config(config(**own)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.mul_(3)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             parameter.normal_(std=0.1)
     return model

@@ -1,0 +1,131 @@
+"""Transposed linears and stacks of experts: shown as linears, wrapped as linears, and put back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from losa.errors import ModelError
+from losa.model.blocks import find_blocks
+from losa.model.forms import as_linears, as_they_were, holder_of, views
+from losa.model.wrapping import merge_model, sparsity_of, unwrap_model
+from losa.modules.linear_experts import LinearExperts
+from losa.modules.masked_lora import MaskedLoRALinear
+from tests.helpers.book import matrices
+from tests.helpers.kinds import KINDS, of_kind
+from tests.helpers.tiny import assert_same_function, logits, randomise, wrap
+
+OTHER_FORMS = [kind for kind in KINDS.values() if kind.name in ("GPT2", "Mixtral", "GptOss", "DeepseekV3")]
+other_forms = pytest.mark.parametrize("kind", OTHER_FORMS, ids=lambda kind: kind.name)
+
+
+@other_forms
+def test_a_model_shows_its_linears(kind):
+    model = of_kind(kind)
+    blocks = find_blocks(model)
+    names = {module: name for name, module in model.named_modules()}
+    expected = {name: w for block in blocks for name, w in matrices(block, names).items()}
+    linears = blocks.linears()
+    routers = expected.keys() - linears.keys()
+    assert all(name.endswith(("gate", "router")) for name in routers) and linears.keys() <= expected.keys()
+    for name, linear in linears.items():
+        assert torch.equal(linear.weight, expected[name]), name
+        assert linear.weight.data_ptr() == expected[name].data_ptr(), "a view"
+        assert linear.weight.shape == (linear.out_features, linear.in_features)
+    held = [p for m in blocks.holders().values() for n, p in m.named_parameters(recurse=False) if "bias" not in n]
+    assert sum(p.numel() for p in held) == sum(linear.weight.numel() for linear in linears.values())
+    zeros, prunable = sparsity_of(model)
+    assert zeros == 0 and prunable == sum(linear.weight.numel() for linear in linears.values())
+
+
+@other_forms
+def test_wrapped_and_back(kind):
+    model = of_kind(kind)
+    before, modules, state = logits(model), dict(model.named_modules()), model.state_dict()
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    layers = wrap(model)
+    assert torch.equal(logits(model), before), "the same products"
+    assert all(isinstance(model.get_submodule(name), MaskedLoRALinear) for name in layers)
+    unwrap_model(model)
+    found = model.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    layers = wrap(model)
+    randomise(layers)
+    trained = logits(model)
+    masks = {name: layer.mask_bool() for name, layer in layers.items()}
+    merge_model(model)
+    assert_same_function(logits(model), trained)
+    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in modules.items()}
+    linears = find_blocks(model).linears()
+    assert all(not bool(linears[name].weight[~kept].any()) for name, kept in masks.items())
+    # What was given is as it was.
+    for name, module in modules.items():
+        for part, parameter in module.named_parameters(recurse=False):
+            assert torch.equal(parameter, state[f"{name}.{part}"] if name else state[part])
+
+
+def test_what_did_not_change_is_the_module_that_was_there():
+    model = of_kind(KINDS["Mixtral"])
+    stack = model.model.layers[0].mlp.experts
+    as_linears(model, "model.layers")
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, LinearExperts) and len(experts) == 4
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in model.state_dict()
+    as_they_were(model)
+    assert model.model.layers[0].mlp.experts is stack
+    as_they_were(model)  # nothing is left to do
+
+
+def test_a_refusal_leaves_the_form():
+    model = of_kind(KINDS["Mixtral"])
+    before = dict(model.named_modules())
+    with pytest.raises(ModelError, match="targets: 'nope' matches no linear"):
+        wrap(model, targets=["nope"])
+    assert dict(model.named_modules()) == before
+    assert [name.rpartition(".")[2] for name in wrap(model, targets=["up_proj"])] == ["up_proj"] * 8
+
+
+def test_a_stack_that_computes_something_else_stays(caplog, monkeypatch):
+    model = of_kind(KINDS["Mixtral"])
+    kind = type(model.model.layers[0].mlp.experts)
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states, top_k_index, top_k_weights: 2 * hidden_states)
+    with caplog.at_level(logging.INFO, logger="losa"):
+        layers = wrap(model)
+    assert "MixtralExperts are left stacked: their linears compute something else" in caplog.text
+    assert "stacked expert weights of 'model.layers' stay dense: mlp.experts.gate_up_proj" in caplog.text
+    assert len(layers) == 2 * 4
+
+
+def test_modules_of_other_kinds_stand_for_nothing():
+    stack = of_kind(KINDS["Mixtral"]).model.layers[0].mlp.experts
+    assert len(views(stack)) == 12 and all(holder_of(linear) is stack for linear in views(stack).values())
+    stack._is_expert_parallel = True  # this process has some of them
+    assert views(stack) == views(nn.Linear(2, 3)) == views(nn.Embedding(2, 3)) == {}
+    plain = nn.Linear(2, 3)
+    assert holder_of(plain) is plain
+    assert views(Conv1D(3, 2))[""].weight.shape == (3, 2)
+
+
+def test_tokens_without_an_expert_and_experts_without_tokens():
+    model = of_kind(KINDS["Mixtral"])
+    stack = model.model.layers[0].mlp.experts
+    as_linears(model, "model.layers")
+    experts = model.model.layers[0].mlp.experts
+    x, shares = torch.randn(5, 32), torch.rand(5, 2)
+    seen = []
+    experts[2].down_proj.register_forward_hook(lambda *_: seen.append(1))
+    chosen = torch.tensor([[0, 1], [1, 4], [4, 4], [3, 0], [1, 3]])  # 4: none
+    expected = torch.zeros_like(x)
+    for token, (pair, weights) in enumerate(zip(chosen, shares, strict=True)):
+        for e, share in zip(pair.tolist(), weights, strict=True):
+            if e < 4:
+                gate, up = stack.gate_up_proj[e].chunk(2)
+                inner = stack.act_fn(gate @ x[token]) * (up @ x[token])
+                expected[token] += share * (stack.down_proj[e] @ inner)
+    assert torch.allclose(experts(x, chosen, shares), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(experts(x, top_k_index=chosen, top_k_weights=shares), experts(x, chosen, shares))
+    assert not seen and experts(x[:0], chosen[:0], shares[:0]).shape == (0, 32)
