@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -46,13 +47,15 @@ def holder_of(linear: nn.Module) -> nn.Module:
     return vars(linear).get("holder", linear)
 
 
-def as_linears(model: nn.Module, prefix: str) -> None:
+def as_linears(model: nn.Module, prefix: str, only: Set[str] | None = None) -> None:
     """Replace the modules of other forms below ``prefix``, in place, by linears and ``LinearExperts``. Weights that lie
     in memory as a linear's do stay where they are; others are copied. A stack whose linears do not compute what it does
-    stays."""
+    stays. ``only``: names of modules; None: all."""
     forms: dict[str, nn.Module] = vars(model).setdefault(_FORMS, {})
     trusted: dict[type, bool] = {}
     for name, module in list(model.get_submodule(prefix).named_modules(prefix=prefix)):
+        if only is not None and name not in only:
+            continue
         linears = {part: _contiguous(linear) for part, linear in views(module).items()}
         if not linears:
             continue
@@ -77,18 +80,50 @@ def as_they_were(model: nn.Module) -> None:
 
 
 def _rebuilt(module: nn.Module, linears: dict[str, Any]) -> nn.Module:
-    """A module like ``module``, whose ``views`` have the weights of ``linears``; it shares all else."""
+    """A module like ``module``, whose ``views`` have the weights and biases of ``linears``, which are used up. They
+    share all else."""
     before = views(module)
     if all(linears[part].weight.data_ptr() == view.weight.data_ptr() for part, view in before.items()):
         return module
+    first = next(iter(linears.values()))
+    new = _empty_like(module, first.weight, first.bias)
+    for part, view in views(new).items():
+        linear = linears.pop(part)
+        view.weight.data.copy_(linear.weight)
+        if view.bias is not None:
+            view.bias.data.copy_(linear.bias)
+    return new
+
+
+def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+    """A module like ``module`` with parameters of its own, of the types and in the place of a linear's. It shares all
+    else."""
     new: Any = copy.copy(module)
     new.__dict__ |= {kind: dict(getattr(module, kind)) for kind in ("_parameters", "_buffers", "_modules")}
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim > 1 and not name.endswith("bias"):
-            new._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
-    for part, view in views(new).items():
-        view.weight.data.copy_(linears.pop(part).weight)
+        like = weight if bias is None or not name.endswith("bias") else bias
+        empty = torch.empty_like(parameter, dtype=like.dtype, device=like.device)
+        new._parameters[name] = nn.Parameter(empty, requires_grad=False)
     return new
+
+
+def stack_experts(experts: LinearExperts, name: str, tensors: dict[str, Tensor]) -> None:
+    """In a state dict, put the stack's tensors in the place of its linears', which are dense.
+
+    Args:
+        experts: whose linears they are.
+        name: of ``experts`` in the model.
+        tensors: the state dict.
+    """
+    stack: Any = vars(experts)["stack"]
+    weights = {part: tensors.pop(f"{name}.{part}.weight") for part in views(stack)}
+    biases = {part: tensors.pop(f"{name}.{part}.bias", None) for part in weights}
+    new = _empty_like(stack, next(iter(weights.values())), next(iter(biases.values())))
+    for part, view in views(new).items():
+        view.weight.data.copy_(weights.pop(part))
+        if (bias := biases[part]) is not None:
+            view.bias.data.copy_(bias)
+    tensors |= {f"{name}.{key}": value for key, value in new._parameters.items()}
 
 
 def _is_transposed(module: Any) -> bool:
@@ -98,8 +133,8 @@ def _is_transposed(module: Any) -> bool:
 
 
 def _is_stack(module: Any) -> bool:
-    """Whether a module holds experts as ``LinearExperts`` reads them, all of them and in this process alone."""
-    if not all(hasattr(module, flag) for flag in _FLAGS) or module._is_expert_parallel:
+    """Whether a module holds experts as ``LinearExperts`` reads them: all of them in this process, and no norm."""
+    if not all(hasattr(module, flag) for flag in _FLAGS) or module._is_expert_parallel or module.has_post_expert_norm:
         return False
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     weights = [module._parameters.get(name) for name in names]

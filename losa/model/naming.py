@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
+from losa.model.forms import views
 from losa.storage.tensor_files import Stored, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -131,6 +132,39 @@ class Naming:
         if any(len(each) != len(self.expected[target]) for each in sources.values()):
             return None
         return list(zip(*sources.values(), strict=True))
+
+    @cached_property
+    def experts(self) -> dict[str, str]:
+        """Name on disk -> name of the linear, as ``losa.model.forms.views`` has it, whose weight a stored tensor is as
+        it is stored: one matrix of one expert, which transformers puts into a stack."""
+        found: dict[str, str] = {}
+        for target in self.made:
+            module, _, _ = target.rpartition(".")
+            if (names := self._parts_of_experts(target)) is None:
+                continue
+            for expert, sources in enumerate(self.stacked(target) or ()):
+                order = list(self._converters[self._patterns[sources[0]]].source_patterns)
+                ordered = sorted(sources, key=lambda source: order.index(self._patterns[source]))
+                if len(ordered) == len(names):
+                    parts = (f"{module}.{expert}.{name}" for name in names)
+                    found |= dict(zip(ordered, parts, strict=True))
+        return found
+
+    def _parts_of_experts(self, target: str) -> tuple[str, ...] | None:
+        """Which linears of an expert lie in a row of a stack, one after the other; None for another tensor."""
+        module, _, parameter = target.rpartition(".")
+        stack: Any = self.model.get_submodule(module)
+        if not views(stack) or stack.is_transposed or not stack.is_concatenated:
+            return None
+        gated = ("gate_proj", "up_proj")
+        return {"gate_up_proj": gated, "up_proj": ("up_proj",), "down_proj": ("down_proj",)}.get(parameter)
+
+    def linear_of(self, name: str) -> str | None:
+        """The linear, by its name in the model, whose weight a stored tensor is; None where it is no whole weight."""
+        if name in self.experts:
+            return self.experts[name]
+        module, _, kind = self.renamed.get(name, "").rpartition(".")
+        return module if kind == "weight" and name.endswith(".weight") else None
 
     def make(self, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that transformers makes from the stored tensors of ``made[target]``, by name in the model. From

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError
+from losa.model.forms import stack_experts
+from losa.modules.linear_experts import LinearExperts
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 from losa.storage.files import write_json
@@ -22,9 +24,10 @@ _TIED = "tie_word_embeddings"
 def guard_saving(model: nn.Module) -> None:
     """Make ``model.save_pretrained`` (and so ``push_to_hub``) write a checkpoint that transformers loads.
 
-    Packed linears are written dense, under their ordinary names. All dense weights of the model are in memory meanwhile
-    (``losa unpack`` holds one block at a time). A model with adapters is refused, since the file would hold the weights
-    without their adapters. A model that is not of transformers is left as it is.
+    Packed linears are written dense, under their ordinary names, and experts as the stack that they were. All dense
+    weights of the model are in memory meanwhile (``losa unpack`` holds one block at a time). A model with adapters is
+    refused, since the file would hold the weights without their adapters. A model that is not of transformers is left
+    as it is.
     """
     module: Any
     for module in model.modules():  # parts of the model can be saved alone
@@ -42,7 +45,7 @@ def save_pretrained(model: Any, *args, **kwargs):
             f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}, ...), which transformers cannot "
             "load; merge_model first, or torch.save(model.state_dict(), ...) to go on later"
         )
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if any(isinstance(module, (SparseLinear, LinearExperts)) for module in model.modules()):
         call = signature(save).bind(model, *args, **kwargs)
         call.arguments["state_dict"] = dense_state_dict(model, call.arguments.get("state_dict"))
         return save(*call.args, **call.kwargs)
@@ -50,13 +53,17 @@ def save_pretrained(model: Any, *args, **kwargs):
 
 
 def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state dict, or ``state_dict``, with dense weights in place of packed ones."""
+    """The model's state dict, or ``state_dict``, with dense weights in place of packed ones, and stacks in place of the
+    experts' linears."""
     found = dict(model.state_dict() if state_dict is None else state_dict)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             for part in module.packed.tensors():
                 found.pop(f"{name}.{part}", None)
             found[f"{name}.weight"] = module.packed.unpack()
+    for name, module in model.named_modules():
+        if isinstance(module, LinearExperts):
+            stack_experts(module, name, found)
     return found
 
 

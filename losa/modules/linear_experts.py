@@ -24,8 +24,8 @@ class LinearExperts(nn.ModuleList):
     that chose e, if there are any.
 
     Args:
-        stack: a module under ``transformers.integrations.moe.use_experts_implementation``. Its activation, gate and
-            norm serve on. It is no child of this module, so that its parameters do not occur twice.
+        stack: a module under ``transformers.integrations.moe.use_experts_implementation``. Its activation and gate
+            serve on. It is no child of this module, so that its parameters do not occur twice.
         linears: of every expert: ``up_proj`` and ``down_proj``, and ``gate_proj`` where the stack has gates.
     """
 
@@ -64,5 +64,4 @@ class LinearExperts(nn.ModuleList):
             # Side by side, or in turns.
             both = torch.stack([gate, up], -2 if stack.is_concatenated else -1).flatten(-2)
             inner = stack._apply_gate(both)
-        y = expert.down_proj(inner)
-        return stack.post_expert_norm(y) if stack.has_post_expert_norm else y
+        return expert.down_proj(inner)

@@ -48,7 +48,7 @@ def read(directory: Path) -> Contents:
         stored = files.stored
     if odd := sorted(stored.keys() - manifest.files.keys()):
         raise ModelError(f"{directory / MANIFEST}: does not list {shown_name(odd[0])}, which a file holds")
-    return Contents(directory / MANIFEST, manifest.dense(stored), _parts(directory, manifest))
+    return Contents(directory / MANIFEST, manifest.linears.keys(), manifest.dense(stored), _parts(directory, manifest))
 
 
 def _parts(directory: Path, manifest: Manifest) -> Iterator[dict[str, Packed | Tensor]]:

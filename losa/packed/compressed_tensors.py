@@ -116,7 +116,7 @@ def read(directory: Path) -> Contents:
                         found[name] = files.get(name)
                 yield found
 
-    return Contents(directory, dense, contents())
+    return Contents(directory, {name.removesuffix(".weight") for name in parts}, dense, contents())
 
 
 def _shape(where: str, stored: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, shown_name
 from losa.model.finite import check_finite, check_rounded, is_finite, rounded
+from losa.model.forms import as_linears
 from losa.model.grouping import group_linears
 from losa.model.naming import Naming, checked_naming
 from losa.model.saving import guard_saving
@@ -33,7 +34,10 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
     model: Any = empty_model(directory, fallback=kinds[0] if kinds else torch.float32)
     naming = checked_naming(model, contents.stored, contents.where)
-    loaded = _fill(model, naming, contents, directory, device)
+    packed = [naming.experts[f"{name}.weight"] for name in contents.packed if f"{name}.weight" in naming.experts]
+    stacks = {linear.rsplit(".", 2)[0] for linear in packed}
+    as_linears(model, naming.blocks.prefix, stacks)
+    loaded = _fill(model, naming, contents, directory, device, stacks)
     naming.warn_of_unused(directory)
     # As in transformers' own loading: a stored tensor is kept even where the config ties it to another.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
@@ -45,9 +49,13 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     return model.to(device).eval().requires_grad_(False)
 
 
-def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device) -> set[str]:
-    """Put all tensors into ``model``, part by part; the names in the model that were filled."""
+def _fill(
+    model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device, stacks: Set[str]
+) -> set[str]:
+    """Put all tensors into ``model``, part by part; the names in the model, as it is before ``as_linears``, that were
+    filled. ``stacks``: of experts that are linears now."""
     blocks, targets, dtypes = naming.blocks, naming.targets(), naming.dtypes()
+    experts = {name: linear for name, linear in naming.experts.items() if linear.rsplit(".", 2)[0] in stacks}
     # By name in the model: stored tensors that wait for others to be made into one.
     made: dict[str, dict[str, Tensor]] = {}
     loaded: set[str] = set()
@@ -56,16 +64,20 @@ def _fill(model: nn.Module, naming: Naming, contents: Contents, directory: Path,
         touched: set[int | None] = set()
         while part:
             name, value = part.popitem()
-            target = targets[f"{name}.weight" if isinstance(value, Packed) else name]
+            stored = f"{name}.weight" if isinstance(value, Packed) else name
+            target, dtype = targets[stored], dtypes.get(targets[stored])
+            if stored in experts:
+                loaded.add(target)
+                target = f"{experts[stored]}.weight"
             touched.add(blocks.index_of(target))
             where = f"{directory}: {shown_name(name)}"
             if isinstance(value, Packed):
-                if not _is_linear(model, naming.renamed.get(f"{name}.weight", "")):
+                if (stored not in naming.renamed and stored not in experts) or not _is_linear(model, target):
                     raise ModelError(f"{where}: packed, but the model has no such linear")
-                _replace(model, target, rounded_packed(where, value, dtypes.get(target)).to(device))
+                _replace(model, target, rounded_packed(where, value, dtype).to(device))
                 loaded.add(target)
-            elif name in naming.renamed:
-                dense[target] = rounded(where, value, dtypes.get(target)).to(device)
+            elif name in naming.renamed or name in experts:
+                dense[target] = rounded(where, value, dtype).to(device)
             elif target in naming.made:
                 waiting = made.setdefault(target, {})
                 waiting[name] = value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from losa.errors import ModelError
 from losa.model.finite import rounded
+from losa.model.forms import holder_of
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
 from losa.packed.weights import Packer, zero_share
@@ -43,11 +44,13 @@ class Contents(NamedTuple):
     """A packed directory that is open for reading.
 
     where: the file or directory that lists its tensors.
+    packed: names on disk of the packed linears.
     stored: type and shape of each tensor of the dense checkpoint that was packed.
     parts: one block's tensors after the other's: packed weights by linear, and other tensors, by their names on disk.
     """
 
     where: Path
+    packed: Set[str]
     stored: dict[str, Stored]
     parts: Iterator[dict[str, Packed | Tensor]]
 
@@ -62,8 +65,8 @@ def packed_parts(
 ) -> Iterator[PackedPart]:
     """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
 
-    Tensors and linears keep their names on disk. Weights that transformers makes from several stored tensors (stacked
-    experts, split projections) stay as they are stored.
+    Tensors and linears keep their names on disk. Experts are packed where each one's matrices are tensors of their own;
+    other weights that transformers makes from several stored tensors (split projections) stay as they are stored.
 
     Args:
         pack: a linear's weight -> packed, or None to leave it dense.
@@ -77,7 +80,8 @@ def packed_parts(
             finite; or (at the end) no linear was packed.
     """
     naming = check_names(source, skeleton(source))
-    linears = naming.blocks.linears().keys()
+    held = {name for name, linear in naming.blocks.linears().items() if holder_of(linear) is linear}
+    linears = held | set(naming.experts.values())
 
     def parts() -> Iterator[PackedPart]:
         done, left, unfit = 0, 0, []
@@ -87,9 +91,8 @@ def packed_parts(
                 for name in names:
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
-                    module = naming.renamed.get(name, "").removesuffix(".weight")
-                    linear = name.removesuffix(".weight")
-                    if module in linears and naming.renamed[name] == f"{module}.weight" and name != linear:
+                    module, linear = naming.linear_of(name), name.removesuffix(".weight")
+                    if module is not None and module in linears:
                         packed = None
                         if module not in leave and zero_share(tensor) >= min_sparsity:
                             packed = _packed(pack, tensor, f"{source}: {linear}")
