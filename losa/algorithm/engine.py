@@ -145,7 +145,7 @@ class Engine:
     def _check_blocks(self) -> None:
         empty = [i for i, block in enumerate(self.blocks) if not block.linears]
         if empty:
-            raise ModelError(f"blocks {empty} have no wrapped linear; wrap the model first")
+            raise ModelError(f"blocks {empty} have no wrapped linear: wrap the model first, with targets in each block")
         if self.prune_config.keep_n_m is None:
             return
         m = self.prune_config.keep_n_m[1]

@@ -29,7 +29,7 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     weights are freed on the way.
 
     The model runs on a few tokens first, to find linears whose weight it reads itself: they stay dense.
-    ``save_pretrained`` writes the model dense afterwards.
+    ``save_pretrained`` writes the model dense afterwards. Linears of another form (``losa.model.forms``) stay dense.
 
     Args:
         model: decoder with plain linears (``merge_model`` first).
@@ -72,7 +72,9 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     if unfit and not replaced:
         told = f"the format {format} needs {FORMATS[format].needs}"
         raise ModelError(f"sparsify: {told}; {unfit} of {considered} linears have zeros enough, but not like that")
-    if considered and not replaced:
+    if not considered:
+        raise ModelError("sparsify: the model's blocks have no linear that can be packed")
+    if not replaced:
         raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
     logger.info("sparsify: %d of %d linears packed", replaced, considered)
     guard_saving(model)

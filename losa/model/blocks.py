@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.errors import ModelError
+from losa.model import forms
 from losa.model.forms import holder_of, views
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
@@ -138,7 +139,7 @@ def weight_count(module: nn.Module) -> int:
         return module.out_features * module.in_features
     if is_linear(module):
         return module.weight.numel()
-    return sum(linear.weight.numel() for linear in views(module).values())
+    return forms.weight_count(module)
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -170,7 +171,7 @@ def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str,
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules():
         own = {"": module} if is_linear(module) else views(module)
-        if module in routers or any(uses[id(holder_weight)] > 1 for holder_weight in _weights(module) if own):
+        if not own or module in routers or any(uses[id(weight)] > 1 for weight in own_weights(module)):
             continue
         for part, linear in own.items():
             full = ".".join(filter(None, (name, part)))
@@ -179,7 +180,7 @@ def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str,
     return found
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
+def own_weights(module: nn.Module) -> list[nn.Parameter]:
     """A module's own matrices and stacks."""
     return [p for p in module._parameters.values() if p is not None and p.ndim > 1]
 

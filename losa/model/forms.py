@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def views(module: Any) -> dict[str, nn.Linear]:
         return {}
     for linear in found.values():
         vars(linear)["holder"] = module
+        linear.training = module.training
     return found
 
 
@@ -47,52 +48,96 @@ def holder_of(linear: nn.Module) -> nn.Module:
     return vars(linear).get("holder", linear)
 
 
-def as_linears(model: nn.Module, prefix: str, only: Set[str] | None = None) -> None:
-    """Replace the modules of other forms below ``prefix``, in place, by linears and ``LinearExperts``. Weights that lie
-    in memory as a linear's do stay where they are; others are copied. A stack whose linears do not compute what it does
-    stays. ``only``: names of modules; None: all."""
-    forms: dict[str, nn.Module] = vars(model).setdefault(_FORMS, {})
-    trusted: dict[type, bool] = {}
-    for name, module in list(model.get_submodule(prefix).named_modules(prefix=prefix)):
-        if only is not None and name not in only:
-            continue
-        linears = {part: _contiguous(linear) for part, linear in views(module).items()}
-        if not linears:
-            continue
+def weight_count(module: Any) -> int:
+    """Weights of the linears that ``views`` shows."""
+    if not _is_transposed(module) and not _is_stack(module):
+        return 0
+    return sum(p.numel() for name, p in module.named_parameters(recurse=False) if not name.endswith("bias"))
+
+
+def as_linears(
+    model: nn.Module, names: Iterable[str], made: Callable[[str, nn.Linear], nn.Module] | None = None
+) -> list[str]:
+    """Replace modules of other forms, in place, by linears and ``LinearExperts``.
+
+    Args:
+        model: whose modules they are.
+        names: of modules that ``views`` shows as linears.
+        made: (name in the model, view) -> the layer that is put there; None: a plain linear, whose weight lies in
+            memory as kernels read it, and ``as_they_were`` forgets the form.
+
+    Returns:
+        names of stacks whose linears do not compute what they do, which stay.
+    """
+    forms: dict[str, nn.Module] = vars(model).setdefault(_FORMS, {}) if made is not None else {}
+    left = []
+    for name in names:
+        module = model.get_submodule(name)
+        linears = {part: (made or _plain)(f"{name}.{part}".rstrip("."), view) for part, view in views(module).items()}
+        # What was copied need not stay in memory twice.
+        copied = not any(_is_same(view.weight, linears[part].weight) for part, view in views(module).items())
+        form = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
         if "" in linears:
-            new: nn.Module = linears[""]
+            new = linears[""]
         else:
-            new = LinearExperts(module, _by_expert(linears)).train(module.training)
-            if not trusted.setdefault(type(module), _computes_the_same(new, module)):
+            new = LinearExperts(form, _by_expert(linears)).train(module.training)
+            if not _computes_the_same(new, module):
+                left.append(name)
                 continue
-        forms[name] = module
+        forms[name] = form
         model.set_submodule(name, new)
+    return left
 
 
-def as_they_were(model: nn.Module) -> None:
-    """Put the forms back that ``as_linears`` replaced, in place: with new parameters where a linear has another weight
-    than it had. The linears are plain."""
-    forms: dict[str, nn.Module] = vars(model).pop(_FORMS, {})
-    for name, module in forms.items():
-        now = model.get_submodule(name)
-        linears = {"": now} if "" in views(module) else dict(_experts_linears(now))
-        model.set_submodule(name, _rebuilt(module, linears))
+def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> None:
+    """Put the forms back that ``as_linears`` replaced, in place and frozen: one after the other, with new parameters
+    where a linear has another weight than it had.
+
+    Args:
+        model: whose modules they are.
+        made: a layer -> the plain linear that it becomes.
+    """
+    forms: dict[str, nn.Module] = vars(model).get(_FORMS, {})
+    for name in list(forms):
+        now: Any = model.get_submodule(name)
+        parts: dict[str, nn.Module] = {"": now} if "" in views(forms[name]) else dict(_of_experts(now))
+        if isinstance(now, LinearExperts):
+            for expert in now:
+                expert._modules.clear()  # so that each is freed when it was copied
+        put_back = _put_back(forms.pop(name), parts, made)
+        model.set_submodule(name, put_back.requires_grad_(False).train(now.training))
+    vars(model).pop(_FORMS, None)
 
 
-def _rebuilt(module: nn.Module, linears: dict[str, Any]) -> nn.Module:
-    """A module like ``module``, whose ``views`` have the weights and biases of ``linears``, which are used up. They
-    share all else."""
+def _put_back(module: nn.Module, parts: dict[str, nn.Module], made: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """``module``; or where a linear has another weight than ``module`` has, a module like it with the weights and
+    biases of ``made`` of ``parts``, which are used up."""
     before = views(module)
-    if all(linears[part].weight.data_ptr() == view.weight.data_ptr() for part, view in before.items()):
-        return module
-    first = next(iter(linears.values()))
-    new = _empty_like(module, first.weight, first.bias)
-    for part, view in views(new).items():
-        linear = linears.pop(part)
-        view.weight.data.copy_(linear.weight)
-        if view.bias is not None:
-            view.bias.data.copy_(linear.bias)
-    return new
+    new: nn.Module | None = None
+    after: dict[str, nn.Linear] = {}
+    for part, view in before.items():
+        linear: Any = made(parts.pop(part))
+        if new is None:
+            if _is_same(view.weight, linear.weight):
+                continue
+            new = _empty_like(module, linear.weight, linear.bias)
+            after = views(new)
+            for earlier in before:
+                if earlier == part:
+                    break
+                _copy(before[earlier], after[earlier])
+        _copy(linear, after[part])
+    return module if new is None else new
+
+
+def _copy(source: Any, target: Any) -> None:
+    target.weight.data.copy_(source.weight)
+    if target.bias is not None:
+        target.bias.data.copy_(source.bias)
+
+
+def _is_same(one: Tensor, other: Any) -> bool:
+    return not one.is_meta and one.data_ptr() == other.data_ptr()
 
 
 def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
@@ -116,9 +161,10 @@ def stack_experts(experts: LinearExperts, name: str, tensors: dict[str, Tensor])
         tensors: the state dict.
     """
     stack: Any = vars(experts)["stack"]
-    weights = {part: tensors.pop(f"{name}.{part}.weight") for part in views(stack)}
-    biases = {part: tensors.pop(f"{name}.{part}.bias", None) for part in weights}
-    new = _empty_like(stack, next(iter(weights.values())), next(iter(biases.values())))
+    parts = [part for part, _ in _of_experts(experts)]
+    weights = {part: tensors.pop(f"{name}.{part}.weight") for part in parts}
+    biases = {part: tensors.pop(f"{name}.{part}.bias", None) for part in parts}
+    new = _empty_like(stack, weights[parts[0]], biases[parts[0]])
     for part, view in views(new).items():
         view.weight.data.copy_(weights.pop(part))
         if (bias := biases[part]) is not None:
@@ -167,16 +213,14 @@ def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _contiguous(linear: nn.Linear) -> nn.Linear:
-    """Kernels read rows."""
-    vars(linear).pop("holder")
-    if not linear.weight.is_contiguous():
-        linear.weight.data = linear.weight.data.contiguous()
-    return linear
+def _plain(name: str, view: nn.Linear) -> nn.Linear:
+    vars(view).pop("holder")
+    view.weight.data = view.weight.data.contiguous()
+    return view
 
 
-def _by_expert(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
-    found: list[dict[str, nn.Linear]] = []
+def _by_expert(linears: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    found: list[dict[str, nn.Module]] = []
     for part, linear in linears.items():
         number, _, name = part.partition(".")
         if int(number) == len(found):
@@ -185,7 +229,7 @@ def _by_expert(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
     return found
 
 
-def _experts_linears(experts: nn.Module) -> list[tuple[str, nn.Module]]:
+def _of_experts(experts: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (f"{e}.{name}", linear) for e, expert in experts.named_children() for name, linear in expert.named_children()
     ]

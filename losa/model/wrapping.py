@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -24,11 +23,12 @@ from losa.model.blocks import (
     is_linear,
     linears_of,
     matches,
+    own_weights,
     parameter_uses,
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import as_linears, as_they_were, holder_of
+from losa.model.forms import as_linears, as_they_were, holder_of, views
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -64,10 +64,11 @@ def wrap_model(
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
     The weights stay where they are in memory; the adapters of a sharded model are sharded too. An adapter is seeded by
-    (seed, full name), so another choice of targets does not change it. Stacked expert weights stay dense, and so do
-    linears whose weight the model reads itself, with a warning; the model runs on a few tokens to find the latter.
-    Until it is merged or unwrapped, a module that reads weights itself in training alone, for a kernel of its own,
-    stays in evaluation mode, and ``save_pretrained`` refuses the model.
+    (seed, full name), so another choice of targets does not change it. Linears of another form (``losa.model.forms``)
+    are replaced too. Stacks that are none stay dense, and so do linears whose weight the model reads itself, with a
+    warning; the model runs on a few tokens to find the latter. Until it is merged or unwrapped, a module that reads
+    weights itself in training alone, for a kernel of its own, stays in evaluation mode, and ``save_pretrained`` refuses
+    the model.
 
     Args:
         model: a decoder of transformers.
@@ -90,47 +91,31 @@ def wrap_model(
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
     blocks = find_blocks(model)
-    with _linear_forms(model, blocks):
-        uses, wanted = parameter_uses(model), as_targets(targets)
-        every = {
-            block_name: {name: m for name, m in linears_of(block, uses, []).items() if holder_of(m) is m}
-            for block_name, block in zip(blocks.names, blocks, strict=True)
-        }
-        passed_by, in_training = _read_directly(model)
-        for block_name, linears in every.items():
-            for name in [name for name in linears if f"{block_name}.{name}" in passed_by]:
-                del linears[name]
-        names = list(dict.fromkeys(name for linears in every.values() for name in linears))
-        for target in wanted:
-            if not any(matches(target, name) for name in names):
-                raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
-        chosen = {
-            f"{block_name}.{name}": linear
-            for block_name, linears in every.items()
-            for name, linear in linears.items()
-            if not wanted or any(matches(target, name) for target in wanted)
-        }
-        if not chosen:
-            raise ModelError(
-                f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned"
+    uses, (passed_by, in_training) = parameter_uses(model), _read_directly(model)
+    chosen = _chosen(blocks, uses, as_targets(targets), passed_by)
+    narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
+    wrapped: dict[str, MaskedLoRALinear] = {}
+    for full, linear in chosen.items():
+        if full in narrow:
+            continue
+        generator = torch.Generator().manual_seed(_seed_for(seed, full))
+        try:
+            new = layer.from_linear(
+                cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
             )
-        narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
-        wrapped = {}
-        for full, linear in chosen.items():
-            if full in narrow:
-                continue
-            generator = torch.Generator().manual_seed(_seed_for(seed, full))
-            try:
-                new = layer.from_linear(
-                    cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
-                )
-            except ValueError as error:
-                raise ModelError(f"{full}: {error}") from error
-            if (sharding := sharding_of(linear)) is not None:
-                shard_module(new, sharding)
-            wrapped[full] = new
-        _warn_left_dense(blocks, uses, passed_by, narrow)
+        except ValueError as error:
+            raise ModelError(f"{full}: {error}") from error
+        if (sharding := sharding_of(linear)) is not None:
+            shard_module(new, sharding)
+        wrapped[full] = new
+    held = {name: holder_of(chosen[name]) for name in wrapped}
+    forms = {holder for name, holder in held.items() if holder is not chosen[name]}
+    del chosen
     model.requires_grad_(False)
+    names = [name for name, module in blocks.modules.named_modules(prefix=blocks.prefix) if module in forms]
+    left = as_linears(model, names, lambda name, view: wrapped.get(name, view))
+    wrapped = {name: new for name, new in wrapped.items() if not name.startswith(tuple(f"{stack}." for stack in left))}
+    _warn_left_dense(blocks, uses, passed_by, narrow, [name.removeprefix(f"{blocks.prefix}.") for name in left])
     for name, new in wrapped.items():
         model.set_submodule(name, new)
     for name in (in_training - passed_by) & wrapped.keys():
@@ -141,22 +126,30 @@ def wrap_model(
     return wrapped
 
 
-@contextmanager
-def _linear_forms(model: nn.Module, blocks: Blocks) -> Iterator[None]:
-    """The blocks' linears can be replaced from now on, unless the context fails. In a sharded model stacks of experts
-    stay stacks."""
-    if sharding_of(model) is None:
-        as_linears(model, blocks.prefix)
-    try:
-        yield
-    except BaseException:
-        as_they_were(model)
-        raise
+def _chosen(blocks: Blocks, uses: Counter, targets: list[str], passed_by: set[str]) -> dict[str, nn.Module]:
+    """The linears that are wrapped, by full name; of other forms as ``losa.model.forms.views`` shows them. Raises
+    ModelError: a target that matches nothing, or nothing can be pruned."""
+    every = {name: linears_of(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}
+    found = {(block, name): m for block, own in every.items() for name, m in own.items()}
+    found = {key: m for key, m in found.items() if ".".join(key) not in passed_by}
+    names = list(dict.fromkeys(name for _, name in found))
+    for target in targets:
+        if not any(matches(target, name) for name in names):
+            raise ModelError(f"targets: {target!r} matches no linear of a block; there are {', '.join(names)}")
+    if not found:
+        raise ModelError(f"model: every nn.Linear of {blocks.prefix!r} is shared or a router; nothing can be pruned")
+    return {
+        ".".join(key): m for key, m in found.items() if not targets or any(matches(each, key[1]) for each in targets)
+    }
 
 
 def _stay_evaluating(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Takes the place of ``module.train``."""
-    return type(module).train(module, False)
+    """Takes the place of ``module.train``. Adapters inside still drop inputs in training."""
+    type(module).train(module, False)
+    for layer in module.modules():
+        if isinstance(layer, MaskedLoRALinear):
+            layer.training = mode
+    return module
 
 
 def _seed_for(seed: int, name: str) -> int:
@@ -179,21 +172,27 @@ def _read_directly(model: Any) -> tuple[set[str], set[str]]:
     a model that is not of transformers or cannot run: without numbers, or for reasons that calibration will tell."""
     if not hasattr(model, "get_input_embeddings") or device_of(model).type == "meta":
         return set(), set()
-    try:
-        with runnable(model):
-            return read_directly(model), read_directly(model, training=True)
-    except ModelError as error:
-        logger.info("a trial run of the model: %s", error)
-        return set(), set()
+    found: list[set[str]] = []
+    for training in (False, True):
+        try:
+            with runnable(model):
+                found.append(read_directly(model, training=training))
+        except ModelError as error:
+            logger.warning("linears whose weight the model reads itself cannot be found: %s", error)
+            found.append(set())
+    return found[0], found[1]
 
 
-def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow: list[str]) -> None:
-    fused = [f"{name}.{p}" for name, module in blocks.modules[0].named_modules() for p in stacked_weights(module)]
-    if not fused:
-        fused = [f"{name}.{p}" for name, module in blocks.modules.named_modules() for p in stacked_weights(module)]
-    if fused:
-        logger.warning("stacked expert weights of %r stay dense: %s", blocks.prefix, ", ".join(fused))
-    shared = [n for n, m in blocks.modules.named_modules() if is_linear(m) and uses[id(m.weight)] > 1]
+def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow: list[str], left: list[str]) -> None:
+    stacks = [(name, m) for name, m in blocks.modules.named_modules() if stacked_weights(m)]
+    if dense := [f"{name}.{p}" for name, m in stacks if not views(m) or name in left for p in stacked_weights(m)]:
+        others = f" and {len(dense) - 3} others" if len(dense) > 3 else ""
+        logger.warning("stacked expert weights of %r stay dense: %s%s", blocks.prefix, ", ".join(dense[:3]), others)
+    shared = [
+        name
+        for name, m in blocks.modules.named_modules()
+        if (is_linear(m) or views(m)) and any(uses[id(weight)] > 1 for weight in own_weights(m))
+    ]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
     own = [name for name in sorted(passed_by) if blocks.index_of(name) is not None]
@@ -227,9 +226,9 @@ def replace_layers(
 ) -> nn.Module:
     """Put ``made(layer)`` in the place of every wrapped layer, and ``norm(layer)`` in the place of every trained norm,
     as ``replace_modules`` does."""
+    as_they_were(model, lambda layer: made(cast(_Layer, layer)) if isinstance(layer, MaskedLoRALinear) else layer)
     replace_modules(model, list(wrapped_linears(model)), lambda _, layer: made(cast(_Layer, layer)))
     replace_modules(model, list(trained_norms(model)), lambda _, layer: norm(cast(TrainedNorm, layer)))
-    as_they_were(model)
     for module in model.modules():
         own = vars(module).get("train")
         if isinstance(own, partial) and own.func is _stay_evaluating:

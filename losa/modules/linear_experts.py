@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Expert(nn.Module):
     """The linears of one expert, by name; ``LinearExperts`` computes with them."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear]):
+    def __init__(self, linears: Mapping[str, nn.Module]):
         super().__init__()
         for name, linear in linears.items():
             self.add_module(name, linear)
@@ -29,7 +29,7 @@ class LinearExperts(nn.ModuleList):
         linears: of every expert: ``up_proj`` and ``down_proj``, and ``gate_proj`` where the stack has gates.
     """
 
-    def __init__(self, stack: nn.Module, linears: Sequence[Mapping[str, nn.Linear]]):
+    def __init__(self, stack: nn.Module, linears: Sequence[Mapping[str, nn.Module]]):
         super().__init__(map(Expert, linears))
         vars(self)["stack"] = stack
 

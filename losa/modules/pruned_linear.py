@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa_kernels import masked_lora_linear
 
 
 class PrunedLinear(MaskedLoRALinear):
@@ -29,7 +30,11 @@ class PrunedLinear(MaskedLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return F.linear(x, self.effective_weight() if self.adapter_enabled else self.weight, self.bias)
+        if not self.adapter_enabled:
+            return F.linear(x, self.weight, self.bias)
+        # An adapter of zeros: autograd then keeps the weight and the mask, and no product of the two.
+        A, B = x.new_zeros(1, self.in_features), x.new_zeros(self.out_features, 1)
+        return masked_lora_linear(x, self.weight, self.mask, A, B, 0.0, self.bias, 0.0)
 
     def set_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
         """Raises ValueError: there are no ranks."""

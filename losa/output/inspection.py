@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ from losa.storage.kinds import is_packed, read_config, refuse_adapter
 from losa.storage.tensor_files import Stored, checkpoint_tensors
 from losa_kernels.packing import Packed
 
-# Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight".
-BLOCK_WEIGHT = re.compile(r"(.*?\.\d{1,9})\..*weight", re.ASCII)
+# Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight". So have
+# stacks of experts: "model.layers.0.mlp.experts.down_proj".
+BLOCK_WEIGHT = re.compile(r"(.*?\.\d{1,9})\..*(weight|_proj)", re.ASCII)
+# Linears of an expert whose weights lie in one tensor of a stack.
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 MEASURED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
 class TensorSparsity:
-    """One matrix as it lies in the files; ``zeros`` counts 0.0 and -0.0."""
+    """One matrix, or a stack of matrices, as it lies in the files; ``zeros`` counts 0.0 and -0.0."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,14 +57,23 @@ class Inspection:
 
     @property
     def lost_zeros(self) -> list[str]:
-        """Matrices with more nonzero weights than their recorded mask keeps: changed since losa wrote them."""
-        masks = self.record.masks if self.record is not None else {}
-        names = {t.name: self.targets.get(t.name, t.name).removesuffix(".weight") for t in self.tensors}
-        return [
-            t.name
-            for t in self.tensors
-            if (mask := masks.get(names[t.name])) is not None and t.total - t.zeros > mask.kept
-        ]
+        """Matrices with more nonzero weights than their recorded masks keep: changed since losa wrote them."""
+        kept = {} if self.record is None else {name: mask.kept for name, mask in self.record.masks.items()}
+        lost = []
+        for tensor in self.tensors:
+            name = self.targets.get(tensor.name, tensor.name).removesuffix(".weight")
+            own = [kept[name]] if name in kept else _of_stack(name, kept)
+            if own and tensor.total - tensor.zeros > sum(own):
+                lost.append(tensor.name)
+        return lost
+
+
+def _of_stack(name: str, kept: dict[str, int]) -> list[int]:
+    """How many weights are kept of each linear that lies in a stack of that name in the model."""
+    experts, _, parameter = name.rpartition(".")
+    parts = "|".join(_STACKED.get(parameter, ()))
+    linear = re.compile(rf"{re.escape(experts)}\.\d+\.({parts})")
+    return [count for each, count in kept.items() if parts and linear.fullmatch(each)]
 
 
 def inspect_directory(directory: Path) -> Inspection:
@@ -80,9 +93,9 @@ def inspect_directory(directory: Path) -> Inspection:
         contents = _contents(directory)
         for name, tensor in contents.tensors:
             shape = tensor.shape
-            if BLOCK_WEIGHT.fullmatch(name) and len(shape) == 2:
+            if BLOCK_WEIGHT.fullmatch(name) and len(shape) in (2, 3):
                 values = tensor.values if isinstance(tensor, Packed) else tensor
-                if values.dtype in MEASURED and (total := shape[0] * shape[1]):
+                if values.dtype in MEASURED and (total := math.prod(shape)):
                     zeros = total - int(torch.count_nonzero(values))
                     measured.append(TensorSparsity(name, tuple(shape), zeros, total))
     except ModelError as error:
@@ -124,7 +137,7 @@ def _contents(directory: Path) -> _Contents:
 def _dense_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     with checkpoint_tensors(directory) as files:
         for name, stored in files.stored.items():
-            if len(stored.shape) == 2 and BLOCK_WEIGHT.fullmatch(name):
+            if len(stored.shape) in (2, 3) and BLOCK_WEIGHT.fullmatch(name):
                 yield name, files.get(name)
 
 
@@ -138,7 +151,8 @@ def _compare(directory: Path, stored: dict[str, Stored], where: Path) -> tuple[d
         model = skeleton(directory)
     except ModelError as error:
         return {}, str(error)
-    return checked_naming(model, stored, where).targets(), None
+    naming = checked_naming(model, stored, where)
+    return naming.targets() | {name: f"{linear}.weight" for name, linear in naming.experts.items()}, None
 
 
 def _read_record(path: Path) -> RunRecord | None:

@@ -36,7 +36,7 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     naming = checked_naming(model, contents.stored, contents.where)
     packed = [naming.experts[f"{name}.weight"] for name in contents.packed if f"{name}.weight" in naming.experts]
     stacks = {linear.rsplit(".", 2)[0] for linear in packed}
-    as_linears(model, naming.blocks.prefix, stacks)
+    as_linears(model, stacks)
     loaded = _fill(model, naming, contents, directory, device, stacks)
     naming.warn_of_unused(directory)
     # As in transformers' own loading: a stored tensor is kept even where the config ties it to another.

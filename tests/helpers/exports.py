@@ -21,9 +21,9 @@ def pruned(dtype=torch.float32, seed=0, **settings):
 
 
 def prune(model: nn.Module, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor], RunRecord]:
-    """``pruned`` of another model, in place."""
+    """``pruned`` of another model, in place, but for its experts: in a sharded model they stay dense."""
     generator = torch.Generator().manual_seed(seed)
-    layers = wrap_model(model, rank=3, scaling=2.0, seed=seed)
+    layers = wrap_model(model, rank=3, scaling=2.0, seed=seed, targets="re:^(?!.*experts)")
     for layer in layers.values():
         layer.set_mask(torch.rand(layer.weight.shape, generator=generator) < 0.5)
         with torch.no_grad():

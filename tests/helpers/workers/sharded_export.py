@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from losa.errors import LosaError
 from losa.evaluation.perplexity import perplexity
 from losa.model.loading import load_model
 from losa.model.sharded_loading import load_sharded
-from losa.model.wrapping import merge_model, wrap_model
+from losa.model.wrapping import merge_model, sparsity_of, wrap_model
 from losa.output import export, sharded_export
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
@@ -79,6 +80,9 @@ def exports(root: Path, sharding, names: Iterable[str]) -> dict:
         tokenizer = tiny_tokenizer() if model.config.model_type == "llama" else None
         export_together(model, tokenizer, whole, record, masks, sample_ids=IDS)
         rows = sharded(model, masks, sharding)
+        # Experts count where they could have been pruned.
+        zeros, prunable = sparsity_of(model)
+        record.results = [replace(record.results[0], zeros=zeros, prunable=prunable)]
         sizes = {linear: model.get_submodule(linear).in_features for linear in masks}
         extra = {"notes": root / "notes"}
         export_together(model, tokenizer, parts, record, rows, sample_ids=IDS, extra_files=extra)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -71,13 +74,63 @@ def test_wrapped_and_back(kind):
 def test_what_did_not_change_is_the_module_that_was_there():
     model = of_kind(KINDS["Mixtral"])
     stack = model.model.layers[0].mlp.experts
-    as_linears(model, "model.layers")
+    as_linears(model, ["model.layers.0.mlp.experts"], lambda name, view: view)
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, LinearExperts) and len(experts) == 4
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in model.state_dict()
     as_they_were(model)
     assert model.model.layers[0].mlp.experts is stack
     as_they_were(model)  # nothing is left to do
+
+
+def test_merging_never_holds_a_stack_twice():
+    """But where somebody else holds it."""
+    model = of_kind(KINDS["Mixtral"])
+    stacks = [layer.mlp.experts for layer in model.model.layers]
+    held, stacks = stacks[1], [weakref.ref(stack) for stack in stacks]
+    randomise(wrap(model))
+    merge_model(model)
+    gc.collect()
+    assert stacks[0]() is None and stacks[1]() is held and model.model.layers[1].mlp.experts is not held
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Mixtral"])
+def test_shared_forms_stay_dense(name, caplog):
+    model = of_kind(KINDS[name])
+    if name == "GPT2":
+        model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
+        left = {f"transformer.h.{i}.mlp.c_fc" for i in range(2)}
+    else:
+        model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+        left = {
+            f"model.layers.{i}.mlp.experts.{e}.{p}_proj"
+            for i in range(2)
+            for e in range(4)
+            for p in ("gate", "up", "down")
+        }
+    with caplog.at_level(logging.WARNING, logger="losa"):
+        layers = wrap(model)
+    assert not left & layers.keys() and layers and "with a shared weight stay dense" in caplog.text
+    assert layers.keys() == find_blocks(of_kind(KINDS[name])).linears().keys() - left
+
+
+def test_modes_and_gradients_of_what_is_put_back():
+    model = of_kind(KINDS["GptOss"]).requires_grad_(True).train()
+    layers = wrap(model, dropout_p=0.5)
+    assert all(layer.training for layer in layers.values())
+    model.eval()
+    assert not any(layer.training for layer in layers.values())
+    unwrap_model(model)
+    assert not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = of_kind(KINDS["Mixtral"])
+    randomise(wrap(model))
+    expected, other = logits(model), copy.deepcopy(model)
+    merge_model(model)
+    assert_same_function(logits(other), expected)
+    assert_same_function(logits(merge_model(other)), expected)
 
 
 def test_a_refusal_leaves_the_form():
@@ -96,7 +149,7 @@ def test_a_stack_that_computes_something_else_stays(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="losa"):
         layers = wrap(model)
     assert "MixtralExperts are left stacked: their linears compute something else" in caplog.text
-    assert "stacked expert weights of 'model.layers' stay dense: mlp.experts.gate_up_proj" in caplog.text
+    assert "expert weights of 'model.layers' stay dense: 0.mlp.experts.gate_up_proj, 0.mlp.experts.down" in caplog.text
     assert len(layers) == 2 * 4
 
 
@@ -113,7 +166,7 @@ def test_modules_of_other_kinds_stand_for_nothing():
 def test_tokens_without_an_expert_and_experts_without_tokens():
     model = of_kind(KINDS["Mixtral"])
     stack = model.model.layers[0].mlp.experts
-    as_linears(model, "model.layers")
+    as_linears(model, ["model.layers.0.mlp.experts"])
     experts = model.model.layers[0].mlp.experts
     x, shares = torch.randn(5, 32), torch.rand(5, 2)
     seen = []

@@ -7,11 +7,13 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from losa.data.tokens import calibration_tokens
 from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, wrapped_linears
+from losa.output.inspection import inspect_directory
 from losa.packed.directory import load, pack_directory
 from losa.recipe.reading import parse_recipe
 from losa.run.pipeline import run_recipe
@@ -51,12 +53,25 @@ def test_masks_are_wanda_s_by_the_book(kind, directory, tmp_path, caplog):
     assert record.masks.keys() == scores.keys() - left, "all others are pruned"
     assert sum(before[name].numel() for name in scores.keys() - left) >= 0.9 * sum(w.numel() for w in before.values())
     check_packed(kind, tmp_path / "out", pruned)
+    check_inspected(tmp_path / "out", record)
     for name, weight in after.items():
         if name in record.masks:
             check_mask(weight != 0, scores[name], 0.5)
             assert torch.equal(weight[weight != 0], before[name][weight != 0])
         else:
             assert torch.equal(weight, before[name])
+
+
+def check_inspected(directory, record):
+    """Every zero is seen, and a matrix that has lost its zeros."""
+    found = inspect_directory(directory)
+    assert not found.lost_zeros and sum(t.zeros for t in found.tensors) >= record.results[-1].zeros
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    changed = next(t.name for t in reversed(found.tensors) if t.zeros * 3 > t.total)
+    tensors[changed] = torch.ones_like(tensors[changed])
+    save_file(tensors, file, {"format": "pt"})
+    assert inspect_directory(directory).lost_zeros == [changed]
 
 
 def check_packed(kind, directory, dense):
