@@ -63,8 +63,8 @@ def as_linears(
     Args:
         model: whose modules they are.
         names: of modules that ``views`` shows as linears.
-        made: (name in the model, view) -> the layer that is put there; None: a plain linear, whose weight lies in
-            memory as kernels read it, and ``as_they_were`` forgets the form.
+        made: (name in the model, linear) -> the layer that is put there, of a linear whose weight lies in memory as
+            kernels read it; None: that linear, and ``as_they_were`` forgets the form.
 
     Returns:
         names of stacks whose linears do not compute what they do, which stay.
@@ -73,7 +73,10 @@ def as_linears(
     left = []
     for name in names:
         module = model.get_submodule(name)
-        linears = {part: (made or _plain)(f"{name}.{part}".rstrip("."), view) for part, view in views(module).items()}
+        linears: dict[str, nn.Module] = {}
+        for part, view in views(module).items():
+            linear = _contiguous(view)
+            linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
         # What was copied need not stay in memory twice.
         copied = not any(_is_same(view.weight, linears[part].weight) for part, view in views(module).items())
         form = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
@@ -213,7 +216,8 @@ def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _plain(name: str, view: nn.Linear) -> nn.Linear:
+def _contiguous(view: nn.Linear) -> nn.Linear:
+    """The linear of its own that a view becomes; a transposed weight is copied."""
     vars(view).pop("holder")
     view.weight.data = view.weight.data.contiguous()
     return view

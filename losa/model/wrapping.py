@@ -94,27 +94,30 @@ def wrap_model(
     uses, (passed_by, in_training) = parameter_uses(model), _read_directly(model)
     chosen = _chosen(blocks, uses, as_targets(targets), passed_by)
     narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
-    wrapped: dict[str, MaskedLoRALinear] = {}
-    for full, linear in chosen.items():
-        if full in narrow:
-            continue
-        generator = torch.Generator().manual_seed(_seed_for(seed, full))
+    chosen = {name: linear for name, linear in chosen.items() if name not in narrow}
+    own = {name: linear for name, linear in chosen.items() if holder_of(linear) is linear}
+    holders = {holder_of(linear) for name, linear in chosen.items() if name not in own}
+    shown = chosen.keys() - own.keys()
+    del chosen  # copies of transposed weights would wait for each other
+
+    def new_layer(name: str, linear: nn.Linear) -> MaskedLoRALinear:
+        generator = torch.Generator().manual_seed(_seed_for(seed, name))
         try:
-            new = layer.from_linear(
-                cast(nn.Linear, linear), rank, scaling=scaling, dropout_p=dropout_p, generator=generator
-            )
+            new = layer.from_linear(linear, rank, scaling=scaling, dropout_p=dropout_p, generator=generator)
         except ValueError as error:
-            raise ModelError(f"{full}: {error}") from error
+            raise ModelError(f"{name}: {error}") from error
         if (sharding := sharding_of(linear)) is not None:
             shard_module(new, sharding)
-        wrapped[full] = new
-    held = {name: holder_of(chosen[name]) for name in wrapped}
-    forms = {holder for name, holder in held.items() if holder is not chosen[name]}
-    del chosen
+        return new
+
+    wrapped = {name: new_layer(name, cast(nn.Linear, linear)) for name, linear in own.items()}
     model.requires_grad_(False)
-    names = [name for name, module in blocks.modules.named_modules(prefix=blocks.prefix) if module in forms]
-    left = as_linears(model, names, lambda name, view: wrapped.get(name, view))
-    wrapped = {name: new for name, new in wrapped.items() if not name.startswith(tuple(f"{stack}." for stack in left))}
+    names = [name for name, module in blocks.modules.named_modules(prefix=blocks.prefix) if module in holders]
+    try:
+        left = as_linears(model, names, lambda name, linear: new_layer(name, linear) if name in shown else linear)
+    except BaseException:
+        as_they_were(model, lambda each: each.unwrap() if isinstance(each, MaskedLoRALinear) else each)
+        raise
     _warn_left_dense(blocks, uses, passed_by, narrow, [name.removeprefix(f"{blocks.prefix}.") for name in left])
     for name, new in wrapped.items():
         model.set_submodule(name, new)
@@ -123,7 +126,7 @@ def wrap_model(
         parent.train = partial(_stay_evaluating, parent)
         parent.eval()
     guard_saving(model)
-    return wrapped
+    return wrapped_linears(model)
 
 
 def _chosen(blocks: Blocks, uses: Counter, targets: list[str], passed_by: set[str]) -> dict[str, nn.Module]:

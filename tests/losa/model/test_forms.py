@@ -53,6 +53,7 @@ def test_wrapped_and_back(kind):
     layers = wrap(model)
     assert torch.equal(logits(model), before), "the same products"
     assert all(isinstance(model.get_submodule(name), MaskedLoRALinear) for name in layers)
+    assert all(layer.weight.is_contiguous() for layer in layers.values())
     unwrap_model(model)
     found = model.state_dict()
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
@@ -138,6 +139,16 @@ def test_a_refusal_leaves_the_form():
     before = dict(model.named_modules())
     with pytest.raises(ModelError, match="targets: 'nope' matches no linear"):
         wrap(model, targets=["nope"])
+    assert dict(model.named_modules()) == before
+
+    class Failing(MaskedLoRALinear):
+        def __init__(self, weight, *args, **kwargs):
+            if weight.data_ptr() == before["model.layers.1.mlp.experts"].down_proj[2].data_ptr():
+                raise MemoryError
+            super().__init__(weight, *args, **kwargs)
+
+    with pytest.raises(MemoryError):
+        wrap(model, layer=Failing)
     assert dict(model.named_modules()) == before
     assert [name.rpartition(".")[2] for name in wrap(model, targets=["up_proj"])] == ["up_proj"] * 8
 
