@@ -84,7 +84,8 @@ class ShrunkRecord:
 class RunRecord:
     """What a run measured and decided. ``rounds`` are the exported method's, ``results`` all methods'; ``masks`` by
     linear, in the shapes of the export; ``evaluation``: text and windows of the perplexities; ``seconds``: wall time of
-    the whole run; ``shrunk``: what a structured pruner took away, None where all shapes are the dense model's."""
+    the whole run; ``shrunk``: what a structured pruner took away, None where all shapes are the dense model's;
+    ``unprunable``: weights in matrices of the blocks that cannot be pruned."""
 
     losa_version: str
     method: str
@@ -98,6 +99,7 @@ class RunRecord:
     evaluation: dict | None = None
     seconds: float = 0.0
     shrunk: ShrunkRecord | None = None
+    unprunable: int = 0
 
     @property
     def ranked(self) -> bool:

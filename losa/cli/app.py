@@ -200,10 +200,13 @@ def evaluate(
     loaded, tokenizer = load_any(model, dtype=dtype, device=device)
     found = count_zeros(loaded)
     numbers: dict = {"model": model, "zeros": found.zeros, "prunable": found.prunable, "sparsity": found.sparsity}
+    numbers["unprunable"] = found.others
     if found.reason:
         typer.echo(f"{model}: sparsity: not counted: {found.reason}")
     else:
-        typer.echo(f"{model}: {found.zeros:,} of {found.prunable:,} block weights are zero ({found.sparsity:.2%})")
+        rest = f"; {found.others:,} others of the blocks cannot be pruned" if found.others else ""
+        counted = f"{found.zeros:,} of {found.prunable:,} block weights are zero ({found.sparsity:.2%})"
+        typer.echo(f"{model}: {counted}{rest}")
     if source is not None:
         measured = text_perplexity(
             loaded,

@@ -9,17 +9,19 @@ from torch import nn
 from losa.data.tokens import evaluation_tokens
 from losa.errors import ModelError
 from losa.evaluation.perplexity import Perplexity, perplexity, warn_of_missing_start, window_start
-from losa.model.wrapping import sparsity_of
+from losa.model.wrapping import sparsity_of, unprunable_of
 from losa.recipe.sources import DataSource
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """``zeros`` of ``prunable`` weights in the blocks' linears; None where ``reason`` says why they are not counted."""
+    """``zeros`` of ``prunable`` weights in the blocks' linears; None where ``reason`` says why they are not counted.
+    ``others``: weights in matrices of the blocks that cannot be pruned."""
 
     zeros: int | None
     prunable: int | None
     reason: str = ""
+    others: int = 0
 
     @property
     def sparsity(self) -> float | None:
@@ -32,7 +34,9 @@ def count_zeros(model: nn.Module) -> Zeros:
         zeros, prunable = sparsity_of(model)
     except ModelError as error:
         return Zeros(None, None, str(error).removeprefix("model: "))
-    return Zeros(zeros, prunable) if prunable else Zeros(None, None, "no linear of its blocks can be pruned")
+    if not prunable:
+        return Zeros(None, None, "no linear of its blocks can be pruned")
+    return Zeros(zeros, prunable, others=unprunable_of(model))
 
 
 def text_perplexity(

@@ -261,6 +261,21 @@ def count_kept(linear: nn.Module) -> int:
     return int(sum_over_rows(linear.mask.detach(), lambda rows: torch.count_nonzero(unpack_mask(rows, columns))))
 
 
+def unprunable_of(model: nn.Module) -> int:
+    """Weights in matrices and stacks of the blocks that ``sparsity_of`` does not count: routers, shared weights, stacks
+    that stand for no linears."""
+    blocks = find_blocks(model)
+    counted = {id(weight) for holder in blocks.holders().values() for weight in own_weights(holder)}
+    found = {
+        id(weight): weight.numel()
+        for module in blocks.modules.modules()
+        if not isinstance(module, (MaskedLoRALinear, SparseLinear))
+        for weight in own_weights(module)
+        if id(weight) not in counted and weight.is_floating_point()
+    }
+    return sum(found.values())
+
+
 def sparsity_of(model: nn.Module) -> tuple[int, int]:
     """(zeros, prunable) over the blocks' linears. Zeros are the weights that the mask prunes, and in a plain or packed
     linear the weights that are exactly zero."""

@@ -30,7 +30,7 @@ from losa.model.hub_files import local_directory
 from losa.model.loading import configured_model, load_model, locate_model, torch_device
 from losa.model.norms import find_norms
 from losa.model.sharded_loading import load_sharded
-from losa.model.wrapping import sparsity_of
+from losa.model.wrapping import sparsity_of, unprunable_of
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
 from losa.output.tables import results_table, show_table
@@ -155,6 +155,7 @@ def _run(
         evaluation=inputs.protocol,
         seconds=time.perf_counter() - start,
         shrunk=shrunk,
+        unprunable=unprunable_of(model),
     )
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 

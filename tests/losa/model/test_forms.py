@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks
 from losa.model.forms import as_linears, as_they_were, holder_of, views
-from losa.model.wrapping import merge_model, sparsity_of, unwrap_model
+from losa.model.wrapping import merge_model, sparsity_of, unprunable_of, unwrap_model
 from losa.modules.linear_experts import LinearExperts
 from losa.modules.masked_lora import MaskedLoRALinear
 from tests.helpers.book import matrices
@@ -43,6 +43,9 @@ def test_a_model_shows_its_linears(kind):
     assert sum(p.numel() for p in held) == sum(linear.weight.numel() for linear in linears.values())
     zeros, prunable = sparsity_of(model)
     assert zeros == 0 and prunable == sum(linear.weight.numel() for linear in linears.values())
+    others = [p for b in blocks for n, p in b.named_parameters() if p.ndim > 1 and "bias" not in n]
+    assert prunable + unprunable_of(model) == sum(p.numel() for p in others)
+    assert unprunable_of(model) == sum(p.numel() for p in others if p.ndim == 2 and len(p) == 4), "routers of four"
 
 
 @other_forms
