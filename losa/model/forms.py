@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from losa.model.form_kinds import FORMS, Form
 from losa.modules.linear_experts import LinearExperts
 
 logger = logging.getLogger("losa")
 
-# What transformers.integrations.moe.use_experts_implementation says of every module of a class.
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 _FORMS = "_losa_forms"  # of a model: modules that as_linears has replaced, by name
 
 
@@ -31,12 +30,8 @@ def views(module: Any) -> dict[str, nn.Linear]:
     for one that is held in shards."""
     if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
         return {}
-    if _is_transposed(module):
-        found = {"": _view(module.weight.T, module.bias)}
-    elif _is_stack(module):
-        found = {f"{e}.{name}": linear for e in range(len(module.down_proj)) for name, linear in _expert(module, e)}
-    else:
-        return {}
+    form = _form_of(module)
+    found = {} if form is None else form.parts(module)
     for linear in found.values():
         vars(linear)["holder"] = module
         linear.training = module.training
@@ -50,9 +45,13 @@ def holder_of(linear: nn.Module) -> nn.Module:
 
 def weight_count(module: Any) -> int:
     """Weights of the linears that ``views`` shows."""
-    if not _is_transposed(module) and not _is_stack(module):
+    if _form_of(module) is None:
         return 0
     return sum(p.numel() for name, p in module.named_parameters(recurse=False) if not name.endswith("bias"))
+
+
+def _form_of(module: Any) -> Form | None:
+    return next((form for form in FORMS if form.matches(module)), None)
 
 
 def as_linears(
@@ -79,15 +78,16 @@ def as_linears(
             linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
         # What was copied need not stay in memory twice.
         copied = not any(_is_same(view.weight, linears[part].weight) for part, view in views(module).items())
-        form = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
-        if "" in linears:
+        held = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
+        form: Any = _form_of(module)
+        if form.experts is None:
             new = linears[""]
         else:
-            new = LinearExperts(form, _by_expert(linears)).train(module.training)
-            if not _computes_the_same(new, module):
+            new = form.experts(held, linears).train(module.training)
+            if not _computes_the_same(new, module, form):
                 left.append(name)
                 continue
-        forms[name] = form
+        forms[name] = held
         model.set_submodule(name, new)
     return left
 
@@ -103,13 +103,21 @@ def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lamb
     forms: dict[str, nn.Module] = vars(model).get(_FORMS, {})
     for name in list(forms):
         now: Any = model.get_submodule(name)
-        parts: dict[str, nn.Module] = {"": now} if "" in views(forms[name]) else dict(_of_experts(now))
-        if isinstance(now, LinearExperts):
-            for expert in now:
-                expert._modules.clear()  # so that each is freed when it was copied
+        parts = {part: _taken(now, part) for part in views(forms[name])}
         put_back = _put_back(forms.pop(name), parts, made)
         model.set_submodule(name, put_back.requires_grad_(False).train(now.training))
     vars(model).pop(_FORMS, None)
+
+
+def _taken(module: nn.Module, part: str) -> nn.Module:
+    """A linear that takes another form's place, or is in a module that does: it leaves that module, so that it is freed
+    when it was copied."""
+    if not part:
+        return module
+    where, _, name = part.rpartition(".")
+    linear = module.get_submodule(part)
+    del module.get_submodule(where)._modules[name]
+    return linear
 
 
 def _put_back(module: nn.Module, parts: dict[str, nn.Module], made: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -164,7 +172,7 @@ def stack_experts(experts: LinearExperts, name: str, tensors: dict[str, Tensor])
         tensors: the state dict.
     """
     stack: Any = vars(experts)["stack"]
-    parts = [part for part, _ in _of_experts(experts)]
+    parts = list(views(stack))
     weights = {part: tensors.pop(f"{name}.{part}.weight") for part in parts}
     biases = {part: tensors.pop(f"{name}.{part}.bias", None) for part in parts}
     new = _empty_like(stack, weights[parts[0]], biases[parts[0]])
@@ -175,47 +183,6 @@ def stack_experts(experts: LinearExperts, name: str, tensors: dict[str, Tensor])
     tensors |= {f"{name}.{key}": value for key, value in new._parameters.items()}
 
 
-def _is_transposed(module: Any) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def _is_stack(module: Any) -> bool:
-    """Whether a module holds experts as ``LinearExperts`` reads them: all of them in this process, and no norm."""
-    if not all(hasattr(module, flag) for flag in _FLAGS) or module._is_expert_parallel or module.has_post_expert_norm:
-        return False
-    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
-    weights = [module._parameters.get(name) for name in names]
-    found = [weight for weight in weights if isinstance(weight, Tensor) and weight.ndim == 3]
-    return len(found) == 2 and found[0].shape[0] == found[1].shape[0]
-
-
-def _expert(stack: Any, e: int) -> list[tuple[str, nn.Linear]]:
-    """The linears of one expert of a stack, by name."""
-
-    def linear(name: str, rows: slice) -> nn.Linear:
-        weight = getattr(stack, name)[e]
-        bias = getattr(stack, f"{name}_bias")[e][rows] if stack.has_bias else None
-        return _view((weight.T if stack.is_transposed else weight)[rows], bias)
-
-    found = [("down_proj", linear("down_proj", slice(None)))]
-    if not stack.has_gate:
-        return [("up_proj", linear("up_proj", slice(None))), *found]
-    half = stack.gate_up_proj.shape[2 if stack.is_transposed else 1] // 2
-    gate, up = (slice(half), slice(half, None)) if stack.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
-    return [("gate_proj", linear("gate_up_proj", gate)), ("up_proj", linear("gate_up_proj", up)), *found]
-
-
-def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen linear over tensors, weight (out, in)."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
 def _contiguous(view: nn.Linear) -> nn.Linear:
     """The linear of its own that a view becomes; a transposed weight is copied."""
     vars(view).pop("holder")
@@ -223,40 +190,20 @@ def _contiguous(view: nn.Linear) -> nn.Linear:
     return view
 
 
-def _by_expert(linears: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
-    found: list[dict[str, nn.Module]] = []
-    for part, linear in linears.items():
-        number, _, name = part.partition(".")
-        if int(number) == len(found):
-            found.append({})
-        found[-1][name] = linear
-    return found
-
-
-def _of_experts(experts: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (f"{e}.{name}", linear) for e, expert in experts.named_children() for name, linear in expert.named_children()
-    ]
-
-
 @torch.no_grad()
-def _computes_the_same(experts: nn.Module, stack: Any) -> bool:
+def _computes_the_same(experts: nn.Module, stack: Any, form: Form) -> bool:
     """Whether the linears of a stack compute what it does, for a few random tokens; without numbers they do."""
-    weight = stack.down_proj
+    weight = next(iter(stack.parameters()))
     if weight.is_meta:
         return True
-    generator = torch.Generator().manual_seed(0)
-    count, hidden = len(weight), weight.shape[2 if stack.is_transposed else 1]
-    x = torch.randn(8, hidden, generator=generator).to(weight)
-    chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in x]).to(weight.device)
-    shares = torch.rand(chosen.shape, generator=generator).to(weight)
+    arguments = form.arguments(stack, torch.Generator().manual_seed(0))
     try:
-        found, expected = experts(x, chosen, shares), stack(x, chosen, shares)
+        found, expected = experts(*arguments), stack(*arguments)
     except Exception as error:  # someone else's code
         logger.info("experts of %s are left stacked: %s", type(stack).__name__, error)
         return False
     bound = 16 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
-    same = bool((found - expected).abs().max() <= bound)
+    same = found.shape == expected.shape and bool((found - expected).abs().max() <= bound)
     if not same:
         logger.info("experts of %s are left stacked: their linears compute something else", type(stack).__name__)
     return same

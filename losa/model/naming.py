@@ -154,7 +154,7 @@ class Naming:
         """Which linears of an expert lie in a row of a stack, one after the other; None for another tensor."""
         module, _, parameter = target.rpartition(".")
         stack: Any = self.model.get_submodule(module)
-        if not views(stack) or stack.is_transposed or not stack.is_concatenated:
+        if not views(stack) or getattr(stack, "is_transposed", True) or not stack.is_concatenated:
             return None
         gated = ("gate_proj", "up_proj")
         return {"gate_up_proj": gated, "up_proj": ("up_proj",), "down_proj": ("down_proj",)}.get(parameter)

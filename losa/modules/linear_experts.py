@@ -1,8 +1,8 @@
-"""Stacked experts of transformers as lists of linears."""
+"""Experts as lists of linears, in the place of modules that hold them as stacks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -13,25 +13,29 @@ from torch import Tensor, nn
 class Expert(nn.Module):
     """The linears of one expert, by name; ``LinearExperts`` computes with them."""
 
-    def __init__(self, linears: Mapping[str, nn.Module]):
-        super().__init__()
-        for name, linear in linears.items():
-            self.add_module(name, linear)
-
 
 class LinearExperts(nn.ModuleList):
-    """Takes the place of a module of stacked experts: expert e has linears of its own, which are called with the tokens
-    that chose e, if there are any.
+    """Expert e has linears of its own, which are called with the tokens that chose e, if there are any.
 
     Args:
-        stack: a module under ``transformers.integrations.moe.use_experts_implementation``. Its activation and gate
-            serve on. It is no child of this module, so that its parameters do not occur twice.
-        linears: of every expert: ``up_proj`` and ``down_proj``, and ``gate_proj`` where the stack has gates.
+        stack: the module whose place this one takes. Its activation and gate serve on. It is no child of this module,
+            so that its parameters do not occur twice.
+        linears: by "NUMBER.NAME", of every expert in turn.
     """
 
-    def __init__(self, stack: nn.Module, linears: Sequence[Mapping[str, nn.Module]]):
-        super().__init__(map(Expert, linears))
+    def __init__(self, stack: nn.Module, linears: Mapping[str, nn.Module]):
+        super().__init__()
         vars(self)["stack"] = stack
+        for part, linear in linears.items():
+            number, _, name = part.partition(".")
+            if int(number) == len(self):
+                self.append(Expert())
+            self[-1].add_module(name, linear)
+
+
+class RoutedExperts(LinearExperts):
+    """In the place of a module under ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj``
+    and ``down_proj``, and ``gate_proj`` where the stack has gates."""
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The stack's own arguments: hidden states (tokens, hidden), and of each token its experts and their weights
@@ -58,10 +62,36 @@ class LinearExperts(nn.ModuleList):
     def _of_one(stack: Any, expert: Any, x: Tensor) -> Tensor:
         up = expert.up_proj(x)
         if not stack.has_gate:
-            inner = stack.act_fn(up)
-        else:
-            gate = expert.gate_proj(x)
-            # Side by side, or in turns.
-            both = torch.stack([gate, up], -2 if stack.is_concatenated else -1).flatten(-2)
-            inner = stack._apply_gate(both)
-        return expert.down_proj(inner)
+            return expert.down_proj(stack.act_fn(up))
+        # Side by side, or in turns.
+        both = torch.stack([expert.gate_proj(x), up], -2 if stack.is_concatenated else -1).flatten(-2)
+        return expert.down_proj(stack._apply_gate(both))
+
+
+class EveryTokenExperts(LinearExperts):
+    """In the place of a module that gets every token once for each expert, as zeros where the token did not choose it
+    (Llama 4). Linears: ``gate_proj``, ``up_proj`` and ``down_proj``."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(experts * tokens, hidden), and back."""
+        stack: Any = vars(self)["stack"]
+        rows = hidden_states.unflatten(0, (len(self), -1))
+        outputs = []
+        for expert, x in zip(self, rows, strict=True):
+            each: Any = expert
+            chosen = x.any(-1).nonzero().squeeze(1)
+            x = x[chosen]
+            y = each.down_proj(each.up_proj(x) * stack.act_fn(each.gate_proj(x))) if len(x) else x
+            outputs.append(hidden_states.new_zeros(rows.shape[1:]).index_copy(0, chosen, y.to(hidden_states.dtype)))
+        return torch.cat(outputs)
+
+
+class SortedExperts(LinearExperts):
+    """In the place of a module that gets rows in the order of their experts (JetMoe). Each expert has one linear,
+    ``linear``."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """(rows, in) -> (rows, out); ``expert_size``: rows of each expert."""
+        linears: list[Any] = [expert.get_submodule("linear") for expert in self]
+        parts = [linear(x) for linear, x in zip(linears, inputs.split(expert_size), strict=True) if len(x)]
+        return torch.cat(parts) if parts else inputs.new_zeros(0, vars(self)["stack"].weight.shape[1])

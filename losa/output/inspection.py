@@ -72,8 +72,10 @@ def _of_stack(name: str, kept: dict[str, int]) -> list[int]:
     """How many weights are kept of each linear that lies in a stack of that name in the model."""
     experts, _, parameter = name.rpartition(".")
     parts = "|".join(_STACKED.get(parameter, ()))
-    linear = re.compile(rf"{re.escape(experts)}\.\d+\.({parts})")
-    return [count for each, count in kept.items() if parts and linear.fullmatch(each)]
+    patterns = [rf"{re.escape(name)}\.\d+\.linear"]
+    patterns += [rf"{re.escape(experts)}\.\d+\.({parts})"] if parts else []
+    linear = re.compile("|".join(patterns))
+    return [count for each, count in kept.items() if linear.fullmatch(each)]
 
 
 def inspect_directory(directory: Path) -> Inspection:

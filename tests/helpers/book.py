@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.pytorch_utils import Conv1D
 
 
 @torch.no_grad()
-def wanda_by_the_book(model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor, sparsity: float) -> dict[str, Tensor]:
+def wanda_by_the_book(
+    model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor, sparsity: float, leave: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """Prune a model's blocks in place: each row of a linear loses the share ``sparsity`` of its weights that have the
     lowest |w_ij| ||x_j||, x being what the linear gets in the model whose earlier blocks are pruned. A linear of an
-    expert gets the tokens that chose it; of one that no token chose the weights alone count.
+    expert gets the tokens that chose it; of one that no token chose the weights alone count. ``leave``: ends of the
+    names of linears that stay as they are.
 
     Returns:
         scores (out, in) fp64 of every linear that was called, by full name.
@@ -28,9 +35,9 @@ def wanda_by_the_book(model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor
         squares: dict[str, Tensor] = {}
         handles = []
         for module in block.modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                see = partial(_see, squares, names[module])
-                handles.append(module.register_forward_pre_hook(see))
+            for kinds, see in SEEN:
+                if isinstance(module, kinds):
+                    handles.append(module.register_forward_pre_hook(partial(see, squares, names[module])))
         with _experts_one_by_one(model, names, squares):
             for sample in ids:
                 model(sample[None], use_cache=False)
@@ -38,7 +45,9 @@ def wanda_by_the_book(model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor
             handle.remove()
         for name, weight in matrices(block, names).items():
             square = squares.get(name)
-            if square is None and ".experts." not in name:
+            if leave and name.endswith(leave):
+                continue
+            if square is None and not re.search(r"\.\d+\.\w+$", name.partition("layers.")[2].partition(".")[2]):
                 continue
             score = weight.double().abs() * (1 if square is None else square.sqrt())
             scores[name] = score
@@ -55,27 +64,49 @@ def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]
             found[names[module]] = module.weight
         elif isinstance(module, Conv1D):
             found[names[module]] = module.weight.T
-        elif hasattr(module, "is_concatenated"):
+        elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
             for e in range(len(module.down_proj)):
                 found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
+        elif isinstance(module, JetMoeParallelExperts):
+            found |= {f"{names[module]}.{e}.linear": weight for e, weight in enumerate(module.weight)}
     return found
 
 
 def _of_expert(stack, e: int) -> dict[str, Tensor]:
     both, down = stack.gate_up_proj[e], stack.down_proj[e]
-    if stack.is_transposed:
+    if getattr(stack, "is_transposed", True):
         both, down = both.T, down.T
     half = len(both) // 2
-    gate, up = (both[:half], both[half:]) if stack.is_concatenated else (both[::2], both[1::2])
+    gate, up = (both[:half], both[half:]) if getattr(stack, "is_concatenated", True) else (both[::2], both[1::2])
     return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
-def _see(squares: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
+def _see_llama4(squares: dict[str, Tensor], name: str, module: Any, args: tuple) -> None:
+    for e, x in enumerate(args[0].view(len(module.down_proj), -1, args[0].shape[-1])):
+        part = _of_expert(module, e)
+        inner = F.linear(x, part["up_proj"]) * module.act_fn(F.linear(x, part["gate_proj"]))
+        for each, seen in (("gate_proj", x), ("up_proj", x), ("down_proj", inner)):
+            _add(squares, f"{name}.{e}.{each}", seen)
+
+
+def _see_jetmoe(squares: dict[str, Tensor], name: str, module: Any, args: tuple) -> None:
+    for e, x in enumerate(args[0].split(args[1])):
+        _add(squares, f"{name}.{e}.linear", x)
+
+
+def _see_linear(squares: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
     _add(squares, name, args[0])
 
 
 def _add(squares: dict[str, Tensor], name: str, x: Tensor) -> None:
     squares[name] = squares.get(name, 0) + x.double().flatten(0, -2).square().sum(0)
+
+
+SEEN = (
+    ((nn.Linear, Conv1D), _see_linear),
+    (Llama4TextExperts, _see_llama4),
+    (JetMoeParallelExperts, _see_jetmoe),
+)
 
 
 @contextmanager

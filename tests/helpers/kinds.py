@@ -23,12 +23,14 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Kind:
-    """``dense``: ends of the names of linears that cannot be pruned, for a reason that losa gives."""
+    """``dense``: ends of the names of linears that cannot be pruned, for a reason that losa gives; ``routers``: of
+    those that choose experts, where they are linears."""
 
     name: str
     settings: dict = field(default_factory=dict)
     layers: int = 2
     dense: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
 
 KINDS = {
@@ -81,6 +83,14 @@ KINDS = {
                 "norm_topk_prob": True,
             },
         ),
+        # Transposed stacks that get every token for each expert, and a shared expert that is added in place.
+        Kind(
+            "Llama4Text",
+            {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 8, "interleave_moe_layer_step": 1},
+            routers=("router",),
+        ),
+        # One stack for each of the experts' matrices, with rows in the order of experts; attention of experts.
+        Kind("JetMoe", {"num_local_experts": 4, "kv_channels": 8, "aux_loss_coef": 0.0}, routers=("router.layer",)),
         # Transposed stacks with biases, gate and up in turns.
         Kind("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16}),
     )

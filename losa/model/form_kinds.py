@@ -1,0 +1,154 @@
+"""The forms in which models hold linears, each told by its structure: what its linears are, and what calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from losa.modules.linear_experts import EveryTokenExperts, LinearExperts, RoutedExperts, SortedExperts
+
+# What transformers.integrations.moe.use_experts_implementation says of every module of a class.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
+
+
+class Form:
+    """One form. ``experts``: the class that takes the place of a module of this form; None: its one linear does.
+
+    A module of the form has no parameters of its own but the weights of its linears, and biases, whose names end so.
+    """
+
+    experts: ClassVar[type[LinearExperts] | None] = None
+
+    def matches(self, module: Any) -> bool:
+        """Whether a module may be of this form. It is trusted where its linears give what it gives."""
+        raise NotImplementedError
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        """Its linears by name within it, frozen and over views of its parameters."""
+        raise NotImplementedError
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        """Random ones, of a few tokens, for experts to be tried with."""
+        raise NotImplementedError
+
+
+class Transposed(Form):
+    """transformers' ``Conv1D``: a weight (in, out)."""
+
+    def matches(self, module: Any) -> bool:
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(module, Conv1D)
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        return {"": _view(module.weight.T, module.bias)}
+
+
+class Routed(Form):
+    """Stacks under transformers' experts interface, all of whose experts are in this process, without a norm."""
+
+    experts = RoutedExperts
+
+    def matches(self, module: Any) -> bool:
+        if not all(hasattr(module, flag) for flag in _FLAGS):
+            return False
+        if module._is_expert_parallel or module.has_post_expert_norm:
+            return False
+        return _are_stacks(module, "gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        both = ("gate_up_proj",) if module.has_gate else ()
+        found: dict[str, nn.Linear] = {}
+        for e in range(len(module.down_proj)):
+            for name in (*both, *(() if both else ("up_proj",)), "down_proj"):
+                weight = getattr(module, name)[e]
+                weight = weight.T if module.is_transposed else weight
+                bias = getattr(module, f"{name}_bias")[e] if module.has_bias else None
+                if name == "gate_up_proj":
+                    found |= _halves(f"{e}.", weight, bias, module.is_concatenated)
+                else:
+                    found[f"{e}.{name}"] = _view(weight, bias)
+        return found
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        weight, count = module.down_proj, len(module.down_proj)
+        x = torch.randn(8, weight.shape[2 if module.is_transposed else 1], generator=generator).to(weight)
+        chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in x]).to(weight.device)
+        return x, chosen, torch.rand(chosen.shape, generator=generator).to(weight)
+
+
+class EveryToken(Form):
+    """Transposed stacks that get every token once for each expert (Llama 4)."""
+
+    experts = EveryTokenExperts
+
+    def matches(self, module: Any) -> bool:
+        if set(module._parameters) != {"gate_up_proj", "down_proj"} or hasattr(module, _FLAGS[0]):
+            return False
+        if not hasattr(module, "act_fn") or not _are_stacks(module, "gate_up_proj", "down_proj"):
+            return False
+        (_, hidden, both), (_, inner, out) = module.gate_up_proj.shape, module.down_proj.shape
+        return hidden == out and both == 2 * inner
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        found: dict[str, nn.Linear] = {}
+        for e in range(len(module.down_proj)):
+            found |= _halves(f"{e}.", module.gate_up_proj[e].T, None, True)
+            found[f"{e}.down_proj"] = _view(module.down_proj[e].T, None)
+        return found
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        weight = module.down_proj
+        x = torch.randn(len(weight), 4, weight.shape[2], generator=generator)
+        x[torch.rand(x.shape[:2], generator=generator) < 0.5] = 0
+        return (x.flatten(0, 1).to(weight),)
+
+
+class SortedRows(Form):
+    """One matrix an expert, in one stack, whose rows come in the order of their experts (JetMoe)."""
+
+    experts = SortedExperts
+
+    def matches(self, module: Any) -> bool:
+        sizes = ("num_experts", "input_size", "output_size")
+        if set(module._parameters) != {"weight"} or not all(hasattr(module, size) for size in sizes):
+            return False
+        return tuple(module.weight.shape) == (module.num_experts, module.output_size, module.input_size)
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        return {f"{e}.linear": _view(weight, None) for e, weight in enumerate(module.weight)}
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        counts = torch.randint(3, (module.num_experts,), generator=generator).tolist()
+        return torch.randn(sum(counts), module.input_size, generator=generator).to(module.weight), counts
+
+
+FORMS: tuple[Form, ...] = (Transposed(), Routed(), EveryToken(), SortedRows())
+
+
+def _are_stacks(module: Any, *names: str) -> bool:
+    weights = [module._parameters.get(name) for name in names]
+    found = [weight for weight in weights if isinstance(weight, Tensor) and weight.ndim == 3]
+    return len(found) == len(names) and len({len(weight) for weight in found}) == 1
+
+
+def _halves(prefix: str, weight: Tensor, bias: Tensor | None, is_concatenated: bool) -> Mapping[str, nn.Linear]:
+    """Gate and up of one matrix, one after the other or in turns."""
+    half = len(weight) // 2
+    rows = (slice(half), slice(half, None)) if is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+    return {
+        f"{prefix}{name}": _view(weight[part], None if bias is None else bias[part])
+        for name, part in zip(("gate_proj", "up_proj"), rows, strict=True)
+    }
+
+
+def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen linear over tensors, weight (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
