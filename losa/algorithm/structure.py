@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losa.distributed.sharding import whole
 from losa.errors import ModelError, RecipeError
 from losa.model.blocks import find_blocks
+from losa.model.forms import holder_of
 from losa.model.shrinking import accepted_config, shrink_model, smaller_model
 from losa.pruners.structure import ROLES, Counts, Structure
 from losa.recipe.sections import AllocationConfig, PruneConfig
@@ -43,7 +44,9 @@ def find_structure(model: Any) -> Structure:
     names = {_role(name): name.removeprefix(f"{blocks.names[0]}.") for name in linears if blocks.index_of(name) == 0}
     wanted = {f"{block}.{names.get(role, role)}" for block in blocks.names for role in ROLES}
     if wanted != linears.keys():
-        found = ", ".join(sorted({_role(name) for name in linears}))
+        # Experts have linears of the same names, somewhere else.
+        own = (name for name, linear in linears.items() if holder_of(linear) is linear)
+        found = ", ".join(sorted({_role(name) for name in own}))
         raise ModelError(f"{where}: expected {', '.join(ROLES)} in every block, as in Llama; found {found}")
     text = model.config.get_text_config()
     wanted_sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")

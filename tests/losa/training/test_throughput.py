@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from losa.model.flops import TokenWork
+from losa.model.wrapping import unwrap_model
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.training import throughput
@@ -102,9 +103,15 @@ def test_a_token_meets_some_of_the_experts():
     assert TokenWork.of(model).linears == 2 * (9216 + 3 * 3 * 64 * 32) and not TokenWork.of(model).routed
 
 
-def test_stacked_experts_count_without_an_adapter():
+def test_experts_count_by_the_tokens_that_they_get():
+    """As a stack, and as linears with adapters, of which some have none."""
     model = family("Qwen3Moe")
-    wrapped = sum(layer.weight.numel() for layer in wrap(model).values())
-    work = TokenWork.of(model)
+    dense = TokenWork.with_adapters(model, (), False)
+    attention = sum(layer.weight.numel() for layer in wrap(model, targets="re:self_attn").values())
     # Two of five experts in each of two blocks: gate and up 16 x 32, down 32 x 16.
-    assert work.masked == wrapped and work.linears == pytest.approx(wrapped + 2 * 2 * 3 * 16 * 32) and work.routed
+    experts = 2 * 2 * 3 * 16 * 32
+    work = TokenWork.of(model)
+    assert work.masked == attention and work.linears == pytest.approx(attention + experts) and work.routed
+    assert dense.linears == work.linears
+    wrap(unwrap_model(model))
+    assert TokenWork.of(model).masked == pytest.approx(attention + experts) == TokenWork.of(model).linears
