@@ -83,11 +83,10 @@ class BlockRates:
             NumericsError: non-finite statistics; names the block.
         """
         count, name = len(self.measured.blocks), self._allocation.rates
-        # One block has the rate of the round, but its linears may differ.
-        if count == 1 and not self._by_curves:
-            return Decided(self._patterns(this_round, None)[0], None, None)
         if self._by_curves:
             return self._least_loss(this_round)
+        if count == 1:
+            return Decided(self._patterns(this_round, None)[0], None, None)
         found = MEASURES[RATES[name].needs](self.measured)
         importance = self._importance(found)
         patterns, delta = self._patterns(this_round, importance)

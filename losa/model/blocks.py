@@ -171,13 +171,18 @@ def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str,
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules():
         own = {"": module} if is_linear(module) else views(module)
-        if not own or module in routers or any(uses[id(weight)] > 1 for weight in own_weights(module)):
+        if module in routers or is_shared(module, uses):
             continue
         for part, linear in own.items():
             full = ".".join(filter(None, (name, part)))
             if not targets or any(matches(target, full) for target in targets):
                 found[full] = linear
     return found
+
+
+def is_shared(module: nn.Module, uses: Counter) -> bool:
+    """Whether a matrix or stack of a module occurs more than once, by ``parameter_uses`` of the model."""
+    return any(uses[id(weight)] > 1 for weight in own_weights(module))
 
 
 def own_weights(module: nn.Module) -> list[nn.Parameter]:

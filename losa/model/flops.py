@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from losa.model.blocks import Blocks, expert_lists, find_blocks, stacked_weights, weight_count
-from losa.model.forms import holder_of, views
+from losa.model.forms import has_views, holder_of
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
 
@@ -50,7 +50,7 @@ class TokenWork:
             shares[id(module)] * getattr(module, name).numel()
             for block in blocks
             for module in block.modules()
-            for name in (() if views(module) else stacked_weights(module))
+            for name in (() if has_views(module) else stacked_weights(module))
         )
         return cls(
             linears=sum(weights.values()) + stacked,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,25 +15,32 @@ from losa.modules.linear_experts import EveryTokenExperts, LinearExperts, Routed
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 
 
-class Form:
-    """One form. ``experts``: the class that takes the place of a module of this form; None: its one linear does.
+# Linears of an expert that lie in one tensor of a stack, by the tensor's name.
+STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
-    A module of the form has no parameters of its own but the weights of its linears, and biases, whose names end so.
-    """
 
-    experts: ClassVar[type[LinearExperts] | None] = None
+class Form(ABC):
+    """One form: a module of it has no parameters of its own but the weights of its linears, and biases, whose names end
+    so. The one linear of a module that holds no experts takes its place."""
 
+    @abstractmethod
     def matches(self, module: Any) -> bool:
-        """Whether a module may be of this form. It is trusted where its linears give what it gives."""
-        raise NotImplementedError
+        """Whether a module is of this form."""
 
+    @abstractmethod
     def parts(self, module: Any) -> dict[str, nn.Linear]:
         """Its linears by name within it, frozen and over views of its parameters."""
-        raise NotImplementedError
 
+
+class ExpertForm(Form):
+    """A form of experts. ``experts``: the class that takes the place of a module, which is trusted where its linears
+    give what it gives."""
+
+    experts: ClassVar[type[LinearExperts]]
+
+    @abstractmethod
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         """Random ones, of a few tokens, for experts to be tried with."""
-        raise NotImplementedError
 
 
 class Transposed(Form):
@@ -47,7 +55,7 @@ class Transposed(Form):
         return {"": _view(module.weight.T, module.bias)}
 
 
-class Routed(Form):
+class Routed(ExpertForm):
     """Stacks under transformers' experts interface, all of whose experts are in this process, without a norm."""
 
     experts = RoutedExperts
@@ -80,7 +88,7 @@ class Routed(Form):
         return x, chosen, torch.rand(chosen.shape, generator=generator).to(weight)
 
 
-class EveryToken(Form):
+class EveryToken(ExpertForm):
     """Transposed stacks that get every token once for each expert (Llama 4)."""
 
     experts = EveryTokenExperts
@@ -107,7 +115,7 @@ class EveryToken(Form):
         return (x.flatten(0, 1).to(weight),)
 
 
-class SortedRows(Form):
+class SortedRows(ExpertForm):
     """One matrix an expert, in one stack, whose rows come in the order of their experts (JetMoe)."""
 
     experts = SortedExperts

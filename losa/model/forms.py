@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from losa.model.form_kinds import FORMS, Form
+from losa.model.form_kinds import FORMS, ExpertForm, Form
 from losa.modules.linear_experts import LinearExperts
 
 logger = logging.getLogger("losa")
@@ -28,14 +28,18 @@ def views(module: Any) -> dict[str, nn.Linear]:
     """The linears that a module of another form stands for, by name within it; a transposed linear's name is empty.
     Their weights are views of the module's parameters, and ``holder_of`` gives the module. Empty for other modules, and
     for one that is held in shards."""
-    if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
-        return {}
     form = _form_of(module)
-    found = {} if form is None else form.parts(module)
+    found = form.parts(module) if form is not None and has_views(module) else {}
     for linear in found.values():
         vars(linear)["holder"] = module
         linear.training = module.training
     return found
+
+
+def has_views(module: Any) -> bool:
+    """Whether ``views`` shows any linear; it makes none."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    return not sharded and _form_of(module) is not None
 
 
 def holder_of(linear: nn.Module) -> nn.Module:
@@ -73,20 +77,20 @@ def as_linears(
     for name in names:
         module = model.get_submodule(name)
         linears: dict[str, nn.Module] = {}
+        copied = True
         for part, view in views(module).items():
+            copied &= not view.weight.is_contiguous()
             linear = _contiguous(view)
             linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
         # What was copied need not stay in memory twice.
-        copied = not any(_is_same(view.weight, linears[part].weight) for part, view in views(module).items())
         held = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
-        form: Any = _form_of(module)
-        if form.experts is None:
-            new = linears[""]
-        else:
+        form, new = _form_of(module), linears.get("")
+        if isinstance(form, ExpertForm):
             new = form.experts(held, linears).train(module.training)
             if not _computes_the_same(new, module, form):
                 left.append(name)
                 continue
+        assert new is not None, "a form without experts is one linear"
         forms[name] = held
         model.set_submodule(name, new)
     return left
@@ -191,7 +195,7 @@ def _contiguous(view: nn.Linear) -> nn.Linear:
 
 
 @torch.no_grad()
-def _computes_the_same(experts: nn.Module, stack: Any, form: Form) -> bool:
+def _computes_the_same(experts: nn.Module, stack: Any, form: ExpertForm) -> bool:
     """Whether the linears of a stack compute what it does, for a few random tokens; without numbers they do."""
     weight = next(iter(stack.parameters()))
     if weight.is_meta:

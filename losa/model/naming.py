@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
-from losa.model.forms import views
+from losa.model.form_kinds import STACKED_PARTS
+from losa.model.forms import has_views
 from losa.storage.tensor_files import Stored, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -154,10 +155,9 @@ class Naming:
         """Which linears of an expert lie in a row of a stack, one after the other; None for another tensor."""
         module, _, parameter = target.rpartition(".")
         stack: Any = self.model.get_submodule(module)
-        if not views(stack) or getattr(stack, "is_transposed", True) or not stack.is_concatenated:
+        if not has_views(stack) or getattr(stack, "is_transposed", True) or not stack.is_concatenated:
             return None
-        gated = ("gate_proj", "up_proj")
-        return {"gate_up_proj": gated, "up_proj": ("up_proj",), "down_proj": ("down_proj",)}.get(parameter)
+        return STACKED_PARTS.get(parameter)
 
     def linear_of(self, name: str) -> str | None:
         """The linear, by its name in the model, whose weight a stored tensor is; None where it is no whole weight."""

@@ -21,6 +21,7 @@ from losa.model.blocks import (
     as_targets,
     find_blocks,
     is_linear,
+    is_shared,
     linears_of,
     matches,
     own_weights,
@@ -28,7 +29,7 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import as_linears, as_they_were, holder_of, views
+from losa.model.forms import as_linears, as_they_were, has_views, holder_of
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -188,14 +189,11 @@ def _read_directly(model: Any) -> tuple[set[str], set[str]]:
 
 def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow: list[str], left: list[str]) -> None:
     stacks = [(name, m) for name, m in blocks.modules.named_modules() if stacked_weights(m)]
-    if dense := [f"{name}.{p}" for name, m in stacks if not views(m) or name in left for p in stacked_weights(m)]:
+    if dense := [f"{name}.{p}" for name, m in stacks if not has_views(m) or name in left for p in stacked_weights(m)]:
         others = f" and {len(dense) - 3} others" if len(dense) > 3 else ""
         logger.warning("stacked expert weights of %r stay dense: %s%s", blocks.prefix, ", ".join(dense[:3]), others)
-    shared = [
-        name
-        for name, m in blocks.modules.named_modules()
-        if (is_linear(m) or views(m)) and any(uses[id(weight)] > 1 for weight in own_weights(m))
-    ]
+    modules = blocks.modules.named_modules()
+    shared = [name for name, m in modules if (is_linear(m) or has_views(m)) and is_shared(m, uses)]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
     own = [name for name in sorted(passed_by) if blocks.index_of(name) is not None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from losa.errors import ModelError, OutputError
+from losa.model.form_kinds import STACKED_PARTS
 from losa.record import RunRecord
 from losa.storage.files import RECORD
 from losa.storage.json_files import read_json
@@ -22,8 +23,6 @@ from losa_kernels.packing import Packed
 # Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight". So have
 # stacks of experts: "model.layers.0.mlp.experts.down_proj".
 BLOCK_WEIGHT = re.compile(r"(.*?\.\d{1,9})\..*(weight|_proj)", re.ASCII)
-# Linears of an expert whose weights lie in one tensor of a stack.
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 MEASURED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,7 +70,7 @@ class Inspection:
 def _of_stack(name: str, kept: dict[str, int]) -> list[int]:
     """How many weights are kept of each linear that lies in a stack of that name in the model."""
     experts, _, parameter = name.rpartition(".")
-    parts = "|".join(_STACKED.get(parameter, ()))
+    parts = "|".join(STACKED_PARTS.get(parameter, ()))
     patterns = [rf"{re.escape(name)}\.\d+\.linear"]
     patterns += [rf"{re.escape(experts)}\.\d+\.({parts})"] if parts else []
     linear = re.compile("|".join(patterns))
