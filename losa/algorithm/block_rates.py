@@ -17,6 +17,7 @@ from losa.algorithm.loss_rates import rates_of_blocks, rates_of_linears
 from losa.algorithm.measures import MEASURES, Measured, losses
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.rates import default_delta
+from losa.algorithm.row_weights import row_factors
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.widths import best_width
@@ -110,12 +111,18 @@ class BlockRates:
         takes part."""
         delta = RATES[self._allocation.rates].delta if self._allocation.delta is None else self._allocation.delta
         width = default_delta(this_round.sparsity) if isinstance(delta, str) else delta
-        blocks, curves = self.measured.blocks, losses(self.measured, self._prune.decisions_nested)
+        blocks, by_rows = self.measured.blocks, self._allocation.per == "row"
+        curves = losses(self.measured, self._prune.decisions_nested, by_rows)
         how = blocks, curves, this_round.sparsity, width, self._prune.rates_nested
         if self._allocation.per == "block":
             return Decided([Pattern(sparsity=rate) for rate in rates_of_blocks(*how)], None, None)
         mean = [Pattern(sparsity=this_round.sparsity)] * len(blocks)
-        return Decided(mean, None, None, linears=rates_of_linears(*how))
+        linears = rates_of_linears(*how)
+        if by_rows:
+            energies = self.measured.energies()
+            for block, own in zip(blocks, linears, strict=True):
+                own.factors.update({n: row_factors(energies[f"{block.name}.{n}"].outputs) for n in block.linears})
+        return Decided(mean, None, None, linears=linears)
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:
         """Patterns of all blocks; and the half width of their box, where losses chose it."""

@@ -26,6 +26,7 @@ from losa.algorithm.owners import owners_of
 from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import Regrowing, check_regrowth
+from losa.algorithm.row_weights import ByRows
 from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import check_total, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
@@ -122,7 +123,7 @@ class Engine:
         if reconstruct is not None:
             self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size, train)
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
-        if allocation.per == "linear":
+        if allocation.per != "block":
             check_linear(prune, allocation, self.pruner)
         self.decoder = find_blocks(model)
         kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
@@ -278,7 +279,8 @@ class Engine:
                         delta = self.allocation.linear_delta
                         linears.append(rates_within(block, statistics, owners, pattern.sparsity, rates_nested, delta))
                         own = linears[-1].patterns
-                    pruner = self._regrowing(block, owners, gradients, this_round.later)
+                    factors = linears[-1].factors if linears else {}
+                    pruner = self._pruner_of(block, owners, factors, gradients, this_round.later)
                     damping |= block.prune(pruner, statistics, own, nested, owners)
                 del statistics, pruner
                 if reconstruction is not None and dense is not None:
@@ -318,14 +320,21 @@ class Engine:
 
         return collect(block.linears, statistic, block.name, lambda: stream.position, run, owners)
 
-    def _regrowing(
-        self, block: WrappedBlock, owners: dict[str, int], gradients: Gradients | None, later: float
+    def _pruner_of(
+        self,
+        block: WrappedBlock,
+        owners: dict[str, int],
+        factors: Mapping[str, Tensor],
+        gradients: Gradients | None,
+        later: float,
     ) -> Pruner:
-        """The pruner; where weights of the block may come back by gradient, one that exchanges them."""
+        """The pruner; where rows have rates of their own, one that compares them by ``factors``; where weights of the
+        block may come back by gradient, one that exchanges them."""
+        pruner = ByRows(self.pruner, factors) if factors else self.pruner
         if gradients is None or not gradients.has(REGROWTH):
-            return self.pruner
+            return pruner
         share = self.prune_config.regrow_share * later
-        return Regrowing(self.pruner, gradients.of_block(REGROWTH, block.name, owners), share)
+        return Regrowing(pruner, gradients.of_block(REGROWTH, block.name, owners), share)
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)

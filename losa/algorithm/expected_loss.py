@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from losa.algorithm.backward import pass_backward
-from losa.algorithm.linear_rates import CURVE_ROWS, lowest_of_rows
+from losa.algorithm.linear_rates import CURVE_ROWS, lowest_of_all, lowest_of_rows
+from losa.algorithm.row_weights import tempered
 from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.sharding import device_of
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -64,7 +65,7 @@ def from_tensors(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
     return {name: Energies(tensors[f"{name}.inputs"], tensors[f"{name}.outputs"]) for name in names}
 
 
-def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool) -> Tensor:
+def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool, by_rows: bool = False) -> Tensor:
     """How much the mean loss of a token is expected to grow with the k weights of each row gone that have the lowest
     Wanda scores, k = 0 to in: (in + 1,) fp64 on the host, convex, in nats.
 
@@ -78,12 +79,15 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool) -> Te
         energies: of the linear.
         nested: what is pruned already goes first, and is in the curve from k = 0 on. The curve takes its k from every
             row, also where rows have lost different numbers and a pruner could take more from one than from another.
+        by_rows: as many weights go, but those that cost least in the whole matrix, as ``ByRows`` compares its rows.
     """
     step = -(-linear.out_features // CURVE_ROWS)
+    outputs = tempered(energies.outputs) if by_rows else energies.outputs
     squares, inputs = linear.dense_weight().square_(), energies.inputs.float().to(linear.weight.device)
-    height = 0.5 * (squares @ inputs).double().cpu() @ energies.outputs
+    height = 0.5 * (squares @ inputs).double().cpu() @ outputs
     kept = unpack_mask(linear.mask.detach()[::step], linear.in_features) if nested else None
-    curve = lowest_of_rows(squares[::step] * inputs, kept, energies.outputs[::step])
+    costs, own = squares[::step] * inputs, outputs[::step]
+    curve = lowest_of_all(costs.mul_(own.to(costs)[:, None]), kept) if by_rows else lowest_of_rows(costs, kept, own)
     if curve[-1] <= 0:  # gradients reached none of these rows
         curve = torch.linspace(0, 1, linear.in_features + 1, dtype=torch.float64)
     return curve * (height / curve[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -33,10 +33,12 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class LinearRates:
-    """By linear's name: what is kept, and the share of the linear's squared scores that is pruned."""
+    """By linear's name: what is kept, and the share of the linear's squared scores that is pruned; and ``ByRows``'s
+    factors, where rows have rates of their own."""
 
     patterns: dict[str, Pattern]
     removed: dict[str, float]
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def rates_within(
@@ -77,8 +79,8 @@ def check_linear(prune: PruneConfig, allocation: AllocationConfig, pruner: Prune
     else:
         return
     raise RecipeError(
-        f"allocation.per: linear: expected a pruner of single linears that scores weights by their inputs, got "
-        f"{prune.pruner!r}, {found}"
+        f"allocation.per: {allocation.per}: expected a pruner of single linears that scores weights by their inputs, "
+        f"got {prune.pruner!r}, {found}"
     )
 
 
@@ -130,7 +132,20 @@ def lowest_of_rows(costs: Tensor, kept: Tensor | None = None, factors: Tensor | 
     if kept is not None:
         lost += factors @ costs.masked_fill(kept, 0).sum(1, dtype=torch.float64)
         costs *= kept
-    going = factors @ costs.sort(1).values.double()
+    return _summed(factors @ costs.sort(1).values.double(), lost)
+
+
+def lowest_of_all(costs: Tensor, kept: Tensor | None = None) -> Tensor:
+    """As ``lowest_of_rows``, of the rows * k lowest costs of the matrix."""
+    lost = costs.new_zeros(1, dtype=torch.float64)
+    if kept is not None:
+        lost += costs.masked_fill(kept, 0).sum(dtype=torch.float64)
+        costs *= kept
+    return _summed(costs.flatten().sort().values.view(-1, len(costs)).sum(1, dtype=torch.float64), lost)
+
+
+def _summed(going: Tensor, lost: Tensor) -> Tensor:
+    """(in + 1,): ``lost``, and what goes with each step."""
     # On the host: a GPU's cumulative sum is not the same in each run.
     return torch.cat([torch.zeros(1, dtype=torch.float64), going.cpu().cumsum(0)]) + lost.cpu()
 

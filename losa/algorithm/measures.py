@@ -69,11 +69,11 @@ def position(measured: Measured) -> Tensor:
     return torch.arange(len(measured.blocks), dtype=torch.float64)
 
 
-def losses(measured: Measured, nested: bool = False) -> list[dict[str, Tensor]]:
+def losses(measured: Measured, nested: bool = False, by_rows: bool = False) -> list[dict[str, Tensor]]:
     """The curves of expected loss of every block's linears, by name: of weights as they are now.
 
     Args:
-        nested: of ``loss_curve``.
+        nested, by_rows: of ``loss_curve``.
 
     Raises:
         Stopped: between two samples, if a signal asks for it.
@@ -88,7 +88,7 @@ def losses(measured: Measured, nested: bool = False) -> list[dict[str, Tensor]]:
             own, where = energies[f"{block.name}.{name}"], f"calibration: {block.name}.{name}"
             if not (own.inputs.isfinite().all() and own.outputs.isfinite().all()):
                 raise NumericsError(f"{where}: expected finite inputs and gradients, got nan or inf")
-            curve = together(partial(loss_curve, linear, own, nested))[0]
+            curve = together(partial(loss_curve, linear, own, nested, by_rows))[0]
             if not curve[-1].isfinite():
                 raise NumericsError(f"{where}: expected squares of weights that are finite in fp32, got inf")
             found[-1][name] = curve

@@ -17,16 +17,20 @@ from losa_kernels.tensors import all_finite
 
 @dataclass(frozen=True)
 class Pattern:
-    """What to keep: a share of weights (``sparsity``), or ``keep_n`` of every ``m`` along a row."""
+    """What to keep: a share of weights (``sparsity``), or ``keep_n`` of every ``m`` along a row. ``whole``: the share
+    is of the matrix, also for a pruner that would keep it of each row."""
 
     sparsity: float | None = None
     keep_n: int | None = None
     m: int | None = None
+    whole: bool = False
 
     def __post_init__(self):
         sparsity, keep_n, m = self.sparsity, self.keep_n, self.m
         if (sparsity is None) == (keep_n is None) or (keep_n is None) != (m is None):
             raise ValueError(f"Pattern: give sparsity, or keep_n and m; got {self}")
+        if self.whole and sparsity is None:
+            raise ValueError(f"whole: expected a sparsity, got {keep_n}:{m}")
         if sparsity is not None and not 0 <= sparsity < 1:
             raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
         if keep_n is not None and m is not None and not 0 < keep_n <= m:

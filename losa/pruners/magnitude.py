@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from losa.pruners.base import Pattern, Pruned, Pruner, check_finite
-from losa_kernels import pack_mask, unpack_mask, wanda_mask
+from losa_kernels import wanda_mask
 
 
 class Magnitude(Pruner):
@@ -18,11 +18,5 @@ class Magnitude(Pruner):
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         check_finite(weight)
         # With equal input norms Wanda's score is the magnitude.
-        if pattern.sparsity is None:
-            flat = weight.new_ones(weight.shape[1])
-            return Pruned(wanda_mask(weight, flat, mask=mask, **pattern.as_kwargs()))
-        # The matrix as one row: the count is over all of it, and ties go in its order.
-        if mask is not None:
-            mask = pack_mask(unpack_mask(mask, weight.shape[1]).reshape(1, -1))
-        kept = wanda_mask(weight.reshape(1, -1), weight.new_ones(weight.numel()), sparsity=pattern.sparsity, mask=mask)
-        return Pruned(pack_mask(unpack_mask(kept, weight.numel()).view(weight.shape)))
+        flat, whole = weight.new_ones(weight.shape[1]), pattern.sparsity is not None
+        return Pruned(wanda_mask(weight, flat, mask=mask, whole=whole, **pattern.as_kwargs()))

@@ -28,7 +28,7 @@ class PrunerZero(Pruner):
             raise NumericsError("gradients: expected finite values, got nan or inf")
         # With equal input norms Wanda's selection takes any scores >= 0.
         scores, flat = _scores(weight, statistic), weight.new_ones(weight.shape[1])
-        return Pruned(wanda_mask(scores, flat, mask=mask, **pattern.as_kwargs()))
+        return Pruned(wanda_mask(scores, flat, mask=mask, whole=pattern.whole, **pattern.as_kwargs()))
 
 
 def _scores(weight: Tensor, gradients: Tensor) -> Tensor:

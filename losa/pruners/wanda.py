@@ -16,7 +16,7 @@ class Wanda(Pruner):
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         assert statistic is not None
         try:
-            return Pruned(wanda_mask(weight, statistic, mask=mask, **pattern.as_kwargs()))
+            return Pruned(wanda_mask(weight, statistic, mask=mask, whole=pattern.whole, **pattern.as_kwargs()))
         except ValueError:
             check_finite(weight)  # to name what is wrong; the mask's own check has found it in the same pass
             raise

@@ -13,7 +13,7 @@ from losa.errors import shown
 from losa.recipe.machines import CheckpointConfig, DistributedConfig
 from losa.recipe.methods import MAX_RANK, METHODS, Method, MethodName, check_first_rank
 from losa.recipe.paths import check_name, output_path, work_path
-from losa.recipe.rates import check_rates, compares_samples, takes_backward
+from losa.recipe.rates import check_rates, compares_samples, follows_curves, takes_backward
 from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
 
 MAX_SPARSITY = 0.95
@@ -134,8 +134,10 @@ class AllocationConfig(Section):
         description="lp: Eq. 5's two plateaus; smooth: affine in importance; curves: the least expected loss; default: "
         "that of the rates",
     )
-    per: Literal["block", "linear"] = Field(
-        "block", description="linear: rates and ranks of a block's linears differ, within the block's"
+    per: Literal["block", "linear", "row"] = Field(
+        "block",
+        description="linear: rates and ranks of a block's linears differ, within the block's; row: rates of a linear's "
+        "rows too, by expected loss",
     )
     apply_to: Literal["dynamic", "all"] = Field(
         "dynamic", description="whose rates these are: those of dynamic methods, or of every method that prunes"
@@ -153,6 +155,11 @@ class AllocationConfig(Section):
             )
         if self.fill == "curves" and not takes_backward(self.rates):
             raise ValueError(f"allocation.fill: curves needs expected losses, which rates {self.rates!r} do not take")
+        if self.per == "row" and not follows_curves(self.rates, self.fill):
+            raise ValueError(
+                f"allocation.per: row: rows are compared by expected losses: expected rates fisher with fill curves, "
+                f"got rates {self.rates!r}" + ("" if self.fill is None else f" with fill {self.fill!r}")
+            )
         return self
 
 
@@ -351,10 +358,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _counts_for_linears(self):
-        if self.allocation.per == "linear" and self.prune.sparsity is None:
+        if self.allocation.per != "block" and self.prune.sparsity is None:
             raise ValueError(
-                f"allocation.per: linear needs prune.sparsity, got prune.pattern {self.prune.pattern!r}, which gives "
-                "all linears one keep count"
+                f"allocation.per: {self.allocation.per} needs prune.sparsity, got prune.pattern "
+                f"{self.prune.pattern!r}, which gives all linears one keep count"
             )
         return self
 

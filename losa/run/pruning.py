@@ -20,7 +20,7 @@ def check_pruner(recipe: Recipe) -> None:
         return
     if pruner.structured:
         check_rates(recipe.prune, recipe.allocation)
-    if recipe.allocation.per == "linear":
+    if recipe.allocation.per != "block":
         check_linear(recipe.prune, recipe.allocation, pruner)
 
 

@@ -84,6 +84,12 @@ def check_values(weight: Tensor, input_norms: Tensor) -> None:
         raise_faults(BAD_WEIGHT)
 
 
+def scores(weight: Tensor, input_norms: Tensor) -> Tensor:
+    """Wanda's |W_ij| ||X_j||, (out, in) fp32 (fp64 for fp64), a new tensor."""
+    wide = wide_dtype(weight.dtype)
+    return weight.to(wide, copy=True, memory_format=torch.contiguous_format).abs_().mul_(input_norms.to(wide))
+
+
 def wanda_mask(
     weight: Tensor,
     input_norms: Tensor,
@@ -94,18 +100,16 @@ def wanda_mask(
 ) -> Tensor:
     """Score |W_ij| ||X_j||, smallest pruned per row; already pruned entries score below everything."""
     check_values(weight, input_norms)
-    wide = wide_dtype(weight.dtype)
     rows, columns = weight.shape
-    scores = weight.to(wide, copy=True).abs_().mul_(input_norms.to(wide))
-    gone = None
+    found, gone = scores(weight, input_norms), None
     if mask is not None:
         gone = ~unpack_mask(mask, columns)
-        scores.masked_fill_(gone, -1)
+        found.masked_fill_(gone, -1)
     if keep_n is None or m is None:
         assert sparsity is not None
-        pruned = smallest(scores, prune_count(sparsity, columns))
+        pruned = smallest(found, prune_count(sparsity, columns))
     else:
-        groups = scores.reshape(-1, m).T.contiguous()
+        groups = found.reshape(-1, m).T.contiguous()
         pruned = smallest_of_groups(groups, m - keep_n).T.reshape(rows, columns)
     if gone is not None:
         pruned |= gone

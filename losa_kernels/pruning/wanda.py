@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels import arguments, dispatch
-from losa_kernels.bitmask import packed_width
+from losa_kernels.bitmask import pack_mask, packed_width, unpack_mask
 from losa_kernels.pruning import reference
 from losa_kernels.pruning.checks import check_problem
 
@@ -24,16 +24,20 @@ def wanda_mask(
     keep_n: int | None = None,
     m: int | None = None,
     mask: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """Packed mask by Wanda's score |W_ij| ||X_j|| (Sun et al. 2023).
 
-    Exactly floor(sparsity * in) entries go per row, or m - keep_n of every m; ties lowest column first.
+    Exactly floor(sparsity * in) entries go per row, or m - keep_n of every m; ties lowest column first. ``whole``:
+    floor(sparsity * out * in) entries of the matrix go, wherever they are; ties lowest row, then lowest column first.
 
     Args:
         weight: (out, in) floating point, finite; scores are taken in fp32 (fp64 for fp64), one that overflows is inf.
         input_norms: (in,) finite and non-negative in the scores' dtype, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
-        mask: packed; what is pruned stays pruned and counts. A row or group that has lost more already keeps its zeros.
+        mask: packed; what is pruned stays pruned and counts. A row, group or matrix that has lost more already keeps
+            its zeros.
+        whole: whether ``sparsity`` is of the matrix, and not of each row.
 
     Returns:
         packed uint8 (out, ceil(in/8)).
@@ -42,6 +46,8 @@ def wanda_mask(
         ValueError: a bad argument, or non-finite values; names the argument.
     """
     sparsity, keep_n, m = check_problem(weight, sparsity, keep_n, m, mask)
+    if whole and sparsity is None:
+        raise ValueError(f"whole: expected a sparsity, whose count may be the matrix's; got {keep_n}:{m}")
     arguments.tensor("input_norms", input_norms)
     if tuple(input_norms.shape) != (weight.shape[1],):
         raise ValueError(f"input_norms: expected ({weight.shape[1]},), got {tuple(input_norms.shape)}")
@@ -54,7 +60,23 @@ def wanda_mask(
         return weight.new_zeros(len(weight), packed_width(weight.shape[1]), dtype=torch.uint8)
     # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
     run = dispatch.implementation("wanda_mask", weight.device)
-    return run(weight, input_norms, sparsity, keep_n, m, mask)
+    if not whole:
+        return run(weight, input_norms, sparsity, keep_n, m, mask)
+    reference.check_values(weight, input_norms)
+    scores = reference.scores(weight, input_norms)
+    # One row of weights, which must be finite.
+    row = scores.clamp_(max=torch.finfo(scores.dtype).max).view(1, -1)
+    return from_one_row(run(row, row.new_ones(row.numel()), sparsity, None, None, as_one_row(mask, weight)), weight)
+
+
+def as_one_row(mask: Tensor | None, matrix: Tensor) -> Tensor | None:
+    """The packed mask of a matrix for the same matrix as a single row."""
+    return None if mask is None else pack_mask(unpack_mask(mask, matrix.shape[1]).view(1, -1))
+
+
+def from_one_row(mask: Tensor, matrix: Tensor) -> Tensor:
+    """The packed mask of a matrix that was one row, for the matrix."""
+    return pack_mask(unpack_mask(mask, matrix.numel()).view(matrix.shape))
 
 
 def checks_together() -> AbstractContextManager[None]:
