@@ -194,6 +194,9 @@ def pruning_work(
     yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
     for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
         yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
+    if recipe.any_rated and recipe.allocation.per == "row":
+        size, how = 3 * 4 * max(w.numel for w in shape.pruned), "3 fp32 copies of the largest linear"
+        yield Holding("pruning", place, "comparing the rows of a linear", size, how)
 
 
 def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:

@@ -62,6 +62,37 @@ def test_sweep_breaks_ties_by_column_then_row(rows, columns, sparsity, block_siz
     assert torch.equal(result.weight, weight.masked_fill(expected.T, 0))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 7), st.integers(0, 40), st.floats(0, 0.99), st.booleans(), st.integers(0, 99))
+def test_wanda_chooses_from_the_whole_matrix(rows, columns, sparsity, masked, seed):
+    """Ties go in row-major order; what is pruned already goes first and counts."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-3, 4, (columns, rows), generator=g).float().T  # not contiguous, and full of ties
+    norms = torch.randint(0, 3, (columns,), generator=g).float()
+    gone = torch.rand(rows, columns, generator=g) < (0.3 if masked else 0)
+    mask = pack_mask(~gone) if masked else None
+    found = ~unpack_mask(wanda_mask(weight, norms, sparsity=sparsity, mask=mask, whole=True), columns)
+    order = (weight.abs() * norms).masked_fill(gone, -1).flatten().argsort(stable=True)
+    expected = gone.flatten()
+    expected[order[: int(sparsity * rows * columns + 1e-6)]] = True
+    assert torch.equal(found.flatten(), expected)
+
+
+def test_the_whole_matrix_takes_scores_beyond_the_largest_number():
+    weight = torch.tensor([[3e38, 1.0], [2.0, -3e38]])
+    kept = unpack_mask(wanda_mask(weight, torch.tensor([1e10, 1e10]), sparsity=0.5, whole=True), 2)
+    assert kept.tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [({"keep_n": 1, "m": 2}, "whole: .*1:2"), ({"sparsity": 0.5, "norm": -1.0}, "input_norms")]
+)
+def test_the_whole_matrix_has_a_sparsity_and_right_norms(arguments, said):
+    norms = torch.full((4,), arguments.pop("norm", 1.0))
+    with pytest.raises(ValueError, match=said):
+        wanda_mask(torch.ones(2, 4), norms, whole=True, **arguments)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 8), st.sampled_from([(1, 4), (2, 4), (3, 8), (7, 8)]), st.booleans())
 def test_nm_is_exact(rows, groups, pattern, wanda):
