@@ -47,12 +47,13 @@ class Setting:
 def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
     """Raises RecipeError: an override or the best recipe names what there is not."""
     data, budget = setting.data, setting.budget
-    base = {"model": setting.model, "output": "unused", "dtype": "float32", "seed": job.seed}
+    base = base_settings(job) | {"model": setting.model, "output": "unused", "dtype": "float32", "seed": job.seed}
+    compared = base.get("calibration", {}).get("cka_samples", max(2, budget.samples // 2))
     fixed: Settings = {
         "calibration": {
             "data": str(data / "calib/c4_calib.jsonl"),
             "samples": budget.samples,
-            "cka_samples": max(2, budget.samples // 2),
+            "cka_samples": min(compared, budget.samples),
             "length": budget.length,
             "batch_size": 4,
         },
@@ -70,7 +71,7 @@ def recipe_of(job: Job, rate: float, setting: Setting) -> Recipe:
             "each_round": False,
         },
     }
-    return parse_recipe(override(base_settings(job) | base, fixed | job.overrides), where=job.key)
+    return parse_recipe(override(base, fixed | job.overrides), where=job.key)
 
 
 class Measurements:

@@ -163,8 +163,10 @@ def _best(path: Path, changed: int) -> dict:
 
 
 def best_settings(recipe: dict) -> dict:
-    """What a recipe says of a method, without data and budget."""
+    """What a recipe says of a method, without data and budget: of calibration, how many samples serve rates."""
     chosen = {name: recipe[name] for name in SECTIONS if recipe.get(name) is not None}
+    if (compared := recipe.get("calibration", {}).get("cka_samples")) is not None:
+        chosen["calibration"] = {"cka_samples": compared}
     if "train" in chosen:
         chosen["train"] = {key: value for key, value in chosen["train"].items() if key not in BUDGETED}
     return chosen

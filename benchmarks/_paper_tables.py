@@ -78,7 +78,9 @@ INGREDIENTS: dict[str, Settings] = {
         "train.lr_schedule": "per_round",
         "train.round_share": 0.1,
     },
-    "rates per linear": {"allocation.per": "block"},
+    "rates of rows": {"allocation.per": "linear"},
+    "rates of rows and linears": {"allocation.per": "block"},
+    "all samples for rates": {"calibration.cka_samples": 8},
 }
 
 
@@ -230,6 +232,8 @@ def layer_rates() -> Iterator[Row]:
         settings = {"allocation.per": "linear"} | ({} if rates == "cka" else {"allocation.rates": rates})
         name = "per_linear" if rates == "cka" else f"rates_{rates}_per_linear"
         yield Row((f"{rates}, rates and ranks per linear",), ablation_of(name, settings))
+    settings = {"allocation.per": "row", "allocation.rates": "fisher"}
+    yield Row(("fisher, rates per row",), ablation_of("rates_fisher_per_row", settings))
 
 
 def one_shot_rates() -> Iterator[Row]:
@@ -240,8 +244,9 @@ def one_shot_rates() -> Iterator[Row]:
         uniform = rates == "uniform"
         job = variant("" if uniform else f"rates_{rates}", {} if uniform else settings, "prune_only")
         yield Row((rates,), job, papers.get(rates))
-    settings = {"allocation.rates": "fisher", "allocation.apply_to": "all", "allocation.per": "linear"}
-    yield Row(("fisher, rates per linear",), variant("rates_fisher_per_linear", settings, "prune_only"))
+    for per in ("linear", "row"):
+        settings = {"allocation.rates": "fisher", "allocation.apply_to": "all", "allocation.per": per}
+        yield Row((f"fisher, rates per {per}",), variant(f"rates_fisher_per_{per}", settings, "prune_only"))
 
 
 def structured() -> Iterator[Row]:

@@ -14,7 +14,7 @@ import typer
 
 from losa.cli import info, sparse
 from losa.cli.errors import DEBUG, RESUMABLE, Commands, debugging, set_up_messages, told_to_all
-from losa.cli.options import Device, Dtype, Force, JsonFile
+from losa.cli.options import Device, Dtype, Force, JsonFile, Yes
 from losa.cli.recipes import recipe_from
 from losa.errors import LosaError
 
@@ -114,10 +114,11 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     force: Force = False,
+    yes: Yes = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
     with told_to_all():
-        loaded = recipe_from(recipe, set_, data, output)
+        loaded = recipe_from(recipe, [*(set_ or []), *["prune.partly=true"] * yes], data, output)
     from losa.run.pipeline import run_recipe
 
     run_recipe(loaded, resume=resume, overwrite=overwrite, force=force)
@@ -141,6 +142,7 @@ def prune(
     resume: Resume = False,
     overwrite: Overwrite = False,
     force: Force = False,
+    yes: Yes = False,
 ) -> None:
     """Prune at once, without training."""
     from losa.recipe.reading import parse_recipe
@@ -152,7 +154,7 @@ def prune(
         "device": device,
         "seed": seed,
         "method": "prune_only",
-        "prune": {"pruner": pruner, "sparsity": sparsity, "pattern": pattern},
+        "prune": {"pruner": pruner, "sparsity": sparsity, "pattern": pattern, "partly": yes},
         "calibration": {"data": data, "samples": samples, "length": length},
     }
     if eval_data is not None:

@@ -259,19 +259,25 @@ def count_kept(linear: nn.Module) -> int:
     return int(sum_over_rows(linear.mask.detach(), lambda rows: torch.count_nonzero(unpack_mask(rows, columns))))
 
 
+def matrix_weights(model: nn.Module) -> int:
+    """Weights in all matrices and stacks of the blocks, wrapped or not. Adapters do not count."""
+    sizes: dict[int, int] = {}
+    for module in find_blocks(model).modules.modules():
+        if isinstance(module, (MaskedLoRALinear, SparseLinear)):
+            sizes[id(module)] = weight_count(module)
+            continue
+        # Biases of stacked experts are matrices too, (experts, out).
+        stacks = [module.get_parameter(name) for name in stacked_weights(module)]
+        sizes |= {id(w): w.numel() for w in stacks or own_weights(module) if w.is_floating_point()}
+    return sum(sizes.values())
+
+
 def unprunable_of(model: nn.Module) -> int:
     """Weights in matrices and stacks of the blocks that ``sparsity_of`` does not count: routers, shared weights, stacks
     that stand for no linears."""
     blocks = find_blocks(model)
-    counted = {id(weight) for holder in blocks.holders().values() for weight in own_weights(holder)}
-    found = {
-        id(weight): weight.numel()
-        for module in blocks.modules.modules()
-        if not isinstance(module, (MaskedLoRALinear, SparseLinear))
-        for weight in own_weights(module)
-        if id(weight) not in counted and weight.is_floating_point()
-    }
-    return sum(found.values())
+    packed = [module for module in blocks.modules.modules() if isinstance(module, SparseLinear)]
+    return matrix_weights(model) - sum(map(weight_count, [*blocks.linears().values(), *packed]))
 
 
 def sparsity_of(model: nn.Module) -> tuple[int, int]:

@@ -59,6 +59,9 @@ class PruneConfig(Section):
     regrow_share: float = Field(
         0.1, gt=0, lt=1, description="share of kept weights to exchange, times 1 - t/T (regrow_by: gradient)"
     )
+    partly: bool = Field(
+        False, description="go on where less than half of the blocks' weights can be pruned, without targets"
+    )
 
     @model_validator(mode="after")
     def _one_goal(self):

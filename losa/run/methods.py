@@ -41,6 +41,7 @@ from losa.run.documents import belonging
 from losa.run.inputs import Inputs
 from losa.run.rounds import first_rank, rounds_of
 from losa.run.saving import Resumed, Saver
+from losa.run.share import check_share
 from losa.run.states import CHECKPOINTS, Point, Stage
 from losa.training.adalora import RankBudget
 from losa.training.distillation import DistillationLoss
@@ -197,6 +198,7 @@ class MethodRun:
             )
         except RankError as error:
             raise RecipeError(f"{key}: {error}") from error
+        check_share(recipe.prune, self.model)
         if trains and recipe.train is not None and recipe.train.norms is not None:
             train_norms(self.model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from losa.model.hub_files import local_directory
 from losa.model.loading import configured_model, load_model, locate_model, torch_device
 from losa.model.norms import find_norms
 from losa.model.sharded_loading import load_sharded
-from losa.model.wrapping import sparsity_of, unprunable_of
+from losa.model.wrapping import matrix_weights, sparsity_of
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
 from losa.output.tables import results_table, show_table
@@ -142,6 +143,7 @@ def _run(
     if get_pruner(recipe.prune).structured:
         outcome.masks, shrunk = shrink(model, outcome.masks, sample_ids)
     in_features = {name: cast(int, linear.in_features) for name, linear in blocks.linears().items()}
+    masks = mask_records(outcome.masks, in_features)
     record = RunRecord(
         losa_version=__version__,
         method=recipe.method,
@@ -151,11 +153,11 @@ def _run(
         environment=_environment(model),
         rounds=outcome.rounds,
         results=[dense, *results],
-        masks=mask_records(outcome.masks, in_features),
+        masks=masks,
         evaluation=inputs.protocol,
         seconds=time.perf_counter() - start,
         shrunk=shrunk,
-        unprunable=unprunable_of(model),
+        unprunable=matrix_weights(model) - sum(math.prod(mask.shape) for mask in masks.values()),
     )
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 

@@ -49,7 +49,8 @@ def test_recipes_of_the_tables(tmp_path, monkeypatch):
     assert plain["losa/wanda/0.70/seed0/short"].train.max_tokens == 20_480
     (tmp_path / "best.yaml").write_text(
         "method: losa\nprune: {regrow: true, regrow_by: gradient}\nreconstruct: {steps: 5}\nrounds: {count: 4}\n"
-        "allocation: {rates: owl, fill: lp, delta: 0.1, per: linear, mean_rank: 8}\nlora: {scaling: 1}\n"
+        "allocation: {rates: fisher, fill: curves, delta: 0.1, per: row, mean_rank: 8}\nlora: {scaling: 1}\n"
+        "calibration: {cka_samples: 16}\n"
         "train: {distill: {weight: 1}, norms: 0.1, lora_plus: 4, max_grad_norm: 1}\n"
     )
     monkeypatch.setattr(_paper_tables, "BEST_RECIPE", tmp_path / "best.yaml")

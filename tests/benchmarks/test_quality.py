@@ -254,12 +254,16 @@ def test_recipes_of_runs(tmp_path, monkeypatch):
     assert tuning.train.max_tokens == 192 and tuning.evaluate.data.path != plain.evaluate.data.path
     # Of the best recipe the method's settings count, and neither data nor budget.
     text = "method: sparse_lora\nallocation: {mean_rank: 9}\nlora: {rank: 5}\noutput: x\n"
+    text += "calibration: {data: y, samples: 99, length: 99, cka_samples: 16}\n"
     text += "train: {data: y, length: 99, learning_rate: 7, warmup: 0.4, max_tokens: 1}\nprune: {sparsity: 0.1}\n"
     (tmp_path / "best.yaml").write_text(text)
     monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
     best = recipe_of(Job(BEST, "sparsegpt", 0.6), 0.01, setting)
     assert (best.method, best.lora.rank, best.allocation.mean_rank, best.train.warmup) == ("sparse_lora", 5, 9, 0.4)
     assert best.prune == recipe_of(Job("losa", "sparsegpt", 0.6), 0.01, setting).prune
+    assert best.calibration.cka_samples == best.calibration.samples == 2 and plain.calibration.cka_samples == 2
+    more = recipe_of(Job(BEST), 0.01, replace(setting, budget=replace(setting.budget, samples=40))).calibration
+    assert (more.samples, more.cka_samples, more.length) == (40, 16, 32), "of these samples, what the recipe compares"
     same = {"data", "length", "batch_size", "max_tokens", "learning_rate", "train_on", "precision"}
     assert all(getattr(best.train, key) == getattr(plain.train, key) for key in same)
     with pytest.raises(RecipeError, match="losa/wanda/0.70/seed0/odd.*\n.*train.nothing"):

@@ -20,6 +20,7 @@ from losa.run.pipeline import run_recipe
 from losa.storage.files import RECORD
 from losa.storage.tensor_files import checkpoint_tensors
 from tests.helpers.book import check_mask, matrices, wanda_by_the_book
+from tests.helpers.command_line import fail, succeed
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.runs import settings
 from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tokenizer, wrap
@@ -127,3 +128,27 @@ def test_a_run_in_rounds(kind, directory, tmp_path):
 def stored_names(directory):
     with checkpoint_tensors(directory) as files:
         return {name: (shape, dtype) for name, (dtype, shape) in files.stored.items()}
+
+
+def test_a_run_that_leaves_most_of_a_model_dense_asks_first(directory, tmp_path, monkeypatch):
+    """Experts that are no linears are four fifths of the blocks' weights."""
+    made, out = directory(KINDS["Mixtral"]), tmp_path / "out"
+    model = of_kind(KINDS["Mixtral"])
+    stack = type(model.model.layers[0].mlp.experts)
+    forward = stack.forward
+    monkeypatch.setattr(stack, "forward", lambda self, *args: 2 * forward(self, *args))
+    block = model.model.layers[0]
+    prunable = 2 * sum(linear.weight.numel() for linear in block.self_attn.children())
+    every = 2 * sum(p.numel() for p in block.parameters() if p.dim() > 1)
+    options = ["--data", made / "text.txt", "--sparsity", 0.5, "--samples", 2, "--length", 32, "--output", out]
+    said = fail("prune", made / "model", *options)
+    share = prunable / every
+    assert f"{prunable:,} of the {every:,} weights" in said and f"({share:.1%})" in said and "--yes" in said
+    assert f"instead of 50% zeros the blocks would have {share / 2:.1%}" in said
+    assert not out.exists() and not out.with_name("out.work").exists()
+    succeed("prune", made / "model", *options, "--yes")
+    record = json.loads((out / RECORD).read_text())
+    assert record["recipe"]["prune"]["partly"] and len(record["masks"]) == 2 * 4
+    recipe = settings(made, tmp_path / "own", method="prune_only", evaluate=None)
+    recipe["prune"] = {"sparsity": 0.5, "targets": ["q_proj"]}
+    assert len(run_recipe(parse_recipe(recipe)).masks) == 2, "who names linears means them"
