@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks._jobs import BEST, BEST_RECIPE, DENSE, SEEDS, Job, Settings, finished, seeds_of
+from benchmarks._jobs import BEST, BEST_RECIPE, DENSE, SEEDS, Budget, Job, Settings, finished, seeds_of
 from losa.recipe.reading import read_settings
 
 MASKED = "lora_masked"  # a row of its own of the run of "lora"
@@ -80,7 +80,7 @@ INGREDIENTS: dict[str, Settings] = {
     },
     "rates of rows": {"allocation.per": "linear"},
     "rates of rows and linears": {"allocation.per": "block"},
-    "all samples for rates": {"calibration.cka_samples": 8},
+    "all samples for rates": {"calibration.cka_samples": Budget().samples // 2},
 }
 
 

@@ -85,7 +85,7 @@ class RunRecord:
     """What a run measured and decided. ``rounds`` are the exported method's, ``results`` all methods'; ``masks`` by
     linear, in the shapes of the export; ``evaluation``: text and windows of the perplexities; ``seconds``: wall time of
     the whole run; ``shrunk``: what a structured pruner took away, None where all shapes are the dense model's;
-    ``unprunable``: weights in matrices of the blocks that have no mask."""
+    ``unmasked``: weights in matrices of the blocks that have no mask."""
 
     losa_version: str
     method: str
@@ -99,7 +99,7 @@ class RunRecord:
     evaluation: dict | None = None
     seconds: float = 0.0
     shrunk: ShrunkRecord | None = None
-    unprunable: int = 0
+    unmasked: int = 0
 
     @property
     def ranked(self) -> bool:

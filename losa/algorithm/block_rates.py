@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from losa.algorithm.loss_rates import rates_of_blocks, rates_of_linears
 from losa.algorithm.measures import MEASURES, Measured, losses
 from losa.algorithm.patterns import patterns_for
 from losa.algorithm.rates import default_delta
-from losa.algorithm.row_weights import row_factors
+from losa.algorithm.row_scales import row_scales
 from losa.algorithm.schedule import Round
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.widths import best_width
@@ -120,8 +120,13 @@ class BlockRates:
         linears = rates_of_linears(*how)
         if by_rows:
             energies = self.measured.energies()
-            for block, own in zip(blocks, linears, strict=True):
-                own.factors.update({n: row_factors(energies[f"{block.name}.{n}"].outputs) for n in block.linears})
+            named = zip(blocks, linears, strict=True)
+            linears = [
+                replace(
+                    own, scales={name: row_scales(energies[f"{block.name}.{name}"].outputs) for name in own.patterns}
+                )
+                for block, own in named
+            ]
         return Decided(mean, None, None, linears=linears)
 
     def _patterns(self, this_round: Round, importance: Tensor | None) -> tuple[list[Pattern], float | None]:

@@ -26,7 +26,7 @@ from losa.algorithm.owners import owners_of
 from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import Regrowing, check_regrowth
-from losa.algorithm.row_weights import ByRows
+from losa.algorithm.row_scales import ByRows
 from losa.algorithm.schedule import Round
 from losa.algorithm.statistics import check_total, collect, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
@@ -279,8 +279,8 @@ class Engine:
                         delta = self.allocation.linear_delta
                         linears.append(rates_within(block, statistics, owners, pattern.sparsity, rates_nested, delta))
                         own = linears[-1].patterns
-                    factors = linears[-1].factors if linears else {}
-                    pruner = self._pruner_of(block, owners, factors, gradients, this_round.later)
+                    scales = linears[-1].scales if linears else {}
+                    pruner = self._pruner_of(block, owners, scales, gradients, this_round.later)
                     damping |= block.prune(pruner, statistics, own, nested, owners)
                 del statistics, pruner
                 if reconstruction is not None and dense is not None:
@@ -324,13 +324,16 @@ class Engine:
         self,
         block: WrappedBlock,
         owners: dict[str, int],
-        factors: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
         gradients: Gradients | None,
         later: float,
     ) -> Pruner:
-        """The pruner; where rows have rates of their own, one that compares them by ``factors``; where weights of the
+        """The pruner; where rows have rates of their own, one that compares them by ``scales``; where weights of the
         block may come back by gradient, one that exchanges them."""
-        pruner = ByRows(self.pruner, factors) if factors else self.pruner
+        pruner = self.pruner
+        if scales:
+            of_gradients = self.statistic is not None and issubclass(self.statistic, GradientStatistic)
+            pruner = ByRows(pruner, scales, of_gradients)
         if gradients is None or not gradients.has(REGROWTH):
             return pruner
         share = self.prune_config.regrow_share * later

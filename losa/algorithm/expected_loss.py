@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losa.algorithm.backward import pass_backward
 from losa.algorithm.linear_rates import CURVE_ROWS, lowest_of_all, lowest_of_rows
-from losa.algorithm.row_weights import tempered
+from losa.algorithm.row_scales import bounded
 from losa.distributed.collectives import from_rank_zero, sum_over_processes
 from losa.distributed.sharding import device_of
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -79,10 +79,11 @@ def loss_curve(linear: MaskedLoRALinear, energies: Energies, nested: bool, by_ro
         energies: of the linear.
         nested: what is pruned already goes first, and is in the curve from k = 0 on. The curve takes its k from every
             row, also where rows have lost different numbers and a pruner could take more from one than from another.
-        by_rows: as many weights go, but those that cost least in the whole matrix, as ``ByRows`` compares its rows.
+        by_rows: as many weights go, but those that cost least in the whole matrix, as ``ByRows`` compares its rows: by
+            energies of outputs that are ``bounded``, in all of the curve.
     """
     step = -(-linear.out_features // CURVE_ROWS)
-    outputs = tempered(energies.outputs) if by_rows else energies.outputs
+    outputs = bounded(energies.outputs) if by_rows else energies.outputs
     squares, inputs = linear.dense_weight().square_(), energies.inputs.float().to(linear.weight.device)
     height = 0.5 * (squares @ inputs).double().cpu() @ outputs
     kept = unpack_mask(linear.mask.detach()[::step], linear.in_features) if nested else None

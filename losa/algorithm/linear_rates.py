@@ -34,11 +34,11 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class LinearRates:
     """By linear's name: what is kept, and the share of the linear's squared scores that is pruned; and ``ByRows``'s
-    factors, where rows have rates of their own."""
+    scales, where rows have rates of their own."""
 
     patterns: dict[str, Pattern]
     removed: dict[str, float]
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 def rates_within(
@@ -71,11 +71,18 @@ def rates_within(
 
 
 def check_linear(prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner) -> None:
-    """Raises RecipeError for a pruner whose linears cannot have rates of their own."""
+    """Raises RecipeError for a pruner whose linears, or rows, cannot have rates of their own, and for N:M."""
+    if prune.pattern is not None:
+        raise RecipeError(
+            f"allocation.per: {allocation.per} needs prune.sparsity, got prune.pattern {prune.pattern!r}, which gives "
+            "all linears one keep count"
+        )
     if type(pruner).prune_block is not Pruner.prune_block:
         found = "which decides about whole blocks"
     elif pruner.statistic not in WITH_NORMS and not follows_curves(allocation.rates, allocation.fill):
         found = f"whose statistic {pruner.statistic!r} has no norms of inputs"
+    elif allocation.per == "row" and pruner.counts == "row":
+        found = "which counts in each row"
     else:
         return
     raise RecipeError(

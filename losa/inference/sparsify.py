@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from losa.errors import ModelError
 from losa.inference.waiting_decoders import forget_decoder
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.forms import holder_of
+from losa.model.forms import as_linears, holder_of, unpacked_as_they_were
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
+from losa.modules.linear_experts import stack_of, stand_for
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear, unpack_linears
 from losa.packed.formats import AUTO
@@ -29,7 +31,7 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     weights are freed on the way.
 
     The model runs on a few tokens first, to find linears whose weight it reads itself: they stay dense.
-    ``save_pretrained`` writes the model dense afterwards. Linears of another form (``losa.model.forms``) stay dense.
+    ``save_pretrained`` writes the model dense afterwards, linears of another form (``losa.model.forms``) as they were.
 
     Args:
         model: decoder with plain linears (``merge_model`` first).
@@ -43,30 +45,33 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
         ModelError: the model has adapters, no linear has enough zeros, or the format can hold none that has.
     """
     found = find_blocks(model)
-    blocks = [
-        (name, block, [each for each, linear in find_linears(block).items() if holder_of(linear) is linear])
-        for name, block in zip(found.names, found, strict=True)
-    ]
-    for _, block, names in blocks:  # check all linears before any is replaced
-        for name in names:
-            if isinstance(layer := block.get_submodule(name), MaskedLoRALinear):
+    blocks = [(name, block, find_linears(block)) for name, block in zip(found.names, found, strict=True)]
+    for _, _, linears in blocks:  # check all linears before any is replaced
+        for name, layer in linears.items():
+            if isinstance(layer, MaskedLoRALinear):
                 raise ModelError(f"sparsify: {name} is a {type(layer).__name__}; merge_model first")
     forget_decoder(model)
-    replaced, unfit, considered = 0, 0, sum(len(names) for _, _, names in blocks)
+    replaced, unfit, considered = 0, 0, sum(len(linears) for _, _, linears in blocks)
     try:
         leave = read_directly(model)
     except ModelError as error:
         logger.info("sparsify: %s", error)
         leave = set()
-    for block_name, block, names in blocks:
+    for block_name, block, linears in blocks:
+        names = [*linears]
+        left = _shown(block, linears, min_sparsity)
+        del linears  # views of what is to be freed
         for name in names:
+            if name in left:
+                continue
             linear: Any = block.get_submodule(name)
             if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
                 packed = pack_weight(linear.weight.detach(), format)
                 if packed is None:
                     unfit += 1
                     continue
-                block.set_submodule(name, SparseLinear(packed, linear.bias).train(linear.training))
+                sparse = SparseLinear(packed, linear.bias).train(linear.training)
+                block.set_submodule(name, stand_for(sparse, stack_of(linear)))
                 replaced += 1
         group_linears(block)
     if unfit and not replaced:
@@ -81,9 +86,26 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     return model
 
 
+def _shown(block: nn.Module, linears: Mapping[str, nn.Module], min_sparsity: float) -> set[str]:
+    """Show linears of other forms as linears, where some of a module's have zeros enough; the names of those that are
+    not shown."""
+    holders: dict[nn.Module, list[str]] = {}
+    for name, linear in linears.items():
+        if (holder := holder_of(linear)) is not linear:
+            holders.setdefault(holder, []).append(name)
+    names = {module: name for name, module in block.named_modules()}
+    left = set()
+    for holder, parts in holders.items():
+        zeros = any(zero_share(cast(nn.Linear, linears[part]).weight) >= min_sparsity for part in parts)
+        if not zeros or as_linears(block, [names[holder]]):
+            left |= {*parts}
+    return left
+
+
 @torch.no_grad()
 def densify(model: nn.Module) -> nn.Module:
     """The inverse of ``sparsify``, in place."""
     forget_decoder(model)
     unpack_linears(model)
+    unpacked_as_they_were(model)
     return model

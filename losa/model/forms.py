@@ -1,8 +1,9 @@
 """Linears that a model holds in another form than ``nn.Linear``: transposed, or as stacks of experts.
 
-A model keeps its own form on disk and wherever losa does not train it. ``views`` shows the linears that a module stands
-for. ``as_linears`` puts modules in its place that call them, so that they can be wrapped, and ``as_they_were`` puts the
-form back, with what the linears are then.
+A model keeps its own form on disk and wherever losa neither trains nor packs it. ``views`` shows the linears that a
+module stands for, and ``places`` where their weights lie in its tensors. ``as_linears`` puts modules in its place that
+call them, so that they can be wrapped or packed, and ``as_they_were`` puts the form back, with what the linears are
+then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losa.model.form_kinds import FORMS, ExpertForm, Form
-from losa.modules.linear_experts import LinearExperts
+from losa.modules.linear_experts import stack_of, stand_for
 
 logger = logging.getLogger("losa")
 
 _FORMS = "_losa_forms"  # of a model: modules that as_linears has replaced, by name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear's weight (out, in) or bias (out,) lies in a contiguous tensor of another shape, as
+    ``torch.as_strided`` takes it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of a contiguous tensor."""
+        return tensor.as_strided(self.shape, self.stride, self.offset)
 
 
 def views(module: Any) -> dict[str, nn.Linear]:
@@ -33,6 +49,18 @@ def views(module: Any) -> dict[str, nn.Linear]:
     for linear in found.values():
         vars(linear)["holder"] = module
         linear.training = module.training
+    return found
+
+
+def places(module: Any) -> dict[str, dict[str, Place]]:
+    """Of each parameter of a module, by its name: where the weights and biases of ``views`` lie in it, by
+    "LINEAR.weight" and "LINEAR.bias", or these words alone for a transposed linear. Empty for other modules."""
+    names = {p.untyped_storage()._cdata: name for name, p in module._parameters.items() if p is not None}
+    found: dict[str, dict[str, Place]] = {}
+    for part, linear in views(module).items():
+        for kind, tensor in linear.named_parameters():
+            place = Place(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+            found.setdefault(names[tensor.untyped_storage()._cdata], {})[f"{part}.{kind}".lstrip(".")] = place
     return found
 
 
@@ -67,7 +95,8 @@ def as_linears(
         model: whose modules they are.
         names: of modules that ``views`` shows as linears.
         made: (name in the model, linear) -> the layer that is put there, of a linear whose weight lies in memory as
-            kernels read it; None: that linear, and ``as_they_were`` forgets the form.
+            kernels read it; None: a linear with memory of its own, to be packed, and ``unpacked_as_they_were`` puts
+            the form back.
 
     Returns:
         names of stacks whose linears do not compute what they do, which stay.
@@ -79,8 +108,8 @@ def as_linears(
         linears: dict[str, nn.Module] = {}
         copied = True
         for part, view in views(module).items():
-            copied &= not view.weight.is_contiguous()
-            linear = _contiguous(view)
+            copied &= made is None or not view.weight.is_contiguous()
+            linear = _contiguous(view, always=made is None)
             linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
         # What was copied need not stay in memory twice.
         held = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
@@ -91,6 +120,8 @@ def as_linears(
                 left.append(name)
                 continue
         assert new is not None, "a form without experts is one linear"
+        if made is None:
+            stand_for(new, held)
         forms[name] = held
         model.set_submodule(name, new)
     return left
@@ -106,11 +137,20 @@ def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lamb
     """
     forms: dict[str, nn.Module] = vars(model).get(_FORMS, {})
     for name in list(forms):
-        now: Any = model.get_submodule(name)
-        parts = {part: _taken(now, part) for part in views(forms[name])}
-        put_back = _put_back(forms.pop(name), parts, made)
-        model.set_submodule(name, put_back.requires_grad_(False).train(now.training))
+        model.set_submodule(name, _restored(model.get_submodule(name), forms.pop(name), made))
     vars(model).pop(_FORMS, None)
+
+
+def unpacked_as_they_were(model: nn.Module) -> None:
+    """Put the forms back that linears took the place of for good, in place and frozen. All linears are plain."""
+    for name, now in list(model.named_modules()):
+        if (stack := stack_of(now)) is not None:
+            model.set_submodule(name, _restored(now, stack, lambda linear: linear))
+
+
+def _restored(now: nn.Module, form: nn.Module, made: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    parts = {part: _taken(now, part) for part in views(form)}
+    return _put_back(form, parts, made).requires_grad_(False).train(now.training)
 
 
 def _taken(module: nn.Module, part: str) -> nn.Module:
@@ -167,30 +207,33 @@ def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     return new
 
 
-def stack_experts(experts: LinearExperts, name: str, tensors: dict[str, Tensor]) -> None:
-    """In a state dict, put the stack's tensors in the place of its linears', which are dense.
+def restore_tensors(stack: Any, name: str, tensors: dict[str, Tensor]) -> None:
+    """In a state dict, put the tensors of another form in the place of its linears', which are dense.
 
     Args:
-        experts: whose linears they are.
-        name: of ``experts`` in the model.
+        stack: of that form.
+        name: in the model, of the module that took its place.
         tensors: the state dict.
     """
-    stack: Any = vars(experts)["stack"]
-    parts = list(views(stack))
-    weights = {part: tensors.pop(f"{name}.{part}.weight") for part in parts}
-    biases = {part: tensors.pop(f"{name}.{part}.bias", None) for part in parts}
-    new = _empty_like(stack, weights[parts[0]], biases[parts[0]])
+    named = {part: f"{name}.{part}".rstrip(".") for part in views(stack)}
+    weights = {part: tensors.pop(f"{full}.weight") for part, full in named.items()}
+    biases = {part: tensors.pop(f"{full}.bias", None) for part, full in named.items()}
+    first = next(iter(named))
+    new = _empty_like(stack, weights[first], biases[first])
     for part, view in views(new).items():
         view.weight.data.copy_(weights.pop(part))
         if (bias := biases[part]) is not None:
             view.bias.data.copy_(bias)
-    tensors |= {f"{name}.{key}": value for key, value in new._parameters.items()}
+    tensors |= {f"{name}.{key}": value for key, value in new._parameters.items() if value is not None}
 
 
-def _contiguous(view: nn.Linear) -> nn.Linear:
-    """The linear of its own that a view becomes; a transposed weight is copied."""
+def _contiguous(view: nn.Linear, always: bool) -> nn.Linear:
+    """The linear of its own that a view becomes; a transposed weight is copied, or with ``always`` any."""
     vars(view).pop("holder")
-    view.weight.data = view.weight.data.contiguous()
+    weight = view.weight.data
+    view.weight.data = weight.clone(memory_format=torch.contiguous_format) if always else weight.contiguous()
+    if always and view.bias is not None:
+        view.bias.data = view.bias.data.clone()
     return view
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.form_kinds import STACKED_PARTS
-from losa.model.forms import has_views
+from losa.model.forms import Place, has_views, places
 from losa.storage.tensor_files import Stored, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -158,6 +158,20 @@ class Naming:
         if not has_views(stack) or getattr(stack, "is_transposed", True) or not stack.is_concatenated:
             return None
         return STACKED_PARTS.get(parameter)
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Place]]:
+        """Name on disk of a tensor that the model takes as it is stored, and that holds weights or biases of linears in
+        another form (``losa.model.forms``) -> where each of them lies in it, by its name as ``views`` has it."""
+        found: dict[str, dict[str, Place]] = {}
+        of_module: dict[str, dict[str, dict[str, Place]]] = {}
+        for name, target in self.renamed.items():
+            module, _, parameter = target.rpartition(".")
+            if module not in of_module:
+                of_module[module] = places(self.model.get_submodule(module))
+            if parameter in of_module[module]:
+                found[name] = {f"{module}.{part}": place for part, place in of_module[module][parameter].items()}
+        return found
 
     def linear_of(self, name: str) -> str | None:
         """The linear, by its name in the model, whose weight a stored tensor is; None where it is no whole weight."""

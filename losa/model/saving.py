@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError
-from losa.model.forms import stack_experts
-from losa.modules.linear_experts import LinearExperts
+from losa.model.forms import restore_tensors
+from losa.modules.linear_experts import stack_of
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 from losa.storage.files import write_json
@@ -45,7 +45,7 @@ def save_pretrained(model: Any, *args, **kwargs):
             f"save_pretrained: the model has {len(wrapped)} adapters ({wrapped[0]}, ...), which transformers cannot "
             "load; merge_model first, or torch.save(model.state_dict(), ...) to go on later"
         )
-    if any(isinstance(module, (SparseLinear, LinearExperts)) for module in model.modules()):
+    if any(isinstance(module, SparseLinear) or stack_of(module) is not None for module in model.modules()):
         call = signature(save).bind(model, *args, **kwargs)
         call.arguments["state_dict"] = dense_state_dict(model, call.arguments.get("state_dict"))
         return save(*call.args, **call.kwargs)
@@ -53,8 +53,8 @@ def save_pretrained(model: Any, *args, **kwargs):
 
 
 def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state dict, or ``state_dict``, with dense weights in place of packed ones, and stacks in place of the
-    experts' linears."""
+    """The model's state dict, or ``state_dict``, with dense weights in place of packed ones, and other forms of linears
+    (``losa.model.forms``) as they were."""
     found = dict(model.state_dict() if state_dict is None else state_dict)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -62,8 +62,8 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = No
                 found.pop(f"{name}.{part}", None)
             found[f"{name}.weight"] = module.packed.unpack()
     for name, module in model.named_modules():
-        if isinstance(module, LinearExperts):
-            stack_experts(module, name, found)
+        if (stack := stack_of(module)) is not None:
+            restore_tensors(stack, name, found)
     return found
 
 

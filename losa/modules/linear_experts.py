@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+_STACK = "stack"
+
+
+def stack_of(module: nn.Module) -> nn.Module | None:
+    """The module of another form (``losa.model.forms``) whose place a module took; it is no child of it."""
+    return vars(module).get(_STACK)
+
+
+def stand_for(module: nn.Module, stack: nn.Module | None) -> nn.Module:
+    """``module``, which takes the place of ``stack``, if there is one."""
+    if stack is not None:
+        vars(module)[_STACK] = stack
+    return module
 
 
 class Expert(nn.Module):
@@ -25,7 +39,7 @@ class LinearExperts(nn.ModuleList):
 
     def __init__(self, stack: nn.Module, linears: Mapping[str, nn.Module]):
         super().__init__()
-        vars(self)["stack"] = stack
+        stand_for(self, stack)
         for part, linear in linears.items():
             number, _, name = part.partition(".")
             if int(number) == len(self):
@@ -40,7 +54,7 @@ class RoutedExperts(LinearExperts):
     def forward(self, *args, **kwargs) -> Tensor:
         """The stack's own arguments: hidden states (tokens, hidden), and of each token its experts and their weights
         (tokens, k); an expert beyond the last one is none. (tokens, hidden)."""
-        stack: Any = vars(self)["stack"]
+        stack: Any = stack_of(self)
         # A class may have names of its own for the arguments.
         _, hidden, chosen, shares = signature(type(stack).forward).bind(stack, *args, **kwargs).arguments.values()
         k = chosen.shape[-1]
@@ -74,7 +88,7 @@ class EveryTokenExperts(LinearExperts):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(experts * tokens, hidden), and back."""
-        stack: Any = vars(self)["stack"]
+        stack: Any = stack_of(self)
         rows = hidden_states.unflatten(0, (len(self), -1))
         outputs = []
         for expert, x in zip(self, rows, strict=True):
@@ -94,4 +108,4 @@ class SortedExperts(LinearExperts):
         """(rows, in) -> (rows, out); ``expert_size``: rows of each expert."""
         linears: list[Any] = [expert.get_submodule("linear") for expert in self]
         parts = [linear(x) for linear, x in zip(linears, inputs.split(expert_size), strict=True) if len(x)]
-        return torch.cat(parts) if parts else inputs.new_zeros(0, vars(self)["stack"].weight.shape[1])
+        return torch.cat(parts) if parts else inputs.new_zeros(0, cast(Any, stack_of(self)).weight.shape[1])

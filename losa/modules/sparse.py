@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from losa.modules.linear_experts import stack_of, stand_for
 from losa_kernels import sparse_linear
 from losa_kernels.packing import Packed, PackedNM
 from losa_kernels.packing.rows import join_rows, take_rows
@@ -95,7 +96,7 @@ def unpack_linears(module: nn.Module) -> None:
     """Replace each ``SparseLinear`` inside ``module`` by the dense linear, in place."""
     for name, child in list(module.named_modules()):
         if isinstance(child, SparseLinear):
-            module.set_submodule(name, child.to_linear())
+            module.set_submodule(name, stand_for(child.to_linear(), stack_of(child)))
 
 
 def share_rows(linears: Sequence[SparseLinear]) -> Packed | None:

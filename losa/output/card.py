@@ -93,7 +93,7 @@ def _zeros(record: RunRecord) -> str:
         return f"{shrunk_weights(shrunk, total)}: {sizes}."
     pruned = total - sum(mask.kept for mask in record.masks.values())
     text = f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({percent(pruned / total)})."
-    if record.unprunable:
-        share = percent(pruned / (total + record.unprunable))
-        text += f" The blocks have {record.unprunable:,} weights in other matrices, so that {share} of them are pruned."
+    if record.unmasked:
+        share = percent(pruned / (total + record.unmasked))
+        text += f" The blocks have {record.unmasked:,} weights in other matrices, so that {share} of them are pruned."
     return text

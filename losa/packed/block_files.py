@@ -27,6 +27,7 @@ def write(directory: Path, parts: Iterator[PackedPart]) -> Iterator[tuple[Packed
         for linear, packed in part.linears.items():
             manifest.linears[linear] = Linear.of(packed)
             tensors |= {f"{linear}.{name}": t for name, t in packed.tensors().items()}
+        manifest.stacks |= part.stacks
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         manifest.sha256 |= {name: digest(t) for name, t in tensors.items()}
         manifest.files |= dict.fromkeys(tensors, file)
@@ -48,7 +49,8 @@ def read(directory: Path) -> Contents:
         stored = files.stored
     if odd := sorted(stored.keys() - manifest.files.keys()):
         raise ModelError(f"{directory / MANIFEST}: does not list {shown_name(odd[0])}, which a file holds")
-    return Contents(directory / MANIFEST, manifest.linears.keys(), manifest.dense(stored), _parts(directory, manifest))
+    dense, parts = manifest.dense(stored), _parts(directory, manifest)
+    return Contents(directory / MANIFEST, manifest.linears.keys(), dense, parts, manifest.stacks)
 
 
 def _parts(directory: Path, manifest: Manifest) -> Iterator[dict[str, Packed | Tensor]]:

@@ -10,11 +10,11 @@ compressed-tensors (``losa.packed.compressed_tensors``) are written and read her
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from losa.packed.filling import load_weights, rounded_packed
 from losa.packed.formats import AUTO, all_names
 from losa.packed.parts import Contents, PackedPart, packed_parts
 from losa.packed.shards import Shards, copy_other_files, state_dtype
+from losa.packed.stacks import Stack
 from losa.packed.weights import COMPRESSED_FORMATS, FORMATS, MIN_SPARSITY, pack_weight
 from losa.storage.files import MANIFEST, check_apart, staged_directory
 from losa.storage.kinds import is_compressed, is_packed, refuse_adapter
@@ -89,7 +90,7 @@ def pack_directory(
     pack = partial(pack_weight, format=format) if theirs is None else theirs.pack
     needs = "" if format == AUTO else (theirs or FORMATS[format]).needs
     leave: Set[str] = frozenset()
-    parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs)
+    parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs, stacks=theirs is None)
     check_apart(output, source)
     with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
@@ -104,7 +105,7 @@ def pack_directory(
                 break
             logger.info("pack: %s (of %d) stays dense: the model reads its weight itself", min(read), len(read))
             leave |= read
-            parts = packed_parts(source, pack, dtype, min_sparsity, leave, needs)
+            parts = packed_parts(source, pack, dtype, min_sparsity, leave, needs, theirs is None)
         if untied:
             state_untied(staged)
     return report
@@ -153,12 +154,20 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, for
         compressed_tensors.forget(staged)
         shards = Shards(staged)
         for part in contents.parts:
-            shards.write(dict(_dense(name, value) for name, value in part.items()))
+            shards.write(_dense(part, contents.stacks))
         shards.finish()
 
 
-def _dense(name: str, value: Packed | Tensor) -> tuple[str, Tensor]:
-    return (f"{name}.weight", value.unpack()) if isinstance(value, Packed) else (name, value)
+def _dense(part: dict[str, Packed | Tensor], stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
+    """The tensors of the dense checkpoint; ``part`` is used up."""
+    found: dict[str, Tensor] = {}
+    for name, stack in stacks.items():
+        if next(iter(stack.places)) in part:
+            found[name] = stack.join({linear: cast(Packed, part.pop(linear)) for linear in stack.places})
+    while part:
+        name, value = part.popitem()
+        found |= {f"{name}.weight": value.unpack()} if isinstance(value, Packed) else {name: value}
+    return found
 
 
 def load(directory: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:

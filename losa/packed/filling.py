@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Set
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, shown_name
 from losa.model.finite import check_finite, check_rounded, is_finite, rounded
-from losa.model.forms import as_linears
+from losa.model.forms import Place, as_linears
 from losa.model.grouping import group_linears
 from losa.model.naming import Naming, checked_naming
 from losa.model.saving import guard_saving
 from losa.model.skeleton import empty_model
+from losa.modules.linear_experts import stack_of, stand_for
 from losa.modules.sparse import SparseLinear
 from losa.packed.parts import Contents
 from losa_kernels.packing import Packed
@@ -34,10 +35,9 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     kinds = [entry.dtype for entry in contents.stored.values() if entry.dtype.is_floating_point]
     model: Any = empty_model(directory, fallback=kinds[0] if kinds else torch.float32)
     naming = checked_naming(model, contents.stored, contents.where)
-    packed = [naming.experts[f"{name}.weight"] for name in contents.packed if f"{name}.weight" in naming.experts]
-    stacks = {linear.rsplit(".", 2)[0] for linear in packed}
-    as_linears(model, stacks)
-    loaded = _fill(model, naming, contents, directory, device, stacks)
+    forms = _Forms.of(naming, contents)
+    as_linears(model, forms.modules)
+    loaded = _fill(model, naming, contents, directory, device, forms)
     naming.warn_of_unused(directory)
     # As in transformers' own loading: a stored tensor is kept even where the config ties it to another.
     model.tie_weights(missing_keys=naming.expected.keys() - loaded, recompute_mapping=False)
@@ -49,13 +49,51 @@ def load_weights(directory: Path, contents: Contents, device: torch.device) -> n
     return model.to(device).eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Forms:
+    """Modules of other forms (``losa.model.forms``) that are to be linears, and what fills them.
+
+    modules: names in the model.
+    experts: stored tensor -> the linear whose weight it is.
+    inside: packed linear, by its name on disk -> the stored tensor of the dense checkpoint that it is part of, and the
+        linear's name in the model.
+    pieces: stored tensor -> names in the model of the tensors that it is cut into, and where they lie in it.
+    """
+
+    modules: set[str]
+    experts: dict[str, str]
+    inside: dict[str, tuple[str, str]]
+    pieces: dict[str, dict[str, Place]]
+
+    @classmethod
+    def of(cls, naming: Naming, contents: Contents) -> _Forms:
+        """Raises ModelError: a packed linear lies where the model has none."""
+        experts, inside = naming.experts, {}
+        for name, stack in contents.stacks.items():
+            linears = {place: part.removesuffix(".weight") for part, place in naming.parts.get(name, {}).items()}
+            for linear, place in stack.places.items():
+                if place not in linears:
+                    raise ModelError(
+                        f"{contents.where}: {shown_name(linear)}: packed, but the model has no such linear"
+                    )
+                inside[linear] = name, linears[place]
+        packed = {f"{name}.weight" for name in contents.packed} & experts.keys()
+        modules = {experts[name].rsplit(".", 2)[0] for name in packed}
+        modules |= {naming.renamed[name].rpartition(".")[0] for name in contents.stacks}
+        return cls(
+            modules,
+            {name: linear for name, linear in experts.items() if linear.rsplit(".", 2)[0] in modules},
+            inside,
+            {name: own for name, own in naming.parts.items() if naming.renamed[name].rpartition(".")[0] in modules},
+        )
+
+
 def _fill(
-    model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device, stacks: Set[str]
+    model: nn.Module, naming: Naming, contents: Contents, directory: Path, device: torch.device, forms: _Forms
 ) -> set[str]:
     """Put all tensors into ``model``, part by part; the names in the model, as it is before ``as_linears``, that were
-    filled. ``stacks``: of experts that are linears now."""
+    filled."""
     blocks, targets, dtypes = naming.blocks, naming.targets(), naming.dtypes()
-    experts = {name: linear for name, linear in naming.experts.items() if linear.rsplit(".", 2)[0] in stacks}
     # By name in the model: stored tensors that wait for others to be made into one.
     made: dict[str, dict[str, Tensor]] = {}
     loaded: set[str] = set()
@@ -64,19 +102,26 @@ def _fill(
         touched: set[int | None] = set()
         while part:
             name, value = part.popitem()
-            stored = f"{name}.weight" if isinstance(value, Packed) else name
+            stored, linear = f"{name}.weight" if isinstance(value, Packed) else name, forms.experts.get(name)
+            if isinstance(value, Packed):
+                stored, linear = forms.inside.get(name, (stored, forms.experts.get(stored)))
             target, dtype = targets[stored], dtypes.get(targets[stored])
-            if stored in experts:
+            if linear is not None:
                 loaded.add(target)
-                target = f"{experts[stored]}.weight"
+                target = f"{linear}.weight"
             touched.add(blocks.index_of(target))
             where = f"{directory}: {shown_name(name)}"
             if isinstance(value, Packed):
-                if (stored not in naming.renamed and stored not in experts) or not _is_linear(model, target):
+                if (stored not in naming.renamed and linear is None) or not _is_linear(model, target):
                     raise ModelError(f"{where}: packed, but the model has no such linear")
                 _replace(model, target, rounded_packed(where, value, dtype).to(device))
                 loaded.add(target)
-            elif name in naming.renamed or name in experts:
+            elif name in forms.pieces:
+                whole = rounded(where, value, dtype).to(device).contiguous()
+                # Of their own, so that a bias does not keep a stack's tensor.
+                dense |= {piece: place.of(whole).clone() for piece, place in forms.pieces[name].items()}
+                loaded.add(target)
+            elif name in naming.renamed or name in forms.experts:
                 dense[target] = rounded(where, value, dtype).to(device)
             elif target in naming.made:
                 waiting = made.setdefault(target, {})
@@ -119,7 +164,7 @@ def _is_linear(model: nn.Module, target: str) -> bool:
 def _replace(model: nn.Module, target: str, packed: Packed) -> None:
     module = target.removesuffix(".weight")
     linear: Any = model.get_submodule(module)
-    sparse = SparseLinear(packed)
+    sparse: Any = stand_for(SparseLinear(packed), stack_of(linear))
     if linear.bias is not None:
         sparse.register_buffer("bias", linear.bias.detach())  # on meta until its own tensor is read
     model.set_submodule(module, sparse)

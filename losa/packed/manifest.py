@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from losa.errors import ModelError, shown, shown_name
+from losa.packed.stacks import Stack, read_stack
 from losa.packed.weights import FORMATS, format_of
 from losa.storage.files import MANIFEST, write_json
 from losa.storage.json_files import read_json
@@ -50,17 +52,20 @@ class Linear:
 
 @dataclass
 class Manifest:
-    """``linears``: by name on disk; ``files`` and ``sha256``: of every stored tensor, by its name."""
+    """``linears``: by name on disk; ``files`` and ``sha256``: of every stored tensor, by its name; ``stacks``: tensors
+    of the dense checkpoint that hold weights of ``linears``, by name. Other linears are tensors of their own there."""
 
     linears: dict[str, Linear] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         linears = {name: linear.to_dict() for name, linear in self.linears.items()}
+        stacks = {"stacks": {name: s.to_dict() for name, s in self.stacks.items()}} if self.stacks else {}
         write_json(
             directory / MANIFEST,
-            {"version": VERSION, "linears": linears, "files": self.files, "sha256": self.sha256},
+            {"version": VERSION, "linears": linears, **stacks, "files": self.files, "sha256": self.sha256},
         )
 
     def parts(self) -> dict[str, str]:
@@ -70,10 +75,14 @@ class Manifest:
     def dense(self, stored: dict[str, Stored]) -> dict[str, Stored]:
         """Type and shape of each tensor of the dense checkpoint that was packed, from types and shapes as stored."""
         parts = self.parts()
+        held = {linear for stack in self.stacks.values() for linear in stack.places}
         packed = {
             f"{name}.weight": Stored(stored[f"{name}.values"].dtype, linear.shape)
             for name, linear in self.linears.items()
+            if name not in held
         }
+        for name, stack in self.stacks.items():
+            packed[name] = Stored(stored[f"{next(iter(stack.places))}.values"].dtype, stack.shape)
         return {name: entry for name, entry in stored.items() if name not in parts} | packed
 
 
@@ -122,6 +131,13 @@ def _parse(data: object) -> Manifest:
     if odd := sorted(files.keys() ^ digests.keys()):
         raise _WrongError(f"{shown_name(odd[0])} is in files or in sha256, not in both")
     manifest = Manifest(linears, files, digests)
+    shapes = {name: linear.shape for name, linear in linears.items()}
+    for name, entry in _object(data.get("stacks", {}), "stacks").items():
+        try:
+            manifest.stacks[name] = read_stack(entry, shapes)
+        except ValueError as error:
+            raise _WrongError(f"stacks: {shown_name(name)}: {error}") from error
+    _check_stacks(manifest)
     for name, linear in linears.items():
         places = {files.get(f"{name}.{part}") for part in linear.tensors}
         if None in places:
@@ -139,6 +155,21 @@ def _parse(data: object) -> Manifest:
         if name != linear and name not in parts and packed:
             raise _WrongError(f"linears: {shown_name(linear)} is missing, whose tensors are in files")
     return manifest
+
+
+def _check_stacks(manifest: Manifest) -> None:
+    uses = Counter(linear for stack in manifest.stacks.values() for linear in stack.places)
+    for linear, count in uses.most_common(1):
+        if count > 1:
+            raise _WrongError(f"stacks: {shown_name(linear)} is in {count} of them")
+    alone = {f"{linear}.weight" for linear in manifest.linears.keys() - uses.keys()}
+    for name, stack in manifest.stacks.items():
+        first = next(iter(stack.places))
+        places = {manifest.files.get(f"{each}.values") for each in stack.places}
+        if len(places) > 1:
+            raise _WrongError(f"stacks: the linears of {shown_name(name)} are in more than one file")
+        if name in manifest.files or name in alone:
+            raise _WrongError(f"stacks: {shown_name(name)} is stored beside {shown_name(first)}")
 
 
 def _object(value: object, what: str) -> dict:

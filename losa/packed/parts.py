@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from losa.errors import ModelError
 from losa.model.finite import rounded
-from losa.model.forms import holder_of
+from losa.model.forms import Place, holder_of
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
+from losa.packed.stacks import Stack, split
 from losa.packed.weights import Packer, zero_share
 from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
 from losa_kernels.packing import Packed
@@ -30,6 +32,7 @@ class PackedPart:
     left: names on disk of the linears that were not packed.
     modules: names in the model of the packed linears.
     source_bytes: of the tensors that this part was made from.
+    stacks: by name on disk, tensors whose weights are among ``linears``.
     """
 
     block: int | None
@@ -38,6 +41,7 @@ class PackedPart:
     left: list[str]
     modules: set[str]
     source_bytes: int
+    stacks: dict[str, Stack] = field(default_factory=dict)
 
 
 class Contents(NamedTuple):
@@ -47,12 +51,14 @@ class Contents(NamedTuple):
     packed: names on disk of the packed linears.
     stored: type and shape of each tensor of the dense checkpoint that was packed.
     parts: one block's tensors after the other's: packed weights by linear, and other tensors, by their names on disk.
+    stacks: tensors of the dense checkpoint that hold packed weights, by their names on disk.
     """
 
     where: Path
     packed: Set[str]
     stored: dict[str, Stored]
     parts: Iterator[dict[str, Packed | Tensor]]
+    stacks: Mapping[str, Stack] = {}
 
 
 def packed_parts(
@@ -62,11 +68,13 @@ def packed_parts(
     min_sparsity: float,
     leave: Set[str] = frozenset(),
     needs: str = "",
+    stacks: bool = True,
 ) -> Iterator[PackedPart]:
     """The dense checkpoint in ``source``, packed; one block's weights in memory at a time.
 
-    Tensors and linears keep their names on disk. Experts are packed where each one's matrices are tensors of their own;
-    other weights that transformers makes from several stored tensors (split projections) stay as they are stored.
+    Tensors and linears keep their names on disk. Weights that transformers makes from several stored tensors (split
+    projections) stay as they are stored, but for experts whose matrices are tensors of their own. A linear that is part
+    of a stored tensor, or is stored transposed, is named by its place in the module that holds it.
 
     Args:
         pack: a linear's weight -> packed, or None to leave it dense.
@@ -74,14 +82,17 @@ def packed_parts(
         min_sparsity: linears with a smaller share of zeros are left dense.
         leave: names in the model of linears to leave dense.
         needs: what ``pack`` requires of a weight, for messages.
+        stacks: whether to pack linears that are no stored tensors of their own.
 
     Raises:
         ModelError: no Hugging Face directory of safetensors; tensors that do not belong to the model; one that is not
             finite; or (at the end) no linear was packed.
     """
     naming = check_names(source, skeleton(source))
-    held = {name for name, linear in naming.blocks.linears().items() if holder_of(linear) is linear}
+    every = naming.blocks.linears()
+    held = {name for name, linear in every.items() if holder_of(linear) is linear}
     linears = held | set(naming.experts.values())
+    inside = {name: own for name in naming.parts if stacks and (own := _weights_in(naming, name, every.keys()))}
 
     def parts() -> Iterator[PackedPart]:
         done, left, unfit = 0, 0, []
@@ -91,6 +102,19 @@ def packed_parts(
                 for name in names:
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
+                    if own := inside.get(name):
+                        fits = leave.isdisjoint(own) and zero_share(tensor) >= min_sparsity
+                        places = {_on_disk(naming, name, linear): place for linear, place in own.items()}
+                        pieces = _split(pack, tensor, places, f"{source}: {name}") if fits else None
+                        if pieces is not None:
+                            part.linears |= pieces
+                            part.modules |= own.keys()
+                            part.stacks[name] = Stack(tuple(tensor.shape), places)
+                            continue
+                        unfit += [*places] if fits else []
+                        part.left += [*places]
+                        part.dense[name] = tensor
+                        continue
                     module, linear = naming.linear_of(name), name.removesuffix(".weight")
                     if module is not None and module in linears:
                         packed = None
@@ -106,14 +130,39 @@ def packed_parts(
                 done, left = done + len(part.linears), left + len(part.left)
                 yield part
         if not done:
-            raise ModelError(f"{source}: {_nothing_packed(naming, linears, left, unfit, min_sparsity, needs)}")
+            every_one = linears.union(*inside.values())
+            raise ModelError(f"{source}: {_nothing_packed(naming, every_one, left, unfit, min_sparsity, needs)}")
 
     return parts()
 
 
+def _weights_in(naming: Naming, name: str, linears: Set[str]) -> dict[str, Place]:
+    """The linears whose weights lie in a stored tensor, by name in the model; none where it holds biases, or what is
+    not pruned."""
+    found = {part.removesuffix(".weight"): p for part, p in naming.parts[name].items() if part.endswith(".weight")}
+    return found if found.keys() <= linears else {}
+
+
+def _on_disk(naming: Naming, name: str, linear: str) -> str:
+    """What a linear is called on disk whose weight lies in the stored tensor ``name``."""
+    module = naming.renamed[name].rpartition(".")[0]
+    return f"{name.rpartition('.')[0]}{linear.removeprefix(module)}"
+
+
+def _split(pack: Packer, tensor: Tensor, places: dict[str, Place], where: str) -> dict[str, Packed] | None:
+    with _named(where):
+        return split(tensor, places, pack)
+
+
 def _packed(pack: Packer, weight: Tensor, where: str) -> Packed | None:
-    try:
+    with _named(where):
         return pack(weight)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ModelError(f"{where}: {error}; the format auto packs any width") from error
 

@@ -18,7 +18,7 @@ from losa_kernels.tensors import all_finite
 @dataclass(frozen=True)
 class Pattern:
     """What to keep: a share of weights (``sparsity``), or ``keep_n`` of every ``m`` along a row. ``whole``: the share
-    is of the matrix, also for a pruner that would keep it of each row."""
+    is of the matrix, also for a pruner that counts in each row where it has the choice."""
 
     sparsity: float | None = None
     keep_n: int | None = None
@@ -71,8 +71,8 @@ class Pruner:
     ``updates_weight``: whether kept weights change, which takes memory for another set of weights. ``structured``:
     whether whole attention heads and MLP channels go, as many in every block. Such a pruner is given ``structure``
     before it prunes, takes the same rate for all blocks, and its model is exported as a smaller one, without the rows
-    and columns that are pruned. ``counts``: what keeps an exact number of weights for a sparsity, each row or the
-    matrix.
+    and columns that are pruned. ``counts``: what keeps an exact number of weights for a sparsity: each row, the matrix,
+    or either, as ``Pattern.whole`` says.
 
     Several processes share out the linears of a block. A class that overrides ``prune_block`` gets all linears of a
     block in one process. An object of that class then sees every N-th block only, and keeps no state from block to
@@ -82,7 +82,7 @@ class Pruner:
     statistic: str | None = None
     updates_weight: bool = False
     structured: bool = False
-    counts: Literal["row", "matrix"] = "row"
+    counts: Literal["row", "matrix", "either"] = "row"
     structure: Structure | None = None
 
     def __init__(self, config: PruneConfig):

@@ -13,13 +13,15 @@ from losa_kernels.tensors import all_finite
 
 class PrunerZero(Pruner):
     """Score |W_ij|^2 (G_ij - min G) / (max G - min G), the smallest and the largest over the matrix, as the method's
-    code has it. Exactly floor(sparsity * in) weights go per row, or all but ``keep_n`` of every m; ties lowest column
-    first; kept weights stay as they are.
+    code has it. Exactly floor(sparsity * in) weights go per row, floor(sparsity * out * in) of a pattern that is
+    ``whole``, or all but ``keep_n`` of every m; ties lowest row, then lowest column first; kept weights stay as they
+    are.
 
     Where all entries of G are equal, as in a linear that no sample has reached, magnitudes decide.
     """
 
     statistic = "gradient_norms"
+    counts = "either"
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         assert statistic is not None

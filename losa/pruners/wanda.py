@@ -9,9 +9,11 @@ from losa_kernels import wanda_mask
 
 
 class Wanda(Pruner):
-    """Exactly floor(sparsity * in) weights go per row, ties lowest column first; kept weights stay as they are."""
+    """Exactly floor(sparsity * in) weights go per row, or floor(sparsity * out * in) of a pattern that is ``whole``;
+    ties lowest row, then lowest column first; kept weights stay as they are."""
 
     statistic = "input_norms"
+    counts = "either"
 
     def prune(self, weight: Tensor, statistic: Tensor | None, pattern: Pattern, mask: Tensor | None) -> Pruned:
         assert statistic is not None

@@ -57,9 +57,9 @@ class HessianPruner(Pruner, ABC):
     """Kept weights are updated by ``solve``; ``Pruned.damping`` is what the Hessian needed, as a share of its mean
     diagonal.
 
-    A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` it gives Wanda's mask instead, from
-    the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping`` infinite, which
-    records that no damping was enough.
+    A Hessian that stays singular raises NumericsError. With ``on_singular: wanda`` Wanda's scores decide instead, over
+    the matrix, from the norms on the Hessian's diagonal (||X_j|| = sqrt(H_jj)): ``weight`` is None and ``damping``
+    infinite, which records that no damping was enough.
     """
 
     statistic = "hessian"
@@ -85,5 +85,7 @@ class HessianPruner(Pruner, ABC):
                     f"{error}; more calibration samples help, or set prune.on_singular: wanda"
                 ) from error
             norms = statistic.diagonal().clamp_min(0).sqrt()
-            return Pruned(wanda_mask(weight, norms, mask=mask, **pattern.as_kwargs()), damping=float("inf"))
+            whole = pattern.sparsity is not None
+            found = wanda_mask(weight, norms, mask=mask, whole=whole, **pattern.as_kwargs())
+            return Pruned(found, damping=float("inf"))
         return Pruned(result.mask, result.weight, float(result.loss.sum()), result.damping)

@@ -160,7 +160,7 @@ class AllocationConfig(Section):
             raise ValueError(f"allocation.fill: curves needs expected losses, which rates {self.rates!r} do not take")
         if self.per == "row" and not follows_curves(self.rates, self.fill):
             raise ValueError(
-                f"allocation.per: row: rows are compared by expected losses: expected rates fisher with fill curves, "
+                f"allocation.per: row: rows are compared by expected losses: expected rates fisher, "
                 f"got rates {self.rates!r}" + ("" if self.fill is None else f" with fill {self.fill!r}")
             )
         return self
@@ -317,7 +317,7 @@ class Recipe(Section):
         """Rates and ranks of a method; the ranks of dynamic methods alone differ between blocks."""
         if METHODS[name].dynamic:
             return self.allocation
-        alike = {} if self.rated(name) else {"rates": "uniform", "per": "block"}
+        alike = {} if self.rated(name) else {"rates": "uniform", "per": "block", "fill": None, "delta": None}
         return self.allocation.model_copy(update={"ranks": "uniform", **alike})
 
     @property

@@ -186,7 +186,7 @@ class MethodRun:
         if self.method.dynamic:
             highest, key = recipe.allocation.rank_max, "allocation.rank_max"
         try:
-            wrap_model(
+            wrapped = wrap_model(
                 self.model,
                 layer=layer,
                 rank=first,
@@ -198,7 +198,8 @@ class MethodRun:
             )
         except RankError as error:
             raise RecipeError(f"{key}: {error}") from error
-        check_share(recipe.prune, self.model)
+        # Again: linears that the model does not call, or that compute something else, show only now.
+        check_share(recipe.prune, self.model, wrapped.values())
         if trains and recipe.train is not None and recipe.train.norms is not None:
             train_norms(self.model)
 

@@ -47,6 +47,7 @@ from losa.run.placement import check_shards
 from losa.run.pruning import check_prunable, check_pruner
 from losa.run.random_state import seed_generators
 from losa.run.resume import check_saved, load_result, save_result
+from losa.run.share import check_share
 from losa.run.workspace import Workspace
 from losa.storage.lock import claimed
 from losa.storage.tensor_files import INDEX, WHOLE
@@ -133,6 +134,7 @@ def _run(
     if resume:
         on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
     blocks = find_blocks(model)
+    check_share(recipe.prune, model, blocks.linears().values())
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
 
@@ -157,7 +159,7 @@ def _run(
         evaluation=inputs.protocol,
         seconds=time.perf_counter() - start,
         shrunk=shrunk,
-        unprunable=matrix_weights(model) - sum(math.prod(mask.shape) for mask in masks.values()),
+        unmasked=matrix_weights(model) - sum(math.prod(mask.shape) for mask in masks.values()),
     )
     metrics = {name: workspace.path / name / METRICS for name in recipe.methods}
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from losa.errors import ModelError
-from losa.model.wrapping import matrix_weights, wrapped_linears
+from losa.model.blocks import weight_count
+from losa.model.wrapping import matrix_weights
 from losa.recipe.sections import PruneConfig
 
 LEAST = 0.5
 
 
-def check_share(prune: PruneConfig, model: nn.Module) -> None:
+def check_share(prune: PruneConfig, model: nn.Module, linears: Iterable[nn.Module]) -> None:
     """Raises ModelError where so few of the blocks' weights can be pruned that less than ``LEAST`` of the sparsity that
-    was asked for would come out, unless the recipe says ``partly``, or which linears it means. The model is wrapped."""
+    was asked for would come out, unless the recipe says ``partly``, or which linears it means. ``linears``: those that
+    can be pruned, wrapped or not."""
     if prune.partly or prune.targets is not None:
         return
-    prunable = sum(linear.weight.numel() for linear in wrapped_linears(model).values())
-    every = matrix_weights(model)
+    prunable, every = sum(map(weight_count, linears)), matrix_weights(model)
     if prunable >= LEAST * every:
         return
     asked, share = prune.final_sparsity, prunable / every

@@ -22,7 +22,7 @@ from losa_kernels.pruning.cuda import matmul_precision
 from losa_kernels.pruning.hessian import accumulate_hessian, complete_hessian
 from losa_kernels.pruning.reference import MAX_DAMPING, damped_diagonal, singular
 from losa_kernels.pruning.sweep import SweepResult
-from losa_kernels.pruning.wanda import as_one_row
+from losa_kernels.pruning.wanda import as_one_row, selection_of_one_row
 from losa_kernels.tensors import all_finite, wide_dtype
 
 PENALTY = 0.1  # the first rho; G has a diagonal of ones
@@ -185,7 +185,8 @@ def _selection(
         # The matrix as one row: the count is over all of it.
         mask = as_one_row(mask, weight)
         rows, columns = 1, weight.numel()
-    select = dispatch.implementation("wanda_mask", weight.device)
+    one_row = keep_n is None
+    select = selection_of_one_row(weight.device) if one_row else dispatch.implementation("wanda_mask", weight.device)
     flat = weight.new_ones(columns)  # with equal norms the score is the magnitude
 
     def choose(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -32,12 +32,14 @@ def wanda_mask(
     floor(sparsity * out * in) entries of the matrix go, wherever they are; ties lowest row, then lowest column first.
 
     Args:
-        weight: (out, in) floating point, finite; scores are taken in fp32 (fp64 for fp64), one that overflows is inf.
+        weight: (out, in) floating point, finite; scores are taken in fp32 (fp64 for fp64), one that overflows is inf,
+            with ``whole`` the largest number.
         input_norms: (in,) finite and non-negative in the scores' dtype, same device.
         sparsity: 0 <= s < 1; or keep_n of every m kept.
         mask: packed; what is pruned stays pruned and counts. A row, group or matrix that has lost more already keeps
             its zeros.
-        whole: whether ``sparsity`` is of the matrix, and not of each row.
+        whole: whether ``sparsity`` is of the matrix, and not of each row; then the values are looked at at once, also
+            within ``checks_together``.
 
     Returns:
         packed uint8 (out, ceil(in/8)).
@@ -59,14 +61,21 @@ def wanda_mask(
         reference.check_values(weight, input_norms)
         return weight.new_zeros(len(weight), packed_width(weight.shape[1]), dtype=torch.uint8)
     # The implementations look at the values: on CUDA the kernel does, and the host asks once everything is queued.
-    run = dispatch.implementation("wanda_mask", weight.device)
     if not whole:
+        run = dispatch.implementation("wanda_mask", weight.device)
         return run(weight, input_norms, sparsity, keep_n, m, mask)
     reference.check_values(weight, input_norms)
     scores = reference.scores(weight, input_norms)
     # One row of weights, which must be finite.
     row = scores.clamp_(max=torch.finfo(scores.dtype).max).view(1, -1)
-    return from_one_row(run(row, row.new_ones(row.numel()), sparsity, None, None, as_one_row(mask, weight)), weight)
+    select = selection_of_one_row(weight.device)
+    return from_one_row(select(row, row.new_ones(row.numel()), sparsity, None, None, as_one_row(mask, weight)), weight)
+
+
+def selection_of_one_row(device: torch.device) -> Callable[..., Tensor]:
+    """The implementation of ``wanda_mask`` for a matrix as one row. CUDA's kernel gives a row to one block of threads:
+    there torch's own selection takes the whole device."""
+    return reference.wanda_mask if device.type == "cuda" else dispatch.implementation("wanda_mask", device)
 
 
 def as_one_row(mask: Tensor | None, matrix: Tensor) -> Tensor | None:

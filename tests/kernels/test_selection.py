@@ -84,13 +84,29 @@ def test_the_whole_matrix_takes_scores_beyond_the_largest_number():
     assert kept.tolist() == [[True, False], [False, True]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_whole_matrix_in_other_types(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, norms = torch.randn(12, 20, generator=generator).to(dtype), torch.rand(20, generator=generator).double()
+    kept = unpack_mask(wanda_mask(weight, norms, sparsity=0.4, whole=True), 20)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.ones(240, dtype=torch.bool)
+    expected[(weight.to(wide).abs() * norms.to(wide)).flatten().argsort(stable=True)[:96]] = False
+    assert torch.equal(kept.flatten(), expected)
+
+
 @pytest.mark.parametrize(
-    "arguments, said", [({"keep_n": 1, "m": 2}, "whole: .*1:2"), ({"sparsity": 0.5, "norm": -1.0}, "input_norms")]
+    "arguments, said",
+    [
+        ({"keep_n": 1, "m": 2}, "whole: .*1:2"),
+        ({"sparsity": 0.5, "norm": -1.0}, "input_norms"),
+        ({"sparsity": 0.5, "weight": torch.tensor([[1.0, 2, 3, torch.nan]])}, "weight: .*finite"),
+    ],
 )
-def test_the_whole_matrix_has_a_sparsity_and_right_norms(arguments, said):
-    norms = torch.full((4,), arguments.pop("norm", 1.0))
+def test_the_whole_matrix_has_a_sparsity_and_right_numbers(arguments, said):
+    norms, weight = torch.full((4,), arguments.pop("norm", 1.0)), arguments.pop("weight", torch.ones(2, 4))
     with pytest.raises(ValueError, match=said):
-        wanda_mask(torch.ones(2, 4), norms, whole=True, **arguments)
+        wanda_mask(weight, norms, whole=True, **arguments)
 
 
 @settings(max_examples=40, deadline=None)

@@ -64,6 +64,7 @@ CASES: dict[str, tuple[dict, dict, int, int]] = {
     "cosines": ({"sparsity": 0.5}, {"rates": "update"}, 8, 1),
     "losses": ({"sparsity": 0.5}, {"rates": "atp"}, 8, 1),
     "expected losses": ({"sparsity": 0.5}, {"rates": "fisher", "per": "linear"}, 8, 1),
+    "rows": ({"sparsity": 0.5}, {"rates": "fisher", "per": "row"}, 8, 1),
 }
 # Cases that are no part of the comparison with one process.
 OTHERS: dict[str, tuple[dict, dict, int, int]] = {

@@ -25,7 +25,7 @@ def test_model_card():
     assert all(cell in body for cell in ("104.75", "22.75", "113.25 (merged: 240.50)", "2.875"))
     assert "secret-place" not in text and "## Limits" in body and "## Licence" in body
     assert "other matrices" not in body
-    record.unprunable = 1000
+    record.unmasked = 1000
     assert "have 1,000 weights in other matrices, so that 35.00 % of them are pruned." in model_card(record)
 
 

@@ -39,7 +39,8 @@ def test_fallback_is_wanda_on_the_hessians_diagonal():
     pruner = get_pruner(PruneConfig(pruner="sparsegpt", sparsity=0.5, on_singular="wanda"))
     for pattern in (Pattern(sparsity=0.5), Pattern(keep_n=2, m=4)):
         result = pruner.prune(weight, hessian, pattern, mask)
-        assert torch.equal(result.mask, wanda_mask(weight, norms, mask=mask, **pattern.as_kwargs()))
+        whole = pattern.sparsity is not None  # as SparseGPT counts
+        assert torch.equal(result.mask, wanda_mask(weight, norms, mask=mask, whole=whole, **pattern.as_kwargs()))
         assert result.weight is None and result.damping == float("inf")
 
 

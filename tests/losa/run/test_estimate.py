@@ -156,6 +156,10 @@ def test_rates_are_measured_and_tried(model_directory):
     assert work == uniform + 3 * once and found.size("squares of a linear")
     assert found.size("activations for gradients") and found.size("loss for gradients")
     assert "statistics of gradients" not in {holding.what for holding in found.holdings}
+    rows = "comparing the rows of a linear"
+    assert rows not in {holding.what for holding in found.holdings}
+    by_rows = estimate(recipe(model_directory, allocation={"rates": "fisher", "per": "row"}), probe=False)
+    assert by_rows.size(rows) == 3 * 4 * 64 * 32
     assert needs_whole(recipe(model_directory, allocation={"rates": "fisher"})) == "allocation.rates: fisher"
     assert needs_whole(recipe(model_directory, method="prune_only", allocation={"rates": "fisher"})) is None
     once = [

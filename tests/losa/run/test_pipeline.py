@@ -105,6 +105,7 @@ def test_methods_do_not_disturb_each_other(workspace, tmp_path):
         ("sparsegpt", {"rates": "atp", "per": "linear"}, "run_round"),
         ("sparsegpt", {"rates": "fisher", "per": "linear"}, "run_round"),
         ("wanda", {"rates": "fisher"}, "train"),
+        ("wanda", {"rates": "fisher", "per": "row"}, "train"),
     ],
 )
 def test_resume_gives_the_uninterrupted_result(workspace, tmp_path, monkeypatch, pruner, allocation, within):

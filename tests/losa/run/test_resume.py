@@ -216,3 +216,8 @@ def test_a_methods_own_setting_belongs_to_it_alone():
     own = {name: belonging(recipe, name, {})["recipe"].get("lora", {}) for name in METHODS}
     assert {name for name, lora in own.items() if "gate_penalty" in lora} == {"sora"}
     assert {name for name, lora in own.items() if "rank" not in lora} == {"losa", "prune_only"}
+    agreed = parse_recipe(settings | {"prune": {"sparsity": 0.5, "partly": True}})
+    assert all(
+        belonging(recipe, name, {})["recipe"]["prune"] == belonging(agreed, name, {})["recipe"]["prune"]
+        for name in METHODS
+    )

@@ -1,0 +1,184 @@
+"""Linears that are no stored tensors of their own: packed, loaded, written dense again, and damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from losa.errors import ModelError, OutputError
+from losa.inference.sparsify import densify, sparsify
+from losa.model.blocks import block_linears
+from losa.modules.linear_experts import stack_of
+from losa.modules.sparse import SparseLinear, unpack_linears
+from losa.output.inspection import inspect_directory
+from losa.packed.directory import load, pack_directory, unpack_directory
+from losa.storage.files import MANIFEST
+from losa_kernels.tensors import as_bits
+from tests.helpers.kinds import KINDS, of_kind
+from tests.helpers.tiny import assert_same_function, logits, tiny_tokenizer
+
+STORED = ("GPT2", "GptOss", "GraniteMoe", "Llama4Text", "JetMoe")
+kinds = pytest.mark.parametrize("name", STORED)
+
+
+def pruned(name, share=0.5, only=""):
+    """A model of a kind with zeros in the linears whose names contain ``only``, some of them negative."""
+    model = of_kind(KINDS[name]).eval()
+    generator = torch.Generator().manual_seed(3)
+    for linear, module in block_linears(model).items():
+        if only in linear:
+            weight = module.weight.data
+            weight.mul_(torch.rand(weight.shape, generator=generator) >= share)
+    return model
+
+
+def tensors_of(directory):
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(as_bits(ours[name]), as_bits(tensor + 0.0)), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    def made(name):
+        directory = tmp_path_factory.mktemp(name) / "dense"
+        model = pruned(name)
+        model.save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+        return model, directory
+
+    return made
+
+
+@kinds
+def test_packed_and_back(name, saved, tmp_path):
+    model, directory = saved(name)
+    report = pack_directory(directory, tmp_path / "packed")
+    assert (report.packed, report.dense) == (len(block_linears(model)), 0)
+    loaded, _ = load(tmp_path / "packed")
+    assert sum(isinstance(m, SparseLinear) for m in loaded.modules()) == report.packed
+    assert_same_function(logits(loaded), logits(model))
+    expected = tensors_of(directory)
+    unpack_directory(tmp_path / "packed", tmp_path / "unpacked")
+    assert_same_tensors(tensors_of(tmp_path / "unpacked"), expected)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(tensors_of(tmp_path / "saved"), expected)
+    unpack_linears(loaded)
+    assert_same_function(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "plain")
+    assert_same_tensors(tensors_of(tmp_path / "plain"), expected)
+    assert not inspect_directory(tmp_path / "packed").lost_zeros
+
+
+@kinds
+def test_in_memory_and_back(name, tmp_path):
+    model = pruned(name)
+    before, expected, linears = copy.deepcopy(model.state_dict()), logits(model), len(block_linears(model))
+    sparsify(model)
+    packed = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(packed) == linears and any(stack_of(module) is not None for module in model.modules())
+    assert_same_function(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same_tensors(again.state_dict(), before)
+    densify(model)
+    assert_same_tensors(model.state_dict(), before)
+    assert torch.equal(logits(model), expected) and len(block_linears(model)) == linears
+
+
+@pytest.mark.parametrize("name, only", [("GptOss", "down_proj"), ("GptOss", "gate_proj"), ("GPT2", "c_attn")])
+def test_a_stack_without_zeros_stays_beside_one_with_them(name, only, tmp_path):
+    """And its biases with it."""
+    model = pruned(name, 0.7, only)
+    model.save_pretrained(tmp_path / "dense")
+    report = pack_directory(tmp_path / "dense", tmp_path / "packed")
+    # gate_proj is half of its stack, of whose weights 35 % are zero.
+    per = 2 if only == "gate_proj" else 1
+    assert report.packed == per * sum(only in linear for linear in block_linears(model))
+    assert report.packed + report.dense == len(block_linears(model))
+    tiny_tokenizer().save_pretrained(tmp_path / "packed")
+    loaded, _ = load(tmp_path / "packed")
+    assert_same_function(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "dense"))
+    sparsify(model, min_sparsity=0.5)
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == report.packed // per
+    assert_same_function(logits(model), logits(loaded))
+
+
+def test_formats_of_others_leave_them_dense(saved, tmp_path):
+    model, directory = saved("GptOss")
+    pack_directory(directory, tmp_path / "packed", format="sparse-bitmask")
+    loaded, _ = load(tmp_path / "packed")
+    packed = {name for name, module in loaded.named_modules() if isinstance(module, SparseLinear)}
+    assert packed == {name for name in block_linears(model) if "experts" not in name}
+    assert_same_function(logits(loaded), logits(model))
+
+
+def changed(*path, to):
+    def edit(manifest):
+        *way, last = path
+        place = manifest["stacks"]
+        for key in way:
+            place = place[key]
+        place[last] = to
+        return manifest
+
+    return edit
+
+
+TENSOR, FIRST = "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.0.down_proj"
+EDITS = {
+    "no object": lambda m: m | {"stacks": [TENSOR]},
+    "null": changed(TENSOR, to=None),
+    "no linears": changed(TENSOR, "linears", to={}),
+    "no shape": changed(TENSOR, "shape", to=None),
+    "a huge shape": changed(TENSOR, "shape", to=[2**40, 2**40, 1]),
+    "a larger shape": changed(TENSOR, "shape", to=[5, 32, 32]),
+    "another shape": changed(TENSOR, "shape", to=[4, 64, 64]),
+    "no place": changed(TENSOR, "linears", FIRST, to=None),
+    "a stride of one": changed(TENSOR, "linears", FIRST, "stride", to=[1]),
+    "a long stride": changed(TENSOR, "linears", FIRST, "stride", to=[2**40, 1]),
+    "a fraction": changed(TENSOR, "linears", FIRST, "offset", to=0.5),
+    "before the tensor": changed(TENSOR, "linears", FIRST, "offset", to=-1),
+    "beyond the tensor": changed(TENSOR, "linears", FIRST, "offset", to=2**20),
+    "where another lies": changed(TENSOR, "linears", FIRST, "offset", to=1),
+    "an unknown linear": changed(TENSOR, "linears", "model.nothing", to={"stride": [1, 1], "offset": 0}),
+    "another tensor": lambda m: m | {"stacks": {("x" if k == TENSOR else k): v for k, v in m["stacks"].items()}},
+    "twice": lambda m: m | {"stacks": m["stacks"] | {"x": m["stacks"][TENSOR]}},
+    "beside": lambda m: m | {"stacks": m["stacks"] | {"model.norm.weight": m["stacks"].pop(TENSOR)}},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_damaged_manifest_is_named(edit, packed_experts):
+    path = packed_experts / MANIFEST
+    before = path.read_text()
+    path.write_text(json.dumps(EDITS[edit](json.loads(before))))
+    try:
+        with pytest.raises(ModelError, match=MANIFEST):
+            load(packed_experts)
+        if edit not in ("where another lies", "another tensor", "another shape"):  # these are told by the model alone
+            with pytest.raises((ModelError, OutputError)):
+                unpack_directory(packed_experts, packed_experts.with_name("unpacked"))
+            assert not packed_experts.with_name("unpacked").exists()
+    finally:
+        path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def packed_experts(saved, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("experts") / "packed"
+    pack_directory(saved("GptOss")[1], directory)
+    return directory
