@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from losa.errors import ModelError
 from losa.inference.waiting_decoders import forget_decoder
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.forms import as_linears, holder_of, unpacked_as_they_were
+from losa.model.forms import as_linears, holder_of, places, unpacked_as_they_were
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
@@ -36,70 +37,105 @@ def sparsify(model: nn.Module, format: str = AUTO, min_sparsity: float = MIN_SPA
     Args:
         model: decoder with plain linears (``merge_model`` first).
         format: see ``losa.packed.weights.pack_weight``.
-        min_sparsity: linears with a smaller share of zeros stay dense, and so do linears that the format cannot hold.
+        min_sparsity: linears with a smaller share of zeros stay dense, and so do linears that the format cannot hold;
+            experts that are stacked in one tensor count as one.
 
     Returns:
         the model, for inference only.
 
     Raises:
-        ModelError: the model has adapters, no linear has enough zeros, or the format can hold none that has.
+        ModelError: the model has adapters, no linear has enough zeros, the format can hold none that has, or it is not
+            made for one of them: those before it are packed then.
     """
-    found = find_blocks(model)
-    blocks = [(name, block, find_linears(block)) for name, block in zip(found.names, found, strict=True)]
-    for _, _, linears in blocks:  # check all linears before any is replaced
-        for name, layer in linears.items():
-            if isinstance(layer, MaskedLoRALinear):
-                raise ModelError(f"sparsify: {name} is a {type(layer).__name__}; merge_model first")
+    blocks, considered = find_blocks(model), 0
+    for name, linear in blocks.linears().items():  # check all linears before any is replaced
+        if isinstance(linear, MaskedLoRALinear):
+            raise ModelError(f"sparsify: {name} is a {type(linear).__name__}; merge_model first")
+        considered += 1
+        del linear  # it would keep dense weights
     forget_decoder(model)
-    replaced, unfit, considered = 0, 0, sum(len(linears) for _, _, linears in blocks)
     try:
         leave = read_directly(model)
     except ModelError as error:
         logger.info("sparsify: %s", error)
         leave = set()
-    for block_name, block, linears in blocks:
-        names = [*linears]
-        left = _shown(block, linears, min_sparsity)
-        del linears  # views of what is to be freed
-        for name in names:
-            if name in left:
-                continue
-            linear: Any = block.get_submodule(name)
-            if f"{block_name}.{name}" not in leave and zero_share(linear.weight) >= min_sparsity:
-                packed = pack_weight(linear.weight.detach(), format)
-                if packed is None:
-                    unfit += 1
-                    continue
-                sparse = SparseLinear(packed, linear.bias).train(linear.training)
-                block.set_submodule(name, stand_for(sparse, stack_of(linear)))
-                replaced += 1
+    guard_saving(model)  # whatever happens from here on, what is saved is a checkpoint
+    packer = _Packer(format, min_sparsity, leave)
+    for block_name, block in zip(blocks.names, blocks, strict=True):
+        own, forms = _names(block)
+        for name in own:
+            packer.linear(block, name, block_name)
+        for name in forms:
+            packer.form(block, name)
         group_linears(block)
-    if unfit and not replaced:
+    if packer.unfit and not packer.replaced:
         told = f"the format {format} needs {FORMATS[format].needs}"
-        raise ModelError(f"sparsify: {told}; {unfit} of {considered} linears have zeros enough, but not like that")
+        raise ModelError(
+            f"sparsify: {told}; {packer.unfit} of {considered} linears have zeros enough, but not like that"
+        )
     if not considered:
         raise ModelError("sparsify: the model's blocks have no linear that can be packed")
-    if not replaced:
+    if not packer.replaced:
         raise ModelError(f"sparsify: none of {considered} linears has {min_sparsity:.0%} zeros; is the model pruned?")
-    logger.info("sparsify: %d of %d linears packed", replaced, considered)
-    guard_saving(model)
+    logger.info("sparsify: %d of %d linears packed", packer.replaced, considered)
     return model
 
 
-def _shown(block: nn.Module, linears: Mapping[str, nn.Module], min_sparsity: float) -> set[str]:
-    """Show linears of other forms as linears, where some of a module's have zeros enough; the names of those that are
-    not shown."""
-    holders: dict[nn.Module, list[str]] = {}
-    for name, linear in linears.items():
-        if (holder := holder_of(linear)) is not linear:
-            holders.setdefault(holder, []).append(name)
-    names = {module: name for name, module in block.named_modules()}
-    left = set()
-    for holder, parts in holders.items():
-        zeros = any(zero_share(cast(nn.Linear, linears[part]).weight) >= min_sparsity for part in parts)
-        if not zeros or as_linears(block, [names[holder]]):
-            left |= {*parts}
-    return left
+def _names(block: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of a block's linears, and of the modules of other forms that hold linears."""
+    linears = find_linears(block)
+    own = [name for name, linear in linears.items() if holder_of(linear) is linear]
+    holders = {holder_of(linear) for linear in linears.values()}
+    return own, [name for name, module in block.named_modules() if module in holders and name not in own]
+
+
+@dataclass
+class _Packer:
+    """Packs linears one by one; counts those that it has replaced, and those that the format cannot hold."""
+
+    format: str
+    min_sparsity: float
+    leave: Set[str]
+    replaced: int = 0
+    unfit: int = 0
+
+    def linear(self, block: nn.Module, name: str, block_name: str) -> None:
+        linear: Any = block.get_submodule(name)
+        if f"{block_name}.{name}" not in self.leave and zero_share(linear.weight) >= self.min_sparsity:
+            self._replace(block, name, linear)
+
+    def form(self, block: nn.Module, name: str) -> None:
+        """A module of another form: the linears of its tensors that have zeros enough. It stays as it is where none
+        is packed."""
+        module: Any = block.get_submodule(name)
+        chosen = [
+            f"{name}.{part.removesuffix('weight')}".rstrip(".")
+            for parameter, parts in places(module).items()
+            for part in parts
+            if part.endswith("weight") and zero_share(getattr(module, parameter)) >= self.min_sparsity
+        ]
+        del module
+        if not chosen or as_linears(block, [name]):
+            return
+        before = self.replaced
+        try:
+            for linear in chosen:
+                self._replace(block, linear, block.get_submodule(linear))
+        finally:
+            if self.replaced == before:
+                unpacked_as_they_were(block)
+
+    def _replace(self, block: nn.Module, name: str, linear: Any) -> None:
+        try:
+            packed = pack_weight(linear.weight.detach(), self.format)
+        except ValueError as error:
+            raise ModelError(f"sparsify: {name}: {error}") from error
+        if packed is None:
+            self.unfit += 1
+            return
+        sparse = SparseLinear(packed, linear.bias).train(linear.training)
+        block.set_submodule(name, stand_for(sparse, stack_of(linear)))
+        self.replaced += 1
 
 
 @torch.no_grad()

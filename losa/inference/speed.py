@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from losa.errors import LosaError, ModelError
 from losa.inference.decoding import LeanDecoder, Unsupported
 from losa.inference.sparsify import densify, sparsify
 from losa.inference.transformers_loop import failure, with_settings
-from losa.model.blocks import find_blocks
+from losa.model.blocks import find_blocks, own_weights, weight_count
 from losa.model.grouping import join_linears
 from losa.model.limits import check_length
 from losa.modules.sparse import SparseLinear
@@ -123,15 +122,16 @@ def decode_speeds(
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of weights that one decoded token reads: linears of blocks as they are stored, and the output layer."""
+    """Bytes of weights that one decoded token reads: linears of blocks as they are stored, and the output layer. Of a
+    mixture all experts count, though a token reads a few."""
     head = model.get_output_embeddings()
     total = head.weight.nbytes if head is not None else 0
     for block in find_blocks(model):
         for module in block.modules():
             if isinstance(module, SparseLinear):
                 total += module.packed.nbytes
-            elif isinstance(module, nn.Linear):
-                total += module.weight.nbytes
+            elif weight_count(module):
+                total += sum(weight.nbytes for weight in own_weights(module))
     return total
 
 

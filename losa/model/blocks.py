@@ -239,8 +239,8 @@ def _expert_count(collection: nn.Module) -> int | None:
     if fused := stacked_weights(collection):
         return getattr(collection, fused[0]).shape[0]
     if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:
-        inside = any(is_linear(m) for m in collection.modules())
-        return len(collection) if inside and not is_linear(collection[0]) else None
+        inside = any(weight_count(m) for m in collection.modules())  # packed linears too
+        return len(collection) if inside and not weight_count(collection[0]) else None
     return None
 
 

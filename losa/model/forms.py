@@ -24,6 +24,7 @@ from losa.modules.linear_experts import stack_of, stand_for
 logger = logging.getLogger("losa")
 
 _FORMS = "_losa_forms"  # of a model: modules that as_linears has replaced, by name
+_COMPARED: dict[tuple, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,23 @@ def has_views(module: Any) -> bool:
     return not sharded and _form_of(module) is not None
 
 
+def computes_its_linears(module: Any) -> bool:
+    """Whether the linears of a module on meta compute what it does, tried with random weights: once for each class and
+    size, with memory for one such module."""
+    form = _form_of(module)
+    if not isinstance(form, ExpertForm):
+        return form is not None
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+    key = (type(module), type(module).forward, shapes)
+    if key not in _COMPARED:
+        like: Any = _empty_like(module, torch.empty(0), None)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in like._parameters.values():
+            parameter.data.normal_(std=0.05, generator=generator)
+        _COMPARED[key] = _computes_the_same(form.experts(like, views(like)), like, form)
+    return _COMPARED[key]
+
+
 def holder_of(linear: nn.Module) -> nn.Module:
     """The module whose parameters a linear's are: itself, or what ``views`` was asked of."""
     return vars(linear).get("holder", linear)
@@ -83,7 +101,10 @@ def weight_count(module: Any) -> int:
 
 
 def _form_of(module: Any) -> Form | None:
-    return next((form for form in FORMS if form.matches(module)), None)
+    form = next((form for form in FORMS if form.matches(module)), None)
+    # What is inside would leave the model with the module: an activation with weights.
+    inside = (tensor for child in module.children() for tensor in (*child.parameters(), *child.buffers()))
+    return form if form is not None and next(inside, None) is None else None
 
 
 def as_linears(
@@ -142,15 +163,26 @@ def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lamb
 
 
 def unpacked_as_they_were(model: nn.Module) -> None:
-    """Put the forms back that linears took the place of for good, in place and frozen. All linears are plain."""
+    """Put the forms back that linears took the place of to be packed, in place and frozen, where all of a form's
+    linears are plain. Those of a wrapped model are left to ``as_they_were``."""
+    wrapped = vars(model).get(_FORMS, {})
     for name, now in list(model.named_modules()):
-        if (stack := stack_of(now)) is not None:
+        stack = stack_of(now)
+        if stack is None or name in wrapped:
+            continue
+        if all(type(now.get_submodule(part)) is nn.Linear for part in views(stack)):
             model.set_submodule(name, _restored(now, stack, lambda linear: linear))
 
 
 def _restored(now: nn.Module, form: nn.Module, made: Callable[[nn.Module], nn.Module]) -> nn.Module:
     parts = {part: _taken(now, part) for part in views(form)}
-    return _put_back(form, parts, made).requires_grad_(False).train(now.training)
+    try:
+        return _put_back(form, parts, made).requires_grad_(False).train(now.training)
+    except BaseException:
+        for part, linear in parts.items():  # memory ran out
+            if part:
+                now.set_submodule(part, linear)
+        raise
 
 
 def _taken(module: nn.Module, part: str) -> nn.Module:
@@ -171,9 +203,10 @@ def _put_back(module: nn.Module, parts: dict[str, nn.Module], made: Callable[[nn
     new: nn.Module | None = None
     after: dict[str, nn.Linear] = {}
     for part, view in before.items():
-        linear: Any = made(parts.pop(part))
+        linear: Any = made(parts[part])
         if new is None:
             if _is_same(view.weight, linear.weight):
+                del parts[part]
                 continue
             new = _empty_like(module, linear.weight, linear.bias)
             after = views(new)
@@ -182,6 +215,7 @@ def _put_back(module: nn.Module, parts: dict[str, nn.Module], made: Callable[[nn
                     break
                 _copy(before[earlier], after[earlier])
         _copy(linear, after[part])
+        del parts[part]
     return module if new is None else new
 
 

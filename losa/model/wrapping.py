@@ -29,7 +29,7 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import as_linears, as_they_were, has_views, holder_of
+from losa.model.forms import as_linears, as_they_were, has_views, holder_of, unpacked_as_they_were
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -91,6 +91,7 @@ def wrap_model(
     """
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
+    unpacked_as_they_were(model)  # adapters know no form
     blocks = find_blocks(model)
     uses, (passed_by, in_training) = parameter_uses(model), _read_directly(model)
     chosen = _chosen(blocks, uses, as_targets(targets), passed_by)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from losa.storage.json_files import read_json
 from losa.storage.kinds import is_packed, read_config, refuse_adapter
 from losa.storage.tensor_files import Stored, checkpoint_tensors
 from losa_kernels.packing import Packed
+
+if TYPE_CHECKING:
+    from losa.packed.stacks import Stack
 
 # Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight". So have
 # stacks of experts: "model.layers.0.mlp.experts.down_proj".
@@ -124,7 +129,7 @@ def _contents(directory: Path) -> _Contents:
         return _Contents(_dense_tensors(directory), {}, "no config.json")
     if is_packed(directory):
         packed = open_packed(directory)
-        targets, unchecked = _compare(directory, packed.stored, packed.where)
+        targets, unchecked = _compare(directory, packed.stored, packed.where, packed.stacks)
         every = (item for part in packed.parts for item in part.items())
         named = ((f"{name}.weight" if isinstance(tensor, Packed) else name, tensor) for name, tensor in every)
         return _Contents(named, targets, unchecked, packed=True)
@@ -142,18 +147,23 @@ def _dense_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, files.get(name)
 
 
-def _compare(directory: Path, stored: dict[str, Stored], where: Path) -> tuple[dict[str, str], str | None]:
+def _compare(
+    directory: Path, stored: dict[str, Stored], where: Path, stacks: Mapping[str, Stack] = MappingProxyType({})
+) -> tuple[dict[str, str], str | None]:
     """Compare with config.json's model: names in the model by name in the files, and None; or nothing, and why a
     comparison is impossible. Raises ModelError if a tensor does not fit."""
     from losa.model.naming import checked_naming
     from losa.model.skeleton import skeleton
+    from losa.packed.stacks import linears_inside
 
     try:
         model = skeleton(directory)
     except ModelError as error:
         return {}, str(error)
     naming = checked_naming(model, stored, where)
-    return naming.targets() | {name: f"{linear}.weight" for name, linear in naming.experts.items()}, None
+    inside = linears_inside(naming.parts, stacks, where)
+    targets = naming.targets() | {name: f"{linear}.weight" for name, linear in naming.experts.items()}
+    return targets | {f"{name}.weight": f"{linear}.weight" for name, (_, linear) in inside.items()}, None
 
 
 def _read_record(path: Path) -> RunRecord | None:

@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from losa.errors import LosaError, ModelError, reason
+from losa.errors import LosaError, ModelError, reason, shown_name
 from losa.model.finite import rounded
+from losa.model.forms import unpacked_as_they_were
 from losa.model.loading import DTYPES, load_model, torch_device
 from losa.model.probing import read_directly
 from losa.model.saving import state_untied, untied_though_stated
@@ -71,7 +72,8 @@ def pack_directory(
         format: of every linear: see ``losa.packed.weights.pack_weight``; or "sparse-bitmask" or "sparse-24-bitmask", a
             directory as compressed-tensors 0.12.2 writes it.
         dtype: floating-point tensors are rounded to it first; None keeps the type of each tensor.
-        min_sparsity: linears with a smaller share of zeros are stored dense.
+        min_sparsity: linears with a smaller share of zeros are stored dense; what is one tensor on disk, as stacked
+            experts are, counts as one.
         overwrite: replace an existing output that losa wrote.
         force: replace an existing output whoever wrote it.
 
@@ -154,16 +156,20 @@ def unpack_directory(source: Path, output: Path, *, overwrite: bool = False, for
         compressed_tensors.forget(staged)
         shards = Shards(staged)
         for part in contents.parts:
-            shards.write(_dense(part, contents.stacks))
+            shards.write(_dense(part, contents.stacks, contents.where))
         shards.finish()
 
 
-def _dense(part: dict[str, Packed | Tensor], stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
-    """The tensors of the dense checkpoint; ``part`` is used up."""
+def _dense(part: dict[str, Packed | Tensor], stacks: Mapping[str, Stack], where: Path) -> dict[str, Tensor]:
+    """The tensors of the dense checkpoint; ``part`` is used up. Raises ModelError: a stack's linears do not make it."""
     found: dict[str, Tensor] = {}
     for name, stack in stacks.items():
         if next(iter(stack.places)) in part:
-            found[name] = stack.join({linear: cast(Packed, part.pop(linear)) for linear in stack.places})
+            linears = {linear: cast(Packed, part.pop(linear)) for linear in stack.places}
+            try:
+                found[name] = stack.join(linears)
+            except ValueError as error:
+                raise ModelError(f"{where}: {shown_name(name)}: {error}") from error
     while part:
         name, value = part.popitem()
         found |= {f"{name}.weight": value.unpack()} if isinstance(value, Packed) else {name: value}
@@ -218,6 +224,7 @@ def load_any(
     loaded, tokenizer = load(directory, torch_device(device))
     if dense:
         unpack_linears(loaded)
+        unpacked_as_they_were(loaded)
     if dtype != "auto":
         wanted = getattr(torch, dtype)
         for name, parameter in loaded.named_parameters():

@@ -21,6 +21,7 @@ from losa.model.skeleton import empty_model
 from losa.modules.linear_experts import stack_of, stand_for
 from losa.modules.sparse import SparseLinear
 from losa.packed.parts import Contents
+from losa.packed.stacks import linears_inside
 from losa_kernels.packing import Packed
 
 logger = logging.getLogger("losa")
@@ -68,15 +69,7 @@ class _Forms:
     @classmethod
     def of(cls, naming: Naming, contents: Contents) -> _Forms:
         """Raises ModelError: a packed linear lies where the model has none."""
-        experts, inside = naming.experts, {}
-        for name, stack in contents.stacks.items():
-            linears = {place: part.removesuffix(".weight") for part, place in naming.parts.get(name, {}).items()}
-            for linear, place in stack.places.items():
-                if place not in linears:
-                    raise ModelError(
-                        f"{contents.where}: {shown_name(linear)}: packed, but the model has no such linear"
-                    )
-                inside[linear] = name, linears[place]
+        experts, inside = naming.experts, linears_inside(naming.parts, contents.stacks, contents.where)
         packed = {f"{name}.weight" for name in contents.packed} & experts.keys()
         modules = {experts[name].rsplit(".", 2)[0] for name in packed}
         modules |= {naming.renamed[name].rpartition(".")[0] for name in contents.stacks}

@@ -18,7 +18,7 @@ from losa.storage.json_files import read_json
 from losa.storage.tensor_files import Stored
 from losa_kernels.packing import Packed
 
-VERSION = 1
+VERSION, WITH_STACKS = 1, 2  # of the format; an older reader would not put stacks together
 REST = "rest.safetensors"
 _FILE = re.compile(r"rest\.safetensors|block-(\d{5,9})\.safetensors", re.ASCII)
 _LONGEST_SIDE = 2**31
@@ -62,11 +62,11 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         linears = {name: linear.to_dict() for name, linear in self.linears.items()}
-        stacks = {"stacks": {name: s.to_dict() for name, s in self.stacks.items()}} if self.stacks else {}
-        write_json(
-            directory / MANIFEST,
-            {"version": VERSION, "linears": linears, **stacks, "files": self.files, "sha256": self.sha256},
-        )
+        content: dict[str, Any] = {"version": VERSION, "linears": linears}
+        if self.stacks:
+            stacks = {name: stack.to_dict() for name, stack in self.stacks.items()}
+            content |= {"version": WITH_STACKS, "stacks": stacks}
+        write_json(directory / MANIFEST, content | {"files": self.files, "sha256": self.sha256})
 
     def parts(self) -> dict[str, str]:
         """Name of each tensor of a packed weight -> name of its linear."""
@@ -117,8 +117,8 @@ class _WrongError(Exception):
 def _parse(data: object) -> Manifest:
     data = _object(data, "the file")
     version = data.get("version")
-    if type(version) is not int or version != VERSION:
-        raise _WrongError(f"expected format version {VERSION}, got {shown(version)}")
+    if type(version) is not int or version not in (VERSION, WITH_STACKS):
+        raise _WrongError(f"expected format version {VERSION} or {WITH_STACKS}, got {shown(version)}")
     linears = {name: _linear(name, entry) for name, entry in _object(data.get("linears"), "linears").items()}
     files, digests = _object(data.get("files"), "files"), _object(data.get("sha256"), "sha256")
     for name, file in files.items():
@@ -132,7 +132,7 @@ def _parse(data: object) -> Manifest:
         raise _WrongError(f"{shown_name(odd[0])} is in files or in sha256, not in both")
     manifest = Manifest(linears, files, digests)
     shapes = {name: linear.shape for name, linear in linears.items()}
-    for name, entry in _object(data.get("stacks", {}), "stacks").items():
+    for name, entry in _object(data.get("stacks", {}) if version == WITH_STACKS else {}, "stacks").items():
         try:
             manifest.stacks[name] = read_stack(entry, shapes)
         except ValueError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from losa.errors import ModelError
 from losa.model.finite import rounded
-from losa.model.forms import Place, holder_of
+from losa.model.forms import Place, computes_its_linears, holder_of
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
 from losa.packed.stacks import Stack, split
@@ -79,7 +79,7 @@ def packed_parts(
     Args:
         pack: a linear's weight -> packed, or None to leave it dense.
         dtype: floating-point tensors are rounded to it first; None keeps the type of each tensor.
-        min_sparsity: linears with a smaller share of zeros are left dense.
+        min_sparsity: linears with a smaller share of zeros are left dense; what is one tensor on disk counts as one.
         leave: names in the model of linears to leave dense.
         needs: what ``pack`` requires of a weight, for messages.
         stacks: whether to pack linears that are no stored tensors of their own.
@@ -92,7 +92,7 @@ def packed_parts(
     every = naming.blocks.linears()
     held = {name for name, linear in every.items() if holder_of(linear) is linear}
     linears = held | set(naming.experts.values())
-    inside = {name: own for name in naming.parts if stacks and (own := _weights_in(naming, name, every.keys()))}
+    inside = {name: own for name in naming.parts if (own := _weights_in(naming, name, every.keys()))}
 
     def parts() -> Iterator[PackedPart]:
         done, left, unfit = 0, 0, []
@@ -103,7 +103,7 @@ def packed_parts(
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
                     if own := inside.get(name):
-                        fits = leave.isdisjoint(own) and zero_share(tensor) >= min_sparsity
+                        fits = stacks and leave.isdisjoint(own) and zero_share(tensor) >= min_sparsity
                         places = {_on_disk(naming, name, linear): place for linear, place in own.items()}
                         pieces = _split(pack, tensor, places, f"{source}: {name}") if fits else None
                         if pieces is not None:
@@ -137,10 +137,13 @@ def packed_parts(
 
 
 def _weights_in(naming: Naming, name: str, linears: Set[str]) -> dict[str, Place]:
-    """The linears whose weights lie in a stored tensor, by name in the model; none where it holds biases, or what is
-    not pruned."""
+    """The linears whose weights lie in a stored tensor, by name in the model; none where it holds biases, what is not
+    pruned, or weights of a stack that computes something else."""
     found = {part.removesuffix(".weight"): p for part, p in naming.parts[name].items() if part.endswith(".weight")}
-    return found if found.keys() <= linears else {}
+    if not found or not found.keys() <= linears:
+        return {}
+    module = naming.model.get_submodule(naming.renamed[name].rpartition(".")[0])
+    return found if computes_its_linears(module) else {}
 
 
 def _on_disk(naming: Naming, name: str, linear: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from losa.errors import shown, shown_name
+from losa.errors import ModelError, shown, shown_name
 from losa.model.forms import Place
 from losa_kernels.packing import Packed
 
@@ -26,10 +27,20 @@ class Stack:
     places: dict[str, Place]
 
     def join(self, packed: Mapping[str, Packed]) -> Tensor:
-        """The dense tensor of the linears' packed weights."""
-        dense = torch.empty(self.shape, dtype=packed[next(iter(self.places))].dtype)
-        for linear, place in self.places.items():
-            place.of(dense).copy_(packed[linear].unpack())
+        """The dense tensor of the linears' packed weights. Raises ValueError: they are of several types, or do not fill
+        it."""
+        dtypes = {packed[linear].dtype for linear in self.places}
+        if len(dtypes) > 1:
+            raise ValueError(f"expected linears of one type, got {', '.join(sorted(map(str, dtypes)))}")
+        dense, filled = torch.empty(self.shape, dtype=dtypes.pop()), torch.zeros(self.shape, dtype=torch.bool)
+        try:
+            for linear, place in self.places.items():
+                place.of(filled).fill_(True)
+                place.of(dense).copy_(packed[linear].unpack())
+        except RuntimeError as error:  # two entries of a linear in one place
+            raise ValueError(f"{shown_name(linear)}: its stride and shape do not go together") from error
+        if not bool(filled.all()):
+            raise ValueError("two of its linears lie in one place")
         return dense
 
     def to_dict(self) -> dict:
@@ -46,6 +57,30 @@ def split(
         if (packed := pack(place.of(dense).contiguous())) is None:
             return None
         found[linear] = packed
+    return found
+
+
+def linears_inside(
+    parts: Mapping[str, Mapping[str, Place]], stacks: Mapping[str, Stack], where: Path
+) -> dict[str, tuple[str, str]]:
+    """Of packed linears that are no tensors of their own, by name on disk: the stored tensor of the dense checkpoint
+    that they are part of, and their names in the model.
+
+    Args:
+        parts: of ``losa.model.naming.Naming``.
+        stacks: of a packed directory.
+        where: for messages.
+
+    Raises:
+        ModelError: the model has no such linear there.
+    """
+    found = {}
+    for name, stack in stacks.items():
+        linears = {place: part.removesuffix(".weight") for part, place in parts.get(name, {}).items()}
+        for linear, place in stack.places.items():
+            if place not in linears:
+                raise ModelError(f"{where}: {shown_name(linear)}: packed, but the model has no such linear")
+            found[linear] = name, linears[place]
     return found
 
 

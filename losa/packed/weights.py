@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import get_type_hints
 
 import torch
@@ -60,13 +61,13 @@ class Format:
     needs: str = "another pattern of zeros"
     check_numbers: NumbersCheck = _whole_numbers
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the stored tensors, sorted."""
         hints = get_type_hints(self.kind)
         return tuple(sorted(f.name for f in fields(self.kind) if hints[f.name] is Tensor))
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[str, ...]:
         """Names of the numbers, in the order of the class's fields."""
         return tuple(f.name for f in fields(self.kind) if f.name != "shape" and f.name not in self.tensors)

@@ -57,7 +57,7 @@ def test_damage_is_found(saved, tmp_path):
         files.load(tmp_path / "packed")
     manifest = tmp_path / "packed" / files.MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 9}))
-    with pytest.raises(ModelError, match="expected format version 1, got 9"):
+    with pytest.raises(ModelError, match="expected format version 1 or 2, got 9"):
         files.load(tmp_path / "packed")
 
 
