@@ -56,9 +56,13 @@ def views(module: Any) -> dict[str, nn.Linear]:
 def places(module: Any) -> dict[str, dict[str, Place]]:
     """Of each parameter of a module, by its name: where the weights and biases of ``views`` lie in it, by
     "LINEAR.weight" and "LINEAR.bias", or these words alone for a transposed linear. Empty for other modules."""
-    names = {p.untyped_storage()._cdata: name for name, p in module._parameters.items() if p is not None}
+    if not has_views(module):
+        return {}
+    # Parameters of a loaded model may lie in one storage, those of this one have storages of their own.
+    like = _empty_like(module, torch.empty(0, device="meta"), None)
+    names = {p.untyped_storage()._cdata: name for name, p in like._parameters.items() if p is not None}
     found: dict[str, dict[str, Place]] = {}
-    for part, linear in views(module).items():
+    for part, linear in views(like).items():
         for kind, tensor in linear.named_parameters():
             place = Place(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
             found.setdefault(names[tensor.untyped_storage()._cdata], {})[f"{part}.{kind}".lstrip(".")] = place

@@ -337,3 +337,19 @@ def test_copies_and_moves_of_a_loaded_model(saved, tmp_path):
     narrow.save_pretrained(tmp_path / "narrow")
     found = tensors_of(tmp_path / "narrow")
     assert_same_tensors(found, {name: tensor.bfloat16() for name, tensor in tensors_of(directory).items()})
+
+
+def test_parameters_may_share_a_storage():
+    """As those of a file that is mapped into memory."""
+    model = pruned("GptOss", 0.7, "down_proj")
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    whole = torch.cat([p.detach().flatten() for module in experts for p in module.parameters()])
+    parts = iter(whole.split([p.numel() for module in experts for p in module.parameters()]))
+    for module in experts:
+        for name, p in list(module._parameters.items()):
+            module._parameters[name] = torch.nn.Parameter(next(parts).view(p.shape), requires_grad=False)
+    expected = logits(model)
+    sparsify(model)
+    packed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    assert packed and all(name.endswith("down_proj") for name in packed)
+    assert_same_function(logits(model), expected)
