@@ -19,7 +19,7 @@ from losa.distributed.together import together
 from losa.errors import RecipeError
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners.base import Pattern, Pruner
-from losa.recipe.rates import follows_curves
+from losa.recipe.rates import check_counts, follows_curves
 from losa.recipe.sections import AllocationConfig, PruneConfig
 from losa_kernels import unpack_mask
 
@@ -72,11 +72,10 @@ def rates_within(
 
 def check_linear(prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner) -> None:
     """Raises RecipeError for a pruner whose linears, or rows, cannot have rates of their own, and for N:M."""
-    if prune.pattern is not None:
-        raise RecipeError(
-            f"allocation.per: {allocation.per} needs prune.sparsity, got prune.pattern {prune.pattern!r}, which gives "
-            "all linears one keep count"
-        )
+    try:
+        check_counts(allocation.per, prune.pattern)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if type(pruner).prune_block is not Pruner.prune_block:
         found = "which decides about whole blocks"
     elif pruner.statistic not in WITH_NORMS and not follows_curves(allocation.rates, allocation.fill):

@@ -46,7 +46,7 @@ def views(module: Any) -> dict[str, nn.Linear]:
     Their weights are views of the module's parameters, and ``holder_of`` gives the module. Empty for other modules, and
     for one that is held in shards."""
     form = _form_of(module)
-    found = form.parts(module) if form is not None and has_views(module) else {}
+    found = {} if form is None or _is_sharded(module) else form.parts(module)
     for linear in found.values():
         vars(linear)["holder"] = module
         linear.training = module.training
@@ -71,8 +71,7 @@ def places(module: Any) -> dict[str, dict[str, Place]]:
 
 def has_views(module: Any) -> bool:
     """Whether ``views`` shows any linear; it makes none."""
-    sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
-    return not sharded and _form_of(module) is not None
+    return not _is_sharded(module) and _form_of(module) is not None
 
 
 def computes_its_linears(module: Any) -> bool:
@@ -102,6 +101,10 @@ def weight_count(module: Any) -> int:
     if _form_of(module) is None:
         return 0
     return sum(p.numel() for name, p in module.named_parameters(recurse=False) if not name.endswith("bias"))
+
+
+def _is_sharded(module: Any) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
 
 
 def _form_of(module: Any) -> Form | None:

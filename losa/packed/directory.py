@@ -92,7 +92,8 @@ def pack_directory(
     pack = partial(pack_weight, format=format) if theirs is None else theirs.pack
     needs = "" if format == AUTO else (theirs or FORMATS[format]).needs
     leave: Set[str] = frozenset()
-    parts = packed_parts(source, pack, dtype, min_sparsity, needs=needs, stacks=theirs is None)
+    read_parts = partial(packed_parts, source, pack, dtype, min_sparsity, needs=needs, stacks=theirs is None)
+    parts = read_parts()
     check_apart(output, source)
     with staged_directory(output, overwrite, force) as staged:
         copy_other_files(source, staged)
@@ -107,7 +108,7 @@ def pack_directory(
                 break
             logger.info("pack: %s (of %d) stays dense: the model reads its weight itself", min(read), len(read))
             leave |= read
-            parts = packed_parts(source, pack, dtype, min_sparsity, leave, needs, theirs is None)
+            parts = read_parts(leave=leave)
         if untied:
             state_untied(staged)
     return report

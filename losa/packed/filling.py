@@ -95,9 +95,10 @@ def _fill(
         touched: set[int | None] = set()
         while part:
             name, value = part.popitem()
-            stored, linear = f"{name}.weight" if isinstance(value, Packed) else name, forms.experts.get(name)
-            if isinstance(value, Packed):
-                stored, linear = forms.inside.get(name, (stored, forms.experts.get(stored)))
+            stored = f"{name}.weight" if isinstance(value, Packed) else name
+            linear = forms.experts.get(stored)
+            if isinstance(value, Packed) and name in forms.inside:
+                stored, linear = forms.inside[name]
             target, dtype = targets[stored], dtypes.get(targets[stored])
             if linear is not None:
                 loaded.add(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -102,30 +101,21 @@ def packed_parts(
                 for name in names:
                     tensor = _read(source, files, name, dtype, parameter=name not in naming.unused)
                     part.source_bytes += tensor.nbytes
-                    if own := inside.get(name):
-                        fits = stacks and leave.isdisjoint(own) and zero_share(tensor) >= min_sparsity
+                    own = inside.get(name) or _as_it_is(naming, name, tensor, linears)
+                    if own:
                         places = {_on_disk(naming, name, linear): place for linear, place in own.items()}
-                        pieces = _split(pack, tensor, places, f"{source}: {name}") if fits else None
-                        if pieces is not None:
-                            part.linears |= pieces
+                        wanted = stacks or name not in inside
+                        fits = wanted and leave.isdisjoint(own) and zero_share(tensor) >= min_sparsity
+                        where = f"{source}: {name.removesuffix('.weight')}"
+                        packed = _split(pack, tensor, places, where) if fits else None
+                        if packed is not None:
+                            part.linears |= packed
                             part.modules |= own.keys()
-                            part.stacks[name] = Stack(tuple(tensor.shape), places)
+                            if name in inside:
+                                part.stacks[name] = Stack(tuple(tensor.shape), places)
                             continue
                         unfit += [*places] if fits else []
                         part.left += [*places]
-                        part.dense[name] = tensor
-                        continue
-                    module, linear = naming.linear_of(name), name.removesuffix(".weight")
-                    if module is not None and module in linears:
-                        packed = None
-                        if module not in leave and zero_share(tensor) >= min_sparsity:
-                            packed = _packed(pack, tensor, f"{source}: {linear}")
-                            unfit += [] if packed is not None else [linear]
-                        if packed is not None:
-                            part.linears[linear] = packed
-                            part.modules.add(module)
-                            continue
-                        part.left.append(linear)
                     part.dense[name] = tensor
                 done, left = done + len(part.linears), left + len(part.left)
                 yield part
@@ -146,26 +136,27 @@ def _weights_in(naming: Naming, name: str, linears: Set[str]) -> dict[str, Place
     return found if computes_its_linears(module) else {}
 
 
+def _as_it_is(naming: Naming, name: str, tensor: Tensor, linears: Set[str]) -> dict[str, Place]:
+    """The linear whose weight a stored tensor is, by name in the model, and all of the tensor; none where it is no
+    weight of ``linears``."""
+    linear = naming.linear_of(name)
+    if linear is None or linear not in linears:
+        return {}
+    rows, columns = tensor.shape
+    return {linear: Place((rows, columns), (columns, 1), 0)}
+
+
 def _on_disk(naming: Naming, name: str, linear: str) -> str:
-    """What a linear is called on disk whose weight lies in the stored tensor ``name``."""
+    """What a linear is called on disk whose weight is, or lies in, the stored tensor ``name``."""
+    if name not in naming.parts:
+        return name.removesuffix(".weight")
     module = naming.renamed[name].rpartition(".")[0]
     return f"{name.rpartition('.')[0]}{linear.removeprefix(module)}"
 
 
 def _split(pack: Packer, tensor: Tensor, places: dict[str, Place], where: str) -> dict[str, Packed] | None:
-    with _named(where):
-        return split(tensor, places, pack)
-
-
-def _packed(pack: Packer, weight: Tensor, where: str) -> Packed | None:
-    with _named(where):
-        return pack(weight)
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
     try:
-        yield
+        return split(tensor, places, pack)
     except ValueError as error:
         raise ModelError(f"{where}: {error}; the format auto packs any width") from error
 

@@ -74,6 +74,15 @@ def selections_for(rates: str, delta: float | None) -> int:
     return len(TRIED_WIDTHS) if tries_widths(rates, delta) else 0
 
 
+def check_counts(per: str, pattern: str | None) -> None:
+    """Raises ValueError for rates that differ within a block, by ``allocation.per``, beside an N:M pattern."""
+    if per != "block" and pattern is not None:
+        raise ValueError(
+            f"allocation.per: {per} needs prune.sparsity, got prune.pattern {pattern!r}, which gives all linears one "
+            "keep count"
+        )
+
+
 def check_rates(value: object) -> object:
     """Raises ValueError for what is no registered name."""
     if value in RATES:

@@ -13,7 +13,7 @@ from losa.errors import shown
 from losa.recipe.machines import CheckpointConfig, DistributedConfig
 from losa.recipe.methods import MAX_RANK, METHODS, Method, MethodName, check_first_rank
 from losa.recipe.paths import check_name, output_path, work_path
-from losa.recipe.rates import check_rates, compares_samples, follows_curves, takes_backward
+from losa.recipe.rates import check_counts, check_rates, compares_samples, follows_curves, takes_backward
 from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
 
 MAX_SPARSITY = 0.95
@@ -361,11 +361,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _counts_for_linears(self):
-        if self.allocation.per != "block" and self.prune.sparsity is None:
-            raise ValueError(
-                f"allocation.per: {self.allocation.per} needs prune.sparsity, got prune.pattern "
-                f"{self.prune.pattern!r}, which gives all linears one keep count"
-            )
+        check_counts(self.allocation.per, self.prune.pattern)
         return self
 
     @model_validator(mode="after")

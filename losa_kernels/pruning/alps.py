@@ -183,10 +183,10 @@ def _selection(
     rows, columns = weight.shape
     if keep_n is None:
         # The matrix as one row: the count is over all of it.
-        mask = as_one_row(mask, weight)
-        rows, columns = 1, weight.numel()
-    one_row = keep_n is None
-    select = selection_of_one_row(weight.device) if one_row else dispatch.implementation("wanda_mask", weight.device)
+        mask, rows, columns = as_one_row(mask, weight), 1, weight.numel()
+        select = selection_of_one_row(weight.device)
+    else:
+        select = dispatch.implementation("wanda_mask", weight.device)
     flat = weight.new_ones(columns)  # with equal norms the score is the magnitude
 
     def choose(values: Tensor) -> Tensor:
