@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -102,11 +103,31 @@ def ended(children: set[int], seconds: float) -> dict[int, int]:
     return codes
 
 
-def kill(directory: Path, children: list[int], victim: int, living: set[int]) -> dict[str, int]:
+def is_written(directory: Path, since: int) -> bool:
+    """Whether there is a state that is not written to its end, of an attempt that began at this time (ns)."""
+    with suppress(FileNotFoundError):  # it may get its name meanwhile
+        return any(file.stat().st_mtime_ns >= since for file in directory.rglob(".*.partial-0/*"))
+    return False
+
+
+def stop_while_writing(directory: Path, victim: int, since: int) -> bool:
+    """Stop the process at a moment at which a state is written; False where the process ends before there is one."""
+    # Its exit code is left for others to read.
+    while not os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if is_written(directory, since):
+            os.kill(victim, signal.SIGSTOP)
+            if is_written(directory, since):
+                return True
+            os.kill(victim, signal.SIGCONT)
+        time.sleep(0.0005)
+    return False
+
+
+def kill(directory: Path, children: list[int], victim: int, living: set[int], since: int) -> dict[str, int]:
     """Kill one of the processes that run: whether it was while a state was written, and how many others named it."""
+    writing = is_written(directory, since)
     os.kill(victim, signal.SIGKILL)
     os.waitpid(victim, 0)
-    writing = any(directory.rglob(".*.partial-*"))
     others = living - {victim}
     codes = ended(others, 60)
     # With 0: it had nothing left to do with the other process.
@@ -128,15 +149,19 @@ def runs(directory: Path, count: int, kills: int, moments: random.Random) -> dic
     needed = time.monotonic() - began
     found = Counter(runs=0)
     while True:
-        own = directory / str(found["runs"])
+        own, since = directory / str(found["runs"]), time.time_ns()
         children = start(own, count)
         codes = ended(set(children), moments.uniform(0, 0.7 * needed) if found["kills"] < kills else 100)
-        if any(codes.values()):
-            raise RuntimeError(f"a run ended with {codes}: {[said(own, rank).read_text() for rank in range(count)]}")
         living = set(children) - codes.keys()
-        if living:
-            found.update(kill(own, children, moments.choice(sorted(living)), living))
-            continue
+        if living and not any(codes.values()):
+            victim = moments.choice(sorted(living))
+            # Random moments may all miss the writing, so that every other kill waits for it.
+            if found["kills"] % 2 == 0 or stop_while_writing(own, victim, since):
+                found.update(kill(own, children, victim, living, since))
+                continue
+            codes |= ended(living, 60)
+        if len(codes) < count or any(codes.values()):
+            raise RuntimeError(f"a run ended with {codes}: {[said(own, rank).read_text() for rank in range(count)]}")
         found["runs"] += 1
         if found["kills"] == kills:
             return {**found, "seconds": needed}
