@@ -20,7 +20,7 @@ from losa.algorithm.grams import gram_of_all
 from losa.algorithm.stream_storage import StreamStorage
 from losa.distributed.collectives import share_of
 from losa.distributed.processes import from_everyone, process_count, process_index
-from losa.distributed.sharding import device_of, gathered, gathered_calls, sharding_of
+from losa.distributed.sharding import device_of, gathered, gathered_calls, is_whole
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
@@ -58,7 +58,7 @@ class BlockStream:
     """Hidden states of calibration samples between two blocks of the model.
 
     Several processes make a stream together, and share its batches out: each holds the hidden states of its own
-    samples, ``samples``, perhaps of none. While the model is sharded, ``run`` and ``advance`` need the block whole.
+    samples, ``samples``, perhaps of none. ``run`` and ``advance`` need the block whole (``gathered``).
 
     Args:
         model: a causal LM; ``blocks``: its decoder blocks.
@@ -226,8 +226,8 @@ class BlockStream:
             seen.append(split_call(args, kwargs))
             raise _Stop
 
-        # Before the hook that makes a sharded block whole: processes capture different numbers of batches.
-        first = sharding_of(self.blocks[0]) is not None
+        # Before the hook that makes a block whole: processes capture different numbers of batches.
+        first = not is_whole(self.blocks[0])
         handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         try:
             _forward(model, batch.to(self.device))

@@ -1,7 +1,8 @@
 """A model that several processes hold together: each holds some rows of every parameter, as DTensors.
 
 Whoever needs whole parameters enters ``gathered`` for a module, such as a decoder block, or ``gathered_calls`` for
-forward passes of the whole model. Both do nothing to a model that is not sharded, so that nobody has to ask.
+forward passes of the whole model. Both do nothing to a model that is whole in memory, so that nobody has to ask. Blocks
+that are offloaded (``losa.distributed.offloading``) come into memory by them too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from losa.distributed.joining import as_patient
+from losa.distributed.offloading import is_offloaded, offloaded_from, onloaded
 from losa.distributed.processes import process_count
 from losa.distributed.watch import waiting
 
@@ -112,7 +114,9 @@ def sharding_of(module: nn.Module) -> Sharding | None:
 def device_of(module: nn.Module) -> torch.device:
     """The device that a module computes on."""
     sharding = sharding_of(module)
-    return next(module.parameters()).device if sharding is None else sharding.device
+    if sharding is not None:
+        return sharding.device
+    return offloaded_from(module) or next(module.parameters()).device
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -175,17 +179,22 @@ def gathered(module: nn.Module, only: Container[str] | None = None) -> Iterator[
 
     At the end each process keeps its rows of whatever parameters ``module`` then has: changed and new ones too. Rows
     are copied only of memory that is new, or that was written to by an operation that autograd counts (which excludes
-    operations on a parameter's ``.data``).
+    operations on a parameter's ``.data``). The parameters of an offloaded module are dropped at the end, as they are.
     """
-    with _gathered(list(module.modules()), only):
+    with onloaded(module), _gathered(list(module.modules()), only):
         yield
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether all parameters are in this process's memory, so that the model runs as it is."""
+    return sharding_of(model) is None and not is_offloaded(model)
 
 
 @contextmanager
 def gathered_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context ``model`` can run without gradients: each of ``blocks`` is whole while it runs, and all
     parameters outside of them are whole throughout. All processes make the same calls."""
-    if sharding_of(model) is None:
+    if is_whole(model):
         yield
         return
     blocks = list(blocks)

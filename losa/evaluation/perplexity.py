@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,12 +16,15 @@ from tqdm.auto import tqdm
 from losa.data.sequences import IGNORED
 from losa.distributed import watch
 from losa.distributed.collectives import share_of
+from losa.distributed.offloading import is_offloaded
 from losa.distributed.processes import from_everyone, is_main, process_count
 from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.turns import everywhere
 from losa.errors import DataError, NumericsError
+from losa.model.block_passes import BlockPasses
+from losa.model.blocks import find_blocks
 from losa.model.limits import check_ids, check_length
 from losa.model.running import runnable
 from losa.training.loss import TokenLoss, label_positions
@@ -108,13 +113,12 @@ def perplexity(
     check_length(model, length, "evaluate.length")
     check_ids(model, windows, "evaluate.data")
     count = len(windows)
-    was_training = model.training
-    model.eval()
-    try:
-        with runnable(model):
-            sums = _batch_sums(model, windows, batch_size, progress)
-    finally:
-        model.train(was_training)
+    with _evaluating(model):
+        if is_offloaded(model):
+            sums = _sums_by_block(model, [(batch, batch) for batch in windows.split(batch_size)])
+        else:
+            with runnable(model):
+                sums = _batch_sums(model, windows, batch_size, progress)
     total = 0.0
     for first, summed in zip(range(0, count, batch_size), sums, strict=True):
         if not math.isfinite(summed):
@@ -163,6 +167,29 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
     return [summed for process in zip(*found, strict=True) for own in process for summed in own]
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _sums_by_block(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """The summed loss of every batch, ids and labels, of a model whose blocks are offloaded."""
+    passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in batches])
+    device = device_of(model)
+    with passes.ended(None):
+        loss = TokenLoss(model)
+    found = []
+    for number, (ids, labels) in enumerate(batches):
+        with passes.ended(number):
+            found.append(_summed(loss, ids, labels, device))
+    return found
+
+
 def _summed(loss: TokenLoss, ids: Tensor, labels: Tensor, device: torch.device) -> float:
     """The loss of a batch (windows, length) on the host, summed over its labels."""
     return loss(*(tensor.to(device) for tensor in (ids, *label_positions(labels)))).item()
@@ -191,16 +218,15 @@ def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: i
     labels = started.clone()
     # Both texts are asked for the same tokens.
     labels[1] = IGNORED
-    device = device_of(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with runnable(model):
-            loss = TokenLoss(model)
-            without = _summed(loss, text[None], text[None], device) / (len(text) - 1)
-            within = _summed(loss, started[None], labels[None], device) / (len(text) - 1)
-    finally:
-        model.train(was_training)
+    both = [(text[None], text[None]), (started[None], labels[None])]
+    with _evaluating(model):
+        if is_offloaded(model):
+            sums = _sums_by_block(model, both)
+        else:
+            with runnable(model):
+                loss, device = TokenLoss(model), device_of(model)
+                sums = [_summed(loss, ids, labels, device) for ids, labels in both]
+    without, within = (each / (len(text) - 1) for each in sums)
     if without - within > _START_MATTERS:
         logger.warning(
             "evaluation: windows after the first lack the beginning-of-text token that this model is used with: the "

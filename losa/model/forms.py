@@ -155,6 +155,11 @@ def as_linears(
     return left
 
 
+def replaced_forms(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of other forms whose place wrapped linears have taken, by name."""
+    return vars(model).get(_FORMS, {})
+
+
 def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> None:
     """Put the forms back that ``as_linears`` replaced, in place and frozen: one after the other, with new parameters
     where a linear has another weight than it had.
@@ -163,7 +168,7 @@ def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lamb
         model: whose modules they are.
         made: a layer -> the plain linear that it becomes.
     """
-    forms: dict[str, nn.Module] = vars(model).get(_FORMS, {})
+    forms = replaced_forms(model)
     for name in list(forms):
         model.set_submodule(name, _restored(model.get_submodule(name), forms.pop(name), made))
     vars(model).pop(_FORMS, None)
@@ -172,7 +177,7 @@ def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lamb
 def unpacked_as_they_were(model: nn.Module) -> None:
     """Put the forms back that linears took the place of to be packed, in place and frozen, where all of a form's
     linears are plain. Those of a wrapped model are left to ``as_they_were``."""
-    wrapped = vars(model).get(_FORMS, {})
+    wrapped = replaced_forms(model)
     for name, now in list(model.named_modules()):
         stack = stack_of(now)
         if stack is None or name in wrapped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.form_kinds import STACKED_PARTS
 from losa.model.forms import Place, has_views, places
-from losa.storage.tensor_files import Stored, checkpoint_tensors
+from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
 
 logger = logging.getLogger("losa")
 
@@ -67,17 +67,18 @@ class Naming:
     Args:
         model: a transformers model on any device, such as meta.
         names: names of all stored tensors.
+        expected: the model's tensors by name, where its linears have been replaced since; default: as they are.
 
     Raises:
         ModelError: a name that no tensor can have.
     """
 
-    def __init__(self, model: Any, names: Iterable[str]):
+    def __init__(self, model: Any, names: Iterable[str], expected: dict[str, Tensor] | None = None):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         self.model = model
-        self.expected: dict[str, Tensor] = model.state_dict()
+        self.expected: dict[str, Tensor] = model.state_dict() if expected is None else expected
         self.renamed: dict[str, str] = {}
         self.made: dict[str, list[str]] = {}
         self.unused: dict[str, str] = {}
@@ -198,6 +199,20 @@ class Naming:
                 f"{shown_name(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def read(self, files: TensorFiles, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors of these names, as transformers loads them: name, and the tensor in the type in which
+        users get it. One after the other, but for those that are made of the same stored tensors. Names that the files
+        do not fill are left out. Raises ModelError as ``make`` and ``TensorFiles.get``."""
+        dtypes = self.dtypes()
+        for source, target in self.renamed.items():
+            if target in wanted:
+                tensor = files.get(source)
+                yield target, tensor.to(dtypes.get(target, tensor.dtype))
+        for target, sources in self.made.items():
+            if target in wanted:
+                for name, tensor in self.make(target, {source: files.get(source) for source in sources}).items():
+                    yield name, tensor.to(dtypes.get(name, tensor.dtype))
 
     def missing(self, loaded: Iterable[str]) -> list[str]:
         """Names of the model's tensors that are not ``loaded``, in model order. Of tied weights, one is enough."""

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from losa.distributed.sharding import gathered_calls, sharding_of
+from losa.distributed.sharding import gathered_calls, is_whole
 from losa.model.blocks import find_blocks
 
 
 @contextmanager
 def runnable(model: nn.Module) -> Iterator[None]:
-    """Within the context the model can run without gradients. Processes that hold it in shards make the same calls:
-    each decoder block is whole while it runs (``gathered_calls``). A model that is whole runs even if its blocks cannot
-    be found."""
-    if sharding_of(model) is None:
+    """Within the context the model can run without gradients. Of a model that is in shards or offloaded, each decoder
+    block is whole while it runs (``gathered_calls``), and processes that hold it in shards make the same calls. A model
+    that is whole runs even if its blocks cannot be found."""
+    if is_whole(model):
         yield
         return
     with gathered_calls(model, find_blocks(model)):

@@ -7,30 +7,20 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from losa.distributed.processes import check_agreement, is_main, process_count
 from losa.distributed.sharding import Sharding
-from losa.distributed.together import together
 from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.hub_files import local_directory
-from losa.model.loading import (
-    DTYPES,
-    check_complete,
-    check_config,
-    explain_failure,
-    locate_model,
-    refuse_other_kinds,
-)
 from losa.model.naming import Naming
-from losa.model.skeleton import empty_model, move_buffers
+from losa.model.part_loading import empty_of, locate_files, names_of, tie
+from losa.model.skeleton import move_buffers
 from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -63,18 +53,18 @@ def load_sharded(
             format than safetensors.
         OutputError: in every process; the processes do not read the same weights.
     """
-    source = everywhere(partial(_locate, model, gguf_file, dtype))
+    source = everywhere(partial(locate_files, model, gguf_file, dtype, "read in shards", "distributed.mode: ddp"))
     directory = local_directory(model, source, trust_remote_code)
-    empty = partial(_empty, model, directory, dtype, trust_remote_code)
+    empty = partial(_empty_to_shard, model, directory, dtype, trust_remote_code)
     if trust_remote_code and process_count() > 1:
         # transformers copies the model's Python files to where it imports them from. One process copies.
         on_each_machine(empty)
     loaded, tokenizer = everywhere(empty)
     with ExitStack() as stack:
         files = everywhere(lambda: stack.enter_context(checkpoint_tensors(directory)))
-        naming, found = everywhere(partial(_names, model, directory, loaded, files))
+        naming, found = everywhere(partial(names_of, model, directory, loaded, files))
         check_agreement(f"model {model!r}: weights", everywhere(partial(_sample, files)))
-        _tie(naming, files, sharding, found)
+        tie(naming, files, found, sharding.rows)
         everywhere(partial(_fill, naming, files, sharding, found, f"model {model!r}"))
     if is_main():
         naming.warn_of_unused(directory)
@@ -82,54 +72,14 @@ def load_sharded(
     return loaded.eval(), tokenizer
 
 
-def _locate(model: str, gguf_file: str | None, dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    source, file = locate_model(model, gguf_file)
-    if file is not None:
-        raise ModelError(
-            f"model {model!r}: a GGUF file cannot be read in shards; load it in one process, save it by "
-            "save_pretrained and give that directory, or set distributed.mode: ddp"
-        )
-    return source
-
-
-def _empty(model: str, directory: Path, dtype: str, trust_remote_code: bool) -> tuple[nn.Module, object]:
-    """The model without weights, and its tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    refuse_other_kinds(model, str(directory), None)
-    trust = {"trust_remote_code": trust_remote_code}
-    try:
-        check_config(model, AutoConfig.from_pretrained(directory, **trust))
-        tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
-        with checkpoint_tensors(directory) as files:
-            kinds = [entry.dtype for entry in files.stored.values() if entry.dtype.is_floating_point]
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
-        empty: Any = empty_model(directory, wanted, kinds[0] if kinds else torch.float32, trust_remote_code)
-        if empty.can_generate() and (directory / "generation_config.json").is_file():
-            empty.generation_config = GenerationConfig.from_pretrained(directory)
-    except ModelError:
-        raise
-    except Exception as error:  # transformers and its dependencies raise errors of many kinds
-        raise ModelError(f"model {model!r}: {explain_failure(str(directory), error)}") from error
+def _empty_to_shard(*args) -> tuple[nn.Module, object]:
+    empty, tokenizer = empty_of(*args)
     for name, parameter in empty.named_parameters():
         if not parameter.ndim:
             raise ModelError(
-                f"model {model!r}: {name}: a single number has no rows to shard; set distributed.mode: ddp"
+                f"model {args[0]!r}: {name}: a single number has no rows to shard; set distributed.mode: ddp"
             )
     return empty, tokenizer
-
-
-def _names(model: str, directory: Path, empty: nn.Module, files: TensorFiles) -> tuple[Naming, set[str]]:
-    """Where the files' tensors go, and the names of the model's tensors that they fill."""
-    try:
-        naming = Naming(empty, files.names)
-        found = set(naming.filled(files.stored))
-    except ModelError as error:
-        raise ModelError(f"{directory}: {error}") from error
-    check_complete(model, naming.missing(found))
-    return naming, found
 
 
 def _sample(files: TensorFiles) -> str:
@@ -140,26 +90,6 @@ def _sample(files: TensorFiles) -> str:
         progress(f"comparing {name}")
         digest.update(f"{name} {dtype} {shape} ".encode() + files.ends(name))
     return digest.hexdigest()[:16]
-
-
-def _tie(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str]) -> None:
-    """Tie weights on meta, as transformers does: stored weights that differ stay apart, whatever the config says.
-    A tied weight that is stored twice is left out of ``found`` once."""
-    model, stored, dtypes = naming.model, {target: name for name, target in naming.renamed.items()}, naming.dtypes()
-
-    def rows(target: str) -> Tensor:
-        return files.get(stored[target], sharding.rows(files.stored[stored[target]].shape[0])).to(dtypes[target])
-
-    for target, source in list(model.all_tied_weights_keys.items()):
-        if not {target, source} <= found & stored.keys():
-            continue
-        if all(together(lambda: torch.equal(rows(target), rows(source)))):  # noqa: B023
-            found.discard(target)
-        else:
-            del model.all_tied_weights_keys[target]
-            if is_main():
-                logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
-    model.tie_weights(missing_keys=naming.expected.keys() - found, recompute_mapping=False)
 
 
 def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str], where: str) -> None:

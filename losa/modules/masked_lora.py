@@ -77,10 +77,7 @@ class MaskedLoRALinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.weight_replaced = False
-        row_bytes = -(-self.in_features // 8)
-        packed = torch.full((self.out_features, row_bytes), 255, dtype=torch.uint8, device=weight.device)
-        packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
-        self.mask = nn.Parameter(packed, requires_grad=False)
+        self.keep_all()
         self._make_adapter(rank, generator)
         if mask is not None:
             self.set_mask(mask)
@@ -138,6 +135,13 @@ class MaskedLoRALinear(nn.Module):
     def mask_bool(self) -> Tensor:
         """The mask as bool (out, in), True = kept."""
         return unpack_mask(self.mask.detach(), self.in_features)
+
+    def keep_all(self) -> None:
+        """Take a new mask, where the weight is, that keeps everything."""
+        shape = (self.out_features, -(-self.in_features // 8))
+        packed = torch.full(shape, 255, dtype=torch.uint8, device=self.weight.device)
+        packed[:, -1] = (1 << ((self.in_features - 1) % 8 + 1)) - 1
+        self.mask = nn.Parameter(packed, requires_grad=False)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask, given as bool (out, in) or packed uint8 (out, ceil(in/8)) with zero padding bits.

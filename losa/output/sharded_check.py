@@ -99,12 +99,7 @@ class _Written:
 
     def load(self, memory: Mapping[str, Tensor]) -> None:
         """Load the tensors that ``memory`` names, in the type in which users get them, and compare."""
-        dtypes = self.naming.dtypes()
-        tensors = {t: self.files.get(s) for s, t in self.naming.renamed.items() if t in memory}
-        for target, sources in self.naming.made.items():
-            if target in memory:
-                tensors |= self.naming.make(target, {source: self.files.get(source) for source in sources})
-        placed = {name: t.to(self.device, dtypes.get(name, t.dtype)) for name, t in tensors.items()}
+        placed = {name: tensor.to(self.device) for name, tensor in self.naming.read(self.files, memory)}
         self.model.load_state_dict(placed, strict=False, assign=True)
         ties = getattr(self.model, "all_tied_weights_keys", {})
         # transformers warns of tied tensors that are both absent, as they are from every block.

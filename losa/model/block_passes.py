@@ -1,0 +1,112 @@
+"""Forward passes of a whole model over many batches at once, one decoder block after the other: each block is in memory
+once. What is outside of the blocks runs anew for every block and batch, so that nothing that a block is called with has
+to be kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losa.distributed.sharding import device_of, gathered
+from losa.distributed.stop import check
+from losa.distributed.watch import progress
+from losa.model.block_calls import hidden_of, split_call
+from losa.model.blocks import Blocks
+
+
+class _Ended(Exception):
+    """Ends a forward pass once the block whose turn it is has run."""
+
+
+class BlockPasses:
+    """The hidden states behind all decoder blocks, for batches of token ids.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        blocks: its decoder blocks, which may be offloaded.
+        batches: (batch, length) int64 each.
+
+    Raises:
+        Stopped: between blocks, if a signal asks for it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, blocks: Blocks, batches: Sequence[Tensor]):
+        self._model, self._blocks = model, blocks
+        self._device = device_of(blocks.modules)
+        self._hidden: list[Tensor] = [torch.empty(0)] * len(batches)
+        # Of each block that has run, what it returned for one batch, without hidden states.
+        self._outputs: list[Any] = []
+        for index, (name, block) in enumerate(zip(blocks.names, blocks, strict=True)):
+            progress(f"running {name}")
+            check()
+            with gathered(block):
+                for number, batch in enumerate(batches):
+                    self._advance(index, number, batch)
+
+    def _advance(self, index: int, number: int, batch: Tensor) -> None:
+        block: Any = self._blocks.modules[index]
+        compute = block.forward
+
+        def run(*args, **kwargs):
+            output = compute(*args, **kwargs)
+            # A GPU holds the hidden states of one batch.
+            self._hidden[number] = hidden_of(output).to("cpu")
+            if len(self._outputs) == index:
+                self._outputs.append(_with_hidden(output, None))
+            raise _Ended
+
+        before = self._hidden[number].to(self._device) if index else None
+        with self._played(index, before), _replaced({block: run}), suppress(_Ended):
+            self._model(batch.to(self._device), use_cache=False)
+
+    @contextmanager
+    def ended(self, number: int | None) -> Iterator[None]:
+        """Within the context a pass of the model over a batch, by its number, runs no block: the last one returns what
+        was computed. None: every block returns what it gets, for a pass over any tokens."""
+        hidden = None if number is None else self._hidden[number].to(self._device)
+        with self._played(len(self._blocks), hidden):
+            yield
+
+    @contextmanager
+    def _played(self, count: int, hidden: Tensor | None) -> Iterator[None]:
+        """The first ``count`` blocks return ``hidden``, or what they get."""
+
+        def play(index, *args, **kwargs):
+            return _with_hidden(self._outputs[index], split_call(args, kwargs)[0] if hidden is None else hidden)
+
+        with _replaced({self._blocks.modules[index]: partial(play, index) for index in range(count)}):
+            yield
+
+
+@contextmanager
+def _replaced(forwards: Mapping[Any, Callable]) -> Iterator[None]:
+    """Within the context blocks compute something else."""
+    before = {block: vars(block).get("forward") for block in forwards}
+    for block, forward in forwards.items():
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block, forward in before.items():
+            if forward is None:  # its class's own
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _with_hidden(output: Any, hidden: Tensor | None) -> Any:
+    """A block's output with other hidden states (``losa.model.block_calls.hidden_of``)."""
+    if isinstance(output, Mapping):
+        other: Any = copy.copy(output)
+        other[next(iter(output))] = hidden
+        return other
+    if isinstance(output, (tuple, list)):
+        return (hidden, *output[1:]) if isinstance(output, tuple) else [hidden, *output[1:]]
+    return hidden

@@ -1,0 +1,196 @@
+"""Loading a model whose decoder blocks stay in its files: each block is read when it is needed, and dropped again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.distributed.offloading import offload
+from losa.distributed.processes import is_main
+from losa.distributed.watch import progress
+from losa.errors import ModelError
+from losa.model.blocks import Blocks, find_blocks, parameter_uses
+from losa.model.finite import check_finite
+from losa.model.forms import places, replaced_forms, restore_tensors
+from losa.model.hub_files import local_directory
+from losa.model.loading import torch_device
+from losa.model.naming import Naming, as_stored, saved_names
+from losa.model.part_loading import empty_of, locate_files, names_of, tie
+from losa.model.skeleton import move_buffers
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
+
+
+def load_offloaded(
+    model: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, object, OffloadedBlocks]:
+    """Load a causal language model but its decoder blocks, and its tokenizer, in evaluation mode. The parameters of the
+    blocks are on meta but within ``losa.distributed.sharding.gathered``; everything else is on the device.
+
+    Args:
+        model: Hugging Face id or local directory, with safetensors files.
+        gguf_file: GGUF files are refused.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (cuda if there is one, else cpu) or a torch device: the one that the model computes on.
+
+    Returns:
+        (model, tokenizer, where its blocks are)
+
+    Raises:
+        ModelError: as ``losa.model.loading.load_model``, but for weights of blocks that are not finite, which are named
+            when the block is first read; or a GGUF file, weights in another format than safetensors, or blocks that
+            share a weight.
+    """
+    target = torch_device(device)
+    source = locate_files(model, gguf_file, dtype, "read block by block", "offload: null")
+    directory = local_directory(model, source, trust_remote_code)
+    loaded, tokenizer = empty_of(model, directory, dtype, trust_remote_code)
+    with checkpoint_tensors(directory) as files:
+        naming, found = names_of(model, directory, loaded, files)
+        tie(naming, files, found, range)
+        blocks = find_blocks(loaded)
+        _check_apart(loaded, blocks)
+        _fill_rest(naming, files, found, blocks, target, f"model {model!r}")
+    if is_main():
+        naming.warn_of_unused(directory)
+    naming.remember()
+    return loaded.eval(), tokenizer, OffloadedBlocks(naming, directory, target, f"model {model!r}")
+
+
+class OffloadedBlocks:
+    """Where a model's blocks are read from: at first all of them from its files. The linears may be wrapped meanwhile,
+    by layers that train nothing.
+
+    Args:
+        naming: of the model, before anything in it was replaced, and of all stored tensors.
+        directory: with the model's files.
+        device: that the model computes on.
+        where: for messages.
+    """
+
+    def __init__(self, naming: Naming, directory: Path, device: torch.device, where: str):
+        self.model = naming.model
+        self.blocks = find_blocks(self.model)
+        self.device = device
+        self._where = where
+        self._saved = set(saved_names(self.model))
+        self._parameters = [
+            {f"{name}.{part}" for part, _ in block.named_parameters()}
+            for name, block in zip(self.blocks.names, self.blocks, strict=True)
+        ]
+        self._naming = naming
+        self._open: Callable[[], TensorFiles] = partial(checkpoint_tensors, directory)
+        self._written: dict[int, Path] = {}
+        for index, block in enumerate(self.blocks):
+            offload(block, device, partial(self._load, index), partial(self._release, index))
+
+    def read_from(self, index: int, path: Path) -> None:
+        """From now on read a block from a file that holds what ``stored`` gave."""
+        self._written[index] = path
+
+    def tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of a block, as they are read from its file: name in the model before anything was replaced,
+        and the tensor on the host. Raises ModelError."""
+        name, path = self.blocks.names[index], self._written.get(index)
+        with self._open() if path is None else TensorFiles([path]) as files:
+            naming = self._naming if path is None else Naming(self.model, files.names, self._naming.expected)
+            absent = set(self._parameters[index])
+            for target, tensor in naming.read(files, self._parameters[index]):
+                progress(f"reading {target}")
+                check_finite(f"{self._where}: {target}", tensor)
+                absent.discard(target)
+                yield target, tensor
+        if absent:
+            raise ModelError(f"{self._where}: {name}: {len(absent)} tensors are missing: {min(absent)}")
+
+    def merged(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block that is in memory, by name in the model before anything was replaced. Wrapped linears
+        give M * W, which takes the place of W."""
+        name, block = self.blocks.names[index], self.blocks.modules[index]
+        for layer in block.modules():
+            if isinstance(layer, MaskedLoRALinear):
+                layer.replace_weight(layer.effective_weight())
+        found = {
+            f"{name}.{part}": tensor
+            for part, tensor in block.state_dict().items()
+            if not isinstance(block.get_submodule(part.rpartition(".")[0]), MaskedLoRALinear)
+            or part.rpartition(".")[2] in ("weight", "bias")
+        }
+        for place, form in replaced_forms(self.model).items():
+            if place.startswith(f"{name}."):
+                restore_tensors(form, place, found)
+        return found
+
+    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of ``merged`` on the host, as ``save_pretrained`` writes them."""
+        return as_stored(self.model, {name: tensor.cpu() for name, tensor in tensors.items() if name in self._saved})
+
+    def _load(self, index: int) -> None:
+        for name, tensor in self.tensors(index):
+            self._put(name, tensor.to(self.device))
+        for layer in self.blocks.modules[index].modules():
+            if isinstance(layer, MaskedLoRALinear):
+                layer.keep_all()
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        place, _, leaf = name.rpartition(".")
+        form = replaced_forms(self.model).get(place)
+        if form is None:
+            _set(self.model.get_submodule(place), leaf, tensor)
+            return
+        for part, within in places(form)[leaf].items():
+            linear, _, kind = part.rpartition(".")
+            module = self.model.get_submodule(f"{place}.{linear}".rstrip("."))
+            _set(module, kind, within.of(tensor).contiguous())
+
+    def _release(self, index: int) -> None:
+        for module in self.blocks.modules[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    _set(module, name, torch.empty_like(parameter, device="meta"))
+
+
+def _set(module: Any, name: str, tensor: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _check_apart(model: nn.Module, blocks: Blocks) -> None:
+    uses = parameter_uses(model)
+    shared = [name for name, p in blocks.modules.named_parameters(prefix=blocks.prefix) if uses[id(p)] > 1]
+    if shared:
+        raise ModelError(f"{shared[0]}: is a weight of several modules, so that its block cannot be read by itself")
+
+
+def _fill_rest(
+    naming: Naming, files: TensorFiles, found: set[str], blocks: Blocks, device: torch.device, where: str
+) -> None:
+    """Put everything into the model but the parameters of its blocks."""
+    model = naming.model
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {name for name in found if name not in parameters or blocks.index_of(name) is None}
+    held: dict[int, nn.Parameter] = {}
+    for name, tensor in naming.read(files, wanted):
+        progress(f"loading {name}")
+        check_finite(f"{where}: {name}", tensor)
+        if name in parameters:
+            held[id(parameters[name])] = nn.Parameter(tensor.to(device), requires_grad=False)
+        else:
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._buffers[leaf] = tensor
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in held:
+                module._parameters[name] = held[id(parameter)]
+    move_buffers(model, device)
+    rest = ((name, t) for name, t in model.named_parameters() if blocks.index_of(name) is None)
+    if absent := [name for name, tensor in rest if tensor.device.type == "meta"]:
+        raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")
