@@ -41,12 +41,20 @@ class WrappedBlock:
             name: m for name, m in module.named_modules() if isinstance(m, MaskedLoRALinear)
         }
         self.originals = Originals(self.linears, keeps=keeps_originals, stay=on_device)
+        self._kept: dict[str, int] | None = None
 
     def sparsity(self) -> float:
-        """Share of pruned weights, counted from the masks."""
+        """Share of pruned weights."""
         total = sum(m.weight.numel() for m in self.linears.values())
-        kept = sum(count_kept(m) for m in self.linears.values())
-        return 1 - kept / total
+        return 1 - sum(self.kept().values()) / total
+
+    def kept(self) -> dict[str, int]:
+        """How many weights of each linear are kept, counted from the masks unless ``note_kept`` said it."""
+        return {name: count_kept(m) for name, m in self.linears.items()} if self._kept is None else self._kept
+
+    def note_kept(self, kept: dict[str, int]) -> None:
+        """Say how many weights of each linear are kept: the masks of an offloaded block do not stay in memory."""
+        self._kept = kept
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -6,8 +6,8 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from losa.algorithm.block import WrappedBlock
 from losa.algorithm.block_rates import BlockRates, Decided
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.expected_loss import Energies, as_tensors, energies_of, from_tensors
+from losa.algorithm.finished_blocks import FinishedBlocks
 from losa.algorithm.gradient_statistics import GradientStatistic
 from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole, wanted_gradients
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
@@ -34,7 +35,7 @@ from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import check_rates, find_structure
 from losa.distributed.collectives import from_rank_zero
 from losa.distributed.processes import process_count
-from losa.distributed.sharding import gathered, sharding_of
+from losa.distributed.sharding import gathered, is_whole, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
@@ -42,7 +43,7 @@ from losa.errors import ModelError, RecipeError
 from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.model.originals import Originals, dense_passes
-from losa.model.wrapping import count_kept
+from losa.model.running import evaluating
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
 from losa.pruners.base import Pattern, Pruner
@@ -68,6 +69,7 @@ class Engine:
         calls: ``BlockStream``'s, of another stream of this model: what it found out is not found out again.
         reconstruct: the recipe's section; None: pruned blocks are not reconstructed. With it errors are taken.
         train: the recipe's section: its factors on the learning rate hold in reconstruction too.
+        finished: takes the blocks of an offloaded model, each when it is pruned. There is one round then.
 
     The engine never writes into a weight it was given: a pruner that updates weights gets new tensors. The originals
     serve as the dense model of later rounds, and are kept in host memory where reconstruction errors or
@@ -101,6 +103,7 @@ class Engine:
         loss: Callable[[Tensor], float] | None = None,
         reconstruct: ReconstructConfig | None = None,
         train: TrainConfig | None = None,
+        finished: FinishedBlocks | None = None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -108,6 +111,7 @@ class Engine:
         self.allocation = allocation
         self.calibration = calibration
         self.seed = seed
+        self.finished = finished
         self.pruner = get_pruner(prune)
         if self.pruner.structured:
             check_rates(prune, allocation)
@@ -117,8 +121,9 @@ class Engine:
             check_total(prune, self.pruner, self.statistic)
         self.gradients = wanted_gradients(prune, self.pruner)
         check_regrowth(prune, self.pruner)
-        if (setting := needs_whole(prune, allocation, self.pruner)) and sharding_of(model) is not None:
-            raise RecipeError(f"{setting} takes gradients, and needs the model whole, not sharded")
+        if (setting := needs_whole(prune, allocation, self.pruner)) and not is_whole(model):
+            how = "sharded" if sharding_of(model) is not None else "offloaded"
+            raise RecipeError(f"{setting} takes gradients, and needs the model whole, not {how}")
         self.reconstruction: BlockReconstruction | None = None
         if reconstruct is not None:
             self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size, train)
@@ -142,6 +147,9 @@ class Engine:
             None if loss is None else partial(loss, ids),
         )
         self._check_blocks()
+        if finished is not None:
+            for block in self.blocks:
+                block.note_kept({name: m.weight.numel() for name, m in block.linears.items()})
 
     def _check_blocks(self) -> None:
         empty = [i for i, block in enumerate(self.blocks) if not block.linears]
@@ -177,9 +185,10 @@ class Engine:
             NumericsError: non-finite statistics, or a singular Hessian; names block and linear.
         """
         watch = Stopwatch()
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             with watch.stage("rates"):
-                rates = self.rates.decide(this_round)
+                decide = partial(self.rates.decide, this_round)
+                rates = decide() if self.finished is None else self.finished.rates(decide)
             gradients = None
             if wanted := self._wanted_gradients():
                 with watch.stage("gradients"):
@@ -217,10 +226,9 @@ class Engine:
         if self.allocation.per == "block":
             return {}
         linears = self._linears()
+        kept = {f"{block.name}.{name}": count for block in self.blocks for name, count in block.kept().items()}
         return {
-            "linear_sparsity": {
-                name: 1 - count_kept(linear) / linear.weight.numel() for name, linear in linears.items()
-            },
+            "linear_sparsity": {name: 1 - kept[name] / linear.weight.numel() for name, linear in linears.items()},
             "linear_ranks": {name: linear.rank for name, linear in linears.items()},
         }
 
@@ -263,6 +271,11 @@ class Engine:
             with ExitStack() as whole_block:
                 with watch.stage("forward"):
                     whole_block.enter_context(block.gathered())
+                    if self.finished is not None and (found := self.finished.find(index)) is not None:
+                        block.note_kept(found.kept)
+                        damping |= found.damping
+                        self._advance_merged(sparse, index)
+                        continue
                     if dense is not None:
                         with block.dense():
                             together(partial(dense.advance, index))
@@ -281,7 +294,8 @@ class Engine:
                         own = linears[-1].patterns
                     scales = linears[-1].scales if linears else {}
                     pruner = self._pruner_of(block, owners, scales, gradients, this_round.later)
-                    damping |= block.prune(pruner, statistics, own, nested, owners)
+                    found_damping = block.prune(pruner, statistics, own, nested, owners)
+                    damping |= found_damping
                 del statistics, pruner
                 if reconstruction is not None and dense is not None:
                     with watch.stage("reconstruct"):
@@ -291,6 +305,9 @@ class Engine:
                     together(partial(self._advance_merged, sparse, index))
                     if dense is not None:
                         errors.append(self._error(dense, sparse))
+                if self.finished is not None:
+                    with watch.stage("write"):
+                        block.note_kept(self.finished.take(index, block, found_damping).kept)
         if dense is None:
             return _PrunedBlocks(None, damping, linears, None, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
@@ -373,12 +390,3 @@ class _PrunedBlocks:
     linears: list[LinearRates]
     fits: list[Fit] | None
     seconds: dict[str, float]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; a failure leaves it there."""
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)

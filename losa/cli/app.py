@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -139,6 +139,10 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 0,
+    offload: Annotated[
+        Literal["disk"] | None,
+        typer.Option(help="disk: one decoder block in memory at a time, for a model larger than memory."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     force: Force = False,
@@ -153,6 +157,7 @@ def prune(
         "dtype": dtype,
         "device": device,
         "seed": seed,
+        "offload": offload,
         "method": "prune_only",
         "prune": {"pruner": pruner, "sparsity": sparsity, "pattern": pattern, "partly": yes},
         "calibration": {"data": data, "samples": samples, "length": length},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +25,7 @@ from losa.errors import DataError, NumericsError
 from losa.model.block_passes import BlockPasses
 from losa.model.blocks import find_blocks
 from losa.model.limits import check_ids, check_length
-from losa.model.running import runnable
+from losa.model.running import evaluating, runnable
 from losa.training.loss import TokenLoss, label_positions
 
 logger = logging.getLogger("losa")
@@ -113,7 +112,7 @@ def perplexity(
     check_length(model, length, "evaluate.length")
     check_ids(model, windows, "evaluate.data")
     count = len(windows)
-    with _evaluating(model):
+    with evaluating(model):
         if is_offloaded(model):
             sums = _sums_by_block(model, [(batch, batch) for batch in windows.split(batch_size)])
         else:
@@ -167,16 +166,6 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
     return [summed for process in zip(*found, strict=True) for own in process for summed in own]
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _sums_by_block(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """The summed loss of every batch, ids and labels, of a model whose blocks are offloaded."""
     passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in batches])
@@ -219,7 +208,7 @@ def warn_of_missing_start(model: nn.Module, tokenizer, tokens: Tensor, length: i
     # Both texts are asked for the same tokens.
     labels[1] = IGNORED
     both = [(text[None], text[None]), (started[None], labels[None])]
-    with _evaluating(model):
+    with evaluating(model):
         if is_offloaded(model):
             sums = _sums_by_block(model, both)
         else:

@@ -39,7 +39,7 @@ class BlockPasses:
     @torch.no_grad()
     def __init__(self, model: Any, blocks: Blocks, batches: Sequence[Tensor]):
         self._model, self._blocks = model, blocks
-        self._device = device_of(blocks.modules)
+        self.device = device_of(blocks.modules)
         self._hidden: list[Tensor] = [torch.empty(0)] * len(batches)
         # Of each block that has run, what it returned for one batch, without hidden states.
         self._outputs: list[Any] = []
@@ -62,15 +62,15 @@ class BlockPasses:
                 self._outputs.append(_with_hidden(output, None))
             raise _Ended
 
-        before = self._hidden[number].to(self._device) if index else None
+        before = self._hidden[number].to(self.device) if index else None
         with self._played(index, before), _replaced({block: run}), suppress(_Ended):
-            self._model(batch.to(self._device), use_cache=False)
+            self._model(batch.to(self.device), use_cache=False)
 
     @contextmanager
     def ended(self, number: int | None) -> Iterator[None]:
         """Within the context a pass of the model over a batch, by its number, runs no block: the last one returns what
         was computed. None: every block returns what it gets, for a pass over any tokens."""
-        hidden = None if number is None else self._hidden[number].to(self._device)
+        hidden = None if number is None else self._hidden[number].to(self.device)
         with self._played(len(self._blocks), hidden):
             yield
 

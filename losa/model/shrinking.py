@@ -14,6 +14,7 @@ from losa.distributed.sharding import Sharding, device_of, gathered_calls, whole
 from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError, reason
 from losa.model.blocks import find_blocks
+from losa.model.running import evaluating
 from losa.model.wrapping import replace_modules
 from losa_kernels import pack_mask, unpack_mask
 
@@ -130,13 +131,9 @@ def _take_numbers(model: nn.Module, small: nn.Module) -> None:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    """fp32, on the host, of a model in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    with gathered_calls(model, find_blocks(model)):
-        found = model(ids.to(device_of(model)), use_cache=False).logits.float().cpu()
-    model.train(was_training)
-    return found
+    """fp32, on the host, in evaluation mode."""
+    with evaluating(model), gathered_calls(model, find_blocks(model)):
+        return model(ids.to(device_of(model)), use_cache=False).logits.float().cpu()
 
 
 def _check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

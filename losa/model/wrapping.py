@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from losa.distributed.offloading import is_offloaded
 from losa.distributed.sharding import device_of, gathered, shard_module, sharding_of, sum_over_rows
 from losa.distributed.watch import progress
 from losa.errors import ModelError
@@ -29,7 +30,7 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import as_linears, as_they_were, has_views, holder_of, unpacked_as_they_were
+from losa.model.forms import as_linears, as_they_were, computes_its_linears, has_views, holder_of, unpacked_as_they_were
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -115,8 +116,11 @@ def wrap_model(
     wrapped = {name: new_layer(name, cast(nn.Linear, linear)) for name, linear in own.items()}
     model.requires_grad_(False)
     names = [name for name, module in blocks.modules.named_modules(prefix=blocks.prefix) if module in holders]
+    # Linears of a stack that is not in memory cannot be tried with its own weights.
+    tried = [name for name in names if not is_offloaded(model) or computes_its_linears(model.get_submodule(name))]
+    left = [name for name in names if name not in tried]
     try:
-        left = as_linears(model, names, lambda name, linear: new_layer(name, linear) if name in shown else linear)
+        left += as_linears(model, tried, lambda name, linear: new_layer(name, linear) if name in shown else linear)
     except BaseException:
         as_they_were(model, lambda each: each.unwrap() if isinstance(each, MaskedLoRALinear) else each)
         raise
@@ -279,6 +283,13 @@ def unprunable_of(model: nn.Module) -> int:
     blocks = find_blocks(model)
     packed = [module for module in blocks.modules.modules() if isinstance(module, SparseLinear)]
     return matrix_weights(model) - sum(map(weight_count, [*blocks.linears().values(), *packed]))
+
+
+def zeros_of(block: nn.Module) -> tuple[int, int]:
+    """(zeros, prunable) of the weights of a block's linears, which are in memory, masks or not."""
+    weights = [cast(Tensor, linear.weight) for linear in linears_of(block, parameter_uses(block), []).values()]
+    prunable = sum(weight.numel() for weight in weights)
+    return prunable - sum(int(torch.count_nonzero(weight)) for weight in weights), prunable
 
 
 def sparsity_of(model: nn.Module) -> tuple[int, int]:

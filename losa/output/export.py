@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from losa.distributed.sharding import device_of
 from losa.errors import OutputError
 from losa.model.blocks import find_blocks
+from losa.model.running import evaluating
 from losa.model.saving import state_untied, untied_though_stated
 from losa.model.wrapping import sparsity_of
 from losa.output.card import model_card
@@ -176,9 +177,8 @@ def _check_masks(reloaded: nn.Module, record: RunRecord, masks: Mapping[str, Ten
 def _check_logits(reloaded: nn.Module, model: nn.Module, sample_ids: Tensor) -> None:
     device = device_of(model)
     ids = sample_ids.to(device)
-    was_training = model.training
-    expected = _logits(model.eval(), ids)
-    model.train(was_training)
+    with evaluating(model):
+        expected = _logits(model, ids)
     if device.type != "cpu":
         model.to("cpu")  # room for the written model
     try:

@@ -23,6 +23,7 @@ from losa.errors import ModelError, OutputError
 from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import find_blocks
 from losa.model.naming import Naming
+from losa.model.running import evaluating
 from losa.model.skeleton import empty_model, move_buffers
 from losa.output.checks import (
     check_logits,
@@ -65,10 +66,8 @@ def check_sharded_export(
     check_masked_names(record, masks)
     ids = some_ids(model) if sample_ids is None else sample_ids
     trust = bool(record.recipe.get("trust_remote_code", False))
-    was_training = model.training
     with ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         written = everywhere(partial(_open, directory, device_of(model), trust, stack))
         everywhere(partial(written.check_names, list(model.state_dict())))
         comparison = _Comparison(model, written, record, masks)

@@ -65,13 +65,13 @@ def export_together(
         check_shared(staged)
         with gathered_calls(model, find_blocks(model)):
             untied = untied_though_stated(model)
-        on_main(partial(_write_rest, model, tokenizer, staged, output, record, extra_files or {}, untied))
+        on_main(partial(write_rest, model, tokenizer, staged, output, record, extra_files or {}, untied))
         _write_weights(model, staged, output)
         check_sharded_export(staged, model, tokenizer, record, masks, sample_ids)
         on_main(stack.close)
 
 
-def _write_rest(
+def write_rest(
     model: nn.Module,
     tokenizer,
     staged: Path,
@@ -80,7 +80,7 @@ def _write_rest(
     extra_files: Mapping[str, Path],
     untied: bool,
 ) -> None:
-    """Write everything but the weights."""
+    """Write everything of an export but the weights. Raises OutputError, naming ``output``."""
     with _named(output):
         save_model(model, tokenizer, staged, untied=untied, state_dict={})
         # transformers may write a file without tensors, which would hide the files that the index names.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from losa.errors import shown
@@ -36,3 +37,17 @@ def check_name(path: str, said: str) -> None:
             raise ValueError(f"{error.strerror}: {shown(said)}") from error
     except ValueError as error:
         raise ValueError(f"not a path: {shown(said)} ({error})") from error
+
+
+def check_outside(output: Path, inputs: Iterable[tuple[str, str]]) -> None:
+    """Raises ValueError for an input that lies where the output or its unfinished work will be. ``inputs``: each
+    setting, and its value, which may be a path."""
+    for key, name in inputs:
+        path = os.path.expanduser(name)
+        try:
+            check_name(path, name)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        for place in (output, work_path(output)):
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(place.resolve()):
+                raise ValueError(f"output: {str(place)!r} holds {key} {name!r}, which overwriting would destroy")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from losa.errors import shown
 from losa.recipe.machines import CheckpointConfig, DistributedConfig
 from losa.recipe.methods import MAX_RANK, METHODS, Method, MethodName, check_first_rank
-from losa.recipe.paths import check_name, output_path, work_path
+from losa.recipe.paths import check_outside, output_path
 from losa.recipe.rates import check_counts, check_rates, compares_samples, follows_curves, takes_backward
 from losa.recipe.sources import MAX_COUNT, Section, Source, Sources
 
@@ -282,6 +281,9 @@ class Recipe(Section):
     )
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    offload: Literal["disk"] | None = Field(
+        None, description="disk: one decoder block in memory at a time, for models larger than memory (prune_only)"
+    )
     output: Annotated[Path, AfterValidator(output_path)] = Field(description="directory to write")
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, adapters and samples")
     deterministic: bool = Field(False, description="the same bits in every run, at some cost in time")
@@ -343,6 +345,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _prunes_alone(self):
+        if self.offload is None:
+            return self
+        if others := [name for name in self.methods if name != "prune_only"]:
+            raise ValueError(f"offload: disk: expected method prune_only alone, got {', '.join(others)}, which train")
+        if self.distributed.cpu_offload or self.gguf_file is not None:
+            other = "distributed.cpu_offload" if self.distributed.cpu_offload else "gguf_file"
+            raise ValueError(f"offload: disk reads blocks from safetensors files as they are needed, not with {other}")
+        return self
+
+    @model_validator(mode="after")
     def _reconstructs_something(self):
         if self.reconstruct is not None and not any(map(self.reconstructs, self.methods)):
             able = ", ".join(name for name, method in METHODS.items() if method.reconstructs)
@@ -380,13 +393,5 @@ class Recipe(Section):
         inputs = [("model", self.model), *((key, source.path) for key, part in sources.items() for source in part)]
         if self.evaluate is not None:
             inputs.append(("evaluate.data", self.evaluate.data.path))
-        for key, name in inputs:
-            path = os.path.expanduser(name)
-            try:
-                check_name(path, name)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-            for place in (self.output, work_path(self.output)):
-                if os.path.exists(path) and Path(path).resolve().is_relative_to(place.resolve()):
-                    raise ValueError(f"output: {str(place)!r} holds {key} {name!r}, which overwriting would destroy")
+        check_outside(self.output, inputs)
         return self

@@ -24,7 +24,7 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
     Args:
         inputs: digests of model and data (``losa.run.fingerprint``), by what they are of.
     """
-    left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint"), True)
+    left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint", "offload"), True)
     left["prune"] = {"partly"}
     left["train"] = {"tensorboard", "activation_checkpointing"}
     left["lora"] = set() if METHODS[method].adapter == "gated" else {"gate_penalty"}

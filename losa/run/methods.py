@@ -326,7 +326,7 @@ class MethodRun:
             began = time.perf_counter()
             record.perplexity = self.inputs.evaluate(self.model)
             record.seconds["evaluate"] = time.perf_counter() - began
-        self.log(_round_line(self.name, record, rounds, self.method.ranked))
+        self.log(round_line(self.name, record, rounds, self.method.ranked))
 
     def _keeps_states(self) -> bool:
         """Whether a round's end is saved. A method without training that is compared, or that trains before it prunes,
@@ -366,7 +366,8 @@ def _resume_line(method: str, point: Point, total: int) -> str:
     return f"{method}: resuming in round {point.round} of {total}, after {where}"
 
 
-def _round_line(method: str, record: RoundRecord, total: int, ranked: bool) -> str:
+def round_line(method: str, record: RoundRecord, total: int, ranked: bool) -> str:
+    """What is told of a round. ``ranked``: whether its ranks mean something."""
     parts = [f"{method} round {record.index}/{total}: sparsity {record.target_sparsity:.3f}"]
     if len(set(record.sparsity)) > 1:
         parts.append(f"blocks {min(record.sparsity):.3f}..{max(record.sparsity):.3f}")

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
-import transformers
 from rich.console import Console
 from torch import nn
 
-import losa_kernels
 from losa import __version__
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import shrink
 from losa.distributed.agreement import check_shared
 from losa.distributed.launch import working_together
 from losa.distributed.processes import check_agreement, is_main, on_main, process_count
-from losa.distributed.sharding import device_of, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
@@ -43,9 +39,11 @@ from losa.run.choice import placement_of
 from losa.run.fingerprint import WEIGHTS, model_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import MethodRun, Outcome
+from losa.run.offloaded import check_offload, run_offloaded
 from losa.run.placement import check_shards
 from losa.run.pruning import check_prunable, check_pruner
 from losa.run.random_state import seed_generators
+from losa.run.reporting import environment, log_result
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.share import check_share
 from losa.run.workspace import Workspace
@@ -91,6 +89,8 @@ def run_recipe(
         console = console or Console()
         check_pruner(recipe)  # a pruner that does not exist or suit the recipe should not cost a model's loading
         check_packages(recipe.methods)
+        if recipe.offload is not None:
+            check_offload(recipe)
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
@@ -104,7 +104,8 @@ def run_recipe(
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
         check_shared(workspace.path)
-        return _run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
+        run = _run if recipe.offload is None else run_offloaded
+        return run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
 
 def _run(
@@ -139,7 +140,7 @@ def _run(
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
 
     dense = _dense_result(model, inputs)
-    _log_result(console, dense)
+    log_result(console, dense)
     results, outcome = _run_methods(recipe, blocks, inputs, workspace, console, resume)
     sample_ids, shrunk = inputs.calibration[:1, :64], None
     if get_pruner(recipe.prune).structured:
@@ -152,7 +153,7 @@ def _run(
         recipe=recipe.model_dump(mode="json"),
         model=recipe.model,
         blocks=blocks.names,
-        environment=_environment(model),
+        environment=environment(model),
         rounds=outcome.rounds,
         results=[dense, *results],
         masks=masks,
@@ -244,7 +245,7 @@ def _run_methods(
         results.append(outcome.result)
         if not exported:
             on_main(partial(save_result, work_dir, outcome.result, recipe, inputs.fingerprint))
-        _log_result(console, outcome.result)
+        log_result(console, outcome.result)
     return results, outcome
 
 
@@ -258,23 +259,3 @@ def _dense_result(model: nn.Module, inputs: Inputs) -> MethodResult:
     value = inputs.evaluate(model)
     zeros, prunable = sparsity_of(model)
     return MethodResult("dense", value, zeros / prunable, zeros, prunable, time.perf_counter() - start)
-
-
-def _environment(model: nn.Module) -> dict:
-    device = device_of(model)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "losa_kernels": losa_kernels.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "processes": process_count(),
-        "sharded": sharding_of(model) is not None,
-    }
-
-
-def _log_result(console: Console, result: MethodResult) -> None:
-    value = "" if result.perplexity is None else f", perplexity {result.perplexity:.2f}"
-    console.print(f"{result.method}: sparsity {result.sparsity:.3f}{value}, {result.seconds:.0f} s")

@@ -95,7 +95,7 @@ class Workspace:
     def worth_keeping(self) -> bool:
         """Whether there is a result of a method, or a state to go on from."""
         results = (path for path in self.path.glob("*.json") if path.name not in (MARKER, RECORD))
-        return any(results) or any(self.path.glob("*/checkpoints/round-*"))
+        return any(results) or any(self.path.glob("*/checkpoints/round-*")) or any(self.path.glob("*/blocks/*.json"))
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:

@@ -31,14 +31,20 @@ _LEFTOVER = re.compile(r"\.(.+)\.(partial|old)-(\d+)")
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises OutputError (disk full, no permission), naming the path."""
-    path = Path(path)
+    with staged_file(Path(path)) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``. The file that the body leaves on the disk under it takes the place of
+    ``path`` when the body ends well, and is removed when the body fails. Raises OutputError as ``writing``."""
     temporary = _beside(path, "partial")
     try:
         with writing(path):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -50,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failed write within the context (disk full, no permission) into an OutputError that names ``path``."""
     try:
         yield
-    except OSError as error:
+    except WRITE_ERRORS as error:
         raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 

@@ -16,6 +16,7 @@ from losa.data.sequences import IGNORED
 from losa.model.block_calls import hidden_of
 from losa.model.blocks import find_blocks
 from losa.model.originals import Originals, dense_passes
+from losa.model.running import evaluating
 from losa.recipe.sections import DistillConfig
 from losa.training.loss import TokenLoss, chunk_rows, wide
 
@@ -84,13 +85,8 @@ class DistillationLoss(TokenLoss):
     @contextmanager
     def _teaching(self) -> Iterator[None]:
         """The dense model, without dropout."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with dense_passes(self.model, self.originals):
-                yield
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), dense_passes(self.model, self.originals):
+            yield
 
     def _chunked(self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
         head = self._head()

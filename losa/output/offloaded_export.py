@@ -1,0 +1,109 @@
+"""An export whose decoder blocks are in files already, of a model that is never in memory as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losa.errors import ModelError, OutputError
+from losa.model.block_passes import BlockPasses
+from losa.model.blocks import find_blocks
+from losa.model.offloaded import OffloadedBlocks, load_offloaded
+from losa.model.saving import untied_though_stated
+from losa.output.checks import check_logits, check_same_names, check_tensor, check_tokenizer
+from losa.output.export import give_mode_of
+from losa.output.sharded_export import write_rest
+from losa.packed.shards import shard_name, write_index, write_shard
+from losa.record import RunRecord
+from losa.storage.files import staged_directory
+from losa.storage.tensor_files import TensorFiles
+
+
+def export_offloaded(
+    source: OffloadedBlocks,
+    tokenizer,
+    output: Path,
+    record: RunRecord,
+    files: Sequence[Path],
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    sample_ids: Tensor,
+    extra_files: Mapping[str, Path] | None = None,
+) -> None:
+    """``losa.output.export.export_model`` of a model whose blocks are offloaded.
+
+    Args:
+        source: the merged model's blocks.
+        files: of the blocks, in their order, each compared with its block when it was written. They stay, and
+            the output shares their bytes where the file system has hard links.
+        sample_ids: (batch, length) int64 tokens for the check of logits.
+
+    Raises:
+        Stopped: between blocks, if a signal asks for it. The output is not there then.
+        OutputError: as ``export_model``.
+    """
+    model = source.model
+    with staged_directory(output, overwrite, force) as staged:
+        write_rest(model, tokenizer, staged, output, record, extra_files or {}, untied_though_stated(model))
+        rest = staged / shard_name(1, len(files) + 1)
+        write_shard(rest, source.stored(_outside(source)))
+        for file in files:
+            _link(file, staged / file.name)
+        _write_index(staged, [rest.name, *(file.name for file in files)])
+        _check(staged, source, tokenizer, record, sample_ids)
+
+
+def _outside(source: OffloadedBlocks) -> dict[str, Tensor]:
+    state = source.model.state_dict()
+    return {name: tensor for name, tensor in state.items() if source.blocks.index_of(name) is None}
+
+
+def _link(file: Path, place: Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, place)
+
+
+def _write_index(staged: Path, names: Sequence[str]) -> None:
+    places: dict[str, str] = {}
+    size = 0
+    for name in names:
+        give_mode_of(staged / "config.json", staged / name)
+        with TensorFiles([staged / name]) as opened:
+            places |= dict.fromkeys(opened.names, name)
+            size += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in opened.stored.values())
+    write_index(staged, dict(sorted(places.items())), size)
+
+
+@torch.no_grad()
+def _check(staged: Path, source: OffloadedBlocks, tokenizer, record: RunRecord, sample_ids: Tensor) -> None:
+    """The written model has the names of the one that was pruned, the same tensors outside of the blocks, and the same
+    logits to the bit; its tokenizer gives the same tokens."""
+    trust = bool(record.recipe.get("trust_remote_code", False))
+    model: Any = source.model
+    try:
+        written, reread, _ = load_offloaded(str(staged), device=str(source.device), trust_remote_code=trust)
+    except ModelError as error:
+        raise OutputError(f"export: the written model cannot be loaded: {error}") from error
+    memory = model.state_dict()
+    check_same_names(written.state_dict(), memory)
+    for name, tensor in written.state_dict().items():
+        if not tensor.is_meta:
+            check_tensor(name, tensor, memory[name])
+    check_logits(_logits(written, sample_ids), _logits(model, sample_ids))
+    if tokenizer is not None:
+        check_tokenizer(reread, tokenizer, sample_ids)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    passes = BlockPasses(model, find_blocks(model), [ids])
+    with passes.ended(0):
+        return model(ids.to(passes.device), use_cache=False).logits.cpu()

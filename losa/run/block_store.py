@@ -1,0 +1,187 @@
+"""The pruned blocks of an offloaded model on disk: each is written when it is finished, so that a later process goes on
+with the next one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_rates import Decided
+from losa.algorithm.finished_blocks import FinishedBlock
+from losa.errors import OutputError
+from losa.model.offloaded import OffloadedBlocks
+from losa.model.wrapping import zeros_of
+from losa.output.checks import check_masked, check_tensor, mask_records
+from losa.packed.shards import shard_name, write_shard
+from losa.pruners.base import Pattern
+from losa.record import MaskRecord, MethodResult
+from losa.run.documents import DAMAGE, check_belonging, read_document, write_document
+from losa.run.states import file_digest
+from losa.storage.files import staged_file
+
+logger = logging.getLogger("losa")
+
+BLOCKS = "blocks"  # the store's directory in a method's
+_START, _RATES = "start.json", "rates.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished block: what the engine wants to know of it; its file; records of its masks by full name; its zeros and
+    weights that could be zeros; seconds that it took."""
+
+    finished: FinishedBlock
+    path: Path
+    masks: dict[str, MaskRecord]
+    zeros: int
+    prunable: int
+    seconds: float
+
+
+class BlockStore:
+    """The finished blocks of one run, in the order of the model's; a ``FinishedBlocks`` for the engine.
+
+    Args:
+        directory: of the store; made if need be.
+        source: where the model's blocks are read from, which a finished block changes.
+        log: gets a line for each block.
+    """
+
+    def __init__(self, directory: Path, source: OffloadedBlocks, log: Callable[[str], None] = print):
+        self._directory, self._source, self._log = directory, source, log
+        self._start = ""  # checksum of the document that says what the store belongs to
+        self._decided: Decided | None = None
+        self._began = time.perf_counter()
+        self.stored: list[Stored] = []
+
+    def open(self, owner: dict) -> MethodResult | None:
+        """Find what an earlier process has left, and read finished blocks from their files from now on.
+
+        Args:
+            owner: what the blocks depend on (``losa.run.documents.belonging``).
+
+        Returns:
+            the dense model's result, where there is one; else ``begin`` is to be called with it. A damaged document or
+            file is left out with a warning, with all blocks behind it.
+
+        Raises:
+            OutputError: the store belongs to another recipe, model or data.
+        """
+        try:
+            document = read_document(self._directory / _START)
+            check_belonging(f"{self._directory}", document, owner)
+            dense, self._start = MethodResult(**document["dense"]), document["checksum"]
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            logger.warning("%s: damaged (%s); the run begins anew", self._directory / _START, error)
+            return None
+        try:
+            self._decided = _as_decided(self._own(_RATES)["rates"])
+            while len(self.stored) < len(self._source.blocks):
+                self._add(self._read(len(self.stored)))
+        except FileNotFoundError:
+            pass
+        except DAMAGE as error:
+            logger.warning("%s: damaged (%s); what it stands for is done again", self._directory, error)
+        return dense
+
+    def begin(self, owner: dict, dense: MethodResult) -> None:
+        """Say what the blocks to come belong to. Raises OutputError."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._start = write_document(self._directory / _START, {**owner, "dense": vars(dense)})
+
+    def rates(self, decide: Callable[[], Decided]) -> Decided:
+        """``FinishedBlocks.rates``."""
+        if self._decided is None:
+            self._decided = decide()
+            write_document(self._directory / _RATES, {"start": self._start, "rates": _as_document(self._decided)})
+        self._began = time.perf_counter()
+        return self._decided
+
+    def find(self, index: int) -> FinishedBlock | None:
+        """``FinishedBlocks.find``."""
+        return self.stored[index].finished if index < len(self.stored) else None
+
+    def take(self, index: int, block: WrappedBlock, damping: Mapping[str, float | None]) -> FinishedBlock:
+        """``FinishedBlocks.take``: write the block's file, and read it back for comparison.
+
+        Raises:
+            OutputError: the file cannot be written, or differs from the block in memory.
+        """
+        in_features = {f"{block.name}.{name}": layer.in_features for name, layer in block.linears.items()}
+        masks = {f"{block.name}.{name}": layer.mask.detach().cpu() for name, layer in block.linears.items()}
+        records = mask_records(masks, in_features)
+        kept = {name: records[f"{block.name}.{name}"].kept for name in block.linears}
+        tensors = self._source.merged(index)
+        path = self._path(index)
+        with staged_file(path) as staged:
+            write_shard(staged, self._source.stored(tensors))
+        self._source.read_from(index, path)
+        for name, tensor in self._source.tensors(index):
+            check_tensor(name, tensor, tensors[name].cpu())
+        del tensors
+        for name, layer in block.linears.items():
+            full = f"{block.name}.{name}"
+            check_masked(full, layer.weight.detach().cpu(), masks[full], records[full])
+        zeros, prunable = zeros_of(block.module)
+        seconds = time.perf_counter() - self._began
+        stored = Stored(FinishedBlock(kept, dict(damping)), path, records, zeros, prunable, seconds)
+        self._began = time.perf_counter()
+        document = asdict(stored) | {"path": path.name, "start": self._start, "sha256": file_digest(path)}
+        write_document(self._document(index), document)
+        self._add(stored)
+        share = 1 - sum(kept.values()) / sum(layer.weight.numel() for layer in block.linears.values())
+        self._log(f"block {index + 1}/{len(self._source.blocks)}: sparsity {share:.3f}, {seconds:.0f} s")
+        return stored.finished
+
+    def _add(self, stored: Stored) -> None:
+        self._source.read_from(len(self.stored), stored.path)
+        self.stored.append(stored)
+
+    def _read(self, index: int) -> Stored:
+        found = self._own(self._document(index).name)
+        path = self._directory / found["path"]
+        if file_digest(path) != found["sha256"]:
+            raise ValueError(f"{path.name} has another checksum than when it was written")
+        masks = {name: MaskRecord(**record) for name, record in found["masks"].items()}
+        counts = found["zeros"], found["prunable"], found["seconds"]
+        return Stored(FinishedBlock(**found["finished"]), path, masks, *counts)
+
+    def _own(self, name: str) -> dict:
+        found = read_document(self._directory / name)
+        if found["start"] != self._start:
+            raise ValueError(f"{name} is of another run")
+        return found
+
+    def _path(self, index: int) -> Path:
+        # The first file is of what is outside of the blocks.
+        return self._directory / shard_name(index + 2, len(self._source.blocks) + 1)
+
+    def _document(self, index: int) -> Path:
+        return self._directory / f"block-{index:05d}.json"
+
+
+def _as_document(decided: Decided) -> dict:
+    if decided.linears is not None:
+        raise OutputError("rates: expected one for each block, got rates of linears")
+    return {
+        "patterns": [asdict(pattern) for pattern in decided.patterns],
+        "importance": None if decided.importance is None else decided.importance.tolist(),
+        "similarity": None if decided.similarity is None else decided.similarity.tolist(),
+        "delta": decided.delta,
+    }
+
+
+def _as_decided(document: dict) -> Decided:
+    importance, similarity = (
+        None if document[name] is None else torch.tensor(document[name], dtype=torch.float64)
+        for name in ("importance", "similarity")
+    )
+    return Decided([Pattern(**each) for each in document["patterns"]], importance, similarity, document["delta"])
