@@ -36,6 +36,7 @@ from losa.run.documents import belonging
 from losa.run.fingerprint import WEIGHTS, tensor_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import round_line
+from losa.run.planned import needs_whole
 from losa.run.random_state import seed_generators
 from losa.run.reporting import environment, log_result
 from losa.run.rounds import rounds_of
@@ -49,6 +50,8 @@ def check_offload(recipe: Recipe) -> None:
     """Raises RecipeError for what takes more of the model than one block at a time."""
     if process_count() > 1:
         raise RecipeError(f"offload: disk prunes in one process, got {process_count()} processes")
+    if setting := needs_whole(recipe):
+        raise RecipeError(f"{setting} takes gradients, and needs the model whole, not offloaded")
     pruner, allocation = get_pruner(recipe.prune), recipe.allocation_of(NAME)
     if pruner.structured:
         raise RecipeError(f"offload: disk: {recipe.prune.pruner} makes a smaller model, which needs the model whole")
