@@ -32,6 +32,7 @@ def load_offloaded(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    held: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[nn.Module, object, OffloadedBlocks]:
     """Load a causal language model but its decoder blocks, and its tokenizer, in evaluation mode. The parameters of the
     blocks are on meta but within ``losa.distributed.sharding.gathered``; everything else is on the device.
@@ -41,6 +42,8 @@ def load_offloaded(
         gguf_file: GGUF files are refused.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (cuda if there is one, else cpu) or a torch device: the one that the model computes on.
+        held: given the name of a tensor that stays in memory and the tensor as it is read, the tensor on the device
+            that is taken; default: the one that was read.
 
     Returns:
         (model, tokenizer, where its blocks are)
@@ -59,7 +62,9 @@ def load_offloaded(
         tie(naming, files, found, range)
         blocks = find_blocks(loaded)
         _check_apart(loaded, blocks)
-        _fill_rest(naming, files, found, blocks, target, f"model {model!r}")
+        where = f"model {model!r}"
+        _fill_rest(naming, files, found, blocks, held or (lambda _, tensor: tensor.to(target)), where)
+        move_buffers(loaded, target)
     if is_main():
         naming.warn_of_unused(directory)
     naming.remember()
@@ -171,26 +176,30 @@ def _check_apart(model: nn.Module, blocks: Blocks) -> None:
 
 
 def _fill_rest(
-    naming: Naming, files: TensorFiles, found: set[str], blocks: Blocks, device: torch.device, where: str
+    naming: Naming,
+    files: TensorFiles,
+    found: set[str],
+    blocks: Blocks,
+    held: Callable[[str, Tensor], Tensor],
+    where: str,
 ) -> None:
     """Put everything into the model but the parameters of its blocks."""
     model = naming.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name for name in found if name not in parameters or blocks.index_of(name) is None}
-    held: dict[int, nn.Parameter] = {}
+    new: dict[int, nn.Parameter] = {}
     for name, tensor in naming.read(files, wanted):
         progress(f"loading {name}")
         check_finite(f"{where}: {name}", tensor)
         if name in parameters:
-            held[id(parameters[name])] = nn.Parameter(tensor.to(device), requires_grad=False)
+            new[id(parameters[name])] = nn.Parameter(held(name, tensor), requires_grad=False)
         else:
             module, _, leaf = name.rpartition(".")
-            model.get_submodule(module)._buffers[leaf] = tensor
+            model.get_submodule(module)._buffers[leaf] = held(name, tensor)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) in held:
-                module._parameters[name] = held[id(parameter)]
-    move_buffers(model, device)
+            if id(parameter) in new:
+                module._parameters[name] = new[id(parameter)]
     rest = ((name, t) for name, t in model.named_parameters() if blocks.index_of(name) is None)
     if absent := [name for name, tensor in rest if tensor.device.type == "meta"]:
         raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")

@@ -87,17 +87,23 @@ def _write_index(staged: Path, names: Sequence[str]) -> None:
 def _check(staged: Path, source: OffloadedBlocks, tokenizer, record: RunRecord, sample_ids: Tensor) -> None:
     """The written model has the names of the one that was pruned, the same tensors outside of the blocks, and the same
     logits to the bit; its tokenizer gives the same tokens."""
-    trust = bool(record.recipe.get("trust_remote_code", False))
     model: Any = source.model
+    memory = model.state_dict()
+
+    def compared(name: str, tensor: Tensor) -> Tensor:
+        """The tensor in memory, so that there is one of it."""
+        check_same_names([name], [name] if name in memory else [])
+        check_tensor(name, tensor, memory[name].cpu())
+        return memory[name]
+
+    trust = bool(record.recipe.get("trust_remote_code", False))
     try:
-        written, reread, _ = load_offloaded(str(staged), device=str(source.device), trust_remote_code=trust)
+        written, reread, _ = load_offloaded(
+            str(staged), device=str(source.device), trust_remote_code=trust, held=compared
+        )
     except ModelError as error:
         raise OutputError(f"export: the written model cannot be loaded: {error}") from error
-    memory = model.state_dict()
     check_same_names(written.state_dict(), memory)
-    for name, tensor in written.state_dict().items():
-        if not tensor.is_meta:
-            check_tensor(name, tensor, memory[name])
     check_logits(_logits(written, sample_ids), _logits(model, sample_ids))
     if tokenizer is not None:
         check_tokenizer(reread, tokenizer, sample_ids)
