@@ -23,4 +23,6 @@ def all_finite(tensor: Tensor) -> bool:
     """In one pass and without a temporary of the tensor's size: extremes carry nan and inf along."""
     if tensor.element_size() == 1:
         tensor = tensor.float()  # torch has no extremes of floats of 8 bits
+    if tensor.dim() > 1 and tensor.mT.is_contiguous():
+        tensor = tensor.mT  # of any other order aminmax makes a copy
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

@@ -51,15 +51,15 @@ def hessians_of_block(shape: PruningShape) -> Memory:
     return Memory("Hessians of a block", 4 * _squares(shape), "in^2 x 4 bytes a linear, at most: inputs are shared")
 
 
-def factorising_one(shape: PruningShape) -> Memory:
-    """A factor or an eigendecomposition of one Hessian at a time."""
-    return Memory("factorising one", 5 * 4 * _largest_square(shape), "5 copies of the largest")
+def factorising_one(shape: PruningShape, copies: float = 5) -> Memory:
+    """An eigendecomposition of one Hessian at a time, or a factor."""
+    return Memory("factorising one", copies * 4 * _largest_square(shape), f"{copies:g} copies of the largest")
 
 
 def hessian_memory(shape: PruningShape) -> list[Memory]:
     """Hessians of a block's linears, and their factors."""
     if not shape.on_gpu:
-        return [hessians_of_block(shape), factorising_one(shape)]
+        return [hessians_of_block(shape), factorising_one(shape, 1.25)]
     squares = _squares(shape)
     together = max(4 * _largest_square(shape), min(4 * squares, TOGETHER))
     how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians"

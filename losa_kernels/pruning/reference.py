@@ -133,36 +133,41 @@ def singular(damping: float) -> SingularHessianError:
     return SingularHessianError(f"hessian: singular even with damping {damping:g} of its mean diagonal")
 
 
+def factor_with(hessian: Tensor, diagonal: Tensor) -> Tensor | None:
+    """U = inv(flip(chol(flip(H)))) of H with another diagonal; None where there is none."""
+    flipped = hessian.flip(0, 1)
+    flipped.diagonal().copy_(diagonal.flip(0))
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    return invert_upper(lower.flip(0, 1)) if int(info) == 0 else None
+
+
 def inverse_factor(
-    hessian: Tensor, damping: float, invert: Callable[[Tensor], Tensor] = invert_upper
+    hessian: Tensor, damping: float, attempt: Callable[[Tensor, Tensor], Tensor | None] = factor_with
 ) -> tuple[Tensor, float]:
     """Upper Cholesky factor U of the damped H^-1 = U^T U, and the damping used (a share of the mean diagonal).
 
-    U = inv(flip(chol(flip(H)))); zeros on the diagonal count as 1. Every attempt starts from the given diagonal;
-    damping grows tenfold until it succeeds. ``invert`` is the inverse of an upper triangular matrix.
+    Zeros on the diagonal count as 1. Every attempt starts from the given diagonal; damping grows tenfold until it
+    succeeds. ``attempt``: as ``factor_with``.
     """
-    flipped = hessian.flip(0, 1)
     last = damping
     # The margin admits a last step whose product of tens is 1 but for rounding.
     while damping <= MAX_DAMPING * (1 + 1e-9):
-        flipped.diagonal().copy_(damped_diagonal(hessian, damping).flip(0))
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        if int(info) == 0:
-            factor = invert(lower.flip(0, 1))
-            if all_finite(factor):
-                return factor, damping
+        factor = attempt(hessian, damped_diagonal(hessian, damping))
+        if factor is not None and all_finite(factor):
+            return factor, damping
+        del factor  # the next attempt needs the memory
         last, damping = damping, 10 * damping
     raise singular(last)
 
 
 def inverse_factors(
-    hessians: Sequence[Tensor], damping: float, invert: Callable[[Tensor], Tensor] = invert_upper
+    hessians: Sequence[Tensor], damping: float, attempt: Callable[[Tensor, Tensor], Tensor | None] = factor_with
 ) -> list[tuple[Tensor, float] | SingularHessianError]:
     """:func:`inverse_factor` of each Hessian, or its error."""
     found: list[tuple[Tensor, float] | SingularHessianError] = []
     for hessian in hessians:
         try:
-            found.append(inverse_factor(hessian, damping, invert))
+            found.append(inverse_factor(hessian, damping, attempt))
         except SingularHessianError as error:
             # Its traceback would keep all Hessians alive.
             found.append(error.with_traceback(None))

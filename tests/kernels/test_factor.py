@@ -1,4 +1,5 @@
-"""The factor on CUDA: its arithmetic on the CPU, and who decides what, on which stream, by fakes."""
+"""The inverse factor: the ways of CUDA, whose arithmetic runs on the CPU, and the CPU's own; and who decides what, on
+which stream, by fakes."""
 
 from __future__ import annotations
 
@@ -9,12 +10,20 @@ import pytest
 import torch
 
 from losa_kernels import native
-from losa_kernels.pruning import SingularHessianError, factor, inverse_factor, inverse_factors, reference
+from losa_kernels.pruning import SingularHessianError, cpu, factor, inverse_factor, inverse_factors, reference
+from tests.helpers.memory import peak
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
 EPS = torch.finfo(torch.float32).eps
-METHODS = {"torch": factor.by_torch, "blocked": factor.by_blocks}
+
+
+def by_cpu(hessian, diagonal):
+    found = cpu.factor_with(hessian, diagonal)
+    return (hessian, torch.tensor(False)) if found is None else (found, torch.isfinite(found).all())
+
+
+METHODS = {"torch": factor.by_torch, "blocked": factor.by_blocks, "cpu": by_cpu}
 
 
 def hessian(columns, seed=0, spread=1.0):
@@ -187,3 +196,22 @@ def test_on_gpu(monkeypatch, setting):
             assert used == 0.01
             assert (upper.cpu() - truth).norm() <= 4 * (plain - truth).norm() + EPS * truth.norm()
         assert found[4][1] == pytest.approx(0.1) and isinstance(found[5], SingularHessianError)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 129, 300])
+def test_values_that_are_reversed_in_pieces(columns, monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK", 7)
+    values = torch.arange(columns)
+    cpu._reverse_(values)
+    assert torch.equal(values, torch.arange(columns).flip(0))
+
+
+def test_a_factor_on_a_cpu_takes_the_memory_of_a_copy_and_a_quarter():
+    h = hessian(16, seed=1).float().repeat(192, 192)
+    h.diagonal().add_(1000)
+    inverse_factor(h, 0.01)  # whatever is allocated once
+    peak()
+    before = peak()
+    inverse_factor(h, 0.01)
+    # The diagonals, and a leaf.
+    assert peak() - before <= 1.25 * h.nbytes + (8 << 20)
