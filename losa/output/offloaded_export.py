@@ -21,8 +21,28 @@ from losa.output.export import give_mode_of
 from losa.output.sharded_export import write_rest
 from losa.packed.shards import shard_name, write_index, write_shard
 from losa.record import RunRecord
-from losa.storage.files import staged_directory
+from losa.storage.files import staged_directory, staged_file
 from losa.storage.tensor_files import TensorFiles
+
+
+def write_block(source: OffloadedBlocks, index: int, directory: Path) -> Path:
+    """Write the file of a block that is in memory, whose weights become M * W, and read the block from it from now on.
+    What is read is compared with what is in memory.
+
+    Returns:
+        the file, whose name is the one that it has in an export.
+
+    Raises:
+        OutputError: the file cannot be written, or differs from the block in memory.
+    """
+    path = directory / shard_name(index + 2, len(source.blocks) + 1)
+    tensors = source.merged(index)
+    with staged_file(path) as staged:
+        write_shard(staged, source.stored(tensors))
+    source.read_from(index, path)
+    for name, tensor in source.tensors(index):
+        check_tensor(name, tensor, tensors[name].cpu())
+    return path
 
 
 def export_offloaded(

@@ -17,13 +17,12 @@ from losa.algorithm.finished_blocks import FinishedBlock
 from losa.errors import OutputError
 from losa.model.offloaded import OffloadedBlocks
 from losa.model.wrapping import zeros_of
-from losa.output.checks import check_masked, check_tensor, mask_records
-from losa.packed.shards import shard_name, write_shard
+from losa.output.checks import check_masked, mask_records
+from losa.output.offloaded_export import write_block
 from losa.pruners.base import Pattern
 from losa.record import MaskRecord, MethodResult
 from losa.run.documents import DAMAGE, check_belonging, read_document, write_document
 from losa.run.states import file_digest
-from losa.storage.files import staged_file
 
 logger = logging.getLogger("losa")
 
@@ -119,14 +118,7 @@ class BlockStore:
         masks = {f"{block.name}.{name}": layer.mask.detach().cpu() for name, layer in block.linears.items()}
         records = mask_records(masks, in_features)
         kept = {name: records[f"{block.name}.{name}"].kept for name in block.linears}
-        tensors = self._source.merged(index)
-        path = self._path(index)
-        with staged_file(path) as staged:
-            write_shard(staged, self._source.stored(tensors))
-        self._source.read_from(index, path)
-        for name, tensor in self._source.tensors(index):
-            check_tensor(name, tensor, tensors[name].cpu())
-        del tensors
+        path = write_block(self._source, index, self._directory)
         for name, layer in block.linears.items():
             full = f"{block.name}.{name}"
             check_masked(full, layer.weight.detach().cpu(), masks[full], records[full])
@@ -159,10 +151,6 @@ class BlockStore:
         if found["start"] != self._start:
             raise ValueError(f"{name} is of another run")
         return found
-
-    def _path(self, index: int) -> Path:
-        # The first file is of what is outside of the blocks.
-        return self._directory / shard_name(index + 2, len(self._source.blocks) + 1)
 
     def _document(self, index: int) -> Path:
         return self._directory / f"block-{index:05d}.json"
