@@ -69,11 +69,15 @@ class WrappedBlock:
         with self.originals.in_place(self.module), dense_mode(self.module):
             yield
 
+    def merged_weights(self) -> dict[str, Tensor]:
+        """M * (W + s B A) of every linear, rounded as its layer rounds it."""
+        return {name: m.effective_weight() for name, m in self.linears.items()}
+
     @contextmanager
-    def merged(self) -> Iterator[None]:
-        """The block with its weights M * (W + s B A) formed once for all batches, rounded as its layers round them.
-        Trained norms stay trained."""
-        merged = {name: m.effective_weight() for name, m in self.linears.items()}
+    def merged(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The block with its ``merged_weights`` formed once for all batches, or with ``weights``, which were formed
+        earlier. Trained norms stay trained."""
+        merged = self.merged_weights() if weights is None else weights
         with weights_in_place(self.module, merged), plain_linears(self.module):
             yield
 
@@ -85,13 +89,13 @@ class WrappedBlock:
         nested: bool,
         owners: Mapping[str, int],
     ) -> dict[str, float | None]:
-        """Prune all linears. Each process decides about its own linears, and gives masks and weights to all.
+        """Prune the linears that have an owner. Each process decides about its own, and gives masks and weights to all.
 
         Args:
             statistics: of the linears that this process owns.
             pattern: of the block, or of each linear by name. With the latter a pruner gets one linear at a time.
             nested: what is pruned already stays pruned.
-            owners: the process that owns each linear.
+            owners: the process that owns each linear that is to be pruned.
 
         Returns:
             by full name, the damping of linears that have a Hessian; None where no damping was enough.
@@ -100,14 +104,14 @@ class WrappedBlock:
             NumericsError: names block and linear.
             ValueError: the pruner did not decide about every linear once, or a mask or weight does not fit its linear.
         """
-        mine = [name for name in self.linears if owners[name] == process_index()]
+        mine = [name for name, owner in owners.items() if owner == process_index()]
         # Sharded originals become whole here, where all processes are.
         originals = self.originals.whole() if pruner.updates_weight and not nested else {}
         weights = _WeightsToPrune(self, mine, originals, pruner.updates_weight, nested)
         decided = together(lambda: self._decide(pruner, weights, statistics, pattern, nested) if mine else {})
         damping: dict[str, float | None] = {}
-        for name, layer in self.linears.items():
-            owner = owners[name]
+        for name, owner in owners.items():
+            layer = self.linears[name]
             outcome = decided[owner][name]
             weight = from_process(layer.weight.data, owner) if outcome.replaced else None
             mask = from_process(layer.mask.data, owner)

@@ -5,8 +5,7 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_pruning import BlockPruning
 from losa.algorithm.block_rates import BlockRates, Decided
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.expected_loss import Energies, as_tensors, energies_of, from_tensors
 from losa.algorithm.finished_blocks import FinishedBlocks
 from losa.algorithm.gradient_statistics import GradientStatistic
 from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole, wanted_gradients
-from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within, rates_within
-from losa.algorithm.owners import owners_of
+from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within
 from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
-from losa.algorithm.regrowth import Regrowing, check_regrowth
-from losa.algorithm.row_scales import ByRows
+from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import check_total, collect, statistic_of
+from losa.algorithm.statistics import check_total, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import check_rates, find_structure
@@ -46,7 +44,7 @@ from losa.model.originals import Originals, dense_passes
 from losa.model.running import evaluating
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
 from losa.pruners import get_pruner
-from losa.pruners.base import Pattern, Pruner
+from losa.pruners.base import Pruner
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
@@ -130,6 +128,7 @@ class Engine:
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
         if allocation.per != "block":
             check_linear(prune, allocation, self.pruner)
+        self.pruning = BlockPruning(prune, allocation, self.pruner, calibration.statistics_gb)
         self.decoder = find_blocks(model)
         kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
         named = zip(self.decoder.names, self.decoder, strict=True)
@@ -265,7 +264,7 @@ class Engine:
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}
         fits: list[Fit] = []
-        for index, (block, pattern) in enumerate(zip(self.blocks, rates.patterns, strict=True)):
+        for index, block in enumerate(self.blocks):
             progress(f"calibrating {block.name}")
             check()
             with ExitStack() as whole_block:
@@ -279,24 +278,10 @@ class Engine:
                     if dense is not None:
                         with block.dense():
                             together(partial(dense.advance, index))
-                    statistics, owners = self._statistics(index, sparse, gradients)
-                with watch.stage("prune"):
-                    progress(f"pruning {block.name}")
-                    nested, rates_nested = self.prune_config.decisions_nested, self.prune_config.rates_nested
-                    own: Pattern | dict[str, Pattern] = pattern
-                    if rates.linears is not None:
-                        linears.append(rates.linears[index])
-                        own = linears[-1].patterns
-                    elif self.allocation.per == "linear":
-                        assert pattern.sparsity is not None, "the recipe's checks saw to it"
-                        delta = self.allocation.linear_delta
-                        linears.append(rates_within(block, statistics, owners, pattern.sparsity, rates_nested, delta))
-                        own = linears[-1].patterns
-                    scales = linears[-1].scales if linears else {}
-                    pruner = self._pruner_of(block, owners, scales, gradients, this_round.later)
-                    found_damping = block.prune(pruner, statistics, own, nested, owners)
-                    damping |= found_damping
-                del statistics, pruner
+                found_damping, own = self.pruning.prune(index, block, sparse, rates, gradients, this_round.later, watch)
+                damping |= found_damping
+                if own is not None:
+                    linears.append(own)
                 if reconstruction is not None and dense is not None:
                     with watch.stage("reconstruct"):
                         seed = (self.seed * 1000 + this_round.index) * 1000 + index
@@ -316,45 +301,6 @@ class Engine:
     def _advance_merged(self, stream: BlockStream, index: int) -> None:
         with self.blocks[index].merged():
             stream.advance(index)
-
-    def _statistics(
-        self, index: int, stream: BlockStream, gradients: Gradients | None
-    ) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
-        """What the pruner asks for of each linear that this process owns, None where it asks for nothing; and every
-        linear's owner."""
-        block, statistic = self.blocks[index], self.statistic
-        owners = partial(owners_of, linears=block.linears, pruner=self.pruner, index=index)
-        if statistic is None:
-            return dict.fromkeys(block.linears), owners([[name] for name in block.linears])
-        if issubclass(statistic, GradientStatistic):
-            alone, key = owners([[name] for name in block.linears]), next(iter(self.gradients))
-            assert gradients is not None
-            return gradients.of_block(key, block.name, alone), alone
-
-        def run() -> None:
-            with block.merged():
-                deque(stream.run(index), maxlen=0)
-
-        return collect(block.linears, statistic, block.name, lambda: stream.position, run, owners)
-
-    def _pruner_of(
-        self,
-        block: WrappedBlock,
-        owners: dict[str, int],
-        scales: Mapping[str, Tensor],
-        gradients: Gradients | None,
-        later: float,
-    ) -> Pruner:
-        """The pruner; where rows have rates of their own, one that compares them by ``scales``; where weights of the
-        block may come back by gradient, one that exchanges them."""
-        pruner = self.pruner
-        if scales:
-            of_gradients = self.statistic is not None and issubclass(self.statistic, GradientStatistic)
-            pruner = ByRows(pruner, scales, of_gradients)
-        if gradients is None or not gradients.has(REGROWTH):
-            return pruner
-        share = self.prune_config.regrow_share * later
-        return Regrowing(pruner, gradients.of_block(REGROWTH, block.name, owners), share)
 
     def _error(self, dense: BlockStream, sparse: BlockStream) -> float:
         meter = ErrorMeter(self.allocation.error, sparse.device)

@@ -180,14 +180,7 @@ def collect(
     """
     inputs = _SharedInputs(statistic, where, current_sample)
 
-    def see_all() -> _Seen:
-        with ExitStack() as stack:
-            for name, module in linears.items():
-                stack.callback(module.register_forward_pre_hook(partial(inputs.see, name)).remove)
-            run()
-        return inputs.seen()
-
-    groups = _groups(linears, together(see_all), where)
+    groups = _groups(linears, together(lambda: inputs.see_all(linears, run)), where)
     owners = owners_of([group.names for group in groups])
     found: dict[str, Tensor] = {}
     for group in groups:
@@ -196,6 +189,35 @@ def collect(
         if result is not None:
             found |= dict.fromkeys(group.names, result)
     return {name: found[name] for name in linears if name in found}, owners
+
+
+def fed_together(
+    linears: Mapping[str, Linear], where: str, current_sample: Callable[[], str], run: Callable[[], object]
+) -> list[list[str]]:
+    """Names of linears that are fed by the very same tensor, in the order of ``linears``, which all processes call
+    together. A linear that sees no token is alone. Arguments and errors: as of ``collect``."""
+    inputs = _SharedInputs(_Unread, where, current_sample)
+
+    groups = _groups(linears, together(lambda: inputs.see_all(linears, run)), where)
+    found = [[group.names] if group.leader is not None else [[name] for name in group.names] for group in groups]
+    return sorted((names for parts in found for names in parts), key=lambda names: list(linears).index(names[0]))
+
+
+class _Unread(Statistic):
+    """What is taken of inputs where only their identity matters."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.total = torch.zeros(0, device=device)
+
+    def update(self, x: Tensor) -> Tensor:
+        return self.total
+
+    def result(self) -> Tensor:
+        return self.total
+
+    @staticmethod
+    def flat(in_features: int, device: torch.device) -> Tensor:
+        return torch.zeros(0, device=device)
 
 
 @dataclass(frozen=True)
@@ -272,7 +294,12 @@ class _SharedInputs:
         if not torch.isfinite(probe).all():
             raise NumericsError(f"calibration: non-finite input of {self._where}.{name} at {self._sample}")
 
-    def seen(self) -> _Seen:
+    def see_all(self, linears: Mapping[str, Linear], run: Callable[[], object]) -> _Seen:
+        """What the linears are fed while ``run`` runs them."""
+        with ExitStack() as stack:
+            for name, module in linears.items():
+                stack.callback(module.register_forward_pre_hook(partial(self.see, name)).remove)
+            run()
         self._inputs.clear()
         return _Seen(self._leader, list(self._collected))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,12 +24,14 @@ class LinearShape:
 @dataclass(frozen=True)
 class PruningShape:
     """``linears``: all linears that are pruned, in ``blocks`` blocks; ``tokens``: of all calibration samples;
-    ``on_gpu``: whether pruning runs there."""
+    ``on_gpu``: whether pruning runs there; ``statistics``: bytes of statistics that are held at a time, unless one
+    linear's take more."""
 
     linears: list[LinearShape]
     blocks: int
     tokens: int
     on_gpu: bool
+    statistics: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
 
 
 def hessians_of_block(shape: PruningShape) -> Memory:
-    """Hessians of a block's linears."""
-    return Memory("Hessians of a block", 4 * _squares(shape), "in^2 x 4 bytes a linear, at most: inputs are shared")
+    """Hessians of a block's linears, or of as many of them as there may be at a time."""
+    how = "in^2 x 4 bytes a linear, at most: inputs are shared"
+    return Memory("Hessians of a block", _at_a_time(shape), how)
 
 
 def factorising_one(shape: PruningShape, copies: float = 5) -> Memory:
@@ -60,14 +64,18 @@ def hessian_memory(shape: PruningShape) -> list[Memory]:
     """Hessians of a block's linears, and their factors."""
     if not shape.on_gpu:
         return [hessians_of_block(shape), factorising_one(shape, 1.25)]
-    squares = _squares(shape)
-    together = max(4 * _largest_square(shape), min(4 * squares, TOGETHER))
+    held = _at_a_time(shape)
+    together = max(4 * _largest_square(shape), min(held, TOGETHER))
     how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians"
     return [
         hessians_of_block(shape),
-        Memory("factors of a block", 4 * squares, "as the Hessians"),
+        Memory("factors of a block", held, "as the Hessians"),
         Memory("factorising", 5 * together, how),
     ]
+
+
+def _at_a_time(shape: PruningShape) -> float:
+    return min(4 * _squares(shape), max(shape.statistics, 4 * _largest_square(shape)))
 
 
 def _squares(shape: PruningShape) -> float:

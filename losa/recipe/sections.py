@@ -185,6 +185,7 @@ class CalibrationConfig(Section):
     length: int = Field(2048, ge=8, le=MAX_COUNT, description="tokens of a sample")
     cka_samples: int = Field(64, ge=2, le=256, description="how many of the samples serve CKA and other rates")
     batch_size: int = Field(1, ge=1, le=MAX_COUNT, description="samples of a forward pass")
+    statistics_gb: float = Field(8, gt=0, description="Hessians of a block beyond so many GB take several passes")
 
 
 class DistillConfig(Section):

@@ -101,7 +101,8 @@ def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
 
 def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
     tokens = recipe.calibration.samples * recipe.calibration.length
-    return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.on_gpu)
+    held = recipe.calibration.statistics_gb * 1e9
+    return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.on_gpu, statistics=held)
 
 
 def largest_share(count: int, unit: int, processes: int) -> int:

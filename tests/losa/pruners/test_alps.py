@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -57,5 +59,13 @@ def test_cost():
     shape = PruningShape([LinearShape(6, 5)] * 2, blocks=2, tokens=100, on_gpu=True)
     sizes = {memory.what: memory.size for memory in pruner.memory(shape)}
     assert sizes == {"Hessians of a block": 4 * 36, "factorising one": 5 * 4 * 36, "pruning one linear": 10 * 4 * 30}
+
+
+def test_hessians_are_held_within_a_budget():
+    pruner = get_pruner(PruneConfig(pruner="sparsegpt", sparsity=0.5))
+    for budget, held in ((math.inf, 4 * (3 * 36 + 64)), (300.0, 300.0), (10.0, 4 * 64)):
+        shape = PruningShape([LinearShape(6, 5)] * 3 + [LinearShape(8, 5)], 1, 100, on_gpu=False, statistics=budget)
+        sizes = {memory.what: memory.size for memory in pruner.memory(shape)}
+        assert sizes["Hessians of a block"] == held and sizes["factorising one"] == 1.25 * 4 * 64
     products = 30 + 14  # ADMM; conjugate gradients and what is lost
     assert pruner.flops(shape) == 2 * (2 * 100 * 36 + (9 + 10) * 6**3 + 2 * products * 30 * 6)

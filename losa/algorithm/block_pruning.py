@@ -1,0 +1,177 @@
+"""One block pruned: the statistics of its linears' inputs, in as many passes as memory for them asks for, and what the
+pruner makes of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_rates import Decided
+from losa.algorithm.gradient_statistics import GradientStatistic
+from losa.algorithm.gradients import REGROWTH, Gradients, wanted_gradients
+from losa.algorithm.linear_rates import LinearRates, rates_within
+from losa.algorithm.owners import owners_of
+from losa.algorithm.regrowth import Regrowing
+from losa.algorithm.row_scales import ByRows
+from losa.algorithm.statistics import Statistic, collect, fed_together, statistic_of
+from losa.algorithm.stopwatch import Stopwatch
+from losa.algorithm.stream import BlockStream
+from losa.distributed.watch import progress
+from losa.pruners.base import Pattern, Pruner
+from losa.recipe.sections import AllocationConfig, PruneConfig
+
+GB = 10**9
+
+
+class BlockPruning:
+    """Prunes block after block of a wrapped model.
+
+    Args:
+        prune: the recipe's section, as is ``allocation``.
+        pruner: the recipe's.
+        statistics_gb: of statistics that are taken in one pass over a block, unless one linear's take more.
+
+    Raises:
+        RecipeError: a statistic that is unknown.
+    """
+
+    def __init__(self, prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner, statistics_gb: float):
+        self._prune, self._allocation, self._pruner = prune, allocation, pruner
+        self._budget = statistics_gb * GB
+        self._statistic = statistic_of(prune, pruner)
+        self._gradients = wanted_gradients(prune, pruner)
+
+    def prune(
+        self,
+        index: int,
+        block: WrappedBlock,
+        stream: BlockStream,
+        rates: Decided,
+        gradients: Gradients | None,
+        later: float,
+        watch: Stopwatch,
+    ) -> tuple[dict[str, float | None], LinearRates | None]:
+        """Prune a block on its inputs in ``stream``. Several processes call it together, within ``block.gathered``.
+
+        Args:
+            rates: of the round, as are ``gradients`` and ``later``, which weighs regrowth.
+            watch: gets the stages "forward" and "prune".
+
+        Returns:
+            damping by full name (``WrappedBlock.prune``), and the rates of the block's linears where they differ.
+        """
+        with watch.stage("forward"):
+            parts = self._parts(index, block, stream)
+            # A pass for later linears runs the block as it was.
+            before = block.merged_weights() if len(parts) > 1 else None
+        damping: dict[str, float | None] = {}
+        linears = None if rates.linears is None else rates.linears[index]
+        for names in parts:
+            with watch.stage("forward"):
+                statistics, owners = self._statistics(index, block, names, stream, gradients, before)
+            with watch.stage("prune"):
+                progress(f"pruning {block.name}")
+                own: Pattern | dict[str, Pattern] = rates.patterns[index]
+                if linears is None and self._allocation.per == "linear":
+                    linears = self._rates_within(block, statistics, owners, rates.patterns[index])
+                if linears is not None:
+                    own = linears.patterns
+                pruner = self._pruner_of(block, owners, linears, gradients, later)
+                damping |= block.prune(pruner, statistics, own, self._prune.decisions_nested, owners)
+            del statistics, pruner
+        return damping, linears
+
+    def _parts(self, index: int, block: WrappedBlock, stream: BlockStream) -> Sequence[Sequence[str]]:
+        """The linears, in parts whose statistics are taken in one pass each. All linears are one part for a pruner that
+        decides about all of them together, and where their rates depend on each other."""
+        every = list(block.linears)
+        statistic, alone = self._statistic, type(self._pruner).prune_block is Pruner.prune_block
+        if statistic is None or issubclass(statistic, GradientStatistic):
+            return [every]
+        if not alone or self._allocation.per != "block":
+            return [every]
+        sizes = {name: _bytes(statistic, layer.in_features) for name, layer in block.linears.items()}
+        if sum(sizes.values()) <= self._budget:
+            return [every]
+
+        def run() -> None:
+            with block.merged():
+                next(stream.run(index), None)
+
+        parts: list[list[str]] = []
+        size = 0.0
+        for group in fed_together(block.linears, block.name, lambda: stream.position, run):
+            own = sizes[group[0]]
+            if not parts or size + own > self._budget:
+                parts.append([])
+                size = 0
+            parts[-1] += group
+            size += own
+        return parts
+
+    def _statistics(
+        self,
+        index: int,
+        block: WrappedBlock,
+        names: Sequence[str],
+        stream: BlockStream,
+        gradients: Gradients | None,
+        weights: dict[str, Tensor] | None,
+    ) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
+        """What the pruner asks for of each of these linears that this process owns, None where it asks for nothing; and
+        their owners. ``weights``: of ``WrappedBlock.merged``."""
+        linears, statistic = {name: block.linears[name] for name in names}, self._statistic
+        owners = partial(owners_of, linears=linears, pruner=self._pruner, index=index)
+        if statistic is None:
+            return dict.fromkeys(linears), owners([[name] for name in linears])
+        if issubclass(statistic, GradientStatistic):
+            alone, key = owners([[name] for name in linears]), next(iter(self._gradients))
+            assert gradients is not None
+            return gradients.of_block(key, block.name, alone), alone
+
+        def run() -> None:
+            with block.merged(weights):
+                deque(stream.run(index), maxlen=0)
+
+        return collect(linears, statistic, block.name, lambda: stream.position, run, owners)
+
+    def _rates_within(
+        self,
+        block: WrappedBlock,
+        statistics: Mapping[str, Tensor | None],
+        owners: Mapping[str, int],
+        pattern: Pattern,
+    ) -> LinearRates:
+        assert pattern.sparsity is not None, "the recipe's checks saw to it"
+        nested, delta = self._prune.rates_nested, self._allocation.linear_delta
+        return rates_within(block, statistics, owners, pattern.sparsity, nested, delta)
+
+    def _pruner_of(
+        self,
+        block: WrappedBlock,
+        owners: dict[str, int],
+        linears: LinearRates | None,
+        gradients: Gradients | None,
+        later: float,
+    ) -> Pruner:
+        """The pruner; where rows have rates of their own, one that compares them by their scales; where weights of the
+        block may come back by gradient, one that exchanges them."""
+        pruner = self._pruner
+        if linears is not None and linears.scales:
+            of_gradients = self._statistic is not None and issubclass(self._statistic, GradientStatistic)
+            pruner = ByRows(pruner, linears.scales, of_gradients)
+        if gradients is None or not gradients.has(REGROWTH):
+            return pruner
+        share = self._prune.regrow_share * later
+        return Regrowing(pruner, gradients.of_block(REGROWTH, block.name, owners), share)
+
+
+def _bytes(statistic: type[Statistic], in_features: int) -> int:
+    """Of one linear's statistic; 0 where it does not say."""
+    total = getattr(statistic(in_features, torch.device("meta")), "total", None)
+    return total.nbytes if isinstance(total, Tensor) else 0
