@@ -58,8 +58,8 @@ class WrappedBlock:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The block with whole parameters; it is sharded anew at the end. All processes enter and leave together. It
-        does nothing to a model that is not sharded."""
+        """The block with whole parameters; it is sharded anew, or leaves memory, at the end. All processes enter and
+        leave together. It does nothing to a model that is whole in memory."""
         with self.originals.noting(), gathered(self.module):
             yield
 
@@ -106,7 +106,7 @@ class WrappedBlock:
         """
         mine = [name for name, owner in owners.items() if owner == process_index()]
         # Sharded originals become whole here, where all processes are.
-        originals = self.originals.whole() if pruner.updates_weight and not nested else {}
+        originals = self.originals.whole(owners) if pruner.updates_weight and not nested else {}
         weights = _WeightsToPrune(self, mine, originals, pruner.updates_weight, nested)
         decided = together(lambda: self._decide(pruner, weights, statistics, pattern, nested) if mine else {})
         damping: dict[str, float | None] = {}

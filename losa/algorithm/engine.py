@@ -42,7 +42,7 @@ from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
 from losa.model.originals import Originals, dense_passes
 from losa.model.running import evaluating
-from losa.modules.masked_lora import MaskedLoRALinear, dense_mode
+from losa.modules.masked_lora import MaskedLoRALinear, dense_mode, plain_linears
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
@@ -81,6 +81,7 @@ class Engine:
 
     Raises:
         ModelError: no blocks, a block without a wrapped linear, or a model that a structured pruner cannot shrink.
+        ValueError: ``finished`` beside errors, which need the dense blocks too.
         RecipeError: an unknown pruner; a pattern that does not divide a linear's inputs; a statistic that is unknown,
             has no ``total`` on several processes; gradients of a sharded model; rates that the pruner cannot follow;
             regrowth that it does not know; or rates whose width needs a ``loss``.
@@ -126,11 +127,14 @@ class Engine:
         if reconstruct is not None:
             self.reconstruction = BlockReconstruction(reconstruct, input_ids.shape, calibration.batch_size, train)
         self.needs_errors = measure_errors or allocation.ranks == "error" or reconstruct is not None
+        if finished is not None and self.needs_errors:
+            raise ValueError("finished: expected an engine that takes no reconstruction errors")
         if allocation.per != "block":
             check_linear(prune, allocation, self.pruner)
         self.pruning = BlockPruning(prune, allocation, self.pruner, calibration.statistics_gb)
         self.decoder = find_blocks(model)
-        kept = distills or keeps_originals(prune, self.pruner, self.needs_errors)
+        # Offloaded blocks have one round: nothing comes back.
+        kept = finished is None and (distills or keeps_originals(prune, self.pruner, self.needs_errors))
         named = zip(self.decoder.names, self.decoder, strict=True)
         self.blocks = [WrappedBlock(name, module, kept, distills) for name, module in named]
         self._calls = {} if calls is None else calls
@@ -273,7 +277,8 @@ class Engine:
                     if self.finished is not None and (found := self.finished.find(index)) is not None:
                         block.note_kept(found.kept)
                         damping |= found.damping
-                        self._advance_merged(sparse, index)
+                        with plain_linears(block.module):
+                            sparse.advance(index)
                         continue
                     if dense is not None:
                         with block.dense():

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+_KEY = "_losa_offloaded"  # of a module
 
 
 @dataclass
@@ -21,9 +22,6 @@ class _Offloaded:
     users: int = 0
 
 
-_OFFLOADED: WeakKeyDictionary[nn.Module, _Offloaded] = WeakKeyDictionary()
-
-
 def offload(module: nn.Module, device: torch.device, load: Callable[[], None], release: Callable[[], None]) -> None:
     """Leave a module's parameters, which are on meta, out of memory but within ``onloaded``.
 
@@ -32,20 +30,21 @@ def offload(module: nn.Module, device: torch.device, load: Callable[[], None], r
         load: puts the parameters there.
         release: puts parameters on meta in their place.
     """
-    _OFFLOADED[module] = _Offloaded(device, load, release)
+    vars(module)[_KEY] = _Offloaded(device, load, release)
 
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Within the context an offloaded module has its parameters. It does nothing to any other module."""
-    found = _OFFLOADED.get(module)
+    """Within the context an offloaded module has its parameters. It does nothing to any other module, nor to offloaded
+    modules inside of it."""
+    found = _found(module)
     if found is None:
         yield
         return
-    if not found.users:
-        found.load()
     found.users += 1
     try:
+        if found.users == 1:
+            found.load()
         yield
     finally:
         found.users -= 1
@@ -60,4 +59,8 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def offloaded_from(module: nn.Module) -> torch.device | None:
     """The device of the first offloaded module in a module; None where none is offloaded."""
-    return next((found.device for each in module.modules() if (found := _OFFLOADED.get(each))), None)
+    return next((found.device for each in module.modules() if (found := _found(each)) is not None), None)
+
+
+def _found(module: nn.Module) -> _Offloaded | None:
+    return vars(module).get(_KEY)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
+from losa.model.finite import rounded
 from losa.model.form_kinds import STACKED_PARTS
 from losa.model.forms import Place, has_views, places
 from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
@@ -200,19 +201,41 @@ class Naming:
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def read(self, files: TensorFiles, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, files: TensorFiles, wanted: Container[str], where: str | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors of these names, as transformers loads them: name, and the tensor in the type in which
-        users get it. One after the other, but for those that are made of the same stored tensors. Names that the files
-        do not fill are left out. Raises ModelError as ``make`` and ``TensorFiles.get``."""
+        users get it. One after the other, but for those that are made of the same stored tensors; a stack is filled row
+        by row. Names that the files do not fill are left out.
+
+        Args:
+            where: for the message about a tensor that is not finite; None: no tensor is looked at.
+
+        Raises:
+            ModelError: as ``make`` and ``TensorFiles.get``; a tensor is not finite.
+        """
         dtypes = self.dtypes()
+
+        def typed(name: str, tensor: Tensor) -> Tensor:
+            dtype = dtypes.get(name)
+            if where is not None:
+                return rounded(f"{where}: {name}", tensor, dtype)
+            return tensor if dtype is None else tensor.to(dtype)
+
         for source, target in self.renamed.items():
             if target in wanted:
-                tensor = files.get(source)
-                yield target, tensor.to(dtypes.get(target, tensor.dtype))
+                yield target, typed(target, files.get(source))
         for target, sources in self.made.items():
-            if target in wanted:
+            if target not in wanted:
+                continue
+            if (rows := self.stacked(target)) is None:
                 for name, tensor in self.make(target, {source: files.get(source) for source in sources}).items():
-                    yield name, tensor.to(dtypes.get(name, tensor.dtype))
+                    yield name, typed(name, tensor)
+                continue
+            whole = torch.empty(self.expected[target].shape, dtype=dtypes[target])
+            for row, own in zip(whole, rows, strict=True):
+                row.copy_(typed(target, self.make(target, {source: files.get(source) for source in own})[target][0]))
+            yield target, whole
 
     def missing(self, loaded: Iterable[str]) -> list[str]:
         """Names of the model's tensors that are not ``loaded``, in model order. Of tied weights, one is enough."""

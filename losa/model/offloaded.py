@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from losa.distributed.processes import is_main
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.blocks import Blocks, find_blocks, parameter_uses
-from losa.model.finite import check_finite
 from losa.model.forms import places, replaced_forms, restore_tensors
 from losa.model.hub_files import local_directory
 from losa.model.loading import torch_device
@@ -28,7 +29,6 @@ from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
 
 def load_offloaded(
     model: str,
-    gguf_file: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -39,7 +39,6 @@ def load_offloaded(
 
     Args:
         model: Hugging Face id or local directory, with safetensors files.
-        gguf_file: GGUF files are refused.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (cuda if there is one, else cpu) or a torch device: the one that the model computes on.
         held: given the name of a tensor that stays in memory and the tensor as it is read, the tensor on the device
@@ -53,22 +52,24 @@ def load_offloaded(
             when the block is first read; or a GGUF file, weights in another format than safetensors, or blocks that
             share a weight.
     """
-    target = torch_device(device)
-    source = locate_files(model, gguf_file, dtype, "read block by block", "offload: null")
+    # With its number, as tensors there say it.
+    target = torch.empty(0, device=torch_device(device)).device
+    source = locate_files(model, None, dtype, "read block by block", "offload: null")
     directory = local_directory(model, source, trust_remote_code)
     loaded, tokenizer = empty_of(model, directory, dtype, trust_remote_code)
-    with checkpoint_tensors(directory) as files:
+    where = f"model {model!r}"
+    with ExitStack() as stack:
+        files = stack.enter_context(checkpoint_tensors(directory))
         naming, found = names_of(model, directory, loaded, files)
         tie(naming, files, found, range)
         blocks = find_blocks(loaded)
-        _check_apart(loaded, blocks)
-        where = f"model {model!r}"
+        _check_apart(blocks, where)
         _fill_rest(naming, files, found, blocks, held or (lambda _, tensor: tensor.to(target)), where)
         move_buffers(loaded, target)
-    if is_main():
-        naming.warn_of_unused(directory)
-    naming.remember()
-    return loaded.eval(), tokenizer, OffloadedBlocks(naming, directory, target, f"model {model!r}")
+        if is_main():
+            naming.warn_of_unused(directory)
+        naming.remember()
+        return loaded.eval(), tokenizer, OffloadedBlocks(naming, files, stack.pop_all(), target, where)
 
 
 class OffloadedBlocks:
@@ -77,12 +78,13 @@ class OffloadedBlocks:
 
     Args:
         naming: of the model, before anything in it was replaced, and of all stored tensors.
-        directory: with the model's files.
+        files: the model's, which stay open as long as this object lives: what takes their names meanwhile is not read.
+        opened: closes them.
         device: that the model computes on.
         where: for messages.
     """
 
-    def __init__(self, naming: Naming, directory: Path, device: torch.device, where: str):
+    def __init__(self, naming: Naming, files: TensorFiles, opened: ExitStack, device: torch.device, where: str):
         self.model = naming.model
         self.blocks = find_blocks(self.model)
         self.device = device
@@ -93,7 +95,8 @@ class OffloadedBlocks:
             for name, block in zip(self.blocks.names, self.blocks, strict=True)
         ]
         self._naming = naming
-        self._open: Callable[[], TensorFiles] = partial(checkpoint_tensors, directory)
+        self._files = files
+        weakref.finalize(self, opened.close)
         self._written: dict[int, Path] = {}
         for index, block in enumerate(self.blocks):
             offload(block, device, partial(self._load, index), partial(self._release, index))
@@ -104,22 +107,32 @@ class OffloadedBlocks:
 
     def tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The parameters of a block, as they are read from its file: name in the model before anything was replaced,
-        and the tensor on the host. Raises ModelError."""
-        name, path = self.blocks.names[index], self._written.get(index)
-        with self._open() if path is None else TensorFiles([path]) as files:
-            naming = self._naming if path is None else Naming(self.model, files.names, self._naming.expected)
-            absent = set(self._parameters[index])
-            for target, tensor in naming.read(files, self._parameters[index]):
-                progress(f"reading {target}")
-                check_finite(f"{self._where}: {target}", tensor)
-                absent.discard(target)
-                yield target, tensor
+        and the tensor on the host.
+
+        Raises:
+            ModelError: as ``Naming.read``; the file lacks a tensor, or was written to since it was opened.
+        """
+        path = self._written.get(index)
+        if path is None:
+            self._files.check_unchanged()
+            yield from self._read(index, self._files, self._naming)
+            return
+        with TensorFiles([path]) as files:
+            yield from self._read(index, files, Naming(self.model, files.names, self._naming.expected))
+
+    def _read(self, index: int, files: TensorFiles, naming: Naming) -> Iterator[tuple[str, Tensor]]:
+        absent = set(self._parameters[index])
+        for target, tensor in naming.read(files, self._parameters[index], self._where):
+            progress(f"reading {target}")
+            absent.discard(target)
+            yield target, tensor
         if absent:
-            raise ModelError(f"{self._where}: {name}: {len(absent)} tensors are missing: {min(absent)}")
+            names = f"{len(absent)} tensors of {self.blocks.names[index]} are missing: {min(absent)}"
+            raise ModelError(f"{self._where}: {names}")
 
     def merged(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block that is in memory, by name in the model before anything was replaced. Wrapped linears
-        give M * W, which takes the place of W."""
+        """The tensors of a block that is in memory, by name in the model before anything was replaced. M * W takes the
+        place of W in wrapped linears, whose memory is that of these tensors then."""
         name, block = self.blocks.names[index], self.blocks.modules[index]
         for layer in block.modules():
             if isinstance(layer, MaskedLoRALinear):
@@ -133,6 +146,8 @@ class OffloadedBlocks:
         for place, form in replaced_forms(self.model).items():
             if place.startswith(f"{name}."):
                 restore_tensors(form, place, found)
+                for leaf in places(form):
+                    self._set_parts(place, form, leaf, found[f"{place}.{leaf}"])
         return found
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,6 +167,10 @@ class OffloadedBlocks:
         if form is None:
             _set(self.model.get_submodule(place), leaf, tensor)
             return
+        self._set_parts(place, form, leaf, tensor)
+
+    def _set_parts(self, place: str, form: nn.Module, leaf: str, tensor: Tensor) -> None:
+        """Give the linears in the place of another form their parts of its tensor; a part is a view where it can be."""
         for part, within in places(form)[leaf].items():
             linear, _, kind = part.rpartition(".")
             module = self.model.get_submodule(f"{place}.{linear}".rstrip("."))
@@ -168,11 +187,14 @@ def _set(module: Any, name: str, tensor: Tensor) -> None:
     module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _check_apart(model: nn.Module, blocks: Blocks) -> None:
-    uses = parameter_uses(model)
+def _check_apart(blocks: Blocks, where: str) -> None:
+    uses = parameter_uses(blocks.model)
     shared = [name for name, p in blocks.modules.named_parameters(prefix=blocks.prefix) if uses[id(p)] > 1]
     if shared:
-        raise ModelError(f"{shared[0]}: is a weight of several modules, so that its block cannot be read by itself")
+        raise ModelError(
+            f"{where}: {shared[0]} is a weight of several modules, so that its block cannot be read by itself; "
+            "offload: null holds the model in memory"
+        )
 
 
 def _fill_rest(
@@ -188,9 +210,8 @@ def _fill_rest(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name for name in found if name not in parameters or blocks.index_of(name) is None}
     new: dict[int, nn.Parameter] = {}
-    for name, tensor in naming.read(files, wanted):
+    for name, tensor in naming.read(files, wanted, where):
         progress(f"loading {name}")
-        check_finite(f"{where}: {name}", tensor)
         if name in parameters:
             new[id(parameters[name])] = nn.Parameter(held(name, tensor), requires_grad=False)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -55,18 +55,22 @@ class Originals:
         finally:
             self._noted = None
 
-    def whole(self) -> dict[str, Tensor]:
+    def whole(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Whole original weights, those alone that may differ from the present weights. All processes call it
         together.
+
+        Args:
+            names: of the linears that matter; default: all.
 
         Raises:
             LosaError: a weight was replaced, and its original was not kept; names the linear.
         """
-        lost = [name for name, layer in self._linears.items() if not (self._keeps or layer.weight_is_given)]
+        wanted = self._linears.keys() if names is None else names
+        lost = [name for name in wanted if not (self._keeps or self._linears[name].weight_is_given)]
         if lost:
             raise LosaError(f"{lost[0]}: expected the dense model's weight to be kept, but pruning has replaced it")
         present = self._present
-        return {name: whole(original) for name, original in self._kept.items() if name not in present}
+        return {name: whole(self._kept[name]) for name in wanted if name in self._kept and name not in present}
 
     @contextmanager
     def in_place(self, block: nn.Module) -> Iterator[None]:

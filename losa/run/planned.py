@@ -17,6 +17,7 @@ from losa.recipe.methods import METHODS, MethodName, check_packages
 from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import PHASES, Holding, holdings
+from losa.run.estimate_offloaded import offloaded_holdings
 from losa.run.estimate_sharded import sharded_holdings
 from losa.run.model_shape import ModelShape
 from losa.run.placement import Placement
@@ -63,6 +64,8 @@ class Planned:
     def holdings(self, placement: Placement) -> list[Holding]:
         """Everything that losa itself holds in the process that holds most."""
         recipe = self.on(placement).recipe
+        if recipe.offload is not None:
+            return offloaded_holdings(recipe, self.shape, self.rounds, self.capacity)
         if placement.sharded:
             return sharded_holdings(recipe, self.shape, self.rounds, self.capacity, placement)
         return holdings(recipe, self.shape, self.rounds, self.capacity, placement.processes)

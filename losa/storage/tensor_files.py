@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -130,6 +131,7 @@ class TensorFiles:
         self._expected = expected or {}
         self._stack = ExitStack()
         self._files: dict[Path, BinaryIO] = {}
+        self._states: dict[Path, tuple[int, int]] = {}
         self._places: dict[str, _Place] = {}
 
     def __enter__(self) -> TensorFiles:
@@ -137,6 +139,7 @@ class TensorFiles:
             for path in self._paths:
                 try:
                     self._files[path] = file = opening.enter_context(path.open("rb"))
+                    self._states[path] = _state(file)
                     found = _header(file, path)
                 except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise _unreadable(path, getattr(error, "strerror", None) or "no safetensors file") from error
@@ -151,6 +154,13 @@ class TensorFiles:
 
     def __exit__(self, *error) -> None:
         self._stack.close()
+
+    def check_unchanged(self) -> None:
+        """Raises ModelError for a file that was written to since it was opened. A file that has taken its name since
+        does not matter: the old one is read."""
+        for path, file in self._files.items():
+            if _state(file) != self._states[path]:
+                raise ModelError(f"{path}: was written to while it was read")
 
     @property
     def names(self) -> list[str]:
@@ -201,6 +211,11 @@ class TensorFiles:
             raise _unreadable(path, error.strerror) from error
         if not complete:
             raise _unreadable(path, f"it ends within {name}")
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _header(file: BinaryIO, path: Path) -> dict[str, _Place]:
