@@ -24,6 +24,7 @@ from losa.distributed.turns import everywhere
 from losa.errors import DataError, NumericsError
 from losa.model.block_passes import BlockPasses
 from losa.model.blocks import find_blocks
+from losa.model.flops import hidden_size
 from losa.model.limits import check_ids, check_length
 from losa.model.running import evaluating, runnable
 from losa.training.loss import TokenLoss, label_positions
@@ -32,6 +33,8 @@ logger = logging.getLogger("losa")
 
 # In nats. A model that does not need the first token loses a hundredth of this without one token of context.
 _START_MATTERS = 0.2
+# Bytes of hidden states that wait on the host at a time, of a model whose blocks are offloaded.
+HIDDEN_BYTES = 4 << 30
 # Batches of a process that holds the whole model, between two looks at whether a signal asks to stop.
 _BETWEEN_CHECKS = 8
 
@@ -167,15 +170,21 @@ def _batch_sums(model: nn.Module, windows: Tensor, batch_size: int, progress: bo
 
 
 def _sums_by_block(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-    """The summed loss of every batch, ids and labels, of a model whose blocks are offloaded."""
-    passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in batches])
-    device = device_of(model)
-    with passes.ended(None):
-        loss = TokenLoss(model)
+    """The summed loss of every batch, ids and labels, of a model whose blocks are offloaded. The blocks are read once
+    for as many batches as have hidden states of ``HIDDEN_BYTES``."""
+    device, width = device_of(model), hidden_size(model) * next(model.parameters()).element_size()
+    at_a_time = max(1, HIDDEN_BYTES // (batches[0][0].numel() * width))
     found = []
-    for number, (ids, labels) in enumerate(batches):
-        with passes.ended(number):
-            found.append(_summed(loss, ids, labels, device))
+    for first in range(0, len(batches), at_a_time):
+        part = batches[first : first + at_a_time]
+        passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in part])
+        with passes.skipped():
+            loss = TokenLoss(model)
+        for number, (ids, labels) in enumerate(part):
+            watch.progress(f"perplexity, batch {first + number + 1} of {len(batches)}")
+            check()
+            with passes.ended(number):
+                found.append(_summed(loss, ids, labels, device))
     return found
 
 

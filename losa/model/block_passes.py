@@ -33,7 +33,8 @@ class BlockPasses:
         batches: (batch, length) int64 each.
 
     Raises:
-        Stopped: between blocks, if a signal asks for it.
+        Stopped: between batches, if a signal asks for it.
+        ModelError: a block returns no hidden states.
     """
 
     @torch.no_grad()
@@ -41,13 +42,14 @@ class BlockPasses:
         self._model, self._blocks = model, blocks
         self.device = device_of(blocks.modules)
         self._hidden: list[Tensor] = [torch.empty(0)] * len(batches)
-        # Of each block that has run, what it returned for one batch, without hidden states.
+        # Of each block that has run, what it returned for the first batch, without hidden states. Only these are
+        # right for other batches: a model that reads more of what a block returns is none that losa prunes.
         self._outputs: list[Any] = []
         for index, (name, block) in enumerate(zip(blocks.names, blocks, strict=True)):
-            progress(f"running {name}")
-            check()
             with gathered(block):
                 for number, batch in enumerate(batches):
+                    progress(f"running {name}, batch {number + 1} of {len(batches)}")
+                    check()
                     self._advance(index, number, batch)
 
     def _advance(self, index: int, number: int, batch: Tensor) -> None:
@@ -59,7 +61,7 @@ class BlockPasses:
             # A GPU holds the hidden states of one batch.
             self._hidden[number] = hidden_of(output).to("cpu")
             if len(self._outputs) == index:
-                self._outputs.append(_with_hidden(output, None))
+                self._outputs.append(_with_hidden(output, torch.empty(0)))
             raise _Ended
 
         before = self._hidden[number].to(self.device) if index else None
@@ -67,11 +69,16 @@ class BlockPasses:
             self._model(batch.to(self.device), use_cache=False)
 
     @contextmanager
-    def ended(self, number: int | None) -> Iterator[None]:
+    def ended(self, number: int) -> Iterator[None]:
         """Within the context a pass of the model over a batch, by its number, runs no block: the last one returns what
-        was computed. None: every block returns what it gets, for a pass over any tokens."""
-        hidden = None if number is None else self._hidden[number].to(self.device)
-        with self._played(len(self._blocks), hidden):
+        was computed."""
+        with self._played(len(self._blocks), self._hidden[number].to(self.device)):
+            yield
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Within the context every block returns what it gets, for a pass of the model over any tokens."""
+        with self._played(len(self._blocks), None):
             yield
 
     @contextmanager
@@ -101,12 +108,14 @@ def _replaced(forwards: Mapping[Any, Callable]) -> Iterator[None]:
                 block.forward = forward
 
 
-def _with_hidden(output: Any, hidden: Tensor | None) -> Any:
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
     """A block's output with other hidden states (``losa.model.block_calls.hidden_of``)."""
     if isinstance(output, Mapping):
         other: Any = copy.copy(output)
         other[next(iter(output))] = hidden
         return other
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: hidden})
     if isinstance(output, (tuple, list)):
         return (hidden, *output[1:]) if isinstance(output, tuple) else [hidden, *output[1:]]
     return hidden

@@ -95,7 +95,7 @@ def wrap_model(
     unpacked_as_they_were(model)  # adapters know no form
     blocks = find_blocks(model)
     uses, (passed_by, in_training) = parameter_uses(model), _read_directly(model)
-    chosen = _chosen(blocks, uses, as_targets(targets), passed_by)
+    chosen = chosen_linears(blocks, uses, as_targets(targets), passed_by)
     narrow = _narrow(chosen, max(rank, highest_rank or 0)) if layer.has_rank else []
     chosen = {name: linear for name, linear in chosen.items() if name not in narrow}
     own = {name: linear for name, linear in chosen.items() if holder_of(linear) is linear}
@@ -135,7 +135,7 @@ def wrap_model(
     return wrapped_linears(model)
 
 
-def _chosen(blocks: Blocks, uses: Counter, targets: list[str], passed_by: set[str]) -> dict[str, nn.Module]:
+def chosen_linears(blocks: Blocks, uses: Counter, targets: list[str], passed_by: set[str]) -> dict[str, nn.Module]:
     """The linears that are wrapped, by full name; of other forms as ``losa.model.forms.views`` shows them. Raises
     ModelError: a target that matches nothing, or nothing can be pruned."""
     every = {name: linears_of(block, uses, []) for name, block in zip(blocks.names, blocks, strict=True)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError
 from losa.model.block_passes import BlockPasses
 from losa.model.blocks import find_blocks
@@ -21,7 +22,7 @@ from losa.output.export import give_mode_of
 from losa.output.sharded_export import write_rest
 from losa.packed.shards import shard_name, write_index, write_shard
 from losa.record import RunRecord
-from losa.storage.files import staged_directory, staged_file
+from losa.storage.files import file_digest, staged_directory, staged_file
 from losa.storage.tensor_files import TensorFiles
 
 
@@ -38,6 +39,7 @@ def write_block(source: OffloadedBlocks, index: int, directory: Path) -> Path:
     path = directory / shard_name(index + 2, len(source.blocks) + 1)
     tensors = source.merged(index)
     with staged_file(path) as staged:
+        # What is stored may be copies, which are gone before the file is read.
         write_shard(staged, source.stored(tensors))
     source.read_from(index, path)
     for name, tensor in source.tensors(index):
@@ -50,18 +52,17 @@ def export_offloaded(
     tokenizer,
     output: Path,
     record: RunRecord,
-    files: Sequence[Path],
+    files: Mapping[Path, str],
     *,
     overwrite: bool = False,
     force: bool = False,
     sample_ids: Tensor,
-    extra_files: Mapping[str, Path] | None = None,
 ) -> None:
     """``losa.output.export.export_model`` of a model whose blocks are offloaded.
 
     Args:
         source: the merged model's blocks.
-        files: of the blocks, in their order, each compared with its block when it was written. They stay, and
+        files: of the blocks, each compared with its block when it was written, and its SHA-256 then. They stay, and
             the output shares their bytes where the file system has hard links.
         sample_ids: (batch, length) int64 tokens for the check of logits.
 
@@ -71,11 +72,14 @@ def export_offloaded(
     """
     model = source.model
     with staged_directory(output, overwrite, force) as staged:
-        write_rest(model, tokenizer, staged, output, record, extra_files or {}, untied_though_stated(model))
+        write_rest(model, tokenizer, staged, output, record, {}, untied_though_stated(model))
         rest = staged / shard_name(1, len(files) + 1)
         write_shard(rest, source.stored(_outside(source)))
-        for file in files:
+        for file, digest in files.items():
+            progress(f"checking {file.name}")
             _link(file, staged / file.name)
+            if file_digest(staged / file.name) != digest:
+                raise OutputError(f"export: {file} is not the file that was written and checked; it is damaged")
         _write_index(staged, [rest.name, *(file.name for file in files)])
         _check(staged, source, tokenizer, record, sample_ids)
 
@@ -92,7 +96,7 @@ def _link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _write_index(staged: Path, names: Sequence[str]) -> None:
+def _write_index(staged: Path, names: Iterable[str]) -> None:
     places: dict[str, str] = {}
     size = 0
     for name in names:

@@ -14,7 +14,6 @@ import torch
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.block_rates import Decided
 from losa.algorithm.finished_blocks import FinishedBlock
-from losa.errors import OutputError
 from losa.model.offloaded import OffloadedBlocks
 from losa.model.wrapping import zeros_of
 from losa.output.checks import check_masked, mask_records
@@ -22,21 +21,21 @@ from losa.output.offloaded_export import write_block
 from losa.pruners.base import Pattern
 from losa.record import MaskRecord, MethodResult
 from losa.run.documents import DAMAGE, check_belonging, read_document, write_document
-from losa.run.states import file_digest
+from losa.storage.files import file_digest
 
 logger = logging.getLogger("losa")
 
-BLOCKS = "blocks"  # the store's directory in a method's
 _START, _RATES = "start.json", "rates.json"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished block: what the engine wants to know of it; its file; records of its masks by full name; its zeros and
-    weights that could be zeros; seconds that it took."""
+    """A finished block: what the engine wants to know of it; its file, and the file's SHA-256; records of its masks by
+    full name; its zeros and weights that could be zeros; seconds that it took."""
 
     finished: FinishedBlock
     path: Path
+    sha256: str
     masks: dict[str, MaskRecord]
     zeros: int
     prunable: int
@@ -52,9 +51,11 @@ class BlockStore:
         log: gets a line for each block.
     """
 
-    def __init__(self, directory: Path, source: OffloadedBlocks, log: Callable[[str], None] = print):
+    def __init__(self, directory: Path, source: OffloadedBlocks, log: Callable[[str], None]):
         self._directory, self._source, self._log = directory, source, log
-        self._start = ""  # checksum of the document that says what the store belongs to
+        # Checksum of the newest document. Each document holds that of the one before it: what a document says of a
+        # block is of use only behind the very blocks that were there.
+        self._last = ""
         self._decided: Decided | None = None
         self._began = time.perf_counter()
         self.stored: list[Stored] = []
@@ -75,14 +76,15 @@ class BlockStore:
         try:
             document = read_document(self._directory / _START)
             check_belonging(f"{self._directory}", document, owner)
-            dense, self._start = MethodResult(**document["dense"]), document["checksum"]
+            dense, self._last = MethodResult(**document["dense"]), document["checksum"]
         except FileNotFoundError:
             return None
         except DAMAGE as error:
             logger.warning("%s: damaged (%s); the run begins anew", self._directory / _START, error)
             return None
         try:
-            self._decided = _as_decided(self._own(_RATES)["rates"])
+            rates = self._next(_RATES)
+            self._decided, self._last = _as_decided(rates["rates"]), rates["checksum"]
             while len(self.stored) < len(self._source.blocks):
                 self._add(self._read(len(self.stored)))
         except FileNotFoundError:
@@ -94,13 +96,13 @@ class BlockStore:
     def begin(self, owner: dict, dense: MethodResult) -> None:
         """Say what the blocks to come belong to. Raises OutputError."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._start = write_document(self._directory / _START, {**owner, "dense": vars(dense)})
+        self._last = write_document(self._directory / _START, {**owner, "dense": vars(dense)})
 
     def rates(self, decide: Callable[[], Decided]) -> Decided:
         """``FinishedBlocks.rates``."""
         if self._decided is None:
             self._decided = decide()
-            write_document(self._directory / _RATES, {"start": self._start, "rates": _as_document(self._decided)})
+            self._write(_RATES, {"rates": _as_document(self._decided)})
         self._began = time.perf_counter()
         return self._decided
 
@@ -124,10 +126,10 @@ class BlockStore:
             check_masked(full, layer.weight.detach().cpu(), masks[full], records[full])
         zeros, prunable = zeros_of(block.module)
         seconds = time.perf_counter() - self._began
-        stored = Stored(FinishedBlock(kept, dict(damping)), path, records, zeros, prunable, seconds)
+        finished = FinishedBlock(kept, dict(damping))
+        stored = Stored(finished, path, file_digest(path), records, zeros, prunable, seconds)
         self._began = time.perf_counter()
-        document = asdict(stored) | {"path": path.name, "start": self._start, "sha256": file_digest(path)}
-        write_document(self._document(index), document)
+        self._write(_document(index), asdict(stored) | {"path": path.name})
         self._add(stored)
         share = 1 - sum(kept.values()) / sum(layer.weight.numel() for layer in block.linears.values())
         self._log(f"block {index + 1}/{len(self._source.blocks)}: sparsity {share:.3f}, {seconds:.0f} s")
@@ -138,27 +140,33 @@ class BlockStore:
         self.stored.append(stored)
 
     def _read(self, index: int) -> Stored:
-        found = self._own(self._document(index).name)
+        found = self._next(_document(index))
         path = self._directory / found["path"]
         if file_digest(path) != found["sha256"]:
             raise ValueError(f"{path.name} has another checksum than when it was written")
         masks = {name: MaskRecord(**record) for name, record in found["masks"].items()}
         counts = found["zeros"], found["prunable"], found["seconds"]
-        return Stored(FinishedBlock(**found["finished"]), path, masks, *counts)
+        stored = Stored(FinishedBlock(**found["finished"]), path, found["sha256"], masks, *counts)
+        self._last = found["checksum"]
+        return stored
 
-    def _own(self, name: str) -> dict:
+    def _next(self, name: str) -> dict:
+        """The document of that name, if it was written next."""
         found = read_document(self._directory / name)
-        if found["start"] != self._start:
-            raise ValueError(f"{name} is of another run")
+        if found["after"] != self._last:
+            raise ValueError(f"{name} does not belong behind what is there")
         return found
 
-    def _document(self, index: int) -> Path:
-        return self._directory / f"block-{index:05d}.json"
+    def _write(self, name: str, document: dict) -> None:
+        self._last = write_document(self._directory / name, document | {"after": self._last})
+
+
+def _document(index: int) -> str:
+    return f"block-{index:05d}.json"
 
 
 def _as_document(decided: Decided) -> dict:
-    if decided.linears is not None:
-        raise OutputError("rates: expected one for each block, got rates of linears")
+    assert decided.linears is None, "the recipe's checks saw to it"
     return {
         "patterns": [asdict(pattern) for pattern in decided.patterns],
         "importance": None if decided.importance is None else decided.importance.tolist(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from losa.algorithm.schedule import Round
+from losa.evaluation.perplexity import HIDDEN_BYTES
 from losa.recipe.methods import MethodName
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import Holding, Trained, evaluation_work, pruning_work
@@ -25,10 +26,10 @@ def offloaded_holdings(
     if recipe.evaluate is not None:
         held += _of_block(place, "evaluation", block)
         held += evaluation_work(recipe.evaluate, shape)
-        windows, how = recipe.evaluate.max_windows or 0, "windows x length x hidden"
-        if not windows:
-            how += "; evaluate.max_windows is not given, so that their number is not known"
-        size = windows * recipe.evaluate.length * shape.hidden * shape.dtype.itemsize
+        size, how = HIDDEN_BYTES, "of as many windows as there may be at a time, at most"
+        if recipe.evaluate.max_windows is not None:
+            windows = recipe.evaluate.max_windows * recipe.evaluate.length * shape.hidden * shape.dtype.itemsize
+            size = min(size, windows)
         held.append(Holding("evaluation", "host", "hidden states of windows", size, how))
     held += _of_block(place, "export", block)
     return held

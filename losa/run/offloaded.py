@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -18,10 +20,10 @@ from losa.distributed.processes import process_count
 from losa.distributed.sharding import gathered
 from losa.distributed.stop import check
 from losa.distributed.watch import progress
-from losa.errors import RecipeError
-from losa.model.blocks import Blocks
+from losa.errors import OutputError, RecipeError
+from losa.model.blocks import Blocks, as_targets, parameter_uses
 from losa.model.offloaded import load_offloaded
-from losa.model.wrapping import matrix_weights, replace_layers, wrap_model, zeros_of
+from losa.model.wrapping import chosen_linears, matrix_weights, replace_layers, wrap_model, zeros_of
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.pruned_linear import PrunedLinear
 from losa.output.offloaded_export import export_offloaded
@@ -31,7 +33,7 @@ from losa.recipe.methods import MethodName
 from losa.recipe.rates import RATES, tries_widths
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RoundRecord, RunRecord
-from losa.run.block_store import BLOCKS, BlockStore
+from losa.run.block_store import BlockStore
 from losa.run.documents import belonging
 from losa.run.fingerprint import WEIGHTS, tensor_digest
 from losa.run.inputs import Inputs, read_inputs
@@ -41,13 +43,15 @@ from losa.run.random_state import seed_generators
 from losa.run.reporting import environment, log_result
 from losa.run.rounds import rounds_of
 from losa.run.share import check_share
-from losa.run.workspace import Workspace
+from losa.run.workspace import BLOCKS, Workspace
 
 NAME: MethodName = "prune_only"
 
 
 def check_offload(recipe: Recipe) -> None:
     """Raises RecipeError for what takes more of the model than one block at a time."""
+    if recipe.distributed.mode in ("fsdp", "hsdp"):
+        raise RecipeError(f"offload: disk holds no shards, got distributed.mode: {recipe.distributed.mode}")
     if process_count() > 1:
         raise RecipeError(f"offload: disk prunes in one process, got {process_count()} processes")
     if setting := needs_whole(recipe):
@@ -85,6 +89,7 @@ def run_offloaded(
         model, tokenizer, source = load_offloaded(
             recipe.model, dtype=recipe.dtype, device=device, trust_remote_code=recipe.trust_remote_code
         )
+        _check_linears(recipe, source.blocks)
         check_share(recipe.prune, model, source.blocks.linears().values())
         inputs = read_inputs(recipe, model, tokenizer)
         check()
@@ -93,6 +98,7 @@ def run_offloaded(
     store = BlockStore(workspace.path / NAME / BLOCKS, source, lambda line: console.print(line, markup=False))
     owner = belonging(recipe, NAME, inputs.fingerprint)
     dense = store.open(owner) if resume else None
+    _check_space(recipe, model, store)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, source.blocks, inputs.calibration[:1], calls=inputs.calls)
     if dense is None:
@@ -130,7 +136,7 @@ def run_offloaded(
             tokenizer,
             recipe.output,
             record,
-            [each.path for each in store.stored],
+            {each.path: each.sha256 for each in store.stored},
             overwrite=overwrite,
             force=force,
             sample_ids=inputs.calibration[:1, :64],
@@ -141,8 +147,28 @@ def run_offloaded(
     return record
 
 
+def _check_linears(recipe: Recipe, blocks: Blocks) -> None:
+    """What pruning would find wrong hours later. Raises ModelError: a target that matches nothing; RecipeError: inputs
+    that a pattern does not divide."""
+    uses = parameter_uses(blocks.model)
+    chosen = chosen_linears(blocks, uses, as_targets(recipe.prune.targets), set())
+    m = (recipe.prune.keep_n_m or (1, 1))[1]
+    for name, linear in chosen.items():
+        if cast(int, linear.in_features) % m:
+            raise RecipeError(f"prune.pattern: {name} has in_features that are no multiple of {m}")
+
+
+def _check_space(recipe: Recipe, model: nn.Module, store: BlockStore) -> None:
+    """Raises OutputError where what is still to be written does not fit on the disk."""
+    wanted = sum(p.nbytes for p in model.parameters()) - sum(each.path.stat().st_size for each in store.stored)
+    free = shutil.disk_usage(recipe.output.resolve().parent).free
+    if free < wanted:
+        raise OutputError(f"output {recipe.output}: needs {wanted / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free")
+
+
 def _prune(recipe: Recipe, model: nn.Module, inputs: Inputs, store: BlockStore) -> RoundRecord:
     """Prune all blocks that are not in the store. The linears are plain again then, without weights."""
+    torch.manual_seed(recipe.seed)
     wrapped = wrap_model(model, layer=PrunedLinear, rank=1, scaling=1.0, targets=recipe.prune.targets, seed=recipe.seed)
     # Again: linears that the model does not call, or that compute something else, show only now.
     check_share(recipe.prune, model, wrapped.values())

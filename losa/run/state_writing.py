@@ -20,8 +20,8 @@ from losa.distributed.processes import is_main, joined
 from losa.distributed.watch import others_wait
 from losa.errors import OutputError
 from losa.run.documents import write_document
-from losa.run.states import FOR_FILES, METADATA, STATE, Point, file_digest, naming, remove_outdated, unhurried
-from losa.storage.files import partial_name, publish
+from losa.run.states import FOR_FILES, METADATA, STATE, Point, naming, remove_outdated, unhurried
+from losa.storage.files import file_digest, partial_name, publish
 
 # A process that is alone is not told at each save that it is alone.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)

@@ -8,7 +8,6 @@ states of the round hold adapters and AdamW's moments, and name the first one, t
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from losa.distributed.processes import (
 from losa.distributed.watch import others_wait, progress
 from losa.errors import LosaError, OutputError, reason
 from losa.run.documents import DAMAGE, check_belonging, read_document
-from losa.storage.files import remove_directory
+from losa.storage.files import file_digest, remove_directory
 
 logger = logging.getLogger("losa")
 
@@ -220,12 +219,6 @@ def _damaged_file(state: State) -> str | None:
                 wrong = f"{path.name}: {reason(error)}"
     with unhurried():
         return next((one for one in from_everyone(wrong) if one is not None), None)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from losa.record import RunRecord
 from losa.storage.files import RECORD, check_output, is_ours, recover, recover_all, remove_directory, write_json
 
 MARKER = "work.json"
+BLOCKS = "blocks"  # in a method's directory: pruned blocks of an offloaded model
 
 
 class Workspace:
@@ -64,6 +65,11 @@ class Workspace:
         if resume and not exists and (done or not overwrite) and (record := self._finished(recipe)) is not None:
             return record
         check_output(self.output, overwrite, force)
+        if exists and resume and self._work(offloaded=recipe.offload is None):
+            other = "without" if recipe.offload else "with"
+            raise OutputError(
+                f"output: unfinished work in {self.path} was begun {other} offload: disk; go on so, or --overwrite"
+            )
         if exists and not resume and not overwrite and self.worth_keeping():
             raise OutputError(
                 f"output: unfinished work in {self.path}; continue it with --resume or discard with --overwrite"
@@ -95,7 +101,11 @@ class Workspace:
     def worth_keeping(self) -> bool:
         """Whether there is a result of a method, or a state to go on from."""
         results = (path for path in self.path.glob("*.json") if path.name not in (MARKER, RECORD))
-        return any(results) or any(self.path.glob("*/checkpoints/round-*")) or any(self.path.glob("*/blocks/*.json"))
+        return any(results) or any(map(self._work, (False, True)))
+
+    def _work(self, offloaded: bool) -> list[Path]:
+        """What a run that offloads the model keeps of a method, or any other run."""
+        return list(self.path.glob(f"*/{BLOCKS}/*.json" if offloaded else "*/checkpoints/round-*"))
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data) -> None:
     """``write_text`` of indented JSON."""
     write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_ours(directory: Path, markers: tuple[str, ...] = MARKERS) -> bool:

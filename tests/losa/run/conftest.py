@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -15,3 +19,19 @@ def workspace(tmp_path_factory):
     text = "The quick brown fox jumps over the lazy dog; a sparse model decodes faster than a dense one. "
     (root / "text.txt").write_text("\n".join(f"{i}: {text}" for i in range(60)))
     return root
+
+
+@pytest.fixture(scope="module")
+def kind_directory(workspace, tmp_path_factory):
+    """A model of a kind, and text, by the kind's name."""
+
+    def saved(name, dtype=torch.float32, layers=2, **options):
+        made = tmp_path_factory.mktemp(name)
+        of_kind(replace(KINDS[name], layers=max(layers, KINDS[name].layers))).to(dtype).save_pretrained(
+            made / "model", **options
+        )
+        tiny_tokenizer().save_pretrained(made / "model")
+        (made / "text.txt").write_text((workspace / "text.txt").read_text())
+        return made
+
+    return saved
