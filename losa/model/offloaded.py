@@ -21,7 +21,7 @@ from losa.model.forms import places, replaced_forms, restore_tensors
 from losa.model.hub_files import local_directory
 from losa.model.loading import torch_device
 from losa.model.naming import Naming, as_stored, saved_names
-from losa.model.part_loading import empty_of, locate_files, names_of, tie
+from losa.model.part_loading import empty_of, locate_files, names_of, put_parameters, tie
 from losa.model.skeleton import move_buffers
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
@@ -217,10 +217,7 @@ def _fill_rest(
         else:
             module, _, leaf = name.rpartition(".")
             model.get_submodule(module)._buffers[leaf] = held(name, tensor)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in new:
-                module._parameters[name] = new[id(parameter)]
+    put_parameters(model, new)
     rest = ((name, t) for name, t in model.named_parameters() if blocks.index_of(name) is None)
     if absent := [name for name, tensor in rest if tensor.device.type == "meta"]:
         raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ logger = logging.getLogger("losa")
 
 
 def locate_files(model: str, gguf_file: str | None, dtype: str, how: str, instead: str) -> str:
-    """What ``locate_model`` finds. Raises ModelError for GGUF files, which cannot be ``how``; ``instead``: a setting
-    that would do."""
+    """What ``locate_model`` finds. Raises ModelError for a dtype that is none of ``DTYPES``, and for GGUF files, which
+    cannot be ``how``; ``instead``: a setting that would do."""
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source, file = locate_model(model, gguf_file)
@@ -43,7 +43,7 @@ def locate_files(model: str, gguf_file: str | None, dtype: str, how: str, instea
 
 
 def empty_of(model: str, directory: Path, dtype: str, trust_remote_code: bool) -> tuple[nn.Module, object]:
-    """The model without weights, and its tokenizer."""
+    """The model without weights, and its tokenizer. Raises ModelError as ``load_model``, but for its weights."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     refuse_other_kinds(model, str(directory), None)
@@ -65,7 +65,8 @@ def empty_of(model: str, directory: Path, dtype: str, trust_remote_code: bool) -
 
 
 def names_of(model: str, directory: Path, empty: nn.Module, files: TensorFiles) -> tuple[Naming, set[str]]:
-    """Where the files' tensors go, and the names of the model's tensors that they fill."""
+    """Where the files' tensors go, and the names of the model's tensors that they fill. Raises ModelError: a tensor is
+    missing or does not fit; names it."""
     try:
         naming = Naming(empty, files.names)
         found = set(naming.filled(files.stored))
@@ -94,3 +95,11 @@ def tie(naming: Naming, files: TensorFiles, found: set[str], rows_of: Callable[[
             if is_main():
                 logger.warning("%s and %s are tied by config.json, but the checkpoint holds two: kept", target, source)
     model.tie_weights(missing_keys=naming.expected.keys() - found, recompute_mapping=False)
+
+
+def put_parameters(model: nn.Module, new: Mapping[int, nn.Parameter]) -> None:
+    """Put ``new`` parameters in the places of others, by the other's ``id``: in each place of a tied one."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in new:
+                module._parameters[name] = new[id(parameter)]

@@ -19,7 +19,7 @@ from losa.errors import ModelError
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.hub_files import local_directory
 from losa.model.naming import Naming
-from losa.model.part_loading import empty_of, locate_files, names_of, tie
+from losa.model.part_loading import empty_of, locate_files, names_of, put_parameters, tie
 from losa.model.skeleton import move_buffers
 from losa.storage.tensor_files import TensorFiles, checkpoint_tensors
 
@@ -139,10 +139,7 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
     for target in naming.made:
         for name, tensor, whole in made(target):
             put(name, tensor, whole)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in held:
-                module._parameters[name] = held[id(parameter)]
+    put_parameters(model, held)
     move_buffers(model, sharding.device)
     if absent := [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]:
         raise ModelError(f"{where}: {len(absent)} tensors are missing: {', '.join(absent[:3])}")

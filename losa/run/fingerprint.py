@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,10 +56,12 @@ def model_digest(model: nn.Module) -> str:
     else:
         once = {name: tensors[name] for name in first.values()}
         digests = by_turns(once, lambda _, tensor: tensor_digest(tensor))
-    whole = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        whole.update(f"{name} {digests[first[_place(tensor)]]}\n".encode())
-    return whole.hexdigest()
+    return joined_digest({name: digests[first[_place(tensor)]] for name, tensor in tensors.items()})
+
+
+def joined_digest(digests: Mapping[str, str]) -> str:
+    """``model_digest`` of a model from the ``tensor_digest`` of each of its tensors, by name."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _place(tensor: Tensor) -> tuple:

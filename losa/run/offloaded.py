@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -27,7 +26,6 @@ from losa.model.wrapping import chosen_linears, matrix_weights, replace_layers, 
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.pruned_linear import PrunedLinear
 from losa.output.offloaded_export import export_offloaded
-from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.methods import MethodName
 from losa.recipe.rates import RATES, tries_widths
@@ -35,12 +33,12 @@ from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RoundRecord, RunRecord
 from losa.run.block_store import BlockStore
 from losa.run.documents import belonging
-from losa.run.fingerprint import WEIGHTS, tensor_digest
+from losa.run.fingerprint import WEIGHTS, joined_digest, tensor_digest
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import round_line
 from losa.run.planned import needs_whole
 from losa.run.random_state import seed_generators
-from losa.run.reporting import environment, log_result
+from losa.run.reporting import environment, log_result, show_written
 from losa.run.rounds import rounds_of
 from losa.run.share import check_share
 from losa.run.workspace import BLOCKS, Workspace
@@ -142,8 +140,7 @@ def run_offloaded(
             sample_ids=inputs.calibration[:1, :64],
         )
         workspace.close()
-    show_table(results_table(record), console)
-    console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
+    show_written(console, record, recipe.output)
     return record
 
 
@@ -214,5 +211,4 @@ def _survey(model: nn.Module, blocks: Blocks) -> tuple[str, int, int]:
             add({f"{name}.{part}": tensor for part, tensor in block.state_dict().items()})
             own = zeros_of(block)
         zeros, prunable = zeros + own[0], prunable + own[1]
-    whole = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode())
-    return whole.hexdigest(), zeros, prunable
+    return joined_digest(digests), zeros, prunable

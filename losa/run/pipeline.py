@@ -30,7 +30,6 @@ from losa.model.sharded_loading import load_sharded
 from losa.model.wrapping import matrix_weights, sparsity_of
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
-from losa.output.tables import results_table, show_table
 from losa.pruners import get_pruner
 from losa.recipe.methods import check_packages
 from losa.recipe.sections import Recipe
@@ -43,7 +42,7 @@ from losa.run.offloaded import check_offload, run_offloaded
 from losa.run.placement import check_shards
 from losa.run.pruning import check_prunable, check_pruner
 from losa.run.random_state import seed_generators
-from losa.run.reporting import environment, log_result
+from losa.run.reporting import environment, log_result, show_written
 from losa.run.resume import check_saved, load_result, save_result
 from losa.run.share import check_share
 from losa.run.workspace import Workspace
@@ -179,8 +178,7 @@ def _run(
         )
         on_main(workspace.close)
     if is_main():
-        show_table(results_table(record), console)
-        console.print(f"written to {recipe.output}: " + ", ".join(sorted(p.name for p in recipe.output.iterdir())))
+        show_written(console, record, recipe.output)
     return record
 
 

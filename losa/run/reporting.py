@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,7 +13,8 @@ from torch import nn
 import losa_kernels
 from losa.distributed.processes import process_count
 from losa.distributed.sharding import device_of, sharding_of
-from losa.record import MethodResult
+from losa.output.tables import results_table, show_table
+from losa.record import MethodResult, RunRecord
 
 
 def environment(model: nn.Module) -> dict:
@@ -32,5 +34,12 @@ def environment(model: nn.Module) -> dict:
 
 
 def log_result(console: Console, result: MethodResult) -> None:
+    """A line for a method's result."""
     value = "" if result.perplexity is None else f", perplexity {result.perplexity:.2f}"
     console.print(f"{result.method}: sparsity {result.sparsity:.3f}{value}, {result.seconds:.0f} s")
+
+
+def show_written(console: Console, record: RunRecord, output: Path) -> None:
+    """The final table, and the files of the output."""
+    show_table(results_table(record), console)
+    console.print(f"written to {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))

@@ -215,3 +215,14 @@ def test_a_factor_on_a_cpu_takes_the_memory_of_a_copy_and_a_quarter():
     inverse_factor(h, 0.01)
     # The diagonals, and a leaf.
     assert peak() - before <= 1.25 * h.nbytes + (8 << 20)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 129, 300])
+def test_a_factor_in_place_has_the_bits_of_one_from_copies(columns):
+    """LAPACK gets the very matrix that it would get as a copy."""
+    h = hessian(columns).float()
+    diagonal = reference.damped_diagonal(h, 0.01)
+    flipped = h.flip(0, 1)
+    flipped.diagonal().copy_(diagonal.flip(0))
+    expected = cpu.invert_upper_(torch.linalg.cholesky(flipped).flip(0, 1))
+    assert torch.equal(cpu.factor_with(h, diagonal), expected)

@@ -15,9 +15,12 @@ from losa.distributed.sharding import gathered
 from losa.errors import ModelError, OutputError, RecipeError
 from losa.evaluation.perplexity import perplexity
 from losa.model.offloaded import OffloadedBlocks, load_offloaded
+from losa.model.wrapping import sparsity_of
 from losa.recipe.reading import parse_recipe
+from losa.run.fingerprint import model_digest
+from losa.run.offloaded import _survey as survey_of
 from losa.run.pipeline import run_recipe
-from tests.helpers.kinds import KINDS
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.memory import peak
 from tests.helpers.offloaded import ALL, Killed, assert_same_output, assert_same_record, killed, run
 from tests.helpers.runs import settings
@@ -173,6 +176,14 @@ def test_a_disk_that_is_too_small_is_told(kind_directory, tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(OutputError, match="GB of disk, 1e-08 GB are free"):
         run(made, tmp_path / "out", offload="disk")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT2"])
+def test_the_digest_is_that_of_the_model_in_memory(name, kind_directory):
+    model, _, source = load_offloaded(str(kind_directory(name) / "model"), device="cpu")
+    digest, zeros, prunable = survey_of(model, source.blocks)
+    whole = of_kind(KINDS[name])
+    assert digest == model_digest(whole) and (zeros, prunable) == sparsity_of(whole)
 
 
 def test_windows_are_taken_in_groups(kind_directory, monkeypatch):
