@@ -14,7 +14,7 @@ import typer
 
 from losa.cli import info, sparse
 from losa.cli.errors import DEBUG, RESUMABLE, Commands, debugging, set_up_messages, told_to_all
-from losa.cli.options import Device, Dtype, Force, JsonFile, Yes
+from losa.cli.options import Device, Dtype, ForceRun, JsonFile, Yes
 from losa.cli.recipes import recipe_from
 from losa.errors import LosaError
 
@@ -113,7 +113,7 @@ def run(
     output: Annotated[Path | None, typer.Option(help="In place of the recipe's output directory.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    force: Force = False,
+    force: ForceRun = False,
     yes: Yes = False,
 ) -> None:
     """Run a recipe: prune, fine-tune, compare, export a checked sparse checkpoint."""
@@ -145,7 +145,7 @@ def prune(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    force: Force = False,
+    force: ForceRun = False,
     yes: Yes = False,
 ) -> None:
     """Prune at once, without training."""

@@ -13,4 +13,10 @@ Yes = Annotated[
     bool, typer.Option("--yes", help="Go on where less than half of the blocks' weights can be pruned (prune.partly).")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output whoever wrote it.")]
+ForceRun = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace an existing output whoever wrote it; go on where memory is too small by `losa plan`."
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]

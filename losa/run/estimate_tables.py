@@ -16,10 +16,11 @@ ALL_EXPERTS = "It is not known how many experts a token is sent to: the work is 
 
 def estimate_tables(estimate: Estimate) -> list[Table]:
     """Memory by phase, rounds, and work."""
-    return [_memory_table(estimate), _rounds_table(estimate), _work_table(estimate)]
+    return [memory_table(estimate), _rounds_table(estimate), _work_table(estimate)]
 
 
-def _memory_table(estimate: Estimate) -> Table:
+def memory_table(estimate: Estimate) -> Table:
+    """What is held in each phase."""
     parameters = f"{estimate.parameters:,} parameters ({estimate.dtype})"
     table = plain_frame(
         f"{estimate.model}: {parameters}, {estimate.prunable:,} prunable in {estimate.blocks} blocks",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -32,11 +33,25 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
     return 2.0 * rows * inner * columns / statistics.median(times[1:])
 
 
+# A container's limit, of both versions of control groups.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def _limit(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file; "max"
+        return None
+
+
 def capacity(device: torch.device | None) -> dict[str, int]:
-    """Bytes of memory by place, "host" and "device", where known."""
+    """Bytes of memory by place, "host" (of the machine, or of a container that has less) and "device", where known."""
     found = {}
+    limits = [limit for path in _LIMITS if (limit := _limit(path)) is not None]
     if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
-        found["host"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if limits:
+        found["host"] = min(limits)
     if device is not None and device.type == "cuda":
         found["device"] = torch.cuda.get_device_properties(device).total_memory
     return found

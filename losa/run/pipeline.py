@@ -37,6 +37,7 @@ from losa.record import MethodResult, RunRecord
 from losa.run.choice import placement_of
 from losa.run.fingerprint import WEIGHTS, model_digest
 from losa.run.inputs import Inputs, read_inputs
+from losa.run.memory_gate import check_memory
 from losa.run.methods import MethodRun, Outcome
 from losa.run.offloaded import check_offload, run_offloaded
 from losa.run.placement import check_shards
@@ -69,7 +70,8 @@ def run_recipe(
         resume: go on where an interrupted run was saved last. Where the output is complete already, only
             unfinished work is cleaned up.
         overwrite: replace an existing output that losa wrote and throw away unfinished work.
-        force: replace an existing output whoever wrote it.
+        force: replace an existing output whoever wrote it, and go on where the run's plan asks for more memory than
+            there is.
         console: gets progress, results and warnings; default: standard output. Only the main process writes.
 
     Returns:
@@ -103,6 +105,8 @@ def run_recipe(
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
         check_shared(workspace.path)
+        if not force:
+            check_memory(recipe, console)
         run = _run if recipe.offload is None else run_offloaded
         return run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
