@@ -130,11 +130,11 @@ EXHAUSTED = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocato
     "command, error, message",
     [
         ("run", torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory; lower train.batch_size"),
-        ("prune", torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory; lower --samples"),
-        ("prune", EXHAUSTED, "out of memory; lower --samples"),
+        ("prune", torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory; take --offload disk"),
+        ("prune", EXHAUSTED, "out of memory; take --offload disk"),
         ("eval", MemoryError(), "out of memory; lower --batch-size"),
         ("eval", wrapped(EXHAUSTED), "out of memory; lower --batch-size"),
-        ("prune", OSError(12, "Cannot allocate memory"), "out of memory; lower --samples"),
+        ("prune", OSError(12, "Cannot allocate memory"), "out of memory; take --offload disk"),
         ("inspect", MemoryError(), "out of memory; this needs"),
     ],
 )

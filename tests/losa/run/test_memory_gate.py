@@ -66,10 +66,9 @@ def test_pruning_block_by_block_is_advised_and_needs_less(workspace, tmp_path, m
 
 
 def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory):
-    """Weights on their way to it are pages of files."""
     wanted = recipe(workspace, tmp_path / "out", device="cuda", method="prune_only", evaluate=None)
     weights = planned(wanted, probe=False).size("weights")
-    memory(device=10 * weights, host=weights)
+    memory(device=10 * weights, host=10 * weights)
     check_memory(wanted, Console(quiet=True))
     memory(device=weights, host=10 * weights)
     with pytest.raises(LosaError, match="on cuda by its plan"):
