@@ -16,7 +16,8 @@ class RoundRecord:
     where losses chose it; ``linear_sparsity`` and ``linear_ranks`` are those of linears by full name, where the linears
     of a block differ; ``train_loss`` is in nats a label token, with ``train.distill`` the mixed loss a token;
     ``seconds`` is wall time by stage. ``loss_pruned`` and ``loss_reconstructed``: the loss of some samples before and
-    after a block's reconstruction, None where blocks are not reconstructed."""
+    after a block's reconstruction, None where blocks are not reconstructed. ``expert_tokens``: how many calibration
+    tokens the statistics of each expert are of, by the name of the experts' list; None without experts."""
 
     index: int
     target_sparsity: float
@@ -39,6 +40,7 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     loss_pruned: list[float] | None = None
     loss_reconstructed: list[float] | None = None
+    expert_tokens: dict[str, list[int]] | None = None
 
 
 # Lists of a round with a value for each block. A round may lack any of them but the first.

@@ -3,12 +3,15 @@ pruner makes of them."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
 from losa.algorithm.block_rates import Decided
@@ -22,10 +25,25 @@ from losa.algorithm.statistics import Statistic, collect, fed_together, statisti
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.distributed.watch import progress
+from losa.errors import RecipeError
+from losa.model.blocks import expert_lists
+from losa.modules.linear_experts import RoutedExperts, every_token_to_every_expert
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.pruners.base import Pattern, Pruner
-from losa.recipe.sections import AllocationConfig, PruneConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
 
 GB = 10**9
+logger = logging.getLogger("losa")
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """``damping``: by full name (``WrappedBlock.prune``). ``linears``: rates of the block's linears where they differ.
+    ``expert_tokens``: as in ``losa.record.RoundRecord``, of this block."""
+
+    damping: dict[str, float | None]
+    linears: LinearRates | None
+    expert_tokens: dict[str, list[int]]
 
 
 class BlockPruning:
@@ -34,15 +52,18 @@ class BlockPruning:
     Args:
         prune: the recipe's section, as is ``allocation``.
         pruner: the recipe's.
-        statistics_gb: of statistics that are taken in one pass over a block, unless one linear's take more.
+        calibration: the recipe's section. Of more than ``statistics_gb`` statistics of one block are taken in several
+            passes, unless those of one linear take more.
 
     Raises:
         RecipeError: a statistic that is unknown.
     """
 
-    def __init__(self, prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner, statistics_gb: float):
+    def __init__(
+        self, prune: PruneConfig, allocation: AllocationConfig, pruner: Pruner, calibration: CalibrationConfig
+    ):
         self._prune, self._allocation, self._pruner = prune, allocation, pruner
-        self._budget = statistics_gb * GB
+        self._budget, self._all_tokens = calibration.statistics_gb * GB, calibration.experts == "all"
         self._statistic = statistic_of(prune, pruner)
         self._gradients = wanted_gradients(prune, pruner)
 
@@ -55,25 +76,24 @@ class BlockPruning:
         gradients: Gradients | None,
         later: float,
         watch: Stopwatch,
-    ) -> tuple[dict[str, float | None], LinearRates | None]:
+    ) -> PrunedBlock:
         """Prune a block on its inputs in ``stream``. Several processes call it together, within ``block.gathered``.
 
         Args:
             rates: of the round, as are ``gradients`` and ``later``, which weighs regrowth.
             watch: gets the stages "forward" and "prune".
-
-        Returns:
-            damping by full name (``WrappedBlock.prune``), and the rates of the block's linears where they differ.
         """
         with watch.stage("forward"):
             parts = self._parts(index, block, stream)
             # A pass for later linears runs the block as it was.
             before = block.merged_weights() if len(parts) > 1 else None
         damping: dict[str, float | None] = {}
+        tokens: dict[str, int] = {}
         linears = None if rates.linears is None else rates.linears[index]
         for names in parts:
             with watch.stage("forward"):
-                statistics, owners = self._statistics(index, block, names, stream, gradients, before)
+                statistics, owners, seen = self._statistics(index, block, names, stream, gradients, before)
+                tokens |= seen
             with watch.stage("prune"):
                 progress(f"pruning {block.name}")
                 own: Pattern | dict[str, Pattern] = rates.patterns[index]
@@ -84,7 +104,7 @@ class BlockPruning:
                 pruner = self._pruner_of(block, owners, linears, gradients, later)
                 damping |= block.prune(pruner, statistics, own, self._prune.decisions_nested, owners)
             del statistics, pruner
-        return damping, linears
+        return PrunedBlock(damping, linears, _of_experts(block, tokens))
 
     def _parts(self, index: int, block: WrappedBlock, stream: BlockStream) -> Sequence[Sequence[str]]:
         """The linears, in parts whose statistics are taken in one pass each. All linears are one part for a pruner that
@@ -100,7 +120,7 @@ class BlockPruning:
             return [every]
 
         def run() -> None:
-            with block.merged():
+            with block.merged(), self._seeing(block):
                 next(stream.run(index), None)
 
         parts: list[list[str]] = []
@@ -122,23 +142,29 @@ class BlockPruning:
         stream: BlockStream,
         gradients: Gradients | None,
         weights: dict[str, Tensor] | None,
-    ) -> tuple[Mapping[str, Tensor | None], dict[str, int]]:
-        """What the pruner asks for of each of these linears that this process owns, None where it asks for nothing; and
-        their owners. ``weights``: of ``WrappedBlock.merged``."""
+    ) -> tuple[Mapping[str, Tensor | None], dict[str, int], dict[str, int]]:
+        """What the pruner asks for of each of these linears that this process owns, None where it asks for nothing;
+        their owners; and the tokens that they saw, where statistics are of their inputs. ``weights``: of
+        ``WrappedBlock.merged``."""
         linears, statistic = {name: block.linears[name] for name in names}, self._statistic
         owners = partial(owners_of, linears=linears, pruner=self._pruner, index=index)
         if statistic is None:
-            return dict.fromkeys(linears), owners([[name] for name in linears])
+            return dict.fromkeys(linears), owners([[name] for name in linears]), {}
         if issubclass(statistic, GradientStatistic):
             alone, key = owners([[name] for name in linears]), next(iter(self._gradients))
             assert gradients is not None
-            return gradients.of_block(key, block.name, alone), alone
+            return gradients.of_block(key, block.name, alone), alone, {}
 
         def run() -> None:
-            with block.merged(weights):
+            with block.merged(weights), self._seeing(block):
                 deque(stream.run(index), maxlen=0)
 
-        return collect(linears, statistic, block.name, lambda: stream.position, run, owners)
+        found = collect(linears, statistic, block.name, lambda: stream.position, run, owners)
+        return found.statistics, found.owners, found.tokens
+
+    def _seeing(self, block: WrappedBlock) -> AbstractContextManager:
+        """Within the context experts see what their statistics are to be taken of."""
+        return every_token_to_every_expert(block.module) if self._all_tokens else nullcontext()
 
     def _rates_within(
         self,
@@ -169,6 +195,46 @@ class BlockPruning:
             return pruner
         share = self._prune.regrow_share * later
         return Regrowing(pruner, gradients.of_block(REGROWTH, block.name, owners), share)
+
+
+def _of_experts(block: WrappedBlock, tokens: Mapping[str, int]) -> dict[str, list[int]]:
+    """Tokens of each expert, by full name of the experts' list, from those of linears by name within the block."""
+    lists = expert_lists(block.module)
+    found: dict[str, list[int]] = {}
+    for name, experts in block.module.named_modules():
+        if experts in lists:
+            assert isinstance(experts, nn.ModuleList)
+            own = [[n for n in tokens if n.startswith(f"{name}.{number}.")] for number in range(len(experts))]
+            if all(own):
+                found[f"{block.name}.{name}"] = [tokens[linears[0]] for linears in own]
+    return found
+
+
+def check_experts(blocks: Iterable[WrappedBlock], calibration: CalibrationConfig) -> None:
+    """Raises RecipeError where experts cannot see all tokens, which ``calibration`` asks for: only those that chose
+    them reach their module."""
+    if calibration.experts != "all":
+        return
+    for block in blocks:
+        for experts in expert_lists(block.module):
+            if not isinstance(experts, RoutedExperts):
+                raise RecipeError(
+                    f"calibration.experts: all: experts of {block.name} are given the tokens that chose them alone"
+                )
+
+
+def warn_of_few_tokens(expert_tokens: Mapping[str, list[int]], linears: Mapping[str, MaskedLoRALinear]) -> None:
+    """Warn of experts with less than a quarter as many tokens as their first linear has inputs. ``linears``: by full
+    name."""
+    few: list[str] = []
+    for name, tokens in expert_tokens.items():
+        width = next(m.in_features for full, m in linears.items() if full.startswith(f"{name}.0."))
+        few += [f"{name}.{e}: {count} tokens, {width} inputs" for e, count in enumerate(tokens) if 4 * count < width]
+    if few:
+        logger.warning(
+            "calibration: %d of %d experts saw few tokens (%s); more samples would help, or calibration.experts: all",
+            *(len(few), sum(map(len, expert_tokens.values())), few[0]),
+        )
 
 
 def _bytes(statistic: type[Statistic], in_features: int) -> int:

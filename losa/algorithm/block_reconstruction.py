@@ -20,7 +20,7 @@ from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import NumericsError
 from losa.recipe.learning_rate import lr_factor
-from losa.recipe.sections import ReconstructConfig, TrainConfig
+from losa.recipe.training import ReconstructConfig, TrainConfig
 from losa.training.groups import parameter_groups
 
 # Share of the steps in which the learning rate rises.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.algorithm.block import WrappedBlock
-from losa.algorithm.block_pruning import BlockPruning
+from losa.algorithm.block_pruning import BlockPruning, check_experts, warn_of_few_tokens
 from losa.algorithm.block_rates import BlockRates, Decided
 from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.expected_loss import Energies, as_tensors, energies_of, from_tensors
@@ -45,7 +45,8 @@ from losa.model.running import evaluating
 from losa.modules.masked_lora import MaskedLoRALinear, dense_mode, plain_linears
 from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.training import ReconstructConfig, TrainConfig
 from losa.record import RoundRecord
 from losa_kernels.pruning import free_graphs
 
@@ -131,7 +132,7 @@ class Engine:
             raise ValueError("finished: expected an engine that takes no reconstruction errors")
         if allocation.per != "block":
             check_linear(prune, allocation, self.pruner)
-        self.pruning = BlockPruning(prune, allocation, self.pruner, calibration.statistics_gb)
+        self.pruning = BlockPruning(prune, allocation, self.pruner, calibration)
         self.decoder = find_blocks(model)
         # Offloaded blocks have one round: nothing comes back.
         kept = finished is None and (distills or keeps_originals(prune, self.pruner, self.needs_errors))
@@ -150,6 +151,7 @@ class Engine:
             None if loss is None else partial(loss, ids),
         )
         self._check_blocks()
+        check_experts(self.blocks, calibration)
         if finished is not None:
             for block in self.blocks:
                 block.note_kept({name: m.weight.numel() for name, m in block.linears.items()})
@@ -201,6 +203,7 @@ class Engine:
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
+            warn_of_few_tokens(pruned.expert_tokens, self._linears())
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
                 ranks = ranks_of_blocks(self.allocation, this_round.mean_rank, pruned.errors, sparsity)
@@ -219,6 +222,7 @@ class Engine:
             **self._of_linears(),
             similarity=None if rates.similarity is None else rates.similarity.tolist(),
             damping=pruned.damping,
+            expert_tokens=pruned.expert_tokens or None,
             seconds=watch.seconds,
             loss_pruned=None if pruned.fits is None else [fit.before for fit in pruned.fits],
             loss_reconstructed=None if pruned.fits is None else [fit.after for fit in pruned.fits],
@@ -267,6 +271,7 @@ class Engine:
         errors: list[float] = []
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}
+        tokens: dict[str, list[int]] = {}
         fits: list[Fit] = []
         for index, block in enumerate(self.blocks):
             progress(f"calibrating {block.name}")
@@ -277,16 +282,18 @@ class Engine:
                     if self.finished is not None and (found := self.finished.find(index)) is not None:
                         block.note_kept(found.kept)
                         damping |= found.damping
+                        tokens |= found.expert_tokens
                         with plain_linears(block.module):
                             sparse.advance(index)
                         continue
                     if dense is not None:
                         with block.dense():
                             together(partial(dense.advance, index))
-                found_damping, own = self.pruning.prune(index, block, sparse, rates, gradients, this_round.later, watch)
-                damping |= found_damping
-                if own is not None:
-                    linears.append(own)
+                pruned = self.pruning.prune(index, block, sparse, rates, gradients, this_round.later, watch)
+                damping |= pruned.damping
+                tokens |= pruned.expert_tokens
+                if pruned.linears is not None:
+                    linears.append(pruned.linears)
                 if reconstruction is not None and dense is not None:
                     with watch.stage("reconstruct"):
                         seed = (self.seed * 1000 + this_round.index) * 1000 + index
@@ -297,11 +304,12 @@ class Engine:
                         errors.append(self._error(dense, sparse))
                 if self.finished is not None:
                     with watch.stage("write"):
-                        block.note_kept(self.finished.take(index, block, found_damping).kept)
+                        found = self.finished.take(index, block, pruned.damping, pruned.expert_tokens)
+                        block.note_kept(found.kept)
         if dense is None:
-            return _PrunedBlocks(None, damping, linears, None, watch.seconds)
+            return _PrunedBlocks(None, damping, linears, None, tokens, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()
-        return _PrunedBlocks(decided, damping, linears, fits or None, watch.seconds)
+        return _PrunedBlocks(decided, damping, linears, fits or None, tokens, watch.seconds)
 
     def _advance_merged(self, stream: BlockStream, index: int) -> None:
         with self.blocks[index].merged():
@@ -334,10 +342,11 @@ def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> b
 @dataclass(frozen=True)
 class _PrunedBlocks:
     """What one pass over the blocks found: reconstruction errors by block, damping by linear, rates of linears by block
-    (none where a block has one rate), losses of reconstruction by block, seconds by stage."""
+    (none where a block has one rate), losses of reconstruction by block, tokens of experts, seconds by stage."""
 
     errors: list[float] | None
     damping: dict[str, float | None]
     linears: list[LinearRates]
     fits: list[Fit] | None
+    expert_tokens: dict[str, list[int]]
     seconds: dict[str, float]

@@ -13,10 +13,11 @@ from losa.algorithm.block_rates import Decided
 @dataclass(frozen=True)
 class FinishedBlock:
     """``kept``: how many weights of each linear are kept, by name within the block; ``damping``: of the block's linears
-    by full name, as in ``losa.record.RoundRecord``."""
+    by full name, and ``expert_tokens``, as in ``losa.record.RoundRecord``."""
 
     kept: dict[str, int]
     damping: dict[str, float | None]
+    expert_tokens: dict[str, list[int]]
 
 
 class FinishedBlocks(Protocol):
@@ -29,5 +30,11 @@ class FinishedBlocks(Protocol):
         """A block that an earlier process has finished, None where it is still to be pruned. A finished block comes
         into memory with the weights that it had at the end, and masks that keep everything."""
 
-    def take(self, index: int, block: WrappedBlock, damping: Mapping[str, float | None]) -> FinishedBlock:
+    def take(
+        self,
+        index: int,
+        block: WrappedBlock,
+        damping: Mapping[str, float | None],
+        expert_tokens: Mapping[str, list[int]],
+    ) -> FinishedBlock:
         """Keep a block, which is in memory and leaves it then. Its weights may be changed."""

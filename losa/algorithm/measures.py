@@ -130,14 +130,14 @@ def input_norms(measured: Measured) -> Iterator[dict[str, Tensor]]:
     def run(index: int, stream: BlockStream) -> None:
         nonlocal norms
         block = measured.blocks[index]
-        found, _ = collect(
+        found = collect(
             block.linears,
             InputNorms,
             block.name,
             lambda: stream.position,
             lambda: measured.advance_alone(index, stream),
             lambda groups: {name: 0 for group in groups for name in group},
-        )
+        ).statistics
         norms = {
             name: from_rank_zero(found.get(name, InputNorms.flat(linear.in_features, linear.weight.device)))
             for name, linear in block.linears.items()

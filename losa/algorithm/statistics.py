@@ -150,6 +150,16 @@ register_statistic("gradient_norms")(GradientNorms)
 register_statistic("gradient_sums")(GradientSums)
 
 
+@dataclass(frozen=True)
+class Collected:
+    """``statistics``: of the inputs of all processes, by name of the linears that this process owns. ``owners``: of
+    every linear. ``tokens``: how many tokens every linear saw, in all processes."""
+
+    statistics: dict[str, Tensor]
+    owners: dict[str, int]
+    tokens: dict[str, int]
+
+
 def collect(
     linears: Mapping[str, Linear],
     statistic: type[Statistic],
@@ -157,7 +167,7 @@ def collect(
     current_sample: Callable[[], str],
     run: Callable[[], object],
     owners_of: Callable[[list[list[str]]], dict[str, int]],
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> Collected:
     """``statistic`` of every linear's input while ``run`` runs the linears.
 
     Linears that are fed by the very same tensor (q, k, v; gate, up) share one statistic. Linears that saw no token
@@ -171,16 +181,13 @@ def collect(
         run: makes no collective calls.
         owners_of: says which process gets the statistic of each linear, from the names of the linears that share one.
 
-    Returns:
-        the statistics of all processes' inputs, of the linears that this process owns; and every linear's owner.
-
     Raises:
         NumericsError: a statistic became non-finite; names block, linear and sample.
         ModelError: linears share their input in some batches only.
     """
     inputs = _SharedInputs(statistic, where, current_sample)
-
-    groups = _groups(linears, together(lambda: inputs.see_all(linears, run)), where)
+    everyone = together(lambda: inputs.see_all(linears, run))
+    groups = _groups(linears, everyone, where)
     owners = owners_of([group.names for group in groups])
     found: dict[str, Tensor] = {}
     for group in groups:
@@ -188,7 +195,12 @@ def collect(
         result = inputs.result(group, linears[group.names[0]], owner)
         if result is not None:
             found |= dict.fromkeys(group.names, result)
-    return {name: found[name] for name in linears if name in found}, owners
+    tokens = {
+        name: 0 if group.leader is None else sum(seen.tokens.get(group.leader, 0) for seen in everyone)
+        for group in groups
+        for name in group.names
+    }
+    return Collected({name: found[name] for name in linears if name in found}, owners, tokens)
 
 
 def fed_together(
@@ -197,7 +209,6 @@ def fed_together(
     """Names of linears that are fed by the very same tensor, in the order of ``linears``, which all processes call
     together. A linear that sees no token is alone. Arguments and errors: as of ``collect``."""
     inputs = _SharedInputs(_Unread, where, current_sample)
-
     groups = _groups(linears, together(lambda: inputs.see_all(linears, run)), where)
     found = [[group.names] if group.leader is not None else [[name] for name in group.names] for group in groups]
     return sorted((names for parts in found for names in parts), key=lambda names: list(linears).index(names[0]))
@@ -222,11 +233,11 @@ class _Unread(Statistic):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a process saw: ``leaders``, by name of a linear the first linear that was fed the same input; ``names`` of
-    linears that have a statistic of their own."""
+    """What a process saw: ``leaders``, by name of a linear the first linear that was fed the same input; ``tokens``, by
+    name of the linears that have a statistic of their own."""
 
     leaders: dict[str, str]
-    names: list[str]
+    tokens: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,7 @@ def _groups(linears: Mapping[str, Linear], everyone: Iterable[_Seen], where: str
         for name, leader in seen.leaders.items():
             if leaders.setdefault(name, leader) != leader:
                 raise _shared_in_some(where, name, leader)
-        names |= set(seen.names)
+        names |= seen.tokens.keys()
     groups: dict[object, _Group] = {}
     for name, module in linears.items():
         if name in names and name in leaders:
@@ -267,6 +278,7 @@ class _SharedInputs:
     def __init__(self, statistic: type[Statistic], where: str, current_sample: Callable[[], str]):
         self._statistic, self._where, self._current_sample = statistic, where, current_sample
         self._collected: dict[str, Statistic] = {}
+        self._tokens: dict[str, int] = {}
         # By name of a linear: the first linear that was fed the same input.
         self._leader: dict[str, str] = {}
         # Inputs of the present batch, and the linear that was fed first by each of them.
@@ -290,6 +302,8 @@ class _SharedInputs:
             return
         if name not in self._collected:
             self._collected[name] = self._statistic(module.in_features, x.device)
+            self._tokens[name] = 0
+        self._tokens[name] += x.numel() // x.shape[-1]
         probe = self._collected[name].update(x.detach().reshape(-1, x.shape[-1]))
         if not torch.isfinite(probe).all():
             raise NumericsError(f"calibration: non-finite input of {self._where}.{name} at {self._sample}")
@@ -301,7 +315,7 @@ class _SharedInputs:
                 stack.callback(module.register_forward_pre_hook(partial(self.see, name)).remove)
             run()
         self._inputs.clear()
-        return _Seen(self._leader, list(self._collected))
+        return _Seen(self._leader, self._tokens)
 
     def result(self, group: _Group, module: Linear, owner: int) -> Tensor | None:
         """The statistic of a group of linears, of which ``module`` is one, over all processes; None in processes that

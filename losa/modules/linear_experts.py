@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, cast
 
@@ -22,6 +23,19 @@ def stand_for(module: nn.Module, stack: nn.Module | None) -> nn.Module:
     if stack is not None:
         vars(module)[_STACK] = stack
     return module
+
+
+@contextmanager
+def every_token_to_every_expert(module: nn.Module) -> Iterator[None]:
+    """Within the context experts inside ``module`` are called with all tokens (``RoutedExperts``)."""
+    experts = [m for m in module.modules() if isinstance(m, RoutedExperts)]
+    for each in experts:
+        each.every_token = True
+    try:
+        yield
+    finally:
+        for each in experts:
+            each.every_token = False
 
 
 class Expert(nn.Module):
@@ -49,7 +63,12 @@ class LinearExperts(nn.ModuleList):
 
 class RoutedExperts(LinearExperts):
     """In the place of a module under ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj``
-    and ``down_proj``, and ``gate_proj`` where the stack has gates."""
+    and ``down_proj``, and ``gate_proj`` where the stack has gates.
+
+    With ``every_token`` each expert's linears are called with all tokens; the result is the same but for rounding.
+    """
+
+    every_token = False
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The stack's own arguments: hidden states (tokens, hidden), and of each token its experts and their weights
@@ -61,13 +80,15 @@ class RoutedExperts(LinearExperts):
         # Rows by expert, each expert's in the order of tokens.
         experts, order = chosen.flatten().sort(stable=True)
         counts = torch.bincount(experts, minlength=len(self))[: len(self)].tolist()
-        rows = hidden[order // k]
+        of_row = order // k
         parts = [
-            self._of_one(stack, expert, x)
-            for expert, x in zip(self, rows[: sum(counts)].split(counts), strict=True)
-            if len(x)
+            self._of_one(stack, expert, hidden)[tokens]
+            if self.every_token
+            else self._of_one(stack, expert, hidden[tokens])
+            for expert, tokens in zip(self, of_row[: sum(counts)].split(counts), strict=True)
+            if len(tokens) or self.every_token
         ]
-        out = torch.cat([*parts, rows.new_zeros(len(rows) - sum(counts), hidden.shape[-1])])
+        out = torch.cat([*parts, hidden.new_zeros(len(of_row) - sum(counts), hidden.shape[-1])])
         out = out * shares.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return out[back].unflatten(0, (len(hidden), k)).sum(1).to(hidden.dtype)

@@ -11,12 +11,11 @@ from losa.recipe.sections import (
     LoraConfig,
     PruneConfig,
     Recipe,
-    ReconstructConfig,
     RoundsConfig,
     Targets,
-    TrainConfig,
 )
 from losa.recipe.sources import DataSource, Source, Sources
+from losa.recipe.training import ReconstructConfig, TrainConfig
 
 __all__ = [
     "AllocationConfig",

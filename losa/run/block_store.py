@@ -110,7 +110,13 @@ class BlockStore:
         """``FinishedBlocks.find``."""
         return self.stored[index].finished if index < len(self.stored) else None
 
-    def take(self, index: int, block: WrappedBlock, damping: Mapping[str, float | None]) -> FinishedBlock:
+    def take(
+        self,
+        index: int,
+        block: WrappedBlock,
+        damping: Mapping[str, float | None],
+        expert_tokens: Mapping[str, list[int]],
+    ) -> FinishedBlock:
         """``FinishedBlocks.take``: write the block's file, and read it back for comparison.
 
         Raises:
@@ -126,7 +132,7 @@ class BlockStore:
             check_masked(full, layer.weight.detach().cpu(), masks[full], records[full])
         zeros, prunable = zeros_of(block.module)
         seconds = time.perf_counter() - self._began
-        finished = FinishedBlock(kept, dict(damping))
+        finished = FinishedBlock(kept, dict(damping), dict(expert_tokens))
         stored = Stored(finished, path, file_digest(path), records, zeros, prunable, seconds)
         self._began = time.perf_counter()
         self._write(_document(index), asdict(stored) | {"path": path.name})

@@ -16,7 +16,8 @@ from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import LinearShape, PruningShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, takes_backward, tries_widths
-from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
+from losa.recipe.sections import EvaluateConfig, Recipe
+from losa.recipe.training import TrainConfig
 from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
 

@@ -12,7 +12,8 @@ from losa.pruners import get_pruner
 from losa.pruners.base import Pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import passes_for, selections_for, takes_backward
-from losa.recipe.sections import EvaluateConfig, Recipe, TrainConfig
+from losa.recipe.sections import EvaluateConfig, Recipe
+from losa.recipe.training import TrainConfig
 from losa.run.estimate_memory import largest_share, pruning_shape
 from losa.run.model_shape import ModelShape
 

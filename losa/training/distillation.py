@@ -17,7 +17,7 @@ from losa.model.block_calls import hidden_of
 from losa.model.blocks import find_blocks
 from losa.model.originals import Originals, dense_passes
 from losa.model.running import evaluating
-from losa.recipe.sections import DistillConfig
+from losa.recipe.training import DistillConfig
 from losa.training.loss import TokenLoss, chunk_rows, wide
 
 

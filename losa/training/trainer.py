@@ -28,7 +28,7 @@ from losa.errors import LosaError
 from losa.model.blocks import expert_lists, find_blocks
 from losa.recipe.learning_rate import lr_factor
 from losa.recipe.machines import DistributedConfig
-from losa.recipe.sections import TrainConfig
+from losa.recipe.training import TrainConfig
 from losa.training.clipping import clip_gradients
 from losa.training.dealing import Batch, deal, seed_of
 from losa.training.extension import Extension

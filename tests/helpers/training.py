@@ -18,7 +18,7 @@ from losa.model.blocks import find_blocks
 from losa.model.norms import train_norms
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import DistillConfig, TrainConfig
+from losa.recipe.training import DistillConfig, TrainConfig
 from losa.training.distillation import DistillationLoss
 from losa.training.loss import TokenLoss
 from losa.training.trainer import Trainer

@@ -29,7 +29,8 @@ from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.training import ReconstructConfig
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.tiny import tiny_llama
 
@@ -195,8 +196,9 @@ def linears_alone(fed: Callable[[dict[str, nn.Linear]], object]) -> dict[str, li
         assert from_everyone(groups) == [groups] * process_count()
         return {name: number % process_count() for number, group in enumerate(groups) for name in group}
 
-    found, by = collect(linears, InputNorms, "block", lambda: "sample 0", lambda: fed(linears), owners)  # type: ignore[arg-type]
-    assert set(found) == {name for name, owner in by.items() if owner == process_index()}
+    seen = collect(linears, InputNorms, "block", lambda: "sample 0", lambda: fed(linears), owners)  # type: ignore[arg-type]
+    found = seen.statistics
+    assert set(found) == {name for name, owner in seen.owners.items() if owner == process_index()}
     return {name: value.square().tolist() for name, value in found.items()}
 
 

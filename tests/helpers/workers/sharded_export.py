@@ -29,7 +29,8 @@ from losa.model.wrapping import merge_model, sparsity_of, wrap_model
 from losa.output import export, sharded_export
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, TrainConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.training import TrainConfig
 from losa.record import RunRecord
 from losa.storage.json_files import read_json
 from losa.training.trainer import Trainer

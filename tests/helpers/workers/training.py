@@ -20,7 +20,7 @@ from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
 from losa.recipe.machines import DistributedConfig
-from losa.recipe.sections import TrainConfig
+from losa.recipe.training import TrainConfig
 from losa.training import shell
 from losa.training.loss import TokenLoss
 from losa.training.position import StepDone, TrainState, empty_moments

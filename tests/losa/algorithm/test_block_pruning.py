@@ -101,7 +101,7 @@ def test_a_pruner_of_whole_blocks_gets_them():
 
     engine = engine_of("Llama", PruneConfig(sparsity=0.5), 1e-9)
     assert len(parts_of(engine)) == 4
-    engine.pruning = BlockPruning(engine.prune_config, ALLOCATION, Whole(engine.prune_config), 1e-9)
+    engine.pruning = BlockPruning(engine.prune_config, ALLOCATION, Whole(engine.prune_config), engine.calibration)
     assert parts_of(engine) == [list(engine.blocks[0].linears)]
 
 

@@ -17,7 +17,8 @@ from losa.errors import NumericsError
 from losa.model.blocks import find_blocks
 from losa.model.norms import train_norms, trained_norms
 from losa.model.wrapping import wrap_model, wrapped_linears
-from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig, ReconstructConfig, TrainConfig
+from losa.recipe.sections import AllocationConfig, CalibrationConfig, PruneConfig
+from losa.recipe.training import ReconstructConfig, TrainConfig
 from tests.helpers.tiny import EPS, tiny_llama
 
 IDS = torch.randint(0, 90, (6, 12), generator=torch.Generator().manual_seed(1))

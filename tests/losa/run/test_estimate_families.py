@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from losa.recipe.sections import DistillConfig
+from losa.recipe.training import DistillConfig
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
 from tests.helpers.planned_recipe import recipe

@@ -14,7 +14,7 @@ from losa.model.originals import dense_passes
 from losa.model.wrapping import wrapped_linears
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
-from losa.recipe.sections import DistillConfig
+from losa.recipe.training import DistillConfig
 from losa.training import loss as loss_module
 from losa.training.distillation import DistillationLoss
 from losa.training.loss import TokenLoss, label_positions

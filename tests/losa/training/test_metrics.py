@@ -13,7 +13,7 @@ import torch
 
 from losa.data.sequences import PackedData
 from losa.errors import NumericsError, OutputError
-from losa.recipe.sections import TrainConfig
+from losa.recipe.training import TrainConfig
 from losa.training.trainer import Trainer
 from tests.helpers.tiny import tiny_llama, wrap
 

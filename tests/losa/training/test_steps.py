@@ -13,7 +13,7 @@ from transformers import masking_utils
 
 from losa.data.sequences import IGNORED, PackedData
 from losa.errors import NumericsError
-from losa.recipe.sections import TrainConfig
+from losa.recipe.training import TrainConfig
 from losa.training.loss import TokenLoss
 from losa.training.metrics import Metrics
 from losa.training.packing_check import packing_checked_once
