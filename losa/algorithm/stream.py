@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,13 +21,14 @@ from losa.algorithm.grams import gram_of_all
 from losa.algorithm.stream_storage import StreamStorage
 from losa.distributed.collectives import share_of
 from losa.distributed.processes import from_everyone, process_count, process_index
-from losa.distributed.sharding import device_of, gathered, gathered_calls, is_whole
+from losa.distributed.sharding import device_of, gathered, gathered_calls, is_whole, sharding_of
 from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import LosaError, ModelError
-from losa.model.block_calls import Call, hidden_of, same, split_call
+from losa.model.block_calls import Call, hidden_of, same, sharing, split_call
 from losa.model.blocks import Blocks
+from losa.model.call_recording import recording, with_hidden
 from losa_kernels import gram
 
 # Tokens that ``gram_of_tokens`` takes.
@@ -73,8 +75,9 @@ class BlockStream:
 
     Raises:
         Stopped: between passes, or between blocks that are run by themselves, if a signal asks for it.
-        ModelError: the blocks cannot be replayed one after the other: a block is never called, its other arguments
-            depend on the tokens, or something else passes between blocks. Names the first such block.
+        ModelError: the blocks cannot be replayed one after the other: a block is never called, or something else
+            passes between blocks; or the first block's other arguments depend on the tokens, in a model in shards.
+            Names the first such block.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class BlockStream:
         self._batch_size = batch_size
         self._calls = {} if calls is None else calls
         self._shapes: list[tuple[int, int]] = []
+        # By batch: what its blocks are called with, where that depends on its tokens.
+        self._own: list[list[Call] | None] = []
         self._held: StreamStorage | None = None
         shares = [share_of(len(input_ids), batch_size, index) for index in range(process_count())]
         self.samples = shares[process_index()]
@@ -118,9 +123,25 @@ class BlockStream:
             self._add(model, batch)
 
     def _add(self, model: nn.Module, batch: Tensor) -> None:
-        hidden = self._capture_first(model, batch)
+        hidden, first = self._capture_first(model, batch)
+        known = self._calls[_shape(batch)]
+        alike = same(first.args, known[0].args) and same(first.kwargs, known[0].kwargs)
         self.hidden.append(self._stored(sum(map(len, self.hidden)), hidden))
         self._shapes.append(_shape(batch))
+        self._own.append(None if alike else self._calls_of(model, batch, known))
+
+    def _calls_of(self, model: nn.Module, batch: Tensor, known: list[Call]) -> list[Call]:
+        """What the blocks are called with for these very tokens. ``known``: for others of the same shape."""
+        if sharding_of(model) is not None:
+            raise ModelError(
+                f"{self.names[0]}: its arguments besides hidden states depend on the tokens; expected a model that is "
+                "whole in each process, got one in shards"
+            )
+        with recording(self.blocks, [call.returned for call in known]) as calls:
+            _forward(model, batch.to(self.device))
+        if len(calls) != len(known):
+            raise ModelError(f"{self.names[len(calls)]}: is called in some passes only")
+        return [sharing(call, other) for call, other in zip(calls, known, strict=True)]
 
     def _stored(self, first: int, hidden: Tensor) -> Tensor:
         """Hidden states of the samples from ``first`` on, where they wait for the next block."""
@@ -130,7 +151,8 @@ class BlockStream:
         """Stream two batches and compare with what whole forward passes give.
 
         Blocks are called with the arguments of the first batch's pass. The second batch, the same tokens backwards,
-        shows arguments that depend on the tokens. Two batches in turn show what a block leaves behind for the next one.
+        shows arguments that depend on the tokens: each batch then has its own. Two batches in turn show what a block
+        leaves behind for the next one.
         Several processes make the same check.
         """
         batches = [batch, batch.flip(0, 1)]
@@ -142,7 +164,10 @@ class BlockStream:
         near = all(self._near(s, e) for s, e in zip(self.hidden, expected, strict=True))
         if not all(from_everyone(near)):
             self._find_difference(model, batches, expected)
-        self.hidden, self._shapes = [], []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.hidden, self._shapes, self._own = [], [], []
 
     def _replay(self, index: int) -> None:
         progress(f"running {self.names[index]} by itself")
@@ -164,7 +189,7 @@ class BlockStream:
         twice as much as the model's own passes differ from each other: atomic sums on GPUs come in any order."""
         outputs = [self._whole_pass(model, batch, every=True)[1] for batch in batches]
         noise = max(_distance(again[-1], last) for again, last in zip(outputs, expected, strict=True))
-        self.hidden, self._shapes = [], []
+        self._forget()
         self._add_all(model, batches)
         for index in range(len(self.blocks)):
             self._replay(index)
@@ -204,6 +229,7 @@ class BlockStream:
         def after(index):
             def hook(_module, _args, output):
                 hidden = hidden_of(output)
+                calls[index] = replace(calls[index], returned=with_hidden(output, hidden.new_empty(0)))
                 if every or index == count - 1:
                     outputs[index] = hidden.to(self.storage, copy=True)
 
@@ -219,7 +245,8 @@ class BlockStream:
             raise ModelError(f"blocks {missing} are not reached by a forward pass")
         return [calls[i] for i in range(count)], [outputs[i] for i in sorted(outputs)]
 
-    def _capture_first(self, model, batch: Tensor) -> Tensor:
+    def _capture_first(self, model, batch: Tensor) -> tuple[Tensor, Call]:
+        """What the first block is called with."""
         seen = []
 
         def hook(_module, args, kwargs):
@@ -235,14 +262,7 @@ class BlockStream:
             pass
         finally:
             handle.remove()
-        hidden, call = seen[0]
-        known = self._calls[_shape(batch)][0]
-        if not (same(call.args, known.args) and same(call.kwargs, known.kwargs)):
-            raise ModelError(
-                f"{self.names[0]}: its arguments besides hidden states depend on the tokens, so it cannot be run by "
-                "itself, as calibration does; losa cannot prune this model"
-            )
-        return hidden
+        return seen[0]
 
     @property
     def nbytes(self) -> int:
@@ -256,8 +276,8 @@ class BlockStream:
         """Yield block ``index``'s output for each of this process's batches, (batch, length, hidden), on the model's
         device. No collective call is made."""
         start = self.samples.start
-        for hidden, shape in zip(self.hidden, self._shapes, strict=True):
-            call = self._calls[shape][index]
+        for hidden, shape, own in zip(self.hidden, self._shapes, self._own, strict=True):
+            call = (own or self._calls[shape])[index]
             self.position = f"samples {start}..{start + len(hidden) - 1}"
             start += len(hidden)
             # A copy always: a block may work in its input's memory, and a stream is read more than once.
@@ -283,7 +303,13 @@ class BlockStream:
     def run_on(self, index: int, hidden: Tensor) -> Tensor:
         """Block ``index``'s output for hidden states (batch, length, hidden) on the model's device, in whose memory the
         block may work. ``batch``: the stream's own batch size, or one of ``other_sizes``. Gradients are taken where the
-        caller enables them. No collective call is made."""
+        caller enables them. No collective call is made. Raises ModelError for blocks whose arguments depend on the
+        tokens, which these hidden states may not belong to."""
+        if any(self._own):
+            raise ModelError(
+                f"{self.names[index]}: its arguments besides hidden states depend on the tokens; it cannot be run on "
+                "samples in another order, as reconstruction does"
+            )
         return self._calls[_shape(hidden)][index].run(self.blocks[index], hidden)
 
     def gram(self, slice_features: int = 1 << 22) -> Tensor:

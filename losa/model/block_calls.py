@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,32 @@ from losa.errors import ModelError
 @dataclass(frozen=True)
 class Call:
     """All arguments of a block but its hidden states. ``hidden_keyword``: the name of the hidden states' argument; None
-    where the hidden states are the first argument."""
+    where the hidden states are the first argument. ``returned``: the form of what the block returned, with an empty
+    tensor for the hidden states."""
 
     args: tuple
     kwargs: dict
     hidden_keyword: str | None
+    returned: Any = None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.hidden_keyword is None:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs))
+
+
+def sharing(call: Call, known: Call) -> Call:
+    """``call`` with the tensors of ``known`` in the place of equal ones, so that they are in memory once."""
+
+    def shared(value: Any, other: Any) -> Any:
+        tensors = isinstance(value, Tensor) or (
+            isinstance(value, (tuple, list)) and all(isinstance(part, Tensor) for part in value)
+        )
+        return other if tensors and same(value, other) else value
+
+    args = tuple(shared(*pair) for pair in zip(call.args, known.args, strict=False))
+    kwargs = {name: shared(value, known.kwargs.get(name)) for name, value in call.kwargs.items()}
+    return replace(call, args=args + call.args[len(args) :], kwargs=kwargs)
 
 
 def hidden_of(output) -> Tensor:

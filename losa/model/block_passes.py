@@ -4,7 +4,6 @@ to be kept."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +17,7 @@ from losa.distributed.stop import check
 from losa.distributed.watch import progress
 from losa.model.block_calls import hidden_of, split_call
 from losa.model.blocks import Blocks
+from losa.model.call_recording import with_hidden
 
 
 class _Ended(Exception):
@@ -61,7 +61,7 @@ class BlockPasses:
             # A GPU holds the hidden states of one batch.
             self._hidden[number] = hidden_of(output).to("cpu")
             if len(self._outputs) == index:
-                self._outputs.append(_with_hidden(output, torch.empty(0)))
+                self._outputs.append(with_hidden(output, torch.empty(0)))
             raise _Ended
 
         before = self._hidden[number].to(self.device) if index else None
@@ -86,7 +86,7 @@ class BlockPasses:
         """The first ``count`` blocks return ``hidden``, or what they get."""
 
         def play(index, *args, **kwargs):
-            return _with_hidden(self._outputs[index], split_call(args, kwargs)[0] if hidden is None else hidden)
+            return with_hidden(self._outputs[index], split_call(args, kwargs)[0] if hidden is None else hidden)
 
         with _replaced({self._blocks.modules[index]: partial(play, index) for index in range(count)}):
             yield
@@ -106,16 +106,3 @@ def _replaced(forwards: Mapping[Any, Callable]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A block's output with other hidden states (``losa.model.block_calls.hidden_of``)."""
-    if isinstance(output, Mapping):
-        other: Any = copy.copy(output)
-        other[next(iter(output))] = hidden
-        return other
-    if hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{output._fields[0]: hidden})
-    if isinstance(output, (tuple, list)):
-        return (hidden, *output[1:]) if isinstance(output, tuple) else [hidden, *output[1:]]
-    return hidden

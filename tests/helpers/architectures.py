@@ -48,14 +48,14 @@ MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}
 
 # Models of encoders, of several modalities, with a text half that is there by itself, or that losa cannot take for a
 # reason of their own kind (an architecture with an encoder is refused by name).
-LEFT_OUT = frozenset(
-    "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert data2vec-text "
-    "electra emu3 ernie fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 "
-    "gpt-sw3 llama4 marian mbart megatron-bert mistral4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody "
-    "mvp pegasus phi4_multimodal plbart prophetnet qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text reformer rembert "
-    "roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod "
-    "cohere_compass_text dots3_note dots3_note_text".split()  # noqa: SIM905
-)
+LEFT_OUT = """
+bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert cohere_compass_text
+data2vec-text dots3_note dots3_note_text electra emu3 ernie fuyu gemma3 gemma3n gemma4 gemma4_assistant
+gemma4_unified gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 marian mbart megatron-bert mistral4 mllama moshi
+moss_transcribe_diarize musicgen musicgen_melody mvp pegasus phi4_multimodal plbart prophetnet qwen3_5 qwen3_5_moe
+qwen4_exp qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-
+roberta xlm-roberta-xl xlnet xmod
+"""
 
 # What differs: settings by name, with "type" for another entry of the same configuration and None to leave one out.
 LATENT = {"num_key_value_heads": 4}  # attention whose keys and values are made from one latent vector
@@ -99,6 +99,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": DENSE_GEMMA4 | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "layer_types": SLIDING},
     "gemma4_inputs": DENSE_GEMMA4 | {"num_kv_shared_layers": 0, "layer_types": SLIDING},
+    "gemma4_shared": DENSE_GEMMA4
+    | {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": [*SLIDING, *SLIDING[:2]]},
     "gemma4_experts": {
         "type": "gemma4_text",
         "enable_moe_block": True,
@@ -166,7 +168,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 def names() -> list[str]:
     """Of all architectures, and of the variants in ``OWN``."""
-    found = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING and name not in LEFT_OUT]
+    left = set(LEFT_OUT.split())
+    found = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING and name not in left]
     return sorted({*found, *OWN})
 
 

@@ -16,6 +16,7 @@ from losa.distributed.stop import Stopped, heeding_signals
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks
 from losa_kernels import gram
+from tests.helpers.architectures import model_of
 from tests.helpers.tiny import tiny_llama
 
 IDS = torch.arange(6 * 16).reshape(6, 16) % 90
@@ -127,35 +128,25 @@ def test_gram_of_a_stream_is_the_gram_of_all_features():
     assert torch.allclose(sliced.double(), whole.double(), rtol=1e-5, atol=1e-5 * whole.abs().max().item())
 
 
-def test_arguments_that_depend_on_tokens_are_refused():
-    model = tiny_llama()
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma3n_shared", "gemma4_inputs", "gemma4_shared"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_arguments_that_depend_on_tokens_are_those_of_each_batch(name, batch_size):
+    """Inputs of each block beside hidden states, and keys and values that later blocks share."""
+    model = model_of(name)
     blocks = find_blocks(model)
-    embed = model.model.embed_tokens
-
-    class Inner(nn.Module):
-        def __init__(self, block):
-            super().__init__()
-            self.block = block
-
-        def forward(self, hidden_states, side=None, **kwargs):
-            return self.block(hidden_states, **kwargs)
-
-    blocks.modules[0] = Inner(blocks.modules[0])
-    inner_forward = model.model.forward
-
-    def forward(input_ids=None, **kwargs):
-        side = embed(input_ids).sum(-1)
-        hook = blocks.modules[0].register_forward_pre_hook(
-            lambda _m, a, k: (a, {**k, "side": side}), with_kwargs=True, prepend=True
-        )
-        try:
-            return inner_forward(input_ids=input_ids, **kwargs)
-        finally:
-            hook.remove()
-
-    model.model.forward = forward
-    with pytest.raises(ModelError, match="depend on the tokens"):
-        BlockStream(model, blocks, IDS, 1)
+    expected = [outputs_of_blocks(model, blocks, batch) for batch in IDS.split(batch_size)]
+    calls = {}
+    with torch.no_grad():
+        for _ in range(2):  # the second stream is told what the first one has found out
+            stream = BlockStream(model, blocks, IDS, batch_size, calls=calls)
+            assert batch_size == 4 or all(stream._own[1:]), "calls of one shape are those of its first batch"
+            for index in range(len(blocks)):
+                stream.advance(index)
+                for found, own in zip(stream.hidden, expected, strict=True):
+                    assert torch.equal(found, own[index])
+        if any(stream._own):
+            with pytest.raises(ModelError, match="samples in another order"):
+                stream.run_on(0, stream.hidden[0])
 
 
 class Wrapped(nn.Module):
