@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
                 limit = args.limit or LIMITS[pruner]
                 run = Run(folder, pruner, limit, args.samples)
                 for after in range(1, args.kills + 1):
-                    run.start(kill_after=after * blocks // (args.kills + 1))
+                    run.start(kill_at=max(after, after * blocks // (args.kills + 1)))
                 run.start()
                 yield {
                     "op": "prune, offloaded",
@@ -91,8 +92,8 @@ class Run:
     kills: int = 0
     seconds: list[int] = field(default_factory=list)
 
-    def start(self, kill_after: int | None = None) -> None:
-        """Go on to the end, or until so many blocks are finished and the next one has begun."""
+    def start(self, kill_at: int | None = None) -> None:
+        """Go on to the end, or until so many blocks of all are finished and the next one has begun."""
         command = [sys.executable, "-m", "losa", "prune", str(self.folder / "model"), "--offload", "disk", "--resume"]
         command += ["--output", str(self.output), "--data", str(self.folder / "text.txt"), "--pruner", self.pruner]
         command += ["--sparsity", "0.5", "--samples", str(self.samples), "--length", "128"]
@@ -107,17 +108,20 @@ class Run:
             )
         while process.poll() is None:
             self._watch(process.pid)
-            if kill_after is not None and len(FINISHED.findall(printed.read_text())) >= kill_after:
+            if kill_at is not None and self._finished() >= kill_at:
                 time.sleep(0.2)  # the next block has begun
                 process.kill()
-                process.wait()
-                self.kills += 1
                 break
             time.sleep(0.05)
+        self.kills += process.wait() == -signal.SIGKILL
         found = printed.read_text()
         self.seconds += [int(seconds) for _, seconds in FINISHED.findall(found)]
-        if process.returncode not in (0, -9) or (kill_after is None and process.returncode):
+        if process.returncode not in (0, -9) or (kill_at is None and process.returncode):
             raise SystemExit(f"offload: {self.pruner} ended with {process.returncode}:\n{found}")
+
+    def _finished(self) -> int:
+        work = self.output.with_name(f"{self.output.name}.work")
+        return len(list(work.glob("prune_only/blocks/block-*.json")))
 
     @property
     def output(self) -> Path:

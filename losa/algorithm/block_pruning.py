@@ -24,6 +24,8 @@ from losa.algorithm.row_scales import ByRows
 from losa.algorithm.statistics import Statistic, collect, fed_together, statistic_of
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
+from losa.distributed.processes import is_main
+from losa.distributed.turns import everywhere
 from losa.distributed.watch import progress
 from losa.errors import RecipeError
 from losa.model.blocks import expert_lists
@@ -52,8 +54,8 @@ class BlockPruning:
     Args:
         prune: the recipe's section, as is ``allocation``.
         pruner: the recipe's.
-        calibration: the recipe's section. Of more than ``statistics_gb`` statistics of one block are taken in several
-            passes, unless those of one linear take more.
+        calibration: the recipe's section. Statistics of a block beyond ``statistics_gb`` are taken in several passes,
+            those of linears that share an input in one.
 
     Raises:
         RecipeError: a statistic that is unknown.
@@ -86,14 +88,17 @@ class BlockPruning:
         with watch.stage("forward"):
             parts = self._parts(index, block, stream)
             # A pass for later linears runs the block as it was.
-            before = block.merged_weights() if len(parts) > 1 else None
+            before = everywhere(block.merged_weights) if len(parts) > 1 else None
         damping: dict[str, float | None] = {}
         tokens: dict[str, int] = {}
         linears = None if rates.linears is None else rates.linears[index]
-        for names in parts:
+        for number, names in enumerate(parts):
             with watch.stage("forward"):
-                statistics, owners, seen = self._statistics(index, block, names, stream, gradients, before)
+                # Each part begins with another process, as each block does.
+                statistics, owners, seen = self._statistics(index, number, block, names, stream, gradients, before)
                 tokens |= seen
+                if number == len(parts) - 1:
+                    before = None
             with watch.stage("prune"):
                 progress(f"pruning {block.name}")
                 own: Pattern | dict[str, Pattern] = rates.patterns[index]
@@ -137,6 +142,7 @@ class BlockPruning:
     def _statistics(
         self,
         index: int,
+        number: int,
         block: WrappedBlock,
         names: Sequence[str],
         stream: BlockStream,
@@ -144,10 +150,10 @@ class BlockPruning:
         weights: dict[str, Tensor] | None,
     ) -> tuple[Mapping[str, Tensor | None], dict[str, int], dict[str, int]]:
         """What the pruner asks for of each of these linears that this process owns, None where it asks for nothing;
-        their owners; and the tokens that they saw, where statistics are of their inputs. ``weights``: of
-        ``WrappedBlock.merged``."""
+        their owners; and the tokens that they saw, where statistics are of their inputs. ``number``: of the part;
+        ``weights``: of ``WrappedBlock.merged``."""
         linears, statistic = {name: block.linears[name] for name in names}, self._statistic
-        owners = partial(owners_of, linears=linears, pruner=self._pruner, index=index)
+        owners = partial(owners_of, linears=linears, pruner=self._pruner, index=index + number)
         if statistic is None:
             return dict.fromkeys(linears), owners([[name] for name in linears]), {}
         if issubclass(statistic, GradientStatistic):
@@ -224,17 +230,16 @@ def check_experts(blocks: Iterable[WrappedBlock], calibration: CalibrationConfig
 
 
 def warn_of_few_tokens(expert_tokens: Mapping[str, list[int]], linears: Mapping[str, MaskedLoRALinear]) -> None:
-    """Warn of experts with less than a quarter as many tokens as their first linear has inputs. ``linears``: by full
-    name."""
+    """Warn, in the main process, of experts with less than a quarter as many tokens as their first linear has inputs.
+    ``linears``: by full name."""
     few: list[str] = []
     for name, tokens in expert_tokens.items():
         width = next(m.in_features for full, m in linears.items() if full.startswith(f"{name}.0."))
         few += [f"{name}.{e}: {count} tokens, {width} inputs" for e, count in enumerate(tokens) if 4 * count < width]
-    if few:
-        logger.warning(
-            "calibration: %d of %d experts saw few tokens (%s); more samples would help, or calibration.experts: all",
-            *(len(few), sum(map(len, expert_tokens.values())), few[0]),
-        )
+    if few and is_main():
+        every = sum(map(len, expert_tokens.values()))
+        message = "calibration: %d of %d experts saw few tokens (%s); more samples would help"
+        logger.warning(message, len(few), every, few[0])
 
 
 def _bytes(statistic: type[Statistic], in_features: int) -> int:

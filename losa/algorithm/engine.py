@@ -203,7 +203,8 @@ class Engine:
             finally:
                 free_graphs()  # training needs the memory, and so does whoever catches an error
             watch.seconds |= pruned.seconds
-            warn_of_few_tokens(pruned.expert_tokens, self._linears())
+            if this_round.index == 1:
+                warn_of_few_tokens(pruned.expert_tokens, self._linears())
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
                 ranks = ranks_of_blocks(self.allocation, this_round.mean_rank, pruned.errors, sparsity)
@@ -304,8 +305,8 @@ class Engine:
                         errors.append(self._error(dense, sparse))
                 if self.finished is not None:
                     with watch.stage("write"):
-                        found = self.finished.take(index, block, pruned.damping, pruned.expert_tokens)
-                        block.note_kept(found.kept)
+                        taken = self.finished.take(index, block, pruned.damping, pruned.expert_tokens)
+                        block.note_kept(taken.kept)
         if dense is None:
             return _PrunedBlocks(None, damping, linears, None, tokens, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -281,8 +282,8 @@ class _SharedInputs:
         self._tokens: dict[str, int] = {}
         # By name of a linear: the first linear that was fed the same input.
         self._leader: dict[str, str] = {}
-        # Inputs of the present batch, and the linear that was fed first by each of them.
-        self._inputs: list[tuple[Tensor, str]] = []
+        # Inputs of the present batch that are still there, and the linear that was fed first by each of them.
+        self._inputs: list[tuple[weakref.ref[Tensor], str]] = []
         self._sample: str | None = None
 
     def see(self, name: str, module: Linear, args: tuple) -> None:
@@ -291,13 +292,14 @@ class _SharedInputs:
         if self._current_sample() != self._sample:
             self._sample = self._current_sample()
             self._inputs.clear()
-        first = next((first for tensor, first in self._inputs if tensor is x), None)
+        self._inputs = [entry for entry in self._inputs if entry[0]() is not None]
+        first = next((first for tensor, first in self._inputs if tensor() is x), None)
         if first is not None and self._leader.get(name, first) == first and name not in self._collected:
             self._leader[name] = first
             return
         if name in self._leader:
             raise _shared_in_some(self._where, name, self._leader[name])
-        self._inputs.append((x, name))
+        self._inputs.append((weakref.ref(x), name))
         if x.numel() == 0:
             return
         if name not in self._collected:

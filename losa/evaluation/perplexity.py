@@ -174,17 +174,20 @@ def _sums_by_block(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -
     for as many batches as have hidden states of ``HIDDEN_BYTES``."""
     device, width = device_of(model), hidden_size(model) * next(model.parameters()).element_size()
     at_a_time = max(1, HIDDEN_BYTES // (batches[0][0].numel() * width))
+    groups = (batches[first : first + at_a_time] for first in range(0, len(batches), at_a_time))
+    return [summed for group in groups for summed in _sums_of_group(model, group, device)]
+
+
+def _sums_of_group(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> list[float]:
+    passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in batches])
+    with passes.skipped():
+        loss = TokenLoss(model)
     found = []
-    for first in range(0, len(batches), at_a_time):
-        part = batches[first : first + at_a_time]
-        passes = BlockPasses(model, find_blocks(model), [ids for ids, _ in part])
-        with passes.skipped():
-            loss = TokenLoss(model)
-        for number, (ids, labels) in enumerate(part):
-            watch.progress(f"perplexity, batch {first + number + 1} of {len(batches)}")
-            check()
-            with passes.ended(number):
-                found.append(_summed(loss, ids, labels, device))
+    for number, (ids, labels) in enumerate(batches):
+        watch.progress(f"perplexity, the loss of batch {number + 1} of {len(batches)}")
+        check()
+        with passes.ended(number):
+            found.append(_summed(loss, ids, labels, device))
     return found
 
 

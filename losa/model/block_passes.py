@@ -42,6 +42,7 @@ class BlockPasses:
         self._model, self._blocks = model, blocks
         self.device = device_of(blocks.modules)
         self._hidden: list[Tensor] = [torch.empty(0)] * len(batches)
+        self._written: list[dict[str, Any]] = [{} for _ in batches]
         # Of each block that has run, what it returned for the first batch, without hidden states. Only these are
         # right for other batches: a model that reads more of what a block returns is none that losa prunes.
         self._outputs: list[Any] = []
@@ -57,7 +58,10 @@ class BlockPasses:
         compute = block.forward
 
         def run(*args, **kwargs):
-            output = compute(*args, **kwargs)
+            # What blocks write for later ones, as shared keys and values, is the batch's in all passes.
+            stores = {key: value for key, value in kwargs.items() if _is_store(value)}
+            kept = {key: self._written[number].setdefault(key, value) for key, value in stores.items()}
+            output = compute(*args, **kwargs | kept)
             # A GPU holds the hidden states of one batch.
             self._hidden[number] = hidden_of(output).to("cpu")
             if len(self._outputs) == index:
@@ -90,6 +94,10 @@ class BlockPasses:
 
         with _replaced({self._blocks.modules[index]: partial(play, index) for index in range(count)}):
             yield
+
+
+def _is_store(value: Any) -> bool:
+    return hasattr(value, "__setitem__") and not isinstance(value, (Tensor, list))
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class OffloadedBlocks:
         if path is None:
             self._files.check_unchanged()
             yield from self._read(index, self._files, self._naming)
+            self._files.check_unchanged()
             return
         with TensorFiles([path]) as files:
             yield from self._read(index, files, Naming(self.model, files.names, self._naming.expected))
@@ -127,8 +128,8 @@ class OffloadedBlocks:
             absent.discard(target)
             yield target, tensor
         if absent:
-            names = f"{len(absent)} tensors of {self.blocks.names[index]} are missing: {min(absent)}"
-            raise ModelError(f"{self._where}: {names}")
+            what = f"{len(absent)} tensors of {self.blocks.names[index]} are missing: {min(absent)}"
+            raise ModelError(f"{self._where}: {what}")
 
     def merged(self, index: int) -> dict[str, Tensor]:
         """The tensors of a block that is in memory, by name in the model before anything was replaced. M * W takes the

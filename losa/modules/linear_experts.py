@@ -81,13 +81,12 @@ class RoutedExperts(LinearExperts):
         experts, order = chosen.flatten().sort(stable=True)
         counts = torch.bincount(experts, minlength=len(self))[: len(self)].tolist()
         of_row = order // k
-        parts = [
-            self._of_one(stack, expert, hidden)[tokens]
-            if self.every_token
-            else self._of_one(stack, expert, hidden[tokens])
-            for expert, tokens in zip(self, of_row[: sum(counts)].split(counts), strict=True)
-            if len(tokens) or self.every_token
-        ]
+        if self.every_token:
+            tokens = of_row[: sum(counts)].split(counts)
+            parts = [self._of_one(stack, expert, hidden)[own] for expert, own in zip(self, tokens, strict=True)]
+        else:
+            rows = hidden[of_row[: sum(counts)]].split(counts)
+            parts = [self._of_one(stack, expert, x) for expert, x in zip(self, rows, strict=True) if len(x)]
         out = torch.cat([*parts, hidden.new_zeros(len(of_row) - sum(counts), hidden.shape[-1])])
         out = out * shares.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losa.distributed.stop import check
 from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError
 from losa.model.block_passes import BlockPasses
@@ -77,6 +78,7 @@ def export_offloaded(
         write_shard(rest, source.stored(_outside(source)))
         for file, digest in files.items():
             progress(f"checking {file.name}")
+            check()
             _link(file, staged / file.name)
             if file_digest(staged / file.name) != digest:
                 raise OutputError(f"export: {file} is not the file that was written and checked; it is damaged")

@@ -36,11 +36,13 @@ class PruningShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """``size`` bytes held on the pruning device while a block is pruned; ``how`` says how they are counted."""
+    """``size`` bytes held on the pruning device while a block is pruned; ``how`` says how they are counted.
+    ``certain``: whether it cannot be less."""
 
     what: str
     size: float
     how: str
+    certain: bool = True
 
 
 def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
@@ -52,7 +54,7 @@ def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
 def hessians_of_block(shape: PruningShape) -> Memory:
     """Hessians of a block's linears, or of as many of them as there may be at a time."""
     how = "in^2 x 4 bytes a linear, at most: inputs are shared"
-    return Memory("Hessians of a block", _at_a_time(shape), how)
+    return Memory("Hessians of a block", _at_a_time(shape), how, certain=False)
 
 
 def factorising_one(shape: PruningShape, copies: float = 5) -> Memory:
@@ -69,8 +71,9 @@ def hessian_memory(shape: PruningShape) -> list[Memory]:
     how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians"
     return [
         hessians_of_block(shape),
-        Memory("factors of a block", held, "as the Hessians"),
-        Memory("factorising", 5 * together, how),
+        # Where they do not fit, Hessians are factored one by one.
+        Memory("factors of a block", held, "as the Hessians", certain=False),
+        Memory("factorising", 5 * together, how, certain=False),
     ]
 
 

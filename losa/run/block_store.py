@@ -108,6 +108,7 @@ class BlockStore:
 
     def find(self, index: int) -> FinishedBlock | None:
         """``FinishedBlocks.find``."""
+        self._began = time.perf_counter()
         return self.stored[index].finished if index < len(self.stored) else None
 
     def take(
@@ -159,7 +160,7 @@ class BlockStore:
     def _next(self, name: str) -> dict:
         """The document of that name, if it was written next."""
         found = read_document(self._directory / name)
-        if found["after"] != self._last:
+        if found.get("after") != self._last:
             raise ValueError(f"{name} does not belong behind what is there")
         return found
 

@@ -26,6 +26,7 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
     """
     left: dict = dict.fromkeys(("output", "method", "compare", "distributed", "checkpoint", "offload"), True)
     left["prune"] = {"partly"}
+    left["calibration"] = {"statistics_gb"}
     left["train"] = {"tensorboard", "activation_checkpointing"}
     left["lora"] = set() if METHODS[method].adapter == "gated" else {"gate_penalty"}
     left["allocation"] = {"apply_to"}
@@ -35,7 +36,8 @@ def belonging(recipe: Recipe, method: MethodName, inputs: Mapping[str, str]) -> 
         left["rounds"] = True
         left["allocation"] |= {"ranks", "error", "mean_rank", "rank_growth", "rank_min", "rank_max"}
     else:
-        left |= {"rounds": True, "allocation": True, "calibration": {"cka_samples"}}
+        left |= {"rounds": True, "allocation": True}
+        left["calibration"] |= {"cka_samples"}
     if not METHODS[method].reconstructs:
         left["reconstruct"] = True
     if not METHODS[method].trains:

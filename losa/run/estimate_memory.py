@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +28,9 @@ PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export"
 @dataclass(frozen=True)
 class Holding:
     """``size`` bytes held on ``place`` ("device" or "host") during ``phase``; ``how`` says how they are counted.
-    ``main_only``: the main process alone holds them, else every process of a run holds as many."""
+    ``main_only``: the main process alone holds them, else every process of a run holds as many. ``certain``: whether it
+    cannot be less; not so pages of files, which the system takes back when it needs memory, what is counted as its
+    most, and what the pruner does without where memory is short."""
 
     phase: str
     place: str
@@ -35,6 +38,7 @@ class Holding:
     size: int
     how: str
     main_only: bool = False
+    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
 
 def pruning_shape(recipe: Recipe, shape: ModelShape) -> PruningShape:
     tokens = recipe.calibration.samples * recipe.calibration.length
-    held = recipe.calibration.statistics_gb * 1e9
+    # Rates of linears need the statistics of all linears of a block at once.
+    alike = all(recipe.allocation_of(name).per == "block" for name in recipe.methods)
+    held = recipe.calibration.statistics_gb * 1e9 if alike else math.inf
     return PruningShape(shape.pruned, shape.blocks, tokens, on_gpu=shape.on_gpu, statistics=held)
 
 
@@ -126,7 +132,8 @@ def _throughout(shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     if trained.rank != 0:
         yield Holding("throughout", place, "adapters", trained.size(shape.pruned), trained.how)
     if shape.on_gpu:
-        yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, f"parameters x {size} bytes")
+        how = f"parameters x {size} bytes"
+        yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, how, certain=False)
 
 
 def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int, moved: int) -> Iterator[Holding]:
@@ -195,7 +202,7 @@ def pruning_work(
     how = "3 x batch x length x widest side"
     yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
     for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
-        yield Holding("pruning", place, cost.what, int(cost.size), cost.how)
+        yield Holding("pruning", place, cost.what, int(cost.size), cost.how, certain=cost.certain)
     if recipe.any_rated and recipe.allocation.per == "row":
         size, how = 3 * 4 * max(w.numel for w in shape.pruned), "3 fp32 copies of the largest linear"
         yield Holding("pruning", place, "comparing the rows of a linear", size, how)
@@ -338,7 +345,9 @@ def _logits_of(shape: ModelShape) -> str:
 
 def _export(shape: ModelShape) -> Iterator[Holding]:
     how = "to check it against the one in memory"
-    yield Holding("export", "host", "written model, read back", shape.weight_bytes, how, main_only=True)
+    read_back = Holding("export", "host", "written model, read back", shape.weight_bytes, how, main_only=True)
+    # Pages of files but where a CPU computes with it, from memory that is aligned.
+    yield replace(read_back, certain=not shape.on_gpu)
     if shape.on_gpu:
         how = "while the other one is on the device"
         yield Holding("export", "host", "model in memory, moved", shape.weight_bytes, how, main_only=True)

@@ -30,7 +30,8 @@ def offloaded_holdings(
         if recipe.evaluate.max_windows is not None:
             windows = recipe.evaluate.max_windows * recipe.evaluate.length * shape.hidden * shape.dtype.itemsize
             size = min(size, windows)
-        held.append(Holding("evaluation", "host", "hidden states of windows", size, how))
+        # The text may have fewer windows.
+        held.append(Holding("evaluation", "host", "hidden states of windows", size, how, certain=False))
     held += _of_block(place, "export", block)
     return held
 

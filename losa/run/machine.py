@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> float:
@@ -33,21 +38,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
     return 2.0 * rows * inner * columns / statistics.median(times[1:])
 
 
-# A container's limit, of both versions of control groups.
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-def _limit(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file; "max"
-        return None
-
-
 def capacity(device: torch.device | None) -> dict[str, int]:
     """Bytes of memory by place, "host" (of the machine, or of a container that has less) and "device", where known."""
     found = {}
-    limits = [limit for path in _LIMITS if (limit := _limit(path)) is not None]
+    limits = list(_limits())
     if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if limits:
@@ -55,3 +49,20 @@ def capacity(device: torch.device | None) -> dict[str, int]:
     if device is not None and device.type == "cuda":
         found["device"] = torch.cuda.get_device_properties(device).total_memory
     return found
+
+
+def _limits() -> Iterator[int]:
+    """Of the control groups that this process is in, as containers, batch systems and services set them."""
+    groups = {_GROUPS, _GROUPS / "memory"}
+    with suppress(OSError):
+        for line in _OWN_GROUP.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            root = _GROUPS if not kinds else _GROUPS / "memory"
+            if not kinds or "memory" in kinds.split(","):
+                own = root / path.lstrip("/")
+                groups |= {each for each in (own, *own.parents) if each.is_relative_to(root)}
+    for group in groups:
+        # The file's name in each version of control groups; "max" is no limit.
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                yield int((group / name).read_text())

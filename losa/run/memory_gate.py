@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
+
 from rich.console import Console
 
 from losa.distributed.processes import process_count
 from losa.errors import LosaError
+from losa.model.loading import torch_device
 from losa.output.tables import show_table
 from losa.recipe.sections import Recipe
 from losa.run.estimate import Estimate, estimate
-from losa.run.estimate_memory import PHASES
 from losa.run.estimate_tables import memory_table, size_text
+from losa.run.offloaded import check_offload
 from losa.run.planned import phase_sums
 
-# While a model moves to a GPU its weights are pages of files, which the system takes back when it needs memory.
-_LOADING = PHASES[1]
+logger = logging.getLogger("losa")
 
 
 def check_memory(recipe: Recipe, console: Console) -> None:
-    """Look at the run's plan, and show it where the run does not fit. Runs of several processes choose their placement
-    by their plan instead (``losa.run.choice``).
+    """Look at the run's plan, and show it where the run does not fit: what it is certain to hold is more than there is.
+    Runs of several processes choose their placement by their plan instead (``losa.run.choice``).
 
     Raises:
-        LosaError: what losa holds by its plan is more than the memory of the machine, or of its GPU.
+        ModelError: no such device.
+        LosaError: the plan asks for more than the memory of the machine, or of its GPU.
     """
     if process_count() > 1:
         return
+    torch_device(recipe.device)
     try:
         plan = estimate(recipe, probe=False)
-    except LosaError:  # of the recipe or the model: the run says it too, where it meets it
+    except Exception as error:  # of the recipe or the model: the run says it too, where it meets it
+        logger.debug("the run has no plan: %s", error)
         return
     for place, there in plan.capacity.items():
-        size, phase = _peak(plan, place)
+        size, phase = _least(plan, place)
         if size > there:
             show_table(memory_table(plan), console)
             where = "the host" if place == "host" else plan.device
             raise LosaError(
-                f"memory: in the phase {phase} the run holds {size_text(size)} on {where} by its plan, and there are "
-                f"{size_text(there)}; {_advice(recipe)}; --force goes on all the same"
+                f"memory: in the phase {phase} the run holds at least {size_text(size)} on {where} by its plan, and "
+                f"there are {size_text(there)}; {_advice(recipe)}; --force goes on all the same"
             )
 
 
-def _peak(plan: Estimate, place: str) -> tuple[int, str]:
-    sums = phase_sums(plan.holdings, place)
-    sums.pop(_LOADING, None)
+def _least(plan: Estimate, place: str) -> tuple[int, str]:
+    """What is certainly held on a place, and in which phase most."""
+    sums = phase_sums([holding for holding in plan.holdings if holding.certain], place)
     return max((size, phase) for phase, size in sums.items())
 
 
 def _advice(recipe: Recipe) -> str:
-    if list(recipe.methods) == ["prune_only"] and recipe.offload is None:
-        return "offload: disk (--offload disk) holds one block of the model at a time"
+    offloaded = recipe.model_copy(update={"offload": "disk"})
+    with suppress(LosaError):
+        if recipe.offload is None and list(recipe.methods) == ["prune_only"] and recipe.gguf_file is None:
+            check_offload(offloaded)
+            return "offload: disk (--offload disk) holds one block of the model at a time"
     return "the table says what takes it"

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -88,6 +89,7 @@ def run_offloaded(
             recipe.model, dtype=recipe.dtype, device=device, trust_remote_code=recipe.trust_remote_code
         )
         _check_linears(recipe, source.blocks)
+        _check_space(model, workspace.path / NAME / BLOCKS)
         check_share(recipe.prune, model, source.blocks.linears().values())
         inputs = read_inputs(recipe, model, tokenizer)
         check()
@@ -96,7 +98,6 @@ def run_offloaded(
     store = BlockStore(workspace.path / NAME / BLOCKS, source, lambda line: console.print(line, markup=False))
     owner = belonging(recipe, NAME, inputs.fingerprint)
     dense = store.open(owner) if resume else None
-    _check_space(recipe, model, store)
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, source.blocks, inputs.calibration[:1], calls=inputs.calls)
     if dense is None:
@@ -155,12 +156,14 @@ def _check_linears(recipe: Recipe, blocks: Blocks) -> None:
             raise RecipeError(f"prune.pattern: {name} has in_features that are no multiple of {m}")
 
 
-def _check_space(recipe: Recipe, model: nn.Module, store: BlockStore) -> None:
-    """Raises OutputError where what is still to be written does not fit on the disk."""
-    wanted = sum(p.nbytes for p in model.parameters()) - sum(each.path.stat().st_size for each in store.stored)
-    free = shutil.disk_usage(recipe.output.resolve().parent).free
+def _check_space(model: nn.Module, blocks: Path) -> None:
+    """Raises OutputError where what is still to be written of the model does not fit on the disk of its blocks."""
+    there = blocks.parent.parent
+    written = sum(file.stat().st_size for file in blocks.glob("*.safetensors"))
+    wanted = sum(p.nbytes for p in model.parameters()) - written
+    free = shutil.disk_usage(there).free
     if free < wanted:
-        raise OutputError(f"output {recipe.output}: needs {wanted / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free")
+        raise OutputError(f"output: {there} needs {wanted / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free")
 
 
 def _prune(recipe: Recipe, model: nn.Module, inputs: Inputs, store: BlockStore) -> RoundRecord:

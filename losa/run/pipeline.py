@@ -92,6 +92,8 @@ def run_recipe(
         check_packages(recipe.methods)
         if recipe.offload is not None:
             check_offload(recipe)
+        if not (resume or force):  # before unfinished work is thrown away
+            check_memory(recipe, console)
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
@@ -105,7 +107,7 @@ def run_recipe(
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
         check_shared(workspace.path)
-        if not force:
+        if resume and not force:
             check_memory(recipe, console)
         run = _run if recipe.offload is None else run_offloaded
         return run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)

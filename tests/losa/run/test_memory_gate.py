@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from losa.run import estimate, machine, memory_gate, pipeline
 from losa.run.estimate import estimate as planned
 from losa.run.memory_gate import check_memory
 from losa.run.pipeline import run_recipe
+from losa.run.planned import phase_sums
+from losa.storage.files import write_json
 from tests.helpers.runs import settings
 
 
@@ -34,7 +35,7 @@ def memory(monkeypatch):
 
 def test_a_run_that_does_not_fit_is_refused_with_the_table(workspace, tmp_path, memory, monkeypatch):
     wanted = recipe(workspace, tmp_path / "out")
-    peak, phase = planned(wanted, probe=False).peak("host")
+    peak, phase = planned(wanted, probe=False).peak("host")  # all of it certain
     memory(host=peak - 1)
     monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
     text = io.StringIO()
@@ -65,10 +66,11 @@ def test_pruning_block_by_block_is_advised_and_needs_less(workspace, tmp_path, m
         check_memory(whole, Console(quiet=True))
 
 
-def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory):
+def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(memory_gate, "torch_device", lambda device: None)
     wanted = recipe(workspace, tmp_path / "out", device="cuda", method="prune_only", evaluate=None)
     weights = planned(wanted, probe=False).size("weights")
-    memory(device=10 * weights, host=10 * weights)
+    memory(device=10 * weights, host=weights)
     check_memory(wanted, Console(quiet=True))
     memory(device=weights, host=10 * weights)
     with pytest.raises(LosaError, match="on cuda by its plan"):
@@ -82,16 +84,58 @@ def test_several_processes_and_recipes_without_a_plan_are_left_to_others(workspa
     check_memory(recipe(workspace, tmp_path / "out"), Console(quiet=True))
 
 
+@pytest.mark.parametrize("text, expected", [("1000\n", 1000), ("max\n", 5 * 4096), (None, 5 * 4096)])
 @pytest.mark.parametrize(
-    "text, expected", [("1000\n", 1000), ("max\n", 5 * 4096), (None, 5 * 4096), ("9223372036854771712\n", 5 * 4096)]
+    "own, file",
+    [
+        ("0::/", "memory.max"),
+        ("0::/jobs/job-7/step", "jobs/job-7/memory.max"),
+        ("12:cpu,cpuacct:/x\n9:memory:/jobs/7", "memory/jobs/7/memory.limit_in_bytes"),
+        ("9:memory:/jobs/7", "memory/memory.limit_in_bytes"),
+    ],
 )
-def test_a_container_s_limit_counts(text, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
-    monkeypatch.setattr(
-        machine, "os", SimpleNamespace(sysconf={"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 5}.get, sysconf_names={
-            "SC_PAGE_SIZE": 0, "SC_PHYS_PAGES": 1
-        })
-    )  # fmt: skip
+def test_limits_of_a_container_or_a_job_count(own, file, text, expected, tmp_path, monkeypatch):
+    """Of both versions of control groups, also of a group that the process's own is in."""
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "_OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text(own + "\n")
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 5}
+    monkeypatch.setattr(machine.os, "sysconf", sizes.get)
     if text is not None:
-        (tmp_path / "memory.max").write_text(text)
+        (tmp_path / "groups" / file).parent.mkdir(parents=True)
+        (tmp_path / "groups" / file).write_text(text)
     assert machine.capacity(torch.device("cpu")) == {"host": expected}
+
+
+def test_unfinished_work_stays_where_a_run_is_refused(workspace, tmp_path, memory):
+    work = tmp_path / "out.work" / "prune_only"
+    run_recipe(recipe(workspace, tmp_path / "other", method="prune_only", evaluate=None))
+    work.mkdir(parents=True)
+    write_json(tmp_path / "out.work" / "work.json", {"processes": 1})
+    (work / "prune_only.json").touch()
+    memory(host=1)
+    with pytest.raises(LosaError, match="memory:"):
+        run_recipe(recipe(workspace, tmp_path / "out", method="prune_only", evaluate=None), overwrite=True)
+    assert (work / "prune_only.json").exists()
+
+
+def test_a_plan_that_fails_stops_no_run(workspace, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise AttributeError("a model of another kind")
+
+    monkeypatch.setattr(memory_gate, "estimate", fail)
+    check_memory(recipe(workspace, tmp_path / "out"), Console(quiet=True))
+
+
+def test_what_may_be_less_does_not_count(workspace, tmp_path, memory):
+    """Hessians are counted at their most; weights on their way to a GPU are pages of files."""
+    wanted = recipe(workspace, tmp_path / "out", method="prune_only", prune={"pruner": "sparsegpt", "sparsity": 0.5})
+    plan = planned(wanted, probe=False)
+    uncertain = {holding.what for holding in plan.holdings if not holding.certain}
+    assert uncertain == {"Hessians of a block"}
+    sums = phase_sums([holding for holding in plan.holdings if holding.certain], "host")
+    memory(host=max(sums.values()))
+    check_memory(wanted, Console(quiet=True))
+    memory(host=max(sums.values()) - 1)
+    with pytest.raises(LosaError, match="memory:"):
+        check_memory(wanted, Console(quiet=True))

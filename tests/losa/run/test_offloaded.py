@@ -10,21 +10,22 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from losa.distributed.sharding import gathered
 from losa.errors import ModelError, OutputError, RecipeError
 from losa.evaluation.perplexity import perplexity
+from losa.model.block_passes import BlockPasses
 from losa.model.offloaded import OffloadedBlocks, load_offloaded
 from losa.model.wrapping import sparsity_of
 from losa.recipe.reading import parse_recipe
+from losa.run import block_store
 from losa.run.fingerprint import model_digest
 from losa.run.offloaded import _survey as survey_of
 from losa.run.pipeline import run_recipe
 from tests.helpers.kinds import KINDS, of_kind
-from tests.helpers.memory import peak
 from tests.helpers.offloaded import ALL, Killed, assert_same_output, assert_same_record, killed, run
 from tests.helpers.runs import settings
-from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -137,22 +138,28 @@ def test_one_block_is_in_memory_at_a_time(kind_directory, tmp_path, monkeypatch)
     assert not any(model() for model in models)
 
 
-def test_memory_does_not_grow_with_the_blocks(workspace, tmp_path):
-    found, block = [], 0
-    for layers in (2, 2, 6):  # the first run allocates what is allocated once
-        made = tmp_path / str(len(found))
-        model = tiny_llama(layers=layers, hidden=768)
-        block = sum(p.nbytes for p in model.model.layers[0].parameters())
-        model.save_pretrained(made / "model")
-        del model
-        tiny_tokenizer().save_pretrained(made / "model")
-        (made / "text.txt").write_text((workspace / "text.txt").read_text())
-        gc.collect()
-        peak()
-        before = peak()
-        run(made, made / "out", offload="disk")
-        found.append(peak() - before)
-    assert found[2] - found[1] < block, "four blocks more"
+def test_what_is_held_does_not_grow_with_the_blocks(kind_directory, tmp_path, monkeypatch):
+    """Of tensors that Python sees, when a block has come and when it is written."""
+    held, load, write = [], OffloadedBlocks._load, block_store.write_block
+
+    def noting(work):
+        def noted(*args):
+            found = work(*args)
+            gc.collect()
+            alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta]
+            held[-1].append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values()))
+            return found
+
+        return noted
+
+    monkeypatch.setattr(OffloadedBlocks, "_load", noting(load))
+    monkeypatch.setattr(block_store, "write_block", noting(write))
+    for layers in (2, 6):
+        made = kind_directory("Llama", layers=layers)
+        held.append([])
+        run(made, tmp_path / str(layers), offload="disk", evaluate=None)
+    block = 4 * sum(p.numel() for p in of_kind(KINDS["Llama"]).model.layers[0].parameters())
+    assert max(held[1]) - max(held[0]) < block, "four blocks more"
 
 
 EARLY = {
@@ -197,6 +204,21 @@ def test_windows_are_taken_in_groups(kind_directory, monkeypatch):
     monkeypatch.setattr("losa.evaluation.perplexity.HIDDEN_BYTES", 2 * 2 * 32 * 32 * 4)
     assert perplexity(model, tokens, 32, 2) == expected
     assert loads == [0, 1, 2, 3] * 2, "four batches, two at a time"
+
+
+def test_hidden_states_of_one_group_of_windows_are_held(kind_directory, monkeypatch):
+    model, _, _ = load_offloaded(str(kind_directory("Llama") / "model"), device="cpu")
+    alive, most, init = weakref.WeakSet(), [], BlockPasses.__init__
+
+    def counted(self, *args):
+        alive.add(self)
+        most.append(len(alive))
+        init(self, *args)
+
+    monkeypatch.setattr(BlockPasses, "__init__", counted)
+    monkeypatch.setattr("losa.evaluation.perplexity.HIDDEN_BYTES", 1)
+    perplexity(model, torch.arange(32 * 5) % 90, 32, 1)
+    assert most == [1] * 5
 
 
 def test_a_number_beyond_the_dtype_is_named(kind_directory, tmp_path):
