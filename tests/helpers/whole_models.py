@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losa.data.tokens import calibration_tokens
 from losa.errors import LosaError
@@ -99,7 +99,9 @@ def _prune(model: Model) -> str:
     """Wanda, every mask by the book."""
     record = model.records["prune"] = model.run("pruned")
     dense, before, after = model_of(model.name), model_of(model.name), model.pruned()
-    ids = calibration_tokens(model.recipe("pruned").calibration.data, tiny_tokenizer(), 4, 32, 0)
+    # Some architectures have a class of tokenizers of their own, which splits text in another way.
+    tokenizer = AutoTokenizer.from_pretrained(model.folder / "model")
+    ids = calibration_tokens(model.recipe("pruned").calibration.data, tokenizer, 4, 32, 0)
     blocks = find_blocks(dense)
     names = {module: name for name, module in dense.named_modules()}
     every = {name for block in blocks for name in matrices(block, names)}
