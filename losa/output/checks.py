@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from losa.distributed.turns import by_turns
 from losa.errors import OutputError
+from losa.model.finite import is_finite
 from losa.model.wrapping import wrapped_linears
 from losa.record import MaskRecord, RunRecord
 from losa_kernels import unpack_mask
@@ -90,7 +91,7 @@ def check_same_names(written: Iterable[str], memory: Iterable[str]) -> None:
 
 def check_tensor(name: str, tensor: Tensor, original: Tensor) -> None:
     """Raises OutputError unless a written tensor is finite and equals ``original``, on the same device, to the bit."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise OutputError(f"export: {name} is not finite")
     if tensor.dtype != original.dtype:
         raise OutputError(f"export: {name}: written as {tensor.dtype}, {original.dtype} in memory")

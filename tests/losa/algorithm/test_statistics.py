@@ -39,10 +39,12 @@ def test_collectors_equal_direct_statistics_and_share_inputs():
         for statistic in (InputNorms, Hessian):
             for values in inputs.values():
                 values.clear()
-            results, owners = collect(
+            found = collect(
                 linears, statistic, blocks.names[0], lambda: stream.position, lambda: list(stream.run(0)), all_by_one
             )
-            assert owners == dict.fromkeys(linears, 0) and list(results) == list(linears)
+            results = found.statistics
+            assert found.owners == dict.fromkeys(linears, 0) and list(results) == list(linears)
+            assert found.tokens == dict.fromkeys(linears, IDS.numel())
             for n in linears:
                 x = torch.cat(inputs[n])
                 expected = x.norm(dim=0) if statistic is InputNorms else x.T @ x
@@ -82,7 +84,9 @@ def test_linears_that_saw_no_token_share_a_flat_statistic(statistic):
         linears["a"](torch.randn(3, 8))
         linears["b"](torch.randn(0, 8))
 
-    results, _ = collect(linears, statistic, "block", lambda: "sample 0", run, all_by_one)
+    found = collect(linears, statistic, "block", lambda: "sample 0", run, all_by_one)
+    results = found.statistics
+    assert found.tokens == {"a": 3, "b": 0, "c": 0, "d": 0}
     assert list(results) == list(linears) and results["b"] is results["c"] is not results["a"]
     for name, width in (("c", 8), ("d", 6)):
         expected = torch.ones(width) if statistic is InputNorms else torch.eye(width)
