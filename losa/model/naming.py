@@ -236,6 +236,7 @@ class Naming:
             for row, own in zip(whole, rows, strict=True):
                 row.copy_(typed(target, self.make(target, {source: files.get(source) for source in own})[target][0]))
             yield target, whole
+            del whole
 
     def missing(self, loaded: Iterable[str]) -> list[str]:
         """Names of the model's tensors that are not ``loaded``, in model order. Of tied weights, one is enough."""

@@ -127,6 +127,7 @@ class OffloadedBlocks:
             progress(f"reading {target}")
             absent.discard(target)
             yield target, tensor
+            del tensor  # before the next one is read
         if absent:
             what = f"{len(absent)} tensors of {self.blocks.names[index]} are missing: {min(absent)}"
             raise ModelError(f"{self._where}: {what}")
@@ -218,6 +219,7 @@ def _fill_rest(
         else:
             module, _, leaf = name.rpartition(".")
             model.get_submodule(module)._buffers[leaf] = held(name, tensor)
+        del tensor  # where another one is held, this one goes before the next one is read
     put_parameters(model, new)
     rest = ((name, t) for name, t in model.named_parameters() if blocks.index_of(name) is None)
     if absent := [name for name, tensor in rest if tensor.device.type == "meta"]:

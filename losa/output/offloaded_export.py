@@ -45,6 +45,7 @@ def write_block(source: OffloadedBlocks, index: int, directory: Path) -> Path:
     source.read_from(index, path)
     for name, tensor in source.tensors(index):
         check_tensor(name, tensor, tensors[name].cpu())
+        del tensor  # before the next one is read
     return path
 
 
