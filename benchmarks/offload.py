@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
                 yield {
                     "op": "prune, offloaded",
                     "model": size,
-                    "blocks": blocks,
-                    "pruner": pruner,
+                    "layers": blocks,
+                    "name": pruner,
                     "checkpoint_gb": weights / GB,
                     "limit_gb": limit,
                     "peak_gb": run.peak / GB,
