@@ -57,6 +57,9 @@ class BlockPruning:
         calibration: the recipe's section. Statistics of a block beyond ``statistics_gb`` are taken in several passes,
             those of linears that share an input in one.
 
+    ``statistic``: what the pruner names; ``gradients``: the statistics of gradients that the recipe takes
+    (``wanted_gradients``).
+
     Raises:
         RecipeError: a statistic that is unknown.
     """
@@ -66,8 +69,8 @@ class BlockPruning:
     ):
         self._prune, self._allocation, self._pruner = prune, allocation, pruner
         self._budget, self._all_tokens = calibration.statistics_gb * GB, calibration.experts == "all"
-        self._statistic = statistic_of(prune, pruner)
-        self._gradients = wanted_gradients(prune, pruner)
+        self.statistic = statistic_of(prune, pruner)
+        self.gradients = wanted_gradients(prune, pruner)
 
     def prune(
         self,
@@ -115,7 +118,7 @@ class BlockPruning:
         """The linears, in parts whose statistics are taken in one pass each. All linears are one part for a pruner that
         decides about all of them together, and where their rates depend on each other."""
         every = list(block.linears)
-        statistic, alone = self._statistic, type(self._pruner).prune_block is Pruner.prune_block
+        statistic, alone = self.statistic, type(self._pruner).prune_block is Pruner.prune_block
         if statistic is None or issubclass(statistic, GradientStatistic):
             return [every]
         if not alone or self._allocation.per != "block":
@@ -152,12 +155,12 @@ class BlockPruning:
         """What the pruner asks for of each of these linears that this process owns, None where it asks for nothing;
         their owners; and the tokens that they saw, where statistics are of their inputs. ``number``: of the part;
         ``weights``: of ``WrappedBlock.merged``."""
-        linears, statistic = {name: block.linears[name] for name in names}, self._statistic
+        linears, statistic = {name: block.linears[name] for name in names}, self.statistic
         owners = partial(owners_of, linears=linears, pruner=self._pruner, index=index + number)
         if statistic is None:
             return dict.fromkeys(linears), owners([[name] for name in linears]), {}
         if issubclass(statistic, GradientStatistic):
-            alone, key = owners([[name] for name in linears]), next(iter(self._gradients))
+            alone, key = owners([[name] for name in linears]), next(iter(self.gradients))
             assert gradients is not None
             return gradients.of_block(key, block.name, alone), alone, {}
 
@@ -195,7 +198,7 @@ class BlockPruning:
         block may come back by gradient, one that exchanges them."""
         pruner = self._pruner
         if linears is not None and linears.scales:
-            of_gradients = self._statistic is not None and issubclass(self._statistic, GradientStatistic)
+            of_gradients = self.statistic is not None and issubclass(self.statistic, GradientStatistic)
             pruner = ByRows(pruner, linears.scales, of_gradients)
         if gradients is None or not gradients.has(REGROWTH):
             return pruner

@@ -21,13 +21,14 @@ from losa.algorithm.block_reconstruction import BlockReconstruction, Fit
 from losa.algorithm.expected_loss import Energies, as_tensors, energies_of, from_tensors
 from losa.algorithm.finished_blocks import FinishedBlocks
 from losa.algorithm.gradient_statistics import GradientStatistic
-from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole, wanted_gradients
+from losa.algorithm.gradients import REGROWTH, Gradients, needs_whole
 from losa.algorithm.linear_rates import LinearRates, check_linear, ranks_within
+from losa.algorithm.patterns import check_groups
 from losa.algorithm.ranks import ranks_of_blocks
 from losa.algorithm.reconstruction import ErrorMeter
 from losa.algorithm.regrowth import check_regrowth
 from losa.algorithm.schedule import Round
-from losa.algorithm.statistics import check_total, statistic_of
+from losa.algorithm.statistics import check_total
 from losa.algorithm.stopwatch import Stopwatch
 from losa.algorithm.stream import BlockStream
 from losa.algorithm.structure import check_rates, find_structure
@@ -116,10 +117,9 @@ class Engine:
         if self.pruner.structured:
             check_rates(prune, allocation)
             self.pruner.structure = find_structure(model)
-        self.statistic = statistic_of(prune, self.pruner)
-        if self.statistic is not None and process_count() > 1:
-            check_total(prune, self.pruner, self.statistic)
-        self.gradients = wanted_gradients(prune, self.pruner)
+        self.pruning = BlockPruning(prune, allocation, self.pruner, calibration)
+        if self.pruning.statistic is not None and process_count() > 1:
+            check_total(prune, self.pruner, self.pruning.statistic)
         check_regrowth(prune, self.pruner)
         if (setting := needs_whole(prune, allocation, self.pruner)) and not is_whole(model):
             how = "sharded" if sharding_of(model) is not None else "offloaded"
@@ -132,7 +132,6 @@ class Engine:
             raise ValueError("finished: expected an engine that takes no reconstruction errors")
         if allocation.per != "block":
             check_linear(prune, allocation, self.pruner)
-        self.pruning = BlockPruning(prune, allocation, self.pruner, calibration)
         self.decoder = find_blocks(model)
         # Offloaded blocks have one round: nothing comes back.
         kept = finished is None and (distills or keeps_originals(prune, self.pruner, self.needs_errors))
@@ -160,13 +159,8 @@ class Engine:
         empty = [i for i, block in enumerate(self.blocks) if not block.linears]
         if empty:
             raise ModelError(f"blocks {empty} have no wrapped linear: wrap the model first, with targets in each block")
-        if self.prune_config.keep_n_m is None:
-            return
-        m = self.prune_config.keep_n_m[1]
         for index, block in enumerate(self.blocks):
-            for name, linear in block.linears.items():
-                if linear.in_features % m:
-                    raise RecipeError(f"prune.pattern: {index}.{name} has in_features that are no multiple of {m}")
+            check_groups(self.prune_config, {f"{index}.{name}": m.in_features for name, m in block.linears.items()})
 
     def move_originals(self) -> None:
         """Move originals of weights that a resumed run's state has replaced to where they are kept."""
@@ -258,8 +252,9 @@ class Engine:
 
     def _wanted_gradients(self) -> dict[str, type[GradientStatistic]]:
         """Statistics of gradients that this round takes. Before anything is pruned, nothing can come back."""
-        none_pruned = REGROWTH in self.gradients and not any(self.block_sparsity())
-        return {key: each for key, each in self.gradients.items() if not (key == REGROWTH and none_pruned)}
+        wanted = self.pruning.gradients
+        none_pruned = REGROWTH in wanted and not any(self.block_sparsity())
+        return {key: each for key, each in wanted.items() if not (key == REGROWTH and none_pruned)}
 
     def _prune_blocks(self, rates: Decided, this_round: Round, gradients: Gradients | None) -> _PrunedBlocks:
         """One streaming pass: dense and sparse streams in lockstep; prunes each block on the sparse stream's input, and
@@ -305,8 +300,7 @@ class Engine:
                         errors.append(self._error(dense, sparse))
                 if self.finished is not None:
                     with watch.stage("write"):
-                        taken = self.finished.take(index, block, pruned.damping, pruned.expert_tokens)
-                        block.note_kept(taken.kept)
+                        block.note_kept(self.finished.take(index, block, pruned).kept)
         if dense is None:
             return _PrunedBlocks(None, damping, linears, None, tokens, watch.seconds)
         decided = from_rank_zero(torch.tensor(errors, dtype=torch.float64)).tolist()

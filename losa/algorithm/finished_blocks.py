@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_pruning import PrunedBlock
 from losa.algorithm.block_rates import Decided
 
 
@@ -30,11 +31,5 @@ class FinishedBlocks(Protocol):
         """A block that an earlier process has finished, None where it is still to be pruned. A finished block comes
         into memory with the weights that it had at the end, and masks that keep everything."""
 
-    def take(
-        self,
-        index: int,
-        block: WrappedBlock,
-        damping: Mapping[str, float | None],
-        expert_tokens: Mapping[str, list[int]],
-    ) -> FinishedBlock:
+    def take(self, index: int, block: WrappedBlock, pruned: PrunedBlock) -> FinishedBlock:
         """Keep a block, which is in memory and leaves it then. Its weights may be changed."""

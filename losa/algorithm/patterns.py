@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from losa.algorithm.keep_counts import allocate_keep_n
 from losa.algorithm.rates import FILLS, uniform_rates
 from losa.algorithm.schedule import Round
+from losa.errors import RecipeError
 from losa.pruners.base import Pattern
 from losa.recipe.rates import Fill
 from losa.recipe.sections import PruneConfig
@@ -57,3 +60,14 @@ def _nm_patterns(
     lowest = 1 if prune.mixed else keep_n
     counts = allocate_keep_n(importance, m * (1 - this_round.sparsity), m, delta, lo=lowest, ceiling=ceiling)
     return [Pattern(keep_n=n, m=m) for n in counts.tolist()]
+
+
+def check_groups(prune: PruneConfig, in_features: Mapping[str, int]) -> None:
+    """Raises RecipeError for a linear whose inputs an N:M pattern does not divide. ``in_features``: of each linear, by
+    the name that the message gives it."""
+    if prune.keep_n_m is None:
+        return
+    m = prune.keep_n_m[1]
+    for name, count in in_features.items():
+        if count % m:
+            raise RecipeError(f"prune.pattern: {name} has in_features that are no multiple of {m}")

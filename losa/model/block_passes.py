@@ -15,9 +15,9 @@ from torch import Tensor
 from losa.distributed.sharding import device_of, gathered
 from losa.distributed.stop import check
 from losa.distributed.watch import progress
-from losa.model.block_calls import hidden_of, split_call
+from losa.model.block_calls import hidden_of
 from losa.model.blocks import Blocks
-from losa.model.call_recording import with_hidden
+from losa.model.call_recording import recording, with_hidden
 
 
 class _Ended(Exception):
@@ -68,8 +68,7 @@ class BlockPasses:
                 self._outputs.append(with_hidden(output, torch.empty(0)))
             raise _Ended
 
-        before = self._hidden[number].to(self.device) if index else None
-        with self._played(index, before), _replaced({block: run}), suppress(_Ended):
+        with self._played(index, self._hidden[number].to(self.device)), _replaced({block: run}), suppress(_Ended):
             self._model(batch.to(self.device), use_cache=False)
 
     @contextmanager
@@ -82,15 +81,15 @@ class BlockPasses:
     @contextmanager
     def skipped(self) -> Iterator[None]:
         """Within the context every block returns what it gets, for a pass of the model over any tokens."""
-        with self._played(len(self._blocks), None):
+        with recording(self._blocks.modules, self._outputs):
             yield
 
     @contextmanager
-    def _played(self, count: int, hidden: Tensor | None) -> Iterator[None]:
-        """The first ``count`` blocks return ``hidden``, or what they get."""
+    def _played(self, count: int, hidden: Tensor) -> Iterator[None]:
+        """The first ``count`` blocks return ``hidden``."""
 
         def play(index, *args, **kwargs):
-            return with_hidden(self._outputs[index], split_call(args, kwargs)[0] if hidden is None else hidden)
+            return with_hidden(self._outputs[index], hidden)
 
         with _replaced({self._blocks.modules[index]: partial(play, index) for index in range(count)}):
             yield

@@ -16,8 +16,8 @@ from losa.distributed.offloading import offload
 from losa.distributed.processes import is_main
 from losa.distributed.watch import progress
 from losa.errors import ModelError
-from losa.model.blocks import Blocks, find_blocks, parameter_uses
-from losa.model.forms import places, replaced_forms, restore_tensors
+from losa.model.blocks import Blocks, parameter_uses
+from losa.model.forms import Place, places, replaced_forms, restore_tensors
 from losa.model.hub_files import local_directory
 from losa.model.loading import torch_device
 from losa.model.naming import Naming, as_stored, saved_names
@@ -62,9 +62,8 @@ def load_offloaded(
         files = stack.enter_context(checkpoint_tensors(directory))
         naming, found = names_of(model, directory, loaded, files)
         tie(naming, files, found, range)
-        blocks = find_blocks(loaded)
-        _check_apart(blocks, where)
-        _fill_rest(naming, files, found, blocks, held or (lambda _, tensor: tensor.to(target)), where)
+        _check_apart(naming.blocks, where)
+        _fill_rest(naming, files, found, held or (lambda _, tensor: tensor.to(target)), where)
         move_buffers(loaded, target)
         if is_main():
             naming.warn_of_unused(directory)
@@ -86,7 +85,7 @@ class OffloadedBlocks:
 
     def __init__(self, naming: Naming, files: TensorFiles, opened: ExitStack, device: torch.device, where: str):
         self.model = naming.model
-        self.blocks = find_blocks(self.model)
+        self.blocks = naming.blocks
         self.device = device
         self._where = where
         self._saved = set(saved_names(self.model))
@@ -148,8 +147,8 @@ class OffloadedBlocks:
         for place, form in replaced_forms(self.model).items():
             if place.startswith(f"{name}."):
                 restore_tensors(form, place, found)
-                for leaf in places(form):
-                    self._set_parts(place, form, leaf, found[f"{place}.{leaf}"])
+                for leaf, parts in places(form).items():
+                    self._set_parts(place, parts, found[f"{place}.{leaf}"])
         return found
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,11 +168,11 @@ class OffloadedBlocks:
         if form is None:
             _set(self.model.get_submodule(place), leaf, tensor)
             return
-        self._set_parts(place, form, leaf, tensor)
+        self._set_parts(place, places(form)[leaf], tensor)
 
-    def _set_parts(self, place: str, form: nn.Module, leaf: str, tensor: Tensor) -> None:
+    def _set_parts(self, place: str, parts: dict[str, Place], tensor: Tensor) -> None:
         """Give the linears in the place of another form their parts of its tensor; a part is a view where it can be."""
-        for part, within in places(form)[leaf].items():
+        for part, within in parts.items():
             linear, _, kind = part.rpartition(".")
             module = self.model.get_submodule(f"{place}.{linear}".rstrip("."))
             _set(module, kind, within.of(tensor).contiguous())
@@ -200,15 +199,10 @@ def _check_apart(blocks: Blocks, where: str) -> None:
 
 
 def _fill_rest(
-    naming: Naming,
-    files: TensorFiles,
-    found: set[str],
-    blocks: Blocks,
-    held: Callable[[str, Tensor], Tensor],
-    where: str,
+    naming: Naming, files: TensorFiles, found: set[str], held: Callable[[str, Tensor], Tensor], where: str
 ) -> None:
     """Put everything into the model but the parameters of its blocks."""
-    model = naming.model
+    model, blocks = naming.model, naming.blocks
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name for name in found if name not in parameters or blocks.index_of(name) is None}
     new: dict[int, nn.Parameter] = {}

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from losa.distributed.stop import check
 from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError
 from losa.model.block_passes import BlockPasses
-from losa.model.blocks import find_blocks
 from losa.model.offloaded import OffloadedBlocks, load_offloaded
 from losa.model.saving import untied_though_stated
 from losa.output.checks import check_logits, check_same_names, check_tensor, check_tokenizer
@@ -114,8 +112,7 @@ def _write_index(staged: Path, names: Iterable[str]) -> None:
 def _check(staged: Path, source: OffloadedBlocks, tokenizer, record: RunRecord, sample_ids: Tensor) -> None:
     """The written model has the names of the one that was pruned, the same tensors outside of the blocks, and the same
     logits to the bit; its tokenizer gives the same tokens."""
-    model: Any = source.model
-    memory = model.state_dict()
+    memory = source.model.state_dict()
 
     def compared(name: str, tensor: Tensor) -> Tensor:
         """The tensor in memory, so that there is one of it."""
@@ -125,18 +122,18 @@ def _check(staged: Path, source: OffloadedBlocks, tokenizer, record: RunRecord, 
 
     trust = bool(record.recipe.get("trust_remote_code", False))
     try:
-        written, reread, _ = load_offloaded(
+        written, reread, files = load_offloaded(
             str(staged), device=str(source.device), trust_remote_code=trust, held=compared
         )
     except ModelError as error:
         raise OutputError(f"export: the written model cannot be loaded: {error}") from error
     check_same_names(written.state_dict(), memory)
-    check_logits(_logits(written, sample_ids), _logits(model, sample_ids))
+    check_logits(_logits(files, sample_ids), _logits(source, sample_ids))
     if tokenizer is not None:
         check_tokenizer(reread, tokenizer, sample_ids)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    passes = BlockPasses(model, find_blocks(model), [ids])
+def _logits(source: OffloadedBlocks, ids: Tensor) -> Tensor:
+    passes = BlockPasses(source.model, source.blocks, [ids])
     with passes.ended(0):
-        return model(ids.to(passes.device), use_cache=False).logits.cpu()
+        return source.model(ids.to(passes.device), use_cache=False).logits.cpu()

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from losa.algorithm.block import WrappedBlock
+from losa.algorithm.block_pruning import PrunedBlock
 from losa.algorithm.block_rates import Decided
 from losa.algorithm.finished_blocks import FinishedBlock
 from losa.model.offloaded import OffloadedBlocks
@@ -103,7 +104,6 @@ class BlockStore:
         if self._decided is None:
             self._decided = decide()
             self._write(_RATES, {"rates": _as_document(self._decided)})
-        self._began = time.perf_counter()
         return self._decided
 
     def find(self, index: int) -> FinishedBlock | None:
@@ -111,34 +111,26 @@ class BlockStore:
         self._began = time.perf_counter()
         return self.stored[index].finished if index < len(self.stored) else None
 
-    def take(
-        self,
-        index: int,
-        block: WrappedBlock,
-        damping: Mapping[str, float | None],
-        expert_tokens: Mapping[str, list[int]],
-    ) -> FinishedBlock:
+    def take(self, index: int, block: WrappedBlock, pruned: PrunedBlock) -> FinishedBlock:
         """``FinishedBlocks.take``: write the block's file, and read it back for comparison.
 
         Raises:
             OutputError: the file cannot be written, or differs from the block in memory.
         """
-        in_features = {f"{block.name}.{name}": layer.in_features for name, layer in block.linears.items()}
-        masks = {f"{block.name}.{name}": layer.mask.detach().cpu() for name, layer in block.linears.items()}
-        records = mask_records(masks, in_features)
-        kept = {name: records[f"{block.name}.{name}"].kept for name in block.linears}
+        layers = {f"{block.name}.{name}": layer for name, layer in block.linears.items()}
+        masks = {name: layer.mask.detach().cpu() for name, layer in layers.items()}
+        records = mask_records(masks, {name: layer.in_features for name, layer in layers.items()})
+        kept = {name: record.kept for name, record in zip(block.linears, records.values(), strict=True)}
         path = write_block(self._source, index, self._directory)
-        for name, layer in block.linears.items():
-            full = f"{block.name}.{name}"
-            check_masked(full, layer.weight.detach().cpu(), masks[full], records[full])
+        for name, layer in layers.items():
+            check_masked(name, layer.weight.detach().cpu(), masks[name], records[name])
         zeros, prunable = zeros_of(block.module)
         seconds = time.perf_counter() - self._began
-        finished = FinishedBlock(kept, dict(damping), dict(expert_tokens))
+        finished = FinishedBlock(kept, pruned.damping, pruned.expert_tokens)
         stored = Stored(finished, path, file_digest(path), records, zeros, prunable, seconds)
-        self._began = time.perf_counter()
         self._write(_document(index), asdict(stored) | {"path": path.name})
         self._add(stored)
-        share = 1 - sum(kept.values()) / sum(layer.weight.numel() for layer in block.linears.values())
+        share = 1 - sum(kept.values()) / sum(layer.weight.numel() for layer in layers.values())
         self._log(f"block {index + 1}/{len(self._source.blocks)}: sparsity {share:.3f}, {seconds:.0f} s")
         return stored.finished
 

@@ -46,9 +46,10 @@ class Estimate:
         """Bytes of the holding of that name. Raises KeyError."""
         return {holding.what: holding.size for holding in self.holdings}[what]
 
-    def peak(self, place: str) -> tuple[int, str]:
-        """Most bytes held at a time on ``place``, and the phase: what is always there and the largest phase's own."""
-        sums = phase_sums(self.holdings, place)
+    def peak(self, place: str, certain: bool = False) -> tuple[int, str]:
+        """Most bytes held at a time on ``place``, and the phase: what is always there and the largest phase's own.
+        ``certain``: of what cannot be less alone."""
+        sums = phase_sums([holding for holding in self.holdings if holding.certain or not certain], place)
         phase = max(sums, key=sums.__getitem__)
         return sums[phase], phase
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -344,10 +344,10 @@ def _logits_of(shape: ModelShape) -> str:
 
 
 def _export(shape: ModelShape) -> Iterator[Holding]:
-    how = "to check it against the one in memory"
-    read_back = Holding("export", "host", "written model, read back", shape.weight_bytes, how, main_only=True)
     # Pages of files but where a CPU computes with it, from memory that is aligned.
-    yield replace(read_back, certain=not shape.on_gpu)
+    how, certain = "to check it against the one in memory", not shape.on_gpu
+    size = shape.weight_bytes
+    yield Holding("export", "host", "written model, read back", size, how, main_only=True, certain=certain)
     if shape.on_gpu:
         how = "while the other one is on the device"
-        yield Holding("export", "host", "model in memory, moved", shape.weight_bytes, how, main_only=True)
+        yield Holding("export", "host", "model in memory, moved", size, how, main_only=True)

@@ -49,14 +49,18 @@ def model_digest(model: nn.Module) -> str:
             tensors[name] = tensor
     # A weight under two names is read once.
     first = {place: name for name, place in reversed([(n, _place(t)) for n, t in tensors.items()])}
+    once = {name: tensors[name] for name in first.values()}
     if sharding_of(model) is None:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            hashed = pool.map(lambda name: tensor_digest(tensors[name]), first.values())
-            digests = dict(zip(first.values(), hashed, strict=True))
+        digests = tensor_digests(once)
     else:
-        once = {name: tensors[name] for name in first.values()}
         digests = by_turns(once, lambda _, tensor: tensor_digest(tensor))
     return joined_digest({name: digests[first[_place(tensor)]] for name, tensor in tensors.items()})
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """``tensor_digest`` of each tensor, by name, taken in several threads."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
 def joined_digest(digests: Mapping[str, str]) -> str:

@@ -12,10 +12,9 @@ from losa.errors import LosaError
 from losa.model.loading import torch_device
 from losa.output.tables import show_table
 from losa.recipe.sections import Recipe
-from losa.run.estimate import Estimate, estimate
+from losa.run.estimate import estimate
 from losa.run.estimate_tables import memory_table, size_text
 from losa.run.offloaded import check_offload
-from losa.run.planned import phase_sums
 
 logger = logging.getLogger("losa")
 
@@ -37,7 +36,7 @@ def check_memory(recipe: Recipe, console: Console) -> None:
         logger.debug("the run has no plan: %s", error)
         return
     for place, there in plan.capacity.items():
-        size, phase = _least(plan, place)
+        size, phase = plan.peak(place, certain=True)
         if size > there:
             show_table(memory_table(plan), console)
             where = "the host" if place == "host" else plan.device
@@ -45,12 +44,6 @@ def check_memory(recipe: Recipe, console: Console) -> None:
                 f"memory: in the phase {phase} the run holds at least {size_text(size)} on {where} by its plan, and "
                 f"there are {size_text(there)}; {_advice(recipe)}; --force goes on all the same"
             )
-
-
-def _least(plan: Estimate, place: str) -> tuple[int, str]:
-    """What is certainly held on a place, and in which phase most."""
-    sums = phase_sums([holding for holding in plan.holdings if holding.certain], place)
-    return max((size, phase) for phase, size in sums.items())
 
 
 def _advice(recipe: Recipe) -> str:

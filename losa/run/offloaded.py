@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from losa import __version__
 from losa.algorithm.engine import Engine
+from losa.algorithm.patterns import check_groups
 from losa.algorithm.stream import BlockStream
 from losa.distributed.processes import process_count
 from losa.distributed.sharding import gathered
@@ -34,11 +33,10 @@ from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RoundRecord, RunRecord
 from losa.run.block_store import BlockStore
 from losa.run.documents import belonging
-from losa.run.fingerprint import WEIGHTS, joined_digest, tensor_digest
+from losa.run.fingerprint import WEIGHTS, joined_digest, tensor_digests
 from losa.run.inputs import Inputs, read_inputs
 from losa.run.methods import round_line
 from losa.run.planned import needs_whole
-from losa.run.random_state import seed_generators
 from losa.run.reporting import environment, log_result, show_written
 from losa.run.rounds import rounds_of
 from losa.run.share import check_share
@@ -81,9 +79,6 @@ def run_offloaded(
     """The part of ``losa.run.pipeline.run_recipe`` behind an opened workspace. Pruned blocks are kept there: a later
     process goes on with the first one that is missing."""
     start = time.perf_counter()
-    seed_generators(recipe.seed)
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer, source = load_offloaded(
             recipe.model, dtype=recipe.dtype, device=device, trust_remote_code=recipe.trust_remote_code
@@ -150,10 +145,7 @@ def _check_linears(recipe: Recipe, blocks: Blocks) -> None:
     that a pattern does not divide."""
     uses = parameter_uses(blocks.model)
     chosen = chosen_linears(blocks, uses, as_targets(recipe.prune.targets), set())
-    m = (recipe.prune.keep_n_m or (1, 1))[1]
-    for name, linear in chosen.items():
-        if cast(int, linear.in_features) % m:
-            raise RecipeError(f"prune.pattern: {name} has in_features that are no multiple of {m}")
+    check_groups(recipe.prune, {name: cast(int, linear.in_features) for name, linear in chosen.items()})
 
 
 def _check_space(model: nn.Module, blocks: Path) -> None:
@@ -199,19 +191,15 @@ def _result(model: nn.Module, inputs: Inputs, store: BlockStore) -> MethodResult
 def _survey(model: nn.Module, blocks: Blocks) -> tuple[str, int, int]:
     """The model's digest (``losa.run.fingerprint.model_digest``), and zeros and weights of its blocks' linears, from
     one look at every block. Weights that are not finite are named here."""
-    digests: dict[str, str] = {}
-
-    def add(tensors: dict[str, Tensor]) -> None:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests.update(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
-
     zeros = prunable = 0
-    add({name: tensor for name, tensor in model.state_dict().items() if blocks.index_of(name) is None})
+    digests = tensor_digests(
+        {name: tensor for name, tensor in model.state_dict().items() if blocks.index_of(name) is None}
+    )
     for name, block in zip(blocks.names, blocks, strict=True):
         progress(f"comparing weights of {name}")
         check()
         with gathered(block):
-            add({f"{name}.{part}": tensor for part, tensor in block.state_dict().items()})
+            digests |= tensor_digests({f"{name}.{part}": tensor for part, tensor in block.state_dict().items()})
             own = zeros_of(block)
         zeros, prunable = zeros + own[0], prunable + own[1]
     return joined_digest(digests), zeros, prunable

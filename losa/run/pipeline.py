@@ -109,6 +109,9 @@ def run_recipe(
         check_shared(workspace.path)
         if resume and not force:
             check_memory(recipe, console)
+        seed_generators(recipe.seed)
+        if recipe.deterministic:
+            torch.use_deterministic_algorithms(True)
         run = _run if recipe.offload is None else run_offloaded
         return run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
@@ -124,9 +127,6 @@ def _run(
     force: bool,
 ) -> RunRecord:
     start = time.perf_counter()
-    seed_generators(recipe.seed)
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True)
     with console.status("loading model and data"):
         model, tokenizer = _load(recipe, device, console)
         check_prunable(recipe, model)

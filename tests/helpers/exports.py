@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from losa.model.blocks import find_blocks
 from losa.model.wrapping import merge_model, sparsity_of, wrap_model
 from losa.output.checks import mask_records
 from losa.record import MethodResult, RoundRecord, RunRecord
+from tests.helpers.book import matrices
 from tests.helpers.tiny import tiny_llama
 
 
@@ -44,3 +48,15 @@ def prune(model: nn.Module, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]
         masks=mask_records(masks, {name: model.get_submodule(name).in_features for name in masks}),
     )
     return model, masks, record
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a directory's safetensors files, by their names there."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def all_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights (out, in) of linears in all blocks, by full name; routers are no linears, or are among them."""
+    names = {module: name for name, module in model.named_modules()}
+    return {name: w for block in find_blocks(model) for name, w in matrices(block, names).items()}

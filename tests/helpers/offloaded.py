@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 
 from losa.recipe.reading import parse_recipe
 from losa.run.pipeline import run_recipe
 from losa_kernels.tensors import as_bits
+from tests.helpers.exports import tensors_of
 from tests.helpers.runs import settings
 
 # Rates of blocks for methods without rounds.
@@ -16,10 +16,6 @@ ALL = {"allocation": {"mean_rank": 2, "rank_max": 6, "apply_to": "all"}}
 
 def run(made, output, resume=False, **sections):
     return run_recipe(parse_recipe(settings(made, output, method="prune_only", **sections)), resume=resume)
-
-
-def tensors_of(directory):
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def assert_same_output(ours, theirs):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losa.data.tokens import calibration_tokens
@@ -26,7 +25,8 @@ from losa.run.estimate import estimate
 from losa.run.pipeline import run_recipe
 from losa_kernels.tensors import as_bits
 from tests.helpers.architectures import model_of
-from tests.helpers.book import check_mask, matrices, wanda_by_the_book
+from tests.helpers.book import check_mask, wanda_by_the_book
+from tests.helpers.exports import all_matrices, tensors_of
 from tests.helpers.runs import settings
 from tests.helpers.tiny import tiny_tokenizer
 
@@ -58,8 +58,7 @@ class Model:
         return AutoModelForCausalLM.from_pretrained(self.folder / output).eval()
 
     def tensors(self, output: str) -> dict[str, torch.Tensor]:
-        files = sorted((self.folder / output).glob("*.safetensors"))
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        return tensors_of(self.folder / output)
 
 
 def check_model(name: str, folder: Path) -> dict[str, str]:
@@ -98,20 +97,13 @@ def _plan(model: Model) -> str:
 def _prune(model: Model) -> str:
     """Wanda, every mask by the book."""
     record = model.records["prune"] = model.run("pruned")
-    dense, before, after = model_of(model.name), model_of(model.name), model.pruned()
+    dense, after = model_of(model.name), model.pruned()
     # Some architectures have a class of tokenizers of their own, which splits text in another way.
     tokenizer = AutoTokenizer.from_pretrained(model.folder / "model")
     ids = calibration_tokens(model.recipe("pruned").calibration.data, tokenizer, 4, 32, 0)
-    blocks = find_blocks(dense)
-    names = {module: name for name, module in dense.named_modules()}
-    every = {name for block in blocks for name in matrices(block, names)}
-    scores = wanda_by_the_book(dense, blocks, ids, 0.5, tuple(every - record.masks.keys()))
-    weights = {
-        name: w
-        for source in (before, after)
-        for block in find_blocks(source)
-        for name, w in matrices(block, {m: n for n, m in source.named_modules()}).items()
-    }
+    leave = tuple(all_matrices(dense).keys() - record.masks.keys())
+    scores = wanda_by_the_book(dense, find_blocks(dense), ids, 0.5, leave)
+    weights = all_matrices(after)
     assert record.masks.keys() <= scores.keys(), f"not by the book: {sorted(record.masks.keys() - scores.keys())[0]}"
     for name in record.masks:
         check_mask(weights[name] != 0, scores[name], 0.5)
@@ -137,9 +129,7 @@ def _block_by_block(model: Model) -> str:
 
 def _two_of_four(model: Model) -> str:
     record = model.run("nm", prune={"pruner": "sparsegpt", "pattern": "2:4", "partly": True, "on_singular": "wanda"})
-    pruned = model.pruned("nm")
-    names = {module: name for name, module in pruned.named_modules()}
-    weights = {name: w for block in find_blocks(pruned) for name, w in matrices(block, names).items()}
+    weights = all_matrices(model.pruned("nm"))
     for name in record.masks:
         kept = (weights[name] != 0).reshape(-1, 4).sum(1)
         assert int(kept.max()) <= 2, name

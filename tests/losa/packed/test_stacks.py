@@ -10,7 +10,6 @@ import weakref
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from losa.errors import ModelError, OutputError
 from losa.evaluation.measure import count_zeros
@@ -28,6 +27,7 @@ from losa.packed.weights import pack_weight
 from losa.record import MaskRecord
 from losa.storage.files import MANIFEST, RECORD, write_json
 from losa_kernels.tensors import as_bits
+from tests.helpers.exports import tensors_of
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.records import make_record
 from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tokenizer, wrap
@@ -45,12 +45,6 @@ def pruned(name, share=0.5, only=""):
             weight = module.weight.data
             weight.mul_(torch.rand(weight.shape, generator=generator) >= share)
     return model
-
-
-def tensors_of(directory):
-    return {
-        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
 
 
 def assert_same_tensors(ours, theirs):

@@ -19,8 +19,9 @@ from losa.recipe.reading import parse_recipe
 from losa.run.pipeline import run_recipe
 from losa.storage.files import RECORD
 from losa.storage.tensor_files import checkpoint_tensors
-from tests.helpers.book import check_mask, matrices, wanda_by_the_book
+from tests.helpers.book import check_mask, wanda_by_the_book
 from tests.helpers.command_line import fail, succeed
+from tests.helpers.exports import all_matrices
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.runs import settings
 from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tokenizer, wrap
@@ -28,21 +29,9 @@ from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tok
 families = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-@pytest.fixture(scope="module")
-def directory(workspace, tmp_path_factory):
-    def saved(kind):
-        made = tmp_path_factory.mktemp(kind.name)
-        of_kind(kind).save_pretrained(made / "model")
-        tiny_tokenizer().save_pretrained(made / "model")
-        (made / "text.txt").write_text((workspace / "text.txt").read_text())
-        return made
-
-    return saved
-
-
 @families
-def test_masks_are_wanda_s_by_the_book(kind, directory, tmp_path, caplog):
-    made = directory(kind)
+def test_masks_are_wanda_s_by_the_book(kind, kind_directory, tmp_path, caplog):
+    made = kind_directory(kind.name)
     recipe = parse_recipe(settings(made, tmp_path / "out", method="prune_only", evaluate=None))
     record = run_recipe(recipe)
     dense, pruned = of_kind(kind), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -90,12 +79,6 @@ def dense_linears(directory):
     return json.loads((directory / RECORD).read_text())["masks"]
 
 
-def all_matrices(model):
-    """Of all blocks, by full name; routers are no linears, or are among them."""
-    names = {module: name for name, module in model.named_modules()}
-    return {name: w for block in find_blocks(model) for name, w in matrices(block, names).items()}
-
-
 @families
 def test_merging_keeps_the_function(kind, caplog):
     model = of_kind(kind)
@@ -113,8 +96,8 @@ def test_merging_keeps_the_function(kind, caplog):
 
 
 @families
-def test_a_run_in_rounds(kind, directory, tmp_path):
-    made = directory(kind)
+def test_a_run_in_rounds(kind, kind_directory, tmp_path):
+    made = kind_directory(kind.name)
     record = run_recipe(parse_recipe(settings(made, tmp_path / "out")))
     weights = all_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     zeros = {name: float((weights[name] == 0).float().mean()) for name in record.masks}
@@ -128,9 +111,9 @@ def stored_names(directory):
         return {name: (shape, dtype) for name, (dtype, shape) in files.stored.items()}
 
 
-def test_a_run_that_leaves_most_of_a_model_dense_asks_first(directory, tmp_path, monkeypatch):
+def test_a_run_that_leaves_most_of_a_model_dense_asks_first(kind_directory, tmp_path, monkeypatch):
     """Experts that are no linears are four fifths of the blocks' weights."""
-    made, out = directory(KINDS["Mixtral"]), tmp_path / "out"
+    made, out = kind_directory("Mixtral"), tmp_path / "out"
     model = of_kind(KINDS["Mixtral"])
     stack = type(model.model.layers[0].mlp.experts)
     forward = stack.forward
