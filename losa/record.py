@@ -14,10 +14,11 @@ class RoundRecord:
     """One round. Per-block lists are ordered as ``RunRecord.blocks``; ``damping`` is what each linear's Hessian needed,
     None where the Hessian stayed singular and Wanda's mask was taken; ``delta`` is the half width of the rates' box,
     where losses chose it; ``linear_sparsity`` and ``linear_ranks`` are those of linears by full name, where the linears
-    of a block differ; ``train_loss`` is in nats a label token, with ``train.distill`` the mixed loss a token;
-    ``seconds`` is wall time by stage. ``loss_pruned`` and ``loss_reconstructed``: the loss of some samples before and
-    after a block's reconstruction, None where blocks are not reconstructed. ``expert_tokens``: how many calibration
-    tokens the statistics of each expert are of, by the name of the experts' list; None without experts."""
+    of a block differ; ``train_loss`` is in nats a label token, with ``train.distill`` the mixed loss a token, and
+    ``train_label_loss`` the label loss in it, in nats a label token (None otherwise); ``seconds`` is wall time by
+    stage. ``loss_pruned`` and ``loss_reconstructed``: the loss of some samples before and after a block's
+    reconstruction, None where blocks are not reconstructed. ``expert_tokens``: how many calibration tokens the
+    statistics of each expert are of, by the name of the experts' list; None without experts."""
 
     index: int
     target_sparsity: float
@@ -36,6 +37,7 @@ class RoundRecord:
     train_steps: int = 0
     train_tokens: int = 0
     train_loss: float | None = None
+    train_label_loss: float | None = None
     perplexity: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     loss_pruned: list[float] | None = None

@@ -134,7 +134,9 @@ def rounds_table(record: RunRecord) -> Table:
         for stage, value in r.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + value
     spent = ", ".join(f"{stage} {value:,.1f} s" for stage, value in stages.items())
-    columns = ("round", "sparsity", "blocks", "mean rank", "ranks", "steps", "loss", "perplexity", "time")
+    distilled = any(r.train_label_loss is not None for r in record.rounds)
+    losses = ("loss", "label loss") if distilled else ("loss",)
+    columns = ("round", "sparsity", "blocks", "mean rank", "ranks", "steps", *losses, "perplexity", "time")
     table = _table(*columns, caption=f"time by stage: {spent}" if spent else None)
     ranked = record.ranked
     for r in record.rounds:
@@ -147,6 +149,7 @@ def rounds_table(record: RunRecord) -> Table:
             _span(r.ranks, str) if ranked and r.ranks else "-",
             str(r.train_steps),
             _number(r.train_loss, 3),
+            *((_number(r.train_label_loss, 3),) if distilled else ()),
             _number(r.perplexity),
             f"{sum(r.seconds.values()):,.0f} s",
         )

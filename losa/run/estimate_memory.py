@@ -126,14 +126,17 @@ def largest_pruned(shape: ModelShape) -> int:
 
 def _throughout(shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     place, size = shape.computes_on, shape.dtype.itemsize
-    masks = sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
     yield Holding("throughout", place, "weights", shape.weight_bytes, f"parameters x {size} bytes")
-    yield Holding("throughout", place, "masks", masks, "1 bit a weight")
+    yield Holding("throughout", place, "masks", _mask_bytes(shape), "1 bit a weight")
     if trained.rank != 0:
         yield Holding("throughout", place, "adapters", trained.size(shape.pruned), trained.how)
     if shape.on_gpu:
         how = f"parameters x {size} bytes"
         yield Holding("loading", "host", "weights, before they move", shape.weight_bytes, how, certain=False)
+
+
+def _mask_bytes(shape: ModelShape) -> int:
+    return sum(w.outputs * -(-w.inputs // 8) for w in shape.pruned)
 
 
 def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int, moved: int) -> Iterator[Holding]:
@@ -227,6 +230,10 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
         tokens = min(calibration.batch_size, compared) * calibration.length
         how = f"{_logits_of(shape)}, hidden states, to try rates"
         yield Holding("pruning", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
+        size, how = _mask_bytes(shape), "1 bit a weight, beside the masks so far"
+        if any(METHODS[name].zeros_in_weights and recipe.rated(name) for name in recipe.methods):
+            size, how = size + shape.dtype.itemsize * shape.prunable, f"{how}, and the weights with their zeros"
+        yield Holding("pruning", place, "masks to try rates", size, how)
 
 
 def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Holding]:

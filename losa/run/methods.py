@@ -352,7 +352,8 @@ class MethodRun:
             after_step=after_step,
         )
         record.train_steps, record.train_tokens = outcome.steps, outcome.tokens
-        record.train_loss, record.seconds["train"] = outcome.loss, outcome.seconds
+        record.train_loss, record.train_label_loss = outcome.loss, outcome.label_loss
+        record.seconds["train"] = outcome.seconds
 
 
 def _as_held(mask: Tensor) -> Tensor:
@@ -374,6 +375,8 @@ def round_line(method: str, record: RoundRecord, total: int, ranked: bool) -> st
     if record.train_steps:
         ranks = f"ranks {min(record.ranks)}..{max(record.ranks)}, " if ranked else ""
         parts.append(f"{ranks}loss {record.train_loss:.3f}")
+        if record.train_label_loss is not None:
+            parts.append(f"label loss {record.train_label_loss:.3f}")
     if record.perplexity is not None:
         parts.append(f"perplexity {record.perplexity:.2f}")
     parts.append(f"{sum(record.seconds.values()):.0f} s")

@@ -56,8 +56,9 @@ class DistillationLoss(TokenLoss):
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_weight: float, token_weight: float
-    ) -> Tensor:
-        """The loss times the step's positions, so that divided by them it is the mean: a scalar.
+    ) -> tuple[Tensor, Tensor]:
+        """The loss times the step's positions, so that divided by them it is the mean; and, to be told, the next-token
+        loss summed over the label tokens, which has no gradient. Scalars, in nats.
 
         Args:
             input_ids: (batch, length) int64.
@@ -74,13 +75,14 @@ class DistillationLoss(TokenLoss):
                 student = self._last(input_ids, chunks)
                 mix = _Mix(label_weight * (1 - weight), token_weight * weight, self.config.temperature)
                 mixed = self._chunked if chunks else _of_logits
-                loss = mixed(student, teacher, positions, targets, mix)
+                loss, labels = mixed(student, teacher, positions, targets, mix)
             else:
-                loss = label_weight * super().forward(input_ids, positions, targets)
-        if not found:
-            return loss
-        errors = torch.stack([_relative_error(s, t) for s, t in zip(found, given, strict=True)])
-        return loss + self.config.hidden * token_weight * errors.mean()
+                labels = super().forward(input_ids, positions, targets)
+                loss = label_weight * labels
+        if found:
+            errors = torch.stack([_relative_error(s, t) for s, t in zip(found, given, strict=True)])
+            loss = loss + self.config.hidden * token_weight * errors.mean()
+        return loss, labels.detach()
 
     @contextmanager
     def _teaching(self) -> Iterator[None]:
@@ -88,18 +90,22 @@ class DistillationLoss(TokenLoss):
         with evaluating(self.model), dense_passes(self.model, self.originals):
             yield
 
-    def _chunked(self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
+    def _chunked(
+        self, student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix
+    ) -> tuple[Tensor, Tensor]:
         head = self._head()
         wanted = targets.new_full((len(student),), IGNORED).index_copy_(0, positions, targets)
         return _ChunkedMix.apply(*self._cast(student, teacher, head.weight, head.bias), wanted, mix)
 
 
-def _of_logits(student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix) -> Tensor:
+def _of_logits(
+    student: Tensor, teacher: Tensor, positions: Tensor, targets: Tensor, mix: _Mix
+) -> tuple[Tensor, Tensor]:
     student, teacher = wide(student), wide(teacher)
-    loss = F.cross_entropy(student.index_select(0, positions), targets, reduction="sum")
+    labels = F.cross_entropy(student.index_select(0, positions), targets, reduction="sum")
     log_q, log_p = (F.log_softmax(logits / mix.temperature, 1) for logits in (student, teacher))
     divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return mix.labels * loss + mix.teacher * mix.temperature**2 * divergence
+    return mix.labels * labels + mix.teacher * mix.temperature**2 * divergence, labels
 
 
 @contextmanager
@@ -136,15 +142,17 @@ class _Mix:
 
 
 class _ChunkedMix(torch.autograd.Function):
-    """The mixed loss of hidden (n, in) under a frozen output layer, beside the teacher's hidden (n, in). The gradient
-    is made along with the loss. No number of the device is read."""
+    """The mixed loss of hidden (n, in) under a frozen output layer, beside the teacher's hidden (n, in); and the label
+    loss in it, which has no gradient. The mixed loss's gradient is made along with it. No number of the device is
+    read."""
 
     @staticmethod
     def forward(
         ctx, hidden: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, mix: _Mix
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         gradient: Any = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        labels = torch.zeros_like(total)
         # Logits of both at a time.
         rows = max(1, chunk_rows(hidden.device.type, weight.shape[0]) // 2)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -152,37 +160,41 @@ class _ChunkedMix(torch.autograd.Function):
                 part = slice(start, start + rows)
                 student = wide(F.linear(hidden[part], weight, bias))
                 given = wide(F.linear(teacher[part], weight, bias))
-                loss, slope = _loss_and_slope(student, given, wanted[part, None], mix)
+                loss, label_loss, slope = _loss_and_slope(student, given, wanted[part, None], mix)
                 total += loss
+                labels += label_loss
                 torch.mm(slope.to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(labels)
+        return total, labels
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx, grad_output: Tensor, _):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None, None, None
 
 
-def _loss_and_slope(student: Tensor, teacher: Tensor, wanted: Tensor, mix: _Mix) -> tuple[Tensor, Tensor]:
-    """The loss of some tokens, and its gradient by the student's logits. It works in the memory of both logits.
+def _loss_and_slope(student: Tensor, teacher: Tensor, wanted: Tensor, mix: _Mix) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of some tokens, the label loss in it, and the loss's gradient by the student's logits. It works in the
+    memory of both logits.
 
     Args:
         student, teacher: (n, vocabulary) logits; ``wanted``: (n, 1) labels.
     """
-    labelled = mix.labels * (wanted != IGNORED).to(student.dtype)
+    labelled = (wanted != IGNORED).to(student.dtype)
     target = wanted.clamp_min(0)
     share, log_sum = _softmax(student)
-    loss = ((log_sum - student.gather(1, target)) * labelled).sum()
+    labels = ((log_sum - student.gather(1, target)) * labelled).sum()
+    labelled = mix.labels * labelled
     slope = (share * labelled).scatter_add_(1, target, -labelled)
     if mix.temperature != 1:
         share, log_sum = _softmax(student.div_(mix.temperature))
     given, given_log_sum = _softmax(teacher.div_(mix.temperature))
     # The sum of p (log p - log q), from logits without their largest and the logarithms of their normalisers.
     divergence = teacher.sub_(student).mul_(given).sum() + (log_sum - given_log_sum).sum()
-    loss = loss + mix.teacher * mix.temperature**2 * divergence
-    return loss, slope.add_(share.sub_(given), alpha=mix.teacher * mix.temperature)
+    loss = mix.labels * labels + mix.teacher * mix.temperature**2 * divergence
+    return loss, labels, slope.add_(share.sub_(given), alpha=mix.teacher * mix.temperature)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

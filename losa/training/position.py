@@ -19,6 +19,7 @@ class Position:
     ``step``: optimiser steps of the round that are done, steps that had nothing to learn from among them. ``steps``:
     the other done steps; ``weight``: the tokens over all processes that their losses are means over (label tokens, with
     ``train.distill`` all tokens); ``loss``: summed over these tokens. ``seconds``: wall time of the round's training.
+    ``labels``, ``label_loss``: with ``train.distill``, label tokens and the next-token loss summed over them.
     """
 
     step: int
@@ -26,6 +27,8 @@ class Position:
     weight: int
     loss: float
     seconds: float
+    labels: int = 0
+    label_loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,18 @@ class Step:
     """One optimiser step whose numbers nobody has read yet.
 
     ``index``: over all rounds, from 1. ``where``: for messages. ``weight``: tokens over all processes that the loss is
-    a mean over. ``tokens``: input tokens over all processes. ``loss``: scalar tensor, the mean times ``weight``.
-    ``norm``: scalar tensor, the gradient's norm before clipping. ``began``, ``ended``: of ``moment``.
+    a mean over. ``labels``, ``tokens``: label tokens and input tokens over all processes. ``losses``: the loss times
+    ``weight``, and with ``train.distill`` the next-token loss summed over the labels, (1,) or (2,). ``norm``: scalar
+    tensor, the gradient's norm before clipping. ``began``, ``ended``: of ``moment``.
     """
 
     index: int
     where: str
     weight: int
+    labels: int
     tokens: int
     learning_rate: float
-    loss: Tensor
+    losses: Tensor
     norm: Tensor
     began: Any
     ended: Any
@@ -73,6 +75,8 @@ class StepLog:
     steps: int = 0
     weight: int = 0
     loss: float = 0.0
+    labels: int = 0
+    label_loss: float = 0.0
     _unread: list[Step] = field(default_factory=list)
 
     def __enter__(self) -> StepLog:
@@ -101,8 +105,8 @@ class StepLog:
         steps, self._unread = self._unread, []
         if not steps:
             return
-        numbers = torch.stack([number for step in steps for number in (step.loss, step.norm)]).view(-1, 2).tolist()
-        for step, (summed, norm) in zip(steps, numbers, strict=True):
+        numbers = torch.stack([torch.cat([step.losses, step.norm[None]]) for step in steps]).tolist()
+        for step, (summed, *told, norm) in zip(steps, numbers, strict=True):
             loss = summed / step.weight
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
@@ -111,10 +115,16 @@ class StepLog:
             self.steps += 1
             self.weight += step.weight
             self.loss += loss * step.weight
+            label_loss = {}
+            if told and step.labels:
+                self.labels += step.labels
+                self.label_loss += told[0]
+                label_loss = {"label_loss": told[0] / step.labels}
             self.metrics.write(
                 step=step.index,
                 round=self.round_index,
                 loss=loss,
+                **label_loss,
                 lr=step.learning_rate,
                 grad_norm=norm,
                 tokens=step.tokens,
@@ -125,13 +135,19 @@ class StepLog:
     def go_on(self, position: Position) -> None:
         """Begin with the sums of a round that was interrupted."""
         self.steps, self.weight, self.loss = position.steps, position.weight, position.loss
+        self.labels, self.label_loss = position.labels, position.label_loss
 
     def position(self, step: int, seconds: float) -> Position:
         """The sums after ``step`` steps of the round; all of them are read. Raises what ``read`` raises."""
         self.read()
-        return Position(step, self.steps, self.weight, self.loss, seconds)
+        return Position(step, self.steps, self.weight, self.loss, seconds, self.labels, self.label_loss)
 
     @property
     def mean_loss(self) -> float | None:
         """Mean over the tokens that the steps weigh by, of the steps that were read; None without any."""
         return self.loss / self.weight if self.weight else None
+
+    @property
+    def mean_label_loss(self) -> float | None:
+        """Mean over the label tokens where the loss is another; None where it is not."""
+        return self.label_loss / self.labels if self.labels else None

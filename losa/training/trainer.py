@@ -42,9 +42,8 @@ from losa.training.steps import Step, StepLog, moment
 from losa.training.throughput import Throughput
 
 # Makes the module that a round trains, from the model and autocast's dtype or None. The model is a submodule of it. It
-# takes what TokenLoss takes, with train.distill what DistillationLoss takes, and returns a scalar: the loss summed over
-# the labels, with train.distill over all tokens. A sharded model is trained in a copy of this module: there it must
-# reach the model through its submodules alone.
+# takes and returns what TokenLoss does, with train.distill what DistillationLoss does. A sharded model is trained in a
+# copy of this module: there it must reach the model through its submodules alone.
 LossFactory = Callable[[nn.Module, torch.dtype | None], nn.Module]
 
 # Steps on a GPU whose numbers are read together. Reading waits until the GPU has done all its work, and the GPU then
@@ -62,12 +61,13 @@ _OWN_BUFFERS: dict[str, Any] = {
 class TrainOutcome:
     """``steps``: optimiser steps; ``tokens``: input tokens over all processes; ``loss``: mean over the round's label
     tokens in nats, None without any (with ``train.distill`` the mixed loss, and steps weigh by their input tokens);
-    ``seconds``: wall time."""
+    ``seconds``: wall time; ``label_loss``: mean over the label tokens, with ``train.distill`` alone."""
 
     steps: int
     tokens: int
     loss: float | None
     seconds: float
+    label_loss: float | None = None
 
 
 class Trainer:
@@ -211,7 +211,8 @@ class Trainer:
             if sharded:
                 # The shell refers to itself, and would keep the rows of masks and adapters that the next round changes.
                 gc.collect()
-        return TrainOutcome(log.steps, data.input_ids.numel(), log.mean_loss, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return TrainOutcome(log.steps, data.input_ids.numel(), log.mean_loss, seconds, log.mean_label_loss)
 
     @contextmanager
     def _loss_module(self) -> Iterator[nn.Module]:
@@ -270,10 +271,11 @@ class Trainer:
             weight = here if self.config.distill is None else tokens
             if weight:
                 group = deal(data, sequences, self.config.batch_size, (self.seed, log.round_index, step))
-                loss, norm = self._step(loss_module, optimizer, parameters, group, (here, tokens), broken)
+                losses, norm = self._step(loss_module, optimizer, parameters, group, (here, tokens), broken)
                 if self.extension is not None and not broken:
                     self.extension.after_update(step + 1, rate)
-                log.add(Step(self.global_step, where, weight, tokens, rate, loss, norm, began, moment(self.device)))
+                ended = moment(self.device)
+                log.add(Step(self.global_step, where, weight, here, tokens, rate, losses, norm, began, ended))
             step_done(step + 1, log)
 
     def _step(
@@ -294,8 +296,7 @@ class Trainer:
                 from then on no step changes a weight.
 
         Returns:
-            scalar tensors: the loss summed over label tokens (with ``train.distill`` over all tokens) and processes,
-            and the gradient's norm.
+            ``losses`` and ``norm`` of ``Step``.
         """
         optimizer.zero_grad(set_to_none=True)
         labels, tokens = counts
@@ -307,11 +308,12 @@ class Trainer:
             torch.manual_seed(batch.seed)
             with _summing(loss_module, batch is group[-1]):
                 weights = (tokens / labels if labels else 0.0, float(batch.counts)) if distills else ()
-                part = loss_module(*batch.to(self.device), *weights)
+                found = loss_module(*batch.to(self.device), *weights)
+                loss, *told = found if distills else (found,)
                 # DDP and FSDP2 take the mean of the processes' gradients, where the sum is wanted.
-                (part * (self.processes / weight)).backward()
-            summed = summed + part.detach()
-        loss = sum_over_processes(cast(Tensor, summed))
+                (loss * (self.processes / weight)).backward()
+            summed = summed + torch.stack([loss.detach(), *told])
+        losses = sum_over_processes(cast(Tensor, summed))
         for parameter in parameters:
             if parameter.grad is None:
                 # An expert that no token reaches: FSDP2 has zeros there, with which AdamW takes a step too.
@@ -324,15 +326,15 @@ class Trainer:
                 if gradient is not None:
                     parameter.grad = cast(Tensor, parameter.grad) + gradient
         norm = clip_gradients(parameters, self.config.max_grad_norm)
-        broken.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
+        broken.masked_fill_(~(losses[0].isfinite() & norm.isfinite()), 1.0)
         if self.fused:
             # AMP's switch: where this tensor is 1, the step leaves weights and moments as they are. Offloaded rows are
             # stepped on the host, which must have read the tensor by then.
             optimizer.found_inf = broken.to(parameters[0].device)  # type: ignore[attr-defined]
         elif broken:
-            return loss, norm
+            return losses, norm
         optimizer.step()
-        return loss, norm
+        return losses, norm
 
     def _learning_rate(self, step: int, steps: int) -> float:
         """The rate in ``step`` (from 0) of a round of ``steps``."""

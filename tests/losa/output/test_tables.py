@@ -21,6 +21,10 @@ def test_tables_hold_the_record():
     assert [row[0] for row in rounds] == ["1", "2", "3"]
     assert rounds[2][1:2] + rounds[2][3:] == ["70.00 %", "4.20", "3..6", "30", "2.875", "60.38", "22 s"]
     assert str(rounds_table(record).caption) == "time by stage: rates 4.5 s, train 60.8 s"
+    record.rounds[2].train_label_loss = 3.5
+    distilled = rounds_table(record)
+    assert [str(column.header) for column in distilled.columns][6:8] == ["loss", "label loss"]
+    assert [row[7] for row in cells(distilled)] == ["-", "-", "3.500"]
     blocks = cells(blocks_table(record))
     assert [row[0] for row in blocks] == record.blocks and [row[2] for row in blocks] == ["3", "4", "5", "6", "3"]
 

@@ -150,7 +150,13 @@ def test_rates_are_measured_and_tried(model_directory):
         assert found.size(what) == size and work == uniform + 2 * 3 * sample
     found, work = pruning("atp")
     assert work == uniform + 2 * 6 * 3 * sample + 2 * 5 * 3 * 16 * 2 * EMBEDDING
-    assert pruning("atp", 0.1)[1] == uniform
+    trials = "masks to try rates"
+    assert found.size(trials) == 2 * BLOCK / 8
+    whole_lora = {"method": "lora", "allocation": {"rates": "atp", "ranks": "uniform", "apply_to": "all"}}
+    zeros_in_weights = estimate(recipe(model_directory, **whole_lora), probe=False)
+    assert zeros_in_weights.size(trials) == 2 * BLOCK / 8 + 2 * BLOCK * 4
+    found, work = pruning("atp", 0.1)
+    assert work == uniform and trials not in {holding.what for holding in found.holdings}
     found, work = pruning("fisher")
     once = 3 * sample + 16 * (16 * 2 * 32 * 2 + 6 * EMBEDDING)  # a pass draws labels, one goes forward and backward
     assert work == uniform + 3 * once and found.size("squares of a linear")

@@ -58,7 +58,7 @@ def outputs(model, ids):
 
 
 def written_out(dense, model, config):
-    """From the formula, times the step's positions: Kullback and Leibler's sum, token by token."""
+    """From the formula, times the step's positions: Kullback and Leibler's sum, token by token; and the label loss."""
     with torch.no_grad():
         teacher, given = outputs(dense, IDS)
     student, found = outputs(model, IDS)
@@ -69,7 +69,7 @@ def written_out(dense, model, config):
     errors = [((s - t) ** 2).sum(-1) / (t**2).sum(-1) for s, t in zip(found, given, strict=True)]
     hidden = torch.stack(errors).mean(0).sum()
     far = config.weight * config.temperature**2 * divergence + config.hidden * hidden
-    return WEIGHTS[0] * (1 - config.weight) * labels + far
+    return WEIGHTS[0] * (1 - config.weight) * labels + far, labels
 
 
 CONFIGS = [
@@ -92,15 +92,17 @@ def test_loss_and_gradient_are_the_formulas(name, config, monkeypatch):
     assert loss.plain == (name == "bias")
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) > 2 * len(wrapped_linears(model))
-    expected = written_out(dense, model, settings)
+    expected, expected_labels = written_out(dense, model, settings)
     slopes = torch.autograd.grad(expected, trained)
-    value = loss(IDS, *label_positions(LABELS), *WEIGHTS)
+    value, label_loss = loss(IDS, *label_positions(LABELS), *WEIGHTS)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert label_loss.item() == pytest.approx(expected_labels.item(), rel=1e-12) and not label_loss.requires_grad
     # The models compute norms and the softmax of attention in fp32.
     for ours, exact in zip(torch.autograd.grad(2 * value, trained), slopes, strict=True):
         assert (ours / 2 - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
         assert exact.abs().max() > 0
-    assert not model.training and loss(IDS, *label_positions(LABELS), 1.0, 0.0).item() == pytest.approx(
+    labels_alone, _ = loss(IDS, *label_positions(LABELS), 1.0, 0.0)
+    assert not model.training and labels_alone.item() == pytest.approx(
         (1 - settings.weight) * TokenLoss(model)(IDS, *label_positions(LABELS)).item()
     )
 
@@ -143,11 +145,11 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
 def test_under_autocast_it_is_as_good_as_plain_autocast():
     dense, model, originals = changed(dtype=torch.float32)
     config = DistillConfig(weight=0.6)
-    exact = written_out(*changed()[:2], config).item()
+    exact = written_out(*changed()[:2], config)[0].item()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = written_out(dense, model, config).item()
+        plain = written_out(dense, model, config)[0].item()
     ours = DistillationLoss(model, torch.bfloat16, config=config, originals=originals)
-    value = ours(IDS, *label_positions(LABELS), *WEIGHTS).item()
+    value = ours(IDS, *label_positions(LABELS), *WEIGHTS)[0].item()
     assert abs(value - exact) <= 2 * abs(plain - exact) + torch.finfo(torch.bfloat16).eps * abs(exact)
 
 
@@ -160,11 +162,14 @@ def test_a_step_weighs_every_token_alike():
     for settings in ({"batch_size": 8}, {"batch_size": 3, "gradient_accumulation": 3, **again}):
         model = wrapped_llama(torch.float64)
         run = trainer(model, loss_factory=distillation(model, config), distill=config, **settings)
+        places, targets = label_positions(data.labels)
+        label_loss = TokenLoss(model)(data.input_ids, places, targets).item() / len(targets)
         outcome = run.train(data, round_index=1)
-        assert outcome.steps == 1
+        # A step's losses are read in fp32.
+        assert outcome.steps == 1 and outcome.label_loss == pytest.approx(label_loss, rel=1e-6)
         found.append((outcome.loss, [p.grad for p in adapters(model)]))
     (loss, whole), (other, parts) = found
-    assert other == pytest.approx(loss, rel=1e-6)  # a step's loss is read in fp32
+    assert other == pytest.approx(loss, rel=1e-6)
     for a, b in zip(whole, parts, strict=True):
         assert (a - b).abs().max() <= 8 * torch.finfo(torch.float32).eps * a.abs().max() and a.abs().max() > 0
 
@@ -180,6 +185,7 @@ def test_a_step_without_labels_learns_from_the_teacher(config):
         outcome = run.train(PackedData(prompts.input_ids, labels), round_index=1)
         assert outcome.steps == 1 and not any(torch.equal(now, then) for now, then in before)
         losses.append(outcome.loss)
+        assert (outcome.label_loss is None) == (labels is not prompts.labels)
     assert losses[1] > 0 and (losses[1] == pytest.approx(losses[0], rel=1e-6)) == (config["weight"] == 1)
 
 

@@ -195,7 +195,7 @@ def test_steps_that_are_read_together_have_a_time_each(monkeypatch, tmp_path):
             began = moment(torch.device("cuda"))
             Event.now += milliseconds
             ended = moment(torch.device("cuda"))
-            log.add(Step(index, "", 5, 100, 0.1, torch.tensor(2.0), torch.tensor(1.0), began, ended))
+            log.add(Step(index, "", 5, 5, 100, 0.1, torch.ones(1), torch.tensor(1.0), began, ended))
             Event.now += 7
     assert [line["tokens_per_s"] for line in lines(tmp_path)] == pytest.approx([5000, 2000, 2500, 10000])
 
