@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def("pack_mask(Tensor mask) -> Tensor");
   // packed: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features)
   library.def("unpack_mask(Tensor packed, int in_features) -> Tensor");
+  // How many columns all of the packed masks (out, ceil(in_features / 8)) keep together.
+  library.def("count_kept(Tensor[] masks, int in_features) -> int");
 
   // Fills out (out, in) with M * (W + B A); base = false leaves W out, no lora_A (r, in) and lora_B (out, r) B A. fp32
   // factors, B scaled. Without mask (packed), entries with W != 0 are kept.
@@ -17,17 +19,17 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def(
       "project_masked_lora(Tensor gradient, Tensor weight, Tensor? mask, Tensor lora_A, Tensor lora_B, Tensor(a!)? dA, "
       "Tensor(b!)? dB) -> ()");
-  // matrix fp32 (tokens, features) -> passes, fp32 of features x tokens rounded up to 16: the layout of the next two,
-  // private to the instruction set.
-  library.def("split_tokens(Tensor matrix, Tensor(a!) passes) -> ()");
-  // Fills out (tokens, .) with x W_eff^T + bias from x's passes, or with dY W_eff (transposed) from dY's passes; fp32.
+  // Products that form kept entries alone, all fp32. Rows of x (tokens, in) up to ends[0] have the first group's W_eff,
+  // those from there to ends[1] the second's, and so on; a group may have none. Fills these rows of out (tokens, out)
+  // with x W_eff^T + bias. Factors are those of compose_masked_lora, one of each a group; biases may be empty.
   library.def(
-      "multiply_masked_lora(Tensor passes, Tensor weight, Tensor mask, Tensor lora_A, Tensor lora_B, Tensor? bias, bool "
-      "transposed, Tensor(a!) out) -> ()");
-  // project_masked_lora of G = dY^T x, of which only the kept entries are formed.
+      "multiply_masked_lora(Tensor x, int[] ends, Tensor[] weights, Tensor[] masks, Tensor[] lora_A, Tensor[] lora_B, "
+      "Tensor[] biases, Tensor(a!) out) -> ()");
+  // Fills the groups' rows of dx (tokens, in) with dY W_eff; and project_masked_lora of each group's G = dY^T x. dx, dA
+  // and dB may be left out; without dx, weights may have any type.
   library.def(
-      "sample_masked_lora(Tensor dy_passes, Tensor x_passes, int tokens, Tensor mask, Tensor lora_A, Tensor lora_B, "
-      "Tensor(a!)? dA, Tensor(b!)? dB) -> ()");
+      "differentiate_masked_lora(Tensor dy, Tensor? x, int[] ends, Tensor[] weights, Tensor[] masks, Tensor[] lora_A, "
+      "Tensor[] lora_B, Tensor(a!)? dx, Tensor(b!)[] dA, Tensor(c!)[] dB) -> ()");
 
   // weight (out, in), mask packed -> values (kept,), row_offsets int64 (out,)
   library.def("pack_bitmask(Tensor weight, Tensor mask) -> (Tensor, Tensor)");

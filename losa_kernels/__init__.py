@@ -15,6 +15,7 @@ from losa_kernels.version import __version__
 if TYPE_CHECKING:
     from losa_kernels.bitmask import pack_mask, unpack_mask
     from losa_kernels.cka import cka_similarity, gram
+    from losa_kernels.grouped_masked_lora import grouped_masked_lora_linear
     from losa_kernels.masked_lora import masked_lora_linear, merge_masked_lora
     from losa_kernels.packing import pack_24, pack_bitmask, pack_nm
     from losa_kernels.pruning import SweepResult, alps_prune, sparsegpt_prune, wanda_mask
@@ -25,6 +26,7 @@ _EXPORTS = {
     "unpack_mask": "bitmask",
     "masked_lora_linear": "masked_lora",
     "merge_masked_lora": "masked_lora",
+    "grouped_masked_lora_linear": "grouped_masked_lora",
     "gram": "cka",
     "cka_similarity": "cka",
     "SweepResult": "pruning",
@@ -43,6 +45,7 @@ __all__ = [
     "alps_prune",
     "cka_similarity",
     "gram",
+    "grouped_masked_lora_linear",
     "masked_lora_linear",
     "merge_masked_lora",
     "pack_24",

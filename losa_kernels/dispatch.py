@@ -47,6 +47,14 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "losa_kernels.masked_lora.triton:merge",
         "cpu": "losa_kernels.masked_lora.cpu:merge",
     },
+    "grouped_masked_lora_forward": {
+        "reference": "losa_kernels.grouped_masked_lora.reference:forward",
+        "cpu": "losa_kernels.grouped_masked_lora.cpu:forward",
+    },
+    "grouped_masked_lora_backward": {
+        "reference": "losa_kernels.grouped_masked_lora.reference:backward",
+        "cpu": "losa_kernels.grouped_masked_lora.cpu:backward",
+    },
     "gram": {
         "reference": "losa_kernels.cka.reference:gram",
         "triton": "losa_kernels.cka.triton:gram",

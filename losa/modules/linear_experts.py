@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from losa.modules.masked_lora import MaskedLoRALinear
+from losa_kernels import grouped_masked_lora_linear
 
 _STACK = "stack"
 
@@ -60,6 +66,10 @@ class LinearExperts(nn.ModuleList):
                 self.append(Expert())
             self[-1].add_module(name, linear)
 
+    def linears(self, name: str) -> list[nn.Module]:
+        """Every expert's linear of that name; none where experts have no such linear."""
+        return [expert.get_submodule(name) for expert in self if name in expert._modules]
+
 
 class RoutedExperts(LinearExperts):
     """In the place of a module under ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj``
@@ -79,27 +89,33 @@ class RoutedExperts(LinearExperts):
         k = chosen.shape[-1]
         # Rows by expert, each expert's in the order of tokens.
         experts, order = chosen.flatten().sort(stable=True)
-        counts = torch.bincount(experts, minlength=len(self))[: len(self)].tolist()
-        of_row = order // k
-        if self.every_token:
-            tokens = of_row[: sum(counts)].split(counts)
-            parts = [self._of_one(stack, expert, hidden)[own] for expert, own in zip(self, tokens, strict=True)]
-        else:
-            rows = hidden[of_row[: sum(counts)]].split(counts)
-            parts = [self._of_one(stack, expert, x) for expert, x in zip(self, rows, strict=True) if len(x)]
-        out = torch.cat([*parts, hidden.new_zeros(len(of_row) - sum(counts), hidden.shape[-1])])
-        out = out * shares.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return out[back].unflatten(0, (len(hidden), k)).sum(1).to(hidden.dtype)
+        ends = torch.searchsorted(experts, torch.arange(len(self), device=experts.device), right=True)
+        if self.every_token:
+            out = self._from_every_token(stack, hidden, order // k, ends)
+        else:
+            rows = GroupedRows(_TakeRows.apply(hidden, order // k, back, k), ends)
+            up = rows.through(self.linears("up_proj"))
+            gate = rows.through(self.linears("gate_proj")) if stack.has_gate else None
+            out = GroupedRows(_activated(stack, gate, up), ends).through(self.linears("down_proj"))
+        own = _TakeRows.apply(out, back, order, 1).unflatten(0, (len(hidden), k))
+        return (own * shares.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
-    @staticmethod
-    def _of_one(stack: Any, expert: Any, x: Tensor) -> Tensor:
-        up = expert.up_proj(x)
-        if not stack.has_gate:
-            return expert.down_proj(stack.act_fn(up))
-        # Side by side, or in turns.
-        both = torch.stack([expert.gate_proj(x), up], -2 if stack.is_concatenated else -1).flatten(-2)
-        return expert.down_proj(stack._apply_gate(both))
+    def _from_every_token(self, stack: Any, hidden: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
+        *tokens, none = GroupedRows(of_row, ends).parts
+        parts = []
+        for each, own in zip(self, tokens, strict=True):
+            expert: Any = each
+            gate = expert.gate_proj(hidden) if stack.has_gate else None
+            parts.append(expert.down_proj(_activated(stack, gate, expert.up_proj(hidden)))[own])
+        return torch.cat([*parts, hidden.new_zeros(len(none), hidden.shape[-1])])
+
+
+def _activated(stack: Any, gate: Tensor | None, up: Tensor) -> Tensor:
+    if gate is None:
+        return stack.act_fn(up)
+    # Side by side, or in turns.
+    return stack._apply_gate(torch.stack([gate, up], -2 if stack.is_concatenated else -1).flatten(-2))
 
 
 class EveryTokenExperts(LinearExperts):
@@ -109,15 +125,13 @@ class EveryTokenExperts(LinearExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(experts * tokens, hidden), and back."""
         stack: Any = stack_of(self)
-        rows = hidden_states.unflatten(0, (len(self), -1))
-        outputs = []
-        for expert, x in zip(self, rows, strict=True):
-            each: Any = expert
-            chosen = x.any(-1).nonzero().squeeze(1)
-            x = x[chosen]
-            y = each.down_proj(each.up_proj(x) * stack.act_fn(each.gate_proj(x))) if len(x) else x
-            outputs.append(hidden_states.new_zeros(rows.shape[1:]).index_copy(0, chosen, y.to(hidden_states.dtype)))
-        return torch.cat(outputs)
+        chosen = hidden_states.any(-1)
+        rows = chosen.nonzero().squeeze(1)
+        ends = chosen.unflatten(0, (len(self), -1)).sum(1).cumsum(0)
+        x = GroupedRows(hidden_states[rows], ends)
+        gated = x.through(self.linears("up_proj")) * stack.act_fn(x.through(self.linears("gate_proj")))
+        y = GroupedRows(gated, ends).through(self.linears("down_proj"))
+        return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
 
 
 class SortedExperts(LinearExperts):
@@ -126,6 +140,64 @@ class SortedExperts(LinearExperts):
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
         """(rows, in) -> (rows, out); ``expert_size``: rows of each expert."""
-        linears: list[Any] = [expert.get_submodule("linear") for expert in self]
-        parts = [linear(x) for linear, x in zip(linears, inputs.split(expert_size), strict=True) if len(x)]
-        return torch.cat(parts) if parts else inputs.new_zeros(0, cast(Any, stack_of(self)).weight.shape[1])
+        ends = torch.tensor(expert_size, dtype=torch.int64, device=inputs.device).cumsum(0)
+        return GroupedRows(inputs, ends).through(self.linears("linear"))
+
+
+class GroupedRows:
+    """Rows in the order of the linears that they are for.
+
+    Args:
+        x: (rows, in).
+        ends: int64 (linears,): where each linear's rows end; rows behind them are for none.
+    """
+
+    def __init__(self, x: Tensor, ends: Tensor):
+        self.x, self.ends = x, ends
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Each linear's rows, and those for none. The same tensors at every call: statistics know by them that linears
+        have one input. The host waits for a GPU here."""
+        sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        return self.x.split([*sizes, len(self.x) - sum(sizes)])
+
+    def through(self, linears: Sequence[nn.Module]) -> Tensor:
+        """Each linear's outputs of its rows, of all linears in one call where they allow it: (rows, out), 0 in the rows
+        for none. A linear without rows is not called."""
+        layers: list[Any] = list(linears)
+        if all(map(_joins, layers)) and len({layer.scaling for layer in layers}) == 1:
+            biases = None if layers[0].bias is None else [layer.bias for layer in layers]
+            weights, masks = [layer.weight for layer in layers], [layer.mask for layer in layers]
+            A, B = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+            return grouped_masked_lora_linear(self.x, self.ends, weights, masks, A, B, layers[0].scaling, biases)
+        *parts, none = self.parts
+        called = [layer(rows) for layer, rows in zip(layers, parts, strict=True) if len(rows)]
+        rest = self.x.new_zeros(len(none), layers[0].out_features)
+        return torch.cat([*called, rest]) if called else rest
+
+
+def _joins(layer: Any) -> bool:
+    """Whether nothing but a masked-LoRA product is asked of a layer. Who watches it wants it to be called."""
+    if type(layer) is not MaskedLoRALinear or not layer.adapter_enabled or (layer.training and layer.dropout_p > 0):
+        return False
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not watched and not isinstance(layer.weight, DTensor)
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[rows], where row i of x is taken k times: to rows back[i k] .. back[i k + k - 1]. Its gradient is a sum of k
+    rows, and needs no additions into memory that others add to."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, back: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.k = k
+        return x[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (back,) = ctx.saved_tensors
+        own = grad[back]
+        return own if ctx.k == 1 else own.unflatten(0, (-1, ctx.k)).sum(1), None, None, None

@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels import arguments, dispatch
-from losa_kernels.bitmask import check_packed
+from losa_kernels import arguments
+from losa_kernels.masked_lora.calls import MAX_RANK as MAX_RANK
+from losa_kernels.masked_lora.calls import check_adapter_dtype, check_input, check_layer, run
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.tensors import wide_dtype
-
-MAX_RANK = 128
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def masked_lora_linear(
@@ -56,8 +54,8 @@ def masked_lora_linear(
     Raises:
         ValueError: a wrong shape, dtype, device or value; names the argument.
     """
-    scaling = _check(weight, mask, lora_A, lora_B, scaling)
-    x = _check_input(x, weight, lora_A, lora_B, bias)
+    scaling = check_layer(weight, mask, lora_A, lora_B, scaling)
+    x = check_input(x, weight, lora_A, lora_B, bias)
     dropout_p = arguments.number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
@@ -77,77 +75,10 @@ def merge_masked_lora(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_
     Pruned entries are exactly +0.0, whatever W, A and B hold there (NaN, inf, -0.0); a NaN or inf makes the kept
     entries that it is part of not finite. Not differentiable. Arguments and errors: see ``masked_lora_linear``.
     """
-    scaling = _check(weight, mask, lora_A, lora_B, scaling)
-    _check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")
+    scaling = check_layer(weight, mask, lora_A, lora_B, scaling)
+    check_adapter_dtype(lora_A, lora_B, (torch.float32, weight.dtype), "the weight's")
     with torch.no_grad():
-        return _run("merge_masked_lora", weight.device, Layer(weight, mask, lora_A, lora_B, scaling))
-
-
-def _check(weight: Tensor, mask: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """scaling as a float."""
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        arguments.tensor(name, tensor)
-    if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.numel() == 0:
-        got = f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(f"weight: expected floating point (out, in), out and in at least 1, got {got}")
-    out_features, in_features = weight.shape
-    rank = lora_A.shape[0] if lora_A.dim() == 2 else 0
-    if not 1 <= rank <= MAX_RANK or tuple(lora_A.shape) != (rank, in_features):
-        raise ValueError(f"lora_A: expected (r, {in_features}) with 1 <= r <= {MAX_RANK}, got {tuple(lora_A.shape)}")
-    if tuple(lora_B.shape) != (out_features, rank):
-        raise ValueError(f"lora_B: expected ({out_features}, {rank}), got {tuple(lora_B.shape)}")
-    if mask is not None:
-        check_packed(mask, weight)
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != weight.device:
-            raise ValueError(f"{name}: expected on {weight.device} as weight, got {tensor.device}")
-    scaling = arguments.number("scaling", scaling)
-    largest = torch.finfo(wide_dtype(weight.dtype)).max
-    if not abs(scaling) <= largest:
-        raise ValueError(f"scaling: expected a finite number up to {largest:g}, got {scaling}")
-    return scaling
-
-
-def _check_input(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-    """x, cast where autocast asks for it."""
-    arguments.tensor("x", x)
-    if bias is not None:
-        arguments.tensor("bias", bias)
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected (..., {weight.shape[1]}), got {tuple(x.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}")
-    if _autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight.dtype:
-        raise ValueError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
-    _check_adapter_dtype(lora_A, lora_B, (torch.float32, x.dtype, weight.dtype), "x's")
-    if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype not in _FLOATS):
-        raise ValueError(f"bias: expected floating point ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
-    if bias is not None and bias.device != weight.device:
-        raise ValueError(f"bias: expected on {weight.device} as weight, got {bias.device}")
-    return x
-
-
-def _check_adapter_dtype(lora_A: Tensor, lora_B: Tensor, allowed: tuple[torch.dtype, ...], whose: str) -> None:
-    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if factor.dtype not in allowed:
-            raise ValueError(f"{name}: expected float32 or {whose} {allowed[1]}, got {factor.dtype}")
-
-
-def _autocast_is_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _run(op: str, device: torch.device, *inputs):
-    """The implementation for the device, with autocast off: it would round W + s B A and G to low precision."""
-    run = dispatch.implementation(op, device)
-    if _autocast_is_on(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return run(*inputs)
-    return run(*inputs)
+        return run("merge_masked_lora", weight.device, Layer(weight, mask, lora_A, lora_B, scaling))
 
 
 def _forward(
@@ -163,7 +94,7 @@ def _forward(
 ) -> Tensor:
     number = 0 if seed is None else int(seed)
     layer = Layer(weight, mask, lora_A, lora_B, scaling)
-    y = _run("masked_lora_forward", x.device, x, layer, bias, dropout_p, number)
+    y = run("masked_lora_forward", x.device, x, layer, bias, dropout_p, number)
     # Autograd forbids changing in place what a Function returns as a view; decoder blocks do change outputs in place.
     return torch.ops.aten._unsafe_view(y, y.shape)
 
@@ -183,7 +114,7 @@ def _backward(
     """The gradients of x, lora_A, lora_B and bias that ``needs`` asks for, in this order."""
     number = 0 if seed is None else int(seed)
     layer = Layer(weight, mask, lora_A, lora_B, scaling)
-    grads = _run("masked_lora_backward", grad_y.device, grad_y, x, layer, dropout_p, number, needs)
+    grads = run("masked_lora_backward", grad_y.device, grad_y, x, layer, dropout_p, number, needs)
     return [grad for grad in grads if grad is not None]
 
 

@@ -36,8 +36,8 @@ def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
     fits = dropped is None and weight.dtype == x.dtype
-    if fits and mask is not None and cpu_sparse.pays(x.dtype, len(rows), weight, mask):
-        cpu_sparse.multiply(rows, weight, mask, A, sB, bias, y)
+    if fits and mask is not None and cpu_sparse.pays(x.dtype, len(rows), weight.shape[1], [mask]):
+        cpu_sparse.multiply(rows, [len(rows)], [weight], [mask], [A], [sB], [] if bias is None else [bias], y)
         return y.view(*x.shape[:-1], weight.shape[0])
     for part in _slices(weight):
         W, start = weight[part], None if bias is None else bias[part]
@@ -83,10 +83,11 @@ def backward(
     dx = dense_dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
-    if mask is not None and cpu_sparse.pays(dy.dtype, len(dy), weight, mask):
+    if mask is not None and cpu_sparse.pays(dy.dtype, len(dy), in_features, [mask]):
         # W_eff rounded to a lower precision, and dropout on one of its terms, are left to the dense product.
         sparse_dx = dx if keep_x is None and weight.dtype == dy.dtype == grad_y.dtype else None
-        cpu_sparse.backward(dy, rows, weight, mask, A, sB, sparse_dx, dA, dB)
+        factors = [[] if gradient is None else [gradient] for gradient in (dA, dB)]
+        cpu_sparse.backward(dy, rows, [len(dy)], [weight], [mask], [A], [sB], sparse_dx, *factors)
         dense_dx, rows = dx if sparse_dx is None else None, None
     # Panels of columns: each gives its columns of dX and dA at once, so only the small dB is accumulated.
     for part in _slices(weight, dim=1) if dense_dx is not None or rows is not None else ():

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losa_kernels.bitmask import unpack_mask
-from losa_kernels.masked_lora import _autocast_is_on, _run, merge_masked_lora
+from losa_kernels.masked_lora import merge_masked_lora
+from losa_kernels.masked_lora.calls import autocast_is_on, run
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.native import product_dtype
 
@@ -28,7 +29,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, change: Tensor, bias:
     Returns:
         (..., out) in x's dtype.
     """
-    if _autocast_is_on(x.device.type) and x.dtype != torch.float64:
+    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _MaskedLinear.apply(x, weight, mask, change, bias)
 
@@ -49,7 +50,7 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
         ctx.needs = [ctx.needs_input_grad[0], False, False, ctx.needs_input_grad[4]]
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, mask, change)
-        y = _run("masked_lora_forward", x.device, x, _layer(weight, mask, change), bias, 0.0, 0)
+        y = run("masked_lora_forward", x.device, x, _layer(weight, mask, change), bias, 0.0, 0)
         # Autograd forbids changing in place what a Function returns as a view.
         return torch.ops.aten._unsafe_view(y, y.shape)
 
@@ -60,7 +61,7 @@ class _MaskedLinear(torch.autograd.Function):
         dx = d_change = d_bias = None
         if any(ctx.needs):
             layer = _layer(weight, mask, change)
-            dx, _, _, d_bias = _run("masked_lora_backward", grad_y.device, grad_y, None, layer, 0.0, 0, ctx.needs)
+            dx, _, _, d_bias = run("masked_lora_backward", grad_y.device, grad_y, None, layer, 0.0, 0, ctx.needs)
         if ctx.needs_input_grad[3]:
             dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
             product = grad_y.flatten(0, -2).T.to(dtype) @ x.flatten(0, -2).to(dtype)

@@ -133,7 +133,17 @@ def hostile_number(r: random.Random, value: object) -> object:
 
 
 def hostile(r: random.Random, value: object) -> object:
+    if isinstance(value, list):
+        return _hostile_list(r, value)
     return hostile_tensor(r, value) if isinstance(value, Tensor) else hostile_number(r, value)
+
+
+def _hostile_list(r: random.Random, values: list) -> object:
+    """One of the values changed, or another number of them."""
+    if not values or r.random() < 0.2:
+        return r.choice((values[1:], [*values, *values[:1]], None, [None], 3))
+    at = r.randrange(len(values))
+    return [*values[:at], hostile(r, values[at]), *values[at + 1 :]]
 
 
 def spoilt(r: random.Random, arguments: dict, share: float = 0.6) -> dict:

@@ -34,7 +34,7 @@ class Fences:
 
     SIZE = 1 << 16
 
-    def __init__(self, count=16):
+    def __init__(self, count=64):
         self.areas, self.next = [], 0
         page, protect = mmap.PAGESIZE, ctypes.CDLL(None).mprotect
         for _ in range(count):
@@ -46,6 +46,8 @@ class Fences:
 
     def place(self, tensor):
         """The same tensor, strides too, at the end of such memory; or as it is, where it cannot lie there."""
+        if isinstance(tensor, list):
+            return [self.place(each) for each in tensor]
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             return tensor
         items = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -86,26 +88,33 @@ def project(r):
     return {"gradient": floats(r, rows, columns), "weight": weight, "mask": mask, "A": A, "B": B} | gradients
 
 
-def split(r):
-    tokens, features = size(r), size(r)
-    return {"matrix": torch.randn(tokens, features), "passes": torch.zeros(features * (-(-tokens // 16) * 16))}
+def groups(r):
+    """The layers of a few groups, and where the rows of each end."""
+    rows, columns, count = size(r), size(r), r.choice((1, 1, 2, 4))
+    ranks = [r.choice((0, 1, 3, 16, 128)) for _ in range(count)]
+    tokens = sorted(size(r) for _ in range(count))
+    layers = {
+        "weights": [torch.randn(rows, columns) for _ in ranks],
+        "masks": [mask_of(rows, columns) for _ in ranks],
+        "A": [torch.randn(rank, columns) for rank in ranks],
+        "B": [torch.randn(rows, rank) for rank in ranks],
+    }
+    return rows, columns, tokens, layers
 
 
 def multiply(r):
-    rows, columns, weight, mask, A, B = layer(r)
-    tokens, transposed = size(r), r.random() < 0.5
-    ins, outs = (rows, columns) if transposed else (columns, rows)
-    passes, bias = torch.randn(ins * (-(-tokens // 16) * 16)), None if r.random() < 0.5 else torch.randn(outs)
-    a = {"passes": passes, "weight": weight, "mask": mask, "A": A, "B": B, "bias": bias, "transposed": transposed}
-    return a | {"out": torch.zeros(tokens, outs)}
+    rows, columns, ends, layers = groups(r)
+    x, biases = torch.randn(ends[-1], columns), [torch.randn(rows) for _ in ends] if r.random() < 0.5 else []
+    return {"x": x, "ends": ends} | layers | {"biases": biases, "out": torch.zeros(ends[-1], rows)}
 
 
-def sample(r):
-    rows, columns, _, mask, A, B = layer(r)
-    tokens = size(r)
-    padded = -(-tokens // 16) * 16
-    a = {"dy": torch.randn(rows * padded), "x": torch.randn(columns * padded), "tokens": tokens, "mask": mask}
-    return a | {"A": A, "B": B, "dA": torch.zeros_like(A), "dB": torch.zeros_like(B)}
+def differentiate(r):
+    rows, columns, ends, layers = groups(r)
+    a = {"dy": torch.randn(ends[-1], rows), "x": torch.randn(ends[-1], columns), "ends": ends} | layers
+    a |= {"dx": None if r.random() < 0.3 else torch.zeros(ends[-1], columns)}
+    for name, factors in (("dA", layers["A"]), ("dB", layers["B"])):
+        a[name] = [] if r.random() < 0.2 else [torch.zeros_like(factor) for factor in factors]
+    return a
 
 
 def pack(r):
@@ -200,9 +209,9 @@ OPERATORS = {
     "unpack_mask": lambda r: {"packed": mask_of(size(r), n := size(r)), "in_features": n},
     "compose_masked_lora": compose,
     "project_masked_lora": project,
-    "split_tokens": split,
+    "count_kept": lambda r: {"masks": [mask_of(size(r), n := size(r)), mask_of(size(r), n)], "in_features": n},
     "multiply_masked_lora": multiply,
-    "sample_masked_lora": sample,
+    "differentiate_masked_lora": differentiate,
     "pack_bitmask": pack,
     "pack_nm": packing_nm,
     "largest_group": largest_group,

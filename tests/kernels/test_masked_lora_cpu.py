@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losa_kernels import masked_lora_linear, native, pack_mask
+from losa_kernels import masked_lora_linear, native, pack_mask, unpack_mask
 from losa_kernels.masked_lora import cpu, cpu_sparse
 from losa_kernels.tensors import as_bits
 from tests.helpers.masked_lora_problems import LOW, SHAPES, assert_error_model, double, formula, merge, problem, run
@@ -19,7 +19,6 @@ def every_isa(isa):
 
 
 compose, project = torch.ops.losa.compose_masked_lora.default, torch.ops.losa.project_masked_lora.default
-multiply, sample = torch.ops.losa.multiply_masked_lora.default, torch.ops.losa.sample_masked_lora.default
 # Rows and columns around the registers, tiles and chunks (512) of every instruction set.
 PANELS = [(1, 1, 1), (3, 7, 2), (5, 31, 128), (9, 300, 128), (8, 64, 8), (9, 33, 4), (70, 513, 7), (150, 1100, 16)]
 
@@ -34,11 +33,21 @@ def panel(rows, columns, rank, dtype=torch.float32):
     return weight.to(dtype), kept, torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
 
 
-def split(matrix):
-    tokens, features = matrix.shape
-    passes = torch.full(((tokens + 15) // 16 * 16 * features,), float("nan"), dtype=torch.float32)
-    torch.ops.losa.split_tokens.default(matrix, passes)
-    return passes
+def multiply(x, weight, mask, A, B, bias, transposed, out):
+    """The sparse product of one group."""
+    layer = [len(x)], [weight], [mask], [A], [B]
+    if transposed:
+        torch.ops.losa.differentiate_masked_lora.default(x, None, *layer, out, [], [])
+    else:
+        torch.ops.losa.multiply_masked_lora.default(x, *layer, [] if bias is None else [bias], out)
+
+
+def sample(dy, x, mask, A, B, dA, dB):
+    """The projected gradient of one group, whose weight nobody reads."""
+    unread = torch.empty(len(B), A.shape[1], dtype=torch.bfloat16)
+    gradients = [[] if gradient is None else [gradient] for gradient in (dA, dB)]
+    layer = [len(dy)], [unread], [mask], [A], [B]
+    torch.ops.losa.differentiate_masked_lora.default(dy, x, *layer, None, *gradients)
 
 
 def allowed(exact, magnitude, terms, dtype=torch.float32):
@@ -109,7 +118,7 @@ def test_sample(shape, tokens):
     dy, x = torch.randn(tokens, rows), torch.randn(tokens, columns)
     dA, dB = torch.randn(rank, columns), torch.randn(rows, rank)
     truth = [dA.double(), dB.double()]
-    sample(split(dy), split(x), tokens, pack_mask(kept), A, B, dA, dB)
+    sample(dy, x, pack_mask(kept), A, B, dA, dB)
     wide = [t.double() for t in (dy, x, A, B)]
     G, large = ((a.T @ b).where(kept, 0) for a, b in (wide[:2], [t.abs() for t in wide[:2]]))
     for ours, start, value, total, terms in (
@@ -128,7 +137,7 @@ def test_multiply(shape, tokens, transposed):
     x = torch.randn(tokens, shape[0] if transposed else shape[1])
     bias = None if transposed else torch.randn(shape[0])
     out = torch.full((tokens, shape[1] if transposed else shape[0]), float("nan"))
-    multiply(split(x), weight, pack_mask(kept), A, B, bias, transposed, out)
+    multiply(x, weight, pack_mask(kept), A, B, bias, transposed, out)
     clean = weight.double().where(kept, 0)
     effective = clean + (B.double() @ A.double()).where(kept, 0)
     magnitude = clean.abs() + (B.double().abs() @ A.double().abs()).where(kept, 0)
@@ -153,10 +162,10 @@ def test_bits_beyond_the_last_column_are_ignored(columns):
         factors = [torch.zeros(3, columns), torch.zeros(37, 3), torch.zeros(3, columns), torch.zeros(37, 3)]
         compose(weight, mask, True, A, B, out)
         project(G, weight, mask, A, B, *factors[:2])
-        sample(split(dy), split(x), 70, mask, A, B, *factors[2:])
-        multiply(split(x), weight, mask, A, B, None, False, y)
-        multiply(split(dy), weight, mask, A, B, None, True, dx)
-        results.append([out, y, dx, *factors, torch.tensor(cpu_sparse.pays(torch.float32, 70, weight, mask))])
+        sample(dy, x, mask, A, B, *factors[2:])
+        multiply(x, weight, mask, A, B, None, False, y)
+        multiply(dy, weight, mask, A, B, None, True, dx)
+        results.append([out, y, dx, *factors, torch.tensor(cpu_sparse.pays(torch.float32, 70, columns, [mask]))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -191,12 +200,12 @@ def test_sparse_products_read_strided_tokens_and_ignore_what_is_pruned():
     packed, results = pack_mask(kept), []
     for left, right in ((dy, dead), (dy.contiguous(), x)):
         dA, dB, y = torch.zeros(4, 90), torch.zeros(70, 4), torch.zeros(40, 70)
-        sample(split(left), split(right), 40, packed, A, B, dA, dB)
-        multiply(split(right), weight, packed, A, B, None, False, y)
+        sample(left, right, packed, A, B, dA, dB)
+        multiply(right, weight, packed, A, B, None, False, y)
         results.append((dA, dB, y))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     only = torch.zeros(4, 90)
-    sample(split(dy), split(x), 40, packed, A, B, only, None)
+    sample(dy, x, packed, A, B, only, None)
     assert torch.equal(only, results[0][0])
 
 
@@ -205,7 +214,6 @@ def test_sparse_products_read_strided_tokens_and_ignore_what_is_pruned():
 def test_sparse_products_give_what_dense_ones_give(dtype, change, monkeypatch):
     """Several parts of the tokens, too."""
     monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(cpu_sparse, "TOKENS", 128)
     args = problem(150, 205, 5, tokens=300, dtype=dtype) | change
     grad_y = torch.randn(300, 150).to(dtype)
     results = {}
@@ -230,36 +238,102 @@ def test_sparse_products_error_model(shape, monkeypatch):
 
 
 def test_when_sparse_products_pay():
-    weight = torch.zeros(8, 10)
     kept = torch.zeros(8, 10, dtype=torch.bool)
     kept[:, :6] = True
-    assert cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept)), "60 %"
-    assert not cpu_sparse.pays(torch.float32, 63, weight, pack_mask(kept))
-    assert not cpu_sparse.pays(torch.bfloat16, 64, weight, pack_mask(kept))
-    kept[0, 9] = True
-    assert not cpu_sparse.pays(torch.float32, 64, weight, pack_mask(kept))
+    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(kept)]), "60 %"
+    assert not cpu_sparse.pays(torch.float32, 63, 10, [pack_mask(kept)])
+    assert not cpu_sparse.pays(torch.bfloat16, 64, 10, [pack_mask(kept)])
+    more = kept.clone()
+    more[0, 9] = True
+    assert not cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more)])
+    kept[0, 5] = False
+    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more), pack_mask(kept)]), "60 % of both"
+
+
+def layers(**changes):
+    """Arguments of two groups, (4, 8) each, with five rows altogether."""
+    two = {"weights": (4, 8), "masks": (4, 1), "lora_A": (2, 8), "lora_B": (4, 2)}
+    made = {
+        name: [torch.zeros(shape, dtype=torch.uint8 if name == "masks" else torch.float32)] * 2
+        for name, shape in two.items()
+    }
+    return {"ends": [3, 5], **made, **changes}
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "changes, message",
     [
-        (lambda a: split(a["x"].double()), "matrix: expected float32"),
-        (
-            lambda a: multiply(a["A"][0], a["W"], a["mask"], a["A"], a["B"], None, False, a["y"]),
-            "passes: expected",
-        ),
-        (lambda a: multiply(split(a["x"]), a["W"], a["mask"], a["A"], a["B"], a["y"], False, a["y"]), "bias: expected"),
-        (lambda a: multiply(split(a["x"]), a["W"], a["mask"], a["A"], a["B"], None, True, a["y"]), "out: expected"),
-        (lambda a: multiply(split(a["x"]), a["W"], a["mask"][1:], a["A"], a["B"], None, False, a["y"]), "mask: expect"),
-        (lambda a: sample(split(a["y"]), split(a["x"]), 40, a["mask"], a["A"], a["B"], None, None), "dy_passes: expec"),
-        (lambda a: sample(split(a["y"]), split(a["x"]), 20, a["mask"], a["A"], a["B"], a["y"], None), "dA: expected"),
+        ({"ends": [3]}, "ends: expected 2 numbers"),
+        ({"ends": [3, 6]}, "ends: expected 2 numbers from 0 to 5"),
+        ({"ends": [3, 2]}, "ends: expected .* none less"),
+        ({"ends": [-1, 2]}, "ends: expected"),
+        ({"weights": []}, "expected one of each|could not|Could not|at least"),
+        ({"weights": [torch.zeros(4, 8)]}, "expected one of each for every group, got 1, 2"),
+        ({"weights": [torch.zeros(4, 8), torch.zeros(4, 9)]}, "weights: expected float32"),
+        ({"weights": [torch.zeros(4, 8), torch.zeros(4, 8).half()]}, "weights: expected float32"),
+        ({"masks": [torch.zeros(4, 1, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8)]}, "mask: expect"),
+        ({"lora_A": [torch.zeros(2, 8), torch.zeros(2, 7)]}, "lora_A: expected"),
+        ({"lora_B": [torch.zeros(4, 2), torch.zeros(4, 3)]}, "lora_B: expected"),
     ],
 )
-def test_sparse_product_errors_name_the_argument(call, message):
-    arguments = {"x": torch.zeros(20, 8), "y": torch.zeros(20, 4), "W": torch.zeros(4, 8)}
-    arguments |= {"mask": torch.zeros(4, 1, dtype=torch.uint8), "A": torch.zeros(2, 8), "B": torch.zeros(4, 2)}
+def test_errors_of_sparse_products_name_the_argument(changes, message):
+    groups = layers(**changes)
     with pytest.raises(RuntimeError, match=message):
-        call(arguments)
+        torch.ops.losa.multiply_masked_lora.default(torch.zeros(5, 8), *groups.values(), [], torch.zeros(5, 4))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.losa.differentiate_masked_lora.default(
+            torch.zeros(5, 4), None, *groups.values(), torch.zeros(5, 8), [], []
+        )
+
+
+def test_errors_of_rows_and_results_name_the_argument():
+    run, derive = torch.ops.losa.multiply_masked_lora.default, torch.ops.losa.differentiate_masked_lora.default
+    groups, x, y = layers().values(), torch.zeros(5, 8), torch.zeros(5, 4)
+    A, B = [torch.zeros(2, 8)] * 2, [torch.zeros(4, 2)] * 2
+    for call, message in (
+        (lambda: run(x.double(), *groups, [], y), " x: expected float32"),
+        (lambda: run(x, *groups, [], torch.zeros(5, 5)), " out: expected float32"),
+        (lambda: run(x, *groups, [], torch.zeros(6, 4)), " out: expected 5 tokens"),
+        (lambda: run(x, *groups, [torch.zeros(4)], y), " biases: expected 2 or none"),
+        (lambda: run(x, *groups, [torch.zeros(4), torch.zeros(5)], y), " biases: expected contiguous"),
+        (lambda: derive(x, None, *groups, x, [], []), " dy: expected float32"),
+        (lambda: derive(y, None, *groups, None, A, []), " x: expected a tensor"),
+        (lambda: derive(y, torch.zeros(4, 8), *groups, None, A, []), " x: expected 5 tokens"),
+        (lambda: derive(y, None, *groups, torch.zeros(4, 8), [], []), " dx: expected 5 tokens"),
+        (lambda: derive(y, x, *groups, None, A[:1], []), " dA: expected 2 or none"),
+        (lambda: derive(y, x, *groups, None, A, B[:1]), " dB: expected 2 or none"),
+        (lambda: derive(y, x, *groups, None, B, []), " dA: expected float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_tokens_in_several_waves():
+    """Rows of three groups that are more than is laid out at a time, in pieces of at most 1024."""
+    rows, columns, rank, ends = 900, 1300, 3, [1500, 1500, 2600]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, columns, generator=generator) for _ in ends]
+    masks = [pack_mask(torch.rand(rows, columns, generator=generator) < 0.1) for _ in ends]
+    A = [torch.randn(rank, columns, generator=generator) for _ in ends]
+    B = [torch.randn(rows, rank, generator=generator) for _ in ends]
+    x, dy = (torch.randn(ends[-1] + 2, n, generator=generator) for n in (columns, rows))
+    y, dx = torch.full((len(x), rows), 7.0), torch.full((len(x), columns), 7.0)
+    dA, dB = [torch.zeros_like(t) for t in A], [torch.zeros_like(t) for t in B]
+    torch.ops.losa.multiply_masked_lora.default(x, ends, weights, masks, A, B, [], y)
+    torch.ops.losa.differentiate_masked_lora.default(dy, x, ends, weights, masks, A, B, dx, dA, dB)
+    assert bool((y[ends[-1] :] == 7).all()) and bool((dx[ends[-1] :] == 7).all()), "rows of no group"
+    assert not dA[1].any() and not dB[1].any()
+    for group, part in ((0, slice(0, 1500)), (2, slice(1500, 2600))):
+        kept = unpack_mask(masks[group], columns)
+        effective = (weights[group].double() + B[group].double() @ A[group].double()).where(kept, 0)
+        G = (dy[part].double().T @ x[part].double()).where(kept, 0)
+        for found, exact, terms in (
+            (y[part], x[part].double() @ effective.T, columns),
+            (dx[part], dy[part].double() @ effective, rows),
+            (dA[group], B[group].double().T @ G, 1100 + rows),
+            (dB[group], G @ A[group].double().T, 1100 + columns),
+        ):
+            assert (found - exact).abs().max() <= terms**0.5 * 8 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 def test_panels_inside_larger_matrices():
@@ -288,10 +362,10 @@ def test_threads_do_not_change_a_bit():
             torch.set_num_threads(threads)
             dA, dB, out = torch.zeros(8, 300), torch.zeros(700, 8), torch.zeros(700, 300)
             project(G, weight, packed, A, B, dA, dB)
-            sample(split(dy), split(x), 40, packed, A, B, dA, dB)
+            sample(dy, x, packed, A, B, dA, dB)
             compose(weight, packed, True, A, B, out)
             y = torch.zeros(40, 700)
-            multiply(split(x), weight, packed, A, B, None, False, y)
+            multiply(x, weight, packed, A, B, None, False, y)
             results.append((dA, dB, out, y))
     finally:
         torch.set_num_threads(before)

@@ -1,11 +1,14 @@
-// pack_mask and unpack_mask on the CPU: rows in parallel.
+// pack_mask and unpack_mask on the CPU: rows in parallel; and how much masks keep.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "common/bits.h"
 #include "common/tensor_checks.h"
 #include "cpu/bitmask/kernels.h"
+#include "cpu/count_bits.h"
 #include "cpu/parallel_rows.h"
 
 namespace losa::bitmask {
@@ -44,10 +47,22 @@ Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
   return mask;
 }
 
+int64_t count_kept(std::vector<Tensor> masks, int64_t in_features) {
+  int64_t kept = 0;
+  for (const Tensor& mask : masks) {
+    check_mask(mask, mask.dim() == 2 ? mask.size(0) : 0, in_features, "masks");
+    const Tensor source = with_dense_rows(mask);
+    const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
+    for (int64_t row = 0; row < mask.size(0); ++row) kept += count_bits(from + row * source.stride(0), 0, in_features);
+  }
+  return kept;
+}
+
 }  // namespace
 }  // namespace losa::bitmask
 
 STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
   library.impl("pack_mask", TORCH_BOX(&losa::bitmask::pack_mask));
   library.impl("unpack_mask", TORCH_BOX(&losa::bitmask::unpack_mask));
+  library.impl("count_kept", TORCH_BOX(&losa::bitmask::count_kept));
 }

@@ -71,6 +71,18 @@ int64_t grain(int64_t columns) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns));
 }
 
+// dA += the partials, in order: each is (r, padded columns), and they lie `size` apart.
+void add_partials(const float* partials, int64_t count, int64_t size, const Tensor& dA) {
+  const int64_t columns = dA.size(1);
+  auto* to = static_cast<float*>(dA.mutable_data_ptr());
+  for (int64_t k = 0; k < dA.size(0); ++k, to += dA.stride(0)) {
+    for (int64_t part = 0; part < count; ++part) {
+      const float* from = partials + part * size + k * padded(columns);
+      for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
+    }
+  }
+}
+
 // body(first row, last row, its partial dA of zeros, or null) for segments of rows in parallel; then dA += the
 // partials, in order.
 template <class Body>
@@ -85,14 +97,7 @@ void in_segments(int64_t rows, int64_t columns, int64_t rank, const std::optiona
                                   body(rows * segment / segments, rows * (segment + 1) / segments, partial);
                                 }
                               });
-  if (!dA) return;
-  auto* to = static_cast<float*>(dA->mutable_data_ptr());
-  for (int64_t k = 0; k < rank; ++k, to += dA->stride(0)) {
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      const float* from = partials.get() + segment * size + k * padded(columns);
-      for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
-    }
-  }
+  if (dA) add_partials(partials.get(), segments, size, *dA);
 }
 
 }  // namespace

@@ -25,6 +25,11 @@ inline __attribute__((always_inline)) __m512i compress16(__mmask32 mask, __m512i
   return values;
 }
 
+inline __attribute__((always_inline)) __m512i compress8(__mmask64 mask, __m512i values) {
+  asm("vpcompressb %0, %0 %{%1%}%{z%}" : "+v"(values) : "Yk"(mask));
+  return values;
+}
+
 inline __attribute__((always_inline)) __m512i compress32(__mmask16 mask, __m512i values) {
   asm("vpcompressd %0, %0 %{%1%}%{z%}" : "+v"(values) : "Yk"(mask));
   return values;

@@ -1,0 +1,120 @@
+"""Masked-LoRA linear of groups of rows, each with a layer of its own: the experts of a mixture, in one call.
+
+As many calls of ``masked_lora_linear`` as a block has experts cost more than their products where experts get few
+tokens. On a CPU one operator shares all of them out over the threads; on a GPU the vendor's grouped GEMM takes the
+place of a GEMM a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from losa_kernels import arguments
+from losa_kernels.grouped_masked_lora.groups import Groups
+from losa_kernels.masked_lora.calls import check_input, check_layer, run
+
+
+def grouped_masked_lora_linear(
+    x: Tensor,
+    ends: Tensor,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: float,
+    biases: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """y = x (M_g * (W_g + s B_g A_g))^T + bias_g for the rows of each group g; differentiable in x, lora_A, lora_B and
+    biases. Each group is a ``masked_lora_linear`` (there: formulas, precision, and what is not finite), and rows of one
+    group touch nothing of another. Rows of no group are 0, and so are their gradients.
+
+    On a CPU ``ends`` is read; on a GPU the host waits for it only where groups are multiplied one after another: unless
+    x is bf16, and where all W_eff do not fit ``losa_kernels.grouped_masked_lora.triton.STACK_BYTES``.
+
+    Args:
+        x: (rows, in), rows in the order of their groups; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
+            autocast dtype.
+        ends: int32 or int64 (groups,) on x's device, none less than the one before: where each group's rows end. The
+            first group begins at row 0; a group may have no rows. Only a CPU checks the numbers.
+        weights: (out, in) of every group, of one shape and of x's dtype (under autocast any floating point); never
+            differentiated.
+        masks: packed uint8 (out, ceil(in/8)) of every group, 1 = kept.
+        lora_A: (r, in) and lora_B: (out, r) of every group, 1 <= r <= 128, in fp32 or x's or the weights' dtype; r may
+            differ from group to group.
+        scaling: s.
+        biases: (out,) of every group, or None.
+
+    Returns:
+        (rows, out) in x's dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, value or number of tensors; names the argument.
+    """
+    count = len(weights)
+    if count == 0:
+        raise ValueError("weights: expected at least one group, got none")
+    named = {"masks": masks, "lora_A": lora_A, "lora_B": lora_B, **({} if biases is None else {"biases": biases})}
+    for name, tensors in named.items():
+        if len(tensors) != count:
+            raise ValueError(f"{name}: expected {count} tensors, one for each weight, got {len(tensors)}")
+    for group in range(count):
+        bias = None if biases is None else biases[group]
+        try:
+            scaling = check_layer(weights[group], masks[group], lora_A[group], lora_B[group], scaling)
+            cast = check_input(x, weights[group], lora_A[group], lora_B[group], bias)
+            if weights[group].shape != weights[0].shape or weights[group].dtype != weights[0].dtype:
+                expected = f"{weights[0].dtype} {tuple(weights[0].shape)}, as group 0 has"
+                got = f"{weights[group].dtype} {tuple(weights[group].shape)}"
+                raise ValueError(f"weight: expected {expected}, got {got}")
+        except ValueError as error:
+            raise ValueError(f"group {group}: {error}") from None
+    x = cast
+    if x.dim() != 2:
+        raise ValueError(f"x: expected (rows, in), got {tuple(x.shape)}")
+    _check_ends(ends, count, x)
+    given = (*weights, *masks, *lora_A, *lora_B, *(biases or ()))
+    return _GroupedMaskedLoRALinear.apply(x, ends, scaling, count, *given)
+
+
+def _check_ends(ends: Tensor, groups: int, x: Tensor) -> None:
+    arguments.tensor("ends", ends)
+    if ends.dtype not in (torch.int32, torch.int64) or tuple(ends.shape) != (groups,):
+        raise ValueError(f"ends: expected int32 or int64 ({groups},), got {ends.dtype} {tuple(ends.shape)}")
+    if ends.device != x.device:
+        raise ValueError(f"ends: expected on {x.device} as x, got {ends.device}")
+    if ends.device.type == "cpu":
+        places = [0, *ends.tolist(), len(x)]
+        if any(end < start for start, end in zip(places, places[1:], strict=False)):
+            raise ValueError(f"ends: expected numbers from 0 to {len(x)}, none less than the one before")
+
+
+def _groups(scaling: float, count: int, tensors: Sequence[Tensor]) -> Groups:
+    each = [tensors[start : start + count] for start in range(0, len(tensors), count)]
+    return Groups(each[0], each[1], each[2], each[3], scaling, each[4] if len(each) > 4 else ())
+
+
+class _GroupedMaskedLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: Tensor, scaling: float, count: int, *tensors: Tensor) -> Tensor:
+        needed = ctx.needs_input_grad
+        kinds = [needed[4 + kind * count : 4 + (kind + 1) * count] for kind in range(len(tensors) // count)]
+        ctx.needs = [needed[0], any(kinds[2]), any(kinds[3]), len(kinds) > 4 and any(kinds[4])]
+        ctx.scaling, ctx.count = scaling, count
+        ctx.save_for_backward(x if ctx.needs[1] or ctx.needs[2] else None, ends, *tensors)
+        return run("grouped_masked_lora_forward", x.device, x, ends, _groups(scaling, count, tensors))
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("grouped_masked_lora_linear has no second derivatives (create_graph=True)")
+        x, ends, *tensors = ctx.saved_tensors
+        groups = _groups(ctx.scaling, ctx.count, tensors)
+        dx, dA, dB, d_bias = run("grouped_masked_lora_backward", grad_y.device, grad_y, x, ends, groups, ctx.needs)
+        none = [None] * ctx.count
+        found = [*none, *none, *(dA or none), *(dB or none)]
+        if groups.biases:
+            found += none if d_bias is None else [d.to(b.dtype) for d, b in zip(d_bias, groups.biases, strict=True)]
+        return dx, None, None, None, *found

@@ -1,0 +1,52 @@
+"""The layers that every implementation of the grouped masked-LoRA linear takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_kernels.masked_lora.layer import Layer
+
+
+class Groups(NamedTuple):
+    """One layer for each group of rows, all of one shape (out, in); ranks may differ.
+
+    ``weights`` W (out, in); ``masks`` packed uint8 (out, ceil(in / 8)); ``lora_A`` (r, in); ``lora_B`` (out, r), never
+    multiplied by s; ``scaling`` s; ``biases`` (out,), or none.
+    """
+
+    weights: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: float
+    biases: Sequence[Tensor] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of every group."""
+        return self.weights[0].shape[0], self.weights[0].shape[1]
+
+    def layer(self, group: int) -> Layer:
+        weight, mask, A, B = (each[group] for each in (self.weights, self.masks, self.lora_A, self.lora_B))
+        return Layer(weight, mask, A, B, self.scaling)
+
+    def bias(self, group: int) -> Tensor | None:
+        return self.biases[group] if self.biases else None
+
+    def factors(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """A and s B of every group in ``dtype``."""
+        scaled = torch._foreach_mul([B.to(dtype) for B in self.lora_B], self.scaling)
+        return [A.to(dtype) for A in self.lora_A], list(scaled)
+
+
+def parts(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each group that has rows, and its rows."""
+    start = 0
+    for group, end in enumerate(ends):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
