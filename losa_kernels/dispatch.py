@@ -49,10 +49,12 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "grouped_masked_lora_forward": {
         "reference": "losa_kernels.grouped_masked_lora.reference:forward",
+        "triton": "losa_kernels.grouped_masked_lora.triton:forward",
         "cpu": "losa_kernels.grouped_masked_lora.cpu:forward",
     },
     "grouped_masked_lora_backward": {
         "reference": "losa_kernels.grouped_masked_lora.reference:backward",
+        "triton": "losa_kernels.grouped_masked_lora.triton:backward",
         "cpu": "losa_kernels.grouped_masked_lora.cpu:backward",
     },
     "gram": {

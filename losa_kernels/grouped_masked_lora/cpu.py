@@ -8,59 +8,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from losa_kernels.grouped_masked_lora import reference
-from losa_kernels.grouped_masked_lora.groups import Groups, parts
-from losa_kernels.grouped_masked_lora.reference import Gradients
+from losa_kernels.grouped_masked_lora import one_by_one
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, parts
 from losa_kernels.masked_lora import cpu, cpu_sparse
 
 
 def forward(x: Tensor, ends: Tensor, groups: Groups) -> Tensor:
-    """y (rows, out) in x's dtype; 0 in rows of no group. fp64: the reference."""
-    if groups.weights[0].dtype == torch.float64:
-        return reference.forward(x, ends, groups)
+    """Of ``one_by_one.forward``."""
     places = ends.tolist()
+    if not _sparse(x.dtype, places, groups):
+        return one_by_one.forward(cpu.forward, x, ends, groups)
     y = x.new_empty(len(x), groups.shape[0])
     y[places[-1] :] = 0
-    if _sparse(x.dtype, places, groups):
-        A, sB = groups.factors(torch.float32)
-        biases = [bias.float() for bias in groups.biases]
-        cpu_sparse.multiply(x, places, groups.weights, groups.masks, A, sB, biases, y)
-        return y
-    for group, rows in parts(places):
-        y[rows] = cpu.forward(x[rows], groups.layer(group), groups.bias(group), 0.0, 0)
+    A, sB = groups.factors(torch.float32)
+    biases = [bias.float() for bias in groups.biases]
+    cpu_sparse.multiply(x, places, groups.weights, groups.masks, A, sB, biases, y)
     return y
 
 
 def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, needs: list[bool]) -> Gradients:
-    """Gradients of x, lora_A and lora_B in their dtypes, and of biases in fp32; of ``reference.backward``."""
-    if groups.weights[0].dtype == torch.float64:
-        return reference.backward(grad_y, x, ends, groups, needs)
-    needs_x, needs_A, needs_B, needs_bias = needs
+    """Of ``one_by_one.backward``."""
     places = ends.tolist()
+    if not _sparse(grad_y.dtype, places, groups):
+        return one_by_one.backward(cpu.backward, grad_y, x, ends, groups, needs)
+    needs_x, needs_A, needs_B, needs_bias = needs
     dx = grad_y.new_empty(len(grad_y), groups.shape[1]) if needs_x else None
     if dx is not None:
         dx[places[-1] :] = 0
-    d_bias = _sums(grad_y, places) if needs_bias else None
-    if not _sparse(grad_y.dtype, places, groups):
-        dA = list(map(torch.zeros_like, groups.lora_A)) if needs_A else None
-        dB = list(map(torch.zeros_like, groups.lora_B)) if needs_B else None
-        for group, rows in parts(places):
-            own = None if x is None else x[rows]
-            found = cpu.backward(grad_y[rows], own, groups.layer(group), 0.0, 0, [needs_x, needs_A, needs_B, False])
-            if dx is not None and found[0] is not None:
-                dx[rows] = found[0]
-            for gradients, gradient in ((dA, found[1]), (dB, found[2])):
-                if gradients is not None and gradient is not None:
-                    gradients[group] = gradient
-        return dx, dA, dB, d_bias
     A, sB = groups.factors(torch.float32)
-    dA, dB = (
-        [torch.zeros_like(t) for t in factors] if needed else [] for factors, needed in ((A, needs_A), (sB, needs_B))
-    )
+    dA = list(map(torch.zeros_like, A)) if needs_A else []
+    dB = list(map(torch.zeros_like, sB)) if needs_B else []
     if needs_x or needs_A or needs_B:
         cpu_sparse.backward(grad_y, x, places, groups.weights, groups.masks, A, sB, dx, dA, dB)
     if dB:
         torch._foreach_mul_(dB, groups.scaling)
+    d_bias = _sums(grad_y, places) if needs_bias else None
     return dx, _as(dA, groups.lora_A), _as(dB, groups.lora_B), d_bias
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from losa_kernels.masked_lora.layer import Layer
 
+Gradients = tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
+"""Of x, and of every group's lora_A, lora_B and bias; None where nobody asked for them."""
+
 
 class Groups(NamedTuple):
     """One layer for each group of rows, all of one shape (out, in); ranks may differ.
@@ -33,6 +36,12 @@ class Groups(NamedTuple):
     def layer(self, group: int) -> Layer:
         weight, mask, A, B = (each[group] for each in (self.weights, self.masks, self.lora_A, self.lora_B))
         return Layer(weight, mask, A, B, self.scaling)
+
+    def part(self, start: int, stop: int) -> Groups:
+        """Groups ``start`` to ``stop`` - 1."""
+        lists = (self.weights, self.masks, self.lora_A, self.lora_B, self.biases)
+        weights, masks, A, B, biases = (each[start:stop] for each in lists)
+        return Groups(weights, masks, A, B, self.scaling, biases)
 
     def bias(self, group: int) -> Tensor | None:
         return self.biases[group] if self.biases else None

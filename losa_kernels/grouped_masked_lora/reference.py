@@ -1,43 +1,20 @@
-"""Grouped masked-LoRA linear in plain PyTorch: the masked-LoRA linear of each group in turn. Ground truth of the fast
+"""Grouped masked-LoRA linear in plain PyTorch: the reference of each group in turn. Ground truth of the fast
 implementations."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from losa_kernels.grouped_masked_lora.groups import Groups, parts
+from losa_kernels.grouped_masked_lora import one_by_one
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups
 from losa_kernels.masked_lora import reference
-from losa_kernels.tensors import wide_dtype
-
-Gradients = tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
 
 
 def forward(x: Tensor, ends: Tensor, groups: Groups) -> Tensor:
-    """y (rows, out) in x's dtype; 0 in rows of no group."""
-    y = x.new_zeros(len(x), groups.shape[0])
-    for group, rows in parts(ends.tolist()):
-        y[rows] = reference.forward(x[rows], groups.layer(group), groups.bias(group), 0.0, 0)
-    return y
+    """Of ``one_by_one.forward``."""
+    return one_by_one.forward(reference.forward, x, ends, groups)
 
 
 def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, needs: list[bool]) -> Gradients:
-    """Gradients of x, lora_A and lora_B in their dtypes, and of biases in ``wide_dtype`` of the weights'.
-
-    ``needs`` says which of the four are wanted; the remaining ones are None. A group without rows has zeros.
-    """
-    needs_x, needs_A, needs_B, needs_bias = needs
-    dx = grad_y.new_zeros(len(grad_y), groups.shape[1]) if needs_x else None
-    dA = list(map(torch.zeros_like, groups.lora_A)) if needs_A else None
-    dB = list(map(torch.zeros_like, groups.lora_B)) if needs_B else None
-    wide = wide_dtype(groups.weights[0].dtype)
-    d_bias = [grad_y.new_zeros(groups.shape[0], dtype=wide) for _ in groups.weights] if needs_bias else None
-    for group, rows in parts(ends.tolist()):
-        own = None if x is None else x[rows]
-        found = reference.backward(grad_y[rows], own, groups.layer(group), 0.0, 0, needs)
-        if dx is not None and found[0] is not None:
-            dx[rows] = found[0]
-        for gradients, gradient in zip((dA, dB, d_bias), found[1:], strict=True):
-            if gradients is not None and gradient is not None:
-                gradients[group] = gradient
-    return dx, dA, dB, d_bias
+    """Of ``one_by_one.backward``."""
+    return one_by_one.backward(reference.backward, grad_y, x, ends, groups, needs)

@@ -5,12 +5,13 @@ triton_aot.json beside it holds the figures by Triton version. The versions in i
 is held to the limits alone. It has all tiles of all lists for sm_80 and sm_90a, what runs unmeasured for sm_120, and a
 representative few of that for sm_86 and sm_89. To record the installed Triton's figures takes a quarter of an hour:
 
-    python -m tests.native.test_triton_aot
+    python -m tests.native.test_triton_aot [HOW NAMES OF CASES BEGIN]
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,8 @@ pytest.importorskip("triton")
 import triton
 
 from losa_kernels.cka import triton as cka
+from losa_kernels.grouped_masked_lora import triton as grouped
+from losa_kernels.grouped_masked_lora.groups import Groups
 from losa_kernels.masked_lora import triton as lora
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
@@ -60,6 +63,23 @@ def gradient_AB(**options):
 def merge(**shape):
     _, _, weight, mask, A, B, _ = arguments(**shape)
     return lora.merge(Layer(weight, mask, A, B, 2.0))
+
+
+def groups(count=128, rows=1024, out=768, into=2048, rank=8):
+    """x, dy, ends and the layers of so many groups."""
+    x, dy, weight, mask, A, B, _ = arguments(rows, out, into, rank)
+    ends = torch.empty(count, dtype=torch.int64, device="meta")
+    return x, dy, ends, Groups([weight] * count, [mask] * count, [A] * count, [B] * count, 2.0)
+
+
+def grouped_forward(**shape):
+    x, _, ends, layers = groups(**shape)
+    return grouped.forward(x, ends, layers)
+
+
+def grouped_gradient_AB(**shape):
+    x, dy, ends, layers = groups(**shape)
+    return grouped.backward(dy, x, ends, layers, [False, True, True, False])
 
 
 def gram(samples, columns=1 << 16, dtype=BF16):
@@ -135,6 +155,11 @@ CASES = {
     "compose fp32 r128": (lambda: forward(dtype=FP32, rank=128), "compose", False),
     "merge bf16 r16": (lambda: merge(), "fused", True),
     "merge bf16 r128": (lambda: merge(rank=128), "fused", False),
+    "groups, compose r8": (lambda: grouped_forward(), "auto", True),
+    "groups, compose r16": (lambda: grouped_forward(rank=16), "auto", False),
+    "groups, compose ragged": (lambda: grouped_forward(out=1040, into=592), "auto", False),
+    "groups, gradient of A, B r8": (lambda: grouped_gradient_AB(), "auto", True),
+    "groups, gradient of A, B ragged": (lambda: grouped_gradient_AB(out=1040, into=592), "auto", False),
     "Gram 16 x 65536": (lambda: gram(16), "auto", False),
     "Gram 64 x 65536": (lambda: gram(64), "auto", True),
     "Gram 128 x 65536": (lambda: gram(128), "auto", True),
@@ -180,7 +205,8 @@ def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launc
             patch.setattr(tuning, "tuned", tuned)
             patch.setattr(tuning, "architecture", lambda device: arch)
             patch.setattr(cka, "_capability", lambda device: arch)
-            recorded = aot.record(cka if case.startswith("Gram") else launchers, call, patch)
+            module = cka if case.startswith("Gram") else grouped if case.startswith("groups") else launchers
+            recorded = aot.record(module, call, patch)
         for launch in recorded:
             name = launch.kernel.__name__
             row = f"{case}: {name} {launch.tile or f'w{launch.warps} s{launch.stages}'}"
@@ -197,7 +223,7 @@ def check(row: str, figures: dict[str, int], arch: int) -> None:
     assert figures["wrong"] == 0, (row, figures)
     case, kernel = row.split(": ")[0], row.split(": ")[1].split()[0]
     wgmma, mma = figures["hgmma"], figures["hmma"]
-    low_rank = kernel == "compose_kernel" and not re.search("r64|r128", case)
+    low_rank = kernel in ("compose_kernel", "compose_groups_kernel") and not re.search("r64|r128", case)
     if kernel == "_gram_kernel":
         samples, columns = map(int, re.findall(r"\d+", case)[:2])
         if samples + columns < cka.SPLIT_FROM:
@@ -206,7 +232,7 @@ def check(row: str, figures: dict[str, int], arch: int) -> None:
             assert (wgmma if arch == 90 and samples >= 64 else mma) > 0 < figures["loop_mma"], (row, figures)
     elif kernel in SMALL or "fp32" in case or "merge" in case or low_rank:
         assert wgmma == mma == 0, (row, figures)
-    elif kernel == "project_given_kernel":
+    elif kernel in ("project_given_kernel", "project_groups_kernel"):
         assert wgmma == 0 and mma == figures["loop_mma"] > 0, (row, figures)
     elif kernel == "project_kernel" and arch == 90:
         # wgmma in the main loop and nowhere else: the two products with G would read one place of shared memory in two
@@ -312,16 +338,21 @@ def test_a_high_word_of_a_register_that_nothing_wrote_is_found():
     assert len(wgmma.wrong_descriptors([*right, product, "UMOV UR11, UR4", product])) == 1
 
 
-def main() -> None:
-    table, rows = aot.read_table(), {}
+def main(begin: str = "") -> None:
+    """Record cases whose names begin so, and leave the others as they are."""
+    table = aot.read_table()
+    rows = dict(table.get(triton.__version__, {})) if begin else {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         for arch in aot.ARCHITECTURES:
-            rows[f"sm_{arch}"] = {}
+            known = rows.get(f"sm_{arch}", {})
+            rows[f"sm_{arch}"] = {row: figures for row, figures in known.items() if not row.startswith(begin)}
             for case in cases(arch):
+                if not case.startswith(begin):
+                    continue
                 rows[f"sm_{arch}"] |= compiled(case, arch, arch in (80, 90), monkeypatch)
                 print(f"sm_{arch}", case, flush=True)
     aot.write_table(table | {triton.__version__: rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

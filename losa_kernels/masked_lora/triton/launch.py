@@ -219,7 +219,7 @@ def _project(
     """Shares of dA (shares, rank, in) and of dB^T (shares, rank, rows of the slice), G formed in registers."""
     weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), tokens, rank, device = weight.shape, x.shape[0], lora_A.shape[0], weight.device
-    arch, R = tuning.architecture(device), _padded(rank)
+    arch, R = tuning.architecture(device), padded(rank)
 
     def run(tile: Tile) -> Gradients:
         tiles_o, tiles_i = ceil_div(outputs, tile.rows), ceil_div(inputs, tile.columns)
@@ -236,7 +236,7 @@ def _project(
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
             drop_t=_row_stride(drop), one=1.0, R=R, RANK_STEP=RANK_STEP,
             MASKED=mask is not None, DROPOUT=drop is not None,
-            LOW=_TRITON_DTYPE[_low_dtype()], TERMS=terms, PRECISION=settings.TRITON_FP32(),
+            LOW=TRITON_DTYPE[_low_dtype()], TERMS=terms, PRECISION=settings.TRITON_FP32(),
             BO=tile.rows, BI=tile.columns, BT=tile.step, GROUP=GROUP,
         )  # fmt: skip
         return A_parts, B_parts
@@ -252,7 +252,7 @@ def _project_given(
     """The same of G (rows of the slice, in), contiguous, which goes into the products in ``terms`` terms."""
     weight, mask, lora_A, lora_B, _ = layer
     (outputs, inputs), rank = weight.shape, lora_A.shape[0]
-    R = _padded(rank)
+    R = padded(rank)
 
     def run(tile: Tile) -> Gradients:
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
@@ -264,7 +264,7 @@ def _project_given(
             w_o=weight.stride(0), w_i=weight.stride(1), mask_o=_row_stride(mask),
             A_r=lora_A.stride(0), A_i=lora_A.stride(1), B_o=lora_B.stride(0), B_r=lora_B.stride(1),
             R=R, RANK_STEP=RANK_STEP, MASKED=mask is not None, TERMS=terms, PRECISION=settings.TRITON_FP32(),
-            LOW=_TRITON_DTYPE[_low_dtype() if G.dtype == torch.float32 else G.dtype],
+            LOW=TRITON_DTYPE[_low_dtype() if G.dtype == torch.float32 else G.dtype],
             BO=tile.rows, BI=tile.columns, SPAN=tile.step,
         )  # fmt: skip
         return A_parts, B_parts
@@ -325,10 +325,10 @@ def _low_dtype() -> torch.dtype:
     return torch.float16 if interpreted() else torch.bfloat16
 
 
-_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _padded(rank: int) -> int:
+def padded(rank: int) -> int:
     """The rank as a side of tl.dot."""
     return max(16, next_power_of_2(rank))
 
