@@ -24,6 +24,7 @@ MICROBENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "packing": ([], DECODED),
     "sparse_linear": ([], DECODED),
     "masked_lora": ([], []),
+    "experts": ([], []),
     "hessian": (["--tokens", "2048"], ["--width", "4096", "--repetitions", "5"]),
     "decoder_step": ([], []),
     "decode": (["--random", "llama2-7b"], ["--sparsity", "0.5,0.6,0.7,2:4"]),

@@ -101,6 +101,17 @@ def lora_table(rows: Rows) -> str:
     return table(["ms", "chosen", "fused", "compose", *names[3:], "host", "chosen / floor"], lines)
 
 
+def experts_table(rows: Rows) -> str:
+    """Milliseconds."""
+    names, lines = ("losa", "losa, one by one", "transformers", "transformers, frozen"), []
+    for (shape, tokens, sparsity), ways in grouped(rows, "shape", "tokens", "sparsity").items():
+        times = [ways[name]["median_ms"] if name in ways else None for name in names]
+        ours = ways.get("losa", {})
+        label = f"{shape}, T {tokens}, {100 * sparsity:g}% zeros"
+        lines.append([label, *times, ours.get("times_trained"), ours.get("times_frozen")])
+    return table(["ms", *names, "losa / transformers", "losa / frozen"], lines)
+
+
 def stage_table(rows: Rows) -> str:
     """Milliseconds of ours and of the official manner."""
     lines = [
@@ -142,6 +153,7 @@ def token_table(rows: Rows) -> str:
 TABLES: tuple[tuple[str, str, Callable[[Rows], str]], ...] = (
     ("Sparse decode", "sparse_linear", decode_table),
     ("Masked LoRA", "masked_lora", lora_table),
+    ("Experts of a mixture", "experts", experts_table),
     ("SparseGPT and Wanda", "column_sweep", stage_table),
     ("Selection", "selection", stage_table),
     ("Hessian and factor", "hessian", stage_table),

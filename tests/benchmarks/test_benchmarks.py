@@ -24,6 +24,7 @@ from benchmarks import (
     column_sweep,
     decode,
     decoder_step,
+    experts,
     hessian,
     interrupted,
     masked_lora,
@@ -52,7 +53,7 @@ def test_names_are_listed(monkeypatch, capsys):
 def test_benchmarks_of_kernels_do_not_import_losa():
     folder = Path(entry.__file__).parent
     found = {file.stem for file in folder.glob("*.py") if re.search(r"^ *(from|import) losa\b", file.read_text(), re.M)}
-    own = {"decode", "interrupted", "offload", "paper", "prune", "quality", "training_step"}
+    own = {"decode", "experts", "interrupted", "offload", "paper", "prune", "quality", "training_step"}
     shared = {"_loading", "_models", "_random_model"}
     assert found == own | shared | {"_harness", "_jobs", "_paper_tables", "_store", "_zero_shot"}
 
@@ -367,3 +368,20 @@ def test_training_step_rows(tmp_path, tiny_directory):
     rows = rows_of(training_step, tmp_path, "--model", str(tiny_directory), "--length", "8", "--repetitions", "1")
     assert {r["implementation"] for r in rows} >= {"losa", "plain", "eager_losa", "eager_losa_checkpointed"}
     assert all(r["tokens_per_s"] > 0 for r in rows)
+
+
+def test_experts_rows(tmp_path):
+    flags = ["--shape", "4x2x32x16", "--tokens", "40", "--sparsity", "0.7", "--repetitions", "1"]
+    rows = rows_of(experts, tmp_path, *flags)
+    assert {r["implementation"] for r in rows} == {"losa", "losa, one by one", "transformers", "transformers, frozen"}
+    (dense,) = (r for r in rows if r["implementation"] == "transformers")
+    assert dense["times_trained"] == 1 and all(r["median_ms"] > 0 and r["times_frozen"] > 0 for r in rows)
+
+
+def test_experts_that_differ_are_not_timed(monkeypatch):
+    made = experts.build((4, 2, 32, 16), 0.7, torch.float32, "cpu")
+    for layer in made["losa, one by one"].modules():
+        if hasattr(layer, "lora_B"):
+            layer.lora_B.data += 1
+    with pytest.raises(SystemExit, match="experts: outputs of one call and of many differ"):
+        experts.check(made, torch.randn(1, 40, 32))
