@@ -21,6 +21,7 @@ from losa.recipe.sections import EvaluateConfig, Recipe
 from losa.recipe.training import TrainConfig
 from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
+from losa_kernels.grouped_masked_lora.groups import STACK_BYTES
 
 PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
 
@@ -303,8 +304,10 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
         compared = 3 * shape.blocks if train.distill.hidden else 0
         held = loss_bytes(shape, tokens, "distillation", shape.computed) + (1 + compared) * tokens * shape.hidden * size
     yield Holding("training", place, "loss", held, how)
-    how = "M (W + s B A) and dY^T x of the largest"
-    yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+    held, how = 2 * 4 * shape.widest, "M (W + s B A) and dY^T x of the largest"
+    if shape.on_gpu and (stack := 2 * min(size * shape.together, STACK_BYTES)) > held:
+        held, how = stack, "M (W + s B A) and dY^T x of the experts that are multiplied together"
+    yield Holding("training", place, "one linear's product", held, how)
 
 
 def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Holding]:

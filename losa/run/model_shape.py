@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from torch import nn
 from losa.errors import RecipeError
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
+from losa.model.forms import holder_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.loss import head_gives_logits
@@ -30,8 +32,9 @@ class Rows:
 @dataclass(frozen=True)
 class ModelShape:
     """``work``: with masked adapters; ``computed``: dtype of training's products; ``whole_logits``: a loss needs the
-    logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``inside``: all
-    parameters of each block; ``outside``: parameters outside of the blocks."""
+    logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``together``:
+    weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
+    stack; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -42,6 +45,7 @@ class ModelShape:
     whole_logits: bool
     linears: list[LinearShape]
     by_block: list[list[LinearShape]]
+    together: int
     inside: list[list[Rows]]
     outside: list[Rows]
 
@@ -70,6 +74,7 @@ class ModelShape:
             whole_logits=not _head_gives_logits(model, blocks),
             linears=every,
             by_block=by_block,
+            together=_most_together(pruned),
             inside=inside,
             outside=_rows_of(model.parameters(), counted),
         )
@@ -103,6 +108,13 @@ class ModelShape:
     @property
     def widest(self) -> int:
         return max(w.numel for w in self.pruned)
+
+
+def _most_together(linears: Mapping[str, nn.Module]) -> int:
+    counts: Counter[tuple[int, str]] = Counter()
+    for name, linear in linears.items():
+        counts[id(holder_of(linear)), name.rpartition(".")[2]] += _shape_of(linear).numel
+    return max(counts.values())
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:

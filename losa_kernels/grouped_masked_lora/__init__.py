@@ -32,7 +32,7 @@ def grouped_masked_lora_linear(
     group touch nothing of another. Rows of no group are 0, and so are their gradients.
 
     On a CPU ``ends`` is read; on a GPU the host waits for it only where groups are multiplied one after another: unless
-    x is bf16, and where all W_eff do not fit ``losa_kernels.grouped_masked_lora.triton.STACK_BYTES``.
+    x is bf16, and where all W_eff do not fit ``losa_kernels.grouped_masked_lora.groups.STACK_BYTES``.
 
     Args:
         x: (rows, in), rows in the order of their groups; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
@@ -60,7 +60,12 @@ def grouped_masked_lora_linear(
     for name, tensors in named.items():
         if len(tensors) != count:
             raise ValueError(f"{name}: expected {count} tensors, one for each weight, got {len(tensors)}")
-    for group in range(count):
+    # Groups are alike but for their ranks, and a check costs more than to see that it was made.
+    checked = set()
+    for group, tensors in enumerate(zip(weights, *named.values(), strict=True)):
+        alike = tuple((type(t), t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors)
+        if alike in checked:
+            continue
         bias = None if biases is None else biases[group]
         try:
             scaling = check_layer(weights[group], masks[group], lora_A[group], lora_B[group], scaling)
@@ -71,6 +76,7 @@ def grouped_masked_lora_linear(
                 raise ValueError(f"weight: expected {expected}, got {got}")
         except ValueError as error:
             raise ValueError(f"group {group}: {error}") from None
+        checked.add(alike)
     x = cast
     if x.dim() != 2:
         raise ValueError(f"x: expected (rows, in), got {tuple(x.shape)}")

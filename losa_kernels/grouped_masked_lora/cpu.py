@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.grouped_masked_lora import one_by_one
-from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, parts
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, in_dtype, parts
 from losa_kernels.masked_lora import cpu, cpu_sparse
 
 
@@ -43,7 +43,9 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
     if dB:
         torch._foreach_mul_(dB, groups.scaling)
     d_bias = _sums(grad_y, places) if needs_bias else None
-    return dx, _as(dA, groups.lora_A), _as(dB, groups.lora_B), d_bias
+    own_A = in_dtype(dA, *(A.dtype for A in groups.lora_A)) if needs_A else None
+    own_B = in_dtype(dB, *(B.dtype for B in groups.lora_B)) if needs_B else None
+    return dx, own_A, own_B, d_bias
 
 
 def _sparse(dtype: torch.dtype, places: Sequence[int], groups: Groups) -> bool:
@@ -58,7 +60,3 @@ def _sums(grad_y: Tensor, places: Sequence[int]) -> list[Tensor]:
     for group, rows in parts(places):
         sums[group] = grad_y[rows].sum(0, dtype=torch.float32)
     return sums
-
-
-def _as(gradients: list[Tensor], like: Sequence[Tensor]) -> list[Tensor] | None:
-    return [gradient.to(each.dtype) for gradient, each in zip(gradients, like, strict=True)] if gradients else None

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from losa_kernels.masked_lora.layer import Layer
 
+# Of the weights W_eff of groups that a GPU multiplies together, and of their gradients, each.
+STACK_BYTES = 4 << 30
+
 Gradients = tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
 """Of x, and of every group's lora_A, lora_B and bias; None where nobody asked for them."""
 
@@ -48,8 +51,15 @@ class Groups(NamedTuple):
 
     def factors(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """A and s B of every group in ``dtype``."""
-        scaled = torch._foreach_mul([B.to(dtype) for B in self.lora_B], self.scaling)
-        return [A.to(dtype) for A in self.lora_A], list(scaled)
+        return in_dtype(self.lora_A, dtype), list(torch._foreach_mul(in_dtype(self.lora_B, dtype), self.scaling))
+
+
+def in_dtype(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
+    """The tensors in the dtype, or each in its own; as they are where all are."""
+    wanted = dtypes * len(tensors) if len(dtypes) == 1 else dtypes
+    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, wanted, strict=True)):
+        return list(tensors)
+    return [tensor.to(dtype) for tensor, dtype in zip(tensors, wanted, strict=True)]
 
 
 def parts(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -1,7 +1,8 @@
 """Grouped masked-LoRA linear on a GPU: W_eff of every group composed into one stack, and the vendor's grouped GEMMs.
 
-Of the composed stack, and of the stack of G in the backward pass, ``STACK_BYTES`` exist at a time. One launch composes
-all groups, and one projects all of G: with 128 experts, a launch for each costs the host more than the GPU works.
+Of the composed stack, and of the stack of G in the backward pass, ``groups.STACK_BYTES`` exist at a time. One launch
+composes all groups, and one projects all of G: with 128 experts, a launch for each costs the host more than the GPU
+works.
 
 Only bf16 has a grouped GEMM that waits for nothing. Groups of other types, of ranks above ``tuning.DIRECT_RANK``, and
 of sizes that the GEMM cannot read by 16 bytes, are computed one after another (masked_lora/triton).
@@ -19,14 +20,13 @@ from torch.nn import functional as F
 
 from losa_kernels import settings
 from losa_kernels.dispatch import interpreted
+from losa_kernels.grouped_masked_lora import groups as limits
 from losa_kernels.grouped_masked_lora import one_by_one
 from losa_kernels.grouped_masked_lora.groups import Gradients, Groups
 from losa_kernels.masked_lora import triton as single
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
 from losa_kernels.masked_lora.triton.launch import RANK_STEP, TRITON_DTYPE, _launch, padded
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div
-
-STACK_BYTES = 4 << 30
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _parts(rows: Tensor, ends: Tensor, groups: Groups) -> Iterator[tuple[Groups,
     """Groups whose stack takes ``STACK_BYTES``, their rows, and where each group ends among these, int32. The host
     waits for the device where there are several parts."""
     count, size = len(groups.weights), rows.element_size() * groups.shape[0] * groups.shape[1]
-    step = max(1, STACK_BYTES // size)
+    step = max(1, limits.STACK_BYTES // size)
     if step >= count:
         yield groups, slice(0, len(rows)), ends.to(torch.int32)
         return

@@ -48,6 +48,7 @@ from tests.gpu.case import (
 )
 from tests.gpu.case import LLAMA as LLAMA
 from tests.gpu.case import SMALL as SMALL
+from tests.helpers.grouped_problems import by_formula, by_op, doubled, grouped_problem, moved, run_grouped
 from tests.helpers.masked_lora_problems import double, dropout_formula, formula, merge, problem, run, tensors
 
 
@@ -91,6 +92,11 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
             label = f"masked LoRA {way} {text(shape)} r {rank} T {tokens} {text(dtype)}"
             run_case = partial(lora, way, shape, rank, tokens, dtype, device)
             yield Case(label, (*kernels, "split_kernel", "sum_kernel"), run_case)
+    for shape, rank in ((sizes.groups, 7), (sizes.square, 16)):
+        outputs, inputs = (n // 8 * 8 for n in shape)  # what a grouped GEMM reads
+        label = f"grouped masked LoRA {outputs}x{inputs} r {rank} T {sizes.tokens} bf16"
+        run_case = partial(grouped, (outputs or 8, inputs), rank, sizes.tokens, device)
+        yield Case(label, ("compose_groups_kernel", "project_groups_kernel"), run_case)
     if on_gpu:  # the CPU draws another mask
         for way, kernels in (("fused", ("drop_kernel",)), ("compose", ("drop_kernel", "keep_kernel"))):
             for shape, rank, tokens in ((sizes.odd, 7, 50), (sizes.square, 16, sizes.tokens)):
@@ -198,6 +204,17 @@ def lora(way, shape, rank, tokens, dtype, device) -> Verdict:
     # A CPU that multiplies bf16 rounds G in either way, and any other CPU in neither.
     rounds_gradient = way == "compose" if device != "cpu" else product_dtype(BF16) == BF16
     return step_verdict(ours, run(formula, args, grad), truth, dtype, rounds_gradient and dtype == BF16)
+
+
+def grouped(shape, rank, tokens, device) -> Verdict:
+    """Groups of many rows, of none, of one, and rows of no group."""
+    args = moved(grouped_problem([tokens, 0, 1, 2 * tokens], *shape, [rank] * 4, BF16), device)
+    grad = torch.randn(len(args["x"]), shape[0], device=device).to(BF16)
+    ours, plain = run_grouped(by_op, args, grad), run_grouped(by_formula, args, grad)
+    truth = run_grouped(by_formula, doubled(args), grad.double())
+    # A group without rows, and the bias of one, have nothing that rounding could be compared with.
+    named = {name: value for name, value in truth.items() if bool(value.any())}
+    return worst([bounded(ours[name], plain[name], value, BF16) for name, value in named.items()])
 
 
 def dropout(way, shape, rank, tokens, dtype, device) -> Verdict:

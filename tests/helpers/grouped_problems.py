@@ -62,3 +62,8 @@ def run_grouped(function, args, grad_y):
 def doubled(args):
     lists = {name: args[name] and [double({"t": each})["t"] for each in args[name]] for name in LISTS}
     return double(args) | lists
+
+
+def moved(args, device):
+    lists = {name: args[name] and [each.to(device) for each in args[name]] for name in LISTS}
+    return args | lists | {name: args[name].to(device) for name in ("x", "ends")}

@@ -14,9 +14,10 @@ import torch
 pytest.importorskip("triton")
 
 from losa_kernels.dispatch import interpreted
+from losa_kernels.grouped_masked_lora import groups as limits
 from losa_kernels.grouped_masked_lora import one_by_one
 from losa_kernels.grouped_masked_lora import triton as grouped
-from tests.helpers.grouped_problems import LISTS, by_formula, by_op, doubled, grouped_problem, run_grouped
+from tests.helpers.grouped_problems import by_formula, by_op, doubled, grouped_problem, moved, run_grouped
 from tests.native.aot import interpreter_problem
 
 IN_INTERPRETER = interpreted()
@@ -50,11 +51,6 @@ def check(args, dtype, device="cpu"):
     rest = sum(SIZES)
     assert not ours["y"][rest:].any() and not ours["x"][rest:].any(), "rows of no group"
     assert not any(ours[name].any() for name in ours if name.endswith(".1")), "a group without rows"
-
-
-def moved(args, device):
-    lists = {name: args[name] and [each.to(device) for each in args[name]] for name in LISTS}
-    return args | lists | {name: args[name].to(device) for name in ("x", "ends")}
 
 
 def in_a_stack(args):
@@ -106,7 +102,7 @@ def test_a_stack_is_composed_in_parts_of_few_bytes(monkeypatch):
     args = grouped_problem(SIZES, dtype=torch.float16, in_features=24)
     grad_y = torch.randn(len(args["x"]), 24).half()
     whole = run_grouped(by_op, args, grad_y)
-    monkeypatch.setattr(grouped, "STACK_BYTES", 2 * 2 * 24 * 24)
+    monkeypatch.setattr(limits, "STACK_BYTES", 2 * 2 * 24 * 24)
     parts = run_grouped(by_op, args, grad_y)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     none = grouped_problem([0, 0, 0, 30, 0], dtype=torch.float16, in_features=24, extra=0)
@@ -129,7 +125,7 @@ def test_weights_in_one_stack_are_not_copied():
 @pytest.mark.parametrize("changes, together", PROBLEMS, ids=str)
 @pytest.mark.parametrize("stack_bytes", [4 << 30, 2 * 2 * 24 * 24])
 def test_error_model_on_a_gpu(changes, together, stack_bytes, one_after_another, monkeypatch):
-    monkeypatch.setattr(grouped, "STACK_BYTES", stack_bytes)
+    monkeypatch.setattr(limits, "STACK_BYTES", stack_bytes)
     args = grouped_problem(SIZES, dtype=torch.bfloat16, **{"in_features": 24, **changes})
     check(args, torch.bfloat16, "cuda")
     assert len(one_after_another) == (0 if together else 2)

@@ -67,6 +67,7 @@ KERNELS: dict[str, set[str]] = {
     "packing": {"arguments", "bitmask", "dispatch", "native", "tensors"},
     "pruning": {"arguments", "bitmask", "cuda_graphs", "dispatch", "measured", "native", "settings", "tensors"},
     "masked_lora": {"arguments", "bitmask", "dispatch", "measured", "native", "scratch", "settings", "tensors"},
+    "grouped_masked_lora": {"arguments", "dispatch", "masked_lora", "settings", "tensors"},
     "sparse_linear": {
         "arguments",
         "bitmask",

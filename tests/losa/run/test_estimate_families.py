@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from losa.recipe.training import DistillConfig
+from losa.run import estimate_memory
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
 from tests.helpers.planned_recipe import recipe
@@ -69,3 +70,19 @@ def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
     # Four heads of the wider kind in both blocks, q k^T and p v over half a window each.
     attention = 2.0 * 16 * (4 * 16) * 2
     assert evaluation.flops == 2 * 16 * (2.0 * (found.prunable + 98 * 32) + attention)
+
+
+def test_experts_that_a_gpu_multiplies_together_are_counted(tmp_path, monkeypatch):
+    """Eight experts' weights of one kind in bf16 and their gradient, not one linear's in fp32; up to a limit."""
+    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+    mixture = configured(tmp_path, "Mixtral", **sizes)
+
+    def product(device, precision):
+        train = mixture.train.model_copy(update={"precision": precision})
+        found = estimate(mixture.model_copy(update={"device": device, "train": train}), probe=False)
+        return found.size("one linear's product")
+
+    assert product("cpu", "float32") == 2 * 4 * 32 * 64
+    assert product("cuda", "bfloat16") == 2 * 2 * 8 * 32 * 64
+    monkeypatch.setattr(estimate_memory, "STACK_BYTES", 20_000)
+    assert product("cuda", "bfloat16") == 2 * 20_000
