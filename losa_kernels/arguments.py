@@ -49,6 +49,15 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def tensors(name: str, value: object) -> tuple[Tensor, ...]:
+    """``value``, which is a sequence of tensors with strides, or one tensor that is split along its first dimension."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return tensor(name, value).unbind()
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}: expected a sequence of tensors, got {_told(value)}")
+    return tuple(tensor(f"{name}[{index}]", each) for index, each in enumerate(value))
+
+
 def with_data(name: str, value: Tensor) -> Tensor:
     """``value``, which is not on meta: the op looks at its elements."""
     if value.is_meta:

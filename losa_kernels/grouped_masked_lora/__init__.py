@@ -8,6 +8,7 @@ place of a GEMM a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from losa_kernels.masked_lora.calls import check_input, check_layer, run
 def grouped_masked_lora_linear(
     x: Tensor,
     ends: Tensor,
-    weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
+    weights: Sequence[Tensor] | Tensor,
+    masks: Sequence[Tensor] | Tensor,
+    lora_A: Sequence[Tensor] | Tensor,
+    lora_B: Sequence[Tensor] | Tensor,
     scaling: float,
-    biases: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor] | Tensor | None = None,
 ) -> Tensor:
     """y = x (M_g * (W_g + s B_g A_g))^T + bias_g for the rows of each group g; differentiable in x, lora_A, lora_B and
     biases. Each group is a ``masked_lora_linear`` (there: formulas, precision, and what is not finite), and rows of one
@@ -39,8 +40,8 @@ def grouped_masked_lora_linear(
             autocast dtype.
         ends: int32 or int64 (groups,) on x's device, none less than the one before: where each group's rows end. The
             first group begins at row 0; a group may have no rows. Only a CPU checks the numbers.
-        weights: (out, in) of every group, of one shape and of x's dtype (under autocast any floating point); never
-            differentiated.
+        weights: (out, in) of every group: a sequence, or one tensor (groups, out, in), as the next arguments may be; of
+            one shape and of x's dtype (under autocast any floating point); never differentiated.
         masks: packed uint8 (out, ceil(in/8)) of every group, 1 = kept.
         lora_A: (r, in) and lora_B: (out, r) of every group, 1 <= r <= 128, in fp32 or x's or the weights' dtype; r may
             differ from group to group.
@@ -53,36 +54,44 @@ def grouped_masked_lora_linear(
     Raises:
         ValueError: a wrong shape, dtype, device, value or number of tensors; names the argument.
     """
-    count = len(weights)
+    given = {"weights": weights, "masks": masks, "lora_A": lora_A, "lora_B": lora_B}
+    if biases is not None:
+        given["biases"] = biases
+    named = {name: arguments.tensors(name, value) for name, value in given.items()}
+    count = len(named["weights"])
     if count == 0:
         raise ValueError("weights: expected at least one group, got none")
-    named = {"masks": masks, "lora_A": lora_A, "lora_B": lora_B, **({} if biases is None else {"biases": biases})}
     for name, tensors in named.items():
         if len(tensors) != count:
             raise ValueError(f"{name}: expected {count} tensors, one for each weight, got {len(tensors)}")
     # Groups are alike but for their ranks, and a check costs more than to see that it was made.
     checked = set()
-    for group, tensors in enumerate(zip(weights, *named.values(), strict=True)):
-        alike = tuple((type(t), t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors)
+    for group, (weight, mask, A, B, *bias) in enumerate(zip(*named.values(), strict=True)):
+        alike = tuple((type(t), t.shape, t.dtype, t.device) for t in (weight, mask, A, B, *bias))
         if alike in checked:
             continue
-        bias = None if biases is None else biases[group]
         try:
-            scaling = check_layer(weights[group], masks[group], lora_A[group], lora_B[group], scaling)
-            cast = check_input(x, weights[group], lora_A[group], lora_B[group], bias)
-            if weights[group].shape != weights[0].shape or weights[group].dtype != weights[0].dtype:
-                expected = f"{weights[0].dtype} {tuple(weights[0].shape)}, as group 0 has"
-                got = f"{weights[group].dtype} {tuple(weights[group].shape)}"
-                raise ValueError(f"weight: expected {expected}, got {got}")
+            scaling = check_layer(weight, mask, A, B, scaling)
+            cast = check_input(x, weight, A, B, bias[0] if bias else None)
+            like = named["weights"][0]
+            if weight.shape != like.shape or weight.dtype != like.dtype:
+                expected = f"{like.dtype} {tuple(like.shape)} as weights[0]"
+                raise ValueError(f"weight: expected {expected}, got {weight.dtype} {tuple(weight.shape)}")
         except ValueError as error:
-            raise ValueError(f"group {group}: {error}") from None
+            raise ValueError(_of_group(str(error), group)) from None
         checked.add(alike)
     x = cast
     if x.dim() != 2:
         raise ValueError(f"x: expected (rows, in), got {tuple(x.shape)}")
     _check_ends(ends, count, x)
-    given = (*weights, *masks, *lora_A, *lora_B, *(biases or ()))
-    return _GroupedMaskedLoRALinear.apply(x, ends, scaling, count, *given)
+    return _GroupedMaskedLoRALinear.apply(x, ends, scaling, count, *chain.from_iterable(named.values()))
+
+
+def _of_group(error: str, group: int) -> str:
+    """An error of one layer's argument, by the name that this function has for it."""
+    name, _, rest = error.partition(": ")
+    name = {"weight": "weights", "mask": "masks", "bias": "biases"}.get(name, name)
+    return f"{name}: {rest}" if name in ("x", "scaling") else f"{name}[{group}]: {rest}"
 
 
 def _check_ends(ends: Tensor, groups: int, x: Tensor) -> None:

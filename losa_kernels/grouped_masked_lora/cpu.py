@@ -36,8 +36,9 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
     if dx is not None:
         dx[places[-1] :] = 0
     A, sB = groups.factors(torch.float32)
-    dA = list(map(torch.zeros_like, A)) if needs_A else []
-    dB = list(map(torch.zeros_like, sB)) if needs_B else []
+    # Dense, whatever the factors' strides are.
+    dA = [each.new_zeros(each.shape) for each in A] if needs_A else []
+    dB = [each.new_zeros(each.shape) for each in sB] if needs_B else []
     if needs_x or needs_A or needs_B:
         cpu_sparse.backward(grad_y, x, places, groups.weights, groups.masks, A, sB, dx, dA, dB)
     if dB:

@@ -12,13 +12,13 @@ import torch
 
 import losa_kernels as kernels
 from losa_kernels import native, unpack_mask
-from losa_kernels.tensors import as_bits
-from tests.helpers.hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt, with_special
+from tests.helpers.fuzzed_lora import grouped_masked_lora_linear, masked_lora_linear, merge_masked_lora, wide
+from tests.helpers.hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt
 from tests.helpers.pruning_calls import PATTERNS, alps_prune, hessian, inverse_factor_, sparsegpt_prune, wanda_mask
 
 CALLS = 2000
 FEWER = {"alps_prune": 100}  # each call iterates, and wanda_mask is its only native code
-NAMED = re.compile(r"^[A-Za-z_]+(, [a-z_]+)*: .")
+NAMED = re.compile(r"^[A-Za-z_]+(\[\d+\])?(, [a-z_]+)*: .")
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
@@ -39,117 +39,6 @@ def unpack_mask_(r):
     return lambda: kernels.unpack_mask(**a), same_bits
 
 
-def layer(r, most=33):
-    """weight, mask, lora_A, lora_B, scaling of a masked-LoRA linear."""
-    rows, columns, rank = r.choice((1, 3, 8, 17, most)), r.choice((1, 5, 8, 24, 31, most)), r.choice((1, 2, 5, 16))
-    dtype = r.choice(FLOATS)
-    adapter = torch.float64 if dtype == torch.float64 else r.choice((torch.float32, dtype))
-    mask = kernels.pack_mask(torch.rand(rows, columns) < r.choice((0, 0.3, 0.5, 1)))
-    return {
-        "weight": normal(r, rows, columns, dtype=dtype),
-        "mask": None if r.random() < 0.2 else mask,
-        "lora_A": normal(r, rank, columns, dtype=adapter),
-        "lora_B": normal(r, rows, rank, dtype=adapter),
-        "scaling": r.choice((2.0, 0.5, 1, -1.5)),
-    }
-
-
-def merge_masked_lora(r):
-    a = spoilt(r, layer(r))
-
-    def compare(expected, found):
-        W = _double(a["weight"])
-        bound = W.abs() + abs(float(a["scaling"])) * _double(a["lora_B"]).abs() @ _double(a["lora_A"]).abs()
-        kept = _kept(a)
-        assert torch.equal(as_bits(expected).masked_fill(kept, 0), as_bits(found).masked_fill(kept, 0))
-        assert_near(
-            expected, found, bound.nan_to_num(0, 0), 4, len(a["lora_A"]), kept & ~torch.isfinite(expected), ~kept
-        )
-
-    return lambda: kernels.merge_masked_lora(**a), compare
-
-
-def masked_lora_linear(r):
-    a = layer(r)
-    columns = a["weight"].shape[1]
-    lead = r.choice(((), (size(r),), (1,), (2, 3), (70,), (0, 4)))
-    a["x"] = normal(r, *lead, columns, dtype=a["weight"].dtype)
-    a["bias"] = normal(r, a["weight"].shape[0], dtype=r.choice((torch.float32, a["weight"].dtype)))
-    a["bias"] = None if r.random() < 0.4 else a["bias"]
-    a["dropout_p"] = r.choice((0.0, 0.0, 0.25))
-    a = spoilt(r, a)
-    wanted = [name for name in ("x", "lora_A", "lora_B", "bias") if r.random() < 0.8]
-    grad_special = r.random() < 0.1
-
-    def run():
-        leaves = dict(a)
-        for name in wanted:
-            if isinstance(a[name], torch.Tensor) and a[name].is_floating_point():
-                leaves[name] = a[name].detach().requires_grad_()
-        y = kernels.masked_lora_linear(**leaves)
-        results = {"y": y.detach()}
-        if y.requires_grad:
-            dy = torch.randn(y.shape).to(y.dtype)
-            dy = with_special(random.Random(0), dy) if grad_special and not y.is_meta else dy.to(y.device)
-            y.backward(dy)
-            results |= {n: leaves[n].grad for n in wanted if getattr(leaves[n], "requires_grad", False)} | {"dy": dy}
-        return results
-
-    return run, lambda expected, found: compare_linear(a, expected, found)
-
-
-def rows_reached(bad):
-    """Rows that hold a bad value, and rows before them: bf16 products of torch on CPUs with AMX read 64 values at a
-    time, and multiply by zero what is beyond a row's end."""
-    rows = bad.sum(1, True)
-    reach = -(-64 // max(1, bad.shape[1])) if bad.shape[1] % 64 else 0
-    shifted = [torch.nn.functional.pad(rows[d:], (0, 0, 0, min(d, len(rows)))) for d in range(reach + 1)]
-    return torch.stack(shifted).sum(0)
-
-
-def compare_linear(a, expected, found):
-    """What is promised of values that are not finite: where a kept weight connects them, results are not finite."""
-    assert expected.keys() == found.keys() and all(found[n].shape == v.shape for n, v in expected.items())
-    assert all(found[n].dtype == v.dtype for n, v in expected.items())
-    if expected["y"].is_meta:
-        return
-    kept, s = _kept(a), abs(float(a["scaling"]))
-    x, W, A, B = (_double(a[name]) for name in ("x", "weight", "lora_A", "lora_B"))
-    x = x.reshape(-1, x.shape[-1])
-    bias = None if a["bias"] is None else _double(a["bias"])
-    k = kept.double()
-    nf = {name: (~t.isfinite()).double() for name, t in (("x", x), ("W", W), ("A", A), ("B", B))}
-    x, W, A, B = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, A, B))
-    p = float(a["dropout_p"])
-    x, effective = x / (1 - p), k * (W + s * B @ A)
-    bad = k * (nf["W"] + nf["B"].amax(1, True) + nf["A"].amax(0, True))
-    terms = x.shape[1] + A.shape[0]
-    bound = x @ effective.T + (0 if bias is None else bias.abs().nan_to_num(0, 0, 0))
-    must = nf["x"] @ k.T + bad.sum(1) + (0 if bias is None else (~bias.isfinite()).double())
-    may = must + rows_reached(nf["x"])
-    shape = expected["y"].shape
-    assert_near(expected["y"], found["y"], bound.view(shape), 8, terms, must.view(shape) > 0, may.view(shape) > 0)
-    if "dy" not in expected:
-        return
-    dy = _double(expected["dy"]).reshape(-1, W.shape[0])
-    bad_dy, dy = (~dy.isfinite()).double(), dy.abs().nan_to_num(0, 0, 0)
-    bad_G, G = k * (bad_dy.amax(0) if len(dy) else bad_dy.sum(0))[:, None], k * (dy.T @ x)
-    bad_G = bad_G + k * (nf["x"].amax(0) if len(dy) else nf["x"].sum(0))
-    terms = len(dy) + W.shape[0] + W.shape[1]
-    grads = {
-        "x": (dy @ effective / (1 - p), bad_dy @ k + bad.sum(0), rows_reached(bad_dy)),
-        "lora_A": (s * B.T @ G, bad_G.sum(0) + nf["B"].T @ k, nf["B"].sum(0)[:, None]),
-        "lora_B": (s * G @ A.T, bad_G.sum(1, True) + k @ nf["A"].T, nf["A"].sum(1)),
-        "bias": (dy.sum(0), bad_dy.sum(0), torch.zeros(())),
-    }
-    for name, (bound, must, poison) in grads.items():
-        if name in expected:
-            shape = expected[name].shape
-            must, may = (torch.broadcast_to(t, bound.shape).reshape(shape) > 0 for t in (must, must + poison))
-            # Rounded to x's dtype may be G, and what dy is multiplied with.
-            assert_near(expected[name], found[name], bound.reshape(shape), 16, terms, must, may, a["x"].dtype)
-
-
 def gram(r):
     layers = () if r.random() < 0.5 else (r.choice((0, 1, 3)),)
     samples, dtype = r.choice((2, 3, 5, 16, 17, 33)), r.choice(FLOATS)
@@ -161,10 +50,10 @@ def gram(r):
     a = spoilt(r, a, 0.5)
 
     def compare(expected, found):
-        F = _double(a["features"])
+        F = wide(a["features"])
         F = (F - F[..., :1, :]).abs() if F.numel() else F
         bound = (F @ F.mT).amax((-2, -1), True) if F.numel() else torch.zeros(expected.shape)
-        bound = bound + (0 if a["out"] is None else _double(a["out"]).abs())
+        bound = bound + (0 if a["out"] is None else wide(a["out"]).abs())
         assert_near(expected, found, bound.expand(expected.shape), 4, F.shape[-1])
 
     return lambda: kernels.gram(**a), compare
@@ -252,11 +141,11 @@ def sparse_linear(r):
         return kernels.sparse_linear(state["x"], packed, state["bias"])
 
     def compare(expected, found):
-        packed, x = state["packed"], _double(state["x"])
+        packed, x = state["packed"], wide(state["x"])
         assert expected.shape == found.shape and expected.dtype == found.dtype
         x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros(expected.numel() // max(1, packed.shape[0]), 0)
         bias = torch.zeros(packed.shape[0]) if state["bias"] is None else state["bias"]
-        W, bias = _double(packed.unpack().to(found.dtype)), _double(bias.to(found.dtype))
+        W, bias = wide(packed.unpack().to(found.dtype)), wide(bias.to(found.dtype))
         k = unpack_mask(packed.mask(), packed.shape[1]).double()
         bad_x, bad = (~x.isfinite()).double(), (k * ~W.isfinite()).sum(1) + ~bias.isfinite()
         x, W, bias = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, bias))
@@ -268,19 +157,11 @@ def sparse_linear(r):
     return run, compare
 
 
-def _double(t):
-    return t.detach().double()
-
-
-def _kept(a):
-    W = a["weight"]
-    return W != 0 if a["mask"] is None else unpack_mask(a["mask"], W.shape[1])
-
-
 CASES = {
     "pack_mask": pack_mask,
     "unpack_mask": unpack_mask_,
     "masked_lora_linear": masked_lora_linear,
+    "grouped_masked_lora_linear": grouped_masked_lora_linear,
     "merge_masked_lora": merge_masked_lora,
     "gram": gram,
     "cka_similarity": cka_similarity,

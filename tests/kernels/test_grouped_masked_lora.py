@@ -121,6 +121,22 @@ def test_under_autocast_x_is_cast():
     assert (y.double() - low.double()).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * low.abs().max().double()
 
 
+def test_stacked_tensors_are_taken_apart():
+    """As transformers holds experts; gradients come back in the stacks."""
+    args = grouped_problem(SIZES)
+    names = ("weight", "mask", "lora_A", "lora_B", "bias")
+    stacked = args | {name: torch.stack(args[name]) for name in names}
+    grad_y = torch.randn(len(args["x"]), 24)
+    expected = run_grouped(by_op, args, grad_y)
+    for name in ("lora_A", "lora_B", "bias"):
+        stacked[name].requires_grad_()
+    y = by_op(stacked)
+    y.backward(grad_y)
+    assert torch.equal(y, expected["y"])
+    for name in ("lora_A", "lora_B", "bias"):
+        assert torch.equal(stacked[name].grad, torch.stack([expected[f"{name}.{i}"] for i in range(len(SIZES))]))
+
+
 def test_no_second_derivatives():
     args = grouped_problem([3], extra=0)
     args["x"].requires_grad_()
@@ -132,21 +148,31 @@ def test_no_second_derivatives():
     "changes, message",
     [
         ({"weights": []}, "^weights: expected at least one group"),
+        ({"weights": None}, "^weights: expected a sequence of tensors, got None"),
+        ({"masks": [None, None]}, r"^masks\[0\]: expected a tensor, got None"),
+        (
+            {
+                "weights": [torch.zeros(4, 8), torch.zeros(5, 8)],
+                "masks": [torch.zeros(n, 1, dtype=torch.uint8) for n in (4, 5)],
+                "lora_B": [torch.zeros(n, 2) for n in (4, 5)],
+            },
+            r"^weights\[1\]: expected torch.float32 \(4, 8\) as weights\[0\]",
+        ),
         ({"masks": []}, "^masks: expected 2 tensors, one for each weight, got 0"),
         ({"biases": [torch.zeros(4)]}, "^biases: expected 2 tensors"),
-        ({"biases": [torch.zeros(4), torch.zeros(5)]}, r"^group 1: bias: expected floating point \(4,\)"),
-        ({"weights": [torch.zeros(4, 8), torch.zeros(4, 9)]}, r"^group 1: "),
-        ({"weights": [torch.zeros(4, 8), torch.zeros(5, 8)]}, r"^group 1: "),
-        ({"lora_A": [torch.zeros(2, 8), torch.zeros(0, 8)]}, "^group 1: lora_A: expected"),
+        ({"biases": [torch.zeros(4), torch.zeros(5)]}, r"^biases\[1\]: expected floating point \(4,\)"),
+        ({"weights": [torch.zeros(4, 8), torch.zeros(4, 9)]}, r"^lora_A\[1\]: expected \(r, 9\)"),
+        ({"weights": [torch.zeros(4, 8), torch.zeros(5, 8)]}, r"^lora_B\[1\]: expected \(5, 2\)"),
+        ({"lora_A": [torch.zeros(2, 8), torch.zeros(0, 8)]}, r"^lora_A\[1\]: expected"),
         ({"x": torch.zeros(2, 3, 8)}, r"^x: expected \(rows, in\)"),
-        ({"x": torch.zeros(5, 7)}, "^group 0: x: expected"),
+        ({"x": torch.zeros(5, 7)}, "^x: expected"),
         ({"ends": torch.tensor([3])}, r"^ends: expected int32 or int64 \(2,\)"),
         ({"ends": torch.tensor([3.0, 5.0])}, "^ends: expected int32"),
         ({"ends": torch.tensor([3, 6])}, "^ends: expected numbers from 0 to 5"),
         ({"ends": torch.tensor([3, 2])}, "^ends: expected .* none less"),
         ({"ends": torch.tensor([-1, 2])}, "^ends: expected numbers"),
         ({"ends": torch.tensor([3, 5], device="meta")}, "^ends: expected on cpu"),
-        ({"scaling": float("nan")}, "^group 0: scaling"),
+        ({"scaling": float("nan")}, "^scaling: "),
     ],
 )
 def test_errors_name_the_argument(changes, message):
