@@ -11,7 +11,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs bench gpu gpu-again test-gpu bench-gpu clean
+.PHONY: demo test test-models lint docs bench gpu gpu-again test-gpu bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/losa run examples/smollm2-best.yaml --overwrite $(if $(DATA),--data $(DATA))
@@ -21,6 +21,10 @@ demo: $(STAMP)
 WORKERS ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Every architecture of the installed transformers through all of losa (tests/whole_models): a quarter of an hour.
+test-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m models -n $(WORKERS) --dist worksteal tests/whole_models
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

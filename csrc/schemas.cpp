@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def("pack_mask(Tensor mask) -> Tensor");
   // packed: uint8 (out, ceil(in_features / 8)) -> bool (out, in_features)
   library.def("unpack_mask(Tensor packed, int in_features) -> Tensor");
-  // How many columns all of the packed masks (out, ceil(in_features / 8)) keep together.
-  library.def("count_kept(Tensor[] masks, int in_features) -> int");
+  // Which share of their columns packed masks (out, ceil(in_features / 8)) keep together, 0..1, by some rows of each.
+  library.def("kept_share(Tensor[] masks, int in_features) -> float");
 
   // Fills out (out, in) with M * (W + B A); base = false leaves W out, no lora_A (r, in) and lora_B (out, r) B A. fp32
   // factors, B scaled. Without mask (packed), entries with W != 0 are kept.

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa_kernels import grouped_masked_lora_linear
+from losa_kernels.grouped_masked_lora.groups import as_stack
 
 _STACK = "stack"
 
@@ -102,7 +103,7 @@ class RoutedExperts(LinearExperts):
         return (own * shares.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
     def _from_every_token(self, stack: Any, hidden: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
-        *tokens, none = GroupedRows(of_row, ends).parts
+        *tokens, none = GroupedRows(of_row, ends).of_each
         parts = []
         for each, own in zip(self, tokens, strict=True):
             expert: Any = each
@@ -156,25 +157,43 @@ class GroupedRows:
         self.x, self.ends = x, ends
 
     @cached_property
-    def parts(self) -> tuple[Tensor, ...]:
+    def of_each(self) -> tuple[Tensor, ...]:
         """Each linear's rows, and those for none. The same tensors at every call: statistics know by them that linears
         have one input. The host waits for a GPU here."""
         sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
         return self.x.split([*sizes, len(self.x) - sum(sizes)])
 
+    @cached_property
+    def cast(self) -> Tensor:
+        """The rows as autocast has them: once for the linears of one input."""
+        kind = self.x.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return self.x.to(torch.get_autocast_dtype(kind)) if casts and self.x.dtype != torch.float64 else self.x
+
     def through(self, linears: Sequence[nn.Module]) -> Tensor:
         """Each linear's outputs of its rows, of all linears in one call where they allow it: (rows, out), 0 in the rows
         for none. A linear without rows is not called."""
         layers: list[Any] = list(linears)
-        if all(map(_joins, layers)) and len({layer.scaling for layer in layers}) == 1:
+        if all(map(_joins, layers)) and not _all_are_watched() and len({layer.scaling for layer in layers}) == 1:
             biases = None if layers[0].bias is None else [layer.bias for layer in layers]
+            if self.x.is_cuda:
+                lay_together(layers)
             weights, masks = [layer.weight for layer in layers], [layer.mask for layer in layers]
             A, B = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
-            return grouped_masked_lora_linear(self.x, self.ends, weights, masks, A, B, layers[0].scaling, biases)
-        *parts, none = self.parts
+            return grouped_masked_lora_linear(self.cast, self.ends, weights, masks, A, B, layers[0].scaling, biases)
+        *parts, none = self.of_each
         called = [layer(rows) for layer, rows in zip(layers, parts, strict=True) if len(rows)]
-        rest = self.x.new_zeros(len(none), layers[0].out_features)
+        # Under autocast the linears' outputs have another type than their inputs.
+        rest = (called[0] if called else self.x).new_zeros(len(none), layers[0].out_features)
         return torch.cat([*called, rest]) if called else rest
+
+
+def lay_together(layers: Sequence[MaskedLoRALinear]) -> None:
+    """Put the layers' frozen weights into one stack, unless they lie in one: pruners that change weights give each
+    expert a tensor of its own, which a grouped product would copy at every call."""
+    if as_stack([layer.weight for layer in layers]) is None:
+        for layer, weight in zip(layers, torch.stack([layer.weight.detach() for layer in layers]), strict=True):
+            layer.weight.data = weight
 
 
 def _joins(layer: Any) -> bool:
@@ -182,7 +201,13 @@ def _joins(layer: Any) -> bool:
     if type(layer) is not MaskedLoRALinear or not layer.adapter_enabled or (layer.training and layer.dropout_p > 0):
         return False
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not watched and not isinstance(layer.weight, DTensor)
+    return not watched and "forward" not in vars(layer) and not isinstance(layer.weight, DTensor)
+
+
+def _all_are_watched() -> bool:
+    from torch.nn.modules import module
+
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks or module._global_backward_hooks)
 
 
 class _TakeRows(torch.autograd.Function):

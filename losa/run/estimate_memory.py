@@ -21,7 +21,7 @@ from losa.recipe.sections import EvaluateConfig, Recipe
 from losa.recipe.training import TrainConfig
 from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
-from losa_kernels.grouped_masked_lora.groups import STACK_BYTES
+from losa_kernels.grouped_masked_lora.groups import STACK_BYTES, may_multiply_together
 
 PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
 
@@ -304,10 +304,18 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
         compared = 3 * shape.blocks if train.distill.hidden else 0
         held = loss_bytes(shape, tokens, "distillation", shape.computed) + (1 + compared) * tokens * shape.hidden * size
     yield Holding("training", place, "loss", held, how)
-    held, how = 2 * 4 * shape.widest, "M (W + s B A) and dY^T x of the largest"
-    if shape.on_gpu and (stack := 2 * min(size * shape.together, STACK_BYTES)) > held:
-        held, how = stack, "M (W + s B A) and dY^T x of the experts that are multiplied together"
-    yield Holding("training", place, "one linear's product", held, how)
+    how = "M (W + s B A) and dY^T x of the largest"
+    yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
+    if stack := stack_bytes(shape, shape.computed):
+        how = "the same of all experts that a call multiplies"
+        yield Holding("training", place, "experts' products", 2 * stack, how, certain=False)
+
+
+def stack_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Of M (W + s B A) of the experts that a GPU multiplies together, more than one linear's; 0 where it does not. An
+    expert's rank may be too large for it."""
+    together = shape.together > shape.widest and may_multiply_together(dtype, 1, (shape.widest,))
+    return min(dtype.itemsize * shape.together, STACK_BYTES) if shape.on_gpu and together else 0
 
 
 def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Holding]:
@@ -318,6 +326,9 @@ def evaluation_work(evaluate: EvaluateConfig, shape: ModelShape) -> Iterator[Hol
     yield Holding("evaluation", place, "one batch in a block", 3 * tokens * widest * shape.dtype.itemsize, how)
     how = f"{_logits_of(shape)}, hidden states"
     yield Holding("evaluation", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
+    if stack := stack_bytes(shape, shape.dtype):
+        how = "M (W + s B A) of all experts that a call multiplies"
+        yield Holding("evaluation", place, "experts' products", stack, how, certain=False)
 
 
 # What is held of each logit at a time: numbers in the type that the pass computes in; fp32 numbers beside them; and

@@ -34,7 +34,7 @@ class ModelShape:
     """``work``: with masked adapters; ``computed``: dtype of training's products; ``whole_logits``: a loss needs the
     logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``together``:
     weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
-    stack; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
+    stack, 0 with dropout; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class ModelShape:
             whole_logits=not _head_gives_logits(model, blocks),
             linears=every,
             by_block=by_block,
-            together=_most_together(pruned),
+            together=_most_together(pruned) if recipe.lora.dropout == 0 else 0,
             inside=inside,
             outside=_rows_of(model.parameters(), counted),
         )

@@ -141,7 +141,7 @@ def _gram(features: Tensor) -> Tensor:
     for part in features.split(layers):
         partial = torch.empty(len(part), splits, pairs, rows, rows, dtype=torch.float32, device=features.device)
         layer, sample, column = part.stride()
-        _launch(
+        start_kernel(
             _gram_kernel, (splits, len(part), pairs),
             features=part, partial=partial, samples=samples, columns=columns, columns_per_split=per_split,
             stride_layer=layer, stride_sample=sample, stride_column=column, **constants,
@@ -156,7 +156,7 @@ def _gram(features: Tensor) -> Tensor:
     return (half + half.mT)[:, :samples, :samples]
 
 
-def _launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+def start_kernel(kernel, grid: tuple[int, ...], **arguments) -> None:
     """The one place that launches: tests record here what to compile."""
     kernel[grid](**arguments)
 

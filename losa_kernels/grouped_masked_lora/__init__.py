@@ -1,8 +1,8 @@
 """Masked-LoRA linear of groups of rows, each with a layer of its own: the experts of a mixture, in one call.
 
 As many calls of ``masked_lora_linear`` as a block has experts cost more than their products where experts get few
-tokens. On a CPU one operator shares all of them out over the threads; on a GPU the vendor's grouped GEMM takes the
-place of a GEMM a group.
+tokens. On a CPU one operator shares fp32 products by masks with many zeros out over the threads; on a GPU of compute
+capability 9 or 10 the vendor's grouped GEMM takes bf16. Other groups are computed one after another.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def grouped_masked_lora_linear(
     biases. Each group is a ``masked_lora_linear`` (there: formulas, precision, and what is not finite), and rows of one
     group touch nothing of another. Rows of no group are 0, and so are their gradients.
 
-    On a CPU ``ends`` is read; on a GPU the host waits for it only where groups are multiplied one after another: unless
-    x is bf16, and where all W_eff do not fit ``losa_kernels.grouped_masked_lora.groups.STACK_BYTES``.
+    On a GPU the host reads ``ends``, and waits for it, where groups are computed one after another (see the module),
+    and where their W_eff take more than ``losa_kernels.grouped_masked_lora.groups.STACK_BYTES``. torch.compile breaks
+    its graph here: how many rows a group has is not known before it runs.
 
     Args:
         x: (rows, in), rows in the order of their groups; bf16, fp16, fp32 or fp64. Under autocast it is cast to the
@@ -49,7 +50,7 @@ def grouped_masked_lora_linear(
         biases: (out,) of every group, or None.
 
     Returns:
-        (rows, out) in x's dtype.
+        (rows, out) in x's dtype. Gradients of a group without rows are zeros.
 
     Raises:
         ValueError: a wrong shape, dtype, device, value or number of tensors; names the argument.
@@ -72,15 +73,14 @@ def grouped_masked_lora_linear(
             continue
         try:
             scaling = check_layer(weight, mask, A, B, scaling)
-            cast = check_input(x, weight, A, B, bias[0] if bias else None)
             like = named["weights"][0]
-            if weight.shape != like.shape or weight.dtype != like.dtype:
-                expected = f"{like.dtype} {tuple(like.shape)} as weights[0]"
-                raise ValueError(f"weight: expected {expected}, got {weight.dtype} {tuple(weight.shape)}")
+            if (weight.shape, weight.dtype, weight.device) != (like.shape, like.dtype, like.device):
+                told = [f"{w.dtype} {tuple(w.shape)} on {w.device}" for w in (like, weight)]
+                raise ValueError(f"weight: expected {told[0]} as weights[0], got {told[1]}")
+            x = check_input(x, weight, A, B, bias[0] if bias else None)
         except ValueError as error:
             raise ValueError(_of_group(str(error), group)) from None
         checked.add(alike)
-    x = cast
     if x.dim() != 2:
         raise ValueError(f"x: expected (rows, in), got {tuple(x.shape)}")
     _check_ends(ends, count, x)
@@ -95,7 +95,7 @@ def _of_group(error: str, group: int) -> str:
 
 
 def _check_ends(ends: Tensor, groups: int, x: Tensor) -> None:
-    arguments.tensor("ends", ends)
+    arguments.with_data("ends", arguments.tensor("ends", ends))
     if ends.dtype not in (torch.int32, torch.int64) or tuple(ends.shape) != (groups,):
         raise ValueError(f"ends: expected int32 or int64 ({groups},), got {ends.dtype} {tuple(ends.shape)}")
     if ends.device != x.device:

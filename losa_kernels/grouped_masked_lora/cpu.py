@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.grouped_masked_lora import one_by_one
-from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, in_dtype, parts
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, in_dtype, rows_of_groups
 from losa_kernels.masked_lora import cpu, cpu_sparse
 
 
@@ -53,11 +53,13 @@ def _sparse(dtype: torch.dtype, places: Sequence[int], groups: Groups) -> bool:
     """Whether the sparse products of all groups are taken, for rows of ``dtype``."""
     if dtype != groups.weights[0].dtype:
         return False
-    return cpu_sparse.pays(dtype, places[-1], groups.shape[1], groups.masks)
+    masks = [groups.masks[group] for group, _ in rows_of_groups(places)]
+    fewest = cpu_sparse.FEWEST_OF_A_GROUP * len(masks)
+    return cpu_sparse.pays(dtype, places[-1], groups.shape[1], masks, fewest)
 
 
 def _sums(grad_y: Tensor, places: Sequence[int]) -> list[Tensor]:
     sums = [grad_y.new_zeros(grad_y.shape[1], dtype=torch.float32) for _ in places]
-    for group, rows in parts(places):
+    for group, rows in rows_of_groups(places):
         sums[group] = grad_y[rows].sum(0, dtype=torch.float32)
     return sums

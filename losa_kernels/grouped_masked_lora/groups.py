@@ -12,6 +12,8 @@ from losa_kernels.masked_lora.layer import Layer
 
 # Of the weights W_eff of groups that a GPU multiplies together, and of their gradients, each.
 STACK_BYTES = 4 << 30
+# Up to which the ordinary units multiply B A into a tile of W_eff.
+MOST_RANK = 16
 
 Gradients = tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
 """Of x, and of every group's lora_A, lora_B and bias; None where nobody asked for them."""
@@ -40,7 +42,7 @@ class Groups(NamedTuple):
         weight, mask, A, B = (each[group] for each in (self.weights, self.masks, self.lora_A, self.lora_B))
         return Layer(weight, mask, A, B, self.scaling)
 
-    def part(self, start: int, stop: int) -> Groups:
+    def some(self, start: int, stop: int) -> Groups:
         """Groups ``start`` to ``stop`` - 1."""
         lists = (self.weights, self.masks, self.lora_A, self.lora_B, self.biases)
         weights, masks, A, B, biases = (each[start:stop] for each in lists)
@@ -54,6 +56,26 @@ class Groups(NamedTuple):
         return in_dtype(self.lora_A, dtype), list(torch._foreach_mul(in_dtype(self.lora_B, dtype), self.scaling))
 
 
+def may_multiply_together(dtype: torch.dtype, rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether a GPU's grouped GEMM takes rows of ``dtype`` with groups of this rank and shape (out, in)."""
+    return dtype == torch.bfloat16 and rank <= MOST_RANK and all(n % 8 == 0 for n in shape)
+
+
+def as_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(groups, ...), a view of tensors of one shape that lie at equal distances in one storage, as the experts of a
+    stack do; None where they do not."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first[None]
+    if len({(t.untyped_storage()._cdata, t.stride()) for t in tensors}) > 1:
+        return None
+    places = [t.storage_offset() for t in tensors]
+    step = places[1] - places[0]
+    if step <= 0 or any(b - a != step for a, b in zip(places, places[1:], strict=False)):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+
+
 def in_dtype(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
     """The tensors in the dtype, or each in its own; as they are where all are."""
     wanted = dtypes * len(tensors) if len(dtypes) == 1 else dtypes
@@ -62,7 +84,7 @@ def in_dtype(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) for tensor, dtype in zip(tensors, wanted, strict=True)]
 
 
-def parts(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def rows_of_groups(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Each group that has rows, and its rows."""
     start = 0
     for group, end in enumerate(ends):

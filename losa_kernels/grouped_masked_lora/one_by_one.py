@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, parts
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, rows_of_groups
 from losa_kernels.tensors import wide_dtype
 
 
@@ -18,7 +18,7 @@ def forward(single: Callable, x: Tensor, ends: Tensor, groups: Groups) -> Tensor
         single: a ``masked_lora_forward``.
     """
     y = x.new_zeros(len(x), groups.shape[0])
-    for group, rows in parts(ends.tolist()):
+    for group, rows in rows_of_groups(ends.tolist()):
         y[rows] = single(x[rows], groups.layer(group), groups.bias(group), 0.0, 0)
     return y
 
@@ -39,7 +39,7 @@ def backward(
     dB = list(map(torch.zeros_like, groups.lora_B)) if needs_B else None
     wide = wide_dtype(groups.weights[0].dtype)
     d_bias = [grad_y.new_zeros(groups.shape[0], dtype=wide) for _ in groups.weights] if needs_bias else None
-    for group, rows in parts(ends.tolist()):
+    for group, rows in rows_of_groups(ends.tolist()):
         own = None if x is None else x[rows]
         found = single(grad_y[rows], own, groups.layer(group), 0.0, 0, needs)
         if dx is not None:

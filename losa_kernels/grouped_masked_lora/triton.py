@@ -4,8 +4,11 @@ Of the composed stack, and of the stack of G in the backward pass, ``groups.STAC
 composes all groups, and one projects all of G: with 128 experts, a launch for each costs the host more than the GPU
 works.
 
-Only bf16 has a grouped GEMM that waits for nothing. Groups of other types, of ranks above ``tuning.DIRECT_RANK``, and
-of sizes that the GEMM cannot read by 16 bytes, are computed one after another (masked_lora/triton).
+Only bf16 has a grouped GEMM that waits for nothing, on GPUs of the compute capabilities 9 and 10; on others torch has a
+loop in its place. Groups of other types, on other GPUs, of ranks above ``groups.MOST_RANK``, and of sizes that the
+GEMM cannot read by 16 bytes, are computed one after another (masked_lora/triton).
+
+Weights that do not lie in one stack are copied at every call: ``groups.as_stack`` says when they do.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from losa_kernels import settings
 from losa_kernels.dispatch import interpreted
 from losa_kernels.grouped_masked_lora import groups as limits
 from losa_kernels.grouped_masked_lora import one_by_one
-from losa_kernels.grouped_masked_lora.groups import Gradients, Groups
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, as_stack, may_multiply_together
 from losa_kernels.masked_lora import triton as single
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
-from losa_kernels.masked_lora.triton.launch import RANK_STEP, TRITON_DTYPE, _launch, padded
+from losa_kernels.masked_lora.triton.launch import RANK_STEP, TRITON_DTYPE, padded, start_kernel
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div
+
+ARCHITECTURES = (9, 10)
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def forward(x: Tensor, ends: Tensor, groups: Groups) -> Tensor:
         return one_by_one.forward(single.forward, x, ends, groups)
     with torch.cuda.device_of(x):
         x = _by_16_bytes(x)
-        parts = [_product(x[rows], _composed(some, x.dtype).mT, offs) for some, rows, offs in _parts(x, ends, groups)]
+        parts = [_product(x[rows], _composed(some, x.dtype).mT, offs) for some, rows, offs in _stacks(x, ends, groups)]
         y = _with_rest(parts, len(x), ends)
         if groups.biases:
             y += torch.stack([bias.to(y.dtype) for bias in groups.biases])[_groups_of(len(x), ends)]
@@ -94,7 +99,7 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
         dx_parts: list[Tensor] = []
         dA: list[Tensor] = []
         dB: list[Tensor] = []
-        for some, rows, offs in _parts(dy, ends, groups):
+        for some, rows, offs in _stacks(dy, ends, groups):
             if needs_x:
                 dx_parts.append(_product(dy[rows], _composed(some, dy.dtype), offs))
             if needs_A or needs_B:
@@ -106,25 +111,27 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
         dx = _with_rest(dx_parts, len(dy), ends).masked_fill_(_of_none(len(dy), ends), 0) if needs_x else None
         d_bias = None
         if needs_bias:
-            sums = dy.new_zeros(len(groups.weights) + 1, dy.shape[1], dtype=torch.float32)
-            d_bias = list(sums.index_add_(0, _groups_of(len(dy), ends, none=True), dy.float())[:-1])
+            d_bias = list(_sums(dy, ends))
     return dx, dA if needs_A else None, dB if needs_B else None, d_bias
 
 
 def _together(rows: Tensor, groups: Groups) -> bool:
     """Whether a grouped GEMM computes these rows."""
-    rank = max(len(A) for A in groups.lora_A)
     # The interpreter computes bf16 wrongly; the CPU's grouped GEMM takes fp16 as well.
-    grouped = len(rows) > 0 and rows.dtype == (torch.float16 if interpreted() else torch.bfloat16)
+    dtype = torch.bfloat16 if interpreted() and rows.dtype == torch.float16 else rows.dtype
+    here = interpreted() or tuning.architecture(rows.device) // 10 in ARCHITECTURES
     wide = torch.float64 in (groups.weights[0].dtype, groups.lora_A[0].dtype, groups.lora_B[0].dtype)
-    return grouped and not wide and rank <= tuning.DIRECT_RANK and all(n % 8 == 0 for n in groups.shape)
+    return (
+        here and len(rows) > 0 and not wide and may_multiply_together(dtype, max(map(len, groups.lora_A)), groups.shape)
+    )
 
 
-def _parts(rows: Tensor, ends: Tensor, groups: Groups) -> Iterator[tuple[Groups, slice, Tensor]]:
+def _stacks(rows: Tensor, ends: Tensor, groups: Groups) -> Iterator[tuple[Groups, slice, Tensor]]:
     """Groups whose stack takes ``STACK_BYTES``, their rows, and where each group ends among these, int32. The host
     waits for the device where there are several parts."""
-    count, size = len(groups.weights), rows.element_size() * groups.shape[0] * groups.shape[1]
-    step = max(1, limits.STACK_BYTES // size)
+    count, (outputs, inputs) = len(groups.weights), groups.shape
+    size, shares = rows.element_size() * outputs * inputs, _share_bytes(groups)
+    step = max(1, min(limits.STACK_BYTES // size, limits.STACK_BYTES // shares))
     if step >= count:
         yield groups, slice(0, len(rows)), ends.to(torch.int32)
         return
@@ -132,10 +139,16 @@ def _parts(rows: Tensor, ends: Tensor, groups: Groups) -> Iterator[tuple[Groups,
     for start in range(0, count, step):
         stop = min(start + step, count)
         yield (
-            groups.part(start, stop),
+            groups.some(start, stop),
             slice(places[start], places[stop]),
             (ends[start:stop] - places[start]).to(torch.int32),
         )
+
+
+def _share_bytes(groups: Groups) -> int:
+    """Of the shares of one group's gradients of A and B."""
+    (outputs, inputs), rank, tile = groups.shape, max(map(len, groups.lora_A)), tuning.project_given_tiles(1)[0]
+    return 4 * rank * (ceil_div(outputs, tile.step) * inputs + ceil_div(inputs, tile.columns) * outputs)
 
 
 def _product(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
@@ -154,10 +167,16 @@ def _with_rest(parts: list[Tensor], rows: int, ends: Tensor) -> Tensor:
     return torch.cat([*parts, parts[0].new_empty(missing, parts[0].shape[1])])
 
 
-def _groups_of(rows: int, ends: Tensor, none: bool = False) -> Tensor:
-    """The group of every row (rows,); rows of no group have the last one, or with ``none`` the number of groups."""
-    found = torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
-    return found if none else found.clamp_max(len(ends) - 1)
+def _groups_of(rows: int, ends: Tensor) -> Tensor:
+    """The group of every row (rows,); rows of no group have the last one."""
+    ends = ends.to(torch.int64)
+    return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True).clamp_max(len(ends) - 1)
+
+
+def _sums(matrix: Tensor, ends: Tensor) -> Tensor:
+    """The sum of every group's rows (groups, columns), fp32, in an order that is always the same."""
+    bounds = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(matrix))]).to(torch.int64)
+    return torch.segment_reduce(matrix.float(), "sum", lengths=bounds.diff(), axis=0, unsafe=True)[:-1]
 
 
 def _of_none(rows: int, ends: Tensor) -> Tensor:
@@ -165,21 +184,18 @@ def _of_none(rows: int, ends: Tensor) -> Tensor:
 
 
 def _by_16_bytes(matrix: Tensor) -> Tensor:
-    """The matrix, in memory that the grouped GEMM can read."""
-    aligned = matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
-    return matrix if aligned else matrix.contiguous()
+    """The matrix, in memory that the grouped GEMM can read; a contiguous one may begin anywhere, and a row of one may
+    have any stride."""
+    rows, columns = matrix.stride()
+    if columns == 1 and rows >= matrix.shape[1] and rows % 8 == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """(groups, ...) of tensors of one shape: a view where they lie at equal distances in one storage, as the experts of
-    a stack do; else a copy."""
-    first = tensors[0]
-    if len(tensors) > 1 and len({(t.untyped_storage().data_ptr(), t.stride()) for t in tensors}) == 1:
-        places = [t.storage_offset() for t in tensors]
-        step = places[1] - places[0]
-        if step > 0 and all(b - a == step for a, b in zip(places, places[1:], strict=False)):
-            return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-    return torch.stack(list(tensors))
+    """(groups, ...): a view where the tensors lie in one stack, else a copy."""
+    stack = as_stack(tensors)
+    return torch.stack(list(tensors)) if stack is None else stack
 
 
 def _factors(groups: Groups) -> tuple[Tensor, Tensor]:
@@ -200,7 +216,7 @@ def _composed(groups: Groups, dtype: torch.dtype) -> Tensor:
     if mask.stride(2) != 1:
         mask = mask.contiguous()
     tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, True, False)
-    _launch(
+    start_kernel(
         compose_groups_kernel, (ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), count), tile,
         weight=weight, mask=mask, lora_A=A, lora_B=B, composed=composed, rows=rows, depth=depth,
         w_g=weight.stride(0), w_m=weight.stride(1), w_k=weight.stride(2), mask_g=mask.stride(0), mask_o=mask.stride(1),
@@ -225,7 +241,7 @@ def _projected(G: Tensor, groups: Groups, needs_A: bool, needs_B: bool) -> tuple
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts = empty(spans, rank, inputs) if needs_A else None
         B_parts = empty(tiles_i, rank, outputs) if needs_B else None
-        _launch(
+        start_kernel(
             project_groups_kernel, (spans * tiles_i * (R // RANK_STEP), count), tile,
             G=G, mask=mask, lora_A=A, lora_B=B, A_parts=A_parts, B_parts=B_parts,
             outputs=outputs, inputs=inputs, rank=rank, mask_g=mask.stride(0), mask_o=mask.stride(1),

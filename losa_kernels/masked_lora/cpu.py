@@ -36,7 +36,7 @@ def forward(x: Tensor, layer: Layer, bias: Tensor | None, dropout_p: float, seed
     dropped = rows * dropout_keep(rows, dropout_p, seed) if dropout_p > 0 else None
     y = x.new_empty(rows.shape[0], weight.shape[0])
     fits = dropped is None and weight.dtype == x.dtype
-    if fits and mask is not None and cpu_sparse.pays(x.dtype, len(rows), weight.shape[1], [mask]):
+    if fits and mask is not None and _sparse(x.dtype, len(rows), mask, weight):
         cpu_sparse.multiply(rows, [len(rows)], [weight], [mask], [A], [sB], [] if bias is None else [bias], y)
         return y.view(*x.shape[:-1], weight.shape[0])
     for part in _slices(weight):
@@ -83,7 +83,7 @@ def backward(
     dx = dense_dx = grad_y.new_empty(dy.shape[0], in_features) if needs_x else None
     dA = A.new_zeros(A.shape) if needs_A else None
     dB = A.new_zeros(sB.shape) if needs_B else None
-    if mask is not None and cpu_sparse.pays(dy.dtype, len(dy), in_features, [mask]):
+    if mask is not None and _sparse(dy.dtype, len(dy), mask, weight):
         # W_eff rounded to a lower precision, and dropout on one of its terms, are left to the dense product.
         sparse_dx = dx if keep_x is None and weight.dtype == dy.dtype == grad_y.dtype else None
         factors = [[] if gradient is None else [gradient] for gradient in (dA, dB)]
@@ -121,6 +121,10 @@ def merge(layer: Layer) -> Tensor:
     A, sB = layer.lora_A.float(), layer.scaled_B(torch.float32)
     torch.ops.losa.compose_masked_lora.default(weight, layer.mask, True, A, sB, merged)
     return merged
+
+
+def _sparse(product: torch.dtype, tokens: int, mask: Tensor, weight: Tensor) -> bool:
+    return cpu_sparse.pays(product, tokens, weight.shape[1], [mask], cpu_sparse.FEWEST_TOKENS)
 
 
 def _composed(

@@ -53,8 +53,8 @@ bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small b
 data2vec-text dots3_note dots3_note_text electra emu3 ernie fuyu gemma3 gemma3n gemma4 gemma4_assistant
 gemma4_unified gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 marian mbart megatron-bert mistral4 mllama moshi
 moss_transcribe_diarize musicgen musicgen_melody mvp pegasus phi4_multimodal plbart prophetnet qwen3_5 qwen3_5_moe
-qwen4_exp qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-
-roberta xlm-roberta-xl xlnet xmod
+qwen4_exp qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm
+xlm-roberta xlm-roberta-xl xlnet xmod
 """
 
 # What differs: settings by name, with "type" for another entry of the same configuration and None to leave one out.
@@ -182,12 +182,14 @@ def config_of(name: str) -> Any:
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
-    """A model under whose weights every block matters, with norms and biases that are not what they begin with."""
+    """A model under whose weights every block matters: norms, biases and gates are not what they begin with."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_of(name)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif parameter.ndim > 1:
             parameter.mul_(3)
         else:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)

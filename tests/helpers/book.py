@@ -19,12 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 @torch.no_grad()
 def wanda_by_the_book(
-    model: nn.Module, blocks: Iterable[nn.Module], ids: Tensor, sparsity: float, leave: tuple[str, ...] = ()
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    ids: Tensor,
+    sparsity: float,
+    leave: tuple[str, ...] = (),
+    batch_size: int = 1,
 ) -> dict[str, Tensor]:
     """Prune a model's blocks in place: each row of a linear loses the share ``sparsity`` of its weights that have the
     lowest |w_ij| ||x_j||, x being what the linear gets in the model whose earlier blocks are pruned. A linear of an
     expert gets the tokens that chose it; of one that no token chose the weights alone count. ``leave``: ends of the
-    names of linears that stay as they are.
+    names of linears that stay as they are. ``batch_size``: samples of a pass, which matter to Doge's experts alone.
 
     Returns:
         scores (out, in) fp64 of every linear that was called, by full name.
@@ -39,8 +44,8 @@ def wanda_by_the_book(
                 if isinstance(module, kinds):
                     handles.append(module.register_forward_pre_hook(partial(see, squares, names[module])))
         with _experts_one_by_one(model, names, squares):
-            for sample in ids:
-                model(sample[None], use_cache=False)
+            for batch in ids.split(batch_size):
+                model(batch, use_cache=False)
         for handle in handles:
             handle.remove()
         for name, weight in matrices(block, names).items():
@@ -64,7 +69,7 @@ def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]
             found[names[module]] = module.weight
         elif isinstance(module, Conv1D):
             found[names[module]] = module.weight.T
-        elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        elif "down_proj" in module._parameters and {"gate_up_proj", "has_gate"} & {*module._parameters, *dir(module)}:
             for e in range(len(module.down_proj)):
                 found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
         elif isinstance(module, JetMoeParallelExperts):
@@ -73,6 +78,9 @@ def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]
 
 
 def _of_expert(stack, e: int) -> dict[str, Tensor]:
+    if not getattr(stack, "has_gate", True):
+        up, down = stack.up_proj[e], stack.down_proj[e]
+        return {"up_proj": up.T, "down_proj": down.T} if stack.is_transposed else {"up_proj": up, "down_proj": down}
     both, down = stack.gate_up_proj[e], stack.down_proj[e]
     if getattr(stack, "is_transposed", True):
         both, down = both.T, down.T
@@ -120,12 +128,16 @@ def _experts_one_by_one(model, names: dict[nn.Module, str], squares: dict[str, T
             if not len(token):
                 continue
             part, name = _of_expert(stack, e), f"{names[stack]}.{e}"
-            bias = stack.gate_up_proj_bias[e] if stack.has_bias else None
-            both = stack.gate_up_proj[e].T if stack.is_transposed else stack.gate_up_proj[e]
-            inner = stack._apply_gate(F.linear(hidden[token], both, bias))
+            if stack.has_gate:
+                bias = stack.gate_up_proj_bias[e] if stack.has_bias else None
+                both = stack.gate_up_proj[e].T if stack.is_transposed else stack.gate_up_proj[e]
+                inner = stack._apply_gate(F.linear(hidden[token], both, bias))
+            else:
+                bias = stack.up_proj_bias[e] if stack.has_bias else None
+                inner = stack.act_fn(F.linear(hidden[token], part["up_proj"], bias))
             y = F.linear(inner, part["down_proj"], stack.down_proj_bias[e] if stack.has_bias else None)
-            for each, x in (("gate_proj", hidden[token]), ("up_proj", hidden[token]), ("down_proj", inner)):
-                _add(squares, f"{name}.{each}", x)
+            for each in part:
+                _add(squares, f"{name}.{each}", inner if each == "down_proj" else hidden[token])
             out.index_add_(0, token, y * shares[token, place, None])
         return out
 

@@ -46,7 +46,7 @@ def by_op(args):
 
 def run_grouped(function, args, grad_y):
     """y and all gradients, by name and group."""
-    inputs = {"x": args["x"].detach().clone().requires_grad_()}
+    inputs = {"x": args["x"].detach().requires_grad_()}
     for name in ("lora_A", "lora_B", "bias"):
         if args[name] is not None:
             inputs[name] = [each.detach().clone().requires_grad_() for each in args[name]]

@@ -209,7 +209,7 @@ OPERATORS = {
     "unpack_mask": lambda r: {"packed": mask_of(size(r), n := size(r)), "in_features": n},
     "compose_masked_lora": compose,
     "project_masked_lora": project,
-    "count_kept": lambda r: {"masks": [mask_of(size(r), n := size(r)), mask_of(size(r), n)], "in_features": n},
+    "kept_share": lambda r: {"masks": [mask_of(size(r), n := size(r)), mask_of(size(r), n)], "in_features": n},
     "multiply_masked_lora": multiply,
     "differentiate_masked_lora": differentiate,
     "pack_bitmask": pack,

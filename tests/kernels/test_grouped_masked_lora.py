@@ -59,9 +59,10 @@ def test_fp64_is_exact(backend):
 
 
 @pytest.mark.skipif(native.missing("cpu") is not None, reason="the native CPU library is not built")
-def test_a_group_gets_the_bits_of_its_own_linear(isa, monkeypatch):
-    """Rows of other groups change nothing, and neither does the number of threads."""
+def test_rows_get_the_bits_of_their_own_linear(isa, monkeypatch):
+    """Rows of other groups change nothing of y and dX, and the number of threads changes nothing at all."""
     monkeypatch.setattr(cpu_sparse, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(cpu_sparse, "FEWEST_OF_A_GROUP", 0)
     args = grouped_problem(SIZES, out_features=200, in_features=130, ranks=[4, 4, 128, 1, 8])
     results, before = [], torch.get_num_threads()
     try:
@@ -77,6 +78,17 @@ def test_a_group_gets_the_bits_of_its_own_linear(isa, monkeypatch):
         alone = masked_lora_linear(args["x"][start : start + size], *layer, args["scaling"], args["bias"][group])
         assert torch.equal(results[0]["y"][start : start + size], alone)
         start += size
+
+
+@pytest.mark.parametrize("most_kept", [1.0, -1.0])
+def test_what_rows_of_no_group_hold_reaches_nothing(backend, most_kept, monkeypatch):
+    monkeypatch.setattr(cpu_sparse, "MOST_KEPT", most_kept)
+    args, rest = grouped_problem(SIZES), sum(SIZES)
+    grad_y = torch.randn(len(args["x"]), 24)
+    clean = run_grouped(by_op, args, grad_y)
+    args["x"][rest:], grad_y[rest:] = float("nan"), float("inf")
+    dirty = run_grouped(by_op, args, grad_y)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
 
 
 @pytest.mark.skipif(native.missing("cpu") is not None, reason="the native CPU library is not built")
@@ -156,7 +168,7 @@ def test_no_second_derivatives():
                 "masks": [torch.zeros(n, 1, dtype=torch.uint8) for n in (4, 5)],
                 "lora_B": [torch.zeros(n, 2) for n in (4, 5)],
             },
-            r"^weights\[1\]: expected torch.float32 \(4, 8\) as weights\[0\]",
+            r"^weights\[1\]: expected torch.float32 \(4, 8\) on cpu as weights\[0\]",
         ),
         ({"masks": []}, "^masks: expected 2 tensors, one for each weight, got 0"),
         ({"biases": [torch.zeros(4)]}, "^biases: expected 2 tensors"),
@@ -171,7 +183,11 @@ def test_no_second_derivatives():
         ({"ends": torch.tensor([3, 6])}, "^ends: expected numbers from 0 to 5"),
         ({"ends": torch.tensor([3, 2])}, "^ends: expected .* none less"),
         ({"ends": torch.tensor([-1, 2])}, "^ends: expected numbers"),
-        ({"ends": torch.tensor([3, 5], device="meta")}, "^ends: expected on cpu"),
+        ({"ends": torch.tensor([3, 5], device="meta")}, "^ends: expected a tensor with data"),
+        (
+            {"weights": [torch.zeros(4, 8), torch.zeros(4, 8).half()]},
+            r"^weights\[1\]: expected torch.float32 \(4, 8\) on cpu as",
+        ),
         ({"scaling": float("nan")}, "^scaling: "),
     ],
 )

@@ -110,6 +110,59 @@ def test_a_stack_is_composed_in_parts_of_few_bytes(monkeypatch):
     assert not check_zero["lora_A.0"].any() and check_zero["lora_A.3"].any()
 
 
+def off_by_one(matrix):
+    """The same numbers, in memory that does not begin at 16 bytes."""
+    buffer = matrix.new_empty(matrix.numel() + 1)[1:].view_as(matrix)
+    return buffer.copy_(matrix)
+
+
+def turned(matrix):
+    return matrix.T.contiguous().T
+
+
+# Layouts of x and dY that torch's grouped GEMM does not take: all rows one row, an odd place in memory, columns first.
+LAYOUTS = {
+    "expanded": lambda t: t[:1].expand(len(t), -1),
+    "odd": off_by_one,
+    "turned": turned,
+    "gaps": lambda t: torch.stack([t, t], -1)[..., 0],
+}
+
+
+def check_layout(layout, sizes, dtype, device):
+    args = moved(grouped_problem(sizes, dtype=dtype, in_features=24), device)
+    x, grad_y = args["x"], torch.randn(len(args["x"]), 24, device=device).to(dtype)
+    given = args | {"x": LAYOUTS[layout](x), "ends": args["ends"].to(torch.int32)}
+    dense = args | {"x": given["x"].clone(memory_format=torch.contiguous_format)}
+    gradient = LAYOUTS[layout](grad_y)
+    found, expected = run_grouped(by_op, given, gradient), run_grouped(by_op, dense, gradient.clone())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [SIZES, [1]])
+def test_any_layout_of_rows(layout, sizes):
+    check_layout(layout, sizes, torch.float16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [SIZES, [1]])
+def test_any_layout_of_rows_on_a_gpu(layout, sizes):
+    check_layout(layout, sizes, torch.bfloat16, "cuda")
+
+
+@interpreter
+def test_what_rows_of_no_group_hold_reaches_nothing():
+    args, rest = grouped_problem(SIZES, dtype=torch.float16, in_features=24), sum(SIZES)
+    grad_y = torch.randn(len(args["x"]), 24).half()
+    clean = run_grouped(by_op, args, grad_y)
+    args["x"][rest:], grad_y[rest:] = float("nan"), float("inf")
+    dirty = run_grouped(by_op, args, grad_y)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
 @interpreter
 def test_weights_in_one_stack_are_not_copied():
     args = in_a_stack(grouped_problem(SIZES, dtype=torch.float16, in_features=24))

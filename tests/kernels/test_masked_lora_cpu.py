@@ -165,7 +165,7 @@ def test_bits_beyond_the_last_column_are_ignored(columns):
         sample(dy, x, mask, A, B, *factors[2:])
         multiply(x, weight, mask, A, B, None, False, y)
         multiply(dy, weight, mask, A, B, None, True, dx)
-        results.append([out, y, dx, *factors, torch.tensor(cpu_sparse.pays(torch.float32, 70, columns, [mask]))])
+        results.append([out, y, dx, *factors, torch.tensor(cpu_sparse.pays(torch.float32, 70, columns, [mask], 64))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -240,14 +240,14 @@ def test_sparse_products_error_model(shape, monkeypatch):
 def test_when_sparse_products_pay():
     kept = torch.zeros(8, 10, dtype=torch.bool)
     kept[:, :6] = True
-    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(kept)]), "60 %"
-    assert not cpu_sparse.pays(torch.float32, 63, 10, [pack_mask(kept)])
-    assert not cpu_sparse.pays(torch.bfloat16, 64, 10, [pack_mask(kept)])
+    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(kept)], 64), "60 %"
+    assert not cpu_sparse.pays(torch.float32, 63, 10, [pack_mask(kept)], 64)
+    assert not cpu_sparse.pays(torch.bfloat16, 64, 10, [pack_mask(kept)], 64)
     more = kept.clone()
     more[0, 9] = True
-    assert not cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more)])
+    assert not cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more)], 64)
     kept[0, 5] = False
-    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more), pack_mask(kept)]), "60 % of both"
+    assert cpu_sparse.pays(torch.float32, 64, 10, [pack_mask(more), pack_mask(kept)], 64), "60 % of both"
 
 
 def test_panels_inside_larger_matrices():

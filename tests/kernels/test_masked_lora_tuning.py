@@ -76,7 +76,7 @@ def test_a_choice_holds_for_token_counts_up_to_a_power_of_two(monkeypatch):
     """Training calls differ in their tokens; each new key costs a measurement."""
     keys = []
     monkeypatch.delenv("LOSA_MASKED_LORA", raising=False)
-    monkeypatch.setattr(launchers, "_launch", lambda *args, **arguments: None)
+    monkeypatch.setattr(launchers, "start_kernel", lambda *args, **arguments: None)
     monkeypatch.setattr(
         measured, "fastest", lambda op, key, candidates, device, table: keys.append((op, key)) or "compose"
     )
@@ -198,8 +198,8 @@ def test_launches_are_on_the_tensors_device(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cka, "_processors", lambda device: 132)
-    monkeypatch.setattr(cka, "_launch", launch)
-    monkeypatch.setattr(launchers, "_launch", launch)
+    monkeypatch.setattr(cka, "start_kernel", launch)
+    monkeypatch.setattr(launchers, "start_kernel", launch)
     with FakeTensorMode():
         x, weight = (torch.empty(64, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
         A, B = torch.empty(8, 64, device="cuda:1"), torch.empty(64, 8, device="cuda:1")

@@ -1,7 +1,7 @@
 """Compile what the Triton launchers launch, for GPUs that are not there, and read the machine code.
 
-The launchers run on meta tensors and their one ``_launch`` function is replaced by a recorder, so that what is compiled
-has the arguments, alignments and tiles of a real call.
+The launchers run on meta tensors and their one ``start_kernel`` function is replaced by a recorder, so that what is
+compiled has the arguments, alignments and tiles of a real call.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def main_loop(loops: list[list[str]]) -> dict[str, int]:
 
 
 def record(module, call: Callable[[], object], monkeypatch) -> list[Launch]:
-    """What ``call`` launches through ``module._launch``."""
+    """What ``call`` launches through ``module.start_kernel``."""
     launches = []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_launch", lambda *args, **kwargs: launches.append(Launch(*args, **kwargs)))
+        patch.setattr(module, "start_kernel", lambda *args, **kwargs: launches.append(Launch(*args, **kwargs)))
         call()
     return launches
 

@@ -184,8 +184,9 @@ ON_120 = ("forward dropout", "gradient of x dropout", "compose dropout", "gradie
 
 
 def cases(arch: int) -> list[str]:
-    """What the table has of an architecture."""
-    return [case for case, (_, _, always) in CASES.items() if always or arch not in ASSEMBLED]
+    """What the table has of an architecture. Groups are multiplied together on 9.0 and 10.0 alone."""
+    here = [case for case in CASES if arch == 90 or not case.startswith("groups")]
+    return [case for case in here if CASES[case][2] or arch not in ASSEMBLED]
 
 
 def launches(case: str, arch: int, monkeypatch) -> Iterator[tuple[str, aot.Launch]]:
@@ -264,7 +265,7 @@ def compiled(case: str, arch: int, every_tile: bool, monkeypatch) -> dict[str, d
 
 @pytest.mark.parametrize(
     "arch, case",
-    [(arch, case) for arch in (80, 90) for case, (_, _, always) in CASES.items() if always]
+    [(arch, case) for arch in (80, 90) for case in cases(arch) if CASES[case][2]]
     + [(86, "gradient of A, B r128"), *((120, case) for case in ON_120)],
 )
 def test_machine_code(case, arch, monkeypatch):
@@ -319,7 +320,7 @@ def test_recorded_figures_are_within_limits(version):
             check(row, figures, arch)
             assert figures["shared"] <= aot.SHARED_LIMIT[arch], (row, figures)
         # Every product of another architecture has a tile here, too.
-        everywhere = {product(row) for row in table["sm_80"] if row.split(": ")[0] in cases(arch)}
+        everywhere = {product(row) for row in table["sm_90"] if row.split(": ")[0] in cases(arch)}
         assert set(map(product, rows)) == everywhere
 
 

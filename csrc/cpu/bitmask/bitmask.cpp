@@ -47,15 +47,22 @@ Tensor unpack_mask(const Tensor& packed, int64_t in_features) {
   return mask;
 }
 
-int64_t count_kept(std::vector<Tensor> masks, int64_t in_features) {
-  int64_t kept = 0;
+// Rows of a mask that tell how much it keeps.
+constexpr int64_t kCountedRows = 64;
+
+double kept_share(std::vector<Tensor> masks, int64_t in_features) {
+  int64_t kept = 0, counted = 0;
   for (const Tensor& mask : masks) {
-    check_mask(mask, mask.dim() == 2 ? mask.size(0) : 0, in_features, "masks");
+    const int64_t rows = mask.dim() == 2 ? mask.size(0) : 0, step = (rows + kCountedRows - 1) / kCountedRows;
+    check_mask(mask, rows, in_features, "masks");
     const Tensor source = with_dense_rows(mask);
     const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
-    for (int64_t row = 0; row < mask.size(0); ++row) kept += count_bits(from + row * source.stride(0), 0, in_features);
+    for (int64_t row = 0; row < rows; row += step) {
+      kept += count_bits(from + row * source.stride(0), 0, in_features);
+      counted += in_features;
+    }
   }
-  return kept;
+  return counted == 0 ? 0.0 : static_cast<double>(kept) / static_cast<double>(counted);
 }
 
 }  // namespace
@@ -64,5 +71,5 @@ int64_t count_kept(std::vector<Tensor> masks, int64_t in_features) {
 STABLE_TORCH_LIBRARY_IMPL(losa, CPU, library) {
   library.impl("pack_mask", TORCH_BOX(&losa::bitmask::pack_mask));
   library.impl("unpack_mask", TORCH_BOX(&losa::bitmask::unpack_mask));
-  library.impl("count_kept", TORCH_BOX(&losa::bitmask::count_kept));
+  library.impl("kept_share", TORCH_BOX(&losa::bitmask::kept_share));
 }

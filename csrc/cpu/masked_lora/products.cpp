@@ -34,6 +34,12 @@ int64_t padded_tokens(const Wave& wave) {
   return wave.empty() ? 0 : wave.back().at + wave.back().padded();
 }
 
+int64_t longest(const std::vector<Wave>& waves) {
+  int64_t most = 0;
+  for (const Wave& wave : waves) most = std::max(most, padded_tokens(wave));
+  return most;
+}
+
 // The rows of all groups, in waves whose layout of `features` numbers a token exists at one time. Only shapes and ends
 // set them, so that the number of threads does not change a bit of the result.
 std::vector<Wave> in_waves(const std::vector<int64_t>& ends, int64_t features) {
@@ -110,19 +116,19 @@ const float* floats(const Tensor& tensor) {
 void split(const Tensor& matrix, const Wave& wave, float* passes) {
   const int64_t features = matrix.size(1), parts = (features + kSplitFeatures - 1) / kSplitFeatures;
   const int64_t tokens = padded_tokens(wave) / static_cast<int64_t>(wave.size());
-  const auto split = kernels().split;
+  const auto split_rows = kernels().split;
   torch::stable::parallel_for(0, static_cast<int64_t>(wave.size()) * parts, grain(kSplitFeatures * tokens),
                               [&](int64_t first, int64_t last) {
                                 for (int64_t task = first; task < last; ++task) {
                                   const Piece& piece = wave[static_cast<size_t>(task / parts)];
                                   const int64_t begin = task % parts * kSplitFeatures;
-                                  split({.from = floats(matrix) + piece.row * matrix.stride(0),
-                                         .stride = matrix.stride(0),
-                                         .tokens = piece.tokens,
-                                         .features = features,
-                                         .begin = begin,
-                                         .end = std::min(begin + kSplitFeatures, features),
-                                         .to = passes + piece.at * features});
+                                  split_rows({.from = floats(matrix) + piece.row * matrix.stride(0),
+                                              .stride = matrix.stride(0),
+                                              .tokens = piece.tokens,
+                                              .features = features,
+                                              .begin = begin,
+                                              .end = std::min(begin + kSplitFeatures, features),
+                                              .to = passes + piece.at * features});
                                 }
                               });
 }
@@ -132,10 +138,10 @@ void multiply(const Groups& groups, const Wave& wave, const float* passes, bool 
               const Tensor& out) {
   const int64_t ins = transposed ? groups.rows : groups.columns, outs = out.size(1);
   const int64_t parts = (outs + kOutFeatures - 1) / kOutFeatures;
-  int64_t longest = 0;
-  for (const Piece& piece : wave) longest = std::max(longest, piece.padded());
-  const int64_t needed = groups.scratch([&](int64_t rank) { return multiply_scratch(rank, longest); });
-  const auto multiply = kernels().multiply;
+  int64_t most = 0;
+  for (const Piece& piece : wave) most = std::max(most, piece.padded());
+  const int64_t needed = groups.scratch([&](int64_t rank) { return multiply_scratch(rank, most); });
+  const auto multiply_rows = kernels().multiply;
   torch::stable::parallel_for(0, static_cast<int64_t>(wave.size()) * parts, 1, [&](int64_t first, int64_t last) {
     const Scratch<float> scratch(needed);
     for (int64_t task = first; task < last; ++task) {
@@ -143,23 +149,23 @@ void multiply(const Groups& groups, const Wave& wave, const float* passes, bool 
       const auto group = static_cast<size_t>(piece.group);
       const Tensor &A = groups.lora_A[group], &B = groups.lora_B[group];
       const int64_t begin = task % parts * kOutFeatures;
-      multiply({.kept = groups.sources[group].rows_from(0),
-                .lora_A = floats(A),
-                .lora_B = floats(B),
-                .lora_A_stride = A.stride(0),
-                .rank = A.size(0),
-                .rows = groups.rows,
-                .columns = groups.columns,
-                .in = {passes + piece.at * ins, ins, 0},
-                .padded_tokens = piece.padded(),
-                .tokens = piece.tokens,
-                .transposed = transposed,
-                .bias = biases.empty() ? nullptr : floats(biases[group]),
-                .out = static_cast<float*>(out.mutable_data_ptr()) + piece.row * out.stride(0),
-                .out_stride = out.stride(0),
-                .begin = begin,
-                .end = std::min(begin + kOutFeatures, outs),
-                .scratch = scratch.get()});
+      multiply_rows({.kept = groups.sources[group].rows_from(0),
+                     .lora_A = floats(A),
+                     .lora_B = floats(B),
+                     .lora_A_stride = A.stride(0),
+                     .rank = A.size(0),
+                     .rows = groups.rows,
+                     .columns = groups.columns,
+                     .in = {passes + piece.at * ins, ins, 0},
+                     .padded_tokens = piece.padded(),
+                     .tokens = piece.tokens,
+                     .transposed = transposed,
+                     .bias = biases.empty() ? nullptr : floats(biases[group]),
+                     .out = static_cast<float*>(out.mutable_data_ptr()) + piece.row * out.stride(0),
+                     .out_stride = out.stride(0),
+                     .begin = begin,
+                     .end = std::min(begin + kOutFeatures, outs),
+                     .scratch = scratch.get()});
     }
   });
 }
@@ -175,8 +181,8 @@ void project(const Groups& groups, const Wave& wave, const float* dy_passes, con
   }
   starts.push_back(wave.size());
   const auto runs = static_cast<int64_t>(starts.size()) - 1;
-  // Rows that share a partial dA. Groups are shared out as well, so that many of them need few such parts.
-  const int64_t most = std::max<int64_t>(1, kMaxSegments / groups.size());
+  // Rows that share a partial dA. The wave's groups are shared out as well, so that many of them need few such parts.
+  const int64_t most = std::max<int64_t>(1, kMaxSegments / runs);
   const int64_t segments = std::clamp<int64_t>(rows / kSegmentRows, 1, most);
   const int64_t size = groups.rank * padded(columns);
   const Scratch<float> partials(dA.empty() ? 0 : runs * segments * size);
@@ -234,8 +240,9 @@ void multiply_masked_lora(const Tensor& x, std::vector<int64_t> ends, Tensors we
     STD_TORCH_CHECK(is_dense_float(bias) && bias.dim() == 1 && bias.size(0) == groups.rows,
                     "biases: expected contiguous float32 (", groups.rows, ",)");
   }
-  for (const Wave& wave : in_waves(ends, groups.columns)) {
-    const Scratch<float> passes(padded_tokens(wave) * groups.columns);
+  const std::vector<Wave> waves = in_waves(ends, groups.columns);
+  const Scratch<float> passes(longest(waves) * groups.columns);
+  for (const Wave& wave : waves) {
     split(x, wave, passes.get());
     multiply(groups, wave, passes.get(), false, biases, out);
   }
@@ -263,12 +270,13 @@ void differentiate_masked_lora(const Tensor& dy, const std::optional<Tensor>& x,
                     dB.empty() ? std::nullopt : std::optional(dB[at]), groups.rows, groups.columns, lora_A[at].size(0));
   }
   const bool projects = !dA.empty() || !dB.empty();
-  for (const Wave& wave : in_waves(ends, groups.rows + (projects ? groups.columns : 0))) {
-    const Scratch<float> dy_passes(padded_tokens(wave) * groups.rows);
+  const std::vector<Wave> waves = in_waves(ends, groups.rows + (projects ? groups.columns : 0));
+  const Scratch<float> dy_passes(longest(waves) * groups.rows);
+  const Scratch<float> x_passes(projects ? longest(waves) * groups.columns : 0);
+  for (const Wave& wave : waves) {
     split(dy, wave, dy_passes.get());
     if (dx) multiply(groups, wave, dy_passes.get(), true, {}, *dx);
     if (!projects) continue;
-    const Scratch<float> x_passes(padded_tokens(wave) * groups.columns);
     split(*x, wave, x_passes.get());
     project(groups, wave, dy_passes.get(), x_passes.get(), dA, dB);
   }

@@ -44,7 +44,7 @@ def linear(
     wide, arch = x.dtype == torch.float32, tuning.architecture(x.device)
 
     def run(tile: Tile) -> None:
-        _launch(
+        start_kernel(
             kernels.linear_kernel,
             ceil_div(rows, tile.rows) * ceil_div(tokens, tile.columns), tile,
             x=x, weight=weight, mask=mask, left=left, right=right, bias=bias, y=y, drop=drop,
@@ -86,7 +86,7 @@ def compose(
         A_terms, B_terms = split(layer, low)
         left, right, (head, tail) = B_terms.T, A_terms.T, tuning.inner_split(A_terms.shape[0])
         inner, step = head + tail, min(tail or head, 32)
-    _launch(
+    start_kernel(
         kernels.compose_kernel, ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), tile,
         weight=weight, mask=mask, left=left, right=right, composed=composed, adapter=adapter,
         rows=rows, depth=depth, w_m=weight.stride(0), w_k=weight.stride(1), mask_o=_row_stride(mask),
@@ -111,7 +111,7 @@ def split(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
     rows, block = 16, 128
     grid = (ceil_div(max(A_terms.shape[1], B_terms.shape[1]), block), inner // rows, 2)
-    _launch(
+    start_kernel(
         kernels.split_kernel, grid, Tile(rows, block, 0, 4, 1),
         lora_A=lora_A, lora_B=lora_B, A_terms=A_terms, B_terms=B_terms,
         inputs=lora_A.shape[1], outputs=lora_B.shape[0], rank=rank,
@@ -128,7 +128,7 @@ def draw(tokens: int, features: int, p: float, seed: int, device: torch.device) 
     drop = torch.empty(tokens, ceil_div(features, 8), dtype=torch.uint8, device=device)
     block = Tile(16, 64, 0, 4, 1)
     grid = (ceil_div(tokens, block.rows), ceil_div(drop.shape[1], block.columns))
-    _launch(
+    start_kernel(
         kernels.drop_kernel, grid, block,
         drop=drop, tokens=tokens, width=drop.shape[1], seed=seed, threshold=_threshold(p),
         BT=block.rows, BYTES=block.columns,
@@ -141,7 +141,7 @@ def keep(rows: Tensor, drop: Tensor, out: Tensor | None = None) -> Tensor:
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
     tokens, width = rows.shape
     block = tuning.KEEP
-    _launch(
+    start_kernel(
         kernels.keep_kernel, (ceil_div(tokens, block.rows), ceil_div(width, block.columns)), block,
         source=rows, drop=drop, target=out, tokens=tokens, width=width,
         source_t=rows.stride(0), source_i=rows.stride(1), drop_t=drop.stride(0), BT=block.rows, BI=block.columns,
@@ -226,7 +226,7 @@ def _project(
         splits = _token_splits(tiles_o * tiles_i, tokens, arch)
         split_tokens = ceil_div(ceil_div(tokens, tile.step), splits) * tile.step
         A_parts, B_parts = _shares(tiles_o * splits, tiles_i * splits, weight, rank, needs_A, needs_B)
-        _launch(
+        start_kernel(
             projection.project_kernel, tiles_o * tiles_i * splits, tile,
             dy=dy, x=x, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, drop=drop,
             A_parts=A_parts, B_parts=B_parts,
@@ -257,7 +257,7 @@ def _project_given(
     def run(tile: Tile) -> Gradients:
         spans, tiles_i = ceil_div(outputs, tile.step), ceil_div(inputs, tile.columns)
         A_parts, B_parts = _shares(spans, tiles_i, weight, rank, needs_A, needs_B)
-        _launch(
+        start_kernel(
             projection.project_given_kernel, spans * tiles_i * (R // RANK_STEP), tile,
             G=G, weight=weight, mask=mask, lora_A=lora_A, lora_B=lora_B, A_parts=A_parts, B_parts=B_parts,
             outputs=outputs, inputs=inputs, rank=rank,
@@ -291,7 +291,7 @@ def _sum(
     A_shape, B_shape = (given[0].shape if parts is None else parts.shape for parts in (A_parts, B_parts))
     rank, inputs, outputs = A_shape[1], A_shape[2], B_shape[2]
     tile = tuning.SUM
-    _launch(
+    start_kernel(
         projection.sum_kernel, (ceil_div(rank * max(p.shape[2] for p in given), tile.columns), 2), tile,
         A_parts=A_parts, B_parts=B_parts, dA=dA, dB=dB, A_count=A_shape[0], B_count=B_shape[0],
         inputs=inputs, outputs=outputs, rank=rank, factor=factor,
@@ -299,7 +299,7 @@ def _sum(
     )  # fmt: skip
 
 
-def _launch(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> None:
+def start_kernel(kernel, grid: int | tuple[int, ...], tile: Tile, **arguments) -> None:
     """The one place that launches: tests/native/test_triton_aot.py records here what to compile."""
     grid = grid if isinstance(grid, tuple) else (grid,)
     if all(grid):

@@ -7,9 +7,10 @@ import torch
 
 from losa.model.wrapping import wrap_model, wrapped_linears
 from losa.modules import linear_experts
-from losa.modules.linear_experts import GroupedRows, LinearExperts, _TakeRows
+from losa.modules.linear_experts import GroupedRows, LinearExperts, _TakeRows, lay_together
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa_kernels.grouped_masked_lora.groups import as_stack
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.tiny import randomise
 
@@ -97,6 +98,52 @@ def test_dropout_and_other_layers_are_called_one_by_one(monkeypatch):
     wrap_model(model, layer=LoRALinear, rank=3, scaling=2.0)
     model(IDS, use_cache=False)
     assert not calls
+
+
+def test_who_watches_a_linear_sees_it_called(monkeypatch):
+    """By a forward of the module's own, as accelerate gives it, and by a hook of all modules."""
+    model, _ = wrapped("Mixtral")
+    calls, linear, seen = count_calls(monkeypatch), linears_of_experts(model)[0], []
+    own = linear.forward
+    linear.forward = lambda x: seen.append(linear) or own(x)
+    model(IDS, use_cache=False)
+    assert seen and len(calls) == 5
+    del linear.forward
+    calls.clear()
+    everything = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(IDS, use_cache=False)
+    finally:
+        everything.remove()
+    assert not calls and len(seen) > 20
+
+
+def test_autocast_gives_the_same_types_either_way():
+    model, layers = wrapped("Mixtral")
+    experts = model.model.layers[0].mlp.experts
+    rows = GroupedRows(torch.randn(8, 32), torch.tensor([2, 2, 5, 8]))
+    with torch.autocast("cpu", torch.bfloat16):
+        together = rows.through(experts.linears("up_proj"))
+        for linear in experts.linears("up_proj"):
+            linear.register_forward_hook(lambda *_: None)
+        alone = rows.through(experts.linears("up_proj"))
+    assert together.dtype == alone.dtype == rows.cast.dtype == torch.bfloat16
+    assert (together - alone).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * alone.abs().max()
+
+
+def test_weights_that_a_pruner_replaced_are_laid_together():
+    model, layers = wrapped("Mixtral")
+    linears = model.model.layers[0].mlp.experts.linears("up_proj")
+    before = [linear.weight.data_ptr() for linear in linears]
+    lay_together(linears)
+    assert [linear.weight.data_ptr() for linear in linears] == before, "they lie in the model's stack"
+    for linear in linears:
+        linear.replace_weight(linear.weight + 1)
+    expected = [linear.weight.clone() for linear in linears]
+    assert as_stack([linear.weight for linear in linears]) is None
+    lay_together(linears)
+    assert as_stack([linear.weight for linear in linears]) is not None
+    assert all(torch.equal(linear.weight, was) for linear, was in zip(linears, expected, strict=True))
 
 
 def test_linears_of_one_input_get_one_tensor():

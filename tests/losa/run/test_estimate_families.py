@@ -73,16 +73,24 @@ def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
 
 
 def test_experts_that_a_gpu_multiplies_together_are_counted(tmp_path, monkeypatch):
-    """Eight experts' weights of one kind in bf16 and their gradient, not one linear's in fp32; up to a limit."""
+    """Eight experts' weights of one kind in bf16, in training their gradients too, up to a limit."""
     sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
     mixture = configured(tmp_path, "Mixtral", **sizes)
 
-    def product(device, precision):
+    def products(device, precision, **changes):
         train = mixture.train.model_copy(update={"precision": precision})
-        found = estimate(mixture.model_copy(update={"device": device, "train": train}), probe=False)
-        return found.size("one linear's product")
+        changes |= {"device": device, "train": train, "dtype": "float32"}
+        found = estimate(mixture.model_copy(update=changes), probe=False)
+        held = {h.phase: h.size for h in found.holdings if h.what == "experts' products"}
+        assert not any(h.certain for h in found.holdings if h.what == "experts' products")
+        assert found.size("one linear's product") == 2 * 4 * 32 * 64
+        return held
 
-    assert product("cpu", "float32") == 2 * 4 * 32 * 64
-    assert product("cuda", "bfloat16") == 2 * 2 * 8 * 32 * 64
+    stack = 2 * 8 * 32 * 64
+    assert products("cuda", "bfloat16") == {"training": 2 * stack}
+    assert products("cpu", "bfloat16") == products("cuda", "float32") == {}
+    assert products("cuda", "bfloat16", lora=mixture.lora.model_copy(update={"dropout": 0.1})) == {}
+    low = estimate(mixture.model_copy(update={"device": "cuda", "dtype": "bfloat16"}), probe=False)
+    assert {h.size for h in low.holdings if (h.what, h.phase) == ("experts' products", "evaluation")} == {stack}
     monkeypatch.setattr(estimate_memory, "STACK_BYTES", 20_000)
-    assert product("cuda", "bfloat16") == 2 * 20_000
+    assert products("cuda", "bfloat16") == {"training": 2 * 20_000}
