@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # A list inside another list (experts of a block) is part of a block.
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    # A model of several modalities has blocks of images as well.
+    decoder = set(_decoder_of(model).modules())
+    lists = {n: m for n, m in lists.items() if m in decoder} or lists
     sizes = {n: sum(weight_count(x) for x in m.modules()) for n, m in lists.items()}
     ranked = sorted((n for n in lists if sizes[n]), key=lambda n: -sizes[n])
     seen = "; ".join(_describe(n, blocks, sizes[n]) for n, blocks in lists.items()) or "no nn.ModuleList at all"
@@ -95,6 +98,15 @@ def find_blocks(model: nn.Module) -> Blocks:
         what = f"blocks that hold linears, which {', '.join(empty)} does not" if empty else "blocks, not linears"
         raise ModelError(f"model: expected a list of {what}; saw {seen}")
     return Blocks(ranked[0], best, model)
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """The text decoder that a model of transformers names; the model itself where it names none."""
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return model
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 def _describe(name: str, blocks: nn.ModuleList, weights: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError, reason
+from losa.model.auto_class import auto_class
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.naming import Naming, check_names
 from losa.model.skeleton import skeleton
@@ -60,13 +61,15 @@ def load_model(
             check_config(model, config)
             tokenizer = AutoTokenizer.from_pretrained(source, **trust)
             options = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), **trust}
+            auto = auto_class(config)
         else:
             # A GGUF file describes its tokenizer in full; AutoTokenizer would parse the file's metadata twice.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=gguf_file)
+            auto = AutoModelForCausalLM
             options = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
             # Without this the model counts as quantised: it may keep packed weights, and cannot be saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        loading: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        loading: Any = auto.from_pretrained(source, output_loading_info=True, **options)
         loaded, info = loading
     except ModelError:
         raise
@@ -89,7 +92,7 @@ def configured_model(
     Raises:
         ModelError: the configuration cannot be had, or is of no decoder-only model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, gguf_file = locate_model(model, gguf_file)
     refuse_other_kinds(model, source, gguf_file)
@@ -99,7 +102,7 @@ def configured_model(
         stored = config.dtype or config.get_text_config().dtype if gguf_file is None else None
         chosen = getattr(torch, dtype) if dtype != "auto" else stored or torch.float32
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
 

@@ -194,7 +194,7 @@ class Naming:
         for source in sources:
             converter.add_tensor(target, source, self._patterns[source], tensors[source])
         try:
-            made = converter.convert(target, model=self.model, config=self.model.config)
+            made = converter.convert(target, model=_AsExpected(self.model, self.expected), config=self.model.config)
         except Exception as error:  # transformers' operations raise errors of many kinds
             raise ModelError(
                 f"{shown_name(sources[0])}: {len(sources)} tensors do not make {target} ({reason(error)})"
@@ -321,6 +321,20 @@ class Naming:
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
 
 
+class _AsExpected:
+    """A model for transformers' operations, which look up the shape of what they make: its tensors are there though its
+    linears have been replaced."""
+
+    def __init__(self, model: Any, expected: Mapping[str, Tensor]):
+        self._model, self._expected = model, expected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._expected[name] if name in self._expected else self._model.get_parameter(name)
+
+
 def saved_names(model: Any) -> list[str]:
     """Names in ``model`` of the tensors that ``save_pretrained`` writes: of tied ones the one that it keeps."""
     uses: dict[int, list[str]] = {}
@@ -337,4 +351,5 @@ def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     such as a decoder block."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, dict(tensors))
+    seen: Any = _AsExpected(model, tensors)
+    return revert_weight_conversion(seen, dict(tensors))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from losa.errors import ModelError, reason
+from losa.model.auto_class import auto_class
 from losa.storage.kinds import read_config
 
 
@@ -57,7 +58,7 @@ def _build(
     fallback: torch.dtype,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     read_config(directory)
     trust = {"trust_remote_code": trust_remote_code}
@@ -67,6 +68,6 @@ def _build(
         config.__dict__.pop("quantization_config", None)
         chosen = dtype or config.dtype or config.get_text_config().dtype or fallback
         with place:
-            return AutoModelForCausalLM.from_config(config, dtype=chosen, **trust)
+            return auto_class(config).from_config(config, dtype=chosen, **trust)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"{directory}: the model cannot be built from config.json ({reason(error)})") from error

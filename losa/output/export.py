@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from losa.distributed.sharding import device_of
 from losa.errors import OutputError
+from losa.model.auto_class import auto_class
 from losa.model.blocks import find_blocks
 from losa.model.running import evaluating
 from losa.model.saving import state_untied, untied_though_stated
@@ -31,6 +32,7 @@ from losa.output.checks import (
     some_ids,
 )
 from losa.output.figures import write_figures
+from losa.output.processors import copy_processors
 from losa.record import RunRecord
 from losa.storage.files import RECORD, WRITE_ERRORS, staged_directory, write_json, write_text
 
@@ -85,7 +87,8 @@ def write_report(directory: Path, record: RunRecord, extra_files: Mapping[str, P
 
 
 def save_model(model: Any, tokenizer, directory: Path, *, untied: bool, **options) -> None:
-    """``save_pretrained`` of model and tokenizer, with a config.json that says nothing of storage.
+    """``save_pretrained`` of model and tokenizer, with a config.json that says nothing of storage, and the files of
+    processors.
 
     Args:
         untied: ``untied_though_stated`` of the model.
@@ -98,6 +101,7 @@ def save_model(model: Any, tokenizer, directory: Path, *, untied: bool, **option
         model.save_pretrained(directory, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+            copy_processors(model, tokenizer, directory)
     except WRITE_ERRORS:
         raise
     except Exception as error:  # transformers raises errors of many kinds
@@ -139,12 +143,13 @@ def check_export(
     Raises:
         OutputError: says which of these checks fails, and where.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     trust = {"trust_remote_code": bool(record.recipe.get("trust_remote_code", False))}
     try:
         # "auto": the type that config.json states, which is what users get.
-        reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **trust).eval()
+        config = AutoConfig.from_pretrained(directory, **trust)
+        reloaded = auto_class(config).from_pretrained(directory, config=config, dtype="auto", **trust).eval()
         written = None if tokenizer is None else AutoTokenizer.from_pretrained(directory, **trust)
     except Exception as error:  # transformers raises errors of many kinds
         raise OutputError(f"export: the written model cannot be loaded: {error}") from error

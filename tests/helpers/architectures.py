@@ -166,25 +166,67 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+# Models of several modalities, whose text half losa takes.
+MODALITIES = (
+    "glm4v",
+    "llava",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+)
+VISION = dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size"), WIDTH) | {
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "head_dim": 32,
+    "image_size": 28,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0, 1],
+}
+
+
 def names() -> list[str]:
     """Of all architectures, and of the variants in ``OWN``."""
     left = set(LEFT_OUT.split())
     found = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING and name not in left]
-    return sorted({*found, *OWN})
+    return sorted({*found, *OWN, *MODALITIES})
 
 
 def config_of(name: str) -> Any:
     own = dict(OWN.get(name, {}))
     kind = CONFIG_MAPPING[own.pop("type", name)]
+    if name in MODALITIES:
+        plain = kind()
+        parts = {"text_config": (plain.get_text_config(), SETTINGS), "vision_config": (plain.vision_config, VISION)}
+        return kind(**{key: _part(part, wanted) for key, (part, wanted) in parts.items()})
     left = own.pop("left", ())
+    return kind(**{key: value for key, value in _known(kind, SETTINGS).items() if key not in left} | own)
+
+
+def _part(plain: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration inside another one, like ``plain``."""
+    found = {"model_type": plain.model_type} | _known(type(plain), settings)
+    if plain.model_type.startswith(("glm4v", "qwen")):  # of half a head: time, height and width
+        found["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    return found
+
+
+def _known(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{key: value for key, value in SETTINGS.items() if key in fields and key not in left} | own)
+    return {key: value for key, value in settings.items() if key in fields}
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
     """A model under whose weights every block matters: norms, biases and gates are not what they begin with."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(name)).eval().requires_grad_(False)
+    auto = transformers.AutoModelForImageTextToText if name in MODALITIES else transformers.AutoModelForCausalLM
+    model: Any = auto.from_config(config_of(name)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():

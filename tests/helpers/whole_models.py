@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from losa.data.tokens import calibration_tokens
 from losa.errors import LosaError
@@ -24,7 +24,7 @@ from losa.record import RunRecord
 from losa.run.estimate import estimate
 from losa.run.pipeline import run_recipe
 from losa_kernels.tensors import as_bits
-from tests.helpers.architectures import model_of
+from tests.helpers.architectures import MODALITIES, model_of
 from tests.helpers.book import check_mask, wanda_by_the_book
 from tests.helpers.exports import all_matrices, tensors_of
 from tests.helpers.runs import settings
@@ -55,7 +55,8 @@ class Model:
         return run_recipe(self.recipe(output, **sections), console=Console(file=io.StringIO()))
 
     def pruned(self, output: str = "pruned"):
-        return AutoModelForCausalLM.from_pretrained(self.folder / output).eval()
+        auto = AutoModelForImageTextToText if self.name in MODALITIES else AutoModelForCausalLM
+        return auto.from_pretrained(self.folder / output).eval()
 
     def tensors(self, output: str) -> dict[str, torch.Tensor]:
         return tensors_of(self.folder / output)

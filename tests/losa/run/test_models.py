@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 
 from tests.helpers.architectures import config_of, names
-from tests.helpers.whole_models import COLUMNS, OK, check_model
+from tests.helpers.exports import tensors_of
+from tests.helpers.whole_models import COLUMNS, OK, Model, check_model
 
 # Keys and values that later blocks share; arguments of blocks that depend on the tokens; a tokenizer of its own;
 # attention and recurrence in turn, with experts; blocks that share their weights.
@@ -27,6 +31,22 @@ def test_an_architecture_goes_through_all_of_losa(name, tmp_path):
             assert outcome in ("losa's", "transformers")
         else:
             assert outcome == OK, f"{column}: {outcome}"
+
+
+def test_a_model_of_two_modalities_keeps_its_other_half(tmp_path):
+    """Its text half is pruned; the blocks that read images, and the files that say how, stay as they are."""
+    name = "mistral3"
+    found = check_model(name, tmp_path)
+    assert {found[column] for column in COLUMNS[:2] + COLUMNS[3:7]} == {OK} and found["share"] == "100.0%"
+    given = {"image_processor_type": "PixtralImageProcessor"}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(given))
+    model = Model(name, tmp_path)
+    record = model.run("again")
+    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == given
+    assert all(mask.startswith("model.language_model.layers.") for mask in record.masks)
+    before, after = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "again")
+    images = [each for each in before if "vision" in each or "projector" in each]
+    assert len(images) > 20 and all(torch.equal(before[each], after[each]) for each in images)
 
 
 def test_every_name_is_of_a_configuration():
