@@ -36,6 +36,41 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class GatedMLP:
+    """down(activation(gate) * up), gate and up as one product."""
+
+    gate_up: Callable[[Tensor], Tensor]
+    activation: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(self.activation(gate) * up)
+
+    def step(self, x: Tensor, run: Operations) -> Tensor:
+        """One token (1, hidden), by the operations of a decode step."""
+        if type(self.activation).__name__ in SILU:
+            return self.down(run.gated_silu(self.gate_up(x)))
+        return self(x)
+
+
+@dataclass(frozen=True)
+class CalledMLP:
+    """The model's own module: experts of a mixture, of which a token reads those that it chose, or an MLP of another
+    kind. What it does is unknown: it may make the host wait, so that no graph can hold it."""
+
+    module: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = self.module(x)
+        return found if isinstance(found, Tensor) else found[0]
+
+    def step(self, x: Tensor, run: Operations) -> Tensor:
+        """One token (1, hidden)."""
+        return self(x[None])[0]
+
+
+@dataclass(frozen=True)
 class Block:
     attention_norm: Norm
     mlp_norm: Norm
@@ -43,9 +78,7 @@ class Block:
     q_norm: Norm | None
     k_norm: Norm | None
     out: Any  # a linear of some kind, (hidden,) from (heads * size,)
-    gate_up: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    mlp: GatedMLP | CalledMLP
     scaling: float
 
     def heads(self, x: Tensor, queries: int, keys: int) -> Tensor:
@@ -58,8 +91,7 @@ class Block:
         return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(self.activation(gate) * up)
+        return x + self.mlp(self.mlp_norm(x))
 
     def step(
         self,
@@ -73,7 +105,8 @@ class Block:
         finished: Tensor,
         run: Operations,
     ) -> Tensor:
-        """One token in at most nine launches on a GPU, where q, k and v, and gate and up, are one product each.
+        """One token in at most nine launches on a GPU, where q, k and v, and gate and up, are one product each, beside
+        those of a ``CalledMLP``.
 
         Args:
             x: (1, hidden), the residual stream; changed in place.
@@ -94,11 +127,7 @@ class Block:
         q = run.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
         attended = run.attend_cache(q, cache, position, places, self.scaling, finished)
         normed = self.mlp_norm.after(x, self.out(attended.view(1, -1)), run)
-        gate_up = self.gate_up(normed)
-        if type(self.activation).__name__ in SILU:
-            return self.down(run.gated_silu(gate_up))
-        gate, up = gate_up.chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+        return self.mlp.step(normed, run)
 
     def _head_norms(self, size: int) -> tuple[Tensor | None, Tensor | None, float] | None:
         """Weights and eps of the RMS norms of heads (no weights: the model has none); None: the norms are of another
@@ -122,11 +151,15 @@ def read_block(block: Any) -> Block:
         q_norm=None if q_norm is None else Norm(q_norm),
         k_norm=None if k_norm is None else Norm(k_norm),
         out=attention.o_proj,
-        gate_up=_together([mlp.gate_proj, mlp.up_proj]),
-        activation=mlp.act_fn,
-        down=mlp.down_proj,
+        mlp=_read_mlp(mlp),
         scaling=attention.scaling,
     )
+
+
+def _read_mlp(mlp: Any) -> GatedMLP | CalledMLP:
+    if not all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return CalledMLP(mlp)
+    return GatedMLP(_together([mlp.gate_proj, mlp.up_proj]), mlp.act_fn, mlp.down_proj)
 
 
 def _together(linears: Sequence[Any]) -> Callable[[Tensor], Tensor]:

@@ -1,9 +1,10 @@
 """The lean loop: a static key-value cache and a handful of calls per block, no framework's hundreds.
 
-Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention,
-gated MLP), dense or packed. The name of a model does not decide whether it is of that kind: every key of its
-configuration must be known (``lean_config``), the loop must read all weights, and its logits are compared with the
-model's own on some tokens. Other models generate through transformers.
+Reads the blocks of a transformers decoder of the LLaMA kind (RMS norms, rotary positions, grouped-query attention, and
+a gated MLP; another MLP, or a mixture of experts, is called as a whole), dense or packed. The name of a model does not
+decide whether it is of that kind: every key of its configuration must be known (``lean_config``), the loop must read
+all weights, and its logits are compared with the model's own on some tokens. Other models generate through
+transformers.
 
 On a GPU single tokens go through ``LeanDecoder.step``, whose blocks are nine launches each, as a CUDA graph
 (``losa.inference.token_graphs``).
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.errors import LosaError, ModelError
-from losa.inference.decoder_blocks import Block, Norm, read_block
+from losa.inference.decoder_blocks import Block, CalledMLP, Norm, read_block
 from losa.inference.lean_config import Unsupported, longest_served
 from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
@@ -75,13 +76,14 @@ class LeanDecoder:
             self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
-            _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm])
+            called = any(isinstance(block.mlp, CalledMLP) for block in self.blocks)
+            _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm], called)
         except (AttributeError, NotImplementedError, ModelError) as error:
             # transformers raises NotImplementedError for a model without input embeddings.
             raise Unsupported(f"generate: {type(model).__name__} is built differently ({error})") from error
         self.graphs: TokenGraphs | None = None
         self.logits: Any = None  # a tensor from the first call on
-        self._recordable = _recordable(model, self.device)
+        self._recordable = not called and _recordable(model, self.device)
         # On a CPU a step of static shapes costs more than a step that knows its position.
         self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"
         self._check_length(max_length)
@@ -260,14 +262,15 @@ class LeanDecoder:
             raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
 
 
-def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module]) -> None:
+def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module], called: bool) -> None:
     """Raises Unsupported unless the loop reads every weight of the model: weights of the blocks at ``prefix`` whose
-    names are in ``READ``, and all weights of ``others``."""
+    names are in ``READ``, with ``called`` all of their MLPs, and all weights of ``others``."""
+    names = (*READ, "mlp.") if called else READ
     read = {id(parameter) for module in others for parameter in module.parameters()}
     packed = {f"{name}.packed": module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, weight in (dict(model.named_parameters()) | packed).items():
         inside = name.removeprefix(f"{prefix}.")
-        if id(weight) not in read if inside == name else not inside.partition(".")[2].startswith(READ):
+        if id(weight) not in read if inside == name else not inside.partition(".")[2].startswith(names):
             raise Unsupported(f"generate: the lean loop does not read {name} of {type(model).__name__}")
 
 

@@ -9,10 +9,14 @@ import torch
 import transformers
 
 from losa.errors import LosaError
+from losa.inference.decoder_blocks import CalledMLP
 from losa.inference.decoding import LeanDecoder, Unsupported
 from losa.inference.generation import generate
 from losa.inference.sparsify import densify
+from losa.modules.linear_experts import LinearExperts
+from losa.packed.directory import load, pack_directory
 from tests.helpers.decoders import LLAMA_KIND, build, greedy, thin
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.other_models import llama
 from tests.helpers.tiny import tiny_tokenizer
 
@@ -36,6 +40,46 @@ def test_lean_loop_gives_transformers_tokens(name, packed):
     found = generate(model, tokenizer, "hello there", max_new_tokens=count, stop_at_eos=False, on_text=pieces.append)
     assert found.tokens == expected and found.prompt_tokens == 11
     assert "".join(pieces) == found.text and found.tokens_per_second > 0
+
+
+MIXTURES = ["Mixtral", "Qwen3Moe"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_is_called_as_a_whole(name, packed, tmp_path):
+    """Packed, a token calls the linears of the experts that it chose, and no others; nothing is recorded as a graph."""
+    model, tokenizer = of_kind(KINDS[name]).eval().requires_grad_(False), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    expected = greedy(model, tokenizer, "hello there", 60)
+    if packed:
+        model.save_pretrained(tmp_path / "dense")
+        tokenizer.save_pretrained(tmp_path / "dense")
+        pack_directory(tmp_path / "dense", tmp_path / "packed", min_sparsity=0.0)
+        model, tokenizer = load(tmp_path / "packed")
+    decoder = LeanDecoder(model, 80)
+    assert decoder.graphs is None and all(isinstance(block.mlp, CalledMLP) for block in decoder.blocks)
+    found = generate(model, tokenizer, "hello there", max_new_tokens=60, stop_at_eos=False)
+    assert found.tokens == expected and found.fallback is None
+    if packed:
+        calls = []
+        for experts in (m for m in model.modules() if isinstance(m, LinearExperts)):
+            for expert in experts:
+                expert.down_proj.register_forward_hook(lambda *_: calls.append(1))
+        decoder(torch.tensor([5]))
+        chosen = model.config.num_experts_per_tok
+        assert len(calls) == chosen * len(decoder.blocks)
+
+
+def test_a_plain_mlp_is_called_as_a_whole():
+    """Of a kind that has no gate, whose logits are compared as any model's are."""
+    model = build(*LLAMA_KIND["llama"])
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 32))
+    model.requires_grad_(False)
+    tokenizer = tiny_tokenizer()
+    found = generate(model, tokenizer, "hello", max_new_tokens=20, stop_at_eos=False)
+    assert found.fallback is None and found.tokens == greedy(model, tokenizer, "hello", 20)
 
 
 @pytest.mark.parametrize("name", OTHERS)
