@@ -42,6 +42,7 @@ class GatedMLP:
     gate_up: Callable[[Tensor], Tensor]
     activation: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
+    is_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -60,6 +61,7 @@ class CalledMLP:
     kind. What it does is unknown: it may make the host wait, so that no graph can hold it."""
 
     module: nn.Module
+    is_called = True
 
     def __call__(self, x: Tensor) -> Tensor:
         found = self.module(x)
@@ -105,8 +107,8 @@ class Block:
         finished: Tensor,
         run: Operations,
     ) -> Tensor:
-        """One token in at most nine launches on a GPU, where q, k and v, and gate and up, are one product each, beside
-        those of a ``CalledMLP``.
+        """One token. On a GPU these are at most nine launches, where q, k and v, and gate and up, are one product each;
+        a ``CalledMLP`` has launches of its own.
 
         Args:
             x: (1, hidden), the residual stream; changed in place.

@@ -7,7 +7,7 @@ all weights, and its logits are compared with the model's own on some tokens. Ot
 transformers.
 
 On a GPU single tokens go through ``LeanDecoder.step``, whose blocks are nine launches each, as a CUDA graph
-(``losa.inference.token_graphs``).
+(``losa.inference.token_graphs``), unless a block's MLP is called as a whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.errors import LosaError, ModelError
-from losa.inference.decoder_blocks import Block, CalledMLP, Norm, read_block
+from losa.inference.decoder_blocks import Block, Norm, read_block
 from losa.inference.lean_config import Unsupported, longest_served
 from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
@@ -76,7 +76,7 @@ class LeanDecoder:
             self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
-            called = any(isinstance(block.mlp, CalledMLP) for block in self.blocks)
+            called = [f"{name}.mlp." for name, own in zip(blocks.names, self.blocks, strict=True) if own.mlp.is_called]
             _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm], called)
         except (AttributeError, NotImplementedError, ModelError) as error:
             # transformers raises NotImplementedError for a model without input embeddings.
@@ -153,7 +153,7 @@ class LeanDecoder:
     @torch.inference_mode()
     def likeliest(self, token: Tensor) -> Tensor:
         """token (1,), which follows the tokens read so far -> the likeliest next token, (1,), which the next call may
-        overwrite. Nothing waits for the device.
+        overwrite. Nothing waits for the device, unless an MLP that is called as a whole does.
 
         Raises:
             LosaError: the cache is full.
@@ -238,6 +238,7 @@ class LeanDecoder:
     def _check(self, model: nn.Module) -> None:
         """Raises Unsupported unless the loop gives the model's logits, for tokens read at once and one by one."""
         weights = sum(getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
+        weights += sum(p.numel() for p in model.parameters() if p.ndim > 2)  # stacks of experts
         slow = weights >= LARGE or (self.device.type == "cpu" and self.dtype.itemsize < 4)
         count = SHORT_PROBE if slow else PROBE
         window = self._shortest_window()
@@ -262,15 +263,15 @@ class LeanDecoder:
             raise Unsupported(f"generate: {type(model).__name__} computes something else than a plain LLaMA block")
 
 
-def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module], called: bool) -> None:
+def _check_parts(model: nn.Module, prefix: str, others: Sequence[nn.Module], called: list[str]) -> None:
     """Raises Unsupported unless the loop reads every weight of the model: weights of the blocks at ``prefix`` whose
-    names are in ``READ``, with ``called`` all of their MLPs, and all weights of ``others``."""
-    names = (*READ, "mlp.") if called else READ
+    names are in ``READ`` or begin as one of ``called``, and all weights of ``others``."""
     read = {id(parameter) for module in others for parameter in module.parameters()}
     packed = {f"{name}.packed": module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, weight in (dict(model.named_parameters()) | packed).items():
         inside = name.removeprefix(f"{prefix}.")
-        if id(weight) not in read if inside == name else not inside.partition(".")[2].startswith(names):
+        known = name.startswith(tuple(called)) or inside.partition(".")[2].startswith(READ)
+        if id(weight) not in read if inside == name else not known:
             raise Unsupported(f"generate: the lean loop does not read {name} of {type(model).__name__}")
 
 

@@ -13,7 +13,7 @@ attention_bias attention_out_bias qkv_bias mlp_bias bias use_bias use_qkv_bias h
 rms_norm_eps layer_norm_eps norm_eps norm_epsilon attention_multiplier query_pre_attn_scalar
 tie_word_embeddings max_position_embeddings rope_theta default_theta quantization_config
 num_experts num_local_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob
-decoder_sparse_step mlp_only_layers
+decoder_sparse_step mlp_only_layers router_jitter_noise
 """
 # Keys that play no part in a forward pass in evaluation mode.
 _NO_PART = """
@@ -21,7 +21,7 @@ architectures model_type transformers_version dtype torch_dtype auto_map _commit
 use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward pretraining_tp id2label label2id
 num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
 attention_dropout residual_dropout hidden_dropout embedding_dropout embd_pdrop resid_pdrop dropout mlp_dropout
-output_router_logits router_aux_loss_coef router_jitter_noise
+output_router_logits router_aux_loss_coef
 max_sequence_length model_max_length is_llama_config unsloth_fixed unsloth_version transformers.js_config
 """
 # Ends of further such keys; a GGUF file brings _model_name_or_path.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError, reason
-from losa.model.auto_class import auto_class
+from losa.model.auto_class import auto_class, check_text_alone
 from losa.model.finite import check_finite, check_rounded, is_finite
 from losa.model.naming import Naming, check_names
+from losa.model.processors import fetch_processors
 from losa.model.skeleton import skeleton
 from losa.storage.kinds import PEFT_ADVICE, is_packed, refuse_adapter
 from losa.storage.tensor_files import checkpoint_tensors
@@ -77,7 +78,10 @@ def load_model(
         if directory is not None and gguf_file is None:
             _name_what_is_damaged(directory, error)
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
+    check_text_alone(model, loaded)
     check_complete(model, sorted(info["missing_keys"]))
+    if directory is None and gguf_file is None:
+        fetch_processors(source)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ModelError(f"model {model!r}: {PEFT_ADVICE}")
     _check_finite(loaded, model, None if gguf_file else directory)
@@ -92,7 +96,7 @@ def configured_model(
     Raises:
         ModelError: the configuration cannot be had, or is of no decoder-only model.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source, gguf_file = locate_model(model, gguf_file)
     refuse_other_kinds(model, source, gguf_file)
@@ -101,10 +105,13 @@ def configured_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
         stored = config.dtype or config.get_text_config().dtype if gguf_file is None else None
         chosen = getattr(torch, dtype) if dtype != "auto" else stored or torch.float32
+        auto = auto_class(config) if gguf_file is None else AutoModelForCausalLM
         with torch.device("meta"):
-            return auto_class(config).from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            made = auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises errors of many kinds
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
+    check_text_alone(model, made)
+    return made
 
 
 def refuse_other_kinds(model: str, source: str, gguf_file: str | None) -> None:

@@ -35,6 +35,7 @@ from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
 from losa.model.saving import guard_saving
+from losa.modules.linear_experts import lay_experts_together
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 from losa.modules.trained_norm import TrainedNorm
@@ -131,6 +132,7 @@ def wrap_model(
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         parent.train = partial(_stay_evaluating, parent)
         parent.eval()
+    lay_experts_together(model)
     guard_saving(model)
     return wrapped_linears(model)
 

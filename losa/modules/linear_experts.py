@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa_kernels import grouped_masked_lora_linear
 from losa_kernels.grouped_masked_lora.groups import as_stack
+from losa_kernels.masked_lora.calls import autocast_input
 
 _STACK = "stack"
 
@@ -166,9 +167,7 @@ class GroupedRows:
     @cached_property
     def cast(self) -> Tensor:
         """The rows as autocast has them: once for the linears of one input."""
-        kind = self.x.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return self.x.to(torch.get_autocast_dtype(kind)) if casts and self.x.dtype != torch.float64 else self.x
+        return autocast_input(self.x)
 
     def through(self, linears: Sequence[nn.Module]) -> Tensor:
         """Each linear's outputs of its rows, of all linears in one call where they allow it: (rows, out), 0 in the rows
@@ -176,8 +175,6 @@ class GroupedRows:
         layers: list[Any] = list(linears)
         if all(map(_joins, layers)) and not _all_are_watched() and len({layer.scaling for layer in layers}) == 1:
             biases = None if layers[0].bias is None else [layer.bias for layer in layers]
-            if self.x.is_cuda:
-                lay_together(layers)
             weights, masks = [layer.weight for layer in layers], [layer.mask for layer in layers]
             A, B = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
             return grouped_masked_lora_linear(self.cast, self.ends, weights, masks, A, B, layers[0].scaling, biases)
@@ -188,10 +185,22 @@ class GroupedRows:
         return torch.cat([*called, rest]) if called else rest
 
 
+def lay_experts_together(model: nn.Module) -> None:
+    """Put the frozen weights of experts' linears on a GPU into one stack for each kind of linear, where they do not lie
+    in one: of pruners that change weights, of a model that was moved, and of stacks in another order each expert has a
+    tensor of its own, which a grouped product would copy at every call."""
+    for experts in (module for module in model.modules() if isinstance(module, LinearExperts)):
+        for name in dict.fromkeys(name for expert in experts for name in expert._modules):
+            layers = experts.linears(name)
+            if all(type(layer) is MaskedLoRALinear and layer.weight.is_cuda for layer in layers):
+                lay_together(cast(list[MaskedLoRALinear], layers))
+
+
 def lay_together(layers: Sequence[MaskedLoRALinear]) -> None:
-    """Put the layers' frozen weights into one stack, unless they lie in one: pruners that change weights give each
-    expert a tensor of its own, which a grouped product would copy at every call."""
-    if as_stack([layer.weight for layer in layers]) is None:
+    """Put the layers' frozen weights, all of one shape, into one stack, unless they lie in one."""
+    if as_stack([layer.weight for layer in layers]) is not None:
+        return
+    with torch.inference_mode(False), torch.no_grad():
         for layer, weight in zip(layers, torch.stack([layer.weight.detach() for layer in layers]), strict=True):
             layer.weight.data = weight
 
@@ -207,7 +216,8 @@ def _joins(layer: Any) -> bool:
 def _all_are_watched() -> bool:
     from torch.nn.modules import module
 
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks or module._global_backward_hooks)
+    hooks = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_global_{kind}") for kind in hooks)
 
 
 class _TakeRows(torch.autograd.Function):

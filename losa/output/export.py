@@ -16,6 +16,7 @@ from losa.distributed.sharding import device_of
 from losa.errors import OutputError
 from losa.model.auto_class import auto_class
 from losa.model.blocks import find_blocks
+from losa.model.processors import copy_processors
 from losa.model.running import evaluating
 from losa.model.saving import state_untied, untied_though_stated
 from losa.model.wrapping import sparsity_of
@@ -32,7 +33,6 @@ from losa.output.checks import (
     some_ids,
 )
 from losa.output.figures import write_figures
-from losa.output.processors import copy_processors
 from losa.record import RunRecord
 from losa.storage.files import RECORD, WRITE_ERRORS, staged_directory, write_json, write_text
 
@@ -101,7 +101,7 @@ def save_model(model: Any, tokenizer, directory: Path, *, untied: bool, **option
         model.save_pretrained(directory, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-            copy_processors(model, tokenizer, directory)
+            copy_processors(tokenizer, directory)
     except WRITE_ERRORS:
         raise
     except Exception as error:  # transformers raises errors of many kinds

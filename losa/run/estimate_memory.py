@@ -306,15 +306,17 @@ def training_work(train: TrainConfig, shape: ModelShape) -> Iterator[Holding]:
     yield Holding("training", place, "loss", held, how)
     how = "M (W + s B A) and dY^T x of the largest"
     yield Holding("training", place, "one linear's product", 2 * 4 * shape.widest, how)
-    if stack := stack_bytes(shape, shape.computed):
+    if not shape.drops and (stack := stack_bytes(shape, shape.computed)):
         how = "the same of all experts that a call multiplies"
         yield Holding("training", place, "experts' products", 2 * stack, how, certain=False)
 
 
 def stack_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Of M (W + s B A) of the experts that a GPU multiplies together, more than one linear's; 0 where it does not. An
-    expert's rank may be too large for it."""
-    together = shape.together > shape.widest and may_multiply_together(dtype, 1, (shape.widest,))
+    """Of M (W + s B A) of the experts that a GPU multiplies together; 0 where it does not. An expert's rank may be too
+    large for it."""
+    expert = shape.of_expert
+    several = shape.together > expert.numel
+    together = several and may_multiply_together(dtype, 1, (expert.outputs, expert.inputs))
     return min(dtype.itemsize * shape.together, STACK_BYTES) if shape.on_gpu and together else 0
 
 

@@ -34,7 +34,8 @@ class ModelShape:
     """``work``: with masked adapters; ``computed``: dtype of training's products; ``whole_logits``: a loss needs the
     logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``together``:
     weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
-    stack, 0 with dropout; ``inside``: all parameters of each block; ``outside``: parameters outside of the blocks."""
+    stack, of which each is ``of_expert``; ``drops``: whether training has dropout; ``inside``: all parameters of each
+    block; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -46,6 +47,8 @@ class ModelShape:
     linears: list[LinearShape]
     by_block: list[list[LinearShape]]
     together: int
+    of_expert: LinearShape
+    drops: bool
     inside: list[list[Rows]]
     outside: list[Rows]
 
@@ -60,6 +63,7 @@ class ModelShape:
             by_block[cast(int, blocks.index_of(name))].append(_shape_of(linear))
         if not any(by_block):
             raise RecipeError(f"prune.targets: {recipe.prune.targets!r} matches no linear of {recipe.model!r}")
+        together, of_expert = _most_together(pruned)
         embedding = model.get_input_embeddings().weight
         counted: set[int] = set()
         inside = [_rows_of(block.parameters(), counted) for block in blocks]
@@ -74,7 +78,9 @@ class ModelShape:
             whole_logits=not _head_gives_logits(model, blocks),
             linears=every,
             by_block=by_block,
-            together=_most_together(pruned) if recipe.lora.dropout == 0 else 0,
+            together=together,
+            of_expert=of_expert,
+            drops=recipe.lora.dropout > 0,
             inside=inside,
             outside=_rows_of(model.parameters(), counted),
         )
@@ -110,11 +116,15 @@ class ModelShape:
         return max(w.numel for w in self.pruned)
 
 
-def _most_together(linears: Mapping[str, nn.Module]) -> int:
+def _most_together(linears: Mapping[str, nn.Module]) -> tuple[int, LinearShape]:
     counts: Counter[tuple[int, str]] = Counter()
+    shapes: dict[tuple[int, str], LinearShape] = {}
     for name, linear in linears.items():
-        counts[id(holder_of(linear)), name.rpartition(".")[2]] += _shape_of(linear).numel
-    return max(counts.values())
+        key = id(holder_of(linear)), name.rpartition(".")[2]
+        shapes[key] = _shape_of(linear)
+        counts[key] += shapes[key].numel
+    (most, count), *_ = counts.most_common(1)
+    return count, shapes[most]
 
 
 def _training_dtype(precision: str, device: torch.device) -> torch.dtype | None:

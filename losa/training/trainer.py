@@ -26,6 +26,7 @@ from losa.distributed.sharding import gathered_calls, sharding_of
 from losa.distributed.watch import progress
 from losa.errors import LosaError
 from losa.model.blocks import expert_lists, find_blocks
+from losa.modules.linear_experts import lay_experts_together
 from losa.recipe.learning_rate import lr_factor
 from losa.recipe.machines import DistributedConfig
 from losa.recipe.training import TrainConfig
@@ -167,6 +168,7 @@ class Trainer:
         sharded = sharding_of(self.model) is not None
         if not sharded:
             self.model.to(self.device)
+            lay_experts_together(self.model)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameter_groups(

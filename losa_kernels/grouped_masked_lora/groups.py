@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_kernels.masked_lora.layer import Layer
+from losa_kernels.masked_lora.layer import DIRECT_RANK, Layer
 
 # Of the weights W_eff of groups that a GPU multiplies together, and of their gradients, each.
 STACK_BYTES = 4 << 30
-# Up to which the ordinary units multiply B A into a tile of W_eff.
-MOST_RANK = 16
 
 Gradients = tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
 """Of x, and of every group's lora_A, lora_B and bias; None where nobody asked for them."""
@@ -58,7 +56,7 @@ class Groups(NamedTuple):
 
 def may_multiply_together(dtype: torch.dtype, rank: int, shape: tuple[int, ...]) -> bool:
     """Whether a GPU's grouped GEMM takes rows of ``dtype`` with groups of this rank and shape (out, in)."""
-    return dtype == torch.bfloat16 and rank <= MOST_RANK and all(n % 8 == 0 for n in shape)
+    return dtype == torch.bfloat16 and rank <= DIRECT_RANK and all(n % 8 == 0 for n in shape)
 
 
 def as_stack(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -5,7 +5,7 @@ composes all groups, and one projects all of G: with 128 experts, a launch for e
 works.
 
 Only bf16 has a grouped GEMM that waits for nothing, on GPUs of the compute capabilities 9 and 10; on others torch has a
-loop in its place. Groups of other types, on other GPUs, of ranks above ``groups.MOST_RANK``, and of sizes that the
+loop in its place. Groups of other types, on other GPUs, of ranks above ``DIRECT_RANK``, and of sizes that the
 GEMM cannot read by 16 bytes, are computed one after another (masked_lora/triton).
 
 Weights that do not lie in one stack are copied at every call: ``groups.as_stack`` says when they do.
@@ -81,7 +81,8 @@ def forward(x: Tensor, ends: Tensor, groups: Groups) -> Tensor:
         return one_by_one.forward(single.forward, x, ends, groups)
     with torch.cuda.device_of(x):
         x = _by_16_bytes(x)
-        parts = [_product(x[rows], _composed(some, x.dtype).mT, offs) for some, rows, offs in _stacks(x, ends, groups)]
+        stacks = _stacks(x, ends, groups, 0)
+        parts = [_product(x[rows], _composed(some, x.dtype).mT, offs) for some, rows, offs in stacks]
         y = _with_rest(parts, len(x), ends)
         if groups.biases:
             y += torch.stack([bias.to(y.dtype) for bias in groups.biases])[_groups_of(len(x), ends)]
@@ -99,7 +100,7 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
         dx_parts: list[Tensor] = []
         dA: list[Tensor] = []
         dB: list[Tensor] = []
-        for some, rows, offs in _stacks(dy, ends, groups):
+        for some, rows, offs in _stacks(dy, ends, groups, _share_bytes(groups) if needs_A or needs_B else 0):
             if needs_x:
                 dx_parts.append(_product(dy[rows], _composed(some, dy.dtype), offs))
             if needs_A or needs_B:
@@ -126,12 +127,12 @@ def _together(rows: Tensor, groups: Groups) -> bool:
     )
 
 
-def _stacks(rows: Tensor, ends: Tensor, groups: Groups) -> Iterator[tuple[Groups, slice, Tensor]]:
-    """Groups whose stack takes ``STACK_BYTES``, their rows, and where each group ends among these, int32. The host
-    waits for the device where there are several parts."""
+def _stacks(rows: Tensor, ends: Tensor, groups: Groups, shares: int) -> Iterator[tuple[Groups, slice, Tensor]]:
+    """Groups whose stack takes ``STACK_BYTES``, and whose ``shares``, bytes of each group, take no more; their rows,
+    and where each group ends among these, int32. The host waits for the device where there are several stacks."""
     count, (outputs, inputs) = len(groups.weights), groups.shape
-    size, shares = rows.element_size() * outputs * inputs, _share_bytes(groups)
-    step = max(1, min(limits.STACK_BYTES // size, limits.STACK_BYTES // shares))
+    size = max(rows.element_size() * outputs * inputs, shares)
+    step = max(1, limits.STACK_BYTES // size)
     if step >= count:
         yield groups, slice(0, len(rows)), ends.to(torch.int32)
         return

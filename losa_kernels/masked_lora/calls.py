@@ -50,7 +50,7 @@ def check_input(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias:
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}")
     if autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast_input(x)
     elif x.dtype != weight.dtype:
         raise ValueError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
     check_adapter_dtype(lora_A, lora_B, (torch.float32, x.dtype, weight.dtype), "x's")
@@ -69,6 +69,13 @@ def check_adapter_dtype(lora_A: Tensor, lora_B: Tensor, allowed: tuple[torch.dty
 
 def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the type of autocast, where it is on; fp64 stays."""
+    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def run(op: str, device: torch.device, *inputs):

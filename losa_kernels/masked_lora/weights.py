@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from losa_kernels.bitmask import unpack_mask
 from losa_kernels.masked_lora import merge_masked_lora
-from losa_kernels.masked_lora.calls import autocast_is_on, run
+from losa_kernels.masked_lora.calls import autocast_input, run
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.native import product_dtype
 
@@ -29,9 +29,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, change: Tensor, bias:
     Returns:
         (..., out) in x's dtype.
     """
-    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _MaskedLinear.apply(x, weight, mask, change, bias)
+    return _MaskedLinear.apply(autocast_input(x), weight, mask, change, bias)
 
 
 def merge_masked(weight: Tensor, mask: Tensor, change: Tensor) -> Tensor:

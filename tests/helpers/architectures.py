@@ -168,15 +168,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 # Models of several modalities, whose text half losa takes.
 MODALITIES = (
-    "glm4v",
-    "llava",
-    "mistral3",
-    "paligemma",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "smolvlm",
+    *("glm4v", "llama4", "llava", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"),
+    *("qwen3_vl_moe", "smolvlm"),
 )
 VISION = dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size"), WIDTH) | {
     "intermediate_size": 48,

@@ -99,3 +99,16 @@ def test_tokens_in_several_waves():
             (dB[group], G @ A[group].double().T, 1100 + columns),
         ):
             assert (found - exact).abs().max() <= terms**0.5 * 8 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def test_the_share_that_masks_keep_is_of_all_places_in_a_head():
+    """By a sample of rows, which must not meet the same place in every head of 64."""
+    kept = torch.zeros(4096, 40, dtype=torch.bool)
+    kept[::64] = True
+    few = torch.ops.losa.kept_share.default([pack_mask(kept)], 40)
+    assert few <= 4 / 64
+    both = torch.ops.losa.kept_share.default(
+        [pack_mask(kept[:64]), pack_mask(torch.ones(64, 40, dtype=torch.bool))], 40
+    )
+    assert both == pytest.approx((1 + 64) / 128), "few rows are all counted"
+    assert torch.ops.losa.kept_share.default([pack_mask(kept[:0])], 40) == 0

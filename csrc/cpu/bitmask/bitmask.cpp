@@ -53,7 +53,9 @@ constexpr int64_t kCountedRows = 64;
 double kept_share(std::vector<Tensor> masks, int64_t in_features) {
   int64_t kept = 0, counted = 0;
   for (const Tensor& mask : masks) {
-    const int64_t rows = mask.dim() == 2 ? mask.size(0) : 0, step = (rows + kCountedRows - 1) / kCountedRows;
+    const int64_t rows = mask.dim() == 2 ? mask.size(0) : 0;
+    // Odd, so that it meets every place in a head, whose size is even.
+    const int64_t step = (rows + kCountedRows - 1) / kCountedRows | 1;
     check_mask(mask, rows, in_features, "masks");
     const Tensor source = with_dense_rows(mask);
     const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losa_kernels import settings
 from losa_kernels.dispatch import interpreted
-from losa_kernels.masked_lora.layer import Layer
+from losa_kernels.masked_lora.layer import DIRECT_RANK, Layer
 from losa_kernels.masked_lora.triton import kernels, projection, tuning
 from losa_kernels.masked_lora.triton.tuning import Tile, ceil_div, next_power_of_2
 
@@ -78,7 +78,7 @@ def compose(
     adapter = torch.empty_like(composed) if apart else None
     rows, depth = weight.shape
     rank, low = lora_A.shape[0], terms_dtype or dtype
-    direct = rank <= tuning.DIRECT_RANK
+    direct = rank <= DIRECT_RANK
     tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, direct, low == torch.float32)
     if direct:
         left, right, inner, step = lora_B, lora_A.T, 0, 1

@@ -81,7 +81,6 @@ PROJECT_GIVEN: dict[int, tuple[Tile, ...]] = {
     1: (Tile(32, 128, 512, 4, 3), Tile(64, 128, 512, 4, 3)),
     2: (Tile(32, 64, 512, 4, 3),),
 }
-DIRECT_RANK = 16  # up to which rank the ordinary units multiply B A: at 16 that is 9 of the 23 us that the bytes take
 # Ragged tiles carry predicates and addresses in registers, hence few elements a thread; so do products of fp32 terms.
 COMPOSE_DIRECT, COMPOSE_DIRECT_RAGGED = Tile(64, 128, 0, 8, 1), Tile(32, 64, 0, 8, 1)
 COMPOSE = {90: Tile(64, 128, 0, 4, 1), 80: Tile(64, 128, 0, 8, 1)}

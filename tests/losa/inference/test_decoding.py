@@ -82,6 +82,16 @@ def test_a_plain_mlp_is_called_as_a_whole():
     assert found.fallback is None and found.tokens == greedy(model, tokenizer, "hello", 20)
 
 
+def test_weights_that_nothing_reads_are_found_beside_an_mlp_that_is_called():
+    model = build(*LLAMA_KIND["llama"])
+    layers = model.model.layers
+    layers[1].mlp = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 32))
+    layers[0].mlp.extra = torch.nn.Parameter(torch.ones(1))
+    model.requires_grad_(False)
+    with pytest.raises(Unsupported, match="does not read model.layers.0.mlp.extra"):
+        LeanDecoder(model, 32)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_go_through_transformers(name):
     model, tokenizer = build(*OTHERS[name]), tiny_tokenizer()

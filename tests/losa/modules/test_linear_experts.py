@@ -116,6 +116,12 @@ def test_who_watches_a_linear_sees_it_called(monkeypatch):
     finally:
         everything.remove()
     assert not calls and len(seen) > 20
+    backward = torch.nn.modules.module.register_module_full_backward_pre_hook(lambda *_: None)
+    try:
+        model(IDS, use_cache=False)
+    finally:
+        backward.remove()
+    assert not calls
 
 
 def test_autocast_gives_the_same_types_either_way():
@@ -141,7 +147,9 @@ def test_weights_that_a_pruner_replaced_are_laid_together():
         linear.replace_weight(linear.weight + 1)
     expected = [linear.weight.clone() for linear in linears]
     assert as_stack([linear.weight for linear in linears]) is None
-    lay_together(linears)
+    with torch.inference_mode():
+        lay_together(linears)
+    assert not any(linear.weight.is_inference() for linear in linears), "training saves them for its backward pass"
     assert as_stack([linear.weight for linear in linears]) is not None
     assert all(torch.equal(linear.weight, was) for linear, was in zip(linears, expected, strict=True))
 

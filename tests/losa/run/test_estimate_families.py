@@ -89,8 +89,11 @@ def test_experts_that_a_gpu_multiplies_together_are_counted(tmp_path, monkeypatc
     stack = 2 * 8 * 32 * 64
     assert products("cuda", "bfloat16") == {"training": 2 * stack}
     assert products("cpu", "bfloat16") == products("cuda", "float32") == {}
-    assert products("cuda", "bfloat16", lora=mixture.lora.model_copy(update={"dropout": 0.1})) == {}
+    drops = mixture.lora.model_copy(update={"dropout": 0.1})
+    assert products("cuda", "bfloat16", lora=drops) == {}, "training alone has dropout"
     low = estimate(mixture.model_copy(update={"device": "cuda", "dtype": "bfloat16"}), probe=False)
-    assert {h.size for h in low.holdings if (h.what, h.phase) == ("experts' products", "evaluation")} == {stack}
+    dropped = estimate(mixture.model_copy(update={"device": "cuda", "dtype": "bfloat16", "lora": drops}), probe=False)
+    for each in (low, dropped):
+        assert {h.size for h in each.holdings if (h.what, h.phase) == ("experts' products", "evaluation")} == {stack}
     monkeypatch.setattr(estimate_memory, "STACK_BYTES", 20_000)
     assert products("cuda", "bfloat16") == {"training": 2 * 20_000}

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from tests.helpers.architectures import config_of, names
 from tests.helpers.exports import tensors_of
+from tests.helpers.model_table import read_table
 from tests.helpers.whole_models import COLUMNS, OK, Model, check_model
 
 # Keys and values that later blocks share; arguments of blocks that depend on the tokens; a tokenizer of its own;
@@ -21,6 +23,9 @@ REFUSED = {("zamba2", "block by block"): "refused: ", ("zamba2", "share"): "57.6
 @pytest.mark.parametrize("name", HERE)
 def test_an_architecture_goes_through_all_of_losa(name, tmp_path):
     found = check_model(name, tmp_path)
+    recorded = read_table()
+    if recorded["transformers"] == transformers.__version__:
+        assert found == recorded["models"][name]
     assert list(found) == list(COLUMNS)
     for column, outcome in found.items():
         if (name, column) in REFUSED:
