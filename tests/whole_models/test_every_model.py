@@ -36,7 +36,10 @@ def test_every_architecture_has_a_row_and_none_a_fault():
 
 # What most people use: every step, and at least 99 % of the weights in the matrices of blocks. At the width of these
 # models the linears that Jamba reads itself are 2 % of them.
-OURS, THEIRS = "llama mistral mixtral qwen2 qwen3 qwen3_moe", "deepseek_v3 falcon gemma3_text gemma3n_text gpt2 gpt_oss"
+OURS, THEIRS = (
+    "llama mistral_full mixtral qwen2 qwen3 qwen3_moe",
+    "deepseek_v3 falcon gemma3_text gemma3n_text gpt2 gpt_oss",
+)
 LOOPS = dict.fromkeys(OURS.split(), "losa's") | dict.fromkeys(THEIRS.split(), "transformers")
 LOOPS |= dict.fromkeys(("jamba", "llama4_text", "mistral3", "olmoe", "phi3", "qwen3_vl"), "transformers")
 
