@@ -32,8 +32,8 @@ def merge_masked_lora(r):
     a = spoilt(r, layer(r))
 
     def compare(expected, found):
-        W = wide(a["weight"])
-        bound = W.abs() + abs(float(a["scaling"])) * wide(a["lora_B"]).abs() @ wide(a["lora_A"]).abs()
+        W = as_double(a["weight"])
+        bound = W.abs() + abs(float(a["scaling"])) * as_double(a["lora_B"]).abs() @ as_double(a["lora_A"]).abs()
         kept = kept_places(a)
         assert torch.equal(as_bits(expected).masked_fill(kept, 0), as_bits(found).masked_fill(kept, 0))
         assert_near(
@@ -166,9 +166,9 @@ def compare_linear(a, expected, found):
     if expected["y"].is_meta:
         return
     kept, s = kept_places(a), abs(float(a["scaling"]))
-    x, W, A, B = (wide(a[name]) for name in ("x", "weight", "lora_A", "lora_B"))
+    x, W, A, B = (as_double(a[name]) for name in ("x", "weight", "lora_A", "lora_B"))
     x = x.reshape(-1, x.shape[-1])
-    bias = None if a["bias"] is None else wide(a["bias"])
+    bias = None if a["bias"] is None else as_double(a["bias"])
     k = kept.double()
     nf = {name: (~t.isfinite()).double() for name, t in (("x", x), ("W", W), ("A", A), ("B", B))}
     x, W, A, B = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, A, B))
@@ -183,7 +183,7 @@ def compare_linear(a, expected, found):
     assert_near(expected["y"], found["y"], bound.view(shape), 8, terms, must.view(shape) > 0, may.view(shape) > 0)
     if "dy" not in expected:
         return
-    dy = wide(expected["dy"]).reshape(-1, W.shape[0])
+    dy = as_double(expected["dy"]).reshape(-1, W.shape[0])
     bad_dy, dy = (~dy.isfinite()).double(), dy.abs().nan_to_num(0, 0, 0)
     bad_G, G = k * (bad_dy.amax(0) if len(dy) else bad_dy.sum(0))[:, None], k * (dy.T @ x)
     bad_G = bad_G + k * (nf["x"].amax(0) if len(dy) else nf["x"].sum(0))
@@ -202,7 +202,7 @@ def compare_linear(a, expected, found):
             assert_near(expected[name], found[name], bound.reshape(shape), 16, terms, must, may, a["x"].dtype)
 
 
-def wide(t):
+def as_double(t):
     return t.detach().double()
 
 

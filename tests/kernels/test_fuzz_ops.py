@@ -12,7 +12,7 @@ import torch
 
 import losa_kernels as kernels
 from losa_kernels import native, unpack_mask
-from tests.helpers.fuzzed_lora import grouped_masked_lora_linear, masked_lora_linear, merge_masked_lora, wide
+from tests.helpers.fuzzed_lora import as_double, grouped_masked_lora_linear, masked_lora_linear, merge_masked_lora
 from tests.helpers.hostile import FLOATS, assert_near, hostile, normal, same_bits, size, spoilt
 from tests.helpers.pruning_calls import PATTERNS, alps_prune, hessian, inverse_factor_, sparsegpt_prune, wanda_mask
 
@@ -50,10 +50,10 @@ def gram(r):
     a = spoilt(r, a, 0.5)
 
     def compare(expected, found):
-        F = wide(a["features"])
+        F = as_double(a["features"])
         F = (F - F[..., :1, :]).abs() if F.numel() else F
         bound = (F @ F.mT).amax((-2, -1), True) if F.numel() else torch.zeros(expected.shape)
-        bound = bound + (0 if a["out"] is None else wide(a["out"]).abs())
+        bound = bound + (0 if a["out"] is None else as_double(a["out"]).abs())
         assert_near(expected, found, bound.expand(expected.shape), 4, F.shape[-1])
 
     return lambda: kernels.gram(**a), compare
@@ -141,11 +141,11 @@ def sparse_linear(r):
         return kernels.sparse_linear(state["x"], packed, state["bias"])
 
     def compare(expected, found):
-        packed, x = state["packed"], wide(state["x"])
+        packed, x = state["packed"], as_double(state["x"])
         assert expected.shape == found.shape and expected.dtype == found.dtype
         x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros(expected.numel() // max(1, packed.shape[0]), 0)
         bias = torch.zeros(packed.shape[0]) if state["bias"] is None else state["bias"]
-        W, bias = wide(packed.unpack().to(found.dtype)), wide(bias.to(found.dtype))
+        W, bias = as_double(packed.unpack().to(found.dtype)), as_double(bias.to(found.dtype))
         k = unpack_mask(packed.mask(), packed.shape[1]).double()
         bad_x, bad = (~x.isfinite()).double(), (k * ~W.isfinite()).sum(1) + ~bias.isfinite()
         x, W, bias = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, bias))
