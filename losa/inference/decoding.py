@@ -27,6 +27,7 @@ from losa.inference.lean_config import Unsupported, longest_served
 from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
 from losa.modules.sparse import SparseLinear
+from losa.modules.watching import is_watched
 from losa_kernels import decoder_step, dispatch
 from losa_kernels.sparse_linear import WITH_KERNELS
 
@@ -300,7 +301,7 @@ def _memory() -> int | None:
 
 def hooked(model: nn.Module) -> bool:
     """Whether a forward method was replaced or a module has hooks. What such code computes can change unnoticed."""
-    return any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return any(map(is_watched, model.modules()))
 
 
 def _recordable(model: nn.Module, device: torch.device) -> bool:

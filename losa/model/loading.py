@@ -80,7 +80,7 @@ def load_model(
         raise ModelError(f"model {model!r}: {explain_failure(source, error)}") from error
     check_text_alone(model, loaded)
     check_complete(model, sorted(info["missing_keys"]))
-    if directory is None and gguf_file is None:
+    if directory is None and auto is not AutoModelForCausalLM:
         fetch_processors(source)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ModelError(f"model {model!r}: {PEFT_ADVICE}")

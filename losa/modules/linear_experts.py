@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from losa.modules.masked_lora import MaskedLoRALinear
+from losa.modules.watching import is_watched
 from losa_kernels import grouped_masked_lora_linear
 from losa_kernels.grouped_masked_lora.groups import as_stack
 from losa_kernels.masked_lora.calls import autocast_input
@@ -209,15 +210,14 @@ def _joins(layer: Any) -> bool:
     """Whether nothing but a masked-LoRA product is asked of a layer. Who watches it wants it to be called."""
     if type(layer) is not MaskedLoRALinear or not layer.adapter_enabled or (layer.training and layer.dropout_p > 0):
         return False
-    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not watched and "forward" not in vars(layer) and not isinstance(layer.weight, DTensor)
+    watched = is_watched(layer) or layer._backward_hooks or layer._backward_pre_hooks
+    return not watched and not isinstance(layer.weight, DTensor)
 
 
 def _all_are_watched() -> bool:
-    from torch.nn.modules import module
-
+    """Whether there are hooks of every module."""
     hooks = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return any(getattr(module, f"_global_{kind}") for kind in hooks)
+    return any(getattr(nn.modules.module, f"_global_{kind}") for kind in hooks)
 
 
 class _TakeRows(torch.autograd.Function):

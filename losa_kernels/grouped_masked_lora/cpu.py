@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.grouped_masked_lora import one_by_one
-from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, in_dtype, rows_of_groups
+from losa_kernels.grouped_masked_lora.groups import Gradients, Groups, rows_of_groups
 from losa_kernels.masked_lora import cpu, cpu_sparse
 
 
@@ -44,9 +44,9 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
     if dB:
         torch._foreach_mul_(dB, groups.scaling)
     d_bias = _sums(grad_y, places) if needs_bias else None
-    own_A = in_dtype(dA, *(A.dtype for A in groups.lora_A)) if needs_A else None
-    own_B = in_dtype(dB, *(B.dtype for B in groups.lora_B)) if needs_B else None
-    return dx, own_A, own_B, d_bias
+    own_A = [gradient.to(A.dtype) for gradient, A in zip(dA, groups.lora_A, strict=False)]
+    own_B = [gradient.to(B.dtype) for gradient, B in zip(dB, groups.lora_B, strict=False)]
+    return dx, own_A or None, own_B or None, d_bias
 
 
 def _sparse(dtype: torch.dtype, places: Sequence[int], groups: Groups) -> bool:

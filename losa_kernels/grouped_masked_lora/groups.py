@@ -51,7 +51,8 @@ class Groups(NamedTuple):
 
     def factors(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """A and s B of every group in ``dtype``."""
-        return in_dtype(self.lora_A, dtype), list(torch._foreach_mul(in_dtype(self.lora_B, dtype), self.scaling))
+        scaled = torch._foreach_mul([B.to(dtype) for B in self.lora_B], self.scaling)
+        return [A.to(dtype) for A in self.lora_A], list(scaled)
 
 
 def may_multiply_together(dtype: torch.dtype, rank: int, shape: tuple[int, ...]) -> bool:
@@ -72,14 +73,6 @@ def as_stack(tensors: Sequence[Tensor]) -> Tensor | None:
     if step <= 0 or any(b - a != step for a, b in zip(places, places[1:], strict=False)):
         return None
     return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-
-
-def in_dtype(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
-    """The tensors in the dtype, or each in its own; as they are where all are."""
-    wanted = dtypes * len(tensors) if len(dtypes) == 1 else dtypes
-    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, wanted, strict=True)):
-        return list(tensors)
-    return [tensor.to(dtype) for tensor, dtype in zip(tensors, wanted, strict=True)]
 
 
 def rows_of_groups(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -14,6 +14,7 @@ Weights that do not lie in one stack are copied at every call: ``groups.as_stack
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -81,9 +82,11 @@ def forward(x: Tensor, ends: Tensor, groups: Groups) -> Tensor:
         return one_by_one.forward(single.forward, x, ends, groups)
     with torch.cuda.device_of(x):
         x = _by_16_bytes(x)
-        stacks = _stacks(x, ends, groups, 0)
-        parts = [_product(x[rows], _composed(some, x.dtype).mT, offs) for some, rows, offs in stacks]
-        y = _with_rest(parts, len(x), ends)
+        parts = [
+            _product(x[rows], _composed(some, _Stack.of(some), x.dtype).mT, offs)
+            for some, rows, offs in _stacks(x, ends, groups, 0)
+        ]
+        y = _with_rest(parts, len(x))
         if groups.biases:
             y += torch.stack([bias.to(y.dtype) for bias in groups.biases])[_groups_of(len(x), ends)]
         return y.masked_fill_(_of_none(len(x), ends), 0)
@@ -101,18 +104,17 @@ def backward(grad_y: Tensor, x: Tensor | None, ends: Tensor, groups: Groups, nee
         dA: list[Tensor] = []
         dB: list[Tensor] = []
         for some, rows, offs in _stacks(dy, ends, groups, _share_bytes(groups) if needs_A or needs_B else 0):
+            stack = _Stack.of(some)
             if needs_x:
-                dx_parts.append(_product(dy[rows], _composed(some, dy.dtype), offs))
+                dx_parts.append(_product(dy[rows], _composed(some, stack, dy.dtype), offs))
             if needs_A or needs_B:
                 assert given is not None
                 G = _product(dy[rows].mT, given[rows], offs)
-                A_gradients, B_gradients = _projected(G, some, needs_A, needs_B)
+                A_gradients, B_gradients = _projected(G, some, stack, needs_A, needs_B)
                 dA += A_gradients
                 dB += B_gradients
-        dx = _with_rest(dx_parts, len(dy), ends).masked_fill_(_of_none(len(dy), ends), 0) if needs_x else None
-        d_bias = None
-        if needs_bias:
-            d_bias = list(_sums(dy, ends))
+        dx = _with_rest(dx_parts, len(dy)).masked_fill_(_of_none(len(dy), ends), 0) if needs_x else None
+        d_bias = list(_sums(dy, ends)) if needs_bias else None
     return dx, dA if needs_A else None, dB if needs_B else None, d_bias
 
 
@@ -160,7 +162,7 @@ def _product(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
     return left.new_zeros(shape if right.dim() == 3 else (len(offs), *shape))
 
 
-def _with_rest(parts: list[Tensor], rows: int, ends: Tensor) -> Tensor:
+def _with_rest(parts: list[Tensor], rows: int) -> Tensor:
     """The parts one after another, and rows up to ``rows``, which hold anything."""
     if len(parts) == 1 and len(parts[0]) == rows:
         return parts[0]
@@ -199,23 +201,31 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if stack is None else stack
 
 
-def _factors(groups: Groups) -> tuple[Tensor, Tensor]:
-    """lora_A (groups, r, in) and lora_B (groups, out, r) in fp32, with zeros where a group has a smaller rank."""
-    A, B = groups.lora_A, groups.lora_B
-    if len({len(each) for each in A}) > 1:
-        padded_A = torch.nn.utils.rnn.pad_sequence(list(A), batch_first=True)
+class _Stack(NamedTuple):
+    """What both passes read of all groups beside the weights: ``mask`` (groups, out, ceil(in / 8)), bytes of a row side
+    by side; ``A`` (groups, r, in) and ``B`` (groups, out, r), fp32 and contiguous, with zeros where a group has a
+    smaller rank."""
+
+    mask: Tensor
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def of(cls, groups: Groups) -> _Stack:
+        mask, A, B = _stacked(groups.masks), list(groups.lora_A), list(groups.lora_B)
+        mask = mask if mask.stride(2) == 1 else mask.contiguous()
+        if len({len(each) for each in A}) == 1:
+            return cls(mask, torch.stack(A).float(), torch.stack(B).float())
+        padded_A = torch.nn.utils.rnn.pad_sequence(A, batch_first=True)
         padded_B = torch.nn.utils.rnn.pad_sequence([each.T for each in B], batch_first=True).mT
-        return padded_A.float().contiguous(), padded_B.float().contiguous()
-    return torch.stack(list(A)).float(), torch.stack(list(B)).float()
+        return cls(mask, padded_A.float().contiguous(), padded_B.float().contiguous())
 
 
-def _composed(groups: Groups, dtype: torch.dtype) -> Tensor:
+def _composed(groups: Groups, stack: _Stack, dtype: torch.dtype) -> Tensor:
     """W_eff of every group, rounded once to ``dtype``: (groups, out, in), contiguous."""
-    weight, mask, (A, B) = _stacked(groups.weights), _stacked(groups.masks), _factors(groups)
+    weight, (mask, A, B) = _stacked(groups.weights), stack
     count, rows, depth = weight.shape
     composed = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if mask.stride(2) != 1:
-        mask = mask.contiguous()
     tile = tuning.compose_tile(tuning.architecture(weight.device), rows, depth, True, False)
     start_kernel(
         compose_groups_kernel, (ceil_div(rows, tile.rows) * ceil_div(depth, tile.columns), count), tile,
@@ -228,12 +238,12 @@ def _composed(groups: Groups, dtype: torch.dtype) -> Tensor:
     return composed
 
 
-def _projected(G: Tensor, groups: Groups, needs_A: bool, needs_B: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _projected(
+    G: Tensor, groups: Groups, stack: _Stack, needs_A: bool, needs_B: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """dA = s B^T (M * G) and dB = s (M * G) A^T of every group, G (groups, out, in); empty where not needed."""
-    mask, (A, B), device, G = _stacked(groups.masks), _factors(groups), G.device, G.contiguous()
+    (mask, A, B), device, G = stack, G.device, G.contiguous()
     (count, outputs, inputs), rank, R = G.shape, A.shape[1], padded(A.shape[1])
-    if mask.stride(2) != 1:
-        mask = mask.contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(count, *shape, dtype=torch.float32, device=device)

@@ -49,8 +49,8 @@ def check_input(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias:
         raise ValueError(f"x: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}")
-    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        x = autocast_input(x)
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
     elif x.dtype != weight.dtype:
         raise ValueError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
     check_adapter_dtype(lora_A, lora_B, (torch.float32, x.dtype, weight.dtype), "x's")
@@ -73,9 +73,14 @@ def autocast_is_on(device_type: str) -> bool:
 
 def autocast_input(x: Tensor) -> Tensor:
     """x in the type of autocast, where it is on; fp64 stays."""
-    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    dtype = _autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x; None where it leaves x as it is."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if autocast_is_on(kind) and x.dtype != torch.float64 else None
 
 
 def run(op: str, device: torch.device, *inputs):

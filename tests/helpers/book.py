@@ -69,7 +69,7 @@ def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]
             found[names[module]] = module.weight
         elif isinstance(module, Conv1D):
             found[names[module]] = module.weight.T
-        elif "down_proj" in module._parameters and {"gate_up_proj", "has_gate"} & {*module._parameters, *dir(module)}:
+        elif "down_proj" in module._parameters and (hasattr(module, "gate_up_proj") or hasattr(module, "has_gate")):
             for e in range(len(module.down_proj)):
                 found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
         elif isinstance(module, JetMoeParallelExperts):

@@ -4,8 +4,6 @@ test_triton_aot.py."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,23 +12,18 @@ import torch
 pytest.importorskip("triton")
 
 from losa_kernels.cka import triton as cka
-from tests.native.aot import interpreter_problem
+from tests.helpers.interpreter import run_in_interpreter, starts_interpreter
 
 
-@pytest.mark.subprocess
-@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@starts_interpreter
 def test_in_the_interpreter(tmp_path):
     """All of test_cka.py but what is about the reference's chunks; splits as on a GPU with three processors."""
     (tmp_path / "three_processors.py").write_text(
         "from losa_kernels.cka import triton as cka\ncka._processors = lambda device: 3\n"
     )
-    environment = {"TRITON_INTERPRET": "1", "LOSA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
     tests = str(Path(__file__).with_name("test_cka.py"))
-    command = [sys.executable, "-m", "pytest", tests, "-m", "not gpu", "-k", "not chunks", "-p", "three_processors"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout or "....." in done.stdout, done.stdout
+    run_in_interpreter(tests, "-k", "not chunks", "-p", "three_processors", PYTHONPATH=path)
 
 
 @pytest.mark.parametrize("samples", [200, 65, 64, 5])

@@ -8,7 +8,7 @@ import torch
 from losa_kernels import grouped_masked_lora_linear, masked_lora_linear, native, pack_mask
 from losa_kernels.masked_lora import cpu, cpu_sparse
 from tests.helpers.grouped_problems import by_formula, by_op, doubled, grouped_problem, run_grouped
-from tests.helpers.masked_lora_problems import LOW
+from tests.helpers.masked_lora_problems import LOW, assert_error_model
 
 SIZES = [40, 0, 1, 150, 17]
 BACKENDS = ["reference", "cpu"]
@@ -20,18 +20,6 @@ def backend(request, monkeypatch):
         pytest.skip(native.missing("cpu"))
     monkeypatch.setenv("LOSA_BACKEND", request.param)
     return request.param
-
-
-def assert_error_model(ours, plain, truth, dtype):
-    """At most twice plain torch's error in the same precision, plus one rounding of the largest value."""
-    for name, value in truth.items():
-        if not value.numel():
-            continue
-        error = (ours[name].double() - value).abs().max()
-        allowed = 2 * (plain[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
-        assert error <= allowed, (name, error, allowed)
-        wide = name.startswith("lora")
-        assert ours[name].dtype == (torch.float32 if wide else dtype), name
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -3,37 +3,24 @@ in bf16 on a GPU."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from losa_kernels.dispatch import interpreted
 from losa_kernels.grouped_masked_lora import groups as limits
 from losa_kernels.grouped_masked_lora import one_by_one
 from losa_kernels.grouped_masked_lora import triton as grouped
 from tests.helpers.grouped_problems import by_formula, by_op, doubled, grouped_problem, moved, run_grouped
-from tests.native.aot import interpreter_problem
+from tests.helpers.interpreter import interpreter, run_in_interpreter, starts_interpreter
+from tests.helpers.masked_lora_problems import assert_error_model
 
-IN_INTERPRETER = interpreted()
-interpreter = pytest.mark.skipif(not IN_INTERPRETER, reason="runs within test_in_the_interpreter")
 SIZES = [40, 0, 1, 70, 17]
 
 
-@pytest.mark.subprocess
-@pytest.mark.skipif(IN_INTERPRETER, reason="this is the process that it starts")
-@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@starts_interpreter
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "LOSA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "not gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^[s.]*\.\.\.", done.stdout, re.M), done.stdout
+    run_in_interpreter(__file__)
 
 
 def check(args, dtype, device="cpu"):
@@ -42,12 +29,7 @@ def check(args, dtype, device="cpu"):
     truth = run_grouped(by_formula, doubled(args), grad_y.double())
     plain = run_grouped(by_formula, args, grad_y)
     ours = run_grouped(by_op, moved(args, device), grad_y.to(device))
-    for name, value in truth.items():
-        if not value.numel():
-            continue
-        error = (ours[name].cpu().double() - value).abs().max()
-        allowed = 2 * (plain[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
-        assert error <= allowed, (name, error, allowed)
+    assert_error_model({name: value.cpu() for name, value in ours.items()}, plain, truth, dtype)
     rest = sum(SIZES)
     assert not ours["y"][rest:].any() and not ours["x"][rest:].any(), "rows of no group"
     assert not any(ours[name].any() for name in ours if name.endswith(".1")), "a group without rows"
@@ -192,9 +174,7 @@ def test_a_large_mixture_on_a_gpu():
     grad_y = torch.randn(len(args["x"]), 768, device="cuda").bfloat16()
     truth, ours = run_grouped(by_formula, doubled(args), grad_y.double()), run_grouped(by_op, args, grad_y)
     plain = run_grouped(by_formula, args, grad_y)
-    for name, value in truth.items():
-        error, other = ((found[name].double() - value).abs().max() for found in (ours, plain))
-        assert error <= 2 * other + torch.finfo(torch.bfloat16).eps * value.abs().max(), name
+    assert_error_model(ours, plain, truth, torch.bfloat16)
 
 
 @pytest.mark.gpu

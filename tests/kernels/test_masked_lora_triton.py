@@ -7,10 +7,6 @@ The interpreter computes bf16 wrongly, so it gets fp16 and fp32; what bf16 adds 
 from __future__ import annotations
 
 import gc
-import os
-import re
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -33,28 +29,19 @@ from tests.helpers.masked_lora_problems import (
 pytest.importorskip("triton")
 
 from losa_kernels import masked_lora_linear, pack_mask, unpack_mask
-from losa_kernels.dispatch import interpreted
 from losa_kernels.masked_lora import reference
 from losa_kernels.masked_lora import triton as lora
 from losa_kernels.masked_lora.layer import Layer
 from losa_kernels.masked_lora.triton import launch as launchers
-from tests.native.aot import interpreter_problem
+from tests.helpers.interpreter import interpreter, run_in_interpreter, starts_interpreter
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-IN_INTERPRETER = interpreted()
-interpreter = pytest.mark.skipif(not IN_INTERPRETER, reason="runs within test_in_the_interpreter")
 NEEDS_ALL = [True, True, True, True]
 
 
-@pytest.mark.subprocess
-@pytest.mark.skipif(IN_INTERPRETER, reason="this is the process that it starts")
-@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@starts_interpreter
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "LOSA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "not gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout and re.search(r"^[s.]*\.\.\.", done.stdout, re.M), done.stdout
+    run_in_interpreter(__file__)
 
 
 # Smaller than a tile of 32 rows and 16 tokens, larger, ragged, whole.
