@@ -112,7 +112,7 @@ class _Packer:
             f"{name}.{part.removesuffix('weight')}".rstrip(".")
             for parameter, parts in places(module).items()
             for part in parts
-            if part.endswith("weight") and zero_share(getattr(module, parameter)) >= self.min_sparsity
+            if part.endswith("weight") and zero_share(module.get_parameter(parameter)) >= self.min_sparsity
         ]
         del module
         if not chosen or as_linears(block, [name]):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from losa.errors import ModelError
 from losa.model import forms
 from losa.model.forms import holder_of, views
+from losa.modules.linear_experts import stack_of
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear
 
@@ -194,7 +195,8 @@ def linears_of(block: nn.Module, uses: Counter, targets: list[str]) -> dict[str,
 
 def is_shared(module: nn.Module, uses: Counter) -> bool:
     """Whether a matrix or stack of a module occurs more than once, by ``parameter_uses`` of the model."""
-    return any(uses[id(weight)] > 1 for weight in own_weights(module))
+    weights = own_weights(module) or [weight for weight in forms.tensors_of(module).values() if weight.ndim > 1]
+    return any(uses[id(weight)] > 1 for weight in weights)
 
 
 def own_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -243,11 +245,14 @@ def stacked_weights(module: nn.Module) -> list[str]:
 
 def expert_lists(block: nn.Module) -> list[nn.ModuleList]:
     """A block's lists of experts, modules of one class with linears of their own: a token meets some of them."""
-    return [m for m in block.modules() if isinstance(m, nn.ModuleList) and _expert_count(m) is not None]
+    return [m for m in block.modules() if isinstance(m, nn.ModuleList) and choices_of(m) is not None]
 
 
-def _expert_count(collection: nn.Module) -> int | None:
-    """The number of experts in a list of modules of one class, or in stacked weights; None: it is neither."""
+def choices_of(collection: nn.Module) -> int | None:
+    """Among how many experts a token chooses: those in a list of modules of one class, in stacked weights, or in
+    another form (``losa.model.forms``), whatever takes its place. None: it holds no experts."""
+    if (choices := forms.choices_of(stack_of(collection) or collection)) is not None:
+        return choices
     if fused := stacked_weights(collection):
         return getattr(collection, fused[0]).shape[0]
     if isinstance(collection, nn.ModuleList) and len(collection) > 1 and len({type(m) for m in collection}) == 1:
@@ -260,7 +265,7 @@ def _routers(block: nn.Module) -> set[nn.Module]:
     routers: set[nn.Module] = set()
     for parent in block.modules():
         for collection in parent.children():
-            count = _expert_count(collection)
+            count = choices_of(collection)
             if count is not None:
                 beside = set(parent.modules()) - set(collection.modules())
                 routers |= {m for m in beside if is_linear(m) and m.out_features in (1, count)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from losa.model.blocks import Blocks, expert_lists, find_blocks, stacked_weights, weight_count
+from losa.model.blocks import Blocks, choices_of, find_blocks, stacked_weights, weight_count
 from losa.model.forms import has_views, holder_of
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -84,9 +84,9 @@ def _shares(blocks: Blocks, experts_of_a_token: int | None) -> tuple[dict[int, f
     shares: dict[int, float] = {}
     known = True
     for block in blocks:
-        counts: list[tuple[nn.Module, int]] = [(experts, len(experts)) for experts in expert_lists(block)]
-        counts += [(m, getattr(m, names[0]).shape[0]) for m in block.modules() if (names := stacked_weights(m))]
-        for experts, count in counts:
+        for experts in block.modules():
+            if (count := choices_of(experts)) is None:
+                continue
             known &= experts_of_a_token is not None
             share = min(1.0, (experts_of_a_token or count) / count)
             shares |= {id(module): share for module in experts.modules()}

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from losa.modules.linear_experts import EveryTokenExperts, LinearExperts, RoutedExperts, SortedExperts
+from losa.modules.linear_experts import (
+    EveryTokenExperts,
+    IdentityExperts,
+    InnerGatedExperts,
+    LinearExperts,
+    RoutedExperts,
+    SortedExperts,
+)
 
 # What transformers.integrations.moe.use_experts_implementation says of every module of a class.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 
 
-# Linears of an expert that lie in one tensor of a stack, by the tensor's name.
-STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+# Linears of an expert that lie in one tensor of a module of experts, by the tensor's name within it.
+STACKED_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+    "mlp.w1": ("gate_proj",),
+    "mlp.v1": ("up_proj",),
+    "mlp.w2": ("down_proj",),
+}
 
 
 class Form(ABC):
-    """One form: a module of it has no parameters of its own but the weights of its linears, and biases, whose names end
-    so. The one linear of a module that holds no experts takes its place."""
+    """One form: a module of it has no parameters but the weights of its linears, and biases, whose names end so. The
+    one linear of a module that holds no experts takes its place.
+
+    ``inner``: names of children that hold the parameters. ``fills``: whether every weight is one of a linear.
+    """
+
+    inner: ClassVar[tuple[str, ...]] = ()
+    fills: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, module: Any) -> bool:
@@ -30,6 +51,17 @@ class Form(ABC):
     @abstractmethod
     def parts(self, module: Any) -> dict[str, nn.Linear]:
         """Its linears by name within it, frozen and over views of its parameters."""
+
+    def tensors(self, module: Any) -> dict[str, nn.Parameter]:
+        """The parameters of a module, by name within it."""
+        found = dict(module.named_parameters(recurse=False))
+        for name in self.inner:
+            found |= module.get_submodule(name).named_parameters(prefix=name)
+        return found
+
+    def weight_count(self, module: Any) -> int:
+        """Weights of its linears."""
+        return sum(tensor.numel() for name, tensor in self.tensors(module).items() if not name.endswith("bias"))
 
 
 class ExpertForm(Form):
@@ -41,6 +73,15 @@ class ExpertForm(Form):
     @abstractmethod
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         """Random ones, of a few tokens, for experts to be tried with."""
+
+    def choices(self, module: Any) -> int:
+        """Among how many experts a token chooses."""
+        return len(next(iter(self.tensors(module).values())))
+
+    def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
+        """Of a tensor each of whose rows holds the linears (out, in) of one expert, one after the other: the number of
+        experts, and the linears' names. None of another tensor."""
+        return None
 
 
 class Transposed(Form):
@@ -82,10 +123,81 @@ class Routed(ExpertForm):
         return found
 
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
-        weight, count = module.down_proj, len(module.down_proj)
-        x = torch.randn(8, weight.shape[2 if module.is_transposed else 1], generator=generator).to(weight)
-        chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in x]).to(weight.device)
-        return x, chosen, torch.rand(chosen.shape, generator=generator).to(weight)
+        weight = module.down_proj
+        x = torch.randn(8, weight.shape[2 if module.is_transposed else 1], generator=generator)
+        return _routed(x, len(weight), weight, generator)
+
+    def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
+        in_rows = not module.is_transposed and module.is_concatenated and parameter in STACKED_PARTS
+        return (len(module.down_proj), STACKED_PARTS[parameter]) if in_rows else None
+
+
+class RoutedWithIdentities(ExpertForm):
+    """Stacks in which some of the experts that a token chooses among give it back as it is (LongCat-Flash). The stack
+    of gates has rows for them, which nothing reads."""
+
+    experts = IdentityExperts
+    fills = False
+
+    def matches(self, module: Any) -> bool:
+        if set(module._parameters) != {"gate_up_proj", "down_proj"} or hasattr(module, _FLAGS[0]):
+            return False
+        both, down = module.gate_up_proj, module.down_proj
+        if not hasattr(module, "act_fn") or any(tensor is None or tensor.ndim != 3 for tensor in (both, down)):
+            return False
+        return len(both) >= len(down) and both.shape[1:] == (2 * down.shape[2], down.shape[1])
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        found: dict[str, nn.Linear] = {}
+        for e in range(len(module.down_proj)):
+            found |= _halves(f"{e}.", module.gate_up_proj[e], None, True)
+            found[f"{e}.down_proj"] = _view(module.down_proj[e], None)
+        return found
+
+    def weight_count(self, module: Any) -> int:
+        return len(module.down_proj) * sum(prod(stack.shape[1:]) for stack in (module.gate_up_proj, module.down_proj))
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        weight = module.down_proj
+        return _routed(torch.randn(8, weight.shape[1], generator=generator), self.choices(module), weight, generator)
+
+    def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
+        return len(module.down_proj), STACKED_PARTS[parameter]
+
+
+class OneBelowAnother(ExpertForm):
+    """Matrices of the experts one below the other, (experts * inner, hidden), in a module inside (DBRX)."""
+
+    experts = InnerGatedExperts
+    inner = ("mlp",)
+
+    def matches(self, module: Any) -> bool:
+        held, count = module._modules.get("mlp"), getattr(module, "num_experts", None)
+        if module._parameters or not isinstance(count, int) or count < 1 or not hasattr(held, "activation_fn"):
+            return False
+        tensors = dict(held.named_parameters())
+        if tensors.keys() != {"w1", "v1", "w2"}:
+            return False
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        (shape,) = shapes if len(shapes) == 1 else ((),)
+        return len(shape) == 2 and shape[0] % count == 0
+
+    def parts(self, module: Any) -> dict[str, nn.Linear]:
+        held, count = module.mlp, self.choices(module)
+        gate, up, down = (tensor.unflatten(0, (count, -1)) for tensor in (held.w1, held.v1, held.w2))
+        found: dict[str, nn.Linear] = {}
+        for e in range(count):
+            found |= {f"{e}.gate_proj": _view(gate[e], None), f"{e}.up_proj": _view(up[e], None)}
+            found[f"{e}.down_proj"] = _view(down[e].T, None)
+        return found
+
+    def choices(self, module: Any) -> int:
+        return module.num_experts
+
+    def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        weight = module.mlp.w1
+        x = torch.randn(2, 4, weight.shape[1], generator=generator)
+        return _routed(x, self.choices(module), weight, generator)
 
 
 class EveryToken(ExpertForm):
@@ -134,7 +246,21 @@ class SortedRows(ExpertForm):
         return torch.randn(sum(counts), module.input_size, generator=generator).to(module.weight), counts
 
 
-FORMS: tuple[Form, ...] = (Transposed(), Routed(), EveryToken(), SortedRows())
+FORMS: tuple[Form, ...] = (
+    Transposed(),
+    Routed(),
+    RoutedWithIdentities(),
+    EveryToken(),
+    SortedRows(),
+    OneBelowAnother(),
+)
+
+
+def _routed(x: Tensor, count: int, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, and for each token two of ``count`` experts and their weights."""
+    tokens = prod(x.shape[:-1])
+    chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(tokens)]).to(like.device)
+    return x.to(like), chosen, torch.rand(chosen.shape, generator=generator).to(like)
 
 
 def _are_stacks(module: Any, *names: str) -> bool:

@@ -60,13 +60,31 @@ def places(module: Any) -> dict[str, dict[str, Place]]:
         return {}
     # Parameters of a loaded model may lie in one storage, those of this one have storages of their own.
     like = _empty_like(module, torch.empty(0, device="meta"), None)
-    names = {p.untyped_storage()._cdata: name for name, p in like._parameters.items() if p is not None}
+    names = {p.untyped_storage()._cdata: name for name, p in tensors_of(like).items()}
     found: dict[str, dict[str, Place]] = {}
     for part, linear in views(like).items():
         for kind, tensor in linear.named_parameters():
             place = Place(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
             found.setdefault(names[tensor.untyped_storage()._cdata], {})[f"{part}.{kind}".lstrip(".")] = place
     return found
+
+
+def tensors_of(module: Any) -> dict[str, nn.Parameter]:
+    """The parameters that ``views`` are of, by name within the module; none of another module."""
+    form = _form_of(module)
+    return {} if form is None else form.tensors(module)
+
+
+def choices_of(module: Any) -> int | None:
+    """Among how many experts of a module a token chooses; None: it holds no experts in a form of their own."""
+    form = _form_of(module)
+    return form.choices(module) if isinstance(form, ExpertForm) else None
+
+
+def rows_of(module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
+    """``ExpertForm.rows`` of a module that ``views`` shows as linears; None of another one."""
+    form = _form_of(module)
+    return form.rows(module, parameter) if isinstance(form, ExpertForm) and not _is_sharded(module) else None
 
 
 def has_views(module: Any) -> bool:
@@ -80,12 +98,12 @@ def computes_its_linears(module: Any) -> bool:
     form = _form_of(module)
     if not isinstance(form, ExpertForm):
         return form is not None
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+    shapes = tuple((name, tuple(p.shape)) for name, p in form.tensors(module).items())
     key = (type(module), type(module).forward, shapes)
     if key not in _COMPARED:
         like: Any = _empty_like(module, torch.empty(0), None)
         generator = torch.Generator().manual_seed(0)
-        for parameter in like._parameters.values():
+        for parameter in form.tensors(like).values():
             parameter.data.normal_(std=0.05, generator=generator)
         _COMPARED[key] = _computes_the_same(form.experts(like, views(like)), like, form)
     return _COMPARED[key]
@@ -98,20 +116,22 @@ def holder_of(linear: nn.Module) -> nn.Module:
 
 def weight_count(module: Any) -> int:
     """Weights of the linears that ``views`` shows."""
-    if _form_of(module) is None:
-        return 0
-    return sum(p.numel() for name, p in module.named_parameters(recurse=False) if not name.endswith("bias"))
+    form = _form_of(module)
+    return 0 if form is None else form.weight_count(module)
 
 
 def _is_sharded(module: Any) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    return any(isinstance(parameter, DTensor) for parameter in tensors_of(module).values())
 
 
 def _form_of(module: Any) -> Form | None:
     form = next((form for form in FORMS if form.matches(module)), None)
+    if form is None:
+        return None
     # What is inside would leave the model with the module: an activation with weights.
-    inside = (tensor for child in module.children() for tensor in (*child.parameters(), *child.buffers()))
-    return form if form is not None and next(inside, None) is None else None
+    others = [child for name, child in module.named_children() if name not in form.inner]
+    inside = (tensor for child in others for tensor in (*child.parameters(), *child.buffers()))
+    return form if next(inside, None) is None else None
 
 
 def as_linears(
@@ -243,13 +263,24 @@ def _is_same(one: Tensor, other: Any) -> bool:
 
 def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     """A module like ``module`` with parameters of its own, of the types and in the place of a linear's. It shares all
-    else."""
-    new: Any = copy.copy(module)
-    new.__dict__ |= {kind: dict(getattr(module, kind)) for kind in ("_parameters", "_buffers", "_modules")}
-    for name, parameter in module.named_parameters(recurse=False):
+    else. Weights that are no linear's, which nothing reads, are zeros."""
+    form = _form_of(module)
+    assert form is not None
+    new = _shallow(module)
+    for name in form.inner:
+        new._modules[name] = _shallow(new._modules[name])
+    for name, parameter in form.tensors(module).items():
         like = weight if bias is None or not name.endswith("bias") else bias
-        empty = torch.empty_like(parameter, dtype=like.dtype, device=like.device)
-        new._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        made = torch.empty_like if form.fills else torch.zeros_like
+        where, _, leaf = name.rpartition(".")
+        tensor = made(parameter, dtype=like.dtype, device=like.device)
+        new.get_submodule(where)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return new
+
+
+def _shallow(module: Any) -> Any:
+    new = copy.copy(module)
+    new.__dict__ |= {kind: dict(getattr(module, kind)) for kind in ("_parameters", "_buffers", "_modules")}
     return new
 
 
@@ -270,7 +301,7 @@ def restore_tensors(stack: Any, name: str, tensors: dict[str, Tensor]) -> None:
         view.weight.data.copy_(weights.pop(part))
         if (bias := biases[part]) is not None:
             view.bias.data.copy_(bias)
-    tensors |= {f"{name}.{key}": value for key, value in new._parameters.items() if value is not None}
+    tensors |= {f"{name}.{key}": value for key, value in tensors_of(new).items()}
 
 
 def _contiguous(view: nn.Linear, always: bool) -> nn.Linear:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from losa.errors import ModelError, reason, shown_name
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.finite import rounded
-from losa.model.form_kinds import STACKED_PARTS
-from losa.model.forms import Place, has_views, places
+from losa.model.forms import Place, has_views, places, rows_of, tensors_of
 from losa.storage.tensor_files import Stored, TensorFiles, checkpoint_tensors
 
 logger = logging.getLogger("losa")
@@ -142,24 +141,17 @@ class Naming:
         it is stored: one matrix of one expert, which transformers puts into a stack."""
         found: dict[str, str] = {}
         for target in self.made:
-            module, _, _ = target.rpartition(".")
-            if (names := self._parts_of_experts(target)) is None:
+            module, _, parameter = target.rpartition(".")
+            if (found_rows := rows_of(self.model.get_submodule(module), parameter)) is None:
                 continue
-            for expert, sources in enumerate(self.stacked(target) or ()):
+            count, names = found_rows
+            for expert, sources in enumerate((self.stacked(target) or ())[:count]):
                 order = list(self._converters[self._patterns[sources[0]]].source_patterns)
                 ordered = sorted(sources, key=lambda source: order.index(self._patterns[source]))
                 if len(ordered) == len(names):
                     parts = (f"{module}.{expert}.{name}" for name in names)
                     found |= dict(zip(ordered, parts, strict=True))
         return found
-
-    def _parts_of_experts(self, target: str) -> tuple[str, ...] | None:
-        """Which linears of an expert lie in a row of a stack, one after the other; None for another tensor."""
-        module, _, parameter = target.rpartition(".")
-        stack: Any = self.model.get_submodule(module)
-        if not has_views(stack) or getattr(stack, "is_transposed", True) or not stack.is_concatenated:
-            return None
-        return STACKED_PARTS.get(parameter)
 
     @cached_property
     def parts(self) -> dict[str, dict[str, Place]]:
@@ -168,12 +160,28 @@ class Naming:
         found: dict[str, dict[str, Place]] = {}
         of_module: dict[str, dict[str, dict[str, Place]]] = {}
         for name, target in self.renamed.items():
-            module, _, parameter = target.rpartition(".")
+            if (module := self.holder(target)) is None:
+                continue
             if module not in of_module:
                 of_module[module] = places(self.model.get_submodule(module))
-            if parameter in of_module[module]:
-                found[name] = {f"{module}.{part}": place for part, place in of_module[module][parameter].items()}
+            of_tensor = of_module[module].get(target.removeprefix(f"{module}."), {})
+            if of_tensor:
+                found[name] = {f"{module}.{part}": place for part, place in of_tensor.items()}
         return found
+
+    def holder(self, target: str) -> str | None:
+        """The module, by its name, in another form (``losa.model.forms``), of which a tensor of the model is; None: it
+        is of no such module."""
+        return self._holders.get(target)
+
+    @cached_property
+    def _holders(self) -> dict[str, str]:
+        return {
+            f"{name}.{tensor}": name
+            for name, module in self.model.named_modules()
+            if has_views(module)
+            for tensor in tensors_of(module)
+        }
 
     def linear_of(self, name: str) -> str | None:
         """The linear, by its name in the model, whose weight a stored tensor is; None where it is no whole weight."""

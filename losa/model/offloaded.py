@@ -17,7 +17,7 @@ from losa.distributed.processes import is_main
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.blocks import Blocks, parameter_uses
-from losa.model.forms import Place, places, replaced_forms, restore_tensors
+from losa.model.forms import Place, places, replaced_forms, restore_tensors, tensors_of
 from losa.model.hub_files import local_directory
 from losa.model.loading import torch_device
 from losa.model.naming import Naming, as_stored, saved_names
@@ -163,12 +163,12 @@ class OffloadedBlocks:
                 layer.keep_all()
 
     def _put(self, name: str, tensor: Tensor) -> None:
+        for place, form in replaced_forms(self.model).items():
+            if name.startswith(f"{place}.") and (leaf := name.removeprefix(f"{place}.")) in tensors_of(form):
+                self._set_parts(place, places(form)[leaf], tensor)
+                return
         place, _, leaf = name.rpartition(".")
-        form = replaced_forms(self.model).get(place)
-        if form is None:
-            _set(self.model.get_submodule(place), leaf, tensor)
-            return
-        self._set_parts(place, places(form)[leaf], tensor)
+        _set(self.model.get_submodule(place), leaf, tensor)
 
     def _set_parts(self, place: str, parts: dict[str, Place], tensor: Tensor) -> None:
         """Give the linears in the place of another form their parts of its tensor; a part is a view where it can be."""

@@ -30,7 +30,16 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import as_linears, as_they_were, computes_its_linears, has_views, holder_of, unpacked_as_they_were
+from losa.model.forms import (
+    as_linears,
+    as_they_were,
+    choices_of,
+    computes_its_linears,
+    has_views,
+    holder_of,
+    tensors_of,
+    unpacked_as_they_were,
+)
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
 from losa.model.running import runnable
@@ -195,19 +204,25 @@ def _read_directly(model: Any) -> tuple[set[str], set[str]]:
 
 
 def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow: list[str], left: list[str]) -> None:
-    stacks = [(name, m) for name, m in blocks.modules.named_modules() if stacked_weights(m)]
-    if dense := [f"{name}.{p}" for name, m in stacks if not has_views(m) or name in left for p in stacked_weights(m)]:
+    stays = [(name, m) for name, m in blocks.modules.named_modules() if not has_views(m) or name in left]
+    if dense := [f"{name}.{tensor}" for name, m in stays for tensor in _tensors_of_experts(m)]:
         others = f" and {len(dense) - 3} others" if len(dense) > 3 else ""
         logger.warning("stacked expert weights of %r stay dense: %s%s", blocks.prefix, ", ".join(dense[:3]), others)
     modules = blocks.modules.named_modules()
     shared = [name for name, m in modules if (is_linear(m) or has_views(m)) and is_shared(m, uses)]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
-    own = [name for name in sorted(passed_by) if blocks.index_of(name) is not None]
+    own = sorted(passed_by & blocks.linears().keys())
     if own:
         logger.warning("linears whose weight the model reads itself stay dense: %s", ", ".join(own))
     if narrow:
         logger.warning("linears that are too narrow for their adapters' ranks stay dense: %s", ", ".join(narrow))
+
+
+def _tensors_of_experts(module: nn.Module) -> list[str]:
+    """Names of a module's tensors that hold weights of several experts."""
+    held = tensors_of(module) if choices_of(module) is not None else {}
+    return stacked_weights(module) or [name for name, tensor in held.items() if tensor.ndim > 1]
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, MaskedLoRALinear]:
@@ -269,13 +284,19 @@ def count_kept(linear: nn.Module) -> int:
 def matrix_weights(model: nn.Module) -> int:
     """Weights in all matrices and stacks of the blocks, wrapped or not. Adapters do not count."""
     sizes: dict[int, int] = {}
+    of_forms: set[int] = set()
     for module in find_blocks(model).modules.modules():
         if isinstance(module, (MaskedLoRALinear, SparseLinear)):
             sizes[id(module)] = weight_count(module)
             continue
+        if held := [id(tensor) for tensor in tensors_of(module).values()]:
+            sizes[held[0]] = weight_count(module)
+            of_forms.update(held)
+            continue
         # Biases of stacked experts are matrices too, (experts, out).
         stacks = [module.get_parameter(name) for name in stacked_weights(module)]
-        sizes |= {id(w): w.numel() for w in stacks or own_weights(module) if w.is_floating_point()}
+        own = [w for w in stacks or own_weights(module) if id(w) not in of_forms]
+        sizes |= {id(w): w.numel() for w in own if w.is_floating_point()}
     return sum(sizes.values())
 
 

@@ -82,43 +82,67 @@ class RoutedExperts(LinearExperts):
     """
 
     every_token = False
+    others_are_identities = False
+
+    def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """What the experts' last linears get."""
+        stack: Any = stack_of(self)
+        if gate is None:
+            return stack.act_fn(up)
+        # Side by side, or in turns.
+        return stack._apply_gate(torch.stack([gate, up], -2 if stack.is_concatenated else -1).flatten(-2))
 
     def forward(self, *args, **kwargs) -> Tensor:
-        """The stack's own arguments: hidden states (tokens, hidden), and of each token its experts and their weights
-        (tokens, k); an expert beyond the last one is none. (tokens, hidden)."""
+        """The stack's own arguments: hidden states (..., hidden), and of each token its experts and their weights
+        (tokens, k); an expert beyond the last one is none. (..., hidden)."""
         stack: Any = stack_of(self)
         # A class may have names of its own for the arguments.
-        _, hidden, chosen, shares = signature(type(stack).forward).bind(stack, *args, **kwargs).arguments.values()
-        k = chosen.shape[-1]
+        _, given, chosen, shares = signature(type(stack).forward).bind(stack, *args, **kwargs).arguments.values()
+        hidden, k = given.reshape(-1, given.shape[-1]), chosen.shape[-1]
         # Rows by expert, each expert's in the order of tokens.
         experts, order = chosen.flatten().sort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(experts, torch.arange(len(self), device=experts.device), right=True)
         if self.every_token:
-            out = self._from_every_token(stack, hidden, order // k, ends)
+            out = self._from_every_token(hidden, order // k, ends)
         else:
             rows = GroupedRows(_TakeRows.apply(hidden, order // k, back, k), ends)
             up = rows.through(self.linears("up_proj"))
-            gate = rows.through(self.linears("gate_proj")) if stack.has_gate else None
-            out = GroupedRows(_activated(stack, gate, up), ends).through(self.linears("down_proj"))
+            gates = self.linears("gate_proj")
+            gated = self.activated(rows.through(gates) if gates else None, up)
+            out = GroupedRows(gated, ends).through(self.linears("down_proj"))
+        if self.others_are_identities:
+            others = torch.arange(len(out), device=out.device) >= ends[-1]
+            out = torch.where(others.unsqueeze(-1), hidden[order // k], out)
         own = _TakeRows.apply(out, back, order, 1).unflatten(0, (len(hidden), k))
-        return (own * shares.unsqueeze(-1)).sum(1).to(hidden.dtype)
+        return (own * shares.unsqueeze(-1)).sum(1).to(hidden.dtype).view_as(given)
 
-    def _from_every_token(self, stack: Any, hidden: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
+    def _from_every_token(self, hidden: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
         *tokens, none = GroupedRows(of_row, ends).of_each
         parts = []
         for each, own in zip(self, tokens, strict=True):
             expert: Any = each
-            gate = expert.gate_proj(hidden) if stack.has_gate else None
-            parts.append(expert.down_proj(_activated(stack, gate, expert.up_proj(hidden)))[own])
+            gate = expert.gate_proj(hidden) if "gate_proj" in expert._modules else None
+            parts.append(expert.down_proj(self.activated(gate, expert.up_proj(hidden)))[own])
         return torch.cat([*parts, hidden.new_zeros(len(none), hidden.shape[-1])])
 
 
-def _activated(stack: Any, gate: Tensor | None, up: Tensor) -> Tensor:
-    if gate is None:
-        return stack.act_fn(up)
-    # Side by side, or in turns.
-    return stack._apply_gate(torch.stack([gate, up], -2 if stack.is_concatenated else -1).flatten(-2))
+class IdentityExperts(RoutedExperts):
+    """In the place of a module in which an expert beyond the last one gives back what it gets (LongCat-Flash)."""
+
+    others_are_identities = True
+
+    def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        stack: Any = stack_of(self)
+        return stack.act_fn(gate) * up
+
+
+class InnerGatedExperts(RoutedExperts):
+    """In the place of a module whose activation is of a module inside, ``mlp`` (DBRX)."""
+
+    def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        stack: Any = stack_of(self)
+        return stack.mlp.activation_fn(gate) * up
 
 
 class EveryTokenExperts(LinearExperts):

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # Matrices of blocks have a number in their name: "model.layers.0.mlp.up_proj.weight", "h.0.attn.c_attn.weight". So have
 # stacks of experts: "model.layers.0.mlp.experts.down_proj".
-BLOCK_WEIGHT = re.compile(r"(.*?\.\d{1,9})\..*(weight|_proj)", re.ASCII)
+_OF_EXPERTS = "|".join(re.escape(f".{name}") for name in STACKED_PARTS)
+BLOCK_WEIGHT = re.compile(rf"(.*?\.\d{{1,9}})\..*(weight|_proj|{_OF_EXPERTS})", re.ASCII)
 MEASURED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,10 +75,10 @@ class Inspection:
 
 def _of_stack(name: str, kept: dict[str, int]) -> list[int]:
     """How many weights are kept of each linear that lies in a stack of that name in the model."""
-    experts, _, parameter = name.rpartition(".")
-    parts = "|".join(STACKED_PARTS.get(parameter, ()))
     patterns = [rf"{re.escape(name)}\.\d+\.linear"]
-    patterns += [rf"{re.escape(experts)}\.\d+\.({parts})"] if parts else []
+    for parameter, parts in STACKED_PARTS.items():
+        if name.endswith(f".{parameter}"):
+            patterns.append(rf"{re.escape(name.removesuffix(parameter))}\d+\.({'|'.join(parts)})")
     linear = re.compile("|".join(patterns))
     return [count for each, count in kept.items() if linear.fullmatch(each)]
 

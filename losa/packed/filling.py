@@ -72,12 +72,13 @@ class _Forms:
         experts, inside = naming.experts, linears_inside(naming.parts, contents.stacks, contents.where)
         packed = {f"{name}.weight" for name in contents.packed} & experts.keys()
         modules = {experts[name].rsplit(".", 2)[0] for name in packed}
-        modules |= {naming.renamed[name].rpartition(".")[0] for name in contents.stacks}
+        holders = {name: naming.holder(naming.renamed[name]) for name in naming.parts}
+        modules |= {holder for name in contents.stacks if (holder := holders[name]) is not None}
         return cls(
             modules,
             {name: linear for name, linear in experts.items() if linear.rsplit(".", 2)[0] in modules},
             inside,
-            {name: own for name, own in naming.parts.items() if naming.renamed[name].rpartition(".")[0] in modules},
+            {name: own for name, own in naming.parts.items() if holders[name] in modules},
         )
 
 

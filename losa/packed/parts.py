@@ -132,8 +132,9 @@ def _weights_in(naming: Naming, name: str, linears: Set[str]) -> dict[str, Place
     found = {part.removesuffix(".weight"): p for part, p in naming.parts[name].items() if part.endswith(".weight")}
     if not found or not found.keys() <= linears:
         return {}
-    module = naming.model.get_submodule(naming.renamed[name].rpartition(".")[0])
-    return found if computes_its_linears(module) else {}
+    holder = naming.holder(naming.renamed[name])
+    assert holder is not None, "what has linears inside is of another form"
+    return found if computes_its_linears(naming.model.get_submodule(holder)) else {}
 
 
 def _as_it_is(naming: Naming, name: str, tensor: Tensor, linears: Set[str]) -> dict[str, Place]:
@@ -150,8 +151,10 @@ def _on_disk(naming: Naming, name: str, linear: str) -> str:
     """What a linear is called on disk whose weight is, or lies in, the stored tensor ``name``."""
     if name not in naming.parts:
         return name.removesuffix(".weight")
-    module = naming.renamed[name].rpartition(".")[0]
-    return f"{name.rpartition('.')[0]}{linear.removeprefix(module)}"
+    target = naming.renamed[name]
+    holder = naming.holder(target) or ""
+    within = target.removeprefix(holder).count(".")
+    return f"{name.rsplit('.', within)[0]}{linear.removeprefix(holder)}"
 
 
 def _split(pack: Packer, tensor: Tensor, places: dict[str, Place], where: str) -> dict[str, Packed] | None:

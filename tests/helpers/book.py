@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.pytorch_utils import Conv1D
 
 
@@ -72,17 +74,25 @@ def matrices(block: nn.Module, names: dict[nn.Module, str]) -> dict[str, Tensor]
         elif "down_proj" in module._parameters and (hasattr(module, "gate_up_proj") or hasattr(module, "has_gate")):
             for e in range(len(module.down_proj)):
                 found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
+        elif isinstance(module, DbrxExperts):
+            for e in range(module.num_experts):
+                found |= {f"{names[module]}.{e}.{part}": weight for part, weight in _of_expert(module, e).items()}
         elif isinstance(module, JetMoeParallelExperts):
             found |= {f"{names[module]}.{e}.linear": weight for e, weight in enumerate(module.weight)}
     return found
 
 
 def _of_expert(stack, e: int) -> dict[str, Tensor]:
+    if isinstance(stack, DbrxExperts):
+        gate, up, down = (
+            w.view(stack.num_experts, -1, w.shape[1])[e] for w in (stack.mlp.w1, stack.mlp.v1, stack.mlp.w2)
+        )
+        return {"gate_proj": gate, "up_proj": up, "down_proj": down.T}
     if not getattr(stack, "has_gate", True):
         up, down = stack.up_proj[e], stack.down_proj[e]
         return {"up_proj": up.T, "down_proj": down.T} if stack.is_transposed else {"up_proj": up, "down_proj": down}
     both, down = stack.gate_up_proj[e], stack.down_proj[e]
-    if getattr(stack, "is_transposed", True):
+    if getattr(stack, "is_transposed", not isinstance(stack, LongcatFlashExperts)):
         both, down = both.T, down.T
     half = len(both) // 2
     gate, up = (both[:half], both[half:]) if getattr(stack, "is_concatenated", True) else (both[::2], both[1::2])
@@ -91,10 +101,23 @@ def _of_expert(stack, e: int) -> dict[str, Tensor]:
 
 def _see_llama4(squares: dict[str, Tensor], name: str, module: Any, args: tuple) -> None:
     for e, x in enumerate(args[0].view(len(module.down_proj), -1, args[0].shape[-1])):
-        part = _of_expert(module, e)
-        inner = F.linear(x, part["up_proj"]) * module.act_fn(F.linear(x, part["gate_proj"]))
-        for each, seen in (("gate_proj", x), ("up_proj", x), ("down_proj", inner)):
-            _add(squares, f"{name}.{e}.{each}", seen)
+        _add_expert(squares, f"{name}.{e}", x, _of_expert(module, e), module.act_fn)
+
+
+def _see_routed(squares: dict[str, Tensor], name: str, module: Any, args: tuple) -> None:
+    hidden, chosen, _ = args
+    dbrx = isinstance(module, DbrxExperts)
+    for e in range(module.num_experts if dbrx else module.num_routed_experts):
+        x = hidden.flatten(0, -2)[(chosen == e).any(1)]
+        if len(x):
+            act = module.mlp.activation_fn if dbrx else module.act_fn
+            _add_expert(squares, f"{name}.{e}", x, _of_expert(module, e), act)
+
+
+def _add_expert(squares: dict[str, Tensor], name: str, x: Tensor, part: dict[str, Tensor], act: Any) -> None:
+    inner = F.linear(x, part["up_proj"]) * act(F.linear(x, part["gate_proj"]))
+    for each, seen in (("gate_proj", x), ("up_proj", x), ("down_proj", inner)):
+        _add(squares, f"{name}.{each}", seen)
 
 
 def _see_jetmoe(squares: dict[str, Tensor], name: str, module: Any, args: tuple) -> None:
@@ -113,6 +136,7 @@ def _add(squares: dict[str, Tensor], name: str, x: Tensor) -> None:
 SEEN = (
     ((nn.Linear, Conv1D), _see_linear),
     (Llama4TextExperts, _see_llama4),
+    ((DbrxExperts, LongcatFlashExperts), _see_routed),
     (JetMoeParallelExperts, _see_jetmoe),
 )
 

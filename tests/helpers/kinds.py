@@ -91,6 +91,37 @@ KINDS = {
         ),
         # One stack for each of the experts' matrices, with rows in the order of experts; attention of experts.
         Kind("JetMoe", {"num_local_experts": 4, "kv_channels": 8, "aux_loss_coef": 0.0}, routers=("router.layer",)),
+        # Matrices of the experts one below the other, in a module inside; a router that is a plain linear.
+        Kind(
+            "Dbrx",
+            {
+                "d_model": 32,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+                "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+                "resid_pdrop": 0.0,
+            },
+            routers=("router.layer",),
+        ),
+        # Stacks of three experts, beside two choices that give a token back as it is.
+        Kind(
+            "LongcatFlash",
+            {
+                "n_routed_experts": 3,
+                "zero_expert_num": 2,
+                "moe_topk": 3,
+                "expert_ffn_hidden_size": 24,
+                "ffn_hidden_size": 64,
+                "head_dim": 8,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "num_key_value_heads": 4,
+            },
+            layers=4,  # two attentions a block
+            routers=("classifier",),
+        ),
         # Transposed stacks with biases, gate and up in turns.
         Kind("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16}),
     )

@@ -23,7 +23,9 @@ from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.tiny import assert_same_function, logits, randomise, wrap
 
 OTHER_FORMS = [
-    kind for kind in KINDS.values() if kind.name in ("GPT2", "Mixtral", "GptOss", "DeepseekV3", "Llama4Text", "JetMoe")
+    kind
+    for kind in KINDS.values()
+    if kind.name in ("GPT2", "Mixtral", "GptOss", "DeepseekV3", "Llama4Text", "JetMoe", "Dbrx", "LongcatFlash")
 ]
 other_forms = pytest.mark.parametrize("kind", OTHER_FORMS, ids=lambda kind: kind.name)
 
@@ -36,19 +38,20 @@ def test_a_model_shows_its_linears(kind):
     expected = {name: w for block in blocks for name, w in matrices(block, names).items()}
     linears = blocks.linears()
     routers = expected.keys() - linears.keys()
-    assert all(name.endswith(("gate", "router", "router.layer")) for name in routers)
+    assert all(name.endswith(("gate", "router", "router.layer", "router.classifier")) for name in routers)
     assert linears.keys() <= expected.keys()
     for name, linear in linears.items():
         assert torch.equal(linear.weight, expected[name]), name
         assert linear.weight.data_ptr() == expected[name].data_ptr(), "a view"
         assert linear.weight.shape == (linear.out_features, linear.in_features)
-    held = [p for m in blocks.holders().values() for n, p in m.named_parameters(recurse=False) if "bias" not in n]
-    assert sum(p.numel() for p in held) == sum(linear.weight.numel() for linear in linears.values())
+    held = [p for m in blocks.holders().values() for n, p in m.named_parameters() if "bias" not in n]
+    unread = sum(stack[3:].numel() for name, stack in model.named_parameters() if "gate_up" in name and len(stack) == 5)
+    assert sum(p.numel() for p in held) - unread == sum(linear.weight.numel() for linear in linears.values())
     zeros, prunable = sparsity_of(model)
     assert zeros == 0 and prunable == sum(linear.weight.numel() for linear in linears.values())
     others = [p for b in blocks for n, p in b.named_parameters() if p.ndim > 1 and "bias" not in n]
-    assert prunable + unprunable_of(model) == sum(p.numel() for p in others)
-    assert unprunable_of(model) == sum(p.numel() for p in others if p.ndim == 2 and len(p) == 4), "routers of four"
+    assert prunable + unprunable_of(model) == sum(p.numel() for p in others) - unread
+    assert unprunable_of(model) == sum(p.numel() for p in others if p.ndim == 2 and len(p) in (4, 5)), "routers"
 
 
 @other_forms
@@ -199,3 +202,51 @@ def test_tokens_without_an_expert_and_experts_without_tokens():
     assert torch.allclose(experts(x, chosen, shares), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(experts(x, top_k_index=chosen, top_k_weights=shares), experts(x, chosen, shares))
     assert not seen and experts(x[:0], chosen[:0], shares[:0]).shape == (0, 32)
+
+
+def test_choices_that_are_no_experts_give_a_token_back():
+    model = of_kind(KINDS["LongcatFlash"])
+    name = "model.layers.0.mlp.experts"
+    stack = model.get_submodule(name)
+    as_linears(model, [name], lambda _, view: view)
+    experts = model.get_submodule(name)
+    x, shares = torch.randn(5, 32), torch.rand(5, 2)
+    chosen = torch.tensor([[3, 4], [0, 3], [4, 2], [1, 0], [4, 3]])  # 3 and 4 are none
+    assert torch.equal(experts(x, chosen, shares)[[0, 4]], (x.unsqueeze(1) * shares.unsqueeze(-1)).sum(1)[[0, 4]])
+    assert_same_function(experts(x, chosen, shares), stack(x, chosen, shares))
+
+
+def test_rows_that_nothing_reads_are_zeros_once_a_stack_has_changed():
+    model = of_kind(KINDS["LongcatFlash"])
+    first = model.model.layers[0].mlp.experts.gate_up_proj.clone()
+    layers = wrap(model)
+    unwrap_model(model)
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, first)
+    layers = wrap(model)
+    name = "model.layers.0.mlp.experts.1.up_proj"
+    randomise({name: layers[name]})
+    merge_model(model)
+    changed = model.model.layers[0].mlp.experts.gate_up_proj
+    assert bool(first[3:].any()) and not changed[3:].any()
+    assert torch.equal(changed[[0, 2]], first[[0, 2]]) and not torch.equal(changed[1], first[1])
+
+
+def test_a_stack_in_a_module_inside_that_is_shared_stays_dense(caplog):
+    model = of_kind(KINDS["Dbrx"])
+    one, other = (block.ffn.experts.mlp for block in model.transformer.blocks)
+    one.v1 = other.v1
+    with caplog.at_level(logging.WARNING, logger="losa"):
+        layers = wrap(model)
+    assert not any("experts" in name for name in layers) and layers
+    assert "with a shared weight stay dense: 0.ffn.experts, 1.ffn.experts" in caplog.text
+
+
+def test_a_module_inside_that_computes_something_else_stays(caplog, monkeypatch):
+    model = of_kind(KINDS["Dbrx"])
+    kind = type(model.transformer.blocks[0].ffn.experts)
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states, top_k_index, top_k_weights: 2 * hidden_states)
+    with caplog.at_level(logging.INFO, logger="losa"):
+        layers = wrap(model)
+    assert "DbrxExperts are left stacked: their linears compute something else" in caplog.text
+    assert "stay dense: 0.ffn.experts.mlp.w1, 0.ffn.experts.mlp.v1, 0.ffn.experts.mlp.w2 and 3 others" in caplog.text
+    assert len(layers) == 2 * 2

@@ -15,7 +15,7 @@ from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.tiny import randomise
 
 IDS = torch.randint(2, 90, (3, 20), generator=torch.Generator().manual_seed(1))
-MIXTURES = ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Llama4Text", "JetMoe"]
+MIXTURES = ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Llama4Text", "JetMoe", "Dbrx", "LongcatFlash"]
 
 
 def wrapped(name, dtype=torch.float32, **options):

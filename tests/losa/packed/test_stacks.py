@@ -32,7 +32,7 @@ from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.records import make_record
 from tests.helpers.tiny import assert_same_function, logits, randomise, tiny_tokenizer, wrap
 
-STORED = ("GPT2", "GptOss", "GraniteMoe", "Llama4Text", "JetMoe")
+STORED = ("GPT2", "GptOss", "GraniteMoe", "Llama4Text", "JetMoe", "Dbrx")
 kinds = pytest.mark.parametrize("name", STORED)
 
 
