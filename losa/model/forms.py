@@ -12,12 +12,13 @@ import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from losa.distributed.sharding import gathered, shard_module, sharding_of
 from losa.model.form_kinds import FORMS, ExpertForm, Form
 from losa.modules.linear_experts import stack_of, stand_for
 
@@ -43,10 +44,14 @@ class Place:
 
 def views(module: Any) -> dict[str, nn.Linear]:
     """The linears that a module of another form stands for, by name within it; a transposed linear's name is empty.
-    Their weights are views of the module's parameters, and ``holder_of`` gives the module. Empty for other modules, and
-    for one that is held in shards."""
+    Their weights are views of the module's parameters, and ``holder_of`` gives the module; of one that is held in
+    shards they are on meta. Empty for other modules."""
     form = _form_of(module)
-    found = {} if form is None or _is_sharded(module) else form.parts(module)
+    shown = module
+    sharded = next((t for t in tensors_of(module).values() if isinstance(t, DTensor)), None)
+    if sharded is not None:
+        shown = _empty_like(module, torch.empty(0, dtype=sharded.dtype, device="meta"), None)
+    found = {} if form is None else form.parts(shown)
     for linear in found.values():
         vars(linear)["holder"] = module
         linear.training = module.training
@@ -84,12 +89,12 @@ def choices_of(module: Any) -> int | None:
 def rows_of(module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
     """``ExpertForm.rows`` of a module that ``views`` shows as linears; None of another one."""
     form = _form_of(module)
-    return form.rows(module, parameter) if isinstance(form, ExpertForm) and not _is_sharded(module) else None
+    return form.rows(module, parameter) if isinstance(form, ExpertForm) else None
 
 
 def has_views(module: Any) -> bool:
     """Whether ``views`` shows any linear; it makes none."""
-    return not _is_sharded(module) and _form_of(module) is not None
+    return _form_of(module) is not None
 
 
 def computes_its_linears(module: Any) -> bool:
@@ -120,10 +125,6 @@ def weight_count(module: Any) -> int:
     return 0 if form is None else form.weight_count(module)
 
 
-def _is_sharded(module: Any) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in tensors_of(module).values())
-
-
 def _form_of(module: Any) -> Form | None:
     form = next((form for form in FORMS if form.matches(module)), None)
     if form is None:
@@ -137,7 +138,8 @@ def _form_of(module: Any) -> Form | None:
 def as_linears(
     model: nn.Module, names: Iterable[str], made: Callable[[str, nn.Linear], nn.Module] | None = None
 ) -> list[str]:
-    """Replace modules of other forms, in place, by linears and ``LinearExperts``.
+    """Replace modules of other forms, in place, by linears and ``LinearExperts``. Processes that hold a module in
+    shards call this together, and hold what takes its place in shards too.
 
     Args:
         model: whose modules they are.
@@ -152,22 +154,25 @@ def as_linears(
     forms: dict[str, nn.Module] = vars(model).setdefault(_FORMS, {}) if made is not None else {}
     left = []
     for name in names:
-        module = model.get_submodule(name)
-        linears: dict[str, nn.Module] = {}
-        copied = True
-        for part, view in views(module).items():
-            copied &= made is None or not view.weight.is_contiguous()
-            linear = _contiguous(view, always=made is None)
-            linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
-        # What was copied need not stay in memory twice.
-        held = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
-        form, new = _form_of(module), linears.get("")
-        if isinstance(form, ExpertForm):
-            new = form.experts(held, linears).train(module.training)
-            if not _computes_the_same(new, module, form):
-                left.append(name)
-                continue
-        assert new is not None, "a form without experts is one linear"
+        module, linears = model.get_submodule(name), cast(dict[str, nn.Module], {})
+        sharding = sharding_of(module)
+        with gathered(module):
+            copied = True
+            for part, view in views(module).items():
+                copied &= sharding is not None or made is None or not view.weight.is_contiguous()
+                linear = _contiguous(view, always=made is None)
+                linears[part] = linear if made is None else made(f"{name}.{part}".rstrip("."), linear)
+            # What was copied need not stay in memory twice.
+            held = _empty_like(module, torch.empty(0, device="meta"), None) if copied else module
+            form, new = _form_of(module), linears.get("")
+            if isinstance(form, ExpertForm):
+                new = form.experts(held, linears).train(module.training)
+                if not _computes_the_same(new, module, form):
+                    left.append(name)
+                    continue
+            assert new is not None, "a form without experts is one linear"
+            if sharding is not None:
+                shard_module(new, sharding)
         if made is None:
             stand_for(new, held)
         forms[name] = held
@@ -182,7 +187,8 @@ def replaced_forms(model: nn.Module) -> dict[str, nn.Module]:
 
 def as_they_were(model: nn.Module, made: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> None:
     """Put the forms back that ``as_linears`` replaced, in place and frozen: one after the other, with new parameters
-    where a linear has another weight than it had.
+    where a linear has another weight than it had, or is held in shards. Processes that share a model call this
+    together.
 
     Args:
         model: whose modules they are.
@@ -234,21 +240,28 @@ def _put_back(module: nn.Module, parts: dict[str, nn.Module], made: Callable[[nn
     before = views(module)
     new: nn.Module | None = None
     after: dict[str, nn.Linear] = {}
+    sharding = None
     for part, view in before.items():
-        linear: Any = made(parts[part])
-        if new is None:
-            if _is_same(view.weight, linear.weight):
-                del parts[part]
-                continue
-            new = _empty_like(module, linear.weight, linear.bias)
-            after = views(new)
-            for earlier in before:
-                if earlier == part:
-                    break
-                _copy(before[earlier], after[earlier])
-        _copy(linear, after[part])
-        del parts[part]
-    return module if new is None else new
+        sharding = sharding or sharding_of(parts[part])
+        with gathered(parts[part]):
+            linear: Any = made(parts[part])
+            if new is None:
+                if _is_same(view.weight, linear.weight):
+                    del parts[part]
+                    continue
+                new = _empty_like(module, linear.weight, linear.bias)
+                after = views(new)
+                for earlier in before:
+                    if earlier == part:
+                        break
+                    _copy(before[earlier], after[earlier])
+            _copy(linear, after[part])
+            del parts[part]
+    if new is None:
+        return module
+    if sharding is not None:
+        shard_module(new, sharding)
+    return new
 
 
 def _copy(source: Any, target: Any) -> None:
@@ -271,9 +284,9 @@ def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
         new._modules[name] = _shallow(new._modules[name])
     for name, parameter in form.tensors(module).items():
         like = weight if bias is None or not name.endswith("bias") else bias
-        made = torch.empty_like if form.fills else torch.zeros_like
+        made = torch.empty if form.fills else torch.zeros
         where, _, leaf = name.rpartition(".")
-        tensor = made(parameter, dtype=like.dtype, device=like.device)
+        tensor = made(parameter.shape, dtype=like.dtype, device=like.device)
         new.get_submodule(where)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     return new
 

@@ -39,6 +39,7 @@ from losa.model.forms import (
     holder_of,
     tensors_of,
     unpacked_as_they_were,
+    views,
 )
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
@@ -320,9 +321,17 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
     linear the weights that are exactly zero."""
     zeros = total = 0
     blocks = find_blocks(model)
+    in_shards: dict[nn.Module, None] = {}
     for linear in blocks.linears().values():
         total += weight_count(linear)
-        zeros += weight_count(linear) - count_kept(linear)
+        holder = holder_of(linear)
+        if holder is not linear and sharding_of(holder) is not None:
+            in_shards[holder] = None
+        else:
+            zeros += weight_count(linear) - count_kept(linear)
+    for holder in in_shards:
+        with gathered(holder):
+            zeros += sum(weight_count(linear) - count_kept(linear) for linear in views(holder).values())
     for module in blocks.modules.modules():
         if isinstance(module, SparseLinear):
             total += weight_count(module)

@@ -217,8 +217,12 @@ def lay_experts_together(model: nn.Module) -> None:
     for experts in (module for module in model.modules() if isinstance(module, LinearExperts)):
         for name in dict.fromkeys(name for expert in experts for name in expert._modules):
             layers = experts.linears(name)
-            if all(type(layer) is MaskedLoRALinear and layer.weight.is_cuda for layer in layers):
+            if all(type(layer) is MaskedLoRALinear and _is_on_gpu(layer.weight) for layer in layers):
                 lay_together(cast(list[MaskedLoRALinear], layers))
+
+
+def _is_on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda and not isinstance(weight, DTensor)
 
 
 def lay_together(layers: Sequence[MaskedLoRALinear]) -> None:

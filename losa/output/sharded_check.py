@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from losa.distributed.turns import everywhere
 from losa.distributed.watch import progress
 from losa.errors import ModelError, OutputError
 from losa.model.block_calls import Call, hidden_of, same, split_call
-from losa.model.blocks import find_blocks
+from losa.model.blocks import find_blocks, find_linears
 from losa.model.naming import Naming
 from losa.model.running import evaluating
 from losa.model.skeleton import empty_model, move_buffers
@@ -141,7 +141,6 @@ class _Comparison:
     def __init__(self, model: Any, written: _Written, record: RunRecord, masks: Mapping[str, Tensor]):
         self.model, self.written, self.record, self.masks = model, written, record, masks
         self.blocks = find_blocks(model)
-        self.linears = list(self.blocks.linears())
         self.passes: dict[int, _Pass] = {}
         self.counts = [0, 0, 0]
 
@@ -180,10 +179,8 @@ class _Comparison:
         memory = self.blocks.modules[index].state_dict()
         self.written.load({f"{name}.{part}": tensor for part, tensor in memory.items()})
         block = self.written.model.get_submodule(name)
-        for linear in self.linears:
-            if self.blocks.index_of(linear) != index:
-                continue
-            weight = self.written.model.get_parameter(f"{linear}.weight")
+        for part, module in find_linears(block, model=self.written.model).items():
+            linear, weight = f"{name}.{part}", cast(Tensor, module.weight)
             if linear in masks:
                 self.counts[2] += check_masked(linear, weight, masks[linear], self.record.masks[linear])
             self.counts[0] += weight.numel() - int(torch.count_nonzero(weight))

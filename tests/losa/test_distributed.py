@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from losa.model.blocks import find_blocks
+from tests.helpers.exports import tensors_of
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.processes import run_groups
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 from tests.helpers.workers import running
@@ -17,7 +20,9 @@ from tests.helpers.workers import running
 @pytest.mark.subprocess
 def test_a_run_is_the_same_however_processes_hold_the_model(tmp_path):
     tiny_llama(layers=2).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    of_kind(KINDS["Mixtral"]).save_pretrained(tmp_path / "mixture")
+    for model in ("model", "mixture"):
+        tiny_tokenizer().save_pretrained(tmp_path / model)
     (tmp_path / "text.txt").write_text(running.TEXT * 40)
     found = run_groups("running", list(running.CASES), tmp_path / "found", str(tmp_path))
     held = {name: each for processes in found.values() for name, each in processes[-1].items()}
@@ -25,14 +30,24 @@ def test_a_run_is_the_same_however_processes_hold_the_model(tmp_path):
     shards = {"one in shards": [[1], True], "fsdp": [[2], False], "hsdp": [[2, 2], False]}
     assert held == {"one": [], "ddp": []} | shards
     assert_same_smaller_model(tmp_path)
-    names = [name for cases in running.CASES.values() for name in cases]
-    one, *others = (json.loads((tmp_path / name / "losa_config.json").read_text()) for name in names)
+    for cases in (running.CASES, running.EXPERTS):
+        assert_same_runs(tmp_path, [name for own in cases.values() for name in own])
+    masks = json.loads((tmp_path / "experts, fsdp" / "losa_config.json").read_text())["masks"]
+    assert masks.keys() == find_blocks(of_kind(KINDS["Mixtral"])).linears().keys(), "experts among them"
+    for name in running.EXPERTS[1]:
+        assert tensors_of(tmp_path / name).keys() == tensors_of(tmp_path / "mixture").keys()
+
+
+def assert_same_runs(root: Path, names: list[str]) -> None:
+    one, *others = (json.loads((root / name / "losa_config.json").read_text()) for name in names)
     for other in others:
         for what in ("train_steps", "ranks"):
             assert [r[what] for r in other["rounds"]] == [r[what] for r in one["rounds"]]
-        # The same sum of gradients, taken in another order; a few near-ties of the second round's mask may differ.
-        assert other["results"][-1]["perplexity"] == pytest.approx(one["results"][-1]["perplexity"], rel=1e-3)
-        assert other["results"][-1]["zeros"] == one["results"][-1]["zeros"]
+        assert [result["method"] for result in other["results"]] == [result["method"] for result in one["results"]]
+        for found, expected in zip(other["results"], one["results"], strict=True):
+            # The same sum of gradients, taken in another order; a few near-ties of the second round's mask may differ.
+            assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+            assert found["zeros"] == expected["zeros"] and found["prunable"] == expected["prunable"]
 
 
 def assert_same_smaller_model(root: Path) -> None:

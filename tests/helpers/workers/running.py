@@ -19,6 +19,11 @@ CASES: dict[int, dict[str, dict]] = {
     2: {"ddp": {"mode": "ddp"}, "fsdp": {"mode": "fsdp"}},
     4: {"hsdp": {"mode": "hsdp", "shard_size": 2}},
 }
+# Runs of a mixture of experts, by two methods.
+EXPERTS: dict[int, dict[str, dict]] = {
+    1: {"experts": {}, "experts in shards": {"mode": "fsdp", "cpu_offload": True}},
+    2: {"experts, fsdp": {"mode": "fsdp"}},
+}
 # Runs of a structured pruner, whose output is a smaller model.
 SMALLER: dict[int, dict[str, dict]] = {1: {"smaller": {}}, 2: {"smaller, fsdp": {"mode": "fsdp"}}}
 
@@ -27,6 +32,11 @@ def smaller(recipe: dict) -> dict:
     """``recipe`` with a structured pruner, and nothing else that takes time."""
     pruned = {"prune": {"sparsity": 0.5, "pruner": "wanda_sp"}, "method": "prune_only"}
     return recipe | pruned | {"train": None, "evaluate": None}
+
+
+def of_experts(recipe: dict, directory: Path) -> dict:
+    """``recipe`` for the mixture in ``directory``, and another method before its own."""
+    return recipe | {"model": str(directory / "mixture"), "compare": ["prune_only"]}
 
 
 def recipe(directory: Path, name: str, distributed: dict, processes: int) -> dict:
@@ -54,6 +64,9 @@ def main(directory: str) -> None:
     draw, export.write_figures = export.write_figures, lambda *_: []  # pictures take most of the time
     for name, distributed in SMALLER.get(processes, {}).items():
         pipeline.run_recipe(parse_recipe(smaller(recipe(Path(directory), name, distributed, processes))))
+    for name, distributed in EXPERTS.get(processes, {}).items():
+        made = recipe(Path(directory), name, distributed, processes)
+        pipeline.run_recipe(parse_recipe(of_experts(made, Path(directory))))
     export.write_figures = draw
     held: dict[str, list] = {name: [] for name in CASES[processes]}
     for name, distributed in CASES[processes].items():

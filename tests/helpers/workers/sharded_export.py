@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,9 +80,7 @@ def exports(root: Path, sharding, names: Iterable[str]) -> dict:
         tokenizer = tiny_tokenizer() if model.config.model_type == "llama" else None
         export_together(model, tokenizer, whole, record, masks, sample_ids=IDS)
         rows = sharded(model, masks, sharding)
-        # Experts count where they could have been pruned.
-        zeros, prunable = sparsity_of(model)
-        record.results = [replace(record.results[0], zeros=zeros, prunable=prunable)]
+        assert sparsity_of(model) == (record.results[0].zeros, record.results[0].prunable)
         sizes = {linear: model.get_submodule(linear).in_features for linear in masks}
         extra = {"notes": root / "notes"}
         export_together(model, tokenizer, parts, record, rows, sample_ids=IDS, extra_files=extra)
