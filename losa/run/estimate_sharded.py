@@ -97,7 +97,7 @@ def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iter
     yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
     yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), f"{trained.how}; {share}")
     if shape.on_gpu:
-        largest = max(own_bytes([rows], size) for rows in weights)
+        largest = max(own_bytes([rows], size) for rows in shape.stored)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,7 +14,7 @@ from torch import nn
 from losa.errors import RecipeError
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
-from losa.model.forms import holder_of
+from losa.model.forms import holder_of, tensors_of, views
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.loss import head_gives_logits
@@ -35,7 +35,8 @@ class ModelShape:
     logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``together``:
     weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
     stack, of which each is ``of_expert``; ``drops``: whether training has dropout; ``inside``: all parameters of each
-    block; ``outside``: parameters outside of the blocks."""
+    block, where linears of another form are parameters of their own; ``outside``: parameters outside of the blocks;
+    ``stored``: all parameters, with linears of another form in the tensors of that form."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,6 +52,7 @@ class ModelShape:
     drops: bool
     inside: list[list[Rows]]
     outside: list[Rows]
+    stored: list[Rows]
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe, device: torch.device) -> ModelShape:
@@ -66,7 +68,7 @@ class ModelShape:
         together, of_expert = _most_together(pruned)
         embedding = model.get_input_embeddings().weight
         counted: set[int] = set()
-        inside = [_rows_of(block.parameters(), counted) for block in blocks]
+        inside = [_wrapped_rows(block, set(map(holder_of, pruned.values())), counted) for block in blocks]
         precision = recipe.train.precision if recipe.train is not None else "float32"
         return cls(
             device=device,
@@ -83,6 +85,7 @@ class ModelShape:
             drops=recipe.lora.dropout > 0,
             inside=inside,
             outside=_rows_of(model.parameters(), counted),
+            stored=_rows_of(model.parameters(), set()),
         )
 
     @property
@@ -156,6 +159,15 @@ def _rows_of(parameters: Iterable[nn.Parameter], counted: set[int]) -> list[Rows
     counted.update(map(id, new))
     counts = [p.shape[0] if p.ndim else 1 for p in new]
     return [Rows(count, p.nbytes // max(1, count)) for p, count in zip(new, counts, strict=True)]
+
+
+def _wrapped_rows(block: nn.Module, holders: Collection[nn.Module], counted: set[int]) -> list[Rows]:
+    """``_rows_of`` a block in which linears have taken the place of ``holders`` of another form."""
+    forms = [module for module in block.modules() if module in holders and views(module)]
+    of_forms = [tensor for form in forms for tensor in tensors_of(form).values()]
+    found = _rows_of((p for form in forms for linear in views(form).values() for p in linear.parameters()), set())
+    counted.update(map(id, of_forms))
+    return _rows_of(block.parameters(), counted) + found
 
 
 def _shape_of(linear: nn.Module) -> LinearShape:
