@@ -50,6 +50,7 @@ RATES = ("uniform", "cka", "cka_normalised", "update", "owl", "dlp", "atp", "fis
 # What a recipe may add to LoSA, and the settings without it.
 INGREDIENTS: dict[str, Settings] = {
     "distillation": {"train.distill": None},
+    "label loss": {"train.distill.weight": 1.0},
     "reconstruction": {"reconstruct": None},
     "trained norms": {"train.norms": None},
     "LoRA+ rates": {"train.lora_plus": 1},
@@ -107,13 +108,15 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """``kind``: of "runs" the columns are names of ``benchmarks.paper.COLUMNS``; "blocks", "tasks" and "tuning" have
-    their own."""
+    their own. ``compared``: which pairs of rows tell whether the paper's order holds: those that differ in one label,
+    or all."""
 
     title: str
     header: tuple[str, ...]
     rows: list[Row]
     columns: tuple[str, ...] = COLUMNS
     kind: Literal["runs", "blocks", "tasks", "tuning"] = "runs"
+    compared: Literal["in one label", "all"] = "in one label"
 
 
 def variant(name: str, settings: Settings, method: str = "losa", **job) -> Job:
@@ -158,8 +161,8 @@ def patterns(pattern: str) -> Iterator[Row]:
     mixed: Settings = {"prune.mixed": True}
     yield Row((pattern, "pruned only"), Job("prune_only", sparsity=pattern), papers[0])
     yield Row((pattern, METHOD_NAMES["lora"]), ablation_of("", {}, "lora", sparsity=pattern), papers[1])
-    yield Row((f"{pattern} in every block", "LoSA"), ablation_of("", {}, sparsity=pattern))
-    yield Row((f"{pattern} mixed", "LoSA"), ablation_of("mixed", mixed, sparsity=pattern), papers[2])
+    yield Row((pattern, "LoSA, in every block"), ablation_of("", {}, sparsity=pattern))
+    yield Row((pattern, "LoSA, mixed"), ablation_of("mixed", mixed, sparsity=pattern), papers[2])
 
 
 def sparsities() -> Iterator[Row]:
@@ -290,7 +293,7 @@ def tables() -> dict[str, Table]:
         "2": Table(f"Cost of fine-tuning, {at_70}", by_method, [*efficiency()], cost),
         "3": Table("2:8", ("pattern", "method"), [*patterns("2:8")]),
         "4": Table("Wanda, by sparsity", ("sparsity", "method"), [*sparsities()]),
-        "6": Table(f"Parts of LoSA, {at_70}", parts, [*ablation()]),
+        "6": Table(f"Parts of LoSA, {at_70}", parts, [*ablation()], compared="all"),
         "7": Table(f"Ranks, {at_70}", ("ranks by",), [*ranks()]),
         "19": Table("2:4", ("pattern", "method"), [*patterns("2:4")]),
         "schedules": Table(f"Schedules, {at_70}", ("schedule",), [*schedules()]),

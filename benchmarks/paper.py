@@ -88,30 +88,50 @@ def _rows(table: Table, runs: dict) -> str:
 
 
 def _order(table: Table, runs: dict) -> str:
-    """In how many pairs of rows ours are in the paper's order. A pair differs in one label; it is undecided where the
-    ranges of its seeds overlap."""
+    """In how many pairs of rows ours are in the paper's order, on both texts. A pair is undecided where the ranges of
+    its seeds overlap."""
+    if table.kind != "runs":
+        return ""
+    held, undecided, reversed_ = _pairs(table, runs, headline)
+    if not (count := held + undecided + len(reversed_)):
+        return ""
+    text = f"Pairs in the paper's order: {held} of {count}"
+    text += f", undecided {undecided}" if undecided else ""
+    text += f"; reversed: {', '.join(reversed_)}." if reversed_ else "."
+    others, undecided, elsewhere = _pairs(table, runs, lambda run: run.get("held_out"))
+    if count := others + undecided + len(elsewhere):
+        text += f" On the held-out text {others} of {count}"
+        text += f", undecided {undecided}." if undecided else "."
+    return text
+
+
+def _pairs(table: Table, runs: dict, value_of: Callable[[dict], float | None]) -> tuple[int, int, list[str]]:
+    """How many pairs of rows are in the paper's order and how many are undecided, and the names of the others."""
     seeds = _seeds(runs)
     rows = []
     for row in table.rows:
-        values = [headline(run) for run in row.found(runs, seeds)]
+        values = [value for run in row.found(runs, seeds) if (value := value_of(run)) is not None]
         if row.paper is not None and values:
             rows.append((row.paper, row.labels, values))
     held, undecided, reversed_ = 0, 0, []
     for (paper, labels, ours), (other_paper, other_labels, others) in itertools.combinations(sorted(rows), 2):
-        if paper == other_paper or sum(map(str.__ne__, labels, other_labels)) != 1:
+        differs = sum(map(str.__ne__, labels, other_labels))
+        if paper == other_paper or (table.compared == "in one label" and differs != 1):
             continue
         if max(ours) < min(others):
             held += 1
         elif max(others) < min(ours):
-            names = (" ".join(filter(None, each)) or "none" for each in (labels, other_labels))
+            names = (_name(table.header, each) for each in (labels, other_labels))
             reversed_.append(" after ".join(names))
         else:
             undecided += 1
-    if not held + undecided + len(reversed_):
-        return ""
-    text = f"Pairs in the paper's order: {held} of {held + undecided + len(reversed_)}"
-    text += f", undecided {undecided}" if undecided else ""
-    return text + (f"; reversed: {', '.join(reversed_)}." if reversed_ else ".")
+    return held, undecided, reversed_
+
+
+def _name(header: tuple[str, ...], labels: tuple[str, ...]) -> str:
+    """Of a row: its labels, and of those that are "yes" what they are about."""
+    told = (head if label == "yes" else label for head, label in zip(header, labels, strict=True) if label)
+    return " ".join(told) or "none"
 
 
 def _cell(found: list[dict], value_of: Callable, shown: Callable) -> str:

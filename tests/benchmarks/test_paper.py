@@ -51,7 +51,7 @@ def test_recipes_of_the_tables(tmp_path, monkeypatch):
         "method: losa\nprune: {regrow: true, regrow_by: gradient}\nreconstruct: {steps: 5}\nrounds: {count: 4}\n"
         "allocation: {rates: fisher, fill: curves, delta: 0.1, per: row, mean_rank: 8}\nlora: {scaling: 1}\n"
         "calibration: {cka_samples: 16}\n"
-        "train: {distill: {weight: 1}, norms: 0.1, lora_plus: 4, max_grad_norm: 1}\n"
+        "train: {distill: {weight: 0.5}, norms: 0.1, lora_plus: 4, max_grad_norm: 1}\n"
     )
     monkeypatch.setattr(_paper_tables, "BEST_RECIPE", tmp_path / "best.yaml")
     monkeypatch.setattr(_jobs, "BEST_RECIPE", tmp_path / "best.yaml")
@@ -85,7 +85,8 @@ def test_the_best_recipe_has_a_row_without_each_of_its_parts(tmp_path, monkeypat
     (tmp_path / "best.yaml").write_text("train: {distill: {weight: 0.5}}\nallocation: {rates: cka, delta: 0.2}\n")
     monkeypatch.setattr(_paper_tables, "BEST_RECIPE", tmp_path / "best.yaml")
     labels = [row.labels[0] for row in _paper_tables.ingredients()]
-    assert labels == ["best recipe", "without distillation", "without its layer rates", "LoSA"]
+    without = ["distillation", "label loss", "its layer rates"]
+    assert labels == ["best recipe", *(f"without {part}" for part in without), "LoSA"]
 
 
 def run(perplexity, **more):
@@ -103,9 +104,8 @@ def test_tables_of_finished_runs():
     assert "\n| LoSA | 90.5 (90.0..91.0) | 120.0 (120.0..120.0) | 61,440 | 60 | – | 10.94 |" in text
     assert "\n| LoRA (not mergeable) | 109.2 | 150.0 | – | 60 | – | 12.57 |" in text
     assert "\n| LoRA, merged under the mask | 105.5 | – | – | 60 | – |  |" in text
-    assert text.endswith(
-        "\n\nPairs in the paper's order: 2 of 3; reversed: SoRA (not mergeable) after LoRA (not mergeable)."
-    )
+    order = "Pairs in the paper's order: 2 of 3; reversed: SoRA (not mergeable) after LoRA (not mergeable)."
+    assert text.endswith(f"\n\n{order} On the held-out text 1 of 1.")
     assert "\n| SoRA (not mergeable) | diverged | diverged |" in text and "\n| Sparse LoRA | – |" in text
     runs["losa/wanda/0.70/seed0"] |= {"peak_bytes": 2.5e9, "parameters_trained": 2_442_240}
     assert "| LoSA | 90.5 (90.0..91.0) | 2.4 M | 61,440 | 60 | – | 2.5 GB |" in paper.markdown(TABLES["2"], runs)
@@ -118,6 +118,15 @@ def test_tables_of_finished_runs():
     assert not text.endswith(".")
     runs = {"dense": run(22.8, tasks=tasks, task_limit=250), "losa/wanda/0.50/seed0": run(30.0, task_limit=None)}
     assert paper.markdown(TABLES["zero-shot"], runs).endswith("\n\nExamples of each task: the first 250, all.")
+
+
+def test_all_pairs_of_the_parts_are_compared():
+    short = {"no_rates": 100.0, "no_ranks": 104.0, "no_rounds": 130.0}
+    runs = {f"losa/wanda/0.70/seed0/{name}/short": run(value) for name, value in short.items()}
+    runs |= {"sparse_lora/wanda/0.70/seed0/short": run(110.0), "losa/wanda/0.70/seed0/short": run(102.0)}
+    found = paper.markdown(TABLES["6"], runs)
+    assert "Pairs in the paper's order: 8 of 10; reversed: rates (LSR) ranks (SRA) rounds (DSA) after ranks" in found
+    assert found.endswith("ranks (SRA) rounds (DSA), rates (LSR) ranks (SRA) after none.")
 
 
 def test_tables_are_printed_and_written_into_a_page(tmp_path, capsys):
