@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from losa.errors import ModelError
 from losa.inference.waiting_decoders import forget_decoder
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.forms import as_linears, holder_of, places, unpacked_as_they_were
+from losa.model.forms import Place, as_linears, holder_of, places, unpacked_as_they_were
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
 from losa.model.saving import guard_saving
@@ -112,7 +113,7 @@ class _Packer:
             f"{name}.{part.removesuffix('weight')}".rstrip(".")
             for parameter, parts in places(module).items()
             for part in parts
-            if part.endswith("weight") and zero_share(module.get_parameter(parameter)) >= self.min_sparsity
+            if part.endswith("weight") and _zero_share(module.get_parameter(parameter), parts) >= self.min_sparsity
         ]
         del module
         if not chosen or as_linears(block, [name]):
@@ -138,9 +139,15 @@ class _Packer:
         self.replaced += 1
 
 
+def _zero_share(tensor: torch.Tensor, parts: Mapping[str, Place]) -> float:
+    """Of the weights in a tensor, those that are zero; rows that no linear has do not count."""
+    kept = sum(int(torch.count_nonzero(place.of(tensor))) for place in parts.values())
+    return 1 - kept / sum(prod(place.shape) for place in parts.values())
+
+
 @torch.no_grad()
 def densify(model: nn.Module) -> nn.Module:
-    """The inverse of ``sparsify``, in place."""
+    """The inverse of ``sparsify``, in place; rows of a stack that nothing reads are zeros."""
     forget_decoder(model)
     unpack_linears(model)
     unpacked_as_they_were(model)

@@ -18,7 +18,7 @@ from losa.errors import LosaError, ModelError
 from losa.inference.decoding import LeanDecoder, Unsupported
 from losa.inference.sparsify import densify, sparsify
 from losa.inference.transformers_loop import failure, with_settings
-from losa.model.blocks import find_blocks, own_weights, weight_count
+from losa.model.blocks import find_blocks, weight_count
 from losa.model.grouping import join_linears
 from losa.model.limits import check_length
 from losa.modules.sparse import SparseLinear
@@ -130,8 +130,8 @@ def bytes_per_token(model: Any) -> int:
         for module in block.modules():
             if isinstance(module, SparseLinear):
                 total += module.packed.nbytes
-            elif weight_count(module):
-                total += sum(weight.nbytes for weight in own_weights(module))
+            elif count := weight_count(module):
+                total += count * next(module.parameters()).element_size()
     return total
 
 

@@ -245,13 +245,25 @@ def stacked_weights(module: nn.Module) -> list[str]:
 
 def expert_lists(block: nn.Module) -> list[nn.ModuleList]:
     """A block's lists of experts, modules of one class with linears of their own: a token meets some of them."""
-    return [m for m in block.modules() if isinstance(m, nn.ModuleList) and choices_of(m) is not None]
+    return [m for m in expert_choices(block) if isinstance(m, nn.ModuleList)]
 
 
-def choices_of(collection: nn.Module) -> int | None:
-    """Among how many experts a token chooses: those in a list of modules of one class, in stacked weights, or in
-    another form (``losa.model.forms``), whatever takes its place. None: it holds no experts."""
-    if (choices := forms.choices_of(stack_of(collection) or collection)) is not None:
+def expert_choices(block: nn.Module) -> dict[nn.Module, int]:
+    """The modules that hold a block's experts, and among how many a token chooses there. They hold stacked weights, or
+    experts in another form (``losa.model.forms``), or are lists of modules of one class: what takes the place of such
+    a form, or has a router beside it, a matrix with a row for each of them."""
+    found = {m: count for m in block.modules() if (count := _choices_of(m)) is not None}
+    lists = [m for m in found if isinstance(m, nn.ModuleList) and stack_of(m) is None]
+    for each in lists:
+        inside = set(each.modules())
+        beside = (m for m in block.modules() if m not in inside and not isinstance(m, MaskedLoRALinear))
+        if not any(w.ndim == 2 and len(w) == found[each] for m in beside for w in own_weights(m)):
+            del found[each]
+    return found
+
+
+def _choices_of(collection: nn.Module) -> int | None:
+    if (choices := forms.choices_of_form(stack_of(collection) or collection)) is not None:
         return choices
     if fused := stacked_weights(collection):
         return getattr(collection, fused[0]).shape[0]
@@ -263,9 +275,10 @@ def choices_of(collection: nn.Module) -> int | None:
 
 def _routers(block: nn.Module) -> set[nn.Module]:
     routers: set[nn.Module] = set()
-    for parent in block.modules():
+    choices = expert_choices(block)
+    for parent in block.modules() if choices else ():
         for collection in parent.children():
-            count = choices_of(collection)
+            count = choices.get(collection)
             if count is not None:
                 beside = set(parent.modules()) - set(collection.modules())
                 routers |= {m for m in beside if is_linear(m) and m.out_features in (1, count)}

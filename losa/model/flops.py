@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from losa.model.blocks import Blocks, choices_of, find_blocks, stacked_weights, weight_count
+from losa.model.blocks import Blocks, expert_choices, find_blocks, stacked_weights, weight_count
 from losa.model.forms import has_views, holder_of
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_lora import MaskedLoRALinear
@@ -84,13 +84,21 @@ def _shares(blocks: Blocks, experts_of_a_token: int | None) -> tuple[dict[int, f
     shares: dict[int, float] = {}
     known = True
     for block in blocks:
-        for experts in block.modules():
-            if (count := choices_of(experts)) is None:
-                continue
-            known &= experts_of_a_token is not None
-            share = min(1.0, (experts_of_a_token or count) / count)
-            shares |= {id(module): share for module in experts.modules()}
+        choices = expert_choices(block)
+        for parent in block.modules() if choices else ():
+            for experts in parent.children():
+                if (count := choices.get(experts)) is None:
+                    continue
+                chosen = experts_of_a_token or _top_k(parent)
+                known &= chosen is not None
+                share = min(1.0, (chosen or count) / count)
+                shares |= {id(module): share for module in experts.modules()}
     return shares, known
+
+
+def _top_k(parent: nn.Module) -> int | None:
+    """How many experts a token is sent to, as the module says that holds them, or its router."""
+    return next((k for module in (parent, *parent.children()) if (k := number_of(module, "top_k"))), None)
 
 
 def hidden_size(model: Any) -> int:
@@ -114,7 +122,8 @@ def attention_width(config, blocks: nn.Module, hidden: int) -> int:
 
 
 def number_of(config, name: str) -> int | None:
-    """A positive integer of a configuration; None where it has none, or a different one for each layer."""
+    """A positive integer of a configuration, or of a module; None where it has none, or a different one for each
+    layer."""
     try:
         value = getattr(config, name, None)
     except Exception:  # transformers' own for what differs between layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from losa.modules.linear_experts import (
     EveryTokenExperts,
-    IdentityExperts,
     InnerGatedExperts,
     LinearExperts,
+    OutsideExperts,
     RoutedExperts,
     SortedExperts,
 )
@@ -35,14 +36,11 @@ STACKED_PARTS = {
 
 
 class Form(ABC):
-    """One form: a module of it has no parameters but the weights of its linears, and biases, whose names end so. The
-    one linear of a module that holds no experts takes its place.
-
-    ``inner``: names of children that hold the parameters. ``fills``: whether every weight is one of a linear.
-    """
+    """One form: a module of it has no parameters but those in which the weights of its linears lie, and biases, whose
+    names end so. The one linear of a module that holds no experts takes its place. ``inner``: names of children that
+    hold the parameters."""
 
     inner: ClassVar[tuple[str, ...]] = ()
-    fills: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, module: Any) -> bool:
@@ -59,9 +57,9 @@ class Form(ABC):
             found |= module.get_submodule(name).named_parameters(prefix=name)
         return found
 
-    def weight_count(self, module: Any) -> int:
-        """Weights of its linears."""
-        return sum(tensor.numel() for name, tensor in self.tensors(module).items() if not name.endswith("bias"))
+    def weights(self, module: Any) -> dict[str, int]:
+        """How many weights of its linears lie in each parameter, by name."""
+        return {name: tensor.numel() for name, tensor in self.tensors(module).items() if not name.endswith("bias")}
 
 
 class ExpertForm(Form):
@@ -74,13 +72,13 @@ class ExpertForm(Form):
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         """Random ones, of a few tokens, for experts to be tried with."""
 
+    @abstractmethod
     def choices(self, module: Any) -> int:
         """Among how many experts a token chooses."""
-        return len(next(iter(self.tensors(module).values())))
 
     def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
-        """Of a tensor each of whose rows holds the linears (out, in) of one expert, one after the other: the number of
-        experts, and the linears' names. None of another tensor."""
+        """Of a tensor whose rows hold the linears (out, in) of one expert each, one after the other: how many of the
+        rows do, which are the first ones, and the linears' names. None of another tensor."""
         return None
 
 
@@ -88,12 +86,17 @@ class Transposed(Form):
     """transformers' ``Conv1D``: a weight (in, out)."""
 
     def matches(self, module: Any) -> bool:
-        from transformers.pytorch_utils import Conv1D
-
-        return isinstance(module, Conv1D)
+        return isinstance(module, _conv1d())
 
     def parts(self, module: Any) -> dict[str, nn.Linear]:
         return {"": _view(module.weight.T, module.bias)}
+
+
+@functools.cache
+def _conv1d() -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
 
 
 class Routed(ExpertForm):
@@ -127,17 +130,19 @@ class Routed(ExpertForm):
         x = torch.randn(8, weight.shape[2 if module.is_transposed else 1], generator=generator)
         return _routed(x, len(weight), weight, generator)
 
+    def choices(self, module: Any) -> int:
+        return len(module.down_proj)
+
     def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
         in_rows = not module.is_transposed and module.is_concatenated and parameter in STACKED_PARTS
         return (len(module.down_proj), STACKED_PARTS[parameter]) if in_rows else None
 
 
-class RoutedWithIdentities(ExpertForm):
-    """Stacks in which some of the experts that a token chooses among give it back as it is (LongCat-Flash). The stack
-    of gates has rows for them, which nothing reads."""
+class RoutedOutside(ExpertForm):
+    """Stacks as ``Routed`` has them, outside of that interface (Step-3.7). LongCat-Flash has fewer experts than a token
+    chooses among: the others give the token back as it is, and nothing reads their rows in the stack of gates."""
 
-    experts = IdentityExperts
-    fills = False
+    experts = OutsideExperts
 
     def matches(self, module: Any) -> bool:
         if set(module._parameters) != {"gate_up_proj", "down_proj"} or hasattr(module, _FLAGS[0]):
@@ -154,15 +159,21 @@ class RoutedWithIdentities(ExpertForm):
             found[f"{e}.down_proj"] = _view(module.down_proj[e], None)
         return found
 
-    def weight_count(self, module: Any) -> int:
-        return len(module.down_proj) * sum(prod(stack.shape[1:]) for stack in (module.gate_up_proj, module.down_proj))
+    def weights(self, module: Any) -> dict[str, int]:
+        stacks = self.tensors(module)
+        return {name: len(module.down_proj) * prod(stack.shape[1:]) for name, stack in stacks.items()}
+
+    def choices(self, module: Any) -> int:
+        return len(module.gate_up_proj)
 
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
-        weight = module.down_proj
-        return _routed(torch.randn(8, weight.shape[1], generator=generator), self.choices(module), weight, generator)
+        weight, count = module.down_proj, len(module.down_proj)
+        x, chosen, shares = _routed(torch.randn(8, weight.shape[1], generator=generator), count, weight, generator)
+        chosen[:2] = self.choices(module) - 1  # no expert, where there are more choices
+        return x, chosen, shares
 
     def rows(self, module: Any, parameter: str) -> tuple[int, tuple[str, ...]] | None:
-        return len(module.down_proj), STACKED_PARTS[parameter]
+        return (len(module.down_proj), STACKED_PARTS[parameter]) if parameter in STACKED_PARTS else None
 
 
 class OneBelowAnother(ExpertForm):
@@ -172,11 +183,13 @@ class OneBelowAnother(ExpertForm):
     inner = ("mlp",)
 
     def matches(self, module: Any) -> bool:
-        held, count = module._modules.get("mlp"), getattr(module, "num_experts", None)
-        if module._parameters or not isinstance(count, int) or count < 1 or not hasattr(held, "activation_fn"):
+        held = module._modules.get("mlp")
+        if held is None or module._parameters or not hasattr(held, "activation_fn"):
             return False
-        tensors = dict(held.named_parameters())
-        if tensors.keys() != {"w1", "v1", "w2"}:
+        tensors, count = dict(held.named_parameters()), getattr(module, "num_experts", None)
+        if tensors.keys() != {"w1", "v1", "w2"} or any(True for _ in held.buffers()):
+            return False
+        if not isinstance(count, int) or count < 1:
             return False
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         (shape,) = shapes if len(shapes) == 1 else ((),)
@@ -220,9 +233,12 @@ class EveryToken(ExpertForm):
             found[f"{e}.down_proj"] = _view(module.down_proj[e].T, None)
         return found
 
+    def choices(self, module: Any) -> int:
+        return len(module.down_proj)
+
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         weight = module.down_proj
-        x = torch.randn(len(weight), 4, weight.shape[2], generator=generator)
+        x = torch.randn(self.choices(module), 4, weight.shape[2], generator=generator)
         x[torch.rand(x.shape[:2], generator=generator) < 0.5] = 0
         return (x.flatten(0, 1).to(weight),)
 
@@ -241,6 +257,9 @@ class SortedRows(ExpertForm):
     def parts(self, module: Any) -> dict[str, nn.Linear]:
         return {f"{e}.linear": _view(weight, None) for e, weight in enumerate(module.weight)}
 
+    def choices(self, module: Any) -> int:
+        return module.num_experts
+
     def arguments(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         counts = torch.randint(3, (module.num_experts,), generator=generator).tolist()
         return torch.randn(sum(counts), module.input_size, generator=generator).to(module.weight), counts
@@ -249,7 +268,7 @@ class SortedRows(ExpertForm):
 FORMS: tuple[Form, ...] = (
     Transposed(),
     Routed(),
-    RoutedWithIdentities(),
+    RoutedOutside(),
     EveryToken(),
     SortedRows(),
     OneBelowAnother(),

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from losa.distributed.sharding import gathered, shard_module, sharding_of
 from losa.model.form_kinds import FORMS, ExpertForm, Form
 from losa.modules.linear_experts import stack_of, stand_for
+from losa.modules.masked_lora import MaskedLoRALinear
 
 logger = logging.getLogger("losa")
 
@@ -39,7 +40,7 @@ class Place:
 
     def of(self, tensor: Tensor) -> Tensor:
         """A view of a contiguous tensor."""
-        return tensor.as_strided(self.shape, self.stride, self.offset)
+        return tensor.as_strided(self.shape, self.stride, int(tensor.storage_offset()) + self.offset)
 
 
 def views(module: Any) -> dict[str, nn.Linear]:
@@ -80,7 +81,7 @@ def tensors_of(module: Any) -> dict[str, nn.Parameter]:
     return {} if form is None else form.tensors(module)
 
 
-def choices_of(module: Any) -> int | None:
+def choices_of_form(module: Any) -> int | None:
     """Among how many experts of a module a token chooses; None: it holds no experts in a form of their own."""
     form = _form_of(module)
     return form.choices(module) if isinstance(form, ExpertForm) else None
@@ -99,19 +100,32 @@ def has_views(module: Any) -> bool:
 
 def computes_its_linears(module: Any) -> bool:
     """Whether the linears of a module on meta compute what it does, tried with random weights: once for each class and
-    size, with memory for one such module."""
+    size. Matrices of a stack overlap in memory, which is that of two of them."""
     form = _form_of(module)
     if not isinstance(form, ExpertForm):
         return form is not None
     shapes = tuple((name, tuple(p.shape)) for name, p in form.tensors(module).items())
-    key = (type(module), type(module).forward, shapes)
+    # A limit of an activation, or the like.
+    numbers = tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, int, float, str)))
+    key = (type(module), type(module).forward, shapes, numbers)
     if key not in _COMPARED:
-        like: Any = _empty_like(module, torch.empty(0), None)
+        like: Any = _empty_like(module, torch.empty(0, device="meta"), None)
         generator = torch.Generator().manual_seed(0)
-        for parameter in form.tensors(like).values():
-            parameter.data.normal_(std=0.05, generator=generator)
+        for name, parameter in form.tensors(like).items():
+            where, _, leaf = name.rpartition(".")
+            values = nn.Parameter(_random(parameter.shape, generator), requires_grad=False)
+            like.get_submodule(where)._parameters[leaf] = values
         _COMPARED[key] = _computes_the_same(form.experts(like, views(like)), like, form)
     return _COMPARED[key]
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Of a stack each matrix begins a few numbers, which are aligned as kernels want them, after the one before it."""
+    step = 64
+    overlaps = len(shape) == 3 and shape[1:].numel() > step
+    stride = (step, shape[2], 1) if overlaps else torch.empty(shape, device="meta").stride()
+    count = step * (shape[0] - 1) + shape[1:].numel() if overlaps else shape.numel()
+    return (0.05 * torch.randn(count, generator=generator)).as_strided(shape, stride)
 
 
 def holder_of(linear: nn.Module) -> nn.Module:
@@ -121,11 +135,18 @@ def holder_of(linear: nn.Module) -> nn.Module:
 
 def weight_count(module: Any) -> int:
     """Weights of the linears that ``views`` shows."""
+    return sum(weights_of(module).values())
+
+
+def weights_of(module: Any) -> dict[str, int]:
+    """How many of them lie in each parameter, by its name within the module."""
     form = _form_of(module)
-    return 0 if form is None else form.weight_count(module)
+    return {} if form is None else form.weights(module)
 
 
 def _form_of(module: Any) -> Form | None:
+    if isinstance(module, (nn.Linear, nn.ModuleList, MaskedLoRALinear)):
+        return None
     form = next((form for form in FORMS if form.matches(module)), None)
     if form is None:
         return None
@@ -279,12 +300,12 @@ def _empty_like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     else. Weights that are no linear's, which nothing reads, are zeros."""
     form = _form_of(module)
     assert form is not None
-    new = _shallow(module)
+    new, counts = _shallow(module), form.weights(module)
     for name in form.inner:
         new._modules[name] = _shallow(new._modules[name])
     for name, parameter in form.tensors(module).items():
         like = weight if bias is None or not name.endswith("bias") else bias
-        made = torch.empty if form.fills else torch.zeros
+        made = torch.empty if name not in counts or counts[name] == parameter.numel() else torch.zeros
         where, _, leaf = name.rpartition(".")
         tensor = made(parameter.shape, dtype=like.dtype, device=like.device)
         new.get_submodule(where)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -333,14 +354,16 @@ def _computes_the_same(experts: nn.Module, stack: Any, form: ExpertForm) -> bool
     weight = next(iter(stack.parameters()))
     if weight.is_meta:
         return True
-    arguments = form.arguments(stack, torch.Generator().manual_seed(0))
-    try:
-        found, expected = experts(*arguments), stack(*arguments)
-    except Exception as error:  # someone else's code
-        logger.info("experts of %s are left stacked: %s", type(stack).__name__, error)
-        return False
-    bound = 16 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
-    same = found.shape == expected.shape and bool((found - expected).abs().max() <= bound)
-    if not same:
-        logger.info("experts of %s are left stacked: their linears compute something else", type(stack).__name__)
-    return same
+    hidden, *others = form.arguments(stack, torch.Generator().manual_seed(0))
+    # Large values reach what an activation does with them.
+    for arguments in ((hidden, *others), (16 * hidden, *others)):
+        try:
+            found, expected = experts(*arguments), stack(*arguments)
+        except Exception as error:  # someone else's code
+            logger.info("experts of %s are left stacked: %s", type(stack).__name__, error)
+            return False
+        bound = 16 * torch.finfo(weight.dtype).eps * expected.abs().amax(-1, keepdim=True)
+        if found.shape != expected.shape or not bool(((found - expected).abs() <= bound).all()):
+            logger.info("experts of %s are left stacked: their linears compute something else", type(stack).__name__)
+            return False
+    return True

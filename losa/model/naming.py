@@ -140,18 +140,28 @@ class Naming:
         """Name on disk -> name of the linear, as ``losa.model.forms.views`` has it, whose weight a stored tensor is as
         it is stored: one matrix of one expert, which transformers puts into a stack."""
         found: dict[str, str] = {}
-        for target in self.made:
-            module, _, parameter = target.rpartition(".")
-            if (found_rows := rows_of(self.model.get_submodule(module), parameter)) is None:
-                continue
-            count, names = found_rows
-            for expert, sources in enumerate((self.stacked(target) or ())[:count]):
+        for module, count, names, rows in self._stacks_of_experts():
+            for expert, sources in enumerate(rows[:count]):
                 order = list(self._converters[self._patterns[sources[0]]].source_patterns)
                 ordered = sorted(sources, key=lambda source: order.index(self._patterns[source]))
                 if len(ordered) == len(names):
                     parts = (f"{module}.{expert}.{name}" for name in names)
                     found |= dict(zip(ordered, parts, strict=True))
         return found
+
+    @cached_property
+    def unread(self) -> set[str]:
+        """Names on disk of tensors that transformers puts into rows of a stack which are no expert's."""
+        return {
+            source for _, count, _, rows in self._stacks_of_experts() for sources in rows[count:] for source in sources
+        }
+
+    def _stacks_of_experts(self) -> Iterator[tuple[str, int, tuple[str, ...], list[tuple[str, ...]]]]:
+        """Of each stack that is made row by row: the module's name, ``losa.model.forms.rows_of``, and ``stacked``."""
+        for target in self.made:
+            module, _, parameter = target.rpartition(".")
+            if (rows := rows_of(self.model.get_submodule(module), parameter)) is not None:
+                yield module, *rows, self.stacked(target) or []
 
     @cached_property
     def parts(self) -> dict[str, dict[str, Place]]:
@@ -170,8 +180,8 @@ class Naming:
         return found
 
     def holder(self, target: str) -> str | None:
-        """The module, by its name, in another form (``losa.model.forms``), of which a tensor of the model is; None: it
-        is of no such module."""
+        """The name of the module of another form (``losa.model.forms``) that holds a tensor of the model; None: there
+        is none."""
         return self._holders.get(target)
 
     @cached_property

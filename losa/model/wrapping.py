@@ -33,13 +33,14 @@ from losa.model.blocks import (
 from losa.model.forms import (
     as_linears,
     as_they_were,
-    choices_of,
+    choices_of_form,
     computes_its_linears,
     has_views,
     holder_of,
     tensors_of,
     unpacked_as_they_were,
     views,
+    weights_of,
 )
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
@@ -213,7 +214,7 @@ def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow:
     shared = [name for name, m in modules if (is_linear(m) or has_views(m)) and is_shared(m, uses)]
     if shared:
         logger.warning("linears of %r with a shared weight stay dense: %s", blocks.prefix, ", ".join(shared))
-    own = sorted(passed_by & blocks.linears().keys())
+    own = sorted(passed_by & blocks.linears().keys()) if passed_by else []
     if own:
         logger.warning("linears whose weight the model reads itself stay dense: %s", ", ".join(own))
     if narrow:
@@ -222,7 +223,7 @@ def _warn_left_dense(blocks: Blocks, uses: Counter, passed_by: set[str], narrow:
 
 def _tensors_of_experts(module: nn.Module) -> list[str]:
     """Names of a module's tensors that hold weights of several experts."""
-    held = tensors_of(module) if choices_of(module) is not None else {}
+    held = tensors_of(module) if choices_of_form(module) is not None else {}
     return stacked_weights(module) or [name for name, tensor in held.items() if tensor.ndim > 1]
 
 
@@ -290,9 +291,9 @@ def matrix_weights(model: nn.Module) -> int:
         if isinstance(module, (MaskedLoRALinear, SparseLinear)):
             sizes[id(module)] = weight_count(module)
             continue
-        if held := [id(tensor) for tensor in tensors_of(module).values()]:
-            sizes[held[0]] = weight_count(module)
-            of_forms.update(held)
+        if held := tensors_of(module):
+            sizes |= {id(held[name]): count for name, count in weights_of(module).items()}
+            of_forms.update(map(id, held.values()))
             continue
         # Biases of stacked experts are matrices too, (experts, out).
         stacks = [module.get_parameter(name) for name in stacked_weights(module)]

@@ -75,14 +75,19 @@ class LinearExperts(nn.ModuleList):
 
 
 class RoutedExperts(LinearExperts):
-    """In the place of a module under ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj``
-    and ``down_proj``, and ``gate_proj`` where the stack has gates.
+    """In the place of a module that gets hidden states, and of each token its experts and their weights, as under
+    ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj`` and ``down_proj``, and
+    ``gate_proj`` where the stack has gates.
 
     With ``every_token`` each expert's linears are called with all tokens; the result is the same but for rounding.
     """
 
     every_token = False
-    others_are_identities = False
+
+    @property
+    def others_are_identities(self) -> bool:
+        """Whether an expert beyond the last one gives back what it gets; else it gives nothing."""
+        return False
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """What the experts' last linears get."""
@@ -94,26 +99,31 @@ class RoutedExperts(LinearExperts):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The stack's own arguments: hidden states (..., hidden), and of each token its experts and their weights
-        (tokens, k); an expert beyond the last one is none. (..., hidden)."""
+        (tokens, k). (..., hidden)."""
         stack: Any = stack_of(self)
         # A class may have names of its own for the arguments.
         _, given, chosen, shares = signature(type(stack).forward).bind(stack, *args, **kwargs).arguments.values()
-        hidden, k = given.reshape(-1, given.shape[-1]), chosen.shape[-1]
+        # Statistics know by the tensor itself that others have the same input.
+        hidden = given if given.ndim == 2 else given.reshape(-1, given.shape[-1])
+        k = chosen.shape[-1]
         # Rows by expert, each expert's in the order of tokens.
         experts, order = chosen.flatten().sort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(experts, torch.arange(len(self), device=experts.device), right=True)
+        x: Any = None
+        if not self.every_token or self.others_are_identities:
+            x = _TakeRows.apply(hidden, order // k, back, k)
         if self.every_token:
             out = self._from_every_token(hidden, order // k, ends)
         else:
-            rows = GroupedRows(_TakeRows.apply(hidden, order // k, back, k), ends)
+            rows = GroupedRows(x, ends)
             up = rows.through(self.linears("up_proj"))
             gates = self.linears("gate_proj")
             gated = self.activated(rows.through(gates) if gates else None, up)
             out = GroupedRows(gated, ends).through(self.linears("down_proj"))
         if self.others_are_identities:
             others = torch.arange(len(out), device=out.device) >= ends[-1]
-            out = torch.where(others.unsqueeze(-1), hidden[order // k], out)
+            out = torch.where(others.unsqueeze(-1), x, out)
         own = _TakeRows.apply(out, back, order, 1).unflatten(0, (len(hidden), k))
         return (own * shares.unsqueeze(-1)).sum(1).to(hidden.dtype).view_as(given)
 
@@ -127,13 +137,19 @@ class RoutedExperts(LinearExperts):
         return torch.cat([*parts, hidden.new_zeros(len(none), hidden.shape[-1])])
 
 
-class IdentityExperts(RoutedExperts):
-    """In the place of a module in which an expert beyond the last one gives back what it gets (LongCat-Flash)."""
+class OutsideExperts(RoutedExperts):
+    """In the place of a module outside of that interface (Step-3.7), which may have more choices than experts
+    (LongCat-Flash)."""
 
-    others_are_identities = True
+    @property
+    def others_are_identities(self) -> bool:
+        stack: Any = stack_of(self)
+        return len(stack.gate_up_proj) > len(self)
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         stack: Any = stack_of(self)
+        if gate is not None and hasattr(stack, "_apply_gate"):
+            return stack._apply_gate(torch.cat([gate, up], -1))
         return stack.act_fn(gate) * up
 
 

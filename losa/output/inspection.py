@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -100,6 +100,8 @@ def inspect_directory(directory: Path) -> Inspection:
         contents = _contents(directory)
         for name, tensor in contents.tensors:
             shape = tensor.shape
+            if name in contents.unread:
+                continue
             if BLOCK_WEIGHT.fullmatch(name) and len(shape) in (2, 3):
                 values = tensor.values if isinstance(tensor, Packed) else tensor
                 if values.dtype in MEASURED and (total := math.prod(shape)):
@@ -114,12 +116,14 @@ def inspect_directory(directory: Path) -> Inspection:
 
 @dataclass
 class _Contents:
-    """Every tensor under its name in the dense checkpoint, read one by one; the other entries as in ``Inspection``."""
+    """Every tensor under its name in the dense checkpoint, read one by one; ``unread``: names of those that no linear
+    has; the other entries as in ``Inspection``."""
 
     tensors: Iterator[tuple[str, Packed | Tensor]]
     targets: dict[str, str]
     unchecked: str | None
     packed: bool = False
+    unread: Set[str] = frozenset()
 
 
 def _contents(directory: Path) -> _Contents:
@@ -130,15 +134,15 @@ def _contents(directory: Path) -> _Contents:
         return _Contents(_dense_tensors(directory), {}, "no config.json")
     if is_packed(directory):
         packed = open_packed(directory)
-        targets, unchecked = _compare(directory, packed.stored, packed.where, packed.stacks)
+        targets, unchecked, unread = _compare(directory, packed.stored, packed.where, packed.stacks)
         every = (item for part in packed.parts for item in part.items())
         named = ((f"{name}.weight" if isinstance(tensor, Packed) else name, tensor) for name, tensor in every)
-        return _Contents(named, targets, unchecked, packed=True)
+        return _Contents(named, targets, unchecked, packed=True, unread=unread)
     if read_config(directory).get("quantization_config"):
         return _Contents(_dense_tensors(directory), {}, "quantised")
     with checkpoint_tensors(directory) as files:
-        targets, unchecked = _compare(directory, files.stored, directory)
-    return _Contents(_dense_tensors(directory), targets, unchecked)
+        targets, unchecked, unread = _compare(directory, files.stored, directory)
+    return _Contents(_dense_tensors(directory), targets, unchecked, unread=unread)
 
 
 def _dense_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -150,9 +154,9 @@ def _dense_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _compare(
     directory: Path, stored: dict[str, Stored], where: Path, stacks: Mapping[str, Stack] = MappingProxyType({})
-) -> tuple[dict[str, str], str | None]:
-    """Compare with config.json's model: names in the model by name in the files, and None; or nothing, and why a
-    comparison is impossible. Raises ModelError if a tensor does not fit."""
+) -> tuple[dict[str, str], str | None, Set[str]]:
+    """Compare with config.json's model: names in the model by name in the files, None, and ``Naming.unread``; or
+    nothing, and why a comparison is impossible. Raises ModelError if a tensor does not fit."""
     from losa.model.naming import checked_naming
     from losa.model.skeleton import skeleton
     from losa.packed.stacks import linears_inside
@@ -160,11 +164,12 @@ def _compare(
     try:
         model = skeleton(directory)
     except ModelError as error:
-        return {}, str(error)
+        return {}, str(error), frozenset()
     naming = checked_naming(model, stored, where)
     inside = linears_inside(naming.parts, stacks, where)
     targets = naming.targets() | {name: f"{linear}.weight" for name, linear in naming.experts.items()}
-    return targets | {f"{name}.weight": f"{linear}.weight" for name, (_, linear) in inside.items()}, None
+    targets |= {f"{name}.weight": f"{linear}.weight" for name, (_, linear) in inside.items()}
+    return targets, None, naming.unread
 
 
 def _read_record(path: Path) -> RunRecord | None:

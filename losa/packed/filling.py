@@ -73,7 +73,7 @@ class _Forms:
         packed = {f"{name}.weight" for name in contents.packed} & experts.keys()
         modules = {experts[name].rsplit(".", 2)[0] for name in packed}
         holders = {name: naming.holder(naming.renamed[name]) for name in naming.parts}
-        modules |= {holder for name in contents.stacks if (holder := holders[name]) is not None}
+        modules |= {str(holders[name]) for name in contents.stacks}
         return cls(
             modules,
             {name: linear for name, linear in experts.items() if linear.rsplit(".", 2)[0] in modules},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,12 +128,15 @@ def packed_parts(
 
 
 def _weights_in(naming: Naming, name: str, linears: Set[str]) -> dict[str, Place]:
-    """The linears whose weights lie in a stored tensor, by name in the model; none where it holds biases, what is not
-    pruned, or weights of a stack that computes something else."""
+    """The linears whose weights lie in a stored tensor, by name in the model; none where it holds anything else:
+    biases, what is not pruned, rows that no linear has, or weights of a stack that computes something else."""
     found = {part.removesuffix(".weight"): p for part, p in naming.parts[name].items() if part.endswith(".weight")}
     if not found or not found.keys() <= linears:
         return {}
-    holder = naming.holder(naming.renamed[name])
+    target = naming.renamed[name]
+    if sum(prod(place.shape) for place in found.values()) != naming.expected[target].numel():
+        return {}
+    holder = naming.holder(target)
     assert holder is not None, "what has linears inside is of another form"
     return found if computes_its_linears(naming.model.get_submodule(holder)) else {}
 
@@ -152,7 +156,8 @@ def _on_disk(naming: Naming, name: str, linear: str) -> str:
     if name not in naming.parts:
         return name.removesuffix(".weight")
     target = naming.renamed[name]
-    holder = naming.holder(target) or ""
+    holder = naming.holder(target)
+    assert holder is not None, "what has linears inside is of another form"
     within = target.removeprefix(holder).count(".")
     return f"{name.rsplit('.', within)[0]}{linear.removeprefix(holder)}"
 

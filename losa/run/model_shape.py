@@ -14,7 +14,7 @@ from torch import nn
 from losa.errors import RecipeError
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
-from losa.model.forms import holder_of, tensors_of, views
+from losa.model.forms import holder_of, tensors_of, views, weights_of
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.loss import head_gives_logits
@@ -166,6 +166,11 @@ def _wrapped_rows(block: nn.Module, holders: Collection[nn.Module], counted: set
     forms = [module for module in block.modules() if module in holders and views(module)]
     of_forms = [tensor for form in forms for tensor in tensors_of(form).values()]
     found = _rows_of((p for form in forms for linear in views(form).values() for p in linear.parameters()), set())
+    for form in forms:  # rows that no linear has stay in its memory
+        counts, tensors = weights_of(form), tensors_of(form)
+        found += [
+            Rows(1, rest * tensors[n].element_size()) for n, c in counts.items() if (rest := tensors[n].numel() - c)
+        ]
     counted.update(map(id, of_forms))
     return _rows_of(block.parameters(), counted) + found
 

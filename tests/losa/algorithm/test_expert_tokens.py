@@ -62,7 +62,13 @@ def test_tokens_of_every_expert_are_recorded(name, pruner):
     assert record.expert_tokens[experts] == torch.bincount(chosen.flatten(), minlength=count).tolist()[:count]
     if name != "LongcatFlash":
         assert all(sum(tokens) == chosen.numel() for tokens in record.expert_tokens.values())
-        assert list(record.expert_tokens) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    # Its two attentions and two dense MLPs of each block are no experts.
+    assert list(record.expert_tokens) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def test_all_tokens_for_experts_beside_choices_that_are_none():
+    record = run(engine_of(of_kind(KINDS["LongcatFlash"]).eval(), experts="all"))
+    assert set(map(tuple, record.expert_tokens.values())) == {(IDS.numel(),) * 3}
 
 
 def test_statistics_may_be_of_all_tokens():

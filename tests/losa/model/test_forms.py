@@ -6,16 +6,18 @@ import copy
 import gc
 import logging
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 from transformers.pytorch_utils import Conv1D
 
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks
-from losa.model.forms import as_linears, as_they_were, holder_of, views
-from losa.model.wrapping import merge_model, sparsity_of, unprunable_of, unwrap_model
+from losa.model.forms import as_linears, as_they_were, computes_its_linears, holder_of, views
+from losa.model.wrapping import matrix_weights, merge_model, sparsity_of, unprunable_of, unwrap_model
 from losa.modules.linear_experts import LinearExperts
 from losa.modules.masked_lora import MaskedLoRALinear
 from tests.helpers.book import matrices
@@ -234,7 +236,9 @@ def test_rows_that_nothing_reads_are_zeros_once_a_stack_has_changed():
 def test_a_stack_in_a_module_inside_that_is_shared_stays_dense(caplog):
     model = of_kind(KINDS["Dbrx"])
     one, other = (block.ffn.experts.mlp for block in model.transformer.blocks)
+    matrices_before = matrix_weights(model)
     one.v1 = other.v1
+    assert matrix_weights(model) == matrices_before - one.v1.numel()
     with caplog.at_level(logging.WARNING, logger="losa"):
         layers = wrap(model)
     assert not any("experts" in name for name in layers) and layers
@@ -250,3 +254,39 @@ def test_a_module_inside_that_computes_something_else_stays(caplog, monkeypatch)
     assert "DbrxExperts are left stacked: their linears compute something else" in caplog.text
     assert "stay dense: 0.ffn.experts.mlp.w1, 0.ffn.experts.mlp.v1, 0.ffn.experts.mlp.w2 and 3 others" in caplog.text
     assert len(layers) == 2 * 2
+
+
+def outside(limit, kind=Step3p7Experts, **options):
+    """Experts outside of transformers' interface."""
+    settings = {"num_local_experts": 3, "hidden_size": 16, "moe_intermediate_size": 8, "hidden_act": "silu"}
+    torch.manual_seed(0)
+    experts = kind(SimpleNamespace(**settings), limit, **options)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.2)
+    return experts
+
+
+def test_experts_outside_of_the_interface_have_their_own_gate():
+    stack = outside(7.0)
+    model = nn.ModuleDict({"experts": stack})
+    assert computes_its_linears(stack) and as_linears(model, ["experts"], lambda _, view: view) == []
+    x, chosen, shares = 40 * torch.randn(9, 16), torch.randint(3, (9, 2)), torch.rand(9, 2)
+    assert_same_function(model["experts"](x, chosen, shares), stack(x, chosen, shares))
+    assert not torch.allclose(stack(x, chosen, shares), outside(None)(x, chosen, shares))
+
+
+def test_experts_with_an_activation_of_their_own_stay():
+    """One that shows in large values only, and in one of two modules of a class."""
+
+    class Other(Step3p7Experts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            plain = outside(self.limit)
+            plain.load_state_dict(self.state_dict())
+            return plain(hidden_states, top_k_index, top_k_weights)
+
+        def _apply_gate(self, gate_up):
+            return outside(None)._apply_gate(gate_up)
+
+    limited, free = outside(3.0, Other), outside(None, Other)
+    assert computes_its_linears(free) and not computes_its_linears(limited)
+    assert as_linears(nn.ModuleDict({"a": limited, "b": free}), ["a", "b"], lambda _, view: view) == ["a"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import weakref
 
 import pytest
@@ -85,6 +86,45 @@ def test_packed_and_back(name, saved, tmp_path):
     for found in (count_zeros(loaded), count_zeros(load(tmp_path / "packed")[0])):
         truth = count_zeros(model)
         assert (found.zeros, found.prunable, found.others) == (truth.zeros, truth.prunable, truth.others)
+
+
+@pytest.mark.parametrize("stacks", [False, True], ids=["a tensor for each expert", "stacks"])
+def test_rows_that_no_linear_has(stacks, tmp_path):
+    """LongCat-Flash has rows of gates for choices that are no experts."""
+    model = pruned("LongcatFlash")
+    model.save_pretrained(tmp_path / "dense", save_original_format=not stacks)
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    expected = tensors_of(tmp_path / "dense")
+    assert any(name.endswith("gate_up_proj") for name in expected) == stacks
+    assert any(".experts.4.gate_proj" in name for name in expected) != stacks
+    report = pack_directory(tmp_path / "dense", tmp_path / "packed")
+    # A tensor that linears do not fill stays as it is.
+    gates = [name for name in block_linears(model) if ".experts." in name and "down_proj" not in name]
+    assert report.packed == len(block_linears(model)) - len(gates) * stacks
+    loaded, _ = load(tmp_path / "packed")
+    assert_same_function(logits(loaded), logits(model))
+    unpack_directory(tmp_path / "packed", tmp_path / "unpacked")
+    unpacked = tensors_of(tmp_path / "unpacked")
+    assert unpacked.keys() == expected.keys()
+    assert all(torch.equal(unpacked[tensor], value) for tensor, value in expected.items())
+    for directory in ("dense", "packed"):
+        found = inspect_directory(tmp_path / directory).tensors
+        assert not any(re.search(r"experts\.[34]\.", tensor.name) for tensor in found)
+        experts = [tensor for tensor in found if "experts.0" in tensor.name or "down_proj" in tensor.name]
+        assert experts and all(0.4 < tensor.zeros / tensor.total < 0.6 for tensor in experts)
+
+
+def test_rows_that_no_linear_has_do_not_decide_what_is_packed():
+    model = pruned("LongcatFlash", share=0.3)
+    for block in model.model.layers:
+        block.mlp.experts.gate_up_proj.data[3:] = 1
+    sparsify(model, min_sparsity=0.25)
+    assert all(type(model.get_submodule(name)) is SparseLinear for name in block_linears(pruned("LongcatFlash")))
+    model = pruned("LongcatFlash", share=0.0)
+    for block in model.model.layers:
+        block.mlp.experts.gate_up_proj.data[3:] = 0
+    with pytest.raises(ModelError, match="none of .* linears has 25% zeros"):
+        sparsify(model, min_sparsity=0.25)
 
 
 @kinds
