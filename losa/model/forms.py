@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -122,9 +123,10 @@ def computes_its_linears(module: Any) -> bool:
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Of a stack each matrix begins a few numbers, which are aligned as kernels want them, after the one before it."""
     step = 64
-    overlaps = len(shape) == 3 and shape[1:].numel() > step
+    matrix = math.prod(shape[1:])
+    overlaps = len(shape) == 3 and matrix > step
     stride = (step, shape[2], 1) if overlaps else torch.empty(shape, device="meta").stride()
-    count = step * (shape[0] - 1) + shape[1:].numel() if overlaps else shape.numel()
+    count = step * (shape[0] - 1) + matrix if overlaps else shape.numel()
     return (0.05 * torch.randn(count, generator=generator)).as_strided(shape, stride)
 
 

@@ -168,9 +168,8 @@ def _wrapped_rows(block: nn.Module, holders: Collection[nn.Module], counted: set
     found = _rows_of((p for form in forms for linear in views(form).values() for p in linear.parameters()), set())
     for form in forms:  # rows that no linear has stay in its memory
         counts, tensors = weights_of(form), tensors_of(form)
-        found += [
-            Rows(1, rest * tensors[n].element_size()) for n, c in counts.items() if (rest := tensors[n].numel() - c)
-        ]
+        rest = {name: tensors[name].numel() - count for name, count in counts.items()}
+        found += [Rows(1, count * tensors[name].element_size()) for name, count in rest.items() if count]
     counted.update(map(id, of_forms))
     return _rows_of(block.parameters(), counted) + found
 
