@@ -197,6 +197,147 @@ def test_adalora_is_pefts_own_step_by_step_and_goes_on_anywhere():
     assert budget.state() == {}
 
 
+def by_hand(first: dict[str, torch.Tensor], penalty, after_step) -> list[dict[str, torch.Tensor]]:
+    """Values after each step of training in fp64, from the formula of gated adapters:
+    y = x W^T + bias + s ((x A^T) * g) B^T.
+
+    Args:
+        first: values at first, as ``of_losa`` names them.
+        penalty: (A, B, gates by linear) -> what is added to the loss.
+        after_step: (step, A, B, gates) -> None.
+    """
+    plain = Pair().double()
+    leaves = {name: value.double().requires_grad_() for name, value in first.items()}
+    A, gates, B = ({name: leaves[f"{name}.{part}"] for name in SIZES} for part in ("lora_A", "gate", "lora_B"))
+
+    def linear(name, x):
+        weight, bias = (p.detach() for p in getattr(plain, name).parameters())
+        return x @ weight.T + bias + SCALING * ((x @ A[name].T) * gates[name].T) @ B[name].T
+
+    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2)
+    found = []
+    for step, (x, target) in enumerate(batches(), start=1):
+        loss = (linear("second", linear("first", x.double()).tanh()) - target.double()).square().mean()
+        (loss + penalty(A, B)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            after_step(step, A, B, gates)
+        optimizer.zero_grad()
+        found.append({name: leaf.detach().clone() for name, leaf in leaves.items()})
+    return found
+
+
+class AlgorithmOne:
+    """AdaLoRA's budget by the paper (Zhang et al. 2023, Algorithm 1, Eq. 8 to 12), with both betas 0.85."""
+
+    def __init__(self):
+        self.averages: dict[str, torch.Tensor] = {}
+        self.spreads: dict[str, torch.Tensor] = {}
+        self.scores: dict[str, torch.Tensor] = {}
+        self.open: dict[str, torch.Tensor] | None = None
+
+    def penalty(self, A, B):
+        distances = [
+            (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).square().sum().sqrt()
+            for name in SIZES
+            for rows in (A[name], B[name].T)
+        ]
+        return ORTHOGONAL * sum(distances) / len(distances)
+
+    def score(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        importance = (value * value.grad).abs()
+        average = 0.85 * self.averages.get(name, torch.zeros_like(value)) + 0.15 * importance
+        spread = 0.85 * self.spreads.get(name, torch.zeros_like(value)) + 0.15 * (importance - average).abs()
+        self.averages[name], self.spreads[name] = average, spread
+        return average * spread
+
+    def after_step(self, step, A, B, gates):
+        begins, ends = STEPS // 10, STEPS - 3 * STEPS // 10
+        if step < ends:
+            self.scores = {
+                name: self.score(f"{name}.E", gates[name])[:, 0]
+                + self.score(f"{name}.P", A[name]).mean(1)
+                + self.score(f"{name}.Q", B[name]).mean(0)
+                for name in SIZES
+            }
+        whole, target = 4 * RANK, 2 * RANK
+        budget = whole
+        if step > begins:
+            budget = int(target + (whole - target) * max(0.0, 1 - (step - begins) / (ends - begins)) ** 3)
+        if step <= begins:
+            return
+        if self.open is None or step < ends:
+            every = torch.cat([*self.scores.values()])
+            least = every.sort(descending=True).values[budget - 1]
+            self.open = {name: own >= least for name, own in self.scores.items()}
+        for name, kept in self.open.items():
+            gates[name][~kept] = 0
+
+
+def gated_pair(layer) -> tuple[Pair, dict[str, torch.Tensor]]:
+    """The model with adapters in fp64 that do something from the start, and what is trained."""
+    model = Pair()
+    generator = torch.Generator().manual_seed(5)
+    for name in SIZES:
+        gated = layer.from_linear(getattr(model, name), 2 * RANK, scaling=SCALING)
+        for parameter in gated.parameters():
+            parameter.requires_grad_(False)
+        setattr(model, name, gated)
+    model.double()
+    trained = dict(of_losa(model))
+    for parameter in trained.values():
+        parameter.requires_grad_().data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model, trained
+
+
+def train_gated(model, trained, extension) -> list[dict[str, torch.Tensor]]:
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    extension.begin(STEPS, {})
+    found = []
+    for step, (x, target) in enumerate(batches(), start=1):
+        loss = model(x.double(), target.double()).loss
+        penalty = extension.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        extension.after_update(step, 1e-2)
+        optimizer.zero_grad()
+        found.append({name: p.detach().clone() for name, p in trained.items()})
+    return found
+
+
+def assert_same_steps(found, expected):
+    for step, (ours, truth) in enumerate(zip(found, expected, strict=True), start=1):
+        for name, value in truth.items():
+            assert torch.equal(ours[name] == 0, value == 0), (step, name)
+            assert torch.allclose(ours[name], value, rtol=1e-9, atol=1e-11), (step, name)
+
+
+def test_adalora_is_the_papers_algorithm():
+    pytest.importorskip("peft")
+    model, trained = gated_pair(AdaLoRALinear)
+    first, paper = {name: p.detach().clone() for name, p in trained.items()}, AlgorithmOne()
+    expected = by_hand(first, paper.penalty, paper.after_step)
+    found = train_gated(model, trained, RankBudget(model, RANK))
+    assert_same_steps(found, expected)
+    assert sum(int((found[-1][f"{name}.gate"] != 0).sum()) for name in SIZES) == 2 * RANK
+
+
+def test_soras_training_is_the_papers():
+    """Eq. 5 and 7: AdamW of the loss, then the gates' proximal step with its learning rate."""
+    model, trained = gated_pair(SoRALinear)
+    first = {name: p.detach().clone() for name, p in trained.items()}
+
+    def shrink(step, A, B, gates):
+        for gate in gates.values():
+            gate.copy_(torch.where(gate > 0.02, gate - 0.02, torch.where(gate < -0.02, gate + 0.02, 0.0)))
+
+    expected = by_hand(first, lambda A, B: 0.0, shrink)
+    found = train_gated(model, trained, GatePenalty(model, 2.0))
+    assert_same_steps(found, expected)
+    closed = sum(int((found[-1][f"{name}.gate"] == 0).sum()) for name in SIZES)
+    assert 0 < closed < 4 * RANK
+
+
 def test_the_penalty_asks_for_orthogonal_factors():
     pytest.importorskip("peft")
     model = gated_llama(AdaLoRALinear)
