@@ -21,6 +21,17 @@ COMMON = {
 }
 
 
+# Attention by latent vectors.
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
+
 @dataclass(frozen=True)
 class Kind:
     """``dense``: ends of the names of linears that cannot be pruned, for a reason that losa gives; ``routers``: of
@@ -74,12 +85,7 @@ KINDS = {
                 "topk_group": 1,
                 "moe_intermediate_size": 16,
                 "first_k_dense_replace": 1,
-                "q_lora_rank": 16,
-                "kv_lora_rank": 16,
-                "qk_nope_head_dim": 8,
-                "qk_rope_head_dim": 8,
-                "v_head_dim": 8,
-                "num_key_value_heads": 4,
+                **LATENT,
                 "norm_topk_prob": True,
             },
         ),
@@ -112,12 +118,7 @@ KINDS = {
                 "expert_ffn_hidden_size": 24,
                 "ffn_hidden_size": 64,
                 "head_dim": 8,
-                "q_lora_rank": 16,
-                "kv_lora_rank": 16,
-                "qk_nope_head_dim": 8,
-                "qk_rope_head_dim": 8,
-                "v_head_dim": 8,
-                "num_key_value_heads": 4,
+                **LATENT,
             },
             layers=4,  # two attentions a block
             routers=("classifier",),

@@ -164,15 +164,23 @@ def test_a_refusal_leaves_the_form():
     assert [name.rpartition(".")[2] for name in wrap(model, targets=["up_proj"])] == ["up_proj"] * 8
 
 
-def test_a_stack_that_computes_something_else_stays(caplog, monkeypatch):
-    model = of_kind(KINDS["Mixtral"])
-    kind = type(model.model.layers[0].mlp.experts)
+@pytest.mark.parametrize(
+    ("name", "experts", "dense", "others"),
+    [
+        ("Mixtral", "model.layers.0.mlp.experts", ("gate_up_proj", "down_proj"), 4),
+        ("Dbrx", "transformer.blocks.0.ffn.experts", ("mlp.w1", "mlp.v1", "mlp.w2"), 2),
+    ],
+)
+def test_a_stack_that_computes_something_else_stays(name, experts, dense, others, caplog, monkeypatch):
+    model = of_kind(KINDS[name])
+    kind = type(model.get_submodule(experts))
     monkeypatch.setattr(kind, "forward", lambda self, hidden_states, top_k_index, top_k_weights: 2 * hidden_states)
     with caplog.at_level(logging.INFO, logger="losa"):
         layers = wrap(model)
-    assert "MixtralExperts are left stacked: their linears compute something else" in caplog.text
-    assert "expert weights of 'model.layers' stay dense: 0.mlp.experts.gate_up_proj, 0.mlp.experts.down" in caplog.text
-    assert len(layers) == 2 * 4
+    assert f"{kind.__name__} are left stacked: their linears compute something else" in caplog.text
+    within = experts.partition(".0.")[2]
+    assert f"stay dense: {', '.join(f'0.{within}.{tensor}' for tensor in dense)}" in caplog.text
+    assert len(layers) == 2 * others
 
 
 def test_modules_of_other_kinds_stand_for_nothing():
@@ -243,17 +251,6 @@ def test_a_stack_in_a_module_inside_that_is_shared_stays_dense(caplog):
         layers = wrap(model)
     assert not any("experts" in name for name in layers) and layers
     assert "with a shared weight stay dense: 0.ffn.experts, 1.ffn.experts" in caplog.text
-
-
-def test_a_module_inside_that_computes_something_else_stays(caplog, monkeypatch):
-    model = of_kind(KINDS["Dbrx"])
-    kind = type(model.transformer.blocks[0].ffn.experts)
-    monkeypatch.setattr(kind, "forward", lambda self, hidden_states, top_k_index, top_k_weights: 2 * hidden_states)
-    with caplog.at_level(logging.INFO, logger="losa"):
-        layers = wrap(model)
-    assert "DbrxExperts are left stacked: their linears compute something else" in caplog.text
-    assert "stay dense: 0.ffn.experts.mlp.w1, 0.ffn.experts.mlp.v1, 0.ffn.experts.mlp.w2 and 3 others" in caplog.text
-    assert len(layers) == 2 * 2
 
 
 def outside(limit, kind=Step3p7Experts, **options):
