@@ -44,6 +44,7 @@ def test_runs_of_the_comparison():
         Job("losa", "alps", "2:4", 2, "kl", learning_rate=0.01, tuning=True).key == "losa/alps/2:4/seed2/kl/tune-lr0.01"
     )
     assert Job("lora", sparsity=0.5, short=True).key == "lora/wanda/0.50/seed0/short" and Job("dense").key == "dense"
+    assert _jobs.digest(Job("dense", sparsity=0.5)) == _jobs.digest(Job("dense")), "one run for all tables"
     tasks = {job.key for job in jobs if job.of_tasks}
     assert tasks == {"dense", *(f"{method}/wanda/0.50/seed0" for method in ("prune_only", "losa", "lora", "best"))}
     named = [*jobs, Job("losa", "alps", "2:4", 2, "kl", {"train.warmup": 0.2}, 0.01, True), Job("lora", short=True)]
