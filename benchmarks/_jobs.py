@@ -221,7 +221,7 @@ def tuning_of(job: Job) -> list[Job]:
     A method is tuned with Wanda and seed 0 at the nearest of ``TUNED_AT``."""
     kept, _, of = sparsity_name(job.sparsity).partition(":")
     share = 1 - int(kept) / int(of) if of else float(kept)
-    own = replace(job, seed=0, learning_rate=None, tuning=True, short=False)
+    own = replace(job, seed=0, learning_rate=None, tuning=True, short=False, task_limit=0)
     # Rounded, so that of two that are as near the first is taken.
     variant = replace(own, pruner="wanda", sparsity=min(TUNED_AT, key=lambda tuned: round(abs(tuned - share), 6)))
     return [own, variant, replace(variant, variant="", overrides={})]

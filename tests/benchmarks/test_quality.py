@@ -47,6 +47,7 @@ def test_runs_of_the_comparison():
     assert _jobs.digest(Job("dense", sparsity=0.5)) == _jobs.digest(Job("dense")), "one run for all tables"
     tasks = {job.key for job in jobs if job.of_tasks}
     assert tasks == {"dense", *(f"{method}/wanda/0.50/seed0" for method in ("prune_only", "losa", "lora", "best"))}
+    assert {each.task_limit for each in _jobs.tuning_of(Job("lora", sparsity=0.5, task_limit=250))} == {0}
     named = [*jobs, Job("losa", "alps", "2:4", 2, "kl", {"train.warmup": 0.2}, 0.01, True), Job("lora", short=True)]
     assert [job_of(job.key, {"learning_rate": 0.01, "overrides": job.overrides}) for job in named] == named
     assert job_of("losa/wanda/all/seed0", {}) is job_of("other", {}) is None
