@@ -67,11 +67,12 @@ class Sharding:
         first = self.mesh.get_local_rank(self.mesh.ndim - 1) * chunk
         return range(min(first, count), min(first + chunk, count))
 
-    def from_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
-        """The tensor of ``shape`` of which this process holds ``rows``, which are contiguous."""
+    def from_rows(self, rows: Tensor, shape: torch.Size, pin: bool = True) -> DTensor:
+        """The tensor of ``shape`` of which this process holds ``rows``, which are contiguous. ``pin``: whether rows
+        that wait in host memory are page-locked, as FSDP2 wants what it runs; torch never gives such memory back."""
         if not rows.is_meta:
             rows = rows.to("cpu" if self.offload else self.device)
-            if self.offload and self.mesh.device_type == "cuda":
+            if pin and self.offload and self.mesh.device_type == "cuda":
                 # FSDP2 would pin a copy, and everyone else who shares the rows would keep them too.
                 rows = rows.pin_memory()
         return self._of_rows(rows, shape)
@@ -82,10 +83,10 @@ class Sharding:
         # DTensor.from_local would move rows that wait in host memory to the mesh's device.
         return DTensor(rows, spec, requires_grad=False)
 
-    def shard(self, whole: Tensor) -> DTensor:
-        """This process's rows, copied, of a tensor that every process has."""
+    def shard(self, whole: Tensor, pin: bool = True) -> DTensor:
+        """This process's rows, copied, of a tensor that every process has. ``pin``: as ``from_rows``."""
         rows = self.rows(len(whole))
-        return self.from_rows(whole.detach()[rows.start : rows.stop].clone(), whole.shape)
+        return self.from_rows(whole.detach()[rows.start : rows.stop].clone(), whole.shape, pin)
 
 
 def make_sharding(device: torch.device, shard_size: int | None = None, offload: bool = False) -> Sharding:
@@ -139,9 +140,16 @@ def _wholes(tensors: Sequence[DTensor]) -> list[Tensor]:
     shared: Any = DTensor.from_local(sent, sharding.mesh, sharding.placements, run_check=False)
     with waiting():
         found = shared.full_tensor().view(shards, -1)
-    parts = [found[:, place : place + size].clone() for place, size in zip(places, sizes, strict=True)]
-    rows_of_all = [part.view(-1).view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=True)]
-    return [rows[: len(t)] for rows, t in zip(rows_of_all, tensors, strict=True)]
+    wholes = []
+    for tensor, place, size in zip(tensors, places, sizes, strict=True):
+        # The last processes may have sent fewer rows, and of a stack of few experts most may have sent none.
+        rows = torch.empty(tensor.shape.numel() * tensor.dtype.itemsize, dtype=torch.uint8, device=sharding.device)
+        full = len(rows) // size if size else 0
+        rows[: full * size].view(full, size).copy_(found[:full, place : place + size])
+        if rest := len(rows) - full * size:
+            rows[full * size :].copy_(found[full, place : place + rest])
+        wholes.append(rows.view(tensor.dtype).view(tensor.shape))
+    return wholes
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -167,9 +175,10 @@ def sum_over_rows(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
     return DTensor.from_local(part, sharding.mesh, placements, run_check=False).full_tensor()
 
 
-def shard_module(module: nn.Module, sharding: Sharding) -> None:
-    """Give every process its rows of all parameters of ``module``, which it has whole, in place."""
-    _put_rows(list(module.modules()), sharding, {})
+def shard_module(module: nn.Module, sharding: Sharding, pin: bool = True) -> None:
+    """Give every process its rows of all parameters of ``module``, which it has whole, in place. ``pin``: as
+    ``Sharding.from_rows``."""
+    _put_rows(list(module.modules()), sharding, {}, pin)
 
 
 @contextmanager
@@ -260,7 +269,7 @@ def _gathered(modules: list[nn.Module], only: Container[str] | None = None) -> I
         _put_rows(list(now), sharding, {_address(known.parameter, known.first): known for known in wholes.values()})
 
 
-def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole]) -> None:
+def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _Whole], pin: bool = True) -> None:
     """Put sharded parameters in the places of whole ones. ``wholes``, by their place in memory: what was gathered."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
@@ -268,7 +277,7 @@ def _put_rows(modules: list[nn.Module], sharding: Sharding, wholes: dict[int, _W
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(_address(parameter, parameter)))
+                made[id(parameter)] = _sharded(parameter, sharding, wholes.get(_address(parameter, parameter)), pin)
             module._parameters[name] = made[id(parameter)]
 
 
@@ -277,9 +286,9 @@ def _address(parameter: nn.Parameter, memory: Tensor) -> int:
     return memory.data_ptr() or id(parameter)
 
 
-def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None) -> nn.Parameter:
+def _sharded(parameter: nn.Parameter, sharding: Sharding, known: _Whole | None, pin: bool) -> nn.Parameter:
     if known is None or not known.holds(parameter):
-        return nn.Parameter(sharding.shard(parameter), requires_grad=parameter.requires_grad)
+        return nn.Parameter(sharding.shard(parameter, pin), requires_grad=parameter.requires_grad)
     if known.parameter is parameter:
         return known.sharded
     # Another parameter over gathered memory, as when a linear is wrapped: it shares the rows too.

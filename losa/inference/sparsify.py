@@ -14,9 +14,10 @@ from torch import nn
 from losa.errors import ModelError
 from losa.inference.waiting_decoders import forget_decoder
 from losa.model.blocks import find_blocks, find_linears
-from losa.model.forms import Place, as_linears, holder_of, places, unpacked_as_they_were
+from losa.model.forms import Place, holder_of, places
 from losa.model.grouping import group_linears
 from losa.model.probing import read_directly
+from losa.model.replacing import as_linears, unpacked_as_they_were
 from losa.model.saving import guard_saving
 from losa.modules.linear_experts import stack_of, stand_for
 from losa.modules.masked_lora import MaskedLoRALinear

@@ -17,11 +17,12 @@ from losa.distributed.processes import is_main
 from losa.distributed.watch import progress
 from losa.errors import ModelError
 from losa.model.blocks import Blocks, parameter_uses
-from losa.model.forms import Place, places, replaced_forms, restore_tensors, tensors_of
+from losa.model.forms import Place, places, tensors_of
 from losa.model.hub_files import local_directory
 from losa.model.loading import torch_device
 from losa.model.naming import Naming, as_stored, saved_names
 from losa.model.part_loading import empty_of, locate_files, names_of, put_parameters, tie
+from losa.model.replacing import replaced_forms, restore_tensors
 from losa.model.skeleton import move_buffers
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.storage.tensor_files import TensorFiles, checkpoint_tensors

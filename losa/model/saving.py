@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losa.errors import ModelError
-from losa.model.forms import restore_tensors
+from losa.model.replacing import restore_tensors
 from losa.modules.linear_experts import stack_of
 from losa.modules.masked_lora import MaskedLoRALinear
 from losa.modules.sparse import SparseLinear

@@ -115,7 +115,8 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
             check_finite(f"{where}: {name}", tensor)
             check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
         empty = parameters[name]
-        sharded = sharding.from_rows(rows, empty.shape)
+        # A stack of experts becomes linears before anything is trained.
+        sharded = sharding.from_rows(rows, empty.shape, pin=naming.holder(name) is None)
         held[id(empty)] = nn.Parameter(sharded, requires_grad=empty.requires_grad)
 
     def make(target: str, sources: Iterable[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from losa.distributed.offloading import is_offloaded
 from losa.distributed.sharding import device_of, gathered, shard_module, sharding_of, sum_over_rows
 from losa.distributed.watch import progress
-from losa.errors import ModelError
+from losa.errors import LosaError, ModelError
 from losa.model.blocks import (
     Blocks,
     Targets,
@@ -30,20 +30,10 @@ from losa.model.blocks import (
     stacked_weights,
     weight_count,
 )
-from losa.model.forms import (
-    as_linears,
-    as_they_were,
-    choices_of_form,
-    computes_its_linears,
-    has_views,
-    holder_of,
-    tensors_of,
-    unpacked_as_they_were,
-    views,
-    weights_of,
-)
+from losa.model.forms import choices_of_form, has_views, holder_of, tensors_of, views, weights_of
 from losa.model.norms import trained_norms
 from losa.model.probing import read_directly
+from losa.model.replacing import as_linears, as_they_were, computes_its_linears, unpacked_as_they_were
 from losa.model.running import runnable
 from losa.model.saving import guard_saving
 from losa.modules.linear_experts import lay_experts_together
@@ -77,7 +67,8 @@ def wrap_model(
 ) -> dict[str, MaskedLoRALinear]:
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
-    The weights stay where they are in memory; the adapters of a sharded model are sharded too. An adapter is seeded by
+    The weights stay where they are in memory, but for transposed ones, and stacks of a sharded model; the adapters of a
+    sharded model are sharded too. An adapter is seeded by
     (seed, full name), so another choice of targets does not change it. Linears of another form (``losa.model.forms``)
     are replaced too. Stacks that are none stay dense, and so do linears whose weight the model reads itself, with a
     warning; the model runs on a few tokens to find the latter. Until it is merged or unwrapped, a module that reads
@@ -131,9 +122,12 @@ def wrap_model(
     # Linears of a stack that is not in memory cannot be tried with its own weights.
     tried = [name for name in names if not is_offloaded(model) or computes_its_linears(model.get_submodule(name))]
     left = [name for name in names if name not in tried]
+    del holders  # it would keep what was replaced
     try:
         left += as_linears(model, tried, lambda name, linear: new_layer(name, linear) if name in shown else linear)
-    except BaseException:
+    except BaseException as error:
+        if sharding_of(model) is not None and not isinstance(error, LosaError):
+            raise  # perhaps in this process alone, and the others would not come to put anything back
         as_they_were(model, lambda each: each.unwrap() if isinstance(each, MaskedLoRALinear) else each)
         raise
     _warn_left_dense(blocks, uses, passed_by, narrow, [name.removeprefix(f"{blocks.prefix}.") for name in left])
@@ -331,7 +325,13 @@ def sparsity_of(model: nn.Module) -> tuple[int, int]:
         else:
             zeros += weight_count(linear) - count_kept(linear)
     for holder in in_shards:
-        with gathered(holder):
+        tensors, counts = tensors_of(holder), weights_of(holder)
+        if all(tensors[name].numel() == count for name, count in counts.items()):
+            zeros += sum(
+                n - int(sum_over_rows(tensors[name].detach(), torch.count_nonzero)) for name, n in counts.items()
+            )
+            continue
+        with gathered(holder):  # there are rows that no linear has
             zeros += sum(weight_count(linear) - count_kept(linear) for linear in views(holder).values())
     for module in blocks.modules.modules():
         if isinstance(module, SparseLinear):

@@ -250,6 +250,14 @@ def lay_together(layers: Sequence[MaskedLoRALinear]) -> None:
             layer.weight.data = weight
 
 
+def have_one_product(experts: nn.ModuleList) -> bool:
+    """Whether linears of experts are multiplied in one product for each kind, which gives gradients to experts without
+    tokens too: zeros."""
+    layers = [layer for expert in experts for layer in expert.children()]
+    joins = all(type(layer) is MaskedLoRALinear and layer.dropout_p == 0 for layer in layers)
+    return isinstance(experts, LinearExperts) and joins
+
+
 def _joins(layer: Any) -> bool:
     """Whether nothing but a masked-LoRA product is asked of a layer. Who watches it wants it to be called."""
     if type(layer) is not MaskedLoRALinear or not layer.adapter_enabled or (layer.training and layer.dropout_p > 0):

@@ -179,8 +179,11 @@ class _Comparison:
         memory = self.blocks.modules[index].state_dict()
         self.written.load({f"{name}.{part}": tensor for part, tensor in memory.items()})
         block = self.written.model.get_submodule(name)
-        for part, module in find_linears(block, model=self.written.model).items():
-            linear, weight = f"{name}.{part}", cast(Tensor, module.weight)
+        written = {f"{name}.{part}": module for part, module in find_linears(block, model=self.written.model).items()}
+        if odd := sorted(masks.keys() - written.keys()):
+            raise OutputError(f"export: {odd[0]} has a mask, but the written model has no such linear")
+        for linear, module in written.items():
+            weight = cast(Tensor, module.weight)
             if linear in masks:
                 self.counts[2] += check_masked(linear, weight, masks[linear], self.record.masks[linear])
             self.counts[0] += weight.numel() - int(torch.count_nonzero(weight))

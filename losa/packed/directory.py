@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from losa.errors import LosaError, ModelError, reason, shown_name
 from losa.model.finite import rounded
-from losa.model.forms import unpacked_as_they_were
 from losa.model.loading import DTYPES, load_model, torch_device
 from losa.model.probing import read_directly
+from losa.model.replacing import unpacked_as_they_were
 from losa.model.saving import state_untied, untied_though_stated
 from losa.modules.sparse import SparseLinear, unpack_linears
 from losa.packed import block_files, compressed_tensors

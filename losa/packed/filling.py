@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from losa.errors import ModelError, shown_name
 from losa.model.finite import check_finite, check_rounded, is_finite, rounded
-from losa.model.forms import Place, as_linears
+from losa.model.forms import Place
 from losa.model.grouping import group_linears
 from losa.model.naming import Naming, checked_naming
+from losa.model.replacing import as_linears
 from losa.model.saving import guard_saving
 from losa.model.skeleton import empty_model
 from losa.modules.linear_experts import stack_of, stand_for

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from losa.errors import ModelError
 from losa.model.finite import rounded
-from losa.model.forms import Place, computes_its_linears, holder_of
+from losa.model.forms import Place, holder_of
 from losa.model.naming import Naming, check_names
+from losa.model.replacing import computes_its_linears
 from losa.model.skeleton import skeleton
 from losa.packed.stacks import Stack, split
 from losa.packed.weights import Packer, zero_share

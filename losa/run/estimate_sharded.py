@@ -22,6 +22,7 @@ from losa.run.estimate_memory import (
     pruning_work,
     reconstruction_work,
     replaces_weights,
+    stack_bytes,
     training_work,
 )
 from losa.run.model_shape import ModelShape, Rows
@@ -75,6 +76,10 @@ def sharded_holdings(
     pruned = weights_of(shape)
     dense = dense_weights(recipe, list(rounds), place, own_bytes(pruned, size, pinned), own_bytes(pruned, size))
     held += (replace(each, how=f"{each.how}; {share}") for each in dense)
+    if len(rounds) > 1:
+        for phase in ("pruning", "training"):
+            how = f"as they were, from which the next method begins; {share}"
+            held.append(Holding(phase, place, "stacks of experts", own_bytes(shape.replaced, size), how))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += _blocks_in_pruning(recipe, shape, trained)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
@@ -96,8 +101,13 @@ def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iter
     yield Holding("throughout", place, "weights", own_bytes(weights, size, pinned), how)
     yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
     yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), f"{trained.how}; {share}")
+    stored = [rows for part in (shape.outside, *shape.stored) for rows in part]
+    more = max(0, own_bytes(stored, size) - own_bytes(weights, size))
+    for phase in ("loading", "evaluation", "export"):
+        how = "a row for each expert, beyond the rows of linears"
+        yield Holding(phase, place, "stacks of experts", more, how)
     if shape.on_gpu:
-        largest = max(own_bytes([rows], size) for rows in shape.stored)
+        largest = max(own_bytes([rows], size) for rows in stored)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
 
 
@@ -128,6 +138,9 @@ def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Pl
     if not recipe.distributed.reshard_after_forward:
         kept, how = sum(map(whole_bytes, blocks)), "reshard_after_forward: false keeps all until the backward pass"
     yield Holding("training", shape.computes_on, "blocks, whole", kept, how)
+    if stack := stack_bytes(shape, shape.dtype):
+        how = "of all experts that a call multiplies, laid together"
+        yield Holding("training", shape.computes_on, "experts' weights", stack, how, certain=False)
     if size > 1:
         on_the_way = sum(sent_bytes(block, size) for block in blocks[:2])
         how = "the one that runs and the next one, as they come from the processes"
@@ -150,16 +163,17 @@ def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Pl
 
 def _evaluation(shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
     place = shape.computes_on
-    largest = max(block_parts(shape, trained), key=whole_bytes)
-    yield Holding("evaluation", place, "one block, whole", whole_bytes(largest), "the one that runs")
-    sent = sent_bytes(largest, placement.shard_size or 1)
+    wrapped = block_parts(shape, trained)
+    yield Holding("evaluation", place, "one block, whole", max(map(whole_bytes, wrapped)), "the one that runs")
+    # Before the first method, and of a merged model, experts are in their stacks.
+    sent = max(sent_bytes(block, placement.shard_size or 1) for block in (*wrapped, *shape.stored))
     yield Holding("evaluation", place, "one block on its way", sent, "as it comes, before its rows are put together")
     yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
 
 
 def _export(shape: ModelShape) -> Iterator[Holding]:
     place = shape.computes_on
-    largest, outside = max(map(whole_bytes, shape.inside)), whole_bytes(shape.outside)
+    largest, outside = max(map(whole_bytes, shape.stored)), whole_bytes(shape.outside)
     yield Holding("export", place, "one block, twice", 2 * largest, "in memory, and as written: to compare them")
     how = "embeddings, last norm and output layer, in memory and as written"
     yield Holding("export", place, "outside of the blocks, twice", 2 * outside, how)

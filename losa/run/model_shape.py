@@ -14,7 +14,7 @@ from torch import nn
 from losa.errors import RecipeError
 from losa.model.blocks import Blocks, find_blocks
 from losa.model.flops import TokenWork, hidden_size, number_of
-from losa.model.forms import holder_of, tensors_of, views, weights_of
+from losa.model.forms import holder_of, tensors_of, views
 from losa.pruners import LinearShape
 from losa.recipe.sections import Recipe
 from losa.training.loss import head_gives_logits
@@ -35,8 +35,8 @@ class ModelShape:
     logits of all its tokens at once; ``linears``: of all blocks; ``by_block``: those that are pruned; ``together``:
     weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
     stack, of which each is ``of_expert``; ``drops``: whether training has dropout; ``inside``: all parameters of each
-    block, where linears of another form are parameters of their own; ``outside``: parameters outside of the blocks;
-    ``stored``: all parameters, with linears of another form in the tensors of that form."""
+    block, where linears of another form are parameters of their own, and ``stored``: where they lie in the tensors of
+    that form, of which ``replaced`` are those; ``outside``: parameters outside of the blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,8 +51,9 @@ class ModelShape:
     of_expert: LinearShape
     drops: bool
     inside: list[list[Rows]]
+    stored: list[list[Rows]]
+    replaced: list[Rows]
     outside: list[Rows]
-    stored: list[Rows]
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe, device: torch.device) -> ModelShape:
@@ -68,7 +69,9 @@ class ModelShape:
         together, of_expert = _most_together(pruned)
         embedding = model.get_input_embeddings().weight
         counted: set[int] = set()
-        inside = [_wrapped_rows(block, set(map(holder_of, pruned.values())), counted) for block in blocks]
+        holders = {holder for linear in pruned.values() if (holder := holder_of(linear)) is not linear}
+        inside = [_wrapped_rows(block, holders, counted) for block in blocks]
+        of_blocks: set[int] = set()
         precision = recipe.train.precision if recipe.train is not None else "float32"
         return cls(
             device=device,
@@ -84,13 +87,14 @@ class ModelShape:
             of_expert=of_expert,
             drops=recipe.lora.dropout > 0,
             inside=inside,
+            stored=[_rows_of(block.parameters(), of_blocks) for block in blocks],
+            replaced=_rows_of((tensor for form in holders for tensor in tensors_of(form).values()), set()),
             outside=_rows_of(model.parameters(), counted),
-            stored=_rows_of(model.parameters(), set()),
         )
 
     @property
     def weight_bytes(self) -> int:
-        return sum(rows.count * rows.size for part in (self.outside, *self.inside) for rows in part)
+        return sum(rows.count * rows.size for part in (self.outside, *self.stored) for rows in part)
 
     @property
     def blocks(self) -> int:
@@ -162,15 +166,10 @@ def _rows_of(parameters: Iterable[nn.Parameter], counted: set[int]) -> list[Rows
 
 
 def _wrapped_rows(block: nn.Module, holders: Collection[nn.Module], counted: set[int]) -> list[Rows]:
-    """``_rows_of`` a block in which linears have taken the place of ``holders`` of another form."""
-    forms = [module for module in block.modules() if module in holders and views(module)]
-    of_forms = [tensor for form in forms for tensor in tensors_of(form).values()]
+    """``_rows_of`` a block in which linears have taken the place of ``holders``, which are of another form."""
+    forms = [module for module in block.modules() if module in holders]
     found = _rows_of((p for form in forms for linear in views(form).values() for p in linear.parameters()), set())
-    for form in forms:  # rows that no linear has stay in its memory
-        counts, tensors = weights_of(form), tensors_of(form)
-        rest = {name: tensors[name].numel() - count for name, count in counts.items()}
-        found += [Rows(1, count * tensors[name].element_size()) for name, count in rest.items() if count]
-    counted.update(map(id, of_forms))
+    counted.update(id(tensor) for form in forms for tensor in tensors_of(form).values())
     return _rows_of(block.parameters(), counted) + found
 
 

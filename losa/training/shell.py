@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from losa.distributed.sharding import sharding_of
 from losa.errors import LosaError
 from losa.model.blocks import expert_lists, find_blocks
+from losa.modules.linear_experts import have_one_product
 
 # FSDPModule's, in torch after 2.11. An expert that no token of a process reaches gets no gradient there: without this
 # setting the processes would send gradients of different parameters, and add them up.
@@ -42,18 +43,17 @@ def make_shell(
         the copy, and the copy of ``model`` in it.
 
     Raises:
-        LosaError: ``loss_module`` does not hold ``model``, or has trained parameters of its own; or several processes
-            share experts of a mixture, and torch is too old for it.
+        LosaError: ``loss_module`` does not hold ``model``, or has trained parameters of its own; or as
+            ``check_unreached``.
     """
     own = [n for n, p in loss_module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if own:
         raise LosaError(f"loss_factory: expected no trained parameters beside a sharded model's, got {own[0]}")
     sharding = sharding_of(model)
     assert sharding is not None, "the model is sharded"
-    if sharding.mesh.size() > 1 and not hasattr(FSDPModule, _UNUSED) and any(map(expert_lists, find_blocks(model))):
-        raise LosaError(
-            "model: a mixture with a module for each expert cannot be trained in shards by this version of torch, "
-            f"{torch.__version__}; take a newer one, or distributed.mode: ddp"
+    if sharding.mesh.size() > 1:
+        check_unreached(
+            all(have_one_product(experts) for block in find_blocks(model) for experts in expert_lists(block))
         )
     # Parameters and buffers are not copied.
     copies: dict[int, Any] = {id(t): t for t in (*loss_module.parameters(), *loss_module.buffers())}
@@ -80,6 +80,20 @@ def make_shell(
     for place, name, parameter in held:
         place._parameters[name] = parameter
     return shell, copies[id(model)]
+
+
+def check_unreached(all_get_gradients: bool) -> None:
+    """For a model that several processes share. Raises LosaError: torch is too old for experts that a process does not
+    reach.
+
+    Args:
+        all_get_gradients: whether all experts of mixtures do, zeros where no token came (``have_one_product``).
+    """
+    if not all_get_gradients and not hasattr(FSDPModule, _UNUSED):
+        raise LosaError(
+            "model: a mixture of experts whose adapters are not all masked-LoRA without dropout cannot be trained in "
+            f"shards by this version of torch, {torch.__version__}; take a newer one, or distributed.mode: ddp"
+        )
 
 
 def _leave_stand_ins(modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from losa.errors import ModelError
 from losa.model.blocks import find_blocks
-from losa.model.forms import as_linears, as_they_were, computes_its_linears, holder_of, views
+from losa.model.forms import holder_of, views
+from losa.model.replacing import as_linears, as_they_were, computes_its_linears
 from losa.model.wrapping import matrix_weights, merge_model, sparsity_of, unprunable_of, unwrap_model
 from losa.modules.linear_experts import LinearExperts
 from losa.modules.masked_lora import MaskedLoRALinear

@@ -16,7 +16,7 @@ from losa.errors import ModelError, OutputError
 from losa.evaluation.measure import count_zeros
 from losa.inference.sparsify import _Packer, densify, sparsify
 from losa.inference.speed import bytes_per_token
-from losa.model import forms
+from losa.model import replacing
 from losa.model.blocks import block_linears
 from losa.model.wrapping import merge_model, unwrap_model
 from losa.modules.linear_experts import stack_of
@@ -294,7 +294,7 @@ def test_a_refusal_leaves_a_model_that_can_be_saved(name, tmp_path):
 def test_memory_that_runs_out_loses_no_weight(monkeypatch):
     model = sparsify(pruned("GptOss"))
     expected = logits(model)
-    make, calls = forms._empty_like, []
+    make, calls = replacing.empty_like, []
 
     def failing(*arguments):
         calls.append(1)
@@ -302,7 +302,7 @@ def test_memory_that_runs_out_loses_no_weight(monkeypatch):
             raise MemoryError
         return make(*arguments)
 
-    monkeypatch.setattr(forms, "_empty_like", failing)
+    monkeypatch.setattr(replacing, "empty_like", failing)
     with pytest.raises(MemoryError):
         densify(model)
     monkeypatch.undo()
