@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 
+from losa.model.blocks import find_blocks
+from losa.model.forms import holder_of, tensors_of
 from losa.recipe.training import DistillConfig
 from losa.run import estimate_memory
 from losa.run.estimate import estimate
 from losa.run.estimate_tables import estimate_tables
+from losa.run.placement import Placement
+from losa.run.planned import Planned, planned_model
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.planned_recipe import recipe
 
 
@@ -97,3 +103,35 @@ def test_experts_that_a_gpu_multiplies_together_are_counted(tmp_path, monkeypatc
         assert {h.size for h in each.holdings if (h.what, h.phase) == ("experts' products", "evaluation")} == {stack}
     monkeypatch.setattr(estimate_memory, "STACK_BYTES", 20_000)
     assert products("cuda", "bfloat16") == {"training": 2 * 20_000}
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "LongcatFlash"])
+def test_stacks_of_experts_on_more_processes_than_experts(tmp_path, kind):
+    """Against what the model's own tensors have: a stack has a row for each choice, its linears one for each output."""
+    of_kind(KINDS[kind]).config.save_pretrained(tmp_path / kind)
+    # Nobody compares with another method, and one does.
+    evaluate = {"data": "e.txt", "length": 16, "max_windows": 2}
+    alone, compared = (recipe(tmp_path / kind, compare=names, evaluate=evaluate) for names in ([], ["prune_only"]))
+    model, placement = of_kind(KINDS[kind]), Placement(16, 16)
+
+    def own(tensors):
+        """Bytes of the first of 16 processes."""
+        return sum(-(-len(t) // 16) * t[0].numel() * t.element_size() for t in tensors)
+
+    def held(recipe_of):
+        planned = Planned.of(recipe_of, planned_model(recipe_of), torch.device("cpu"), {})
+        return {(h.phase, h.what): h.size for h in planned.holdings(placement)}
+
+    found, blocks = held(alone), find_blocks(model)
+    stacks = [tensor for holder in blocks.holders().values() for tensor in tensors_of(holder).values()]
+    linears = [m.weight for m in blocks.linears().values() if holder_of(m) is not m]
+    rest = [p for p in model.parameters() if not any(p is stack for stack in stacks)]
+    assert found["throughout", "weights"] == own(rest) + own(linears)
+    more = own(stacks) - own(linears)
+    assert more > 0 and {found[phase, "stacks of experts"] for phase in ("loading", "evaluation", "export")} == {more}
+    # One row of each stack from each of 16 processes, though there are three to five rows.
+    on_its_way = 16 * max(own(block.parameters()) for block in blocks)
+    assert found["evaluation", "one block on its way"] == on_its_way
+    assert ("pruning", "stacks of experts") not in found
+    both = held(compared)
+    assert both["pruning", "stacks of experts"] == both["training", "stacks of experts"] == own(stacks)
