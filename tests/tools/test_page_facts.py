@@ -160,6 +160,13 @@ def test_the_demonstration_is_as_measured(page):
         )
 
 
+def test_the_paper_s_recipe_is_as_measured():
+    document = json.loads((ROOT / "benchmarks/results/demo-smollm2-paper.json").read_text())
+    found = {row["method"]: f"{row['perplexity_unmerged'] or row['perplexity']:.1f}" for row in document["results"]}
+    assert f"LoSA gives {found['losa']} here" in PAGES["README.md"]
+    assert f"gives {found['losa']} on the same text, and LoRA with it {found['lora']}\n" in PAGES["docs/results.md"]
+
+
 def test_the_interrupted_run_is_as_measured():
     found = json.loads((ROOT / "benchmarks/results/interrupted-smollm2.json").read_text())
     assert interrupted.failures(found) == []
