@@ -44,6 +44,10 @@ def as_linears(
 
     Returns:
         names of stacks whose linears do not compute what they do, which stay.
+
+    Raises:
+        ModelError: of shards, in all processes: the linears compute it in some of them alone.
+        LosaError: of shards, in all processes: one of them failed. What was replaced before stays replaced.
     """
     forms: dict[str, nn.Module] = vars(model).setdefault(_FORMS, {}) if made is not None else {}
     left = []

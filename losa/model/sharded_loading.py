@@ -115,7 +115,7 @@ def _fill(naming: Naming, files: TensorFiles, sharding: Sharding, found: set[str
             check_finite(f"{where}: {name}", tensor)
             check_rounded(f"{where}: {name}", tensor, tensor.to(dtypes[name]))
         empty = parameters[name]
-        # A stack of experts becomes linears before anything is trained.
+        # Linears take the place of most stacks and transposed weights before anything is trained; FSDP2 pins the rest.
         sharded = sharding.from_rows(rows, empty.shape, pin=naming.holder(name) is None)
         held[id(empty)] = nn.Parameter(sharded, requires_grad=empty.requires_grad)
 

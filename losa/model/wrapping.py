@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from traceback import clear_frames
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,12 +69,11 @@ def wrap_model(
     """Replace the blocks' linears by ``layer``, in place, and freeze everything but the adapters.
 
     The weights stay where they are in memory, but for transposed ones, and stacks of a sharded model; the adapters of a
-    sharded model are sharded too. An adapter is seeded by
-    (seed, full name), so another choice of targets does not change it. Linears of another form (``losa.model.forms``)
-    are replaced too. Stacks that are none stay dense, and so do linears whose weight the model reads itself, with a
-    warning; the model runs on a few tokens to find the latter. Until it is merged or unwrapped, a module that reads
-    weights itself in training alone, for a kernel of its own, stays in evaluation mode, and ``save_pretrained`` refuses
-    the model.
+    sharded model are sharded too. An adapter is seeded by (seed, full name), so another choice of targets does not
+    change it. Linears of another form (``losa.model.forms``) are replaced too. Stacks that are none stay dense, and so
+    do linears whose weight the model reads itself, with a warning; the model runs on a few tokens to find the latter.
+    Until it is merged or unwrapped, a module that reads weights itself in training alone, for a kernel of its own,
+    stays in evaluation mode, and ``save_pretrained`` refuses the model.
 
     Args:
         model: a decoder of transformers.
@@ -92,6 +92,7 @@ def wrap_model(
     Raises:
         ModelError: no blocks, already wrapped, or a target that matches nothing; ``RankError``: ranks that do not fit
             many linears. Then the model is unchanged.
+        ModelError, LosaError: as ``losa.model.replacing.as_linears``; forms are put back.
     """
     if wrapped_linears(model):
         raise ModelError("model: already wrapped; merge_model or unwrap_model first")
@@ -128,6 +129,7 @@ def wrap_model(
     except BaseException as error:
         if sharding_of(model) is not None and not isinstance(error, LosaError):
             raise  # perhaps in this process alone, and the others would not come to put anything back
+        clear_frames(error.__traceback__)  # they hold the stack that could not be replaced
         as_they_were(model, lambda each: each.unwrap() if isinstance(each, MaskedLoRALinear) else each)
         raise
     _warn_left_dense(blocks, uses, passed_by, narrow, [name.removeprefix(f"{blocks.prefix}.") for name in left])

@@ -250,12 +250,14 @@ def lay_together(layers: Sequence[MaskedLoRALinear]) -> None:
             layer.weight.data = weight
 
 
-def have_one_product(experts: nn.ModuleList) -> bool:
-    """Whether linears of experts are multiplied in one product for each kind, which gives gradients to experts without
-    tokens too: zeros."""
-    layers = [layer for expert in experts for layer in expert.children()]
-    joins = all(type(layer) is MaskedLoRALinear and layer.dropout_p == 0 for layer in layers)
-    return isinstance(experts, LinearExperts) and joins
+def all_get_gradients(experts: nn.ModuleList) -> bool:
+    """Whether all trained linears of experts get gradients in every pass, zeros where no token came: of each kind none
+    is trained, or one product multiplies them."""
+    if not isinstance(experts, LinearExperts):
+        return not any(parameter.requires_grad for parameter in experts.parameters())
+    kinds = [experts.linears(name) for name in dict.fromkeys(name for expert in experts for name in expert._modules)]
+    trained = [kind for kind in kinds if any(p.requires_grad for layer in kind for p in layer.parameters())]
+    return all(type(layer) is MaskedLoRALinear and layer.dropout_p == 0 for kind in trained for layer in kind)
 
 
 def _joins(layer: Any) -> bool:

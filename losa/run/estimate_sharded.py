@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from losa.algorithm.engine import keeps_originals
 from losa.algorithm.schedule import Round
 from losa.pruners import LinearShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
@@ -76,12 +77,14 @@ def sharded_holdings(
     pruned = weights_of(shape)
     dense = dense_weights(recipe, list(rounds), place, own_bytes(pruned, size, pinned), own_bytes(pruned, size))
     held += (replace(each, how=f"{each.how}; {share}") for each in dense)
-    if len(rounds) > 1:
+    replaced = own_bytes((rows for form in shape.replaced for rows in form), size)
+    # Of a pruner that gives new weights, what the next method begins from is among the dense weights.
+    if len(rounds) > 1 and replaced and not (get_pruner(recipe.prune).updates_weight and not _kept(recipe, rounds)):
         for phase in ("pruning", "training"):
             how = f"as they were, from which the next method begins; {share}"
-            held.append(Holding(phase, place, "stacks of experts", own_bytes(shape.replaced, size), how))
+            held.append(Holding(phase, place, _OTHER_FORMS, replaced, how))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
-    held += _blocks_in_pruning(recipe, shape, trained)
+    held += _blocks_in_pruning(recipe, shape, trained, placement)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
     held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
@@ -90,7 +93,13 @@ def sharded_holdings(
     if recipe.evaluate is not None:
         held += _evaluation(shape, trained, placement)
         held += evaluation_work(recipe.evaluate, shape)
-    return [*held, *_export(shape)]
+    return [*held, *_export(shape, placement)]
+
+
+def _kept(recipe: Recipe, names: Iterable[MethodName]) -> bool:
+    """Whether weights stay as they were beside new ones, for a teacher or for the dense stream."""
+    pruner = get_pruner(recipe.prune)
+    return any(recipe.distills(n) or keeps_originals(recipe.prune, pruner, recipe.streams_dense(n)) for n in names)
 
 
 def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
@@ -102,10 +111,10 @@ def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iter
     yield Holding("throughout", place, "masks", own_bytes(masks, size, pinned), f"1 bit a weight; {share}")
     yield Holding("throughout", place, "adapters", own_bytes(adapters, size, pinned), f"{trained.how}; {share}")
     stored = [rows for part in (shape.outside, *shape.stored) for rows in part]
-    more = max(0, own_bytes(stored, size) - own_bytes(weights, size))
-    for phase in ("loading", "evaluation", "export"):
-        how = "a row for each expert, beyond the rows of linears"
-        yield Holding(phase, place, "stacks of experts", more, how)
+    more = own_bytes(stored, size) - own_bytes(weights, size)
+    for phase in ("loading", "evaluation", "export") if more > 0 else ():
+        how = "as they are stored, beyond what their linears have; a stack has a row for each expert"
+        yield Holding(phase, place, _OTHER_FORMS, more, how)
     if shape.on_gpu:
         largest = max(own_bytes([rows], size) for rows in stored)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
@@ -118,8 +127,13 @@ def _waiting(shape: ModelShape, placement: Placement) -> tuple[Literal["device",
     return "host" if placement.offload else shape.computes_on, pinned, share
 
 
-def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained) -> Iterator[Holding]:
+def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
     place = shape.computes_on
+    if shape.replaced:
+        # No pruning goes on meanwhile: at most as much as all else that it takes.
+        largest = max(shape.replaced, key=whole_bytes)
+        size, how = sent_bytes(largest, placement.shard_size or 1) + 2 * whole_bytes(largest), "the largest, replaced"
+        yield Holding("loading", place, "one stack, on its way, whole, and its linears", size, how)
     how = "weights, masks and adapters of the largest block"
     yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, trained))), how)
     if get_pruner(recipe.prune).updates_weight:
@@ -138,9 +152,7 @@ def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Pl
     if not recipe.distributed.reshard_after_forward:
         kept, how = sum(map(whole_bytes, blocks)), "reshard_after_forward: false keeps all until the backward pass"
     yield Holding("training", shape.computes_on, "blocks, whole", kept, how)
-    if stack := stack_bytes(shape, shape.dtype):
-        how = "of all experts that a call multiplies, laid together"
-        yield Holding("training", shape.computes_on, "experts' weights", stack, how, certain=False)
+    yield from _laid_together("training", shape)
     if size > 1:
         on_the_way = sum(sent_bytes(block, size) for block in blocks[:2])
         how = "the one that runs and the next one, as they come from the processes"
@@ -169,14 +181,25 @@ def _evaluation(shape: ModelShape, trained: Trained, placement: Placement) -> It
     sent = max(sent_bytes(block, placement.shard_size or 1) for block in (*wrapped, *shape.stored))
     yield Holding("evaluation", place, "one block on its way", sent, "as it comes, before its rows are put together")
     yield Holding("evaluation", place, "outside of the blocks", whole_bytes(shape.outside), _OUTSIDE)
+    yield from _laid_together("evaluation", shape)
 
 
-def _export(shape: ModelShape) -> Iterator[Holding]:
-    place = shape.computes_on
-    largest, outside = max(map(whole_bytes, shape.stored)), whole_bytes(shape.outside)
-    yield Holding("export", place, "one block, twice", 2 * largest, "in memory, and as written: to compare them")
+def _laid_together(phase: str, shape: ModelShape) -> Iterator[Holding]:
+    """Experts of a block that was gathered have memory of their own each, and a grouped product copies them."""
+    if stack := stack_bytes(shape, shape.dtype):
+        how = "of all experts that a call multiplies, laid together"
+        yield Holding(phase, shape.computes_on, "experts' weights", stack, how, certain=False)
+
+
+def _export(shape: ModelShape, placement: Placement) -> Iterator[Holding]:
+    place, outside = shape.computes_on, whole_bytes(shape.outside)
+    each = ((whole_bytes(block), sent_bytes(block, placement.shard_size or 1)) for block in shape.stored)
+    size = max(whole + max(whole, sent) for whole, sent in each)
+    how = "in memory, and as written, to compare them; or as it comes"
+    yield Holding("export", place, "one block, twice", size, how)
     how = "embeddings, last norm and output layer, in memory and as written"
     yield Holding("export", place, "outside of the blocks, twice", 2 * outside, how)
 
 
+_OTHER_FORMS = "stacks and transposed linears"
 _OUTSIDE = "embeddings, last norm and output layer, whole throughout a pass"

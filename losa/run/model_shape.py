@@ -36,7 +36,8 @@ class ModelShape:
     weights of the pruned linears that one call multiplies, where that is most: of a linear, or of all experts of a
     stack, of which each is ``of_expert``; ``drops``: whether training has dropout; ``inside``: all parameters of each
     block, where linears of another form are parameters of their own, and ``stored``: where they lie in the tensors of
-    that form, of which ``replaced`` are those; ``outside``: parameters outside of the blocks."""
+    that form; ``replaced``: these tensors, of each module of another form; ``outside``: parameters outside of the
+    blocks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -52,7 +53,7 @@ class ModelShape:
     drops: bool
     inside: list[list[Rows]]
     stored: list[list[Rows]]
-    replaced: list[Rows]
+    replaced: list[list[Rows]]
     outside: list[Rows]
 
     @classmethod
@@ -88,7 +89,7 @@ class ModelShape:
             drops=recipe.lora.dropout > 0,
             inside=inside,
             stored=[_rows_of(block.parameters(), of_blocks) for block in blocks],
-            replaced=_rows_of((tensor for form in holders for tensor in tensors_of(form).values()), set()),
+            replaced=[_rows_of(tensors_of(form).values(), set()) for form in holders],
             outside=_rows_of(model.parameters(), counted),
         )
 

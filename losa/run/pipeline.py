@@ -23,7 +23,7 @@ from losa.distributed.sharding import sharding_of
 from losa.distributed.stop import check
 from losa.distributed.turns import everywhere, on_each_machine
 from losa.distributed.watch import progress
-from losa.model.blocks import Blocks, expert_choices, find_blocks
+from losa.model.blocks import Blocks, find_blocks
 from losa.model.hub_files import local_directory
 from losa.model.loading import configured_model, load_model, locate_model, torch_device
 from losa.model.norms import find_norms
@@ -32,7 +32,7 @@ from losa.model.wrapping import matrix_weights, sparsity_of
 from losa.output.checks import mask_records
 from losa.output.sharded_export import export_together
 from losa.pruners import get_pruner
-from losa.recipe.methods import METHODS, check_packages
+from losa.recipe.methods import check_packages
 from losa.recipe.sections import Recipe
 from losa.record import MethodResult, RunRecord
 from losa.run.choice import placement_of
@@ -42,7 +42,7 @@ from losa.run.memory_gate import check_memory
 from losa.run.methods import MethodRun, Outcome
 from losa.run.offloaded import check_offload, run_offloaded
 from losa.run.placement import check_shards
-from losa.run.pruning import check_prunable, check_pruner
+from losa.run.pruning import check_prunable, check_pruner, experts_are_reached
 from losa.run.random_state import seed_generators
 from losa.run.reporting import environment, log_result, show_written
 from losa.run.resume import check_saved, load_result, save_result
@@ -143,9 +143,8 @@ def _run(
         on_main(lambda: check_saved(workspace.path, recipe, recipe.methods, inputs.fingerprint))
     blocks = find_blocks(model)
     check_share(recipe.prune, model, blocks.linears().values())
-    if sharding_of(model) is not None and process_count() > 1 and any(map(expert_choices, blocks)):
-        adapters = {METHODS[name].adapter for name in recipe.methods if METHODS[name].trains}
-        check_unreached(adapters <= {"masked"} and not recipe.lora.dropout)
+    if sharding_of(model) is not None and process_count() > 1:
+        check_unreached(experts_are_reached(recipe, blocks))
     # A model that calibration cannot take block by block is refused here, before any work; one sample shows it.
     BlockStream(model, blocks, inputs.calibration[:1], calls=inputs.calls)
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from losa.distributed.sharding import sharding_of
 from losa.errors import LosaError
 from losa.model.blocks import expert_lists, find_blocks
-from losa.modules.linear_experts import have_one_product
+from losa.modules.linear_experts import all_get_gradients
 
 # FSDPModule's, in torch after 2.11. An expert that no token of a process reaches gets no gradient there: without this
 # setting the processes would send gradients of different parameters, and add them up.
@@ -52,9 +52,8 @@ def make_shell(
     sharding = sharding_of(model)
     assert sharding is not None, "the model is sharded"
     if sharding.mesh.size() > 1:
-        check_unreached(
-            all(have_one_product(experts) for block in find_blocks(model) for experts in expert_lists(block))
-        )
+        lists = [experts for block in find_blocks(model) for experts in expert_lists(block)]
+        check_unreached(all(map(all_get_gradients, lists)))
     # Parameters and buffers are not copied.
     copies: dict[int, Any] = {id(t): t for t in (*loss_module.parameters(), *loss_module.buffers())}
     shell: Any = copy.deepcopy(loss_module, copies)
@@ -82,17 +81,18 @@ def make_shell(
     return shell, copies[id(model)]
 
 
-def check_unreached(all_get_gradients: bool) -> None:
+def check_unreached(reached: bool) -> None:
     """For a model that several processes share. Raises LosaError: torch is too old for experts that a process does not
     reach.
 
     Args:
-        all_get_gradients: whether all experts of mixtures do, zeros where no token came (``have_one_product``).
+        reached: whether all trained linears of experts get gradients without tokens too (``all_get_gradients``).
     """
-    if not all_get_gradients and not hasattr(FSDPModule, _UNUSED):
+    if not reached and not hasattr(FSDPModule, _UNUSED):
         raise LosaError(
-            "model: a mixture of experts whose adapters are not all masked-LoRA without dropout cannot be trained in "
-            f"shards by this version of torch, {torch.__version__}; take a newer one, or distributed.mode: ddp"
+            "model: experts of a mixture that are modules of their own, or whose adapters are not masked-LoRA without "
+            f"dropout, cannot be trained in shards by this version of torch, {torch.__version__}; take a newer one, or "
+            "distributed.mode: ddp"
         )
 
 

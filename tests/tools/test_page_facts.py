@@ -17,6 +17,7 @@ from losa.distributed.stop import _ONE_REQUEST, Stopped
 from losa.distributed.watch import LOST_EXIT_CODE, Limits, ProcessLost
 from losa.errors import LosaError
 from losa.recipe.machines import DistributedConfig
+from losa.recipe.reading import load_recipe
 from losa_kernels import settings
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,7 @@ def test_the_demonstration_is_as_measured(page):
 
 def test_the_paper_s_recipe_is_as_measured():
     document = json.loads((ROOT / "benchmarks/results/demo-smollm2-paper.json").read_text())
+    assert load_recipe(ROOT / "examples/smollm2-cpu.yaml").model_dump(mode="json") == document["recipe"]
     found = {row["method"]: f"{row['perplexity_unmerged'] or row['perplexity']:.1f}" for row in document["results"]}
     assert f"LoSA gives {found['losa']} here" in PAGES["README.md"]
     assert f"gives {found['losa']} on the same text, and LoRA with it {found['lora']}\n" in PAGES["docs/results.md"]

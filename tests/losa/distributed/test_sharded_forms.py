@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.processes import run_groups
-from tests.helpers.workers.sharded_forms import NAMES, SHARD_SIZES
+from tests.helpers.workers.sharded_forms import MODELS, SHARD_SIZES
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +15,18 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("name", [*NAMES, "some"])
+@pytest.mark.parametrize("name", [*MODELS, "some"])
 @pytest.mark.parametrize("processes", SHARD_SIZES)
 def test_as_with_a_whole_model(found, processes, name):
-    """Of some kinds there are fewer experts than processes."""
+    """Of two or of four experts one of three processes has no row."""
     for each in found[processes]:
         assert each[name] == dict.fromkeys(each[name], True)
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("processes", SHARD_SIZES)
+def test_a_stack_that_computes_something_else_stays_in_shards(found, processes):
+    assert all(each["no stack"] == [["model.layers.0.mlp"], False] for each in found[processes])
 
 
 @pytest.mark.subprocess

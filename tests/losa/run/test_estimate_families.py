@@ -128,10 +128,18 @@ def test_stacks_of_experts_on_more_processes_than_experts(tmp_path, kind):
     rest = [p for p in model.parameters() if not any(p is stack for stack in stacks)]
     assert found["throughout", "weights"] == own(rest) + own(linears)
     more = own(stacks) - own(linears)
-    assert more > 0 and {found[phase, "stacks of experts"] for phase in ("loading", "evaluation", "export")} == {more}
+    stored = "stacks and transposed linears"
+    assert more > 0 and {found[phase, stored] for phase in ("loading", "evaluation", "export")} == {more}
     # One row of each stack from each of 16 processes, though there are three to five rows.
     on_its_way = 16 * max(own(block.parameters()) for block in blocks)
     assert found["evaluation", "one block on its way"] == on_its_way
-    assert ("pruning", "stacks of experts") not in found
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    assert found["export", "one block, twice"] == largest + on_its_way
+    assert ("pruning", stored) not in found
     both = held(compared)
-    assert both["pruning", "stacks of experts"] == both["training", "stacks of experts"] == own(stacks)
+    assert both["pruning", stored] == both["training", stored] == own(stacks)
+    # A pruner that gives new weights has the old ones among its dense weights; LoRA needs no dense stream beside.
+    plain = {"method": "lora", "compare": ["prune_only"], "prune": {"pruner": "sparsegpt"}}
+    updating = held(recipe(tmp_path / kind, evaluate=evaluate, **plain))
+    assert ("pruning", stored) not in updating
+    assert updating["throughout", "dense weights"] == own(m.weight for m in blocks.linears().values())

@@ -15,7 +15,9 @@ from losa.modules.gated_lora import SoRALinear
 from losa.modules.lora import LoRALinear
 from losa.modules.masked_linear import MaskedLinear
 from losa.training.shell import make_shell
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.processes import run_groups
+from tests.helpers.tiny import wrap
 from tests.helpers.training import Experts, odd_llama
 from tests.helpers.workers import training
 from tests.helpers.workers.training import (
@@ -141,6 +143,16 @@ def test_old_versions_of_torch_do_not_share_experts(monkeypatch):
                     make_shell(nn.Sequential(model), model)
             else:
                 make_shell(nn.Sequential(model), model)
+        # Of a stack one product gives gradients to all experts, unless adapters drop inputs.
+        for dropout_p, targets in ((0.0, None), (0.1, None), (0.1, ["q_proj"]), (0.0, ["up_proj", "q_proj"])):
+            mixture = of_kind(KINDS["Mixtral"])
+            wrap(mixture, dropout_p=dropout_p, targets=targets)
+            shard_module(mixture, make_sharding(torch.device("cpu")))
+            if dropout_p and targets is None:
+                with pytest.raises(LosaError, match="adapters are not masked-LoRA without dropout"):
+                    make_shell(nn.Sequential(mixture), mixture)
+            else:
+                make_shell(nn.Sequential(mixture), mixture)
     finally:
         dist.destroy_process_group()
 
