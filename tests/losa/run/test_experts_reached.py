@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
 
-from losa.model.blocks import find_blocks
+from losa.model.blocks import expert_lists, find_blocks
+from losa.modules.masked_lora import MaskedLoRALinear
 from losa.run.pruning import experts_are_reached
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.planned_recipe import recipe
@@ -32,8 +32,10 @@ def test_of_a_stack(changes, reached):
 
 def test_of_modules():
     blocks = find_blocks(odd_llama(experts=True))
-    (experts, *_) = (m for block in blocks for m in block.modules() if isinstance(m, nn.ModuleList))
-    names = {name.rpartition(".")[2] for name, module in experts.named_modules() if isinstance(module, nn.Linear)}
+    (experts, *_) = (experts for block in blocks for experts in expert_lists(block))
+    names = {
+        name.rpartition(".")[2] for name, module in experts.named_modules() if isinstance(module, MaskedLoRALinear)
+    }
     assert not experts_are_reached(recipe("model"), blocks)
     assert experts_are_reached(recipe("model", prune={"targets": ["q_proj"]}), blocks)
     assert names and not experts_are_reached(recipe("model", prune={"targets": [*names]}), blocks)
