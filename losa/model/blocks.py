@@ -105,7 +105,7 @@ def _decoder_of(model: Any) -> nn.Module:
     """The text decoder that a model of transformers names; the model itself where it names none."""
     try:
         decoder = model.get_decoder()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not say
         return model
     return decoder if isinstance(decoder, nn.Module) else model
 

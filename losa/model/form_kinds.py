@@ -153,11 +153,7 @@ class RoutedOutside(ExpertForm):
         return len(both) >= len(down) and both.shape[1:] == (2 * down.shape[2], down.shape[1])
 
     def parts(self, module: Any) -> dict[str, nn.Linear]:
-        found: dict[str, nn.Linear] = {}
-        for e in range(len(module.down_proj)):
-            found |= _halves(f"{e}.", module.gate_up_proj[e], None, True)
-            found[f"{e}.down_proj"] = _view(module.down_proj[e], None)
-        return found
+        return _gated(module.gate_up_proj, module.down_proj)
 
     def weights(self, module: Any) -> dict[str, int]:
         stacks = self.tensors(module)
@@ -227,11 +223,7 @@ class EveryToken(ExpertForm):
         return hidden == out and both == 2 * inner
 
     def parts(self, module: Any) -> dict[str, nn.Linear]:
-        found: dict[str, nn.Linear] = {}
-        for e in range(len(module.down_proj)):
-            found |= _halves(f"{e}.", module.gate_up_proj[e].T, None, True)
-            found[f"{e}.down_proj"] = _view(module.down_proj[e].T, None)
-        return found
+        return _gated(module.gate_up_proj.mT, module.down_proj.mT)
 
     def choices(self, module: Any) -> int:
         return len(module.down_proj)
@@ -286,6 +278,15 @@ def _are_stacks(module: Any, *names: str) -> bool:
     weights = [module._parameters.get(name) for name in names]
     found = [weight for weight in weights if isinstance(weight, Tensor) and weight.ndim == 3]
     return len(found) == len(names) and len({len(weight) for weight in found}) == 1
+
+
+def _gated(gate_up: Tensor, down: Tensor) -> dict[str, nn.Linear]:
+    """Of as many experts as ``down`` (experts, out, in) has; gate and up lie one after the other in ``gate_up``."""
+    found: dict[str, nn.Linear] = {}
+    for e, weight in enumerate(down):
+        found |= _halves(f"{e}.", gate_up[e], None, True)
+        found[f"{e}.down_proj"] = _view(weight, None)
+    return found
 
 
 def _halves(prefix: str, weight: Tensor, bias: Tensor | None, is_concatenated: bool) -> Mapping[str, nn.Linear]:

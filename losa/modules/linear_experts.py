@@ -148,9 +148,10 @@ class OutsideExperts(RoutedExperts):
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         stack: Any = stack_of(self)
-        if gate is not None and hasattr(stack, "_apply_gate"):
-            return stack._apply_gate(torch.cat([gate, up], -1))
-        return stack.act_fn(gate) * up
+        assert gate is not None, "such experts have gates"
+        return (
+            stack._apply_gate(torch.cat([gate, up], -1)) if hasattr(stack, "_apply_gate") else stack.act_fn(gate) * up
+        )
 
 
 class InnerGatedExperts(RoutedExperts):

@@ -153,7 +153,7 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
     if len(names) > 1:
         phase, others = ("throughout", "new") if pruner.updates_weight else ("evaluation", "merged")
         yield Holding(phase, place, "dense weights", size, f"beside {others} ones: the next method begins from them")
-    kept = any(keeps_originals(recipe.prune, pruner, recipe.streams_dense(name)) for name in names)
+    kept = keeps_for_stream(recipe, names)
     if any(map(recipe.distills, names)) and replaces_weights(recipe, names):
         # The teacher: what the next method begins from serves both.
         if len(names) == 1 or not pruner.updates_weight:
@@ -163,6 +163,12 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
         for phase in ("pruning", "training", "evaluation"):
             how = "as they were, for the dense stream of later rounds"
             yield Holding(phase, "host", "dense weights", moved if place == "device" else size, how)
+
+
+def keeps_for_stream(recipe: Recipe, names: Iterable[MethodName]) -> bool:
+    """Whether weights stay as they were beside new ones, for the dense stream of some method's later rounds."""
+    pruner = get_pruner(recipe.prune)
+    return any(keeps_originals(recipe.prune, pruner, recipe.streams_dense(name)) for name in names)
 
 
 def replaces_weights(recipe: Recipe, names: list[MethodName]) -> bool:

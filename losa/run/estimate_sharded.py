@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from losa.algorithm.engine import keeps_originals
 from losa.algorithm.schedule import Round
 from losa.pruners import LinearShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
@@ -19,6 +18,7 @@ from losa.run.estimate_memory import (
     Trained,
     dense_weights,
     evaluation_work,
+    keeps_for_stream,
     largest_pruned,
     pruning_work,
     reconstruction_work,
@@ -78,13 +78,15 @@ def sharded_holdings(
     dense = dense_weights(recipe, list(rounds), place, own_bytes(pruned, size, pinned), own_bytes(pruned, size))
     held += (replace(each, how=f"{each.how}; {share}") for each in dense)
     replaced = own_bytes((rows for form in shape.replaced for rows in form), size)
-    # Of a pruner that gives new weights, what the next method begins from is among the dense weights.
-    if len(rounds) > 1 and replaced and not (get_pruner(recipe.prune).updates_weight and not _kept(recipe, rounds)):
+    # Of a pruner that gives new weights, what the next method begins from is among the dense weights, unless a teacher
+    # or the dense stream keeps the linears' own beside it.
+    apart = not get_pruner(recipe.prune).updates_weight or keeps_for_stream(recipe, rounds)
+    if len(rounds) > 1 and replaced and (apart or any(map(recipe.distills, rounds))):
         for phase in ("pruning", "training"):
             how = f"as they were, from which the next method begins; {share}"
             held.append(Holding(phase, place, _OTHER_FORMS, replaced, how))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
-    held += _blocks_in_pruning(recipe, shape, trained, placement)
+    held += _blocks_in_pruning(recipe, shape, trained)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
     held += reconstruction_work(recipe, shape, rounds)
     if recipe.train is not None and any(METHODS[name].trains for name in rounds):
@@ -94,12 +96,6 @@ def sharded_holdings(
         held += _evaluation(shape, trained, placement)
         held += evaluation_work(recipe.evaluate, shape)
     return [*held, *_export(shape, placement)]
-
-
-def _kept(recipe: Recipe, names: Iterable[MethodName]) -> bool:
-    """Whether weights stay as they were beside new ones, for a teacher or for the dense stream."""
-    pruner = get_pruner(recipe.prune)
-    return any(recipe.distills(n) or keeps_originals(recipe.prune, pruner, recipe.streams_dense(n)) for n in names)
 
 
 def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
@@ -115,6 +111,11 @@ def _own_rows(shape: ModelShape, trained: Trained, placement: Placement) -> Iter
     for phase in ("loading", "evaluation", "export") if more > 0 else ():
         how = "as they are stored, beyond what their linears have; a stack has a row for each expert"
         yield Holding(phase, place, _OTHER_FORMS, more, how)
+    if shape.replaced:
+        # Wrapping comes after loading and before pruning.
+        form = max(shape.replaced, key=whole_bytes)
+        held, how = sent_bytes(form, size) + 2 * whole_bytes(form), "the largest, as linears take its place"
+        yield Holding("loading", shape.computes_on, "one stack, on its way, whole, and its linears", held, how)
     if shape.on_gpu:
         largest = max(own_bytes([rows], size) for rows in stored)
         yield Holding("loading", "host", "rows of one tensor", largest, "read before they move; the largest tensor")
@@ -127,13 +128,8 @@ def _waiting(shape: ModelShape, placement: Placement) -> tuple[Literal["device",
     return "host" if placement.offload else shape.computes_on, pinned, share
 
 
-def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:
+def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     place = shape.computes_on
-    if shape.replaced:
-        # No pruning goes on meanwhile: at most as much as all else that it takes.
-        largest = max(shape.replaced, key=whole_bytes)
-        size, how = sent_bytes(largest, placement.shard_size or 1) + 2 * whole_bytes(largest), "the largest, replaced"
-        yield Holding("loading", place, "one stack, on its way, whole, and its linears", size, how)
     how = "weights, masks and adapters of the largest block"
     yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, trained))), how)
     if get_pruner(recipe.prune).updates_weight:
