@@ -5,8 +5,10 @@ map more memory than --limit (RLIMIT_AS: also what is never touched, such as cod
 --kills times, each time in the middle of a block, and started again with --resume. Ends with 1 where a process fails,
 or the output has another number of zeros than was asked for.
 
-checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes; mapped_gb: the most
-that any of them mapped. block_s: median seconds of a block, its statistics, pruning, writing and comparison.
+checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes; libraries_gb: of one
+that has imported what a run imports, and has done nothing; plan_gb: what the run holds besides, by its plan; mapped_gb:
+the most that any of the processes mapped. block_s: median seconds of a block, its statistics, pruning, writing and
+comparison.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from benchmarks._random_model import SIZES
 from benchmarks._results import parser, report
 from losa.output.inspection import inspect_directory
 from losa.packed.shards import write_index, write_shard
+from losa.recipe.reading import parse_recipe
+from losa.run.estimate import estimate
 from losa.storage.files import RECORD
 
 GB = 1e9
@@ -51,6 +55,7 @@ def main(argv: list[str]) -> int:
     size, blocks = ("tiny", 3) if args.quick else (args.size, args.blocks)
 
     def measured() -> Iterator[dict]:
+        libraries = memory_of_libraries()
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
             weights = save_model(folder / "model", size, blocks)
@@ -69,6 +74,8 @@ def main(argv: list[str]) -> int:
                     "checkpoint_gb": weights / GB,
                     "limit_gb": limit,
                     "peak_gb": run.peak / GB,
+                    "plan_gb": run.planned() / GB,
+                    "libraries_gb": libraries / GB,
                     "mapped_gb": run.mapped / GB,
                     "block_s": statistics.median(run.seconds),
                     "kills": run.kills,
@@ -119,6 +126,19 @@ class Run:
         if process.returncode not in (0, -9) or (kill_at is None and process.returncode):
             raise SystemExit(f"offload: {self.pruner} ended with {process.returncode}:\n{found}")
 
+    def planned(self) -> int:
+        """The most that the run holds at a time by its plan, in bytes."""
+        settings = {
+            "model": str(self.folder / "model"),
+            "output": str(self.output),
+            "method": "prune_only",
+            "offload": "disk",
+            "device": "cpu",
+            "prune": {"pruner": self.pruner, "sparsity": 0.5},
+            "calibration": {"data": str(self.folder / "text.txt"), "samples": self.samples, "length": 128},
+        }
+        return estimate(parse_recipe(settings, "offload"), probe=False).peak("host")[0]
+
     def _finished(self) -> int:
         work = self.output.with_name(f"{self.output.name}.work")
         return len(list(work.glob("prune_only/blocks/block-*.json")))
@@ -147,6 +167,15 @@ class Run:
         found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
         self.peak = max(self.peak, 1024 * int(found.get("VmHWM", 0)))
         self.mapped = max(self.mapped, 1024 * int(found.get("VmPeak", 0)))
+
+
+def memory_of_libraries() -> int:
+    """Bytes."""
+    program = """
+import losa.run.offloaded, losa.run.pipeline, transformers.models.llama.modeling_llama
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+    return 1024 * int(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE).stdout)
 
 
 def save_model(directory: Path, size: str, blocks: int) -> int:

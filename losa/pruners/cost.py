@@ -37,12 +37,13 @@ class PruningShape:
 @dataclass(frozen=True)
 class Memory:
     """``size`` bytes held on the pruning device while a block is pruned; ``how`` says how they are counted.
-    ``certain``: whether it cannot be less."""
+    ``certain``: whether it cannot be less. ``collected``: it is there while the block runs, before it is pruned."""
 
     what: str
     size: float
     how: str
     certain: bool = True
+    collected: bool = False
 
 
 def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
@@ -54,7 +55,7 @@ def one_linear_memory(shape: PruningShape, copies: int = 5) -> Memory:
 def hessians_of_block(shape: PruningShape) -> Memory:
     """Hessians of a block's linears, or of as many of them as there may be at a time."""
     how = "in^2 x 4 bytes a linear, at most: inputs are shared"
-    return Memory("Hessians of a block", _at_a_time(shape), how, certain=False)
+    return Memory("Hessians of a block", _at_a_time(shape), how, certain=False, collected=True)
 
 
 def factorising_one(shape: PruningShape, copies: float = 5) -> Memory:
@@ -75,6 +76,11 @@ def hessian_memory(shape: PruningShape) -> list[Memory]:
         Memory("factors of a block", held, "as the Hessians", certain=False),
         Memory("factorising", 5 * together, how, certain=False),
     ]
+
+
+def in_several_passes(shape: PruningShape) -> bool:
+    """Whether a block's Hessians are more than there may be at a time."""
+    return 4 * _squares(shape) > shape.statistics
 
 
 def _at_a_time(shape: PruningShape) -> float:

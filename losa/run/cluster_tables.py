@@ -8,8 +8,8 @@ from rich.table import Table
 
 from losa.run.cluster import Cluster
 from losa.run.estimate_cluster import ClusterEstimate
-from losa.run.estimate_memory import PHASES
 from losa.run.estimate_tables import ALL_EXPERTS, add_row, plain_frame, size_text, time_text
+from losa.run.holding import PHASES
 
 
 def cluster_tables(estimate: ClusterEstimate) -> list[Table]:

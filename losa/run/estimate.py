@@ -14,11 +14,11 @@ import torch
 from losa.algorithm.schedule import Round
 from losa.errors import RecipeError
 from losa.recipe.sections import Recipe
-from losa.run.estimate_memory import Holding
 from losa.run.estimate_work import Stage, stages
+from losa.run.holding import Holding, phase_sums
 from losa.run.machine import capacity, product_rate
 from losa.run.placement import Placement
-from losa.run.planned import Planned, phase_sums, planned_model
+from losa.run.planned import Planned, planned_model
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from losa.algorithm.schedule import Round
 from losa.errors import RecipeError
 from losa.recipe.sections import Recipe
 from losa.run.cluster import Cluster, Traffic
-from losa.run.estimate_memory import Holding
 from losa.run.estimate_wire import Wires
 from losa.run.estimate_work import Stage, stages, steps_of
+from losa.run.holding import Holding, machine_sums, phase_sums
 from losa.run.placement import Placement, choose
-from losa.run.planned import MARGIN, Planned, machine_sums, needs_whole, phase_sums, planned_model
+from losa.run.planned import MARGIN, Planned, needs_whole, planned_model
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,15 @@ from losa.algorithm.schedule import Round
 from losa.algorithm.stream import COMPARED_TOKENS
 from losa.algorithm.stream_storage import fits_on_device
 from losa.pruners import LinearShape, PruningShape, get_pruner
+from losa.pruners.cost import in_several_passes
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.rates import RATES, takes_backward, tries_widths
 from losa.recipe.sections import EvaluateConfig, Recipe
 from losa.recipe.training import TrainConfig
+from losa.run.holding import BLOCK_PHASES, Holding, block_phases, in_phases
 from losa.run.model_shape import ModelShape, Rows
 from losa.training.loss import chunk_rows
 from losa_kernels.grouped_masked_lora.groups import STACK_BYTES, may_multiply_together
-
-PHASES = ("throughout", "loading", "pruning", "training", "evaluation", "export")
-
-
-@dataclass(frozen=True)
-class Holding:
-    """``size`` bytes held on ``place`` ("device" or "host") during ``phase``; ``how`` says how they are counted.
-    ``main_only``: the main process alone holds them, else every process of a run holds as many. ``certain``: whether it
-    cannot be less; not so pages of files, which the system takes back when it needs memory, what is counted as its
-    most, and what the pruner does without where memory is short."""
-
-    phase: str
-    place: str
-    what: str
-    size: int
-    how: str
-    main_only: bool = False
-    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,12 +141,12 @@ def dense_weights(recipe: Recipe, names: list[MethodName], place: str, size: int
     if any(map(recipe.distills, names)) and replaces_weights(recipe, names):
         # The teacher: what the next method begins from serves both.
         if len(names) == 1 or not pruner.updates_weight:
-            for phase in ("pruning", "training", *(["evaluation"] if len(names) == 1 else [])):
-                yield Holding(phase, place, "dense weights", size, "as they were, for the teacher")
+            phases = (*block_phases(recipe), "training", *(["evaluation"] if len(names) == 1 else []))
+            yield from in_phases(phases, Holding("", place, "dense weights", size, "as they were, for the teacher"))
     elif kept and (len(names) == 1 or place == "device"):
-        for phase in ("pruning", "training", "evaluation"):
-            how = "as they were, for the dense stream of later rounds"
-            yield Holding(phase, "host", "dense weights", moved if place == "device" else size, how)
+        how = "as they were, for the dense stream of later rounds"
+        held = Holding("", "host", "dense weights", moved if place == "device" else size, how)
+        yield from in_phases((*block_phases(recipe), "training", "evaluation"), held)
 
 
 def keeps_for_stream(recipe: Recipe, names: Iterable[MethodName]) -> bool:
@@ -191,7 +175,8 @@ def pruning_work(
     calibration, place, size = recipe.calibration, shape.computes_on, shape.dtype.itemsize
     for holding in _gradients(recipe, shape, free):
         yield holding
-        free -= holding.size * (holding.what == "statistics of gradients" and holding.place == "device")
+        stays = holding.phase == "pruning" and holding.place == "device"
+        free -= holding.size * stays
     # Hidden states of all samples wait between two blocks, on the device if they fit there.
     streams = 2 if any(map(recipe.streams_dense, names)) else 1
     samples = largest_share(calibration.samples, calibration.batch_size, processes)
@@ -202,17 +187,23 @@ def pruning_work(
     waits = "device" if shape.on_gpu and fits_on_device(hidden, free - (streams - 1) * hidden) else "host"
     # Pinned memory comes in powers of two.
     held = 1 << (hidden - 1).bit_length() if shape.on_gpu and waits == "host" else hidden
-    yield Holding("pruning", waits, "hidden states", streams * held, how)
+    yield from in_phases(block_phases(recipe), Holding("", waits, "hidden states", streams * held, how))
     if recipe.any_rated:
         yield from _for_rates(recipe, shape)
-    how = "M * (W + s B A), formed once for all batches"
-    yield Holding("pruning", place, "merged weights of a block", largest_pruned(shape), how)
     batch = min(calibration.batch_size, calibration.samples) * calibration.length
     widest = max(max(w.inputs, w.outputs) for w in shape.linears)
     how = "3 x batch x length x widest side"
-    yield Holding("pruning", place, "one batch in a block", 3 * batch * widest * size, how)
-    for cost in get_pruner(recipe.prune).memory(pruning_shape(recipe, shape)):
-        yield Holding("pruning", place, cost.what, int(cost.size), cost.how, certain=cost.certain)
+    yield Holding("calibration", place, "one batch in a block", 3 * batch * widest * size, how)
+    pruned = pruning_shape(recipe, shape)
+    costs = get_pruner(recipe.prune).memory(pruned)
+    # The block as it was is kept for the next pass over it.
+    passes = 1 + (any(cost.collected for cost in costs) and in_several_passes(pruned))
+    how = "M * (W + s B A), formed once for all batches"
+    merged = Holding("", place, "merged weights of a block", largest_pruned(shape), how)
+    yield from in_phases(BLOCK_PHASES[:passes], merged)
+    for cost in costs:
+        each = Holding("pruning", place, cost.what, int(cost.size), cost.how, certain=cost.certain)
+        yield from in_phases(BLOCK_PHASES[not cost.collected : 2], each)
     if recipe.any_rated and recipe.allocation.per == "row":
         size, how = 3 * 4 * max(w.numel for w in shape.pruned), "3 fp32 copies of the largest linear"
         yield Holding("pruning", place, "comparing the rows of a linear", size, how)
@@ -224,23 +215,25 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
     match RATES[recipe.allocation.rates].needs:
         case "similarity":
             size, how = 4 * shape.blocks * compared**2, "blocks x samples^2 x 4 bytes"
-            yield Holding("pruning", place, "Grams", size, how)
+            yield Holding("calibration", place, "Grams", size, how)
         case "normalised similarity":
             size, how = 4 * shape.blocks * COMPARED_TOKENS**2, "blocks x tokens^2 x 4 bytes"
-            yield Holding("pruning", place, "Grams", size, how)
+            yield Holding("calibration", place, "Grams", size, how)
         case "scores":
             widest = max(sum(w.numel for w in pruned) for pruned in shape.by_block)
-            yield Holding("pruning", place, "scores of a block", 2 * 4 * widest, "2 x 4 bytes a weight")
+            yield Holding("calibration", place, "scores of a block", 2 * 4 * widest, "2 x 4 bytes a weight")
         case "losses":
-            yield Holding("pruning", place, "squares of a linear", 2 * 4 * shape.widest, "2 x 4 bytes of the largest")
+            yield Holding(
+                "calibration", place, "squares of a linear", 2 * 4 * shape.widest, "2 x 4 bytes of the largest"
+            )
     if tries_widths(recipe.allocation.rates, recipe.allocation.delta):
         tokens = min(calibration.batch_size, compared) * calibration.length
         how = f"{_logits_of(shape)}, hidden states, to try rates"
-        yield Holding("pruning", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
+        yield Holding("calibration", place, "loss", loss_bytes(shape, tokens, "evaluation"), how)
         size, how = _mask_bytes(shape), "1 bit a weight, beside the masks so far"
         if any(METHODS[name].zeros_in_weights and recipe.rated(name) for name in recipe.methods):
             size, how = size + shape.dtype.itemsize * shape.prunable, f"{how}, and the weights with their zeros"
-        yield Holding("pruning", place, "masks to try rates", size, how)
+        yield from in_phases(BLOCK_PHASES[:2], Holding("", place, "masks to try rates", size, how))
 
 
 def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Holding]:
@@ -257,7 +250,8 @@ def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodNa
     # and dY^T x.
     states = 5 * 4 * adapters + 2 * 4 * shape.widest
     how = "tokens x (in + out) of its linears, gradients, moments and a copy of its adapters, one linear's product"
-    yield Holding("pruning", shape.computes_on, "reconstruction of a block", int(activations + states), how)
+    size = int(activations + states)
+    yield Holding("reconstruction", shape.computes_on, "reconstruction of a block", size, how)
 
 
 def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding]:
@@ -269,16 +263,17 @@ def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding
     if wanted:
         size = 4 * len(wanted) * shape.prunable
         waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
-        yield Holding("pruning", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
+        held = Holding("", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
+        yield from in_phases(block_phases(recipe), held)
     place, length = shape.computes_on, recipe.calibration.length
     sides = sum(w.inputs + w.outputs for w in shape.linears)
     how = "length x (in + out) of every linear, of one sample"
-    yield Holding("pruning", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
+    yield Holding("calibration", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
     how = f"{_logits_of(shape)}; the last hidden states and their gradient"
-    held = loss_bytes(shape, length, "training")
+    loss = loss_bytes(shape, length, "training")
     if for_rates:  # labels are drawn before the pass that needs them
-        held = max(held, loss_bytes(shape, length, "labels"))
-    yield Holding("pruning", place, "loss for gradients", held, how)
+        loss = max(loss, loss_bytes(shape, length, "labels"))
+    yield Holding("calibration", place, "loss for gradients", loss, how)
 
 
 def _training(shape: ModelShape, trained: Trained, processes: int) -> Iterator[Holding]:

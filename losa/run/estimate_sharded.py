@@ -14,7 +14,6 @@ from losa.pruners import LinearShape, get_pruner
 from losa.recipe.methods import METHODS, MethodName
 from losa.recipe.sections import Recipe
 from losa.run.estimate_memory import (
-    Holding,
     Trained,
     dense_weights,
     evaluation_work,
@@ -26,6 +25,7 @@ from losa.run.estimate_memory import (
     stack_bytes,
     training_work,
 )
+from losa.run.holding import Holding, block_phases, in_phases
 from losa.run.model_shape import ModelShape, Rows
 from losa.run.placement import Placement
 
@@ -82,9 +82,8 @@ def sharded_holdings(
     # or the dense stream keeps the linears' own beside it.
     apart = not get_pruner(recipe.prune).updates_weight or keeps_for_stream(recipe, rounds)
     if len(rounds) > 1 and replaced and (apart or any(map(recipe.distills, rounds))):
-        for phase in ("pruning", "training"):
-            how = f"as they were, from which the next method begins; {share}"
-            held.append(Holding(phase, place, _OTHER_FORMS, replaced, how))
+        how = f"as they were, from which the next method begins; {share}"
+        held += in_phases((*block_phases(recipe), "training"), Holding("", place, _OTHER_FORMS, replaced, how))
     free = capacity.get("device", 0) - sum(h.size for h in held if h.place == "device" and h.phase == "throughout")
     held += _blocks_in_pruning(recipe, shape, trained)
     held += pruning_work(recipe, shape, list(rounds), free, placement.processes)
@@ -131,10 +130,12 @@ def _waiting(shape: ModelShape, placement: Placement) -> tuple[Literal["device",
 def _blocks_in_pruning(recipe: Recipe, shape: ModelShape, trained: Trained) -> Iterator[Holding]:
     place = shape.computes_on
     how = "weights, masks and adapters of the largest block"
-    yield Holding("pruning", place, "one block, whole", max(map(whole_bytes, block_parts(shape, trained))), how)
+    size = max(map(whole_bytes, block_parts(shape, trained)))
+    yield from in_phases(block_phases(recipe), Holding("", place, "one block, whole", size, how))
     if get_pruner(recipe.prune).updates_weight:
         how = "whole as well, next to the present ones"
-        yield Holding("pruning", place, "new weights of a block", largest_pruned(shape), how)
+        new = Holding("", place, "new weights of a block", largest_pruned(shape), how)
+        yield from in_phases(block_phases(recipe), new)
 
 
 def _training(recipe: Recipe, shape: ModelShape, trained: Trained, placement: Placement) -> Iterator[Holding]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from losa.run.estimate import Estimate
-from losa.run.estimate_memory import PHASES
+from losa.run.holding import PHASES
 
 ALL_EXPERTS = "It is not known how many experts a token is sent to: the work is of all of them."
 

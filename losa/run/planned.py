@@ -16,9 +16,10 @@ from losa.pruners import get_pruner
 from losa.recipe.methods import METHODS, MethodName, check_packages
 from losa.recipe.reading import override, parse_recipe
 from losa.recipe.sections import Recipe
-from losa.run.estimate_memory import PHASES, Holding, holdings
+from losa.run.estimate_memory import holdings
 from losa.run.estimate_offloaded import offloaded_holdings
 from losa.run.estimate_sharded import sharded_holdings
+from losa.run.holding import Holding, machine_sums, phase_sums
 from losa.run.model_shape import ModelShape
 from losa.run.placement import Placement
 from losa.run.pruning import check_prunable, check_pruner
@@ -106,20 +107,3 @@ def planned_model(recipe: Recipe) -> nn.Module:
     )
     check_prunable(recipe, model)
     return model
-
-
-def phase_sums(held: list[Holding], place: str) -> dict[str, int]:
-    """Bytes on ``place`` in each phase, with what is always there."""
-    sums = {phase: 0 for phase in PHASES if any(h.phase == phase for h in held)}
-    for holding in held:
-        if holding.place == place:
-            sums[holding.phase] += holding.size
-    always = sums.pop(PHASES[0])
-    return {phase: always + size for phase, size in sums.items()}
-
-
-def machine_sums(held: list[Holding], processes: int) -> dict[str, int]:
-    """Bytes of host memory in each phase, of a machine with so many processes, the main process among them."""
-    main = phase_sums(held, "host")
-    other = phase_sums([h for h in held if not h.main_only], "host")
-    return {phase: size + (processes - 1) * other.get(phase, 0) for phase, size in main.items()}

@@ -70,7 +70,8 @@ def test_memory_parts_of_sparsegpt_in_bf16_on_a_gpu(model_directory):
     assert found.peak("host") == (4 * PARAMETERS, "export")
 
 
-IN_HOST_MEMORY = {(phase, "host") for phase in ("pruning", "training", "evaluation")}
+LATER = ("calibration", "pruning", "training", "evaluation")
+IN_HOST_MEMORY = {(phase, "host") for phase in LATER}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,29 @@ def test_where_dense_weights_wait(model_directory, pruner, compare, on_cpu, on_g
         held = [h for h in estimate(given, probe=False).holdings if h.what == "dense weights"]
         assert {(h.phase, h.place) for h in held} == places
         assert all(h.size == 4 * 2 * BLOCK for h in held)
+
+
+def test_a_block_runs_is_pruned_and_reconstructed_one_after_the_other(model_directory):
+    def phases(**changes) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for held in estimate(recipe(model_directory, **changes), probe=False).holdings:
+            found.setdefault(held.what, set()).add(held.phase)
+        return found
+
+    wanda = phases()
+    assert wanda["hidden states"] == {"calibration", "pruning"}
+    assert wanda["merged weights of a block"] == wanda["one batch in a block"] == wanda["Grams"] == {"calibration"}
+    assert wanda["pruning one linear"] == {"pruning"}
+    reconstructed = phases(reconstruct={"steps": 2})
+    assert reconstructed["hidden states"] == {"calibration", "pruning", "reconstruction"}
+    assert reconstructed["reconstruction of a block"] == {"reconstruction"}
+    sparsegpt = phases(prune={"pruner": "sparsegpt"})
+    assert sparsegpt["Hessians of a block"] == {"calibration", "pruning"}
+    assert sparsegpt["factorising one"] == {"pruning"}
+    # A pass over the block as it was comes after the first linears are pruned.
+    few = phases(prune={"pruner": "sparsegpt"}, calibration={"statistics_gb": 1e-6})
+    assert few["merged weights of a block"] == {"calibration", "pruning"}
+    assert phases(calibration={"statistics_gb": 1e-6})["merged weights of a block"] == {"calibration"}
 
 
 @pytest.mark.parametrize(("missing", "place"), [(1, "host"), (0, "device")])
@@ -234,7 +258,7 @@ def test_a_teacher_is_counted(model_directory):
     assert more["training"] - work["training"] == 160 * (2 * 2 * BLOCK + 2 * EMBEDDING + 16 * 2 * 32 * 2)
     assert more["pruning"] == work["pruning"]
     assert taught.size("loss") == 5 * 32 * 98 * 4 + (2 + 1 + 3 * 2) * 32 * 32 * 4
-    on_device = {(phase, "device") for phase in ("pruning", "training", "evaluation")}
+    on_device = {(phase, "device") for phase in LATER}
     for changes, places in (
         ({}, set()),
         ({"prune": {"pruner": "sparsegpt"}}, on_device),

@@ -12,9 +12,9 @@ from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
 from losa.run import estimate, machine, memory_gate, pipeline
 from losa.run.estimate import estimate as planned
+from losa.run.holding import phase_sums
 from losa.run.memory_gate import check_memory
 from losa.run.pipeline import run_recipe
-from losa.run.planned import phase_sums
 from losa.storage.files import write_json
 from tests.helpers.runs import settings
 
