@@ -201,7 +201,8 @@ class Engine:
                 warn_of_few_tokens(pruned.expert_tokens, self._linears())
             with watch.stage("ranks"):
                 sparsity = self.block_sparsity()
-                ranks = ranks_of_blocks(self.allocation, this_round.mean_rank, pruned.errors, sparsity)
+                sizes = [sum(sizes_of_rank(block)) for block in self.blocks]
+                ranks = ranks_of_blocks(self.allocation, this_round.mean_rank, pruned.errors, sparsity, sizes)
                 self._set_ranks(this_round, ranks, pruned.linears)
         return RoundRecord(
             index=this_round.index,
@@ -318,7 +319,9 @@ class Engine:
     def _set_ranks(self, this_round: Round, ranks: list[int], linears: Sequence[LinearRates] = ()) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + this_round.index)
         for index, (rank, block) in enumerate(zip(ranks, self.blocks, strict=True)):
-            own = ranks_within(linears[index], rank, self.allocation) if linears else [rank] * len(block.linears)
+            own = [rank] * len(block.linears)
+            if linears:
+                own = ranks_within(linears[index], rank, self.allocation, sizes_of_rank(block))
             # A layer of rank 0 trains something else than low-rank factors.
             if all(m.rank in (wanted, 0) for m, wanted in zip(block.linears.values(), own, strict=True)):
                 continue
@@ -327,6 +330,11 @@ class Engine:
             with gathered(block.module, only=parts):
                 for linear, wanted in zip(block.linears.values(), own, strict=True):
                     linear.set_rank(wanted, generator=generator)
+
+
+def sizes_of_rank(block: WrappedBlock) -> list[int]:
+    """The parameters of a rank of each linear of a block."""
+    return [linear.in_features + linear.out_features for linear in block.linears.values()]
 
 
 def keeps_originals(prune: PruneConfig, pruner: Pruner, needs_errors: bool) -> bool:

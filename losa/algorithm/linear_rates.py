@@ -90,15 +90,16 @@ def check_linear(prune: PruneConfig, allocation: AllocationConfig, pruner: Prune
     )
 
 
-def ranks_within(rates: LinearRates, rank: int, config: AllocationConfig) -> list[int]:
-    """Ranks of a block's linears in their order, whose mean is ``rank``: by the share of squared scores that is pruned,
-    by sparsity, or one for all, as ``config.ranks`` says of blocks."""
+def ranks_within(rates: LinearRates, rank: int, config: AllocationConfig, sizes: list[int]) -> list[int]:
+    """Ranks of a block's linears in their order, with as many parameters as if all had ``rank``: by the share of their
+    squared scores that is pruned, by sparsity, or one for all, as ``config.ranks`` says of blocks. ``sizes``: the
+    parameters of a rank of each."""
     if config.ranks == "uniform":
         return [rank] * len(rates.removed)
     by_sparsity = {name: pattern.target for name, pattern in rates.patterns.items()}
     shares = rates.removed if config.ranks == "error" else by_sparsity
     errors = torch.tensor([shares[name] for name in rates.patterns], dtype=torch.float64)
-    return allocate_ranks(errors, rank, config.rank_min, config.rank_max).tolist()
+    return allocate_ranks(errors, rank, config.rank_min, config.rank_max, sizes).tolist()
 
 
 def removed_curve(linear: MaskedLoRALinear, statistic: Tensor | None, nested: bool) -> Tensor:

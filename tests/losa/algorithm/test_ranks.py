@@ -50,6 +50,33 @@ def test_ranks_round_the_clipped_shares(values, r_min, above_min, room):
     assert all(int(same.max() - same.min()) <= 1 for same in equal)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6, allow_subnormal=False), st.integers(1, 400)), min_size=1, max_size=48))
+def test_ranks_of_different_sizes_meet_the_parameters(given_):
+    values, sizes = map(list, zip(*given_, strict=True))
+    ranks = allocate_ranks(torch.tensor(values, dtype=torch.float64), 6, 1, 16, sizes)
+    left = 6 * sum(sizes) - sum(size * rank for size, rank in zip(sizes, ranks.tolist(), strict=True))
+    assert 0 <= left < max(sizes)
+    assert bool(((ranks >= 1) & (ranks <= 16)).all())
+    ordered = ranks[torch.tensor(values).argsort()]
+    distinct = torch.tensor(values).sort().values.diff() > 0
+    assert bool((ordered.diff()[distinct] >= 0).all()), "a larger error never gets a smaller rank"
+
+
+def test_a_block_of_experts_pays_for_its_ranks():
+    # 6 (10 + 90) = 600 parameters; shares in proportion 2 : 1 that cost 10 and 90 a rank: 600 / 110 = 5.45.
+    assert allocate_ranks(torch.tensor([2.0, 1.0]), 6, 1, 16, [10, 90]).tolist() == [11, 5]
+    assert allocate_ranks(torch.tensor([1.0, 2.0]), 6, 1, 16, [10, 90]).tolist() == [3, 6]
+    alike = torch.tensor([3.0, 1.0, 4.0, 1.5])
+    assert allocate_ranks(alike, 6, 1, 16, [640] * 4).tolist() == allocate_ranks(alike, 6, 1, 16).tolist()
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 0]])
+def test_sizes_are_of_every_error(sizes):
+    with pytest.raises(ValueError, match="sizes: expected 2 whole numbers >= 1, got"):
+        allocate_ranks(torch.ones(2), 4, 1, 16, sizes)
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
 def test_ranks_do_not_depend_on_the_scale_of_errors(scale):
     assert allocate_ranks(torch.tensor([1.0, 2.0, 3.0, 0.5]).double() * scale, 6, 1, 16).tolist() == [4, 7, 11, 2]
