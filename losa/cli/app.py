@@ -134,6 +134,9 @@ def prune(
     pattern: Annotated[str | None, typer.Option(help="Instead: N:M, N weights kept of every M, such as 2:4.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 2048,
+    statistics_gb: Annotated[
+        float, typer.Option(help="Hessians of a block beyond so many GB take several passes over it.")
+    ] = 8,
     eval_data: Annotated[str | None, typer.Option(help="Text to measure perplexity on, before and after.")] = None,
     eval_length: Annotated[int, typer.Option(help="Window length of the perplexity, in tokens.")] = 2048,
     dtype: Dtype = "auto",
@@ -160,7 +163,7 @@ def prune(
         "offload": offload,
         "method": "prune_only",
         "prune": {"pruner": pruner, "sparsity": sparsity, "pattern": pattern, "partly": yes},
-        "calibration": {"data": data, "samples": samples, "length": length},
+        "calibration": {"data": data, "samples": samples, "length": length, "statistics_gb": statistics_gb},
     }
     if eval_data is not None:
         settings["evaluate"] = {"data": eval_data, "length": eval_length}

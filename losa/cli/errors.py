@@ -30,8 +30,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "typer")
 MEMORY_HINTS = {
     "run": "lower train.batch_size or train.length, set train.activation_checkpointing: true, or hold the model in "
     "shards (distributed.mode: fsdp, distributed.cpu_offload: true); `losa plan` shows where memory goes",
-    "prune": "take --offload disk, which holds one block of the model at a time, lower --samples or --length, prune in "
-    "--dtype bfloat16, or take --pruner wanda, which needs least",
+    "prune": "take --offload disk, which holds one block of the model at a time, lower --samples, --length or "
+    "--statistics-gb, prune in --dtype bfloat16, or take --pruner wanda, which needs least",
     "eval": "lower --batch-size or --length, or load in --dtype bfloat16",
     "bench": "load in --dtype bfloat16",
     "generate": "lower --max-new-tokens, or load in --dtype bfloat16",

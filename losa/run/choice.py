@@ -11,7 +11,7 @@ from losa.distributed.launch import as_launched
 from losa.distributed.processes import launched, on_main, process_count
 from losa.recipe.sections import Recipe
 from losa.run.machine import capacity
-from losa.run.placement import Placement, choose
+from losa.run.placement import Placement, check_shards, choose
 from losa.run.planned import Planned, needs_whole, planned_model
 
 logger = logging.getLogger("losa")
@@ -28,12 +28,12 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
         device: what this process computes on.
 
     Raises:
-        RecipeError: as ``choose``.
+        RecipeError: as ``choose`` and ``check_shards``.
         ModelError: in mode "auto": the configuration cannot be had, or the model has no blocks.
         LosaError: in the other processes, where process 0 fails.
     """
     config, per_machine = as_launched(recipe.distributed), on_main(lambda: launched().local_count)
-    planned = cache(lambda: _planned(recipe, device))
+    planned = cache(lambda: planned_on(recipe, device))
     placement = choose(
         config,
         process_count(),
@@ -41,12 +41,15 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
         lambda found: on_main(lambda: _fits(planned(), found, per_machine)),
         needs_whole(recipe),
     )
+    check_shards(recipe, placement)
     if config.mode == "auto" and placement.sharded and not placement.offload:
         on_main(lambda: _warn_unless_it_fits(planned(), placement, per_machine))
     return placement
 
 
-def _planned(recipe: Recipe, device: str) -> Planned:
+def planned_on(recipe: Recipe, device: str) -> Planned:
+    """The recipe with what there is for a process that computes on ``device``. Raises RecipeError, ModelError: as
+    ``planned_model`` and ``Planned.of``."""
     on = torch.device(device)
     return Planned.of(recipe, planned_model(recipe), on, capacity(on))
 

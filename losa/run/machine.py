@@ -41,7 +41,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
 def capacity(device: torch.device | None) -> dict[str, int]:
     """Bytes of memory by place, "host" (of the machine, or of a container that has less) and "device", where known."""
     found = {}
-    limits = list(_limits())
+    limits = [*_limits(), *_address_space()]
     if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if limits:
@@ -49,6 +49,16 @@ def capacity(device: torch.device | None) -> dict[str, int]:
     if device is not None and device.type == "cuda":
         found["device"] = torch.cuda.get_device_properties(device).total_memory
     return found
+
+
+def _address_space() -> Iterator[int]:
+    """What this process may map at most (``ulimit -v``)."""
+    with suppress(ImportError):  # Windows
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            yield limit
 
 
 def _limits() -> Iterator[int]:

@@ -41,7 +41,7 @@ from losa.run.inputs import Inputs, read_inputs
 from losa.run.memory_gate import check_memory
 from losa.run.methods import MethodRun, Outcome
 from losa.run.offloaded import check_offload, run_offloaded
-from losa.run.placement import check_shards
+from losa.run.placement import Placement
 from losa.run.pruning import check_prunable, check_pruner, experts_are_reached
 from losa.run.random_state import seed_generators
 from losa.run.reporting import environment, log_result, show_written
@@ -94,8 +94,9 @@ def run_recipe(
         check_packages(recipe.methods)
         if recipe.offload is not None:
             check_offload(recipe)
+        placement = Placement() if recipe.offload is not None else placement_of(recipe, device)
         if not (resume or force):  # before unfinished work is thrown away
-            check_memory(recipe, console)
+            check_memory(recipe, placement, device, console)
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
@@ -110,15 +111,16 @@ def run_recipe(
             stack.enter_context(workspace.kept_if_worth_it())
         check_shared(workspace.path)
         if resume and not force:
-            check_memory(recipe, console)
+            check_memory(recipe, placement, device, console)
         seed_generators(recipe.seed)
         if recipe.deterministic:
             torch.use_deterministic_algorithms(True)
-        run = _run if recipe.offload is None else run_offloaded
+        run = partial(_run, placement) if recipe.offload is None else run_offloaded
         return run(recipe, workspace, device, console, resume=resume, overwrite=overwrite, force=force)
 
 
 def _run(
+    placement: Placement,
     recipe: Recipe,
     workspace: Workspace,
     device: str,
@@ -130,7 +132,7 @@ def _run(
 ) -> RunRecord:
     start = time.perf_counter()
     with console.status("loading model and data"):
-        model, tokenizer = _load(recipe, device, console)
+        model, tokenizer = _load(recipe, placement, device, console)
         check_prunable(recipe, model)
         check()
         inputs = read_inputs(recipe, model, tokenizer)
@@ -192,11 +194,9 @@ def _run(
     return record
 
 
-def _load(recipe: Recipe, device: str, console: Console) -> tuple[nn.Module, object]:
+def _load(recipe: Recipe, placement: Placement, device: str, console: Console) -> tuple[nn.Module, object]:
     """The recipe's model, whole or this process's rows of it, and its tokenizer."""
     source = _fetch(recipe) if process_count() > 1 else recipe.model
-    placement = placement_of(recipe, device)
-    check_shards(recipe, placement)
     if placement.mode != "whole":
         console.print(f"distributed: {placement.processes} processes, {placement.mode}: {placement.text}", markup=False)
     sharding = placement.sharding(torch_device(device))

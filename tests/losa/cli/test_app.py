@@ -84,7 +84,7 @@ def test_prune_without_training(workspace, tmp_path):
 
 
 def test_prune_builds_a_recipe_without_training(passed):
-    arguments = ["--pruner", "sparsegpt", "--sparsity", 0.6, "--samples", 8, "--length", 64, "--seed", 3]
+    arguments = "--pruner sparsegpt --sparsity 0.6 --samples 8 --length 64 --seed 3 --statistics-gb 0.5".split()
     flags = ["--overwrite", "--resume", "--force"]
     succeed("prune", "m", "--output", "o", "--data", "c.txt", "--eval-data", "e.txt", *flags, *arguments)
     recipe = passed["recipe"]
@@ -92,6 +92,7 @@ def test_prune_builds_a_recipe_without_training(passed):
     assert (recipe.method, recipe.train, recipe.seed) == ("prune_only", None, 3)
     assert (recipe.prune.pruner, recipe.prune.sparsity, recipe.prune.pattern) == ("sparsegpt", 0.6, None)
     assert (recipe.calibration.samples, recipe.calibration.length) == (8, 64)
+    assert recipe.calibration.statistics_gb == 0.5
     assert recipe.evaluate.data.path == "e.txt" and passed["overwrite"]
     arguments = ["--output", "o", "--data", "c.txt"]
     assert "exactly one of" in fail("prune", "m", *arguments)

@@ -242,3 +242,32 @@ def test_norms_are_trained_and_merged_or_given_back():
             del module.weight
     with pytest.raises(ModelError, match="expected norms with parameters"):
         train_norms(bare)
+
+
+def test_a_kernel_of_training_that_takes_weights_is_passed_by():
+    """A module that calls its linear in evaluation alone keeps doing so: a kernel would see neither mask nor adapter."""
+    model = tiny_llama(layers=2)
+    plain = type(model.model.layers[0].mlp)
+
+    class Fused(plain):
+        def forward(self, x):
+            if not self.training:
+                return super().forward(x)
+            gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return nn.functional.linear(gated, self.down_proj.weight)
+
+    mlp = model.model.layers[1].mlp
+    mlp.__class__ = Fused
+    wrapped = wrap(model, dropout_p=0.5)
+    randomise(wrapped)
+    assert "model.layers.1.mlp.down_proj" in wrapped
+    evaluated = logits(model)
+    model.train()
+    assert model.model.layers[1].training and not mlp.training
+    assert mlp.down_proj.training and not torch.equal(logits(model), evaluated), "adapters drop their inputs"
+    for layer in wrapped.values():
+        layer.dropout_p = 0.0
+    assert torch.equal(logits(model), evaluated)
+    merge_model(model)
+    model.train()
+    assert mlp.training and "train" not in vars(mlp)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend
 
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
@@ -35,3 +37,11 @@ def kind_directory(workspace, tmp_path_factory):
         return made
 
     return saved
+
+
+@pytest.fixture
+def two_processes():
+    """This process is the first of two, on a machine of its own."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()

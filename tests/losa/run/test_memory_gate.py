@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import resource
 
 import pytest
 import torch
 from rich.console import Console
 
+from losa.distributed.joining import Place
 from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
-from losa.run import estimate, machine, memory_gate, pipeline
+from losa.run import choice, estimate, machine, memory_gate, pipeline
 from losa.run.estimate import estimate as planned
-from losa.run.holding import phase_sums
+from losa.run.holding import machine_sums, phase_sums
 from losa.run.memory_gate import check_memory
 from losa.run.pipeline import run_recipe
+from losa.run.placement import Placement
+from losa.run.planned import Planned, planned_model
 from losa.storage.files import write_json
 from tests.helpers.runs import settings
 
@@ -61,9 +65,9 @@ def test_pruning_block_by_block_is_advised_and_needs_less(workspace, tmp_path, m
     whole = recipe(workspace, tmp_path / "out", method="prune_only")
     offloaded = recipe(workspace, tmp_path / "out", method="prune_only", offload="disk")
     memory(host=planned(offloaded, probe=False).peak("host")[0])
-    check_memory(offloaded, Console(quiet=True))
+    check_memory(offloaded, Placement(), "cpu", Console(quiet=True))
     with pytest.raises(LosaError, match="--offload disk"):
-        check_memory(whole, Console(quiet=True))
+        check_memory(whole, Placement(), "cpu", Console(quiet=True))
 
 
 def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory, monkeypatch):
@@ -71,17 +75,57 @@ def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory, mo
     wanted = recipe(workspace, tmp_path / "out", device="cuda", method="prune_only", evaluate=None)
     weights = planned(wanted, probe=False).size("weights")
     memory(device=10 * weights, host=weights)
-    check_memory(wanted, Console(quiet=True))
+    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
     memory(device=weights, host=10 * weights)
     with pytest.raises(LosaError, match="on cuda by its plan"):
-        check_memory(wanted, Console(quiet=True))
+        check_memory(wanted, Placement(), "cpu", Console(quiet=True))
 
 
-def test_several_processes_and_recipes_without_a_plan_are_left_to_others(workspace, tmp_path, memory, monkeypatch):
+def test_a_recipe_without_a_plan_is_left_to_the_run(workspace, tmp_path, memory):
     memory(host=1)
-    check_memory(recipe(workspace, tmp_path / "out", model="/no/such/model"), Console(quiet=True))
-    monkeypatch.setattr(memory_gate, "process_count", lambda: 2)
-    check_memory(recipe(workspace, tmp_path / "out"), Console(quiet=True))
+    check_memory(recipe(workspace, tmp_path / "out", model="/no/such/model"), Placement(), "cpu", Console(quiet=True))
+
+
+def test_what_may_be_held_besides_is_warned_of(workspace, tmp_path, memory, caplog):
+    wanted = recipe(workspace, tmp_path / "out", method="prune_only", prune={"pruner": "sparsegpt", "sparsity": 0.5})
+    peak, phase = planned(wanted, probe=False).peak("host")
+    memory(host=peak)
+    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
+    assert not caplog.text
+    memory(host=peak - 1)
+    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
+    assert f"in the phase {phase} the run holds up to" in caplog.text
+
+
+@pytest.mark.parametrize("placement", [Placement(2), Placement(2, 2)])
+def test_processes_that_do_not_fit_are_refused(placement, two_processes, workspace, tmp_path, monkeypatch):
+    """By what a machine's processes hold together, and by what one holds on its GPU."""
+    wanted = recipe(workspace, tmp_path / "out", device="auto", prune={"pruner": "sparsegpt", "sparsity": 0.5})
+    monkeypatch.setattr(memory_gate, "launched", lambda: Place(0, 2, 0, 2, "a", 1))
+
+    def check(on: str, **there) -> None:
+        monkeypatch.setattr(choice, "capacity", lambda _: there)
+        check_memory(wanted, placement, on, Console(quiet=True))
+
+    plan = Planned.of(wanted, planned_model(wanted), torch.device("cpu"), {})
+    certain = [holding for holding in plan.holdings(placement) if holding.certain]
+    held = max(machine_sums(certain, 2).values())
+    assert held > max(phase_sums(certain, "host").values())
+    check("cpu", host=held)
+    with pytest.raises(LosaError, match="the 2 processes of a machine hold at least .* on its host .* --gpus 2"):
+        check("cpu", host=held - 1)
+    plan = Planned.of(wanted, planned_model(wanted), torch.device("cuda"), {})
+    own = max(phase_sums([h for h in plan.holdings(placement) if h.certain], "device").values())
+    check("cuda", host=10**12, device=own)
+    with pytest.raises(LosaError, match="a process holds at least .* on its GPU .*--force goes on"):
+        check("cuda", host=10**12, device=own - 1)
+    monkeypatch.setattr(choice, "planned_model", lambda recipe: 1 / 0)
+    check("cuda", host=1)
+
+
+def test_address_space_is_memory(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1) if which == resource.RLIMIT_AS else (-1, -1))
+    assert machine.capacity(torch.device("cpu")) == {"host": 12345}
 
 
 @pytest.mark.parametrize("text, expected", [("1000\n", 1000), ("max\n", 5 * 4096), (None, 5 * 4096)])
@@ -124,7 +168,7 @@ def test_a_plan_that_fails_stops_no_run(workspace, tmp_path, monkeypatch):
         raise AttributeError("a model of another kind")
 
     monkeypatch.setattr(memory_gate, "estimate", fail)
-    check_memory(recipe(workspace, tmp_path / "out"), Console(quiet=True))
+    check_memory(recipe(workspace, tmp_path / "out"), Placement(), "cpu", Console(quiet=True))
 
 
 def test_what_may_be_less_does_not_count(workspace, tmp_path, memory):
@@ -135,7 +179,7 @@ def test_what_may_be_less_does_not_count(workspace, tmp_path, memory):
     assert uncertain == {"Hessians of a block"}
     sums = phase_sums([holding for holding in plan.holdings if holding.certain], "host")
     memory(host=max(sums.values()))
-    check_memory(wanted, Console(quiet=True))
+    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
     memory(host=max(sums.values()) - 1)
     with pytest.raises(LosaError, match="memory:"):
-        check_memory(wanted, Console(quiet=True))
+        check_memory(wanted, Placement(), "cpu", Console(quiet=True))

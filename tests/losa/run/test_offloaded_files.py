@@ -111,19 +111,22 @@ def test_blocks_of_another_recipe_or_model_are_refused(interrupted):
 
 
 def test_a_run_that_is_killed_goes_on(kind_directory, tmp_path):
-    """By SIGKILL, as soon as a block is finished: nobody cleans up."""
+    """By SIGKILL, twice, each time as soon as a block is finished: nobody cleans up."""
     made = kind_directory("Llama", layers=24)
     sections = {"offload": "disk", "method": "prune_only", "evaluate": None}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(settings(made, tmp_path / "out", **sections)))
-    process = subprocess.Popen([sys.executable, "-m", "losa", "run", str(recipe)], stdout=subprocess.DEVNULL)
-    while not any(store_of(tmp_path / "out").glob("block-*.json")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    done = len(list(store_of(tmp_path / "out").glob("block-*.json")))
-    assert 1 <= done < 24 and not (tmp_path / "out").exists()
+    done = [0]
+    for more in ([], ["--resume"]):
+        command = [sys.executable, "-m", "losa", "run", str(recipe), *more]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while len(list(store_of(tmp_path / "out").glob("block-*.json"))) == done[-1]:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        done.append(len(list(store_of(tmp_path / "out").glob("block-*.json"))))
+        assert done[-2] < done[-1] < 24 and not (tmp_path / "out").exists()
     run(made, tmp_path / "out", resume=True, offload="disk", evaluate=None)
     run(made, tmp_path / "whole", evaluate=None)
     assert_same_output(tmp_path / "out", tmp_path / "whole")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # registers the backend
 
 from losa.distributed.joining import Place
 from losa.errors import RecipeError
@@ -84,14 +82,6 @@ def test_modes_and_copies():
     assert Placement(4, 4, True).text == "all hold one model together, rows in host memory"
     assert [Placement(*each).copies for each in ((4,), (4, 4), (4, 2))] == [4, 1, 2]
     assert Placement(4).sharding(torch.device("cpu")) is None
-
-
-@pytest.fixture
-def two_processes(monkeypatch):
-    """This process is the first of two, on a machine of its own."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
