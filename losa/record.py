@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -110,6 +111,23 @@ class RunRecord:
         """Whether the rounds' ranks are ranks of trained adapters; a method that losa does not know counts so."""
         method = find_method(self.method)
         return method is None or method.ranked
+
+    @property
+    def masked(self) -> tuple[int, int]:
+        """(pruned, all) weights under masks."""
+        total = sum(math.prod(mask.shape) for mask in self.masks.values())
+        return total - sum(mask.kept for mask in self.masks.values()), total
+
+    @property
+    def partly(self) -> bool:
+        """Whether more than a hundredth of the weights in the blocks' matrices has no mask."""
+        return self.unmasked > 0.01 * (self.masked[1] + self.unmasked)
+
+    @property
+    def sparsity_of_blocks(self) -> float:
+        """Share of the weights in all matrices of the blocks that masks remove."""
+        pruned, total = self.masked
+        return pruned / max(1, total + self.unmasked)
 
     def to_dict(self) -> dict:
         """What ``losa_config.json`` holds."""

@@ -196,8 +196,8 @@ def evaluate(
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and the share of zeros, where the
-    blocks are made of nn.Linear."""
+    """Perplexity (non-overlapping windows) and zero-shot tasks of any causal model, and the share of zeros, where its
+    blocks are found: of the weights that losa could prune, and of all in the blocks' matrices."""
     if data is None and tasks is None:
         raise LosaError("eval: nothing to measure; give --data, --tasks or both")
     from losa.evaluation.measure import count_zeros, text_perplexity
@@ -210,12 +210,14 @@ def evaluate(
     loaded, tokenizer = load_any(model, dtype=dtype, device=device)
     found = count_zeros(loaded)
     numbers: dict = {"model": model, "zeros": found.zeros, "prunable": found.prunable, "sparsity": found.sparsity}
-    numbers["unprunable"] = found.others
+    numbers |= {"unprunable": found.others, "sparsity_of_blocks": found.sparsity_of_blocks}
     if found.reason:
         typer.echo(f"{model}: sparsity: not counted: {found.reason}")
     else:
-        rest = f"; {found.others:,} others of the blocks cannot be pruned" if found.others else ""
-        counted = f"{found.zeros:,} of {found.prunable:,} block weights are zero ({found.sparsity:.2%})"
+        counted = f"{found.zeros:,} of {found.prunable:,} weights that can be pruned are zero ({found.sparsity:.2%})"
+        rest = (
+            f", {found.sparsity_of_blocks:.2%} with the {found.others:,} others of the blocks" if found.others else ""
+        )
         typer.echo(f"{model}: {counted}{rest}")
     if source is not None:
         measured = text_perplexity(

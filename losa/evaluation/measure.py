@@ -27,6 +27,11 @@ class Zeros:
     def sparsity(self) -> float | None:
         return None if self.zeros is None or not self.prunable else self.zeros / self.prunable
 
+    @property
+    def sparsity_of_blocks(self) -> float | None:
+        """The same zeros, of all weights in matrices of the blocks."""
+        return None if self.zeros is None or not self.prunable else self.zeros / (self.prunable + self.others)
+
 
 def count_zeros(model: nn.Module) -> Zeros:
     """Zeros of a model whose blocks are found; a reason for any other model."""

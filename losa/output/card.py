@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
@@ -27,9 +26,7 @@ none."""
 
 def model_card(record: RunRecord) -> str:
     """README.md of an exported model: what it is, what was measured and how, and its limits."""
-    recipe, prune = record.recipe, record.recipe["prune"]
-    goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
-    goal += " sparse" if record.shrunk is None else " of the blocks removed"
+    recipe, goal = record.recipe, _goal(record)
     label, method = method_label(record.method), find_method(record.method)
     done = label if method is None else method.sentence
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["losa", "sparse", "pruned"]}
@@ -76,6 +73,16 @@ def model_card(record: RunRecord) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _goal(record: RunRecord) -> str:
+    prune = record.recipe["prune"]
+    goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
+    if record.shrunk is not None:
+        return f"{goal} of the blocks removed"
+    if record.masks and record.partly:
+        return f"{goal} sparse where it is pruned, {percent(record.sparsity_of_blocks)} of its blocks"
+    return f"{goal} sparse"
+
+
 def _rounds_section(record: RunRecord) -> list[str]:
     table = rounds_table(record)
     caption = [f"{str(table.caption).capitalize()}.", ""] if table.caption else []
@@ -85,15 +92,14 @@ def _rounds_section(record: RunRecord) -> list[str]:
 def _zeros(record: RunRecord) -> str:
     if not record.masks:
         return "No mask was recorded."
-    total = sum(math.prod(mask.shape) for mask in record.masks.values())
+    pruned, total = record.masked
     if (shrunk := record.shrunk) is not None:
         sizes = ", ".join(
             f"`{key}` {before} -> {after}" for key, (before, after) in shrunk.config.items() if after != before
         )
         return f"{shrunk_weights(shrunk, total)}: {sizes}."
-    pruned = total - sum(mask.kept for mask in record.masks.values())
     text = f"{pruned:,} of {total:,} weights in {len(record.masks)} matrices are pruned ({percent(pruned / total)})."
     if record.unmasked:
-        share = percent(pruned / (total + record.unmasked))
-        text += f" The blocks have {record.unmasked:,} weights in other matrices, so that {share} of them are pruned."
+        share = percent(record.sparsity_of_blocks)
+        text += f" The blocks have {record.unmasked:,} weights in other matrices; of all of them {share} are pruned."
     return text

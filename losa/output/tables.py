@@ -86,7 +86,12 @@ def markdown(table: Table) -> list[str]:
 def results_table(record: RunRecord) -> Table:
     """A row per method. A method that cannot be merged has the unmerged model's perplexity, with the merged model's
     perplexity beside it."""
-    table = _table("model", "perplexity", "sparsity", "zeros", "trained tokens", "time", title=protocol(record))
+    caption = None
+    if record.masks and record.shrunk is None and record.partly:
+        share = percent(record.sparsity_of_blocks)
+        caption = f"sparsity: of the linears that can be pruned; the written model's masks remove {share} of its blocks"
+    columns = ("model", "perplexity", "sparsity", "zeros", "trained tokens", "time")
+    table = _table(*columns, title=protocol(record), caption=caption)
     for r in record.results:
         _add(
             table,

@@ -84,7 +84,8 @@ def test_prune_without_training(workspace, tmp_path):
 
 
 def test_prune_builds_a_recipe_without_training(passed):
-    arguments = "--pruner sparsegpt --sparsity 0.6 --samples 8 --length 64 --seed 3 --statistics-gb 0.5".split()
+    arguments = ["--pruner", "sparsegpt", "--sparsity", 0.6, "--statistics-gb", 0.5]
+    arguments += ["--samples", 8, "--length", 64, "--seed", 3]
     flags = ["--overwrite", "--resume", "--force"]
     succeed("prune", "m", "--output", "o", "--data", "c.txt", "--eval-data", "e.txt", *flags, *arguments)
     recipe = passed["recipe"]

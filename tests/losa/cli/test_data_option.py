@@ -82,7 +82,9 @@ def test_eval_of_any_causal_model(build, counted, text, tmp_path):
     out = succeed("eval", source, "--data", text, "--length", 32, "--json", tmp_path / "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     if counted:
-        assert f"0 of {numbers['prunable']:,} block weights are zero (0.00%)" in out and numbers["sparsity"] == 0
+        assert f"0 of {numbers['prunable']:,} weights that can be pruned are zero (0.00%)" in out
+        assert numbers["sparsity"] == numbers["sparsity_of_blocks"] == 0
+        assert (f", 0.00% with the {numbers['unprunable']:,} others of the blocks" in out) == (build is mamba)
     else:
         assert "sparsity: not counted: " in out and "cannot tell which list" in out
         assert numbers["zeros"] is numbers["prunable"] is numbers["sparsity"] is None

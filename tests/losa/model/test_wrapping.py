@@ -245,7 +245,7 @@ def test_norms_are_trained_and_merged_or_given_back():
 
 
 def test_a_kernel_of_training_that_takes_weights_is_passed_by():
-    """A module that calls its linear in evaluation alone keeps doing so: a kernel would see neither mask nor adapter."""
+    """A module that calls its linear in evaluation alone keeps evaluating: a kernel sees no mask or adapter."""
     model = tiny_llama(layers=2)
     plain = type(model.model.layers[0].mlp)
 

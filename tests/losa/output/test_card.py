@@ -26,7 +26,11 @@ def test_model_card():
     assert "secret-place" not in text and "## Limits" in body and "## Licence" in body
     assert "other matrices" not in body
     record.unmasked = 1000
-    assert "have 1,000 weights in other matrices, so that 35.00 % of them are pruned." in model_card(record)
+    text = model_card(record)
+    assert "have 1,000 weights in other matrices; of all of them 35.00 % are pruned." in text
+    assert "# small-1b, 70 % sparse where it is pruned, 35.00 % of its blocks (LoSA)" in text
+    record.unmasked = 10
+    assert "# small-1b, 70 % sparse (LoSA)" in model_card(record) and "10 weights in other" in model_card(record)
 
 
 def test_model_card_of_a_pattern_and_a_local_model(tmp_path):
