@@ -26,9 +26,9 @@ from losa.distributed.stop import check
 from losa.distributed.together import together
 from losa.distributed.watch import progress
 from losa.errors import LosaError, ModelError
-from losa.model.block_calls import Call, hidden_of, same, sharing, split_call
+from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import Blocks
-from losa.model.call_recording import recording, with_hidden
+from losa.model.call_recording import CallsOfTokens, recording, with_hidden
 from losa_kernels import gram
 
 # Tokens that ``gram_of_tokens`` takes.
@@ -100,7 +100,7 @@ class BlockStream:
         self._calls = {} if calls is None else calls
         self._shapes: list[tuple[int, int]] = []
         # By batch: what its blocks are called with, where that depends on its tokens.
-        self._own: list[list[Call] | None] = []
+        self._own: list[CallsOfTokens | None] = []
         self._held: StreamStorage | None = None
         shares = [share_of(len(input_ids), batch_size, index) for index in range(process_count())]
         self.samples = shares[process_index()]
@@ -130,18 +130,23 @@ class BlockStream:
         self._shapes.append(_shape(batch))
         self._own.append(None if alike else self._calls_of(model, batch, known))
 
-    def _calls_of(self, model: nn.Module, batch: Tensor, known: list[Call]) -> list[Call]:
+    def _calls_of(self, model: nn.Module, batch: Tensor, known: list[Call]) -> CallsOfTokens:
         """What the blocks are called with for these very tokens. ``known``: for others of the same shape."""
         if sharding_of(model) is not None:
             raise ModelError(
                 f"{self.names[0]}: its arguments besides hidden states depend on the tokens; expected a model that is "
                 "whole in each process, got one in shards"
             )
-        with recording(self.blocks, [call.returned for call in known]) as calls:
-            _forward(model, batch.to(self.device))
-        if len(calls) != len(known):
-            raise ModelError(f"{self.names[len(calls)]}: is called in some passes only")
-        return [sharing(call, other) for call, other in zip(calls, known, strict=True)]
+        forms = [call.returned for call in known]
+
+        def record() -> list[Call]:
+            with torch.no_grad(), recording(self.blocks, forms) as calls:
+                _forward(model, batch.to(self.device))
+            if len(calls) != len(known):
+                raise ModelError(f"{self.names[len(calls)]}: is called in some passes only")
+            return calls
+
+        return CallsOfTokens(record)
 
     def _stored(self, first: int, hidden: Tensor) -> Tensor:
         """Hidden states of the samples from ``first`` on, where they wait for the next block."""

@@ -28,19 +28,19 @@ class Call:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs))
 
+    def stores(self) -> dict[int | str, Any]:
+        """The arguments that blocks may write in, by place or keyword."""
+        return {key: value for key, value in (*enumerate(self.args), *self.kwargs.items()) if is_store(value)}
 
-def sharing(call: Call, known: Call) -> Call:
-    """``call`` with the tensors of ``known`` in the place of equal ones, so that they are in memory once."""
+    def with_stores(self, stores: Mapping[int | str, Any]) -> Call:
+        """The same call with these arguments (``stores``)."""
+        args = tuple(stores.get(place, value) for place, value in enumerate(self.args))
+        return replace(self, args=args, kwargs={name: stores.get(name, v) for name, v in self.kwargs.items()})
 
-    def shared(value: Any, other: Any) -> Any:
-        tensors = isinstance(value, Tensor) or (
-            isinstance(value, (tuple, list)) and all(isinstance(part, Tensor) for part in value)
-        )
-        return other if tensors and same(value, other) else value
 
-    args = tuple(shared(*pair) for pair in zip(call.args, known.args, strict=False))
-    kwargs = {name: shared(value, known.kwargs.get(name)) for name, value in call.kwargs.items()}
-    return replace(call, args=args + call.args[len(args) :], kwargs=kwargs)
+def is_store(value: Any) -> bool:
+    """Whether blocks may write in an argument, for later blocks to read: shared keys and values."""
+    return hasattr(value, "__setitem__") and not isinstance(value, (Tensor, list))
 
 
 def hidden_of(output) -> Tensor:

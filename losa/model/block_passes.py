@@ -15,7 +15,7 @@ from torch import Tensor
 from losa.distributed.sharding import device_of, gathered
 from losa.distributed.stop import check
 from losa.distributed.watch import progress
-from losa.model.block_calls import hidden_of
+from losa.model.block_calls import hidden_of, is_store
 from losa.model.blocks import Blocks
 from losa.model.call_recording import recording, with_hidden
 
@@ -59,7 +59,7 @@ class BlockPasses:
 
         def run(*args, **kwargs):
             # What blocks write for later ones, as shared keys and values, is the batch's in all passes.
-            stores = {key: value for key, value in kwargs.items() if _is_store(value)}
+            stores = {key: value for key, value in kwargs.items() if is_store(value)}
             kept = {key: self._written[number].setdefault(key, value) for key, value in stores.items()}
             output = compute(*args, **kwargs | kept)
             # A GPU holds the hidden states of one batch.
@@ -93,10 +93,6 @@ class BlockPasses:
 
         with _replaced({self._blocks.modules[index]: partial(play, index) for index in range(count)}):
             yield
-
-
-def _is_store(value: Any) -> bool:
-    return hasattr(value, "__setitem__") and not isinstance(value, (Tensor, list))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,22 @@ def recording(blocks: nn.ModuleList, returned: Sequence[Any]) -> Iterator[list[C
     finally:
         blocks._modules.update(real)
     calls += [recorder.call for recorder in recorders if recorder.call is not None]
+
+
+class CallsOfTokens:
+    """What the blocks are called with for certain tokens, by the block's index. It is recorded whenever somebody asks,
+    so that no more is kept than what blocks write in it for later ones.
+
+    Args:
+        record: gives the calls of all blocks (``recording``).
+    """
+
+    def __init__(self, record: Callable[[], Sequence[Call]]):
+        self._record = record
+        self._stores = [call.stores() for call in record()]
+
+    def __getitem__(self, index: int) -> Call:
+        return self._record()[index].with_stores(self._stores[index])
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -140,6 +140,8 @@ def test_arguments_that_depend_on_tokens_are_those_of_each_batch(name, batch_siz
         for _ in range(2):  # the second stream is told what the first one has found out
             stream = BlockStream(model, blocks, IDS, batch_size, calls=calls)
             assert batch_size == 4 or all(stream._own[1:]), "calls of one shape are those of its first batch"
+            for own in filter(None, stream._own):  # of its arguments nothing waits but what blocks write in
+                assert not any(isinstance(value, torch.Tensor) for each in own._stores for value in each.values())
             for index in range(len(blocks)):
                 stream.advance(index)
                 for found, own in zip(stream.hidden, expected, strict=True):
