@@ -198,8 +198,9 @@ WEIGHTS_24 = Choice(
 FACTOR = Choice(
     "LOSA_FACTOR",
     "auto",
-    "How a GPU factors a Hessian: by torch's Cholesky, or by column blocks (`blocked`). `auto` takes the faster.",
-    values=("auto", "torch", "blocked"),
+    "How a GPU factors a Hessian: by torch's Cholesky, by column blocks (`blocked`), or in the memory of one and a "
+    "quarter (`in_place`). `auto` takes the faster of the first two, and the last beyond 1 GiB.",
+    values=("auto", "torch", "blocked", "in_place"),
 )
 TRAILING = Choice(
     "LOSA_TRAILING",

@@ -7,7 +7,6 @@ commands and environment variables come from the code, and the notebook's result
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "tiny_model.ipynb"
-MODELS = ROOT / "tests" / "whole_models" / "models.json"
 PLANNING = ROOT / "docs" / "guide" / "planning.md"
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
 
@@ -245,29 +243,11 @@ def plan(gpus: int) -> str:
     return done.stdout
 
 
-def models() -> str:
-    """What comes of every architecture of transformers, with the sentences of refusals."""
-    recorded = json.loads(MODELS.read_text())
-    rows, refusals = [], []
-    for name, outcomes in recorded["models"].items():
-        cells = []
-        for outcome in outcomes.values():
-            _, refused, sentence = outcome.partition("refused: ")
-            if refused and sentence not in refusals:
-                refusals.append(sentence)
-            cells.append(f"no ({refusals.index(sentence) + 1})" if refused else outcome)
-        rows.append([f"`{name}`", *cells])
-    columns = ["", *next(iter(recorded["models"].values()))]
-    numbered = "\n".join(f"{number}. `{sentence.replace('`', '')}`" for number, sentence in enumerate(refusals, 1))
-    return f"Of transformers {recorded['transformers']}:\n\n{table(columns, rows)}\n\nWhat refusals say:\n\n{numbered}"
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
     "methods": methods,
     "commands": commands,
     "settings": settings,
-    "models": models,
     "rooms of losa": lambda: rooms("losa"),
     "rooms of losa_kernels": lambda: rooms("losa_kernels"),
     "notebook": notebook,

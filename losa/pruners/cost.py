@@ -68,13 +68,15 @@ def hessian_memory(shape: PruningShape) -> list[Memory]:
     if not shape.on_gpu:
         return [hessians_of_block(shape), factorising_one(shape, 1.25)]
     held = _at_a_time(shape)
-    together = max(4 * _largest_square(shape), min(held, TOGETHER))
-    how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians"
+    largest = 4 * _largest_square(shape)
+    # A Hessian beyond that is factored in place.
+    factored = max(5 * min(held, TOGETHER), 1.25 * largest if largest > TOGETHER else 5 * largest)
+    how = f"5 copies of at most {TOGETHER >> 20} MiB of Hessians, 1.25 of a larger one"
     return [
         hessians_of_block(shape),
         # Where they do not fit, Hessians are factored one by one.
         Memory("factors of a block", held, "as the Hessians", certain=False),
-        Memory("factorising", 5 * together, how, certain=False),
+        Memory("factorising", factored, how, certain=False),
     ]
 
 

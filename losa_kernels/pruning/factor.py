@@ -1,8 +1,9 @@
-"""The inverse factor on CUDA: torch's Cholesky and an inverse by products, or column blocks from the last to the first.
+"""The inverse factor on CUDA: torch's Cholesky and an inverse by products, column blocks from the last to the first, or
+in little memory (``losa_kernels.pruning.in_place``).
 
-``LOSA_FACTOR=auto`` takes the faster of the two at the first Hessian of a width (``measured``), and torch's where
-nothing may be measured. Neither reads anything back before its end, so that the Hessians of a block are factored on
-several streams at a time.
+``LOSA_FACTOR=auto`` takes the faster of the first two at the first Hessian of a width (``measured``), and torch's where
+nothing may be measured; a Hessian of more than ``TOGETHER`` is factored in place. None of them reads anything back
+before its end, so that the Hessians of a block are factored on several streams at a time.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import Tensor
 from losa_kernels import cuda_graphs, measured, settings
 from losa_kernels.pruning.cuda import matmul_precision
 from losa_kernels.pruning.graph import CudaCapture, SweepGraphs
+from losa_kernels.pruning.in_place import flipped_cholesky, invert_upper_
 from losa_kernels.pruning.reference import MAX_DAMPING, SingularHessianError, damped_diagonal, singular
 
 LEAF = 128  # a diagonal block that torch inverts, all of them at once
 BLOCK = 128  # columns that factor_panel takes
 SLICE = 512  # columns of a triangle that are multiplied at once, without the zeros below them
 STREAMS = 4  # on which the Hessians of a block are factored
-# Bytes of Hessians that are factored at a time; each takes five times its own.
+# Bytes of Hessians that are factored at a time; each takes five times its own. A larger one is factored in place.
 TOGETHER = 1 << 30
 
 graphs = SweepGraphs(CudaCapture(), kept=STREAMS)
@@ -86,6 +88,13 @@ def by_torch(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     flipped.diagonal().copy_(diagonal.flip(0))
     lower, info = torch.linalg.cholesky_ex(flipped)
     factor = invert_upper(lower.flip(0, 1))
+    return factor, _finite(factor).logical_and_(info == 0)
+
+
+def in_place(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the memory of one copy of the Hessian and a quarter."""
+    upper, info = flipped_cholesky(hessian, diagonal)
+    factor = invert_upper_(upper)
     return factor, _finite(factor).logical_and_(info == 0)
 
 
@@ -202,7 +211,7 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 def _method(hessian: Tensor, diagonal: Tensor) -> Attempt:
-    setting, methods = settings.FACTOR(), {"torch": by_torch, "blocked": by_blocks}
+    setting, methods = settings.FACTOR(), {"torch": by_torch, "blocked": by_blocks, "in_place": in_place}
 
     def exact(run: Attempt) -> Attempt:
         def call(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +222,10 @@ def _method(hessian: Tensor, diagonal: Tensor) -> Attempt:
 
     if hessian.dtype != torch.float32 or len(hessian) <= BLOCK:
         setting = "torch"
+    if setting == "auto" and hessian.nbytes > TOGETHER:
+        setting = "in_place"
     if setting == "auto":
-        runs = {name: lambda run=run: exact(run)(hessian, diagonal) for name, run in methods.items()}
+        runs = {name: lambda run=methods[name]: exact(run)(hessian, diagonal) for name in ("torch", "blocked")}
         setting = measured.fastest("inverse_factor", (len(hessian),), runs, hessian.device, "torch")
     return exact(methods[setting])
 

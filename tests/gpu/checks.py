@@ -72,7 +72,7 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     for shape in (sizes.groups, sizes.square):
         yield Case(f"hessian {shape[1]} bf16", (), partial(hessians, shape[1], BF16, device))
         yield Case(f"hessian {shape[1]} fp32", (), partial(hessians, shape[1], FP32, device))
-        for way, ops in (("torch", ()), ("blocked", ("factor_panel",))):
+        for way, ops in (("torch", ()), ("blocked", ("factor_panel",)), ("in_place", ())):
             yield Case(f"inverse factor {way} {shape[1]}", ops, partial(factors, way, shape[1], device))
         for goal, masked in (((0.5, None, None), False), ((0.5, None, None), True), ((None, 2, 4), False)):
             ops = ("sweep_block", *(() if goal[2] else ("select_block",)), *(("pruned_per_block",) if masked else ()))

@@ -9,7 +9,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 WIDTH, BLOCKS, WORDS = 64, 4, 98
 
@@ -46,16 +49,19 @@ MIXED = ["linear_attention", "full_attention"] * 2
 SLIDING = ["sliding_attention", "full_attention"] * 2
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}
 
-# Models of encoders, of several modalities, with a text half that is there by itself, or that losa cannot take for a
-# reason of their own kind (an architecture with an encoder is refused by name).
-LEFT_OUT = """
-bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert cohere_compass_text
-data2vec-text dots3_note dots3_note_text electra emu3 ernie fuyu gemma3 gemma3n gemma4 gemma4_assistant
-gemma4_unified gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 marian mbart megatron-bert mistral4 mllama moshi
-moss_transcribe_diarize musicgen musicgen_melody mvp pegasus phi4_multimodal plbart prophetnet qwen3_5 qwen3_5_moe
-qwen4_exp qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm
-xlm-roberta xlm-roberta-xl xlnet xmod
-"""
+# Names of transformers that are no rows of the table, by the reason.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "decodes what an encoder reads, by attention that has no input here": (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+        *("prophetnet", "trocr", "whisper"),
+    ),
+    "drafts tokens for a larger model, whose states it reads": ("gemma4_assistant", "gemma4_unified_assistant"),
+    "needs a map of the words that stand for pictures": ("emu3",),
+    "reads and writes codes of sounds": ("musicgen", "musicgen_melody"),
+    "cuts bytes into patches by a model of its own": ("blt",),
+    "needs a package beyond transformers (timm)": ("gemma3n",),
+    "has a text half that is a row": ("dots3_note", "qwen4_exp"),
+}
 
 # What differs: settings by name, with "type" for another entry of the same configuration and None to leave one out.
 LATENT = {"num_key_value_heads": 4}  # attention whose keys and values are made from one latent vector
@@ -65,6 +71,11 @@ DENSE_GEMMA4: dict[str, Any] = {
     "top_k_experts": None,
     "moe_intermediate_size": None,
 }
+DENSE_GEMMA4_TEXT = {key: value for key, value in DENSE_GEMMA4.items() if key != "type"} | {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": SLIDING,
+}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"), LATENT
@@ -72,6 +83,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "cwm": {"bos_token_id": 1},
     "cohere2": {"layer_types": SLIDING},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 4,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
@@ -97,7 +113,7 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 5,
         "layer_types": [*SLIDING[:1], *SLIDING[:2], *SLIDING[:2]],
     },
-    "gemma4_text": DENSE_GEMMA4 | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "layer_types": SLIDING},
+    "gemma4_text": DENSE_GEMMA4_TEXT,
     "gemma4_inputs": DENSE_GEMMA4 | {"num_kv_shared_layers": 0, "layer_types": SLIDING},
     "gemma4_shared": DENSE_GEMMA4
     | {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": [*SLIDING, *SLIDING[:2]]},
@@ -111,6 +127,15 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_bigcode_heads": {"type": "gpt_bigcode", "multi_query": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "gemma4": DENSE_GEMMA4_TEXT,
+    "gemma4_unified": {"num_kv_shared_layers": 0, "layer_types": SLIDING},
+    "granitemoehybrid_dense": MAMBA
+    | {
+        "type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "layer_types": ["mamba", "attention"] * 2,
+        "position_embedding_type": "rope",
+    },
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope"},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "jamba_dense": {"type": "jamba", "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
@@ -127,6 +152,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral_window": {"type": "mixtral"},
     "mixtral": {"sliding_window": None},
     "modernbert-decoder": {"bos_token_id": 1, "layer_types": SLIDING},
+    "mllama": {"bos_token_id": 1, "cross_attention_layers": [1]},
     "mpt": {"attn_config": {"attn_type": "multihead_attention"}, "left": ("intermediate_size",)},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
@@ -134,13 +160,36 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "n_groups": 1,
     },
+    "phi3_longrope": {
+        "type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    },
+    "phi4_multimodal": {"num_hidden_layers": 6},
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
+    "xmod": {"default_language": "en_XX"},
     "olmo_clip": {"type": "olmo", "clip_qkv": 3.8},
     "olmo_hybrid": {"layer_types": MIXED, "num_key_value_heads": 4},
     "opt_narrow": {"type": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "qwen2_window": {"type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
     "qwen3_5_moe_text": {"layer_types": MIXED},
     "qwen3_5_text": {"layer_types": MIXED},
+    "qwen3_5_moe": {"layer_types": MIXED},
     "qwen3_next": {"layer_types": MIXED},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "hc_lowrank": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 256,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"lru_width": WIDTH, "num_hidden_layers": 3},
     "rwkv": {"attention_hidden_size": WIDTH},
     "rwkv_rescaled": {"type": "rwkv", "attention_hidden_size": WIDTH, "rescale_every": 2},
@@ -168,12 +217,15 @@ OWN: dict[str, dict[str, Any]] = {
 
 # Models of several modalities, whose text half losa takes.
 MODALITIES = (
-    *("glm4v", "llama4", "llava", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"),
-    *("qwen3_vl_moe", "smolvlm"),
+    *("fuyu", "gemma3", "gemma4", "gemma4_unified", "git", "glm4v", "got_ocr2", "llama4"),
+    *("llava", "mistral3", "mllama", "moss_transcribe_diarize", "paligemma", "phi4_multimodal", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
 )
+OTHERS = ("vision_config", "audio_config", "vq_config")
 VISION = dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size"), WIDTH) | {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
+    "num_blocks": 2,
     "depth": 2,
     "num_attention_heads": 2,
     "num_heads": 2,
@@ -186,20 +238,26 @@ VISION = dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size"), WIDTH) |
 
 def names() -> list[str]:
     """Of all architectures, and of the variants in ``OWN``."""
-    left = set(LEFT_OUT.split())
+    left = {name for names in LEFT_OUT.values() for name in names}
     found = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING and name not in left]
     return sorted({*found, *OWN, *MODALITIES})
+
+
+def auto_class_of(name: str) -> Any:
+    """The class of transformers that loads it."""
+    pictures = name in MODALITIES and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
 
 
 def config_of(name: str) -> Any:
     own = dict(OWN.get(name, {}))
     kind = CONFIG_MAPPING[own.pop("type", name)]
-    if name in MODALITIES:
-        plain = kind()
-        parts = {"text_config": (plain.get_text_config(), SETTINGS), "vision_config": (plain.vision_config, VISION)}
-        return kind(**{key: _part(part, wanted) for key, (part, wanted) in parts.items()})
     left = own.pop("left", ())
-    return kind(**{key: value for key, value in _known(kind, SETTINGS).items() if key not in left} | own)
+    plain = kind() if name in MODALITIES else None
+    others = {key: _part(value, VISION) for key in OTHERS if (value := getattr(plain, key, None)) is not None}
+    if plain is not None and (text := plain.get_text_config()) is not plain:
+        return kind(text_config=_part(text, SETTINGS) | own, **others)
+    return kind(**{key: value for key, value in _known(kind, SETTINGS).items() if key not in left} | others | own)
 
 
 def _part(plain: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -218,8 +276,7 @@ def _known(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
 def model_of(name: str, seed: int = 0) -> nn.Module:
     """A model under whose weights every block matters: norms, biases and gates are not what they begin with."""
     torch.manual_seed(seed)
-    auto = transformers.AutoModelForImageTextToText if name in MODALITIES else transformers.AutoModelForCausalLM
-    model: Any = auto.from_config(config_of(name)).eval().requires_grad_(False)
+    model: Any = auto_class_of(name).from_config(config_of(name)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():

@@ -1,4 +1,5 @@
-"""What comes of every architecture of transformers, recorded in tests/whole_models/models.json:
+"""What comes of every architecture of transformers, recorded in tests/whole_models/models.json, and the table of
+docs/guide/models.md, which is made of it:
 
 python -m tests.helpers.model_table --write [NAME ...]
 """
@@ -10,16 +11,48 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
 
 TABLE = Path(__file__).parents[1] / "whole_models" / "models.json"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "models.md"
+PLACE = re.compile(r"(?<=^<!-- models -->\n).*?(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL)
 
 
 def read_table() -> dict:
     """``transformers``: the version; ``models``: outcomes of ``whole_models.check_model`` by architecture."""
     return json.loads(TABLE.read_text())
+
+
+def filled(page: str, recorded: dict) -> str:
+    """The page with the table in its place: outcomes, then what refusals say, what stays dense, what has no row."""
+    from tests.helpers.architectures import LEFT_OUT
+
+    rows, refusals, dense = [], [], []
+    for name, outcomes in recorded["models"].items():
+        cells = [f"`{name}`"]
+        for column, outcome in outcomes.items():
+            _, refused, sentence = outcome.partition("refused: ")
+            if refused and sentence not in refusals:
+                refusals.append(sentence)
+            if column == "share" and "; dense: " in outcome:
+                outcome, _, left = outcome.partition("; dense: ")
+                dense.append(f"* `{name}`: {left}")
+            cells.append(f"no ({refusals.index(sentence) + 1})" if refused else outcome)
+        rows.append(cells)
+    columns = ["", *next(iter(recorded["models"].values()))]
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    said = [f"{number}. `{sentence.replace('`', '')}`" for number, sentence in enumerate(refusals, 1)]
+    absent = [f"* {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in LEFT_OUT.items()]
+    parts = [
+        *(f"Of transformers {recorded['transformers']}:", "\n".join(lines)),
+        *("What refusals say:", "\n".join(said)),
+        *("What stays dense where the share is below 99 %:", "\n".join(dense)),
+        *("No row has what", "\n".join(absent)),
+    ]
+    return PLACE.sub(lambda _: "\n\n".join(["", *parts, ""]), page)
 
 
 def main() -> None:
@@ -40,8 +73,9 @@ def main() -> None:
             was = recorded["models"].get(name)
             print(name, "as recorded" if outcomes == was else json.dumps(outcomes), flush=True)
     if args.write:
-        document = {"transformers": transformers.__version__, "models": dict(sorted(models.items()))}
+        document = {"transformers": transformers.__version__, "models": {name: models[name] for name in names()}}
         TABLE.write_text(json.dumps(document, indent=1) + "\n")
+        PAGE.write_text(filled(PAGE.read_text(), document))
 
 
 def _check(name: str) -> tuple[str, dict[str, str]]:

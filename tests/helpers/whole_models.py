@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from torch import nn
+from transformers import AutoTokenizer
 
 from losa.data.tokens import calibration_tokens
 from losa.errors import LosaError
@@ -24,7 +26,7 @@ from losa.record import RunRecord
 from losa.run.estimate import estimate
 from losa.run.pipeline import run_recipe
 from losa_kernels.tensors import as_bits
-from tests.helpers.architectures import MODALITIES, model_of
+from tests.helpers.architectures import auto_class_of, model_of
 from tests.helpers.book import check_mask, wanda_by_the_book
 from tests.helpers.exports import all_matrices, tensors_of
 from tests.helpers.runs import settings
@@ -55,8 +57,7 @@ class Model:
         return run_recipe(self.recipe(output, **sections), console=Console(file=io.StringIO()))
 
     def pruned(self, output: str = "pruned"):
-        auto = AutoModelForImageTextToText if self.name in MODALITIES else AutoModelForCausalLM
-        return auto.from_pretrained(self.folder / output).eval()
+        return auto_class_of(self.name).from_pretrained(self.folder / output).eval()
 
     def tensors(self, output: str) -> dict[str, torch.Tensor]:
         return tensors_of(self.folder / output)
@@ -116,8 +117,25 @@ def _share(model: Model) -> str:
     """Of the weights in matrices of the blocks, those that have a mask."""
     record = model.records["prune"]
     masked = sum(math.prod(mask.shape) for mask in record.masks.values())
-    assert masked + record.unmasked == matrix_weights(model_of(model.name))
-    return f"{masked / (masked + record.unmasked):.1%}"
+    whole = model_of(model.name)
+    assert masked + record.unmasked == matrix_weights(whole)
+    share = masked / (masked + record.unmasked)
+    return f"{share:.1%}" if share >= 0.99 else f"{share:.1%}; dense: {', '.join(_dense(whole, record))}"
+
+
+def _dense(whole: nn.Module, record: RunRecord) -> list[str]:
+    """Matrices of the blocks without a mask, by their names within a block, each name once."""
+    found = {}
+    blocks = find_blocks(whole)
+    for name, module in blocks.modules.named_modules(prefix=blocks.prefix):
+        if any(re.match(rf"{re.escape(name)}(\.\d+\.|$)", mask) for mask in record.masks):
+            continue
+        inside = name.removeprefix(f"{blocks.prefix}.").partition(".")[2]
+        for tensor, weight in module.named_parameters(recurse=False):
+            if weight.ndim > 1:
+                own = inside if tensor == "weight" else f"{inside}.{tensor}"
+                found[re.sub(r"\.\d+(?=\.)", "", own)] = None
+    return list(found)
 
 
 def _block_by_block(model: Model) -> str:

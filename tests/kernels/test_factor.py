@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from losa_kernels import native
-from losa_kernels.pruning import SingularHessianError, cpu, factor, inverse_factor, inverse_factors, reference
+from losa_kernels.pruning import (
+    SingularHessianError,
+    cpu,
+    factor,
+    in_place,
+    inverse_factor,
+    inverse_factors,
+    reference,
+)
 from tests.helpers.memory import peak
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
@@ -23,7 +31,7 @@ def by_cpu(hessian, diagonal):
     return (hessian, torch.tensor(False)) if found is None else (found, torch.isfinite(found).all())
 
 
-METHODS = {"torch": factor.by_torch, "blocked": factor.by_blocks, "cpu": by_cpu}
+METHODS = {"torch": factor.by_torch, "blocked": factor.by_blocks, "in_place": factor.in_place, "cpu": by_cpu}
 
 
 def hessian(columns, seed=0, spread=1.0):
@@ -70,7 +78,7 @@ def test_what_has_no_factor_is_told(method, place):
     assert not bool(METHODS[method](h, h.diagonal().clone())[1])
 
 
-@pytest.mark.parametrize("setting", ["torch", "blocked", "auto", ""])
+@pytest.mark.parametrize("setting", ["torch", "blocked", "in_place", "auto", ""])
 def test_settings_and_escalation(monkeypatch, setting):
     """Each Hessian has a damping of its own, and the device is asked once a round."""
     monkeypatch.setenv("LOSA_FACTOR", setting)
@@ -91,7 +99,7 @@ def test_settings_and_escalation(monkeypatch, setting):
 def test_a_wrong_setting_and_what_torch_serves_alone(monkeypatch):
     h = hessian(200).float()
     monkeypatch.setenv("LOSA_FACTOR", "fast")
-    with pytest.raises(ValueError, match="LOSA_FACTOR: expected auto, torch or blocked, got 'fast'"):
+    with pytest.raises(ValueError, match="LOSA_FACTOR: expected auto, torch, blocked or in_place, got 'fast'"):
         factor.inverse_factors([h], 0.01)
     monkeypatch.setenv("LOSA_FACTOR", "blocked")
     monkeypatch.setattr(factor, "by_blocks", lambda *given: pytest.fail("blocks"))
@@ -112,6 +120,14 @@ def test_measurement_chooses(monkeypatch):
     expected = factor.by_blocks(h, reference.damped_diagonal(h, 0.01))[0]
     assert torch.equal(factor.inverse_factors([h], 0.01)[0][0], expected)
     assert asked == [("inverse_factor", (200,), ["blocked", "torch"], "torch")]
+
+
+def test_a_large_one_is_factored_in_place(monkeypatch):
+    h = hessian(200).float()
+    monkeypatch.setattr(factor, "TOGETHER", h.nbytes - 1)
+    monkeypatch.setattr(factor.measured, "fastest", lambda *given: pytest.fail("five copies"))
+    expected = factor.in_place(h, reference.damped_diagonal(h, 0.01))[0]
+    assert torch.equal(factor.inverse_factors([h], 0.01)[0][0], expected)
 
 
 def test_not_more_at_a_time_than_memory_allows(monkeypatch):
@@ -184,7 +200,7 @@ def test_streams(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("setting", ["torch", "blocked", "auto"])
+@pytest.mark.parametrize("setting", ["torch", "blocked", "in_place", "auto"])
 def test_on_gpu(monkeypatch, setting):
     monkeypatch.setenv("LOSA_FACTOR", setting)
     exact = [hessian(columns, columns) for columns in (100, 300, 1000, 1024)]
@@ -200,9 +216,9 @@ def test_on_gpu(monkeypatch, setting):
 
 @pytest.mark.parametrize("columns", [1, 64, 129, 300])
 def test_values_that_are_reversed_in_pieces(columns, monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK", 7)
+    monkeypatch.setattr(in_place, "CHUNK", 7)
     values = torch.arange(columns)
-    cpu._reverse_(values)
+    in_place._reverse_(values)
     assert torch.equal(values, torch.arange(columns).flip(0))
 
 
