@@ -107,6 +107,9 @@ def _pruning(recipe: Recipe, shape: ModelShape, name: MethodName, processes: int
         samples += compared * passes_for(*rates)
         predicted = compared * selections_for(*rates)
     work = samples * calibration.length * shape.work.forward(calibration.length)
+    if of_inputs and calibration.experts == "all":
+        # Every expert sees every token in the pass for statistics.
+        work += own * calibration.length * 2.0 * (sum(w.numel for w in shape.linears) - shape.work.linears)
     work += predicted * calibration.length * 2.0 * shape.work.head
     work += _reconstructing(recipe, shape, processes) if recipe.reconstructs(name) else 0
     return work + _solving(pruner, recipe, shape, own, processes)

@@ -184,6 +184,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2,
         "hc_lowrank": 16,
+        "num_experts": 8,
+        "moe_intermediate_size": 96,
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import nn
+
 from losa.distributed.sharding import gathered_calls, whole
 from losa.model.blocks import find_blocks
 from losa.recipe.reading import parse_recipe
@@ -23,9 +25,11 @@ def method_run(
     sequences_in_all: int = 18,
     processes: int | None = None,
     layers: int = 2,
+    model: nn.Module | None = None,
     **changes,
 ) -> MethodRun:
-    """Two rounds of 3 and 6 steps, saved after each step. ``changes``: of the recipe's sections."""
+    """Two rounds of 3 and 6 steps, saved after each step. ``model``: instead of a tiny LLaMA of so many ``layers``;
+    ``changes``: of the recipe's sections."""
     text = {"data": "text.txt"}
     settings = {
         "model": "tiny",
@@ -44,7 +48,7 @@ def method_run(
         settings[key] = settings.get(key, {}) | value
     ids, data = sequences(2, seed=1).input_ids, sequences(sequences_in_all)
     inputs = Inputs(ids, data, evaluate)
-    model, recipe = tiny_llama(layers=layers), parse_recipe(settings)
+    model, recipe = tiny_llama(layers=layers) if model is None else model, parse_recipe(settings)
     return MethodRun(method, model, recipe, inputs, directory, processes, log=lambda line: None)
 
 

@@ -21,6 +21,7 @@ from losa.run.documents import read_document
 from losa.run.methods import MethodRun
 from losa.run.saving import Saver
 from losa.run.states import CHECKPOINTS, STATE, newest_state, state_paths
+from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.processes import finish, start_worker
 from tests.helpers.rounds import losses, method_run
 
@@ -31,7 +32,11 @@ Stretch = tuple[int, int, int | None]
 UNINTERRUPTED, WHOLE, SHARDED = "uninterrupted", "whole, whole, sharded", "sharded, one shard, 2 x 2 shards, whole"
 # As if two processes had been stopped in the first pruning, or in an earlier method, and one went on.
 BEGUN = "begun by two"
+# Of a mixture: experts are linears while states are written, and a stack before and after.
+EXPERTS, EXPERTS_APART = "experts, uninterrupted", "experts, 2 shards, 4 shards"
 CHAINS: dict[str, list[Stretch]] = {
+    EXPERTS: [(2, 0, None)],
+    EXPERTS_APART: [(2, 2, 5), (4, 4, None)],
     UNINTERRUPTED: [(2, 0, None)],
     BEGUN: [(1, 0, None)],
     WHOLE: [(2, 0, 5), (1, 0, 7), (4, 4, None)],
@@ -43,6 +48,7 @@ def rounds(directory: Path) -> MethodRun:
     """Rounds of 2 and 8 steps."""
     return method_run(
         directory,
+        model=of_kind(KINDS["Mixtral"]) if directory.name in (EXPERTS, EXPERTS_APART) else None,
         dropout=0.0,
         sequences_in_all=40,
         processes=2,

@@ -78,6 +78,20 @@ def test_settings_of_each_layer_do_not_stop_the_plan(tmp_path):
     assert evaluation.flops == 2 * 16 * (2.0 * (found.prunable + 98 * 32) + attention)
 
 
+def test_statistics_of_all_tokens_are_the_work_of_all_experts(tmp_path):
+    """Eight experts of which a token chooses two: three linears (32, 64) of each of the six others."""
+    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+    routed = configured(tmp_path, "Mixtral", **sizes)
+    every = routed.model_copy(update={"calibration": routed.calibration.model_copy(update={"experts": "all"})})
+
+    def work(recipe) -> float:
+        return next(s.flops for s in estimate(recipe, probe=False).stages if s.kind == "pruning")
+
+    calibration, rounds, blocks = routed.calibration, routed.rounds.count, 2
+    tokens = calibration.samples * calibration.length
+    assert work(every) - work(routed) == rounds * tokens * 2 * blocks * 6 * 3 * 32 * 64
+
+
 def test_experts_that_a_gpu_multiplies_together_are_counted(tmp_path, monkeypatch):
     """Eight experts' weights of one kind in bf16, in training their gradients too, up to a limit."""
     sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}

@@ -9,22 +9,36 @@ import torch
 
 from tests.helpers.processes import run_groups
 from tests.helpers.tiny import EPS
-from tests.helpers.workers.resuming import BEGUN, SHARDED, UNINTERRUPTED, WEIGHTS, WHOLE
+from tests.helpers.workers.resuming import (
+    BEGUN,
+    EXPERTS,
+    EXPERTS_APART,
+    SHARDED,
+    UNINTERRUPTED,
+    WEIGHTS,
+    WHOLE,
+)
 
 
 @pytest.mark.subprocess
 def test_two_then_one_then_four_processes_take_the_same_steps(tmp_path):
     found = run_groups("resuming", [2, 1, 4], tmp_path / "found", str(tmp_path))
-    expected = found[2][0][UNINTERRUPTED]
-    assert [step for step, *_ in expected] == list(range(1, 11))
-    weights, masks = torch.load(tmp_path / UNINTERRUPTED / WEIGHTS)
-    for name, processes in ((WHOLE, 4), (SHARDED, 4), (BEGUN, 1)):
+    for whole, name, processes in (
+        (UNINTERRUPTED, WHOLE, 4),
+        (UNINTERRUPTED, SHARDED, 4),
+        (UNINTERRUPTED, BEGUN, 1),
+        (EXPERTS, EXPERTS_APART, 4),
+    ):
+        expected = found[2][0][whole]
+        assert [step for step, *_ in expected] == list(range(1, 11))
+        weights, masks = torch.load(tmp_path / whole / WEIGHTS)
         assert_close(torch.tensor(found[processes][0][name]), torch.tensor(expected))
         resumed, same_masks = torch.load(tmp_path / name / WEIGHTS)
         assert masks and all(torch.equal(same_masks[linear], mask) for linear, mask in masks.items())
         assert weights.keys() == resumed.keys()
         for parameter, weight in weights.items():
             assert_close(resumed[parameter], weight)
+    assert any(".experts.3.down_proj" in linear for linear in masks)
     # Each process has written its rows: the files are of one size but for rows that do not divide.
     files = (tmp_path / WHOLE / "losa" / "checkpoints" / "round-02").glob("*.distcp")
     sizes = sorted(file.stat().st_size for file in files)
