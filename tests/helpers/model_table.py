@@ -52,7 +52,7 @@ def filled(page: str, recorded: dict) -> str:
         *("What stays dense where the share is below 99 %:", "\n".join(dense)),
         *("No row has what", "\n".join(absent)),
     ]
-    return PLACE.sub(lambda _: "\n\n".join(["", *parts, ""]), page)
+    return PLACE.sub(lambda _: "\n" + "\n\n".join(parts) + "\n\n", page)
 
 
 def main() -> None:
