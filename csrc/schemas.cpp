@@ -43,6 +43,8 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def("sparse_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? bias) -> Tensor");
   // The same where every byte of the bitmask has per_byte bits: N:M with m = 4 or 8
   library.def("sparse_linear_nm(Tensor x, Tensor values, Tensor bitmask, int per_byte, Tensor? bias) -> Tensor");
+  // The same of a dense weight (out, in), on CPUs alone
+  library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 
   // Weights of 16-bit values in tiles (losa_kernels/sparse_linear/TILES.md), on CUDA alone: how many units of 16 bytes
   // each chunk takes, int64 (chunks,), from a bitmask of so many columns.

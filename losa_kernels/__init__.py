@@ -15,6 +15,7 @@ from losa_kernels.version import __version__
 if TYPE_CHECKING:
     from losa_kernels.bitmask import pack_mask, unpack_mask
     from losa_kernels.cka import cka_similarity, gram
+    from losa_kernels.dense_linear import dense_linear
     from losa_kernels.grouped_masked_lora import grouped_masked_lora_linear
     from losa_kernels.masked_lora import masked_lora_linear, merge_masked_lora
     from losa_kernels.packing import pack_24, pack_bitmask, pack_nm
@@ -37,6 +38,7 @@ _EXPORTS = {
     "pack_nm": "packing",
     "pack_24": "packing",
     "sparse_linear": "sparse_linear",
+    "dense_linear": "dense_linear",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "alps_prune",
     "cka_similarity",
+    "dense_linear",
     "gram",
     "grouped_masked_lora_linear",
     "masked_lora_linear",

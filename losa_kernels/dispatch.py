@@ -104,6 +104,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "losa_kernels.sparse_linear.cpu:sparse_linear",
         "cuda": "losa_kernels.sparse_linear.cuda:sparse_linear",
     },
+    "dense_linear": {
+        "reference": "losa_kernels.dense_linear.reference:dense_linear",
+        "cpu": "losa_kernels.dense_linear.cpu:dense_linear",
+    },
     "add_rms_norm": {
         "reference": "losa_kernels.decoder_step.reference:add_rms_norm",
         "cuda": "losa_kernels.decoder_step.cuda:add_rms_norm",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.modules.sparse import SparseLinear, share_rows
-from losa_kernels import sparse_linear
+from losa.modules.watching import is_watched
+from losa_kernels import dispatch, sparse_linear
 from losa_kernels.decoder_step import Operations
 
 SILU = ("SiLU", "SiLUActivation")  # names of the activation's class in torch and in transformers
@@ -79,7 +80,8 @@ class Block:
     qkv: Callable[[Tensor], Tensor]
     q_norm: Norm | None
     k_norm: Norm | None
-    out: Any  # a linear of some kind, (hidden,) from (heads * size,)
+    out: Callable[[Tensor], Tensor]  # (..., hidden) from (..., attended)
+    attended: int  # heads times their size
     mlp: GatedMLP | CalledMLP
     scaling: float
 
@@ -122,7 +124,7 @@ class Block:
         normed = self.attention_norm.after(x, update, run)
         norms = self._head_norms(size)
         if norms is None:
-            q_norm, k_norm, eps, queries = None, None, 0.0, self.out.in_features // size
+            q_norm, k_norm, eps, queries = None, None, 0.0, self.attended // size
             heads = self.heads(normed, queries, keys)[0]
         else:
             (q_norm, k_norm, eps), heads = norms, self.qkv(normed).view(-1, size)
@@ -152,7 +154,8 @@ def read_block(block: Any) -> Block:
         qkv=_together([attention.q_proj, attention.k_proj, attention.v_proj]),
         q_norm=None if q_norm is None else Norm(q_norm),
         k_norm=None if k_norm is None else Norm(k_norm),
-        out=attention.o_proj,
+        out=product(attention.o_proj),
+        attended=attention.o_proj.in_features,
         mlp=_read_mlp(mlp),
         scaling=attention.scaling,
     )
@@ -161,7 +164,15 @@ def read_block(block: Any) -> Block:
 def _read_mlp(mlp: Any) -> GatedMLP | CalledMLP:
     if not all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return CalledMLP(mlp)
-    return GatedMLP(_together([mlp.gate_proj, mlp.up_proj]), mlp.act_fn, mlp.down_proj)
+    return GatedMLP(_together([mlp.gate_proj, mlp.up_proj]), mlp.act_fn, product(mlp.down_proj))
+
+
+def product(linear: Any) -> Callable[[Tensor], Tensor]:
+    """What calls a linear: of a plain one on a CPU ``dense_linear``, else the module itself."""
+    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or is_watched(linear):
+        return linear
+    run = dispatch.implementation("dense_linear", linear.weight.device)
+    return lambda x: run(x, linear.weight, linear.bias)
 
 
 def _together(linears: Sequence[Any]) -> Callable[[Tensor], Tensor]:
@@ -173,23 +184,24 @@ def _together(linears: Sequence[Any]) -> Callable[[Tensor], Tensor]:
     if all(type(linear) is nn.Linear and linear.weight.is_cuda for linear in linears):
         join(linears, "weight")  # on a GPU the launches of several products and of a concatenation cost much
     if group is not None and all(getattr(linear, "group", None) is group for linear in linears):
-        product: Callable[..., Tensor] = sparse_linear
+        multiply: Callable[..., Tensor] = sparse_linear
         weight = group
     elif (weight := joined([_rows(linear) for linear in linears])) is not None:
-        product = F.linear
+        multiply = dispatch.implementation("dense_linear", weight.device)
     else:
-        return lambda x: torch.cat([linear(x) for linear in linears], -1)
+        apart = [product(linear) for linear in linears]
+        return lambda x: torch.cat([each(x) for each in apart], -1)
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
-        return lambda x: product(x, weight)
+        return lambda x: multiply(x, weight)
     join(linears, "bias")
     biases = [linear.bias for linear in linears]
     bias = joined([None if bias is None else bias.detach() for bias in biases])
     if bias is not None:
-        return lambda x: product(x, weight, bias)
+        return lambda x: multiply(x, weight, bias)
     zeros = [torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device) for linear in linears]
     parts = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
-    return lambda x: product(x, weight, torch.cat(parts))
+    return lambda x: multiply(x, weight, torch.cat(parts))
 
 
 def _rows(linear: Any) -> Tensor | None:

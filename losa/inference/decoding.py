@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa.errors import LosaError, ModelError
-from losa.inference.decoder_blocks import Block, Norm, read_block
+from losa.inference.decoder_blocks import Block, Norm, product, read_block
 from losa.inference.lean_config import Unsupported, longest_served
 from losa.inference.token_graphs import TokenGraphs, graphs_for, places_for
 from losa.model.blocks import find_blocks
@@ -77,6 +77,7 @@ class LeanDecoder:
             self.blocks = [read_block(block) for block in blocks]
             self._windows = [getattr(block.self_attn, "sliding_window", None) for block in blocks]
             self.norm, self.rotary = Norm(decoder.norm), decoder.rotary_emb
+            self._logits_of = product(self.head)
             called = [f"{name}.mlp." for name, own in zip(blocks.names, self.blocks, strict=True) if own.mlp.is_called]
             _check_parts(model, blocks.prefix, [self.embeddings, self.head, decoder.norm], called)
         except (AttributeError, NotImplementedError, ModelError) as error:
@@ -190,7 +191,7 @@ class LeanDecoder:
         x, update, places = self.embeddings(token), None, min(places, self.max_length)
         for block, cache in zip(self.blocks, self._caches, strict=True):
             update = block.step(x, update, self.cos, self.sin, position, cache, places, self._finished, self._run)
-        return self.head(self.norm.after(x, update, self._run))[0]
+        return self._logits_of(self.norm.after(x, update, self._run))[0]
 
     def _check_room(self, tokens: int) -> None:
         needed = self.length + tokens
@@ -211,7 +212,7 @@ class LeanDecoder:
         for block, cache in zip(self.blocks, self.cache, strict=True):
             x = block.feed_forward(x + block.out(self._attention(block, x, cache, cos, sin, start, stop)))
         self.length = stop
-        return self.head(self.norm(x[0, -1:] if last else x[0]))
+        return self._logits_of(self.norm(x[0, -1:] if last else x[0]))
 
     def _attention(
         self, block: Block, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int

@@ -79,9 +79,9 @@ class RoutedExperts(LinearExperts):
     ``transformers.integrations.moe.use_experts_implementation``. Linears: ``up_proj`` and ``down_proj``, and
     ``gate_proj`` where the stack has gates.
 
-    It takes the module's place instead of being one of ``ALL_EXPERTS_FUNCTIONS`` of transformers: masks, ranks, hooks and
-    checkpoints want a module for each linear. With ``every_token`` each expert's linears are called with all tokens; the
-    result is the same but for rounding.
+    It takes the module's place, and is none of transformers' ``ALL_EXPERTS_FUNCTIONS``: masks, ranks, hooks and
+    checkpoints want a module for each linear. With ``every_token`` each expert's linears are called with all tokens;
+    the result is the same but for rounding.
     """
 
     every_token = False

@@ -156,6 +156,13 @@ def sparse_linear_nm(r):
     return {"x": x, "values": packed.values, "bitmask": packed.bitmask, "per_byte": 4, "bias": None}
 
 
+def dense_linear(r):
+    rows, columns = size(r), size(r)
+    bias = None if r.random() < 0.5 else floats(r, rows)
+    x = floats(r, *r.choice(((), (1,), (3,), (2, 2), (16,), (0,))), columns)
+    return {"x": x, "weight": floats(r, rows, columns), "bias": bias}
+
+
 def wanda_select(r):
     a, m = pack(r), 0
     columns = a["weight"].shape[1]
@@ -218,6 +225,7 @@ OPERATORS = {
     "unpack_bitmask": unpack,
     "sparse_linear": sparse_linear,
     "sparse_linear_nm": sparse_linear_nm,
+    "dense_linear": dense_linear,
     "gram": lambda r: {"features": floats(r, r.choice((0, 1, 3)), size(r), size(r))},
     "wanda_select": wanda_select,
     "pruned_per_block": pruned_per_block,

@@ -157,6 +157,26 @@ def sparse_linear(r):
     return run, compare
 
 
+def dense_linear(r):
+    rows, columns, dtype = size(r), size(r), r.choice(FLOATS)
+    lead = r.choice(((), (1,), (2,), (5,), (12,), (20,), (2, 2), (0,), (3, 17)))
+    a = {"x": normal(r, *lead, columns, dtype=dtype), "weight": normal(r, rows, columns, dtype=dtype)}
+    a = spoilt(r, a | {"bias": None if r.random() < 0.5 else normal(r, rows, dtype=dtype)}, 0.5)
+
+    def compare(expected, found):
+        assert expected.shape == found.shape and expected.dtype == found.dtype
+        x, W = as_double(a["x"]).reshape(-1, a["x"].shape[-1]), as_double(a["weight"])
+        if not x.shape[-1]:
+            x = x.new_zeros(expected.numel() // max(1, len(W)), 0)
+        bias = torch.zeros(len(W)) if a["bias"] is None else as_double(a["bias"])
+        bad = (~x.isfinite()).any(1, True) | ~W.isfinite().all(1) | ~bias.isfinite()
+        x, W, bias = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, bias))
+        bound, bad = (t.view(expected.shape) for t in (x @ W.T + bias, bad))
+        assert_near(expected, found, bound, 8, W.shape[1], bad, bad)
+
+    return lambda: kernels.dense_linear(**a), compare
+
+
 CASES = {
     "pack_mask": pack_mask,
     "unpack_mask": unpack_mask_,
@@ -173,6 +193,7 @@ CASES = {
     "pack": pack,
     "unpack": unpack,
     "sparse_linear": sparse_linear,
+    "dense_linear": dense_linear,
 }
 
 

@@ -68,6 +68,7 @@ KERNELS: dict[str, set[str]] = {
     "pruning": {"arguments", "bitmask", "cuda_graphs", "dispatch", "measured", "native", "settings", "tensors"},
     "masked_lora": {"arguments", "bitmask", "dispatch", "measured", "native", "scratch", "settings", "tensors"},
     "grouped_masked_lora": {"arguments", "dispatch", "masked_lora", "settings", "tensors"},
+    "dense_linear": {"arguments", "dispatch", "native"},
     "sparse_linear": {
         "arguments",
         "bitmask",

@@ -7,18 +7,20 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from losa.errors import LosaError
-from losa.inference.decoder_blocks import CalledMLP
+from losa.inference.decoder_blocks import CalledMLP, product, read_block
 from losa.inference.decoding import LeanDecoder, Unsupported
 from losa.inference.generation import generate
 from losa.inference.sparsify import densify
 from losa.modules.linear_experts import LinearExperts
 from losa.packed.directory import load, pack_directory
+from losa_kernels import dispatch
 from tests.helpers.decoders import LLAMA_KIND, build, greedy, thin
 from tests.helpers.kinds import KINDS, of_kind
 from tests.helpers.other_models import llama
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.tiny import tiny_llama, tiny_tokenizer
 
 OTHERS = {
     "mistral with a window": (transformers.MistralConfig, {"head_dim": 8, "sliding_window": 4}),
@@ -127,3 +129,25 @@ def test_a_lean_decoders_last_logits():
     assert decoder(ids) is decoder.logits
     token = decoder.likeliest(ids[:1])
     assert decoder.logits.argmax() == token
+
+
+def test_plain_linears_are_multiplied_by_dense_linear(monkeypatch):
+    """In bf16 every one of a dense model, the output layer among them; one that somebody watches is called."""
+    seen = []
+    run = dispatch.implementation("dense_linear", torch.device("cpu"))
+    monkeypatch.setattr(
+        dispatch, "implementation", lambda name, device: lambda *given: seen.append(given[1]) or run(*given)
+    )
+    model = tiny_llama(layers=2).to(torch.bfloat16)
+    watched = model.model.layers[1].mlp.down_proj
+    calls = []
+    watched.register_forward_hook(lambda *_: calls.append(1))
+    blocks = [read_block(block) for block in model.model.layers]
+    x = torch.randn(1, 32).bfloat16()
+    for block, layer in zip(blocks, model.model.layers, strict=True):
+        block.qkv(x), block.out(x), block.mlp(x)
+    product(model.lm_head)(x)
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not watched]
+    assert {id(w) for w in seen} == {id(m.weight) for m in linears} and calls == [1]
+    eps = torch.finfo(torch.bfloat16).eps
+    assert torch.allclose(block.out(x), layer.self_attn.o_proj(x), rtol=eps, atol=eps)
