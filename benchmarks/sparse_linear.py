@@ -1,4 +1,5 @@
-"""Decoding with packed weights: y = x W^T for few rows of x, against dense fp32 and bf16, MKL's CSR and scipy's CSR.
+"""Decoding with packed weights: y = x W^T for few rows of x, against dense fp32 and bf16, MKL's CSR and scipy's CSR. On
+a CPU also dense weights by ``dense_linear`` ("losa, dense bf16").
 
 On a GPU each of our ways ("window", "tiles", "unpack") has rows beside the chosen one. A way that fails, or whose
 result is wrong, has a row with "failed" and no time.
@@ -19,7 +20,7 @@ from benchmarks._problems import shape_name, wrong_kernel
 from benchmarks._results import parser, rows
 from benchmarks._sparse import add_options, copies, kept_mask, pack, run_slices
 from benchmarks._timing import interleaved, setting
-from losa_kernels import pack_bitmask, pack_mask, settings, sparse_linear
+from losa_kernels import dense_linear, pack_bitmask, pack_mask, settings, sparse_linear
 from losa_kernels.timing import copy_bandwidth
 
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 4, 8, 16)}
@@ -100,6 +101,7 @@ def stored_weights(weight: Tensor, kept: Tensor, pattern: str, repetitions: int)
     if weight.device.type == "cuda":
         weights |= {f"losa bf16, {way}": copies(stored["losa bf16"], repetitions) for way in WAYS}
     if weight.device.type == "cpu":
+        weights["losa, dense bf16"] = copies(weight, repetitions)
         csr = wide.to_sparse_csr()
         values = copies(csr.values(), repetitions)
         triples = [(csr.crow_indices().int(), csr.col_indices().int(), part) for part in values]
@@ -138,6 +140,8 @@ def runner(name: str, held: list, x: Tensor) -> Callable[[int], object]:
     rows = x.bfloat16() if is_narrow(name) else x
     if name.startswith("dense"):
         return lambda i: linear(rows, held[i % count])
+    if name == "losa, dense bf16":
+        return lambda i: dense_linear(rows, held[i % count])
     if (way := name.rpartition(", ")[2]) in WAYS:
 
         def forced(i: int) -> Tensor:
