@@ -170,7 +170,7 @@ class Run:
 
 
 def memory_of_libraries() -> int:
-    """Bytes."""
+    """Resident bytes of a process that has imported what a run imports."""
     program = """
 import losa.run.offloaded, losa.run.pipeline, transformers.models.llama.modeling_llama
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))

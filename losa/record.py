@@ -119,7 +119,7 @@ class RunRecord:
         return total - sum(mask.kept for mask in self.masks.values()), total
 
     @property
-    def partly(self) -> bool:
+    def leaves_dense(self) -> bool:
         """Whether more than a hundredth of the weights in the blocks' matrices has no mask."""
         return self.unmasked > 0.01 * (self.masked[1] + self.unmasked)
 

@@ -198,8 +198,8 @@ WEIGHTS_24 = Choice(
 FACTOR = Choice(
     "LOSA_FACTOR",
     "auto",
-    "How a GPU factors a Hessian: by torch's Cholesky, by column blocks (`blocked`), or in the memory of one and a "
-    "quarter (`in_place`). `auto` takes the faster of the first two, and the last beyond 1 GiB.",
+    "How a GPU factors a Hessian: by torch's Cholesky, by column blocks (`blocked`), or in 1.25 times its "
+    "memory (`in_place`). `auto` takes the faster of the first two, and the last beyond 1 GiB.",
     values=("auto", "torch", "blocked", "in_place"),
 )
 TRAILING = Choice(

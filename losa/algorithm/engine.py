@@ -5,7 +5,7 @@ Pure PyTorch on wrapped models; nothing here knows about data sets, optimisers o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -235,9 +235,9 @@ class Engine:
             "linear_ranks": {name: linear.rank for name, linear in linears.items()},
         }
 
-    def _stream(self, input_ids: Tensor, other_sizes: Collection[int] = ()) -> BlockStream:
+    def _stream(self, input_ids: Tensor, **options: Any) -> BlockStream:
         batch_size = self.calibration.batch_size
-        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, other_sizes=other_sizes)
+        return BlockStream(self.model, self.decoder, input_ids, batch_size, calls=self._calls, **options)
 
     def _energies(self, input_ids: Tensor) -> dict[str, Energies]:
         """Of the dense model, in every round: what is pruned already hides how much its neighbours matter."""
@@ -262,9 +262,10 @@ class Engine:
         reconstructs it where that is asked for."""
         watch, reconstruction = Stopwatch(), self.reconstruction
         with watch.stage("forward"):
-            sparse = self._stream(self.input_ids, () if reconstruction is None else reconstruction.sizes)
-            with dense_mode(self.model):  # of norms before the first block
-                dense = self._stream(self.input_ids) if self.needs_errors else None
+            sparse = self._stream(self.input_ids, other_sizes=() if reconstruction is None else reconstruction.sizes)
+            # Norms outside of the blocks are dense too.
+            within = partial(dense_mode, self.model)
+            dense = self._stream(self.input_ids, within=within) if self.needs_errors else None
         errors: list[float] = []
         linears: list[LinearRates] = []
         damping: dict[str, float | None] = {}

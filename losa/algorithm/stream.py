@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,7 @@ from losa.distributed.watch import progress
 from losa.errors import LosaError, ModelError
 from losa.model.block_calls import Call, hidden_of, same, split_call
 from losa.model.blocks import Blocks
-from losa.model.call_recording import CallsOfTokens, recording, with_hidden
+from losa.model.call_recording import CallsOfTokens, recorded, with_hidden
 from losa_kernels import gram
 
 # Tokens that ``gram_of_tokens`` takes.
@@ -72,6 +72,7 @@ class BlockStream:
             keeps it between streams of one model. While it is empty, a stream of two batches is compared with whole
             forward passes first.
         other_sizes: further batch sizes that ``run_on`` is to take, each of them at most the number of samples.
+        within: a context for every pass of the model, outside of its blocks, that the stream takes now or later.
 
     Raises:
         Stopped: between passes, or between blocks that are run by themselves, if a signal asks for it.
@@ -89,6 +90,7 @@ class BlockStream:
         storage: torch.device | str | None = None,
         calls: dict[tuple[int, int], list[Call]] | None = None,
         other_sizes: Collection[int] = (),
+        within: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.blocks = blocks.modules
         self.names = blocks.names
@@ -102,11 +104,12 @@ class BlockStream:
         # By batch: what its blocks are called with, where that depends on its tokens.
         self._own: list[CallsOfTokens | None] = []
         self._held: StreamStorage | None = None
+        self._within = within
         shares = [share_of(len(input_ids), batch_size, index) for index in range(process_count())]
         self.samples = shares[process_index()]
         # How many samples each process has.
         self._counts = [len(share) for share in shares]
-        with torch.no_grad(), gathered_calls(model, blocks):
+        with torch.no_grad(), gathered_calls(model, blocks), within():
             if not self._calls:
                 self._check_replay(model, input_ids[:batch_size])
             # Of all processes' batches: a whole pass through a sharded model takes all processes.
@@ -137,16 +140,14 @@ class BlockStream:
                 f"{self.names[0]}: its arguments besides hidden states depend on the tokens; expected a model that is "
                 "whole in each process, got one in shards"
             )
-        forms = [call.returned for call in known]
+        # No reference to the stream itself: it would keep its hidden states in memory.
+        device, within = self.device, self._within
 
-        def record() -> list[Call]:
-            with torch.no_grad(), recording(self.blocks, forms) as calls:
-                _forward(model, batch.to(self.device))
-            if len(calls) != len(known):
-                raise ModelError(f"{self.names[len(calls)]}: is called in some passes only")
-            return calls
+        def run() -> None:
+            with torch.no_grad(), within():
+                _forward(model, batch.to(device))
 
-        return CallsOfTokens(record)
+        return CallsOfTokens(partial(recorded, self.blocks, self.names, [call.returned for call in known], run))
 
     def _stored(self, first: int, hidden: Tensor) -> Tensor:
         """Hidden states of the samples from ``first`` on, where they wait for the next block."""

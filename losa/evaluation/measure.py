@@ -29,7 +29,7 @@ class Zeros:
 
     @property
     def sparsity_of_blocks(self) -> float | None:
-        """The same zeros, of all weights in matrices of the blocks."""
+        """The share of ``zeros`` in all weights of the blocks' matrices."""
         return None if self.zeros is None or not self.prunable else self.zeros / (self.prunable + self.others)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,18 +28,23 @@ class Call:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs))
 
-    def stores(self) -> dict[int | str, Any]:
-        """The arguments that blocks may write in, by place or keyword."""
-        return {key: value for key, value in (*enumerate(self.args), *self.kwargs.items()) if is_store(value)}
 
-    def with_stores(self, stores: Mapping[int | str, Any]) -> Call:
-        """The same call with these arguments (``stores``)."""
-        args = tuple(stores.get(place, value) for place, value in enumerate(self.args))
-        return replace(self, args=args, kwargs={name: stores.get(name, v) for name, v in self.kwargs.items()})
+Stores = dict[int | str, Any]  # by place among the arguments, or keyword
 
 
-def is_store(value: Any) -> bool:
-    """Whether blocks may write in an argument, for later blocks to read: shared keys and values."""
+def stores_in(args: tuple, kwargs: Mapping[str, Any]) -> Stores:
+    """The arguments of a block that it may write in, for later blocks to read: shared keys and values."""
+    found: Stores = {place: value for place, value in enumerate(args) if _is_store(value)}
+    return found | {name: value for name, value in kwargs.items() if _is_store(value)}
+
+
+def with_stores(args: tuple, kwargs: Mapping[str, Any], stores: Stores) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with those of ``stores`` in their places."""
+    other = tuple(stores.get(place, value) for place, value in enumerate(args))
+    return other, {name: stores.get(name, value) for name, value in kwargs.items()}
+
+
+def _is_store(value: Any) -> bool:
     return hasattr(value, "__setitem__") and not isinstance(value, (Tensor, list))
 
 

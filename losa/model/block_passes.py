@@ -15,7 +15,7 @@ from torch import Tensor
 from losa.distributed.sharding import device_of, gathered
 from losa.distributed.stop import check
 from losa.distributed.watch import progress
-from losa.model.block_calls import hidden_of, is_store
+from losa.model.block_calls import Stores, hidden_of, stores_in, with_stores
 from losa.model.blocks import Blocks
 from losa.model.call_recording import recording, with_hidden
 
@@ -42,7 +42,7 @@ class BlockPasses:
         self._model, self._blocks = model, blocks
         self.device = device_of(blocks.modules)
         self._hidden: list[Tensor] = [torch.empty(0)] * len(batches)
-        self._written: list[dict[str, Any]] = [{} for _ in batches]
+        self._written: list[Stores] = [{} for _ in batches]
         # Of each block that has run, what it returned for the first batch, without hidden states. Only these are
         # right for other batches: a model that reads more of what a block returns is none that losa prunes.
         self._outputs: list[Any] = []
@@ -59,9 +59,10 @@ class BlockPasses:
 
         def run(*args, **kwargs):
             # What blocks write for later ones, as shared keys and values, is the batch's in all passes.
-            stores = {key: value for key, value in kwargs.items() if is_store(value)}
+            stores = stores_in(args, kwargs)
             kept = {key: self._written[number].setdefault(key, value) for key, value in stores.items()}
-            output = compute(*args, **kwargs | kept)
+            args, kwargs = with_stores(args, kwargs, kept)
+            output = compute(*args, **kwargs)
             # A GPU holds the hidden states of one batch.
             self._hidden[number] = hidden_of(output).to("cpu")
             if len(self._outputs) == index:

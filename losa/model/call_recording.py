@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from losa.model.block_calls import Call, split_call
+from losa.errors import ModelError
+from losa.model.block_calls import Call, split_call, stores_in, with_stores
 
 
 class _Recorder(nn.Module):
@@ -53,9 +55,21 @@ def recording(blocks: nn.ModuleList, returned: Sequence[Any]) -> Iterator[list[C
     calls += [recorder.call for recorder in recorders if recorder.call is not None]
 
 
+def recorded(
+    blocks: nn.ModuleList, names: Sequence[str], returned: Sequence[Any], run: Callable[[], None]
+) -> list[Call]:
+    """What every block is called with in ``run``, a forward pass of the model (``recording``). Raises ModelError: a
+    block is not called."""
+    with recording(blocks, returned) as calls:
+        run()
+    if len(calls) != len(names):
+        raise ModelError(f"{names[len(calls)]}: is called in some passes only")
+    return calls
+
+
 class CallsOfTokens:
     """What the blocks are called with for certain tokens, by the block's index. It is recorded whenever somebody asks,
-    so that no more is kept than what blocks write in it for later ones.
+    so that no tensors are kept. What blocks may write in, for later ones to read, is kept and stays the same.
 
     Args:
         record: gives the calls of all blocks (``recording``).
@@ -63,10 +77,12 @@ class CallsOfTokens:
 
     def __init__(self, record: Callable[[], Sequence[Call]]):
         self._record = record
-        self._stores = [call.stores() for call in record()]
+        self._stores = [stores_in(call.args, call.kwargs) for call in record()]
 
     def __getitem__(self, index: int) -> Call:
-        return self._record()[index].with_stores(self._stores[index])
+        call = self._record()[index]
+        args, kwargs = with_stores(call.args, call.kwargs, self._stores[index])
+        return replace(call, args=args, kwargs=kwargs)
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:

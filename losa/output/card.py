@@ -78,8 +78,8 @@ def _goal(record: RunRecord) -> str:
     goal = f"{prune['pattern']} (kept:of)" if prune.get("pattern") else f"{100 * prune['sparsity']:g} %"
     if record.shrunk is not None:
         return f"{goal} of the blocks removed"
-    if record.masks and record.partly:
-        return f"{goal} sparse where it is pruned, {percent(record.sparsity_of_blocks)} of its blocks"
+    if record.masks and record.leaves_dense:
+        return f"{goal} sparse where it is pruned, {percent(record.sparsity_of_blocks)} of the weights in its blocks"
     return f"{goal} sparse"
 
 

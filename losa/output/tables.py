@@ -87,9 +87,9 @@ def results_table(record: RunRecord) -> Table:
     """A row per method. A method that cannot be merged has the unmerged model's perplexity, with the merged model's
     perplexity beside it."""
     caption = None
-    if record.masks and record.shrunk is None and record.partly:
-        share = percent(record.sparsity_of_blocks)
-        caption = f"sparsity: of the linears that can be pruned; the written model's masks remove {share} of its blocks"
+    if record.masks and record.shrunk is None and record.leaves_dense:
+        share = f"{percent(record.sparsity_of_blocks)} of all weights in its blocks"
+        caption = f"sparsity: of the linears that can be pruned; the written model's masks remove {share}"
     columns = ("model", "perplexity", "sparsity", "zeros", "trained tokens", "time")
     table = _table(*columns, title=protocol(record), caption=caption)
     for r in record.results:

@@ -21,8 +21,8 @@ def placement_of(recipe: Recipe, device: str) -> Placement:
     """The placement of this run, the same in every process. All processes call it together.
 
     Mode "auto" takes whole models where they fit into process 0's GPU and its machine's memory, a fifth more than an
-    estimate counts (``losa.run.planned.MARGIN``), and else shards, with a warning where shards do not fit either. With
-    ``accelerate launch --use_fsdp`` it takes shards.
+    estimate counts (``losa.run.planned.MARGIN``), and else shards, with a warning where shards leave no such margin.
+    With ``accelerate launch --use_fsdp`` it takes shards.
 
     Args:
         device: what this process computes on.
@@ -58,6 +58,8 @@ def _fits(planned: Planned, placement: Placement, per_machine: int) -> bool:
     """Whether a placement fits. Memory that is not known is left to the user, who knows the settings."""
     memory = planned.capacity
     if "device" in memory and planned.shape.on_gpu and planned.needed(placement) > memory["device"]:
+        return False
+    if "process" in memory and planned.needed_by_machine(placement, 1) > memory["process"]:
         return False
     return "host" not in memory or planned.needed_by_machine(placement, per_machine) <= memory["host"]
 

@@ -199,8 +199,10 @@ def pruning_work(
     # The block as it was is kept for the next pass over it.
     passes = 1 + (any(cost.collected for cost in costs) and in_several_passes(pruned))
     how = "M * (W + s B A), formed once for all batches"
-    merged = Holding("", place, "merged weights of a block", largest_pruned(shape), how)
-    yield from in_phases(BLOCK_PHASES[:passes], merged)
+    for phase in BLOCK_PHASES[:passes]:
+        # Inputs that linears share may leave one pass alone.
+        certain = phase == "calibration"
+        yield Holding(phase, place, "merged weights of a block", largest_pruned(shape), how, certain=certain)
     for cost in costs:
         each = Holding("pruning", place, cost.what, int(cost.size), cost.how, certain=cost.certain)
         yield from in_phases(BLOCK_PHASES[not cost.collected : 2], each)
@@ -233,7 +235,7 @@ def _for_rates(recipe: Recipe, shape: ModelShape) -> Iterator[Holding]:
         size, how = _mask_bytes(shape), "1 bit a weight, beside the masks so far"
         if any(METHODS[name].zeros_in_weights and recipe.rated(name) for name in recipe.methods):
             size, how = size + shape.dtype.itemsize * shape.prunable, f"{how}, and the weights with their zeros"
-        yield from in_phases(BLOCK_PHASES[:2], Holding("", place, "masks to try rates", size, how))
+        yield Holding("calibration", place, "masks to try rates", size, how)
 
 
 def reconstruction_work(recipe: Recipe, shape: ModelShape, rounds: dict[MethodName, list[Round]]) -> Iterator[Holding]:
@@ -264,16 +266,16 @@ def _gradients(recipe: Recipe, shape: ModelShape, free: int) -> Iterator[Holding
         size = 4 * len(wanted) * shape.prunable
         waits = "device" if shape.on_gpu and stay_on_device(size, free) else "host"
         held = Holding("", waits, "statistics of gradients", size, f"{len(wanted)} x 4 bytes a weight")
-        yield from in_phases(block_phases(recipe), held)
+        yield from in_phases(("gradients", *block_phases(recipe)), held)
     place, length = shape.computes_on, recipe.calibration.length
     sides = sum(w.inputs + w.outputs for w in shape.linears)
     how = "length x (in + out) of every linear, of one sample"
-    yield Holding("calibration", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
+    yield Holding("gradients", place, "activations for gradients", length * sides * shape.dtype.itemsize, how)
     how = f"{_logits_of(shape)}; the last hidden states and their gradient"
     loss = loss_bytes(shape, length, "training")
     if for_rates:  # labels are drawn before the pass that needs them
         loss = max(loss, loss_bytes(shape, length, "labels"))
-    yield Holding("calibration", place, "loss for gradients", loss, how)
+    yield Holding("gradients", place, "loss for gradients", loss, how)
 
 
 def _training(shape: ModelShape, trained: Trained, processes: int) -> Iterator[Holding]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from losa.run.estimate import Estimate
-from losa.run.holding import PHASES
+from losa.run.holding import PHASES, Holding
 
 ALL_EXPERTS = "It is not known how many experts a token is sent to: the work is of all of them."
 
@@ -26,19 +26,30 @@ def memory_table(estimate: Estimate) -> Table:
         f"{estimate.model}: {parameters}, {estimate.prunable:,} prunable in {estimate.blocks} blocks",
         "An estimate of what losa itself holds: allow a fifth more, and 1 GB on the host for Python and its libraries.",
     )
-    for column in ("phase", "where", "what", "size", "counted as"):
-        table.add_column(column, justify="right" if column == "size" else "left")
-    for phase in PHASES:
-        for holding in (holding for holding in estimate.holdings if holding.phase == phase):
-            add_row(table, phase, _where(estimate, holding.place), holding.what, size_text(holding.size), holding.how)
+    _add_holdings(table, estimate.holdings, estimate.device)
     for place in ("device", "host"):
         if any(holding.place == place for holding in estimate.holdings):
             size, phase = estimate.peak(place)
             of = f" of {size_text(estimate.capacity[place])}" if place in estimate.capacity else ""
-            add_row(
-                table, "peak", _where(estimate, place), "all together", size_text(size) + of, f"throughout + {phase}"
-            )
+            where = estimate.device if place == "device" else "host"
+            add_row(table, "peak", where, "all together", size_text(size) + of, f"throughout + {phase}")
     return table
+
+
+def holdings_table(holdings: list[Holding], device: str) -> Table:
+    """What a process holds in each phase. ``device``: the name of what it computes on."""
+    table = plain_frame("an estimate of what the process that holds most holds itself", None)
+    _add_holdings(table, holdings, device)
+    return table
+
+
+def _add_holdings(table: Table, holdings: list[Holding], device: str) -> None:
+    for column in ("phase", "where", "what", "size", "counted as"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for phase in PHASES:
+        for holding in (holding for holding in holdings if holding.phase == phase):
+            where = device if holding.place == "device" else "host"
+            add_row(table, phase, where, holding.what, size_text(holding.size), holding.how)
 
 
 def _rounds_table(estimate: Estimate) -> Table:
@@ -76,10 +87,6 @@ def plain_frame(title: str, caption: str | None) -> Table:
 
 def add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))
-
-
-def _where(estimate: Estimate, place: str) -> str:
-    return estimate.device if place == "device" else "host"
 
 
 def size_text(size: float) -> str:

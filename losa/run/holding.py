@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 from losa.recipe.sections import Recipe
 
-PHASES = ("throughout", "loading", "calibration", "pruning", "reconstruction", "training", "evaluation", "export")
+PHASES = (
+    *("throughout", "loading", "gradients", "calibration", "pruning", "reconstruction", "training", "evaluation"),
+    "export",
+)
 # A block runs on its calibration samples, its linears are pruned, it is reconstructed.
 BLOCK_PHASES = ("calibration", "pruning", "reconstruction")
 
@@ -29,13 +32,13 @@ class Holding:
 
 
 def in_phases(phases: Iterable[str], holding: Holding) -> Iterator[Holding]:
-    """The same in several phases."""
+    """``holding`` in each of ``phases``."""
     for phase in phases:
         yield replace(holding, phase=phase)
 
 
 def block_phases(recipe: Recipe) -> tuple[str, ...]:
-    """Those that a recipe has."""
+    """The ``BLOCK_PHASES`` of a recipe."""
     return BLOCK_PHASES if recipe.reconstruct is not None else BLOCK_PHASES[:2]
 
 
@@ -52,5 +55,7 @@ def phase_sums(held: list[Holding], place: str) -> dict[str, int]:
 def machine_sums(held: list[Holding], processes: int) -> dict[str, int]:
     """Bytes of host memory in each phase, of a machine with so many processes, the main process among them."""
     main = phase_sums(held, "host")
-    other = phase_sums([h for h in held if not h.main_only], "host")
-    return {phase: size + (processes - 1) * other.get(phase, 0) for phase, size in main.items()}
+    others = [h for h in held if not h.main_only]
+    always = sum(h.size for h in others if h.phase == PHASES[0] and h.place == "host")
+    other = phase_sums(others, "host")
+    return {phase: size + (processes - 1) * other.get(phase, always) for phase, size in main.items()}

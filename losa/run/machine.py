@@ -39,9 +39,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, inputs: int, outputs:
 
 
 def capacity(device: torch.device | None) -> dict[str, int]:
-    """Bytes of memory by place, "host" (of the machine, or of a container that has less) and "device", where known."""
-    found = {}
-    limits = [*_limits(), *_address_space()]
+    """Bytes of memory by place, where known: "host" (of the machine, or of a container that has less), "process" (what
+    this process may map of it, by ``ulimit -v``) and "device"."""
+    found = dict(_address_space())
+    limits = list(_limits())
     if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if limits:
@@ -51,14 +52,13 @@ def capacity(device: torch.device | None) -> dict[str, int]:
     return found
 
 
-def _address_space() -> Iterator[int]:
-    """What this process may map at most (``ulimit -v``)."""
+def _address_space() -> Iterator[tuple[str, int]]:
     with suppress(ImportError):  # Windows
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
-            yield limit
+            yield "process", limit
 
 
 def _limits() -> Iterator[int]:

@@ -94,9 +94,14 @@ def run_recipe(
         check_packages(recipe.methods)
         if recipe.offload is not None:
             check_offload(recipe)
-        placement = Placement() if recipe.offload is not None else placement_of(recipe, device)
-        if not (resume or force):  # before unfinished work is thrown away
-            check_memory(recipe, placement, device, console)
+
+        def placed() -> Placement:
+            placement = Placement() if recipe.offload is not None else placement_of(recipe, device)
+            if not force:
+                check_memory(recipe, placement, device, console)
+            return placement
+
+        placement = None if resume or force else placed()  # before unfinished work is thrown away
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:
@@ -110,8 +115,8 @@ def run_recipe(
         if is_main():
             stack.enter_context(workspace.kept_if_worth_it())
         check_shared(workspace.path)
-        if resume and not force:
-            check_memory(recipe, placement, device, console)
+        if placement is None:  # what is complete needs no plan
+            placement = placed()
         seed_generators(recipe.seed)
         if recipe.deterministic:
             torch.use_deterministic_algorithms(True)

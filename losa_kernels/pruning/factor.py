@@ -92,8 +92,9 @@ def by_torch(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_place(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in the memory of one copy of the Hessian and a quarter."""
-    upper, info = flipped_cholesky(hessian, diagonal)
+    """The same in the memory of one copy of the Hessian and a quarter, and what the library takes to factor it."""
+    # Contiguous, so that nobody copies it: neither what looks for NaN, nor a sweep.
+    upper, info = flipped_cholesky(hessian, diagonal, by_rows=True)
     factor = invert_upper_(upper)
     return factor, _finite(factor).logical_and_(info == 0)
 

@@ -14,19 +14,21 @@ PANEL = 256
 CHUNK = 1 << 20  # values that are moved at a time
 
 
-def flipped_cholesky(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, info): an upper triangular R with R R^T = H of that diagonal, in new memory, and what LAPACK says of it: 0
-    where it is right. R is a transposed view of contiguous memory."""
-    work = hessian.mT.contiguous()
+def flipped_cholesky(hessian: Tensor, diagonal: Tensor, by_rows: bool = False) -> tuple[Tensor, Tensor]:
+    """(R, info): an upper triangular R with R R^T = H of that diagonal, in new memory, and what the library says of it:
+    0 where it is right. R is contiguous ``by_rows``, and else a transposed view. The library rounds the two in ways of
+    its own: one reads the upper triangle, the other one the lower."""
+    # Flipped, the triangle that the library reads is the upper one of the Hessian.
+    work = (hessian if by_rows else hessian.mT).contiguous()
     if work.data_ptr() == hessian.data_ptr():
         work = work.clone()
     work.diagonal().copy_(diagonal)
     _reverse_(work.view(-1))
-    # By columns, as LAPACK has it: torch copies any other matrix.
+    # By columns, as the library has it: torch copies any other matrix.
     info = torch.empty((), dtype=torch.int32, device=work.device)
-    torch.linalg.cholesky_ex(work.mT, out=(work.mT, info))
+    torch.linalg.cholesky_ex(work.mT, upper=by_rows, out=(work.mT, info))
     _reverse_(work.view(-1))
-    return work.mT, info
+    return work if by_rows else work.mT, info
 
 
 def invert_upper_(upper: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def test_measurement_chooses(monkeypatch):
 
 def test_a_large_one_is_factored_in_place(monkeypatch):
     h = hessian(200).float()
+    assert factor.in_place(h, h.diagonal())[0].is_contiguous()
     monkeypatch.setattr(factor, "TOGETHER", h.nbytes - 1)
     monkeypatch.setattr(factor.measured, "fastest", lambda *given: pytest.fail("five copies"))
     expected = factor.in_place(h, reference.damped_diagonal(h, 0.01))[0]
@@ -222,13 +223,15 @@ def test_values_that_are_reversed_in_pieces(columns, monkeypatch):
     assert torch.equal(values, torch.arange(columns).flip(0))
 
 
-def test_a_factor_on_a_cpu_takes_the_memory_of_a_copy_and_a_quarter():
+@pytest.mark.parametrize("run", [cpu.factor_with, factor.in_place])
+def test_a_factor_takes_the_memory_of_a_copy_and_a_quarter(run):
     h = hessian(16, seed=1).float().repeat(192, 192)
     h.diagonal().add_(1000)
-    inverse_factor(h, 0.01)  # whatever is allocated once
+    diagonal = reference.damped_diagonal(h, 0.01)
+    run(h, diagonal)  # whatever is allocated once
     peak()
     before = peak()
-    inverse_factor(h, 0.01)
+    run(h, diagonal)
     # The diagonals, and a leaf.
     assert peak() - before <= 1.25 * h.nbytes + (8 << 20)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import signal
+import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +18,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausa
 from losa.algorithm.stream import BlockStream
 from losa.distributed.stop import Stopped, heeding_signals
 from losa.errors import ModelError
+from losa.model.block_calls import Call
 from losa.model.blocks import find_blocks
+from losa.model.call_recording import CallsOfTokens
+from losa.model.norms import train_norms, trained_norms
+from losa.modules.masked_lora import dense_mode
 from losa_kernels import gram
 from tests.helpers.architectures import model_of
 from tests.helpers.tiny import tiny_llama
@@ -128,6 +136,65 @@ def test_gram_of_a_stream_is_the_gram_of_all_features():
     assert torch.allclose(sliced.double(), whole.double(), rtol=1e-5, atol=1e-5 * whole.abs().max().item())
 
 
+def tensors_in(value) -> list[torch.Tensor]:
+    """Of a mapping or an object, and of what these hold."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for each in inside for tensor in tensors_in(each)]
+
+
+def test_norms_outside_of_the_blocks_are_the_streams_own():
+    """A context of a stream holds for arguments that are recorded later, too."""
+    model = model_of("gemma4_inputs")
+    blocks, dense = find_blocks(model), copy.deepcopy(model)
+    train_norms(model)
+    outside = next(norm for name, norm in trained_norms(model).items() if "per_layer_projection_norm" in name)
+    with torch.no_grad():
+        outside.weight.mul_(1.5)
+    streams = []
+    for each, within in ((model, partial(dense_mode, model)), (dense, nullcontext), (model, nullcontext)):
+        stream = BlockStream(each, find_blocks(each), IDS, 1, within=within)
+        for index in range(len(blocks)):
+            stream.advance(index)
+        streams.append(torch.cat(stream.hidden))
+    assert torch.equal(streams[0], streams[1]) and not torch.allclose(streams[2], streams[1])
+
+
+def test_a_stream_that_is_dropped_is_freed():
+    """At once: nothing that it made refers to it."""
+    model = model_of("gemma4_inputs")
+    stream = BlockStream(model, find_blocks(model), IDS, 1)
+    assert any(stream._own)
+    found = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert found() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("stores", [{}, {"cache": {"k": 1}}])
+def test_what_blocks_write_in_stays_by_place_and_keyword(stores):
+    """Each recording has new containers; those of the first one are given to every block."""
+    made = []
+
+    def record():
+        made.append(({}, torch.ones(1), {}))
+        return [Call((made[-1][1], made[-1][0]), {"x": 3, **stores, "shared": made[-1][2]}, None)] * 2
+
+    calls = CallsOfTokens(record)
+    for index in range(2):
+        call = calls[index]
+        assert call.args[0] is made[-1][1] and call.args[1] is made[0][0]
+        assert (
+            call.kwargs["shared"] is made[0][2]
+            and call.kwargs["x"] == 3
+            and call.kwargs.keys() == {"x", "shared", *stores}
+        )
+
+
 @pytest.mark.parametrize("name", ["gemma3n_text", "gemma3n_shared", "gemma4_inputs", "gemma4_shared"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_arguments_that_depend_on_tokens_are_those_of_each_batch(name, batch_size):
@@ -140,8 +207,8 @@ def test_arguments_that_depend_on_tokens_are_those_of_each_batch(name, batch_siz
         for _ in range(2):  # the second stream is told what the first one has found out
             stream = BlockStream(model, blocks, IDS, batch_size, calls=calls)
             assert batch_size == 4 or all(stream._own[1:]), "calls of one shape are those of its first batch"
-            for own in filter(None, stream._own):  # of its arguments nothing waits but what blocks write in
-                assert not any(isinstance(value, torch.Tensor) for each in own._stores for value in each.values())
+            for own in filter(None, stream._own):  # of its arguments nothing waits but what blocks will write in
+                assert not any(tensors_in(each) for each in own._stores) and len(vars(own)) == 2
             for index in range(len(blocks)):
                 stream.advance(index)
                 for found, own in zip(stream.hidden, expected, strict=True):

@@ -28,7 +28,7 @@ def test_model_card():
     record.unmasked = 1000
     text = model_card(record)
     assert "have 1,000 weights in other matrices; of all of them 35.00 % are pruned." in text
-    assert "# small-1b, 70 % sparse where it is pruned, 35.00 % of its blocks (LoSA)" in text
+    assert "# small-1b, 70 % sparse where it is pruned, 35.00 % of the weights in its blocks (LoSA)" in text
     record.unmasked = 10
     assert "# small-1b, 70 % sparse (LoSA)" in model_card(record) and "10 weights in other" in model_card(record)
 

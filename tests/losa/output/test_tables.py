@@ -34,7 +34,7 @@ def test_tables_without_numbers():
     record.rounds = [RoundRecord(1, 0.5, 8.0, [0.5] * BLOCKS, [8] * BLOCKS, keep_n=[2] * BLOCKS, m=4)]
     assert cells(results_table(record))[0][1] == "-" and results_table(record).caption is None
     record.unmasked = 3000
-    assert "the written model's masks remove 17.50 % of its blocks" in str(results_table(record).caption)
+    assert "the written model's masks remove 17.50 % of all weights in its blocks" in str(results_table(record).caption)
     assert "no text to evaluate on" in str(results_table(record).title)
     assert cells(rounds_table(record))[0][2:] == ["50.0 %", "-", "-", "0", "-", "-", "0 s"]
     assert cells(blocks_table(record))[0][1:] == ["50.00 %", "-", "-", "-", "2:4"]

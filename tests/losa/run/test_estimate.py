@@ -114,6 +114,10 @@ def test_a_block_runs_is_pruned_and_reconstructed_one_after_the_other(model_dire
     few = phases(prune={"pruner": "sparsegpt"}, calibration={"statistics_gb": 1e-6})
     assert few["merged weights of a block"] == {"calibration", "pruning"}
     assert phases(calibration={"statistics_gb": 1e-6})["merged weights of a block"] == {"calibration"}
+    # Gradients come before the first block has run.
+    zero = phases(prune={"pruner": "pruner_zero"})
+    assert zero["activations for gradients"] == zero["loss for gradients"] == {"gradients"}
+    assert zero["statistics of gradients"] == {"gradients", "calibration", "pruning"}
 
 
 @pytest.mark.parametrize(("missing", "place"), [(1, "host"), (0, "device")])

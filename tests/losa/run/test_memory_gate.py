@@ -12,9 +12,9 @@ from rich.console import Console
 from losa.distributed.joining import Place
 from losa.errors import LosaError
 from losa.recipe.reading import parse_recipe
-from losa.run import choice, estimate, machine, memory_gate, pipeline
+from losa.run import choice, machine, memory_gate, pipeline
 from losa.run.estimate import estimate as planned
-from losa.run.holding import machine_sums, phase_sums
+from losa.run.holding import Holding, machine_sums, phase_sums
 from losa.run.memory_gate import check_memory
 from losa.run.pipeline import run_recipe
 from losa.run.placement import Placement
@@ -32,7 +32,7 @@ def memory(monkeypatch):
     """Sets what there is."""
 
     def there(**bytes):
-        monkeypatch.setattr(estimate, "capacity", lambda device: bytes)
+        monkeypatch.setattr(choice, "capacity", lambda device: bytes)
 
     return there
 
@@ -45,7 +45,7 @@ def test_a_run_that_does_not_fit_is_refused_with_the_table(workspace, tmp_path, 
     text = io.StringIO()
     with pytest.raises(LosaError, match=f"in the phase {phase} the run holds .* on the host .*--force goes on"):
         run_recipe(wanted, console=Console(file=text, width=200))
-    assert "throughout" in text.getvalue() and "all together" in text.getvalue()
+    assert "throughout" in text.getvalue() and "merged weights of a block" in text.getvalue()
     assert not list(tmp_path.glob("out*"))
 
 
@@ -75,10 +75,10 @@ def test_a_gpu_is_what_counts_where_there_is_one(workspace, tmp_path, memory, mo
     wanted = recipe(workspace, tmp_path / "out", device="cuda", method="prune_only", evaluate=None)
     weights = planned(wanted, probe=False).size("weights")
     memory(device=10 * weights, host=weights)
-    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
+    check_memory(wanted, Placement(), "cuda", Console(quiet=True))
     memory(device=weights, host=10 * weights)
-    with pytest.raises(LosaError, match="on cuda by its plan"):
-        check_memory(wanted, Placement(), "cpu", Console(quiet=True))
+    with pytest.raises(LosaError, match="the run holds at least .* on the GPU by its plan"):
+        check_memory(wanted, Placement(), "cuda", Console(quiet=True))
 
 
 def test_a_recipe_without_a_plan_is_left_to_the_run(workspace, tmp_path, memory):
@@ -98,34 +98,50 @@ def test_what_may_be_held_besides_is_warned_of(workspace, tmp_path, memory, capl
 
 
 @pytest.mark.parametrize("placement", [Placement(2), Placement(2, 2)])
-def test_processes_that_do_not_fit_are_refused(placement, two_processes, workspace, tmp_path, monkeypatch):
-    """By what a machine's processes hold together, and by what one holds on its GPU."""
+def test_processes_that_do_not_fit_are_refused(placement, two_processes, workspace, tmp_path, monkeypatch, caplog):
+    """By what a machine's processes hold together, by what one holds on its GPU, and by what each may have."""
     wanted = recipe(workspace, tmp_path / "out", device="auto", prune={"pruner": "sparsegpt", "sparsity": 0.5})
     monkeypatch.setattr(memory_gate, "launched", lambda: Place(0, 2, 0, 2, "a", 1))
+    text = io.StringIO()
 
     def check(on: str, **there) -> None:
         monkeypatch.setattr(choice, "capacity", lambda _: there)
-        check_memory(wanted, placement, on, Console(quiet=True))
+        check_memory(wanted, placement, on, Console(file=text, width=200))
 
     plan = Planned.of(wanted, planned_model(wanted), torch.device("cpu"), {})
     certain = [holding for holding in plan.holdings(placement) if holding.certain]
-    held = max(machine_sums(certain, 2).values())
-    assert held > max(phase_sums(certain, "host").values())
-    check("cpu", host=held)
-    with pytest.raises(LosaError, match="the 2 processes of a machine hold at least .* on its host .* --gpus 2"):
+    held, one = max(machine_sums(certain, 2).values()), max(phase_sums(certain, "host").values())
+    assert held > one
+    check("cpu", host=held, process=one)
+    assert not text.getvalue()
+    with pytest.raises(LosaError, match="the 2 processes of a machine hold at least .* on a machine's host .* table"):
         check("cpu", host=held - 1)
+    assert "merged weights of a block" in text.getvalue()
+    with pytest.raises(LosaError, match="a process holds at least .* on the host by its plan"):
+        check("cpu", host=held, process=one - 1)
     plan = Planned.of(wanted, planned_model(wanted), torch.device("cuda"), {})
     own = max(phase_sums([h for h in plan.holdings(placement) if h.certain], "device").values())
+    caplog.clear()
     check("cuda", host=10**12, device=own)
-    with pytest.raises(LosaError, match="a process holds at least .* on its GPU .*--force goes on"):
+    plan = Planned.of(wanted, planned_model(wanted), torch.device("cuda"), {"device": own})
+    most = max(phase_sums(plan.holdings(placement), "device").values())
+    assert ("a process holds up to" in caplog.text and "on a GPU by its plan" in caplog.text) == (most > own)
+    with pytest.raises(LosaError, match="a process holds at least .* on a GPU .* --gpus 2.*--force goes on"):
         check("cuda", host=10**12, device=own - 1)
     monkeypatch.setattr(choice, "planned_model", lambda recipe: 1 / 0)
     check("cuda", host=1)
 
 
-def test_address_space_is_memory(monkeypatch):
+def test_address_space_is_of_a_process(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1) if which == resource.RLIMIT_AS else (-1, -1))
-    assert machine.capacity(torch.device("cpu")) == {"host": 12345}
+    found = machine.capacity(torch.device("cpu"))
+    assert found.keys() == {"host", "process"} and found["process"] == 12345 < found["host"]
+
+
+def test_processes_of_which_one_alone_has_a_phase_hold_their_weights(workspace, tmp_path):
+    """While the main process reads its export back, the other one holds its model."""
+    held = [Holding("throughout", "host", "weights", 5, ""), Holding("export", "host", "read", 7, "", main_only=True)]
+    assert machine_sums(held, 3) == {"export": 5 + 7 + 2 * 5}
 
 
 @pytest.mark.parametrize("text, expected", [("1000\n", 1000), ("max\n", 5 * 4096), (None, 5 * 4096)])
@@ -167,7 +183,7 @@ def test_a_plan_that_fails_stops_no_run(workspace, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AttributeError("a model of another kind")
 
-    monkeypatch.setattr(memory_gate, "estimate", fail)
+    monkeypatch.setattr(memory_gate, "planned_on", fail)
     check_memory(recipe(workspace, tmp_path / "out"), Placement(), "cpu", Console(quiet=True))
 
 

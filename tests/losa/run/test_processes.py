@@ -23,7 +23,7 @@ import json, os, sys
 from losa.algorithm.engine import Engine
 from losa.distributed.processes import launched
 from losa.recipe import parse_recipe
-from losa.run import inputs, run_recipe
+from losa.run import choice, inputs, run_recipe
 
 root, rank, seen = sys.argv[1], launched().index, {}
 recipe = json.load(open(f"{root}/recipe.json"))
@@ -58,6 +58,9 @@ sharded = recipe | {"evaluate": evaluation, "distributed": {"mode": "fsdp", "tim
 look, inputs.warn_of_missing_start = inputs.warn_of_missing_start, lambda *arguments: seen.update(looked=True)
 attempt("other evaluation", lambda: run_recipe(parse_recipe(sharded), resume=True))
 inputs.warn_of_missing_start = look
+capacity, choice.capacity = choice.capacity, lambda device: {"host": 1 if rank == 0 else 10**12}
+attempt("too large", lambda: run_recipe(parse_recipe(recipe | {"output": f"{root}/large"})))
+choice.capacity = capacity
 attempt("resumed", lambda: len(run_recipe(parse_recipe(recipe), resume=True).rounds))
 with open(f"{root}/{rank}.json", "w") as file:
     json.dump(seen, file)
@@ -99,6 +102,12 @@ def test_two_processes_are_interrupted_and_go_on(tmp_path):
         assert seen["other text"].startswith("OutputError: calibration tokens: process 0 has ")
         assert seen["other evaluation"].startswith("OutputError: evaluation tokens: process 0 has ")
         assert "looked" not in seen
+        assert seen["too large"].startswith(
+            "LosaError: memory: in the phase training the 2 processes of a machine hold"
+        )
+    assert not list(tmp_path.glob("large*"))
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen["resumed"] == 2
 
 
