@@ -2,8 +2,9 @@
 
 The model's files are written first, block by block. Then ``losa prune --offload disk`` runs in a process that may not
 map more memory than --limit (RLIMIT_AS: also what is never touched, such as code of libraries). It is killed (SIGKILL)
---kills times, each time in the middle of a block, and started again with --resume. Ends with 1 where a process fails,
-or the output has another number of zeros than was asked for.
+--kills times, each time in the middle of a block, and started again with --resume. With --resident the same model is
+pruned whole in memory too, without a limit. Ends with 1 where a process fails, the output has another number of zeros
+than was asked for, or a run of at least 1 GB holds other memory than its plan says by more than PLANNED.
 
 checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes; libraries_gb: of one
 that has imported what a run imports, and has done nothing; plan_gb: what the run holds besides, by its plan; mapped_gb:
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ from losa.storage.files import RECORD
 
 GB = 1e9
 LIMITS = {"wanda": 6.0, "sparsegpt": 10.0}  # GB, for an 8B model
+PLANNED = 0.15
 FINISHED = re.compile(r"block (\d+)/\d+: sparsity \S+, (\d+) s")
 
 
@@ -51,6 +54,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--limit", type=float, help="GB; default: wanda 6, sparsegpt 10")
     arguments.add_argument("--kills", type=int, default=2, help="default: %(default)s")
     arguments.add_argument("--samples", type=int, default=4, help="of calibration, of 128 tokens; default: %(default)s")
+    arguments.add_argument("--resident", action="store_true", help="also whole in memory")
     args = arguments.parse_args(argv)
     size, blocks = ("tiny", 3) if args.quick else (args.size, args.blocks)
 
@@ -62,25 +66,32 @@ def main(argv: list[str]) -> int:
             (folder / "text.txt").write_text(text())
             for pruner in args.pruner or LIMITS:
                 limit = args.limit or LIMITS[pruner]
-                run = Run(folder, pruner, limit, args.samples)
-                for after in range(1, args.kills + 1):
-                    run.start(kill_at=max(after, after * blocks // (args.kills + 1)))
-                run.start()
-                yield {
-                    "op": "prune, offloaded",
-                    "model": size,
-                    "layers": blocks,
-                    "name": pruner,
-                    "checkpoint_gb": weights / GB,
-                    "limit_gb": limit,
-                    "peak_gb": run.peak / GB,
-                    "plan_gb": run.planned() / GB,
-                    "libraries_gb": libraries / GB,
-                    "mapped_gb": run.mapped / GB,
-                    "block_s": statistics.median(run.seconds),
-                    "kills": run.kills,
-                    "zeros": run.check(),
-                }
+                for offloaded in (True, False) if args.resident else (True,):
+                    run = Run(folder, pruner, limit if offloaded else None, args.samples)
+                    for after in range(1, args.kills * offloaded + 1):
+                        run.start(kill_at=max(after, after * blocks // (args.kills + 1)))
+                    run.start()
+                    held, plan = run.peak - libraries, run.planned()
+                    yield {
+                        "op": "prune, offloaded" if offloaded else "prune, in memory",
+                        "model": size,
+                        "layers": blocks,
+                        "name": pruner,
+                        "checkpoint_gb": weights / GB,
+                        "limit_gb": run.limit,
+                        "peak_gb": run.peak / GB,
+                        "plan_gb": plan / GB,
+                        "libraries_gb": libraries / GB,
+                        "mapped_gb": run.mapped / GB,
+                        "block_s": statistics.median(run.seconds) if run.seconds else None,
+                        "kills": run.kills,
+                        "zeros": run.check(),
+                    }
+                    if plan >= GB and abs(held / plan - 1) > PLANNED:
+                        raise SystemExit(
+                            f"offload: {pruner}: the plan says {plan / GB:.2f} GB, and {held / GB:.2f} were held"
+                        )
+                    shutil.rmtree(run.output)  # the next one needs the room
 
     report("offload", measured(), args.json, "cpu")
     return 0
@@ -88,11 +99,11 @@ def main(argv: list[str]) -> int:
 
 @dataclass
 class Run:
-    """One output, made by several processes after each other."""
+    """One output, made by several processes after each other; without a ``limit`` the whole model is in memory."""
 
     folder: Path
     pruner: str
-    limit: float
+    limit: float | None
     samples: int
     peak: int = 0
     mapped: int = 0
@@ -101,7 +112,8 @@ class Run:
 
     def start(self, kill_at: int | None = None) -> None:
         """Go on to the end, or until so many blocks of all are finished and the next one has begun."""
-        command = [sys.executable, "-m", "losa", "prune", str(self.folder / "model"), "--offload", "disk", "--resume"]
+        command = [sys.executable, "-m", "losa", "prune", str(self.folder / "model")]
+        command += ["--offload", "disk", "--resume"] if self.limit is not None else []
         command += ["--output", str(self.output), "--data", str(self.folder / "text.txt"), "--pruner", self.pruner]
         command += ["--sparsity", "0.5", "--samples", str(self.samples), "--length", "128"]
         printed = self.folder / f"{self.pruner}.txt"
@@ -132,7 +144,7 @@ class Run:
             "model": str(self.folder / "model"),
             "output": str(self.output),
             "method": "prune_only",
-            "offload": "disk",
+            "offload": None if self.limit is None else "disk",
             "device": "cpu",
             "prune": {"pruner": self.pruner, "sparsity": 0.5},
             "calibration": {"data": str(self.folder / "text.txt"), "samples": self.samples, "length": 128},
@@ -157,7 +169,8 @@ class Run:
         return share
 
     def _limited(self) -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (int(self.limit * GB),) * 2)
+        if self.limit is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (int(self.limit * GB),) * 2)
 
     def _watch(self, pid: int) -> None:
         try:
