@@ -6,7 +6,8 @@ map more memory than --limit (RLIMIT_AS: also what is never touched, such as cod
 pruned whole in memory too, without a limit. Ends with 1 where a process fails, the output has another number of zeros
 than was asked for, or a run of at least 1 GB holds other memory than its plan says by more than PLANNED.
 
-checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes; libraries_gb: of one
+checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes (in memory: but for
+pages of the output's files, by samples); libraries_gb: of one
 that has imported what a run imports, and has done nothing; plan_gb: what the run holds besides, by its plan; mapped_gb:
 the most that any of the processes mapped. block_s: median seconds of a block, its statistics, pruning, writing and
 comparison.
@@ -178,8 +179,29 @@ class Run:
         except OSError:
             return
         found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-        self.peak = max(self.peak, 1024 * int(found.get("VmHWM", 0)))
+        if self.limit is None:
+            # Pages of what was written are there to be compared, until the system needs their room.
+            held = 1024 * int(found.get("VmRSS", 0)) - written_pages(pid, self.folder)
+        else:
+            held = 1024 * int(found.get("VmHWM", 0))
+        self.peak = max(self.peak, held)
         self.mapped = max(self.mapped, 1024 * int(found.get("VmPeak", 0)))
+
+
+def written_pages(pid: int, folder: Path) -> int:
+    """Resident bytes of files under ``folder`` that a process has mapped, but for the model that it was given."""
+    pages, counts = 0, False
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if re.match(r"[0-9a-f]+-", line):
+            path = line.partition("/")[2]
+            counts = f"/{path}".startswith(f"{folder}/") and not f"/{path}".startswith(f"{folder}/model/")
+        elif counts and line.startswith("Rss:"):
+            pages += 1024 * int(line.split()[1])
+    return pages
 
 
 def memory_of_libraries() -> int:

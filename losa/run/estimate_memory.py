@@ -82,7 +82,8 @@ def holdings(
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
         held += evaluation_work(recipe.evaluate, shape)
-    return [*held, *_export(shape)]
+    # The written model is compared by pages of its files, which the system takes back.
+    return held
 
 
 def highest_rank(rounds: dict[MethodName, list[Round]]) -> int:
@@ -367,13 +368,3 @@ def loss_bytes(
 
 def _logits_of(shape: ModelShape) -> str:
     return "all logits" if shape.whole_logits else "a chunk of logits"
-
-
-def _export(shape: ModelShape) -> Iterator[Holding]:
-    # Pages of files but where a CPU computes with it, from memory that is aligned.
-    how, certain = "to check it against the one in memory", not shape.on_gpu
-    size = shape.weight_bytes
-    yield Holding("export", "host", "written model, read back", size, how, main_only=True, certain=certain)
-    if shape.on_gpu:
-        how = "while the other one is on the device"
-        yield Holding("export", "host", "model in memory, moved", size, how, main_only=True)

@@ -75,8 +75,8 @@ def test_whole_models_hold_what_one_process_holds(directory):
     # Three batches, so that a process has one of them: two samples, each in a dense and a sparse stream.
     assert found.size("pruning", "hidden states") == 2 * 2 * 16 * 32 * 4
     assert alone.size("hidden states") == 2 * 5 * 16 * 32 * 4
-    # Each process loads the model on the host; the main process alone checks what was written.
-    assert found.machine()["loading"] == 2 * WEIGHTS and found.machine()["export"] == 2 * WEIGHTS
+    # Each process loads the model on the host.
+    assert found.machine()["loading"] == 2 * WEIGHTS and "export" not in found.machine()
     training = traffic(found, "losa: training")
     # Round 1 has 1 sequence and round 2 has 9: steps of 8 sequences.
     assert training["gradients"].received == 3 * 2 * 2 * ADAPTERS * 3 / 4
