@@ -4,13 +4,13 @@ The model's files are written first, block by block. Then ``losa prune --offload
 map more memory than --limit (RLIMIT_AS: also what is never touched, such as code of libraries). It is killed (SIGKILL)
 --kills times, each time in the middle of a block, and started again with --resume. With --resident the same model is
 pruned whole in memory too, without a limit. Ends with 1 where a process fails, the output has another number of zeros
-than was asked for, or a run of at least 1 GB holds other memory than its plan says by more than PLANNED.
+than was asked for, or a run of at least 1 GB does not hold what its plan says: PLANNED more or less; in memory, where
+weights are pages of files until they are pruned, PLANNED more that is no page of a file.
 
-checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes (in memory: but for
-pages of the output's files, by samples); libraries_gb: of one
-that has imported what a run imports, and has done nothing; plan_gb: what the run holds besides, by its plan; mapped_gb:
-the most that any of the processes mapped. block_s: median seconds of a block, its statistics, pruning, writing and
-comparison.
+checkpoint_gb, limit_gb: of 10^9 bytes. peak_gb: the most resident memory of any of the processes; anonymous_gb: the
+most of it, in samples, that is no page of a file, which the system could take back; libraries_gb: of a process that has
+imported what a run imports, and has done nothing; plan_gb: what the run holds besides, by its plan; mapped_gb: the most
+that any of the processes mapped. block_s: median seconds of a block, its statistics, pruning, writing and comparison.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
                     for after in range(1, args.kills * offloaded + 1):
                         run.start(kill_at=max(after, after * blocks // (args.kills + 1)))
                     run.start()
-                    held, plan = run.peak - libraries, run.planned()
+                    plan, held = run.planned(), (run.peak if offloaded else run.anonymous) - libraries
                     yield {
                         "op": "prune, offloaded" if offloaded else "prune, in memory",
                         "model": size,
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
                         "checkpoint_gb": weights / GB,
                         "limit_gb": run.limit,
                         "peak_gb": run.peak / GB,
+                        "anonymous_gb": run.anonymous / GB,
                         "plan_gb": plan / GB,
                         "libraries_gb": libraries / GB,
                         "mapped_gb": run.mapped / GB,
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
                         "kills": run.kills,
                         "zeros": run.check(),
                     }
-                    if plan >= GB and abs(held / plan - 1) > PLANNED:
+                    if plan >= GB and not (1 - PLANNED if offloaded else 0) <= held / plan <= 1 + PLANNED:
                         raise SystemExit(
                             f"offload: {pruner}: the plan says {plan / GB:.2f} GB, and {held / GB:.2f} were held"
                         )
@@ -107,6 +108,7 @@ class Run:
     limit: float | None
     samples: int
     peak: int = 0
+    anonymous: int = 0
     mapped: int = 0
     kills: int = 0
     seconds: list[int] = field(default_factory=list)
@@ -178,30 +180,10 @@ class Run:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             return
-        found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-        if self.limit is None:
-            # Pages of what was written are there to be compared, until the system needs their room.
-            held = 1024 * int(found.get("VmRSS", 0)) - written_pages(pid, self.folder)
-        else:
-            held = 1024 * int(found.get("VmHWM", 0))
-        self.peak = max(self.peak, held)
+        found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("Vm", "RssAnon"))}
+        self.peak = max(self.peak, 1024 * int(found.get("VmHWM", 0)))
+        self.anonymous = max(self.anonymous, 1024 * int(found.get("RssAnon", 0)))
         self.mapped = max(self.mapped, 1024 * int(found.get("VmPeak", 0)))
-
-
-def written_pages(pid: int, folder: Path) -> int:
-    """Resident bytes of files under ``folder`` that a process has mapped, but for the model that it was given."""
-    pages, counts = 0, False
-    try:
-        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        if re.match(r"[0-9a-f]+-", line):
-            path = line.partition("/")[2]
-            counts = f"/{path}".startswith(f"{folder}/") and not f"/{path}".startswith(f"{folder}/model/")
-        elif counts and line.startswith("Rss:"):
-            pages += 1024 * int(line.split()[1])
-    return pages
 
 
 def memory_of_libraries() -> int:
