@@ -59,7 +59,7 @@ STABLE_TORCH_LIBRARY(losa, library) {
   library.def(
       "sparse_linear_tiles(Tensor x, Tensor data, Tensor offsets, int rows, int largest, Tensor? bias) -> Tensor");
 
-  // One token of a decoder, on GPUs only. x (rows, n) += update; then its RMS norm times weight (n,)
+  // One token of a decoder. x (rows, n) += update; then its RMS norm times weight (n,)
   library.def("add_rms_norm(Tensor(a!) x, Tensor? update, Tensor weight, float eps) -> Tensor");
   // heads (queries + 2 keys, size), cos and sin (places, size), position int64 (1,), cache (2, keys, places, size)
   // -> queries, turned as the keys are; keys and values go into the cache

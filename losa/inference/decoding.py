@@ -86,8 +86,8 @@ class LeanDecoder:
         self.graphs: TokenGraphs | None = None
         self.logits: Any = None  # a tensor from the first call on
         self._recordable = not called and _recordable(model, self.device)
-        # On a CPU a step of static shapes costs more than a step that knows its position.
-        self._steps = dispatch.backend("add_rms_norm", self.device) == "cuda"
+        # By torch's operations a step of static shapes costs more than a step that knows its position.
+        self._steps = dispatch.backend("add_rms_norm", self.device) != "reference"
         self._check_length(max_length)
         self._check(model)
         self.resize(max_length)

@@ -1,4 +1,5 @@
-"""What a decoder of the LLaMA kind does between its products for one token, one kernel each on a GPU.
+"""What a decoder of the LLaMA kind does between its products for one token, one kernel each on a GPU, and one call on a
+CPU.
 
 With packed or dense products for qkv, out, gate and up, and down a block is nine launches: ``add_rms_norm``, qkv,
 ``rotate_and_store``, ``attend_cache``, out, ``add_rms_norm``, gate and up, ``gated_silu``, down. Nothing is read back,

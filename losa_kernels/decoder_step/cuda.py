@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from losa_kernels import native
-from losa_kernels.decoder_step import reference
+from losa_kernels.decoder_step import operators, reference
+from losa_kernels.decoder_step.operators import alike
 
 LARGEST_HEAD = 256
 ROW_BYTES = 512  # of a head that a warp reads at once
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    if not _alike(x, weight, x if update is None else update):
+    if not alike(x, weight, x if update is None else update):
         return reference.add_rms_norm(x, update, weight, eps)
-    return _add_rms_norm(x, update, weight, eps)
+    return operators.add_rms_norm(x, update, weight, eps)
 
 
 def rotate_and_store(
@@ -32,48 +29,17 @@ def rotate_and_store(
 ) -> Tensor:
     size = heads.shape[1]
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    if size > LARGEST_HEAD or size % 2 or not _alike(heads, cos, sin, cache, *norms):
+    if size > LARGEST_HEAD or size % 2 or not alike(heads, cos, sin, cache, *norms):
         return reference.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
-    return _rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
+    return operators.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
 
 
 def attend_cache(q: Tensor, cache: Tensor, position: Tensor, places: int, scaling: float, finished: Tensor) -> Tensor:
     row = q.shape[1] * q.dtype.itemsize
-    if row > ROW_BYTES or row % 16 or not _alike(q, cache):
+    if row > ROW_BYTES or row % 16 or not alike(q, cache):
         return reference.attend_cache(q, cache, position, places, scaling, finished)
-    return _attend_cache(q, cache, position, places, scaling, finished)
+    return operators.attend_cache(q, cache, position, places, scaling, finished)
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    return _gated_silu(gate_up) if _alike(gate_up) else reference.gated_silu(gate_up)
-
-
-def _alike(first: Tensor, *others: Tensor) -> bool:
-    dtype = first.dtype
-    return (
-        dtype in _FLOATS
-        and first.is_contiguous()
-        and all(other.dtype == dtype and other.is_contiguous() for other in others)
-    )
-
-
-if native.missing("cpu") is None:
-    # Finding them takes as long as all checks together.
-    _add_rms_norm, _rotate_and_store = torch.ops.losa.add_rms_norm.default, torch.ops.losa.rotate_and_store.default
-    _attend_cache, _gated_silu = torch.ops.losa.attend_cache.default, torch.ops.losa.gated_silu.default
-
-    @torch.library.register_fake("losa::add_rms_norm")
-    def _(x, update, weight, eps):
-        return torch.empty_like(x)
-
-    @torch.library.register_fake("losa::rotate_and_store")
-    def _(heads, cos, sin, position, cache, q_norm, k_norm, eps):
-        return heads.new_empty(heads.shape[0] - 2 * cache.shape[1], heads.shape[1])
-
-    @torch.library.register_fake("losa::attend_cache")
-    def _(q, cache, position, places, scaling, finished):
-        return torch.empty_like(q)
-
-    @torch.library.register_fake("losa::gated_silu")
-    def _(gate_up):
-        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    return operators.gated_silu(gate_up) if alike(gate_up) else reference.gated_silu(gate_up)

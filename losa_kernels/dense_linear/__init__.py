@@ -28,9 +28,10 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ValueError: a wrong shape, dtype or device; names the argument.
         RuntimeError: an argument requires a gradient and gradients are enabled.
     """
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            arguments.tensor(name, tensor)
+    arguments.tensor("x", x)
+    arguments.tensor("weight", weight)
+    if bias is not None:
+        arguments.tensor("bias", bias)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected (out, in), got {tuple(weight.shape)}")
     if weight.dtype not in FLOATS:

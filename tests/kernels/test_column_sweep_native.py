@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losa_kernels import native, pack_mask, sparsegpt_prune, unpack_mask, wanda_mask
-from losa_kernels.pruning import blocks, cpu, inverse_factor, reference
+from losa_kernels.pruning import blocks, cpu, in_place, inverse_factor, reference
 from tests.helpers.column_sweep_problems import hessian, operands, tied
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
@@ -189,8 +189,8 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 @pytest.mark.parametrize("columns", [1, 64, 129, 321])
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_inverse_by_halves(columns, spread, monkeypatch):
-    monkeypatch.setattr(cpu, "LEAF", 64)
-    monkeypatch.setattr(cpu, "PANEL", 48)
+    monkeypatch.setattr(in_place, "LEAF", 64)
+    monkeypatch.setattr(in_place, "PANEL", 48)
     upper = torch.linalg.cholesky(hessian(columns, spread)).mT.float()
     exact = torch.linalg.inv(upper.double())
     ours, plain = cpu.invert_upper_(upper.clone()).double(), reference.invert_upper(upper).double()

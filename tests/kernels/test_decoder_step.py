@@ -18,20 +18,34 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # as FloatType numbers 
 EPS = 1e-5
 
 emulated = [pytest.param("emulator", marks=NEEDED)]
-WAYS = [*emulated, pytest.param("cuda", marks=pytest.mark.gpu)]
+ISAS = ["scalar", "avx2", "avx512"]
+WAYS = [*emulated, *ISAS, pytest.param("cuda", marks=pytest.mark.gpu)]
 # The emulator has no attention in fp16, which would take long to compile.
 ATTENTION = [
     *(pytest.param("emulator", dtype, marks=NEEDED) for dtype in DTYPES[:2]),
+    *((isa, dtype) for isa in ISAS for dtype in DTYPES),
     *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in DTYPES),
 ]
 
 
 @pytest.fixture
-def run(request, way):
-    """The op of that name: its CUDA kernel in the emulator, or the public function on a GPU."""
+def run(request, way, monkeypatch):
+    """The op of that name: its CUDA kernel in the emulator, or the public function on a CPU or a GPU."""
     if way == "emulator":
         return Emulated(request.getfixturevalue("emulate"))
-    return OnGpu()
+    if way == "cuda":
+        return OnGpu()
+    monkeypatch.setenv("LOSA_CPU_ISA", way)
+    if native.missing("cpu") is not None or native.cpu_isa() != way:
+        pytest.skip(f"this build or CPU does not run {way}")
+    return OnCpu()
+
+
+class OnCpu:
+    seed = 0
+
+    def __getattr__(self, name):
+        return getattr(decoder_step, name)
 
 
 class OnGpu:
@@ -240,23 +254,51 @@ def test_scores_far_apart(run):
         assert torch.equal(found, cache[1, 0, best].expand(4, 64))
 
 
+@pytest.mark.parametrize("way", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5, 63, 64, 65, 1000])
+def test_every_number_of_places_and_queries_on_a_cpu(run, dtype, count):
+    """Sets of four, two and one query; heads that are no whole registers; what is not finite stays so."""
+    for group in (1, 2, 3, 4, 7):
+        for size in (2, 18, 64):
+            q, cache = torch.randn(2 * group, size).to(dtype), torch.randn(2, 2, count + 3, size).to(dtype)
+            finished = torch.zeros(2 * group, dtype=torch.int32)
+            arguments = q, cache, torch.tensor([count - 1]), count + 1, size**-0.5, finished
+            found = compare(run, "attend_cache", *arguments)
+            q[0, 0] = torch.nan
+            spoilt = run.attend_cache(*arguments)
+            assert spoilt[0].isnan().all() and torch.equal(spoilt[1:], found[1:])
+
+
+@pytest.mark.parametrize("way", ISAS)
+def test_silu_over_its_whole_range(run):
+    """e^x of fp32 from where it is 0 to where it overflows, each within two roundings; NaN stays."""
+    gate = torch.cat([torch.linspace(-120, 120, 20001), torch.tensor([0.0, -0.0, torch.inf])])
+    found = run.gated_silu(torch.cat([gate, torch.ones_like(gate)]))
+    exact = F.silu(gate.double())
+    # Below e^-87 the result is e^-87 times the gate, or less.
+    near = (found - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 1e-35
+    assert near[:-1].all() and found[-1] == torch.inf
+    assert run.gated_silu(torch.tensor([torch.nan, 1.0])).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reference_is_transformers(dtype):
     norm = LlamaRMSNorm(64, EPS).to(dtype)
     nn.init.normal_(norm.weight)
     x, update = torch.randn(2, 64).to(dtype), torch.randn(2, 64).to(dtype)
     with torch.no_grad():
-        assert torch.equal(decoder_step.add_rms_norm(x.clone(), update, norm.weight, EPS), norm(x + update))
+        assert torch.equal(reference.add_rms_norm(x.clone(), update, norm.weight, EPS), norm(x + update))
         heads, cos, sin, cache = rotation(dtype, 4, 2, 16)
         q, k, v = heads[None, :, None].split((4, 2, 2), 1)
         place = torch.tensor([3])
         expected = apply_rotary_pos_emb(q, k, cos[None, 3:4], sin[None, 3:4])
         signed = torch.cat([-sin[:, :8], sin[:, 8:]], -1)
-        found = decoder_step.rotate_and_store(heads, cos, signed, place, cache)
+        found = reference.rotate_and_store(heads, cos, signed, place, cache, None, None, EPS)
         assert torch.equal(found, expected[0][0, :, 0]) and torch.equal(cache[0, :, 3], expected[1][0, :, 0])
         assert torch.equal(cache[1, :, 3], v[0, :, 0])
         gate, up = torch.randn(2, 3, 8).to(dtype)
-        assert_close(decoder_step.gated_silu(torch.cat([gate, up], -1)), *[F.silu(gate) * up] * 2)
+        assert_close(reference.gated_silu(torch.cat([gate, up], -1)), *[F.silu(gate) * up] * 2)
 
 
 def test_arguments_that_do_not_fit():

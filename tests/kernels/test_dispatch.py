@@ -101,7 +101,7 @@ def compiled(packed) -> set[str]:
 def test_the_reference_can_be_forced_whatever_runs_the_ops(run, monkeypatch):
     packed = pack_nm(torch.ones(16, 64), pack_mask(torch.arange(64).expand(16, 64) % 2 == 0), 2, 4)
     names = {name.split(".")[1] for name in run(packed) if name.startswith("losa.")}
-    assert names == {"pack_mask", "unpack_mask", "unpack_bitmask", "sparse_linear_nm"}
+    assert names == {"pack_mask", "unpack_mask", "unpack_bitmask", "sparse_linear_nm", "gated_silu"}
     for forced in ("reference", " Reference "):
         monkeypatch.setenv("LOSA_BACKEND", forced)
         assert not [name for name in run(packed) if name.startswith("losa.")]

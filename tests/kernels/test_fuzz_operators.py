@@ -163,6 +163,41 @@ def dense_linear(r):
     return {"x": x, "weight": floats(r, rows, columns), "bias": bias}
 
 
+def add_rms_norm(r):
+    rows, columns, dtype = size(r), size(r), r.choice(FLOATS)
+    update = None if r.random() < 0.3 else floats(r, rows, columns, dtype=dtype)
+    x, weight = floats(r, rows, columns, dtype=dtype), floats(r, columns, dtype=dtype)
+    return {"x": x, "update": update, "weight": weight, "eps": 1e-5}
+
+
+def a_cache(r):
+    keys, places, columns, dtype = (
+        r.choice((1, 2, 3)),
+        r.choice((1, 5, 70)),
+        2 * r.choice((1, 3, 8, 20, 33)),
+        r.choice(FLOATS),
+    )
+    return keys, places, columns, dtype, floats(r, 2, keys, places, columns, dtype=dtype)
+
+
+def rotate_and_store(r):
+    keys, places, columns, dtype, cache = a_cache(r)
+    heads = floats(r, r.choice((1, 3, 4)) + 2 * keys, columns, dtype=dtype)
+    cos, sin = (floats(r, places, columns, dtype=dtype) for _ in range(2))
+    position = torch.tensor([r.choice((0, places - 1, places, -1, 2**40))])
+    norms = [None if r.random() < 0.5 else floats(r, columns, dtype=dtype) for _ in range(2)]
+    a = {"heads": heads, "cos": cos, "sin": sin, "position": position, "cache": cache}
+    return a | {"q_norm": norms[0], "k_norm": norms[1], "eps": 1e-5}
+
+
+def attend_cache(r):
+    keys, places, columns, dtype, cache = a_cache(r)
+    q = floats(r, keys * r.choice((1, 2, 3, 5)), columns, dtype=dtype)
+    position = torch.tensor([r.choice((0, places - 1, places // 2))])
+    a = {"q": q, "cache": cache, "position": position, "places": places, "scaling": 0.3}
+    return a | {"finished": torch.zeros(len(q), dtype=torch.int32)}
+
+
 def wanda_select(r):
     a, m = pack(r), 0
     columns = a["weight"].shape[1]
@@ -226,6 +261,10 @@ OPERATORS = {
     "sparse_linear": sparse_linear,
     "sparse_linear_nm": sparse_linear_nm,
     "dense_linear": dense_linear,
+    "add_rms_norm": add_rms_norm,
+    "rotate_and_store": rotate_and_store,
+    "attend_cache": attend_cache,
+    "gated_silu": lambda r: {"gate_up": floats(r, *r.choice(((), (1,), (2, 3))), 2 * size(r))},
     "gram": lambda r: {"features": floats(r, r.choice((0, 1, 3)), size(r), size(r))},
     "wanda_select": wanda_select,
     "pruned_per_block": pruned_per_block,

@@ -165,14 +165,14 @@ def dense_linear(r):
 
     def compare(expected, found):
         assert expected.shape == found.shape and expected.dtype == found.dtype
-        x, W = as_double(a["x"]).reshape(-1, a["x"].shape[-1]), as_double(a["weight"])
-        if not x.shape[-1]:
-            x = x.new_zeros(expected.numel() // max(1, len(W)), 0)
+        x, W = as_double(a["x"]), as_double(a["weight"])
+        x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros(expected.numel() // max(1, len(W)), 0)
         bias = torch.zeros(len(W)) if a["bias"] is None else as_double(a["bias"])
         bad = (~x.isfinite()).any(1, True) | ~W.isfinite().all(1) | ~bias.isfinite()
         x, W, bias = (t.abs().nan_to_num(0, 0, 0) for t in (x, W, bias))
         bound, bad = (t.view(expected.shape) for t in (x @ W.T + bias, bad))
-        assert_near(expected, found, bound, 8, W.shape[1], bad, bad)
+        # Of odd columns torch's bf16 products multiply the next row's first number by zero.
+        assert_near(expected, found, bound, 8, W.shape[1], bad, torch.full_like(bad, bool(bad.any())))
 
     return lambda: kernels.dense_linear(**a), compare
 
