@@ -101,8 +101,12 @@ class Row:
 
     def found(self, runs: dict, seeds: Iterable[int]) -> list[dict]:
         """Its finished runs, of whichever ``seeds``."""
+        return list(self.by_seed(runs, seeds).values())
+
+    def by_seed(self, runs: dict, seeds: Iterable[int]) -> dict[int, dict]:
+        """The same by their seeds."""
         jobs = [replace(self.job, seed=seed) for seed in ([0] if self.job.method == DENSE else seeds)]
-        return [runs[job.key] for job in jobs if finished(job, runs)]
+        return {job.seed: runs[job.key] for job in jobs if finished(job, runs)}
 
 
 @dataclass(frozen=True)

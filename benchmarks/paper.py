@@ -88,8 +88,8 @@ def _rows(table: Table, runs: dict) -> str:
 
 
 def _order(table: Table, runs: dict) -> str:
-    """In how many pairs of rows ours are in the paper's order, on both texts. A pair is undecided where the ranges of
-    its seeds overlap."""
+    """In how many pairs of rows ours are in the paper's order, on both texts. A pair is undecided where seeds that both
+    have do not agree: they share calibration samples and the order of training."""
     if table.kind != "runs":
         return ""
     held, undecided, reversed_ = _pairs(table, runs, headline)
@@ -110,17 +110,24 @@ def _pairs(table: Table, runs: dict, value_of: Callable[[dict], float | None]) -
     seeds = _seeds(runs)
     rows = []
     for row in table.rows:
-        values = [value for run in row.found(runs, seeds) if (value := value_of(run)) is not None]
+        found = row.by_seed(runs, seeds).items()
+        values = {seed: value for seed, run in found if (value := value_of(run)) is not None}
         if row.paper is not None and values:
             rows.append((row.paper, row.labels, values))
     held, undecided, reversed_ = 0, 0, []
-    for (paper, labels, ours), (other_paper, other_labels, others) in itertools.combinations(sorted(rows), 2):
+    for (paper, labels, ours), (other_paper, other_labels, others) in itertools.combinations(
+        sorted(rows, key=lambda row: row[:2]), 2
+    ):
         differs = sum(map(str.__ne__, labels, other_labels))
         if paper == other_paper or (table.compared == "in one label" and differs != 1):
             continue
-        if max(ours) < min(others):
+        shared = ours.keys() & others.keys()
+        if not shared:
+            continue
+        lower = {ours[seed] < others[seed] for seed in shared}
+        if lower == {True}:
             held += 1
-        elif max(others) < min(ours):
+        elif lower == {False}:
             names = (_name(table.header, each) for each in (labels, other_labels))
             reversed_.append(" after ".join(names))
         else:
