@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     size, blocks = ("tiny", 3) if args.quick else (args.size, args.blocks)
 
     def measured() -> Iterator[dict]:
-        libraries = memory_of_libraries()
+        libraries, own = memory_of_libraries()
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
             weights = save_model(folder / "model", size, blocks)
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
                     for after in range(1, args.kills * offloaded + 1):
                         run.start(kill_at=max(after, after * blocks // (args.kills + 1)))
                     run.start()
-                    plan, held = run.planned(), (run.peak if offloaded else run.anonymous) - libraries
+                    plan = run.planned()
+                    held = run.peak - libraries if offloaded else run.anonymous - own
                     yield {
                         "op": "prune, offloaded" if offloaded else "prune, in memory",
                         "model": size,
@@ -186,13 +187,16 @@ class Run:
         self.mapped = max(self.mapped, 1024 * int(found.get("VmPeak", 0)))
 
 
-def memory_of_libraries() -> int:
-    """Resident bytes of a process that has imported what a run imports."""
+def memory_of_libraries() -> tuple[int, int]:
+    """Resident bytes of a process that has imported what a run imports, and those of them that are no pages of
+    files."""
     program = """
 import losa.run.offloaded, losa.run.pipeline, transformers.models.llama.modeling_llama
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith(("VmRSS", "RssAnon"))))
 """
-    return 1024 * int(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE).stdout)
+    found = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
+    resident, anonymous = (1024 * int(size) for size in found.split())
+    return resident, anonymous
 
 
 def save_model(directory: Path, size: str, blocks: int) -> int:

@@ -124,10 +124,9 @@ def _pairs(table: Table, runs: dict, value_of: Callable[[dict], float | None]) -
         shared = ours.keys() & others.keys()
         if not shared:
             continue
-        lower = {ours[seed] < others[seed] for seed in shared}
-        if lower == {True}:
+        if all(ours[seed] < others[seed] for seed in shared):
             held += 1
-        elif lower == {False}:
+        elif all(others[seed] < ours[seed] for seed in shared):
             names = (_name(table.header, each) for each in (labels, other_labels))
             reversed_.append(" after ".join(names))
         else:

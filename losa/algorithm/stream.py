@@ -72,7 +72,7 @@ class BlockStream:
             keeps it between streams of one model. While it is empty, a stream of two batches is compared with whole
             forward passes first.
         other_sizes: further batch sizes that ``run_on`` is to take, each of them at most the number of samples.
-        within: a context for every pass of the model, outside of its blocks, that the stream takes now or later.
+        within: a context for all that the stream runs of the model but ``run``, ``advance`` and ``run_on``.
 
     Raises:
         Stopped: between passes, or between blocks that are run by themselves, if a signal asks for it.

@@ -86,8 +86,9 @@ class LeanDecoder:
         self.graphs: TokenGraphs | None = None
         self.logits: Any = None  # a tensor from the first call on
         self._recordable = not called and _recordable(model, self.device)
-        # By torch's operations a step of static shapes costs more than a step that knows its position.
-        self._steps = dispatch.backend("add_rms_norm", self.device) != "reference"
+        # By torch's operations, as of fp64 on a CPU, a step of static shapes costs more than one that knows its place.
+        backend = dispatch.backend("add_rms_norm", self.device)
+        self._steps = backend == "cuda" or (backend == "cpu" and self.dtype != torch.float64)
         self._check_length(max_length)
         self._check(model)
         self.resize(max_length)

@@ -187,6 +187,8 @@ def _check_logits(reloaded: nn.Module, model: nn.Module, sample_ids: Tensor) -> 
     with evaluating(model):
         expected = _logits(model, ids)
     for name, parameter in reloaded.named_parameters(remove_duplicate=False):
+        if name not in parameters:
+            raise OutputError(f"export: {name} is a parameter of the written model, and not of the one in memory")
         parameter.data = parameters[name].data
     check_logits(_logits(reloaded.to(device), ids), expected)
 

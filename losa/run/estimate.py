@@ -78,6 +78,8 @@ def estimate(recipe: Recipe, *, probe: bool = True) -> Estimate:
     model = planned_model(recipe)
     available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     memory = capacity(device if available else None)
+    if (own := memory.pop("process", None)) is not None:
+        memory["host"] = min(own, memory.get("host", own))
     planned = Planned.of(recipe, model, device, memory)
     placement = Placement(1, 1, offload=True) if recipe.distributed.cpu_offload else Placement()
     shape = planned.shape

@@ -82,7 +82,12 @@ def holdings(
         held += training_work(recipe.train, shape)
     if recipe.evaluate is not None:
         held += evaluation_work(recipe.evaluate, shape)
-    # The written model is compared by pages of its files, which the system takes back.
+    # The written model is compared by pages of its files, which the system takes back. What transformers makes of
+    # several stored tensors has memory of its own.
+    if shape.replaced:
+        size = sum(rows.count * rows.size for form in shape.replaced for rows in form)
+        how = "where the files hold each expert by itself"
+        held.append(Holding("export", "host", "stacks, read back", size, how, main_only=True, certain=False))
     return held
 
 

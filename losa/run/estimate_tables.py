@@ -38,7 +38,7 @@ def memory_table(estimate: Estimate) -> Table:
 
 def holdings_table(holdings: list[Holding], device: str) -> Table:
     """What a process holds in each phase. ``device``: the name of what it computes on."""
-    table = plain_frame("an estimate of what the process that holds most holds itself", None)
+    table = plain_frame("what a process holds at most, by an estimate", None)
     _add_holdings(table, holdings, device)
     return table
 

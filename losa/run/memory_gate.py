@@ -66,7 +66,7 @@ def _check(recipe: Recipe, placement: Placement, device: str, console: Console, 
             )
         size, phase = _most(held, place, per_machine)
         # Of the host beside a GPU, pages of files are counted that the system takes back.
-        if size > there and place == plan.shape.computes_on:
+        if size > there and place.replace("process", "host") == plan.shape.computes_on:
             up_to = f"{subject} up to {size_text(size)} on {where} by its plan, and there are {size_text(there)}"
             logger.warning("memory: in the phase %s %s; losa plan shows what takes it", phase, up_to)
 
@@ -74,8 +74,8 @@ def _check(recipe: Recipe, placement: Placement, device: str, console: Console, 
 def _most(held: list[Holding], place: str, per_machine: int) -> tuple[int, str]:
     """Most bytes at a time, and the phase."""
     sums = machine_sums(held, per_machine) if place == "host" else phase_sums(held, place.replace("process", "host"))
-    phase = max(sums, key=sums.__getitem__)
-    return sums[phase], phase
+    phase = max(sums, key=sums.__getitem__, default="throughout")
+    return sums.get(phase, 0), phase
 
 
 def _advice(recipe: Recipe, plan: Planned, placement: Placement) -> str:

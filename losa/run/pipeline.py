@@ -101,7 +101,7 @@ def run_recipe(
                 check_memory(recipe, placement, device, console)
             return placement
 
-        placement = None if resume or force else placed()  # before unfinished work is thrown away
+        placement = None if resume else placed()  # before unfinished work is thrown away
         workspace = Workspace(recipe.output)
 
         def open_workspace() -> RunRecord | None:

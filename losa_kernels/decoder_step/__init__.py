@@ -113,7 +113,8 @@ def attend_cache(q: Tensor, cache: Tensor, position: Tensor, places: int, scalin
         q: (queries, size), a multiple of the key heads; consecutive ones share a key head.
         cache: (2, key heads, room, size), keys and values.
         position: int64 (1,), read on the device.
-        places: more than ``position``, at most ``room``; what the launch is sized for.
+        places: more than ``position`` (a CPU raises RuntimeError where it is not), at most ``room``; what the launch is
+            sized for.
         finished: int32 (queries,) of zeros, and left so; calls that may run at the same time need their own.
 
     Returns:

@@ -272,14 +272,24 @@ def test_every_number_of_places_and_queries_on_a_cpu(run, dtype, count):
 
 @pytest.mark.parametrize("way", ISAS)
 def test_silu_over_its_whole_range(run):
-    """e^x of fp32 from where it is 0 to where it overflows, each within two roundings; NaN stays."""
-    gate = torch.cat([torch.linspace(-120, 120, 20001), torch.tensor([0.0, -0.0, torch.inf])])
+    """Within a few roundings of torch's where e^-x is an fp32 number, and 0 or NaN as torch's where it overflows."""
+    gate = torch.cat([torch.linspace(-120, 120, 20001), torch.tensor([0.0, -0.0, -1e30, -3e38, torch.inf])])
     found = run.gated_silu(torch.cat([gate, torch.ones_like(gate)]))
     exact = F.silu(gate.double())
-    # Below e^-87 the result is e^-87 times the gate, or less.
+    # From e^88 on the result is 0.
     near = (found - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 1e-35
     assert near[:-1].all() and found[-1] == torch.inf
-    assert run.gated_silu(torch.tensor([torch.nan, 1.0])).isnan().all()
+    for gone in (torch.nan, -torch.inf):
+        assert run.gated_silu(torch.tensor([gone, 1.0])).isnan().all() and F.silu(torch.tensor(gone)).isnan()
+
+
+@pytest.mark.parametrize("way", ISAS)
+def test_what_has_no_weight_does_not_count(run):
+    """However large its value is."""
+    q, cache = torch.ones(4, 64), torch.zeros(2, 1, 70, 64)
+    cache[0, 0, :69], cache[1, 0, :69] = -100.0, 3e38
+    finished = torch.zeros(4, dtype=torch.int32)
+    assert not run.attend_cache(q, cache, torch.tensor([69]), 70, 1.0, finished).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -170,11 +170,11 @@ template <class Type, int kQueries, int kRegisters>
 void weigh(const typename Type::Stored* values, const float* weights, const float (&sums)[kQueries], int64_t count,
            int64_t size, int64_t column, int64_t lanes, typename Type::Stored* const (&out)[kQueries]) {
   Floats total[kQueries][kRegisters] = {};
-  const auto* value = values + column;
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t end = count - first < kChunk ? count : first + kChunk;
     Floats part[kQueries][kRegisters] = {};
-    for (int64_t place = first; place < end; ++place, value += size, weights += kQueries) {
+    for (int64_t place = first; place < end; ++place, weights += kQueries) {
+      const auto* const value = values + place * size + column;
 #pragma GCC unroll 4
       for (int r = 0; r < kRegisters; ++r) {
         const Floats own = read<Type>(value + r * kLanes, kRegisters > 1 ? kLanes : lanes);

@@ -6,7 +6,7 @@
 namespace losa {
 namespace {
 
-// Within 2 last bits from -87 to 88; beyond them the value there. NaN of NaN.
+// Within 2 last bits from -87 to 88; 0 below, infinity above, NaN of NaN.
 inline Floats exponential(const Floats& x) {
   const Floats low = Floats{} - 87.0f, high = Floats{} + 88.0f;
   Floats bounded = x < low ? low : x;
@@ -24,7 +24,9 @@ inline Floats exponential(const Floats& x) {
   sum = sum * r + 1.0f;
   sum = sum * r + 1.0f;
   const Ints exponent = __builtin_bit_cast(Ints, shifted) - __builtin_bit_cast(int32_t, kRound) + 127;
-  return sum * __builtin_bit_cast(Floats, exponent << 23);
+  const Floats value = sum * __builtin_bit_cast(Floats, exponent << 23);
+  const Floats positive = x < low ? Floats{} : value;
+  return x > high ? Floats{} + __builtin_inff() : positive;
 }
 
 }  // namespace

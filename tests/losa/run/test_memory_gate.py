@@ -95,6 +95,10 @@ def test_what_may_be_held_besides_is_warned_of(workspace, tmp_path, memory, capl
     memory(host=peak - 1)
     check_memory(wanted, Placement(), "cpu", Console(quiet=True))
     assert f"in the phase {phase} the run holds up to" in caplog.text
+    caplog.clear()
+    memory(host=peak, process=peak - 1)
+    check_memory(wanted, Placement(), "cpu", Console(quiet=True))
+    assert f"in the phase {phase} the run holds up to" in caplog.text
 
 
 @pytest.mark.parametrize("placement", [Placement(2), Placement(2, 2)])
