@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from losa_kernels import decoder_step, native
 from losa_kernels.decoder_step import reference
+from tests.helpers.decoder_steps import assert_close, compare, wide
 from tests.helpers.emulation import NEEDED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # as FloatType numbers them
@@ -101,26 +102,6 @@ class Emulated:
         load = self._run("attend", q, "out", len(q), keys, size, room, places, self.processors, **arrays)
         finished.copy_(load("finished", (-1,)).view(torch.int32))
         return load("out", q.shape)
-
-
-def assert_close(found, plain, exact):
-    """Twice the error of torch's operations in that dtype, and one rounding more."""
-    assert found.dtype == plain.dtype and found.shape == exact.shape
-    allowed = 2 * (plain - exact).abs().max() + torch.finfo(found.dtype).eps * exact.abs().max()
-    assert (found - exact).abs().max() <= allowed
-
-
-def wide(*arguments):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-
-
-def compare(run, name, *arguments):
-    """The op's result, compared with the reference in its dtype and in fp64."""
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    exact, plain = getattr(reference, name)(*wide(*arguments)), getattr(reference, name)(*copies)
-    found = getattr(run, name)(*arguments)
-    assert_close(found, plain, exact)
-    return found
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -252,44 +233,6 @@ def test_scores_far_apart(run):
         cache[0, 0, best] = 30.0
         found = compare(run, "attend_cache", q, cache, torch.tensor([199]), 200, 1.0, torch.zeros(4, dtype=torch.int32))
         assert torch.equal(found, cache[1, 0, best].expand(4, 64))
-
-
-@pytest.mark.parametrize("way", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 5, 63, 64, 65, 1000])
-def test_every_number_of_places_and_queries_on_a_cpu(run, dtype, count):
-    """Sets of four, two and one query; heads that are no whole registers; what is not finite stays so."""
-    for group in (1, 2, 3, 4, 7):
-        for size in (2, 18, 64):
-            q, cache = torch.randn(2 * group, size).to(dtype), torch.randn(2, 2, count + 3, size).to(dtype)
-            finished = torch.zeros(2 * group, dtype=torch.int32)
-            arguments = q, cache, torch.tensor([count - 1]), count + 1, size**-0.5, finished
-            found = compare(run, "attend_cache", *arguments)
-            q[0, 0] = torch.nan
-            spoilt = run.attend_cache(*arguments)
-            assert spoilt[0].isnan().all() and torch.equal(spoilt[1:], found[1:])
-
-
-@pytest.mark.parametrize("way", ISAS)
-def test_silu_over_its_whole_range(run):
-    """Within a few roundings of torch's where e^-x is an fp32 number, and 0 or NaN as torch's where it overflows."""
-    gate = torch.cat([torch.linspace(-120, 120, 20001), torch.tensor([0.0, -0.0, -1e30, -3e38, torch.inf])])
-    found = run.gated_silu(torch.cat([gate, torch.ones_like(gate)]))
-    exact = F.silu(gate.double())
-    # From e^88 on the result is 0.
-    near = (found - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 1e-35
-    assert near[:-1].all() and found[-1] == torch.inf
-    for gone in (torch.nan, -torch.inf):
-        assert run.gated_silu(torch.tensor([gone, 1.0])).isnan().all() and F.silu(torch.tensor(gone)).isnan()
-
-
-@pytest.mark.parametrize("way", ISAS)
-def test_what_has_no_weight_does_not_count(run):
-    """However large its value is."""
-    q, cache = torch.ones(4, 64), torch.zeros(2, 1, 70, 64)
-    cache[0, 0, :69], cache[1, 0, :69] = -100.0, 3e38
-    finished = torch.zeros(4, dtype=torch.int32)
-    assert not run.attend_cache(q, cache, torch.tensor([69]), 70, 1.0, finished).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
