@@ -110,23 +110,23 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "add_rms_norm": {
         "reference": "losa_kernels.decoder_step.reference:add_rms_norm",
-        "cpu": "losa_kernels.decoder_step.cpu:add_rms_norm",
-        "cuda": "losa_kernels.decoder_step.cuda:add_rms_norm",
+        "cpu": "losa_kernels.decoder_step.native:add_rms_norm",
+        "cuda": "losa_kernels.decoder_step.native:add_rms_norm",
     },
     "rotate_and_store": {
         "reference": "losa_kernels.decoder_step.reference:rotate_and_store",
-        "cpu": "losa_kernels.decoder_step.cpu:rotate_and_store",
+        "cpu": "losa_kernels.decoder_step.native:rotate_and_store",
         "cuda": "losa_kernels.decoder_step.cuda:rotate_and_store",
     },
     "attend_cache": {
         "reference": "losa_kernels.decoder_step.reference:attend_cache",
-        "cpu": "losa_kernels.decoder_step.cpu:attend_cache",
+        "cpu": "losa_kernels.decoder_step.native:attend_cache",
         "cuda": "losa_kernels.decoder_step.cuda:attend_cache",
     },
     "gated_silu": {
         "reference": "losa_kernels.decoder_step.reference:gated_silu",
-        "cpu": "losa_kernels.decoder_step.cpu:gated_silu",
-        "cuda": "losa_kernels.decoder_step.cuda:gated_silu",
+        "cpu": "losa_kernels.decoder_step.native:gated_silu",
+        "cuda": "losa_kernels.decoder_step.native:gated_silu",
     },
 }
 

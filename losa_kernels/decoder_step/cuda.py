@@ -1,20 +1,13 @@
-"""csrc/cuda/decoder_step: one kernel each. Dtypes and shapes that it has none for take the reference."""
+"""Heads that csrc/cuda/decoder_step has no kernel for take the reference."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from losa_kernels.decoder_step import operators, reference
-from losa_kernels.decoder_step.operators import alike
+from losa_kernels.decoder_step import native, reference
 
 LARGEST_HEAD = 256
 ROW_BYTES = 512  # of a head that a warp reads at once
-
-
-def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    if not alike(x, weight, x if update is None else update):
-        return reference.add_rms_norm(x, update, weight, eps)
-    return operators.add_rms_norm(x, update, weight, eps)
 
 
 def rotate_and_store(
@@ -27,19 +20,11 @@ def rotate_and_store(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    size = heads.shape[1]
-    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    if size > LARGEST_HEAD or size % 2 or not alike(heads, cos, sin, cache, *norms):
-        return reference.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
-    return operators.rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
+    served = heads.shape[1] <= LARGEST_HEAD and heads.shape[1] % 2 == 0
+    return (native if served else reference).rotate_and_store(heads, cos, sin, position, cache, q_norm, k_norm, eps)
 
 
 def attend_cache(q: Tensor, cache: Tensor, position: Tensor, places: int, scaling: float, finished: Tensor) -> Tensor:
     row = q.shape[1] * q.dtype.itemsize
-    if row > ROW_BYTES or row % 16 or not alike(q, cache):
-        return reference.attend_cache(q, cache, position, places, scaling, finished)
-    return operators.attend_cache(q, cache, position, places, scaling, finished)
-
-
-def gated_silu(gate_up: Tensor) -> Tensor:
-    return operators.gated_silu(gate_up) if alike(gate_up) else reference.gated_silu(gate_up)
+    served = native if row <= ROW_BYTES and row % 16 == 0 else reference
+    return served.attend_cache(q, cache, position, places, scaling, finished)

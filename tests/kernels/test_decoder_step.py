@@ -334,13 +334,15 @@ def test_operators_pass_opcheck_on_gpu():
 @pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 def test_fake_results_have_the_references_shapes():
     from losa_kernels.decoder_step import cuda
+    from losa_kernels.decoder_step import native as kernels
 
     arguments = [tensor.to("meta") for tensor in step_arguments()]
     x, update, weight, heads, cos, sin, position, cache, finished = arguments
-    assert cuda.add_rms_norm(x, update, weight, EPS).shape == x.shape
-    assert cuda.rotate_and_store(heads, cos, sin, position, cache, None, None, EPS).shape == (4, 16)
-    assert cuda.attend_cache(heads[:4], cache, position, 9, 1.0, finished).shape == (4, 16)
-    assert cuda.gated_silu(x).shape == (1, 32)
+    assert kernels.add_rms_norm(x, update, weight, EPS).shape == x.shape
+    for way in (kernels, cuda):
+        assert way.rotate_and_store(heads, cos, sin, position, cache, None, None, EPS).shape == (4, 16)
+        assert way.attend_cache(heads[:4], cache, position, 9, 1.0, finished).shape == (4, 16)
+    assert kernels.gated_silu(x).shape == (1, 32)
 
 
 @pytest.mark.gpu
